@@ -1,0 +1,201 @@
+"""The command line. Wrong input ends in one line and exit code 2, a failed run in exit code 1, Ctrl-C in 130."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+# Flower and the tokenizers read these when they are imported.
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+from apiary import config as configs
+from apiary.config import UserError
+
+app = typer.Typer(
+    name="apiary",
+    help="Federated fine-tuning of language models on instruction data that stays where it is.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[Path | None, typer.Argument(help="a TOML file; none = the built-in demo", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Option("-s", metavar="KEY=VALUE", help="set one key, e.g. -s train.lr=1e-4")]
+Tuned = Annotated[Path, typer.Argument(metavar="RUN|ADAPTER", help="a run directory or a PEFT adapter folder")]
+
+
+@app.command()
+def simulate(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="the run directory; default runs/NAME-TIME")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on after the last finished round of --out")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="print only errors and the final table")] = False,
+) -> None:
+    """Run clients and server on this machine, compare with the baselines, and write a report."""
+    from apiary.progress import make_progress
+    from apiary.report import table_text
+    from simulation.run import simulate as run
+
+    if resume and out is None:
+        raise UserError("--resume needs --out DIR: the run to go on with")
+    name = config.stem if config else "demo"
+    folder = (out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
+    stored = folder / "config.toml" if resume and config is None and (folder / "config.toml").exists() else config
+    settings = configs.load(stored, overrides or [])
+    try:
+        with make_progress(quiet) as observer:
+            metrics = run(settings, folder, resume=resume, observers=[observer])
+    except KeyboardInterrupt:
+        again = f"go on with: apiary simulate --out {_shown(folder)} --resume" if (folder / "config.toml").exists() else "nothing was written"
+        typer.echo(f"apiary: interrupted; {again}", err=True)
+        raise typer.Exit(130) from None
+    _print(table_text(metrics))
+    typer.echo(f"report: {_shown(folder / 'report.html')}   adapter: {_shown(folder / 'adapter')}")
+
+
+@app.command()
+def evaluate(
+    tuned: Tuned,
+    data: Annotated[str, typer.Option("--data", help="a file, a folder, a hub id, or builtin:skills")],
+    overrides: Overrides = None,
+) -> None:
+    """Print the table (base, federated, and the run's baselines) for other data."""
+    from apiary import results
+    from apiary.evaluate import table_row
+    from apiary.report import table_text
+
+    opened = results.open_tuned(tuned, overrides or [])
+    rows = results.score(opened, data)
+    _print(table_text({"table": [table_row(method, run, opened.config.seed) for method, run in rows.items()]}))
+
+
+@app.command()
+def chat(
+    tuned: Tuned,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="ask once and print the answer")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="longest answer, in tokens")] = 128,
+    overrides: Overrides = None,
+) -> None:
+    """Talk to a tuned model; an empty line or Ctrl-D ends, /new starts over."""
+    from apiary import results
+    from apiary.examples import Turn
+
+    opened = results.open_tuned(tuned, overrides or [])
+    if prompt is not None:
+        typer.echo(results.reply(opened, [Turn("user", prompt)], max_new_tokens))
+        return
+    history: list[Turn] = []
+    while (text := _ask()) not in ("", None):
+        if text == "/new":
+            history = []
+            continue
+        answer = results.reply(opened, [*history, Turn("user", str(text))], max_new_tokens)
+        history += [Turn("user", str(text)), Turn("assistant", answer)]
+        typer.echo(answer)
+
+
+def _ask() -> str | None:
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return None
+
+
+@app.command()
+def export(
+    run: Tuned,
+    to: Annotated[Path, typer.Option("--to", help="the folder to write")],
+    merge: Annotated[bool, typer.Option("--merge", help="merge the adapter into a whole model")] = False,
+) -> None:
+    """Write the adapter, or the merged model, as a folder that other tools load."""
+    from apiary import results
+
+    typer.echo(f"written: {_shown(results.export(run, to.resolve(), merge=merge))}")
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory")]) -> None:
+    """Write report.html of a run again, from its log and metrics."""
+    from apiary.report import write_report
+
+    typer.echo(f"report: {_shown(write_report(run))}")
+
+
+@app.command()
+def doctor(config: ConfigFile = None, overrides: Overrides = None) -> None:
+    """Check a configuration against data, model and machine, and print the plan, before any training."""
+    from apiary.doctor import examine
+
+    if not examine(config, overrides or []):
+        raise typer.Exit(2)
+
+
+@app.command("config")
+def show_config() -> None:
+    """Print every configuration key with its default and what it means."""
+    for key, default, description in configs.describe():
+        typer.echo(f"{key} = {default}\n    {description}")
+
+
+def _print(table: Any) -> None:
+    from rich.console import Console
+
+    Console(soft_wrap=not sys.stdout.isatty()).print(table)
+
+
+def _shown(path: Path) -> str:
+    """The path relative to here where it lies below, for shorter lines."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def main() -> None:
+    """The entry point: turns errors into one line and an exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    for noisy in ("flwr", "transformers", "ray", "httpx", "huggingface_hub", "datasets", "peft"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    sys.exit(_guarded(app))
+
+
+def _guarded(command: Callable[[], Any]) -> int:
+    try:
+        command()
+    except SystemExit as done:
+        return done.code if isinstance(done.code, int) else 0
+    except UserError as error:
+        typer.echo(f"apiary: {error}", err=True)
+        return 2
+    except KeyboardInterrupt:
+        typer.echo("apiary: interrupted", err=True)
+        return 130
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+            raise
+        typer.echo(f"apiary: cannot write {error.filename or 'the run'}: {error.strerror}; a run goes on with --resume", err=True)
+        return 1
+    except RuntimeError as error:
+        if type(error).__name__ != "RunFailed":
+            raise
+        typer.echo(f"apiary: the run failed: {error}", err=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    main()

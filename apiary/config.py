@@ -1,0 +1,376 @@
+"""One typed, frozen configuration for a whole run: TOML in, TOML out, `-s key=value` on top.
+
+Every key carries a one-line description, which `apiary config` prints and the docs repeat. Unknown keys are
+refused with the nearest known name, and all problems of a file are reported together.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+
+class UserError(ValueError):
+    """The user's input is wrong; the message is one line a person can act on (exit code 2).
+
+    Args:
+        problems: one or more lines; the first one is the message.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        self.problems = problems
+        more = f" (and {len(problems) - 1} more: run `apiary doctor`)" if len(problems) > 1 else ""
+        super().__init__(problems[0] + more)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+
+class Method(BaseModel):
+    """A registered method by name, with its options: `"iid"` or `{ name = "dirichlet", alpha = 0.3 }`."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    name: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options beside the name."""
+        return dict(self.model_extra or {})
+
+
+def _method(value: object) -> object:
+    return {"name": value} if isinstance(value, str) else value
+
+
+MethodField = Annotated[Method, BeforeValidator(_method)]
+
+
+class ModelConfig(_Section):
+    """The frozen base model."""
+
+    name: str = Field("builtin:tiny", description="builtin:tiny, a Hugging Face hub id, or a folder")
+    revision: str | None = Field(None, description="hub revision (branch, tag or commit) of the model")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="arithmetic of the frozen base; auto is bfloat16 where the device has it"
+    )
+    quantization: Literal["none", "int8", "nf4"] = Field(
+        "none", description="hold the base in 8 or 4 bits (bitsandbytes, CUDA)"
+    )
+
+
+class AdapterConfig(_Section):
+    """The adapter that is trained and travels."""
+
+    kind: Literal["lora"] = Field("lora", description="kind of adapter")
+    rank: int = Field(16, ge=1, le=1024, description="rank of the two LoRA factors")
+    alpha: float = Field(16.0, gt=0, description="LoRA alpha: the update is scaled by alpha/rank (see scaling)")
+    scaling: Literal["rslora", "lora"] = Field(
+        "rslora", description="rslora: alpha/sqrt(rank); lora: alpha/rank"
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input while training")
+    targets: str | tuple[str, ...] = Field(
+        "all-linear", description="all-linear, or a list of module name endings such as q_proj"
+    )
+
+
+class DataConfig(_Section):
+    """Where the instruction data comes from and how it is spread over clients."""
+
+    source: str = Field(
+        "builtin:skills", description="builtin:skills, a file, a folder (one file per client), or a hub id"
+    )
+    split: str = Field("train", description="split of a hub data set")
+    test: str | None = Field(
+        None, description="a separate held-out source; unset: part of each client's rows, by content hash"
+    )
+    test_fraction: float = Field(
+        0.1, ge=0, lt=1, description="share of each client's rows held out, chosen by content hash"
+    )
+    columns: Mapping[str, str] = Field(
+        default_factory=dict,
+        description="your names: { instruction = ..., input = ..., output = ... } or { messages = ... }",
+    )
+    clients: int = Field(8, ge=1, description="number of clients (ignored by the natural partition)")
+    partition: MethodField = Field(
+        Method(name="dirichlet", alpha=0.1, by="skill"),  # type: ignore[call-arg]
+        description="iid, dirichlet, by_value, pathological, size or natural, with options",
+    )
+    max_rows: int | None = Field(None, ge=1, description="use at most this many rows of the source")
+
+
+class PromptConfig(_Section):
+    """How an example becomes tokens."""
+
+    template: str = Field("chat", description="chat, alpaca, plain, or a file with {instruction} {input} {response}")
+    system: str | None = Field(None, description="a system message put before every conversation without one")
+    max_tokens: int = Field(512, ge=8, description="longest example in tokens; see on_long")
+    on_long: Literal["truncate", "drop"] = Field(
+        "truncate", description="what happens to longer examples (counted and reported either way)"
+    )
+
+
+class TrainConfig(_Section):
+    """Local training at a client."""
+
+    objective: str = Field("sft", description="per-example loss: sft")
+    steps: int | None = Field(None, ge=1, description="optimizer steps per round; exclusive with epochs")
+    epochs: float | None = Field(None, gt=0, description="passes over the client's data per round")
+    batch_tokens: int = Field(2048, ge=16, description="padded tokens in one forward pass")
+    accumulate: int = Field(1, ge=1, description="forward passes per optimizer step")
+    lr: float = Field(3e-3, gt=0, description="peak learning rate of AdamW")
+    schedule: Literal["cosine", "constant"] = Field(
+        "cosine", description="learning rate over the whole federated run, after warm-up"
+    )
+    warmup: float = Field(0.03, ge=0, lt=1, description="share of the whole run spent warming up")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of AdamW")
+    clip_norm: float = Field(1.0, ge=0, description="clip the gradient's L2 norm to this; 0 = never")
+    penalties: tuple[MethodField, ...] = Field(
+        (), description='added to the loss, e.g. [{ name = "fedprox", mu = 0.01 }]'
+    )
+    threads: int | None = Field(None, ge=1, description="CPU threads of one client; unset: all cores")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("train.steps and train.epochs are exclusive: set one of them")
+        return self
+
+
+class StrategyConfig(_Section):
+    """What the server does with a round."""
+
+    name: str = Field("fedavg", description="aggregation method: fedavg, or module:function of your own")
+    options: Mapping[str, Any] = Field(default_factory=dict, description="options of the method")
+    weighting: Literal["tokens", "uniform"] = Field(
+        "tokens", description="weight of a client's update: its trained tokens, or the same for all"
+    )
+    fraction: float = Field(1.0, gt=0, le=1, description="share of the clients asked in each round")
+    min_clients: int = Field(2, ge=1, description="never ask fewer clients than this; also what the start waits for")
+    quorum: float = Field(
+        0.5, gt=0, le=1, description="share of the asked clients that must answer well, else the run fails"
+    )
+    deadline_s: float = Field(0.0, ge=0, description="seconds the server waits for a round's replies; 0 = no limit")
+    join_timeout_s: float = Field(120.0, gt=0, description="seconds the server waits for min_clients at the start")
+
+
+class EvaluateConfig(_Section):
+    """What is measured, and when."""
+
+    every: int = Field(1, ge=0, description="evaluate the shared adapter every n rounds; 0 = only at the end")
+    max_examples: int = Field(400, ge=1, description="held-out examples used for the table")
+    clients: bool = Field(True, description="also ask the clients for the loss on their own held-out rows")
+    generate: bool = Field(True, description="measure exact-match accuracy by greedy decoding for the table")
+    max_new_tokens: int = Field(32, ge=1, description="longest answer decoded, in tokens")
+    baselines: tuple[Literal["base", "local", "central"], ...] = Field(
+        ("base", "local", "central"), description="rows of the table beside federated"
+    )
+    patience: int = Field(0, ge=0, description="stop after this many evaluations without a better loss; 0 = never")
+    samples: int = Field(6, ge=0, description="held-out prompts whose answers are shown in the report")
+
+
+class SimulateConfig(_Section):
+    """How many clients run on one machine."""
+
+    engine: Literal["local", "ray"] = Field("local", description="local: one process; ray: Flower's engine on Ray")
+    cpus_per_client: int = Field(1, ge=1, description="CPU cores of one Ray worker")
+    gpus_per_client: float = Field(0.0, ge=0, description="share of a GPU of one Ray worker")
+
+
+class LogConfig(_Section):
+    """Where a run is followed beside its own folder."""
+
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml"], ...] = Field(
+        (), description="trackers, through accelerate; each needs its own package"
+    )
+    project: str = Field("apiary", description="project name given to the trackers")
+
+
+class RunConfig(_Section):
+    """A whole run."""
+
+    seed: int = Field(0, ge=0, lt=2**63, description="all randomness is derived from it")
+    rounds: int = Field(10, ge=1, description="federated rounds")
+    model: ModelConfig = ModelConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    data: DataConfig = DataConfig()
+    prompt: PromptConfig = PromptConfig()
+    train: TrainConfig = TrainConfig(steps=8)
+    strategy: StrategyConfig = StrategyConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    simulate: SimulateConfig = SimulateConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_steps(cls, values: Any) -> Any:
+        """A [train] table that names neither steps nor epochs gets the default number of steps."""
+        if isinstance(values, dict) and isinstance(values.get("train"), dict):
+            train = values["train"]
+            if train.get("steps") is None and train.get("epochs") is None:
+                values = {**values, "train": {**train, "steps": 8}}
+        return values
+
+    def to_json(self) -> str:
+        """The whole configuration as one JSON text (what travels in Flower's run config)."""
+        return self.model_dump_json()
+
+    def to_toml(self) -> str:
+        """The whole configuration as TOML; `parse(text)` gives the same configuration back."""
+        return _toml(self.model_dump(mode="json"))
+
+
+def parse(values: Mapping[str, Any]) -> RunConfig:
+    """The configuration for nested plain values.
+
+    Raises:
+        UserError: every problem found, one line each.
+    """
+    try:
+        return RunConfig.model_validate(dict(values))
+    except ValidationError as error:
+        raise UserError(*_lines(error)) from None
+
+
+def from_json(text: str) -> RunConfig:
+    """The configuration that `RunConfig.to_json` wrote."""
+    return parse(json.loads(text))
+
+
+def load(path: str | Path | None = None, overrides: Iterable[str] = ()) -> RunConfig:
+    """The configuration from a TOML file (or the defaults) with `key=value` overrides on top.
+
+    A relative `data.source`, `data.test`, `model.name` or `prompt.template` that exists beside the file is read from there.
+
+    Raises:
+        UserError: missing or broken file, bad override, or a value that is not allowed.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        values = _read_toml(Path(path))
+        _resolve_paths(values, Path(path).parent)
+    for text in overrides:
+        _override(values, text)
+    return parse(values)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"config file {str(path)!r} does not exist") from None
+    except IsADirectoryError:
+        raise UserError(f"config file {str(path)!r} is a folder; give the TOML file in it") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {str(path)!r} is not valid TOML: {error}") from None
+
+
+_PATH_KEYS = (("data", "source"), ("data", "test"), ("model", "name"), ("prompt", "template"))
+
+
+def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
+    for section, key in _PATH_KEYS:
+        table = values.get(section)
+        if isinstance(table, dict) and isinstance(value := table.get(key), str):
+            beside = folder / value
+            if not Path(value).is_absolute() and beside.exists():
+                table[key] = str(beside.resolve())
+
+
+def _override(values: dict[str, Any], text: str) -> None:
+    key, equals, raw = text.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"-s {text!r}: expected KEY=VALUE, for example -s train.lr=1e-4")
+    try:
+        value = tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw.strip()  # a bare word is a string
+    *path, last = key.strip().split(".")
+    table = values
+    for name in path:
+        below = table.setdefault(name, {})
+        if isinstance(below, str):  # a method's short form: partition = "iid", then partition.by=...
+            below = table[name] = {"name": below}
+        if not isinstance(below, dict):
+            raise UserError(f"-s {text!r}: {name!r} is not a table")
+        table = below
+    table[last] = value
+    if key.strip() in ("train.steps", "train.epochs"):  # the newer of the two wins over the file's
+        table.pop("epochs" if last == "steps" else "steps", None)
+
+
+def _lines(error: ValidationError) -> list[str]:
+    lines = []
+    for item in error.errors():
+        path = [str(part) for part in item["loc"]]
+        key = ".".join(path)
+        if item["type"] == "extra_forbidden":
+            lines.append(f"unknown key {key!r}{_nearest(path)}")
+        elif item["type"] == "value_error":
+            lines.append(str(item["ctx"]["error"]))
+        else:
+            message = item["msg"][0].lower() + item["msg"][1:]
+            lines.append(f"{key} = {item['input']!r}: {message}")
+    return lines
+
+
+def _nearest(path: list[str]) -> str:
+    model: type[BaseModel] = RunConfig
+    for name in path[:-1]:
+        field = model.model_fields.get(name)
+        if field is None or not isinstance(field.annotation, type):
+            return ""
+        model = field.annotation
+    known = list(model.model_fields)
+    close = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
+    if close:
+        return f": did you mean {'.'.join([*path[:-1], close[0]])!r}?"
+    return f": allowed are {', '.join(known)}"
+
+
+def describe() -> list[tuple[str, str, str]]:
+    """Every key with its default and its one-line description, in file order."""
+    rows: list[tuple[str, str, str]] = []
+    for name, field in RunConfig.model_fields.items():
+        if isinstance(field.default, _Section):
+            for key, inner in type(field.default).model_fields.items():
+                value = getattr(field.default, key)
+                shown = _value(value.model_dump(mode="json") if isinstance(value, BaseModel) else value)
+                rows.append((f"{name}.{key}", shown, inner.description or ""))
+        else:
+            rows.append((name, _value(field.default), field.description or ""))
+    return rows
+
+
+def _toml(values: Mapping[str, Any]) -> str:
+    top = {k: v for k, v in values.items() if not isinstance(v, Mapping)}
+    lines = [f"{k} = {_value(v)}" for k, v in top.items() if v is not None]
+    for name, table in values.items():
+        if isinstance(table, Mapping):
+            lines += ["", f"[{name}]"]
+            lines += [f"{k} = {_value(v)}" for k, v in table.items() if v is not None]
+    return "\n".join(lines) + "\n"
+
+
+def _value(value: Any) -> str:
+    match value:
+        case None:
+            return "unset"
+        case bool():
+            return "true" if value else "false"
+        case Mapping():
+            inner = ", ".join(f"{json.dumps(k)} = {_value(v)}" for k, v in value.items() if v is not None)
+            return f"{{ {inner} }}" if inner else "{}"
+        case list() | tuple():
+            return "[" + ", ".join(_value(v) for v in value) + "]"
+        case str():
+            return json.dumps(value, ensure_ascii=False)
+        case _:
+            return repr(value)

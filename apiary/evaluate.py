@@ -1,0 +1,135 @@
+"""Metrics as functions, and the table: base, local, federated, central on the same held-out examples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from apiary import prompts
+from apiary.config import RunConfig
+from apiary.examples import Example, answer
+from apiary.models import LanguageModel, set_adapter
+from apiary.probe import ModelProbe
+from apiary.prompts import Corpus, Template
+from apiary.tensors import StateDict, derive_seed
+
+Floats = NDArray[np.float64]
+
+
+class HeldOut(NamedTuple):
+    """Held-out examples, ready to be scored and answered."""
+
+    examples: tuple[Example, ...]
+    corpus: Corpus
+    questions: tuple[list[int], ...]  # prompt token ids
+    answers: tuple[str, ...]
+
+
+class Measured(NamedTuple):
+    """One adapter on the held-out examples, example by example."""
+
+    nats: Floats  # (n,)
+    tokens: Floats  # (n,) response tokens
+    correct: Floats | None  # (n,) 1.0 where the greedy answer matches exactly
+    texts: tuple[str, ...] = ()
+
+    @property
+    def loss(self) -> float:
+        """Nats per response token."""
+        return float(self.nats.sum() / self.tokens.sum())
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of exact matches."""
+        return None if self.correct is None else float(self.correct.mean())
+
+
+def prepare(examples: Sequence[Example], template: Template, lm: LanguageModel, config: RunConfig) -> HeldOut:
+    """At most `evaluate.max_examples` of the examples, drawn evenly, tokenised both for scoring and for answering.
+
+    Examples that do not fit `prompt.max_tokens` are left out of both, so that every row of the table is over the same ones.
+    """
+    fitting = [e for e in _evenly(examples, config) if prompts.encode(e, template, lm.tokenizer, config.prompt)]
+    corpus = prompts.encode_all(fitting, template, lm.tokenizer, config.prompt)
+    limit = config.prompt.max_tokens
+    questions = tuple(prompts.encode_prompt(e, template, lm.tokenizer, limit) for e in fitting)
+    return HeldOut(tuple(fitting), corpus, questions, tuple(answer(e) for e in fitting))
+
+
+def _evenly(examples: Sequence[Example], config: RunConfig) -> list[Example]:
+    """A seeded sample without replacement, in the order of the source."""
+    limit = config.evaluate.max_examples
+    if len(examples) <= limit:
+        return list(examples)
+    rng = np.random.default_rng(derive_seed(config.seed, "held-out"))
+    return [examples[i] for i in sorted(rng.choice(len(examples), limit, replace=False))]
+
+
+def measure(lm: LanguageModel, adapter: StateDict | None, held_out: HeldOut, config: RunConfig) -> Measured:
+    """Loss, and with `evaluate.generate` exact-match accuracy, of an adapter (None: as the model now stands)."""
+    if adapter is not None:
+        set_adapter(lm, adapter)
+    probe = ModelProbe(lm)
+    nats, tokens = probe.losses(held_out.corpus)
+    if not config.evaluate.generate:
+        return Measured(nats, tokens.astype(np.float64), None)
+    texts = tuple(probe.generate(list(held_out.questions), config.evaluate.max_new_tokens))
+    correct = np.array([exact_match(t, a) for t, a in zip(texts, held_out.answers, strict=True)], dtype=np.float64)
+    return Measured(nats, tokens.astype(np.float64), correct, texts)
+
+
+def exact_match(given: str, reference: str) -> bool:
+    """Whether the answers are the same up to white space at the ends and its runs inside."""
+    return " ".join(given.split()) == " ".join(reference.split())
+
+
+def mean(runs: Sequence[Measured]) -> Measured:
+    """The average over several adapters, example by example (the `local` row: one adapter a client)."""
+    correct = [run.correct for run in runs if run.correct is not None]
+    return Measured(
+        np.mean([run.nats for run in runs], axis=0),
+        runs[0].tokens,
+        np.mean(correct, axis=0) if len(correct) == len(runs) else None,
+    )
+
+
+def interval(values: Floats, weights: Any, *, seed: int, draws: int = 2000, level: float = 0.95) -> tuple[float, float]:
+    """The percentile bootstrap interval of sum(values) / sum(weights) over examples (Efron 1979).
+
+    Args:
+        values: (n,) sums per example, such as nats.
+        weights: (n,) counts per example, such as tokens.
+        seed: of the resampling.
+        draws: number of resamples.
+        level: coverage.
+    """
+    n = len(values)
+    rng = np.random.default_rng(derive_seed(seed, "bootstrap"))
+    counts = rng.multinomial(n, np.full(n, 1.0 / n), size=draws)  # (draws, n)
+    ratios = (counts @ np.asarray(values, np.float64)) / np.maximum(counts @ np.asarray(weights, np.float64), 1e-12)
+    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def table_row(method: str, run: Measured, seed: int) -> dict[str, Any]:
+    """A row of the table in the form of metrics.json."""
+    hits = None if run.correct is None else list(interval(run.correct, np.ones(len(run.correct)), seed=seed))
+    return {
+        "method": method,
+        "loss": run.loss,
+        "accuracy": run.accuracy,
+        "n": len(run.nats),
+        "ci95": {"loss": list(interval(run.nats, run.tokens, seed=seed)), "accuracy": hits},
+    }
+
+
+def by_tag(tag: str, runs: Mapping[str, Measured], held_out: HeldOut) -> dict[str, dict[str, float]]:
+    """Accuracy per value of a tag (a skill, a category) and method; empty where answers were not generated."""
+    labels = np.array([example.tags.get(tag, "") for example in held_out.examples])
+    return {
+        str(value): {m: float(run.correct[labels == value].mean()) for m, run in runs.items() if run.correct is not None}
+        for value in sorted(set(labels.tolist()))
+    }

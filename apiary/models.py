@@ -1,0 +1,425 @@
+"""The frozen base model, its tokenizer and the adapter on it, made once per process and shared by everyone in it.
+
+`load` is the only way in. A base is read from disk once for each `ModelConfig`; every adapter configuration gets a
+skeleton of modules of its own around the same weights, so a second adapter costs no second copy of the base.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from apiary.config import AdapterConfig, ModelConfig, UserError
+from apiary.exchange import Fingerprint
+from apiary.tensors import StateDict, generator
+
+BUILTIN = "builtin:tiny"
+_SAMPLES = 4096  # values of each tensor that go into the base's digest
+_LOCK = threading.RLock()
+
+
+@dataclass(frozen=True)
+class _Base:
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    digest: str
+
+
+_bases: dict[ModelConfig, _Base] = {}
+_models: dict[tuple[ModelConfig, AdapterConfig], LanguageModel] = {}
+_loads = 0
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A frozen base with one trainable adapter.
+
+    Args:
+        model: the base with the adapter injected; always in eval mode, so that only the adapter ever has dropout.
+        adapter: the live float32 adapter parameters by the name they have in `adapter_model.safetensors`.
+        digest: of the base weights; the same whatever dtype or device they are held on.
+    """
+
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    dtype: torch.dtype
+    digest: str
+    name: str
+    adapter: Mapping[str, nn.Parameter]
+
+
+class HasDigest(Protocol):
+    """Anything with a digest; here: an `apiary.prompts.Template`."""
+
+    @property
+    def digest(self) -> str:
+        """Hex digits that differ when the thing differs."""
+
+
+def load(model: ModelConfig, adapter: AdapterConfig) -> LanguageModel:
+    """The model for a configuration, the same object every time within a process.
+
+    Raises:
+        UserError: the base cannot be had, or the adapter's targets are not in it.
+    """
+    key = (model, adapter)
+    with _LOCK:
+        if key not in _models:
+            _models[key] = _adapt(_base(model), model, adapter)
+        return _models[key]
+
+
+def load_base(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model and its tokenizer from the process-wide cache: look, do not change.
+
+    Raises:
+        UserError: no such folder or hub id, no way to reach it, or a model this machine cannot hold.
+    """
+    base = _base(config)
+    return base.model, base.tokenizer
+
+
+def base_loads() -> int:
+    """How many times a base was really read in this process."""
+    return _loads
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills short rows; which one does not matter, for no real token ever sees it."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(token, int):
+            return token
+    return 0
+
+
+def resolve_device(config: ModelConfig) -> torch.device:
+    """The device that `model.device` names; `auto` is the first of CUDA, MPS and the CPU that exists.
+
+    Raises:
+        UserError: not a device name, or a device that this machine does not have.
+    """
+    name = config.device.strip().lower()
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+    kind, colon, number = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (colon and not number.isdigit()):
+        raise UserError(f"model.device = {config.device!r}: allowed are auto, cpu, cuda, cuda:N and mps")
+    if kind == "mps" and not mps:
+        raise UserError(f"model.device = {config.device!r}: this machine has no MPS device; use auto or cpu")
+    if kind == "cuda" and not cuda:
+        why = "PyTorch sees no CUDA GPU here" if torch.version.cuda else "this PyTorch is built without CUDA"
+        raise UserError(f"model.device = {config.device!r}: {why}; use auto or cpu")
+    if kind == "cuda" and number and int(number) >= torch.cuda.device_count():
+        last = torch.cuda.device_count() - 1
+        raise UserError(f"model.device = {config.device!r}: the GPUs here are cuda:0 to cuda:{last}")
+    return torch.device(name)
+
+
+def resolve_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
+    """The dtype the base is held in and computes with; `auto` is bfloat16 only where the hardware multiplies it."""
+    if config.dtype != "auto":
+        return torch.float32 if config.dtype == "float32" else torch.bfloat16
+    return torch.bfloat16 if _has_bfloat16(device) else torch.float32
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        # A CPU without these instructions emulates bfloat16, several times slower than float32.
+        known = torch.cpu.get_capabilities()
+        return any(bool(known.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return False
+
+
+def _base(config: ModelConfig) -> _Base:
+    global _loads
+    with _LOCK:
+        if config not in _bases:
+            model, tokenizer = _read(config)
+            _loads += 1
+            model.requires_grad_(False).eval()
+            _check_vocabulary(config, model, tokenizer)
+            _bases[config] = _Base(model, tokenizer, base_digest(model, config.quantization))
+        return _bases[config]
+
+
+def _read(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    device = resolve_device(config)
+    dtype = resolve_dtype(config, device)
+    if config.name.startswith("builtin:"):
+        return _read_builtin(config, device, dtype)
+    path = Path(config.name).expanduser()
+    if not path.is_dir() and (path.is_absolute() or config.name.startswith(("./", "../", "~"))):
+        raise UserError(f"model.name = {config.name!r}: no such folder")
+    source = str(path) if path.is_dir() else config.name
+    options: dict[str, Any] = {"dtype": dtype, **_quantized(config, device)}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision)
+        model = AutoModelForCausalLM.from_pretrained(source, revision=config.revision, **options)
+    except torch.cuda.OutOfMemoryError:
+        raise UserError(f"model.name = {config.name!r}: does not fit on {device}; try model.quantization=nf4") from None
+    except Exception as error:  # the hub's and the model classes' errors share no other base
+        raise UserError(_unreachable(config, path.is_dir(), error)) from error
+    return (model if config.quantization != "none" else model.to(device)), tokenizer
+
+
+def _read_builtin(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if config.name != BUILTIN:
+        raise UserError(f"model.name = {config.name!r}: the only built-in model is {BUILTIN!r}")
+    if config.quantization != "none":
+        raise UserError(f"model.quantization = {config.quantization!r}: {BUILTIN} is too small to quantize; use none")
+    from apiary.builtin import load_tiny
+
+    model, tokenizer = load_tiny()
+    return model.to(device=device, dtype=dtype), tokenizer
+
+
+def _quantized(config: ModelConfig, device: torch.device) -> dict[str, Any]:
+    if config.quantization == "none":
+        return {}
+    key = f"model.quantization = {config.quantization!r}"
+    if device.type != "cuda":
+        raise UserError(f"{key}: needs a CUDA GPU, and the device here is {device}; use none")
+    try:
+        import bitsandbytes  # type: ignore[import-not-found,unused-ignore]  # noqa: F401
+    except ImportError:
+        raise UserError(f"{key}: needs the package bitsandbytes (pip install bitsandbytes)") from None
+    from transformers import BitsAndBytesConfig
+
+    if config.quantization == "int8":
+        quantization = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=resolve_dtype(config, device),
+        )
+    return {"quantization_config": quantization, "device_map": {"": device}}
+
+
+def _unreachable(config: ModelConfig, is_folder: bool, error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = (lines[0] if lines else type(error).__name__)[:200].rstrip(".")
+    name = f"model.name = {config.name!r}" + (f" (revision {config.revision!r})" if config.revision else "")
+    if is_folder:
+        return f"{name}: not a causal language model that Transformers can read ({reason})"
+    fix = "is it a folder that does not exist? does the hub id need `hf auth login`? is this machine offline?"
+    return f"{name}: cannot be loaded ({reason}); {fix}"
+
+
+def _check_vocabulary(config: ModelConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None:
+        raise UserError(f"model.name = {config.name!r}: has no language-model head, so it cannot write answers")
+    rows = getattr(embedding, "num_embeddings", None)
+    if isinstance(rows, int) and len(tokenizer) > rows:
+        raise UserError(
+            f"model.name = {config.name!r}: its tokenizer has {len(tokenizer)} tokens and its embedding {rows} rows; "
+            "they do not belong together"
+        )
+
+
+def base_digest(model: nn.Module, quantization: str = "none") -> str:
+    """A SHA-256 over names, shapes and evenly spaced values of all frozen weights (16 hex digits).
+
+    Values are compared as bfloat16, so a base held in float32 and its rounded copy on a GPU agree. Of quantized layers
+    only name and kind count: how their bytes are packed is the business of the library and the card.
+    """
+    hasher = hashlib.sha256(quantization.encode())
+    for name, tensor in sorted(model.named_parameters()):
+        if not tensor.is_floating_point():
+            hasher.update(f"\n{name} packed".encode())
+            continue
+        flat = tensor.detach().reshape(-1)
+        count = min(_SAMPLES, flat.numel())
+        # Integer arithmetic: a floating-point linspace would pick other places on other devices.
+        places = torch.arange(count, device=flat.device) * flat.numel() // max(count, 1)
+        values = flat[places].to(torch.bfloat16).view(torch.int16).cpu().numpy()
+        hasher.update(f"\n{name} {tuple(tensor.shape)}".encode())
+        hasher.update(values.tobytes())
+    return hasher.hexdigest()[:16]
+
+
+def _adapt(base: _Base, config: ModelConfig, adapter: AdapterConfig) -> LanguageModel:
+    model = get_peft_model(_share(base.model), _lora(config, adapter, base.model))  # type: ignore[arg-type]
+    model.eval()
+    live = {n.replace(".default.", "."): p for n, p in model.named_parameters() if p.requires_grad}
+    device = resolve_device(config)
+    return LanguageModel(
+        model=model,  # type: ignore[arg-type]
+        tokenizer=base.tokenizer,
+        device=device,
+        dtype=resolve_dtype(config, device),
+        digest=base.digest,
+        name=config.name,
+        adapter=live,
+    )
+
+
+def _share(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the modules around the very same weights: peft rewrites the modules that it adapts."""
+    keep = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    return copy.deepcopy(model, keep)
+
+
+def _lora(config: ModelConfig, adapter: AdapterConfig, base: PreTrainedModel) -> LoraConfig:
+    targets = adapter.targets if isinstance(adapter.targets, str) else list(adapter.targets)
+    names = [name for name, _ in base.named_modules()]
+    for target in [] if targets == "all-linear" else [targets] if isinstance(targets, str) else targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            kinds = sorted({n.rsplit(".", 1)[-1] for n, m in base.named_modules() if isinstance(m, nn.Linear)})
+            known = ", ".join(kinds) or "none"
+            raise UserError(
+                f"adapter.targets: {config.name} has no module {target!r}; linear modules: {known}; or 'all-linear'"
+            )
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # a float works, and rsLoRA wants one
+        lora_dropout=adapter.dropout,
+        use_rslora=adapter.scaling == "rslora",
+        target_modules=[targets] if isinstance(targets, str) and targets != "all-linear" else targets,
+        base_model_name_or_path=config.name,
+        revision=config.revision,
+    )
+
+
+def get_adapter(lm: LanguageModel) -> dict[str, Tensor]:
+    """CPU float32 copies of the adapter's tensors, named as in a PEFT folder."""
+    return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in lm.adapter.items()}
+
+
+def set_adapter(lm: LanguageModel, state: StateDict) -> None:
+    """Writes `state` into the live adapter, in place.
+
+    Raises:
+        ValueError: a name is missing or unknown, or a shape differs; the live adapter is then untouched.
+    """
+    missing = [name for name in lm.adapter if name not in state]
+    unknown = [name for name in state if name not in lm.adapter]
+    if missing or unknown:
+        kind, names = ("lacks", missing) if missing else ("has the unknown tensor", unknown)
+        raise ValueError(f"adapter {kind} {names[0]!r} ({len(missing)} missing, {len(unknown)} unknown)")
+    for name, parameter in lm.adapter.items():
+        if state[name].shape != parameter.shape:
+            raise ValueError(f"adapter tensor {name!r}: shape {tuple(state[name].shape)}, not {tuple(parameter.shape)}")
+    with torch.no_grad():
+        for name, parameter in lm.adapter.items():
+            parameter.copy_(state[name])
+
+
+def fresh_adapter(lm: LanguageModel, seed: int) -> dict[str, Tensor]:
+    """A new adapter that changes nothing yet: A Kaiming-uniform, B zero (Hu et al. 2021, section 4.1).
+
+    Each A has a CPU generator of its own, derived from `seed` and its name: the same values on every machine.
+    """
+    state = {}
+    for name, parameter in lm.adapter.items():
+        state[name] = torch.zeros(parameter.shape)
+        if "lora_A" in name:
+            bound = parameter.shape[1] ** -0.5  # Kaiming-uniform with a = sqrt(5), as peft and nn.Linear have it
+            state[name].uniform_(-bound, bound, generator=generator(seed, "adapter", name))
+    return state
+
+
+@contextmanager
+def adapter_disabled(lm: LanguageModel) -> Iterator[None]:
+    """Within it, the model is exactly its base."""
+    with lm.model.disable_adapter():
+        yield
+
+
+@contextmanager
+def autocast(lm: LanguageModel) -> Iterator[None]:
+    """Within it, matrix products run in the base's dtype (no effect for a float32 base)."""
+    with torch.autocast(lm.device.type, torch.bfloat16, enabled=lm.dtype is torch.bfloat16):
+        yield
+
+
+def fingerprint(lm: LanguageModel, template: HasDigest) -> Fingerprint:
+    """What the handshake compares."""
+    from apiary.prompts import tokenizer_digest
+
+    shapes = json.dumps(sorted((name, list(p.shape)) for name, p in lm.adapter.items()))
+    return Fingerprint(
+        base=lm.digest,
+        tokenizer=tokenizer_digest(lm.tokenizer),
+        template=template.digest,
+        adapter=hashlib.sha256(shapes.encode()).hexdigest()[:16],
+    )
+
+
+def merged(lm: LanguageModel, state: StateDict) -> PreTrainedModel:
+    """A copy of the base, on the CPU in float32, with the adapter `state` folded into its weights."""
+    whole = copy.deepcopy(lm.model).to("cpu", torch.float32)
+    with torch.no_grad():
+        for name, parameter in whole.named_parameters():
+            if (key := name.replace(".default.", ".")) in state:
+                parameter.copy_(state[key])
+    return whole.merge_and_unload(safe_merge=True)  # type: ignore[no-any-return,operator]
+
+
+def save_adapter(lm: LanguageModel, state: StateDict, folder: str | Path, card: str | None = None) -> None:
+    """Writes a PEFT folder that `peft.PeftModel.from_pretrained(base, folder)` loads.
+
+    It is written beside its place and moved there whole: at any moment the folder is absent, the old one, or the new one.
+
+    Args:
+        card: text of the folder's README.md.
+
+    Raises:
+        OSError: the disk is full or the place cannot be written; nothing is left behind.
+    """
+    target = Path(folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        lm.model.peft_config["default"].save_pretrained(str(work))
+        tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in state.items()}
+        save_file(tensors, work / "adapter_model.safetensors", metadata={"format": "pt"})
+        if card is not None:
+            (work / "README.md").write_text(card, encoding="utf-8")
+        work.chmod(0o755)  # mkdtemp's folders are private; this one is a result
+        _sync(work)
+        _swap(work, target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    for path in [*folder.iterdir(), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _swap(work: Path, target: Path) -> None:
+    old = work.with_name(work.name + "-old")
+    if target.exists():
+        target.rename(old)
+    work.rename(target)
+    shutil.rmtree(old, ignore_errors=True)

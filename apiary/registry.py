@@ -1,0 +1,103 @@
+"""Methods by name: a builder is registered under a name, and its signature is the schema of its options."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Generic, TypeVar, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from apiary.config import UserError
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Builders of one kind of thing.
+
+    Args:
+        key: the configuration key that names a method of this kind; used in error lines.
+    """
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self._builders: dict[str, Callable[..., T]] = {}
+
+    def register(self, name: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
+        """A decorator that registers a builder under `name`."""
+
+        def add(builder: Callable[..., T]) -> Callable[..., T]:
+            if name in self._builders:
+                raise ValueError(f"{self.key}: {name!r} is registered twice")
+            self._builders[name] = builder
+            return builder
+
+        return add
+
+    def __iter__(self) -> Iterator[str]:
+        """Names in order of registration."""
+        return iter(self._builders)
+
+    def builder(self, name: str) -> Callable[..., T]:
+        """The builder registered as `name`, or the one at `module:function`.
+
+        Raises:
+            UserError: no such name; the nearest one is offered.
+        """
+        if name in self._builders:
+            return self._builders[name]
+        if ":" in name:
+            return self._outside(name)
+        close = difflib.get_close_matches(name, self._builders, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "your own goes by module:function"
+        raise UserError(f"{self.key} = {name!r}: allowed are {', '.join(self._builders)}; {hint}")
+
+    def _outside(self, name: str) -> Callable[..., T]:
+        module, _, function = name.partition(":")
+        try:
+            return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"{self.key} = {name!r}: {error}") from None
+
+    def build(self, name: str, options: Mapping[str, Any] | None = None, **given: Any) -> T:
+        """What the builder makes of checked `options`.
+
+        Args:
+            name: a registered name or `module:function`.
+            options: from the configuration; checked against the builder's annotations.
+            given: passed on unchecked, and only where the builder asks for them by name.
+
+        Raises:
+            UserError: unknown name, unknown option, missing option, or a value of the wrong type.
+        """
+        builder = self.builder(name)
+        parameters = inspect.signature(builder).parameters
+        passed = {k: v for k, v in given.items() if k in parameters}
+        checked = self._check(name, builder, {k: p for k, p in parameters.items() if k not in given}, options or {})
+        return builder(**passed, **checked)
+
+    def _check(
+        self,
+        name: str,
+        builder: Callable[..., T],
+        allowed: Mapping[str, inspect.Parameter],
+        options: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        hints = get_type_hints(builder, include_extras=True)
+        checked = {}
+        for option, value in options.items():
+            if option not in allowed:
+                close = difflib.get_close_matches(option, allowed, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"allowed are {', '.join(allowed) or 'none'}"
+                raise UserError(f"{self.key}: {name!r} has no option {option!r}; {hint}")
+            try:
+                checked[option] = TypeAdapter(hints.get(option, Any)).validate_python(value)
+            except ValidationError as error:
+                raise UserError(f"{self.key}.{option} = {value!r}: {error.errors()[0]['msg']}") from None
+        for option, parameter in allowed.items():
+            if parameter.default is inspect.Parameter.empty and option not in checked:
+                raise UserError(f"{self.key}: {name!r} needs the option {option!r}")
+        return checked

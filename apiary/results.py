@@ -1,0 +1,212 @@
+"""What can be done with a finished run or an adapter folder: open it, score it on other data, talk to it, hand it on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors.torch import load_file
+
+from apiary import config as configs
+from apiary import evaluate, examples, models, prompts, runlog
+from apiary.config import RunConfig, UserError
+from apiary.evaluate import Measured
+from apiary.examples import Example, Turn
+from apiary.models import LanguageModel
+from apiary.probe import ModelProbe
+from apiary.prompts import Template
+from apiary.tensors import StateDict
+
+_WEIGHTS = "adapter_model.safetensors"
+_SETTINGS = "apiary.toml"  # the run's configuration, kept inside the adapter folder
+
+
+class Tuned(NamedTuple):
+    """A base model with an adapter, and the settings it was tuned with."""
+
+    config: RunConfig
+    lm: LanguageModel
+    template: Template
+    adapter: StateDict
+    run: Path | None  # the run directory, if it is one
+
+
+def open_tuned(path: Path, overrides: Sequence[str] = ()) -> Tuned:
+    """The model of a run directory or an adapter folder.
+
+    Args:
+        path: a run (with `adapter/` in it) or a PEFT adapter folder.
+        overrides: `key=value` settings on top of the stored ones.
+
+    Raises:
+        UserError: neither of the two, or the base model cannot be had.
+    """
+    run = path if (path / "adapter" / _WEIGHTS).exists() else None
+    folder = path / "adapter" if run else path
+    if not (folder / _WEIGHTS).exists():
+        unfinished = (path / "config.toml").exists()
+        hint = "it is not finished: apiary simulate --out DIR --resume" if unfinished else "give a run directory or a PEFT adapter folder"
+        raise UserError(f"{str(path)!r} holds no adapter; {hint}")
+    stored = next((f for f in (path / "config.toml", folder / _SETTINGS) if f.exists()), None)
+    config = configs.load(stored, [*_settings_of(folder, stored), *overrides])
+    lm = models.load(config.model, config.adapter)
+    template = prompts.make_template(config.prompt, lm.tokenizer)
+    adapter = load_file(folder / _WEIGHTS)
+    try:
+        models.set_adapter(lm, adapter)
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} does not fit the base {config.model.name!r}: {error}") from None
+    return Tuned(config, lm, template, adapter, run)
+
+
+def _settings_of(folder: Path, stored: Path | None) -> list[str]:
+    """What PEFT's own file says, for an adapter that carries no settings of ours."""
+    if stored is not None:
+        return []
+    try:
+        values = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{str(folder)!r}: adapter_config.json cannot be read: {error}") from None
+    if values.get("peft_type") != "LORA":
+        raise UserError(f"{str(folder)!r}: peft_type = {values.get('peft_type')!r}; only LORA can be opened")
+    targets = values["target_modules"]
+    return [
+        f"model.name={json.dumps(values['base_model_name_or_path'])}",
+        f"adapter.rank={values['r']}",
+        f"adapter.alpha={float(values['lora_alpha'])}",
+        f"adapter.scaling={'rslora' if values.get('use_rslora') else 'lora'}",
+        f"adapter.targets={json.dumps(targets)}",
+    ]
+
+
+def save_adapter_folder(lm: LanguageModel, adapter: StateDict, folder: Path, config: RunConfig) -> None:
+    """A PEFT folder that any tool loads, with a model card and the run's settings."""
+    models.save_adapter(lm, adapter, folder)
+    runlog.write_atomic(folder / _SETTINGS, config.to_toml())
+    runlog.write_atomic(folder / "README.md", card(config, None))
+
+
+def score(tuned: Tuned, source: str) -> dict[str, Measured]:
+    """The table's rows for other data: base and federated, and the run's own baselines where they were kept.
+
+    Raises:
+        UserError: the data cannot be read, or no example of it fits.
+    """
+    config, lm, template, adapter, run = tuned
+    data = examples.read(source, split=config.data.split, columns=config.data.columns, max_rows=config.data.max_rows)
+    held_out = evaluate.prepare(data.test or data.examples, template, lm, config)
+    if not held_out.examples:
+        raise UserError(f"{source!r}: no example fits prompt.max_tokens = {config.prompt.max_tokens}; raise it with -s")
+    kept = {f.parent.name: load_file(f) for f in sorted((run / "baselines").glob(f"*/{_WEIGHTS}"))} if run else {}
+    rows = {"base": evaluate.measure(lm, models.fresh_adapter(lm, config.seed), held_out, config)}
+    alone = [evaluate.measure(lm, state, held_out, config) for name, state in kept.items() if name != "central"]
+    if alone:
+        rows["local"] = evaluate.mean(alone)
+    rows["federated"] = evaluate.measure(lm, adapter, held_out, config)
+    if "central" in kept:
+        rows["central"] = evaluate.measure(lm, kept["central"], held_out, config)
+    return rows
+
+
+def reply(tuned: Tuned, history: Sequence[Turn], max_new_tokens: int) -> str:
+    """The model's next turn, decoded greedily, with the template it was tuned with."""
+    example = Example((*history, Turn("assistant", "")), {})
+    ids = prompts.encode_prompt(example, tuned.template, tuned.lm.tokenizer, tuned.config.prompt.max_tokens)
+    models.set_adapter(tuned.lm, tuned.adapter)
+    return ModelProbe(tuned.lm).generate([ids], max_new_tokens)[0]
+
+
+def export(path: Path, to: Path, *, merge: bool) -> Path:
+    """A folder to hand on: the adapter with its card, or with `merge` a whole model that needs no PEFT.
+
+    For a built-in base, which no hub knows, the base is written beside the adapter as `base/`.
+
+    Raises:
+        UserError: `to` is not empty, or the run has no adapter.
+    """
+    if to.exists() and any(to.iterdir()):
+        raise UserError(f"{str(to)!r} is not empty; choose another --to")
+    overrides = ["model.dtype=float32"] if merge else []  # merging in 16 bits would round a light update away
+    tuned = open_tuned(path, overrides)
+    metrics = runlog.read_metrics(tuned.run) if tuned.run and (tuned.run / "metrics.json").exists() else None
+    draft = to.with_name(f".{to.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        _write_export(tuned, draft, merge)
+        runlog.write_atomic(draft / "README.md", card(tuned.config, metrics, merged=merge))
+        runlog.write_atomic(draft / _SETTINGS, tuned.config.to_toml())
+        if to.exists():
+            to.rmdir()
+        draft.rename(to)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    return to
+
+
+def _write_export(tuned: Tuned, draft: Path, merge: bool) -> None:
+    base, tokenizer = models.load_base(tuned.config.model)
+    tokenizer.save_pretrained(draft)
+    if not merge:
+        models.save_adapter(tuned.lm, tuned.adapter, draft / "adapter")
+        for file in (draft / "adapter").iterdir():
+            file.rename(draft / file.name)
+        (draft / "adapter").rmdir()
+        if tuned.config.model.name.startswith("builtin:"):
+            base.save_pretrained(draft / "base")
+            tokenizer.save_pretrained(draft / "base")
+        return
+    from peft import PeftModel
+
+    models.save_adapter(tuned.lm, tuned.adapter, draft / "adapter")
+    merged: Any = PeftModel.from_pretrained(base, str(draft / "adapter")).merge_and_unload()
+    shutil.rmtree(draft / "adapter")
+    merged.save_pretrained(draft)
+
+
+def card(config: RunConfig, metrics: Mapping[str, Any] | None, *, merged: bool = False) -> str:
+    """The model card: what it was tuned from, how, and how well it did."""
+    name = config.model.name
+    use = (
+        'AutoModelForCausalLM.from_pretrained("THIS_FOLDER")'
+        if merged
+        else f'PeftModel.from_pretrained(base, "THIS_FOLDER")  # base = AutoModelForCausalLM.from_pretrained("{_base_path(name)}")'
+    )
+    lines = [
+        "---",
+        *([] if name.startswith("builtin:") or Path(name).is_absolute() else [f"base_model: {name}"]),
+        "library_name: " + ("transformers" if merged else "peft"),
+        "tags: [federated-learning, lora, apiary]",
+        "---",
+        "# A federated LoRA adapter" + (", merged into its base" if merged else ""),
+        "",
+        f"Tuned with Apiary from `{Path(name).name if Path(name).is_absolute() else name}` by federated learning: "
+        f"{config.rounds} rounds, LoRA rank {config.adapter.rank} ({config.adapter.scaling}), "
+        f"`{config.strategy.name}`, prompt template `{Path(config.prompt.template).name}`. No training example left its client.",
+        "",
+        "```python",
+        use,
+        "```",
+        *_card_table(metrics),
+        "",
+        "Privacy: updates were averaged in the clear; no differential privacy was used. All settings are in `apiary.toml`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _base_path(name: str) -> str:
+    return "THIS_FOLDER/base" if name.startswith("builtin:") else Path(name).name if Path(name).is_absolute() else name
+
+
+def _card_table(metrics: Mapping[str, Any] | None) -> list[str]:
+    if not metrics:
+        return []
+    rows = ["", "| | held-out loss (nats per response token) | exact match |", "|---|---|---|"]
+    for row in metrics["table"]:
+        accuracy = "" if row["accuracy"] is None else f"{100 * row['accuracy']:.1f}%"
+        rows.append(f"| {row['method']} | {row['loss']:.3f} | {accuracy} |")
+    return rows

@@ -1,0 +1,69 @@
+"""Arithmetic on named tensors, and the generators all randomness comes from.
+
+A `StateDict` is never mutated: every function returns new tensors (or the same ones, untouched).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+StateDict: TypeAlias = Mapping[str, Tensor]  # CPU float32 unless stated
+
+
+def zeros_like(state: StateDict, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Zeros of the same names and shapes."""
+    return {name: torch.zeros_like(tensor, dtype=dtype) for name, tensor in state.items()}
+
+
+def subtract(a: StateDict, b: StateDict) -> dict[str, Tensor]:
+    """a - b, name by name."""
+    return {name: tensor - b[name] for name, tensor in a.items()}
+
+
+def add(a: StateDict, b: StateDict, scale: float = 1.0) -> dict[str, Tensor]:
+    """a + scale * b, name by name, in the dtype of `a`."""
+    return {name: (tensor + scale * b[name]).to(tensor.dtype) for name, tensor in a.items()}
+
+
+def norm(state: StateDict) -> float:
+    """The L2 norm over all entries, summed in float64 (0.0 for an empty state)."""
+    return float(sum((t.double().square().sum() for t in state.values()), torch.tensor(0.0).double()).sqrt())
+
+
+def is_finite(state: StateDict) -> bool:
+    """Whether no entry is NaN or infinite."""
+    return all(bool(torch.isfinite(tensor).all()) for tensor in state.values())
+
+
+def size_bytes(state: StateDict) -> int:
+    """The bytes of all entries as they are held."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+
+
+def digest(state: StateDict) -> str:
+    """A SHA-256 over names, dtypes, shapes and bytes, independent of the order of names (16 hex digits)."""
+    hasher = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        hasher.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.ndim else repr(tensor.item()).encode())
+    return hasher.hexdigest()[:16]
+
+
+def derive_seed(seed: int, *path: int | str) -> int:
+    """A 63-bit seed for one purpose, from the run's seed and a path such as (round, client, "order").
+
+    Different paths give unrelated seeds, and adding a purpose never changes the others.
+    """
+    text = "\x1f".join([str(seed), *map(str, path)])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def generator(seed: int, *path: int | str) -> torch.Generator:
+    """A CPU generator seeded by `derive_seed`."""
+    return torch.Generator().manual_seed(derive_seed(seed, *path))

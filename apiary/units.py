@@ -1,0 +1,57 @@
+"""Quantities as people read them: bytes, seconds, counts, losses and shares. One wording for terminal and report."""
+
+from __future__ import annotations
+
+import math
+
+MISSING = "–"  # noqa: RUF001 (an en dash reads as "no value" in a column of numbers)
+
+
+def loss_text(value: float | None, digits: int = 3) -> str:
+    """A loss in nats per token, or a dash where there is none."""
+    return MISSING if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+
+
+def change_text(value: float) -> str:
+    """A difference with its sign, `-0.12` or `+0.01`, and a minus that is as wide as the plus."""
+    return f"{value:+.3f}".replace("-", "−")  # noqa: RUF001
+
+
+def share_text(value: float | None, digits: int = 1) -> str:
+    """A share in 0..1 as a percentage, or a dash."""
+    return MISSING if value is None or not math.isfinite(value) else f"{100 * value:.{digits}f}%"
+
+
+def count_text(value: float | None) -> str:
+    """A whole number with thousands separators, or a dash."""
+    return MISSING if value is None or not math.isfinite(value) else f"{round(value):,}"
+
+
+def bytes_text(value: float | None) -> str:
+    """Bytes in decimal units with three digits, such as `1.24 MB`; a dash for None."""
+    if value is None or not math.isfinite(value):
+        return MISSING
+    amount, unit = float(value), "bytes"
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if abs(amount) < 999.5 or unit == "TB":
+            break
+        amount /= 1000
+    if unit == "bytes":
+        return f"{round(amount):d} bytes"
+    digits = 0 if abs(amount) >= 99.95 else 1 if abs(amount) >= 9.995 else 2
+    return f"{amount:.{digits}f} {unit}"
+
+
+def seconds_text(value: float | None) -> str:
+    """A duration such as `0.8 s`, `42 s`, `3 min 05 s`, `2 h 10 min`; a dash for None."""
+    if value is None or not math.isfinite(value):
+        return MISSING
+    if value < 9.95:
+        return f"{max(value, 0.0):.1f} s"
+    seconds = round(value)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    minutes = round(value / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,85 @@
+"""The ServerApp: prepares a run's state, lets `Rounds` do the work, and writes the adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from apiary import config as configs
+from apiary import evaluate, models, prompts, results
+from apiary.config import RunConfig
+from apiary.exchange import Score
+from apiary.probe import ModelProbe
+from apiary.runlog import RunLog
+from apiary.tensors import StateDict
+from server import checkpoint
+from server.rounds import Evaluation, Progress, Rounds
+from strategies import AGGREGATORS, ServerState
+
+
+def prepare(config: RunConfig, folder: Path, log: RunLog, held_out: prompts.Corpus | None) -> Rounds:
+    """The rounds of a run, from its newest checkpoint in `folder` or from the start.
+
+    Args:
+        config: the run.
+        folder: the run directory.
+        log: receives the events.
+        held_out: the server's own held-out examples; None when it has none.
+    """
+    lm = models.load(config.model, config.adapter)
+    template = prompts.make_template(config.prompt, lm.tokenizer)
+    found = checkpoint.load(folder / "checkpoints")
+    if found is None:
+        state, progress = ServerState(0, models.fresh_adapter(lm, config.seed), {}, {}), Progress()
+    else:
+        state, progress = found[0], Progress(**found[1])
+    probe = ModelProbe(lm)
+
+    def measure(adapter: StateDict) -> Evaluation:
+        models.set_adapter(lm, adapter)
+        nats, tokens = probe.losses(held_out)
+        score = Score(float(nats.sum()), int(tokens.sum()), len(nats))
+        return Evaluation(score, evaluate.interval(nats, tokens, seed=config.seed))
+
+    return Rounds(
+        config,
+        AGGREGATORS.build(config.strategy.name, config.strategy.options, weighting=config.strategy.weighting),
+        models.fingerprint(lm, template),
+        state,
+        log=log,
+        progress=progress,
+        on_round=lambda state, progress: save(folder, state, progress),
+        evaluate=measure if held_out is not None and len(held_out) else None,
+    )
+
+
+def save(folder: Path, state: ServerState, progress: Progress) -> None:
+    """Write a round's checkpoint."""
+    checkpoint.save(folder / "checkpoints", state, progress._asdict())
+
+
+def make_app(log: RunLog | None = None, held_out: prompts.Corpus | None = None) -> ServerApp:
+    """A ServerApp for one run.
+
+    The run config holds `config` (the whole configuration as JSON), `out` (the run directory, on the server's disk) and
+    `expected` (clients to wait for; the configured minimum when absent).
+    """
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        values: dict[str, Any] = dict(context.run_config)
+        config = configs.from_json(str(values["config"]))
+        folder = Path(str(values["out"]))
+        rounds = prepare(config, folder, log or RunLog(folder), held_out)
+        state = rounds.run(grid, int(values.get("expected", config.strategy.min_clients)))
+        lm = models.load(config.model, config.adapter)
+        results.save_adapter_folder(lm, state.adapter, folder / "adapter", config)
+
+    return app
+
+
+app = make_app()

@@ -1,0 +1,80 @@
+"""The server's state on disk, one folder a round: complete or not there at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from apiary.tensors import StateDict, digest
+from strategies import ServerState
+
+_PARTS = ("adapter", "base_delta", "memory")
+
+
+def save(folder: Path, state: ServerState, progress: Mapping[str, Any], keep: int = 2) -> Path:
+    """The folder `round-NNNN` that now holds the state; older ones beyond `keep` are removed.
+
+    Everything is written to a folder beside, flushed to disk, and renamed: a kill at any moment leaves either the whole
+    checkpoint or none.
+
+    Args:
+        progress: plain values that belong to the state, such as the best loss so far.
+    """
+    final = folder / f"round-{state.round:04d}"
+    draft = folder / f".draft-{os.getpid()}"
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        draft.mkdir(parents=True)
+        digests = {part: _write(draft / f"{part}.safetensors", getattr(state, part)) for part in _PARTS}
+        index = {"round": state.round, "digests": digests, "progress": dict(progress)}
+        (draft / "state.json").write_text(json.dumps(index), encoding="utf-8")
+        for path in [*draft.iterdir(), draft]:
+            _flush(path)
+        shutil.rmtree(final, ignore_errors=True)
+        draft.rename(final)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    _flush(folder)
+    for old in _rounds(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def load(folder: Path) -> tuple[ServerState, dict[str, Any]] | None:
+    """The newest complete state and its progress values; None when there is none.
+
+    A folder whose tensors do not match their digests is passed over.
+    """
+    for path in reversed(_rounds(folder)):
+        try:
+            index = json.loads((path / "state.json").read_text(encoding="utf-8"))
+            parts = {part: load_file(path / f"{part}.safetensors") for part in _PARTS}
+        except Exception:  # safetensors raises its own error type for a torn file
+            continue
+        if all(digest(parts[part]) == index["digests"][part] for part in _PARTS):
+            return ServerState(round=index["round"], **parts), index["progress"]
+    return None
+
+
+def _rounds(folder: Path) -> list[Path]:
+    return sorted(folder.glob("round-*"), key=lambda path: int(path.name.removeprefix("round-")))
+
+
+def _write(path: Path, state: StateDict) -> str:
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+    return digest(state)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,1 @@
+"""Many clients on one machine: the engines, the baselines, and the whole simulated run."""

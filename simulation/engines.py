@@ -1,0 +1,101 @@
+"""Engines: the same server and client apps, run in this process or by Flower's simulation on Ray."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import ClientAppCallable, Mod
+from flwr.serverapp import Grid, ServerApp
+
+from apiary.config import RunConfig, UserError
+from apiary.registry import Registry
+from client.app import make_app
+from simulation.local import LocalGrid
+
+
+class Engine(Protocol):
+    """Runs a server app against `clients` virtual nodes until it returns or raises."""
+
+    def __call__(self, app: ServerApp, config: RunConfig, clients: int, folder: Path) -> None:
+        """Run."""
+
+
+ENGINES: Registry[Engine] = Registry("simulate.engine")
+
+
+def site_facts(config: str, folder: Path) -> Mod:
+    """A mod that gives a virtual node what a real one gets from its operator: the run's config and its own folder."""
+
+    def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+        context.run_config = {"config": config}
+        context.node_config["state-path"] = str(folder / "clients")
+        return call_next(message, context)
+
+    return mod
+
+
+def _server_context(config: RunConfig, clients: int, folder: Path) -> Context:
+    values: dict[str, Any] = {"config": config.to_json(), "out": str(folder), "expected": clients}
+    return Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=values)
+
+
+@ENGINES.register("local")
+def local() -> Engine:
+    """One process, one client at a time: deterministic, debuggable, memory constant in the number of clients."""
+
+    def run(app: ServerApp, config: RunConfig, clients: int, folder: Path) -> None:
+        grid = LocalGrid(make_app(site_facts(config.to_json(), folder)), clients)
+        app(grid, _server_context(config, clients, folder))
+
+    return run
+
+
+@ENGINES.register("ray")
+def ray() -> Engine:
+    """Flower's simulation: one Ray worker per `cpus_per_client` cores (and share of a GPU), each with its own base model."""
+
+    def run(app: ServerApp, config: RunConfig, clients: int, folder: Path) -> None:
+        from flwr.simulation import run_simulation
+
+        failure: list[BaseException] = []
+        outer = ServerApp()
+
+        @outer.main()
+        def main(grid: Grid, context: Context) -> None:
+            try:
+                app(grid, _server_context(config, clients, folder))
+            except BaseException as error:  # Flower would wrap it beyond recognition
+                failure.append(error)
+
+        run_simulation(outer, _client_app(config, folder), clients, backend_config=_resources(config))
+        if failure:
+            raise failure[0]
+
+    return run
+
+
+def _client_app(config: RunConfig, folder: Path) -> ClientApp:
+    return make_app(site_facts(config.to_json(), folder))
+
+
+def _resources(config: RunConfig) -> Any:
+    """What Ray gives each worker.
+
+    Raises:
+        UserError: more cores or GPUs are asked for than the machine has.
+    """
+    cores = os.cpu_count() or 1
+    wanted = config.simulate.cpus_per_client
+    if wanted > cores:
+        raise UserError(f"simulate.cpus_per_client = {wanted}: this machine has {cores} cores")
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    quiet = {"num_cpus": cores, "include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
+    return {
+        "init_args": quiet,
+        "client_resources": {"num_cpus": wanted, "num_gpus": config.simulate.gpus_per_client},
+    }

@@ -1,0 +1,16 @@
+"""Aggregation methods: torch and the shared core, no Flower.
+
+Each module beside this one is imported, so that dropping a file in registers its methods.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from strategies.core import AGGREGATORS, Aggregator, Reducer, ServerState
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["AGGREGATORS", "Aggregator", "Reducer", "ServerState"]
