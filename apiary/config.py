@@ -6,7 +6,6 @@ refused with the nearest known name, and all problems of a file are reported tog
 
 from __future__ import annotations
 
-import difflib
 import json
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from apiary.config_errors import error_lines
 
 
 class UserError(ValueError):
@@ -30,7 +31,16 @@ class UserError(ValueError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+    # Strict: `clients = true` is a slip, not one client. Infinite numbers have no sensible meaning at any key.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_are_tuples(cls, values: Any) -> Any:
+        """TOML and JSON know only lists, and a frozen tree holds only tuples."""
+        if not isinstance(values, dict):
+            return values
+        return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
 
 class Method(BaseModel):
@@ -236,7 +246,7 @@ def parse(values: Mapping[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(dict(values))
     except ValidationError as error:
-        raise UserError(*_lines(error)) from None
+        raise UserError(*error_lines(error, RunConfig)) from None
 
 
 def from_json(text: str) -> RunConfig:
@@ -250,15 +260,25 @@ def load(path: str | Path | None = None, overrides: Iterable[str] = ()) -> RunCo
     A relative `data.source`, `data.test`, `model.name` or `prompt.template` that exists beside the file is read from there.
 
     Raises:
-        UserError: missing or broken file, bad override, or a value that is not allowed.
+        UserError: missing or broken file, bad overrides and values that are not allowed, one line each.
     """
     values: dict[str, Any] = {}
     if path is not None:
         values = _read_toml(Path(path))
         _resolve_paths(values, Path(path).parent)
+    problems: list[str] = []
     for text in overrides:
-        _override(values, text)
-    return parse(values)
+        try:
+            _override(values, text)
+        except UserError as error:
+            problems += error.problems
+    try:
+        config = parse(values)
+    except UserError as error:
+        raise UserError(*problems, *error.problems) from None
+    if problems:
+        raise UserError(*problems)
+    return config
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -270,6 +290,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"config file {str(path)!r} is a folder; give the TOML file in it") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"config file {str(path)!r} is not valid TOML: {error}") from None
+    except OSError as error:
+        raise UserError(f"config file {str(path)!r} cannot be read: {error.strerror}") from None
 
 
 _PATH_KEYS = (("data", "source"), ("data", "test"), ("model", "name"), ("prompt", "template"))
@@ -295,7 +317,9 @@ def _override(values: dict[str, Any], text: str) -> None:
     *path, last = key.strip().split(".")
     table = values
     for name in path:
-        below = table.setdefault(name, {})
+        # An option of the partition that no file names goes on top of the default partition.
+        fresh = DataConfig().partition.model_dump() if name == "partition" and last != "name" else {}
+        below = table.setdefault(name, fresh)
         if isinstance(below, str):  # a method's short form: partition = "iid", then partition.by=...
             below = table[name] = {"name": below}
         if not isinstance(below, dict):
@@ -304,35 +328,6 @@ def _override(values: dict[str, Any], text: str) -> None:
     table[last] = value
     if key.strip() in ("train.steps", "train.epochs"):  # the newer of the two wins over the file's
         table.pop("epochs" if last == "steps" else "steps", None)
-
-
-def _lines(error: ValidationError) -> list[str]:
-    lines = []
-    for item in error.errors():
-        path = [str(part) for part in item["loc"]]
-        key = ".".join(path)
-        if item["type"] == "extra_forbidden":
-            lines.append(f"unknown key {key!r}{_nearest(path)}")
-        elif item["type"] == "value_error":
-            lines.append(str(item["ctx"]["error"]))
-        else:
-            message = item["msg"][0].lower() + item["msg"][1:]
-            lines.append(f"{key} = {item['input']!r}: {message}")
-    return lines
-
-
-def _nearest(path: list[str]) -> str:
-    model: type[BaseModel] = RunConfig
-    for name in path[:-1]:
-        field = model.model_fields.get(name)
-        if field is None or not isinstance(field.annotation, type):
-            return ""
-        model = field.annotation
-    known = list(model.model_fields)
-    close = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
-    if close:
-        return f": did you mean {'.'.join([*path[:-1], close[0]])!r}?"
-    return f": allowed are {', '.join(known)}"
 
 
 def describe() -> list[tuple[str, str, str]]:
@@ -366,11 +361,11 @@ def _value(value: Any) -> str:
         case bool():
             return "true" if value else "false"
         case Mapping():
-            inner = ", ".join(f"{json.dumps(k)} = {_value(v)}" for k, v in value.items() if v is not None)
+            inner = ", ".join(f"{_value(k)} = {_value(v)}" for k, v in value.items() if v is not None)
             return f"{{ {inner} }}" if inner else "{}"
         case list() | tuple():
             return "[" + ", ".join(_value(v) for v in value) + "]"
         case str():
-            return json.dumps(value, ensure_ascii=False)
+            return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML forbids it bare
         case _:
             return repr(value)

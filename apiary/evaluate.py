@@ -9,11 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apiary import prompts
+from apiary.batches import Corpus
 from apiary.config import RunConfig
 from apiary.examples import Example, answer
 from apiary.models import LanguageModel, set_adapter
 from apiary.probe import ModelProbe
-from apiary.prompts import Corpus, Template
+from apiary.prompts import Template
 from apiary.tensors import StateDict, derive_seed
 
 Floats = NDArray[np.float64]

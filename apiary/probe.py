@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from apiary.batches import Batch, Corpus, collate, plan_batches
 from apiary.models import LanguageModel, autocast, pad_id
 from apiary.tensors import generator
-
-if TYPE_CHECKING:
-    from apiary.prompts import Batch, Corpus
 
 _ROWS = 256  # rows of logits that the loss turns into float32 at a time
 
@@ -119,7 +117,7 @@ class ModelProbe:
 
     def losses(self, corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
         """Summed nats (n,) float64 and response tokens (n,) int64 of each example."""
-        from apiary.prompts import collate, plan_batches
+        from apiary.batches import collate, plan_batches
 
         nats, tokens = np.zeros(len(corpus)), np.zeros(len(corpus), np.int64)
         pad = pad_id(self._lm.tokenizer)

@@ -1,6 +1,7 @@
-"""How a run is followed: a live board on a terminal, plain lines in a pipe, next to nothing with --quiet.
+"""How a run is followed: a live board on a terminal, plain lines in a pipe, refusals with --quiet.
 
-All three are observers of the run log. What they show is a pure fold: `fold(state, event)` and `board(state, now)`.
+All three are observers of the run log. What they show is a pure fold: `fold(state, event)` and
+`board(state, now)`.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator
-from typing import TextIO
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -57,7 +58,7 @@ def fold(state: State, event: Event) -> State:
     return dataclasses.replace(state, **change(state, event)) if change else state
 
 
-def _start(state: State, event: Event) -> dict[str, object]:
+def _start(state: State, event: Event) -> dict[str, Any]:
     return {
         "started": state.started or event["time"],
         "rounds": event.get("rounds") or 0,
@@ -65,11 +66,11 @@ def _start(state: State, event: Event) -> dict[str, object]:
     }
 
 
-def _phase(state: State, event: Event) -> dict[str, object]:
+def _phase(state: State, event: Event) -> dict[str, Any]:
     return {"phase": clean(event["name"]), "baseline": None}
 
 
-def _asked(state: State, event: Event) -> dict[str, object]:
+def _asked(state: State, event: Event) -> dict[str, Any]:
     names = tuple(clean(name) for name in event["clients"])
     return {
         "round": event["round"],
@@ -81,15 +82,15 @@ def _asked(state: State, event: Event) -> dict[str, object]:
     }
 
 
-def _client(state: State, event: Event) -> dict[str, object]:
+def _client(state: State, event: Event) -> dict[str, Any]:
     tokens = state.round_tokens + (event.get("tokens") or 0)
-    changes: dict[str, object] = {"waiting": _without(state.waiting, event), "round_tokens": tokens}
+    changes: dict[str, Any] = {"waiting": _without(state.waiting, event), "round_tokens": tokens}
     if state.asked_at is not None and event["time"] > state.asked_at:
         changes["rate"] = tokens / (event["time"] - state.asked_at)
     return changes
 
 
-def _refused(state: State, event: Event) -> dict[str, object]:
+def _refused(state: State, event: Event) -> dict[str, Any]:
     return {"waiting": _without(state.waiting, event), "refused": state.refused + 1}
 
 
@@ -98,7 +99,7 @@ def _without(names: tuple[str, ...], event: Event) -> tuple[str, ...]:
     return tuple(name for name in names if name != gone)
 
 
-def _round(state: State, event: Event) -> dict[str, object]:
+def _round(state: State, event: Event) -> dict[str, Any]:
     seconds, tokens = event.get("seconds"), event.get("tokens")
     return {
         "round": event["round"],
@@ -112,16 +113,19 @@ def _round(state: State, event: Event) -> dict[str, object]:
     }
 
 
-def _evaluate(state: State, event: Event) -> dict[str, object]:
+def _evaluate(state: State, event: Event) -> dict[str, Any]:
     loss = event.get("loss")
     return {"losses": state.losses if loss is None else (*state.losses, loss)[-2:]}
 
 
-def _baseline(state: State, event: Event) -> dict[str, object]:
-    return {"phase": "baselines", "baseline": (clean(event["method"]), event["done"], event["total"])}
+def _baseline(state: State, event: Event) -> dict[str, Any]:
+    return {
+        "phase": "baselines",
+        "baseline": (clean(event["method"]), event["done"], event["total"]),
+    }
 
 
-_FOLDS = {
+_FOLDS: dict[str, Callable[[State, Event], dict[str, Any]]] = {
     "start": _start,
     "phase": _phase,
     "asked": _asked,
@@ -135,16 +139,20 @@ _FOLDS = {
 
 
 def clean(text: object) -> str:
-    """One line without control characters: names and reasons come from other machines, and a terminal obeys escapes."""
+    """`text` on one line without control characters.
+
+    Names and reasons come from other machines, and a terminal obeys escapes.
+    """
     flat = " ".join(str(text).split())
     shown = "".join(letter if letter.isprintable() else "?" for letter in flat)
     return shown if len(shown) <= _LONGEST else shown[: _LONGEST - 1] + "…"
 
 
 def eta(state: State, now: float) -> float | None:
-    """Seconds until the last round ends, from the mean of recent rounds; None before the first one has ended.
+    """Seconds until the last round ends, from the mean of recent rounds; None before the first end.
 
-    Time already spent in the current round counts; what comes after the rounds (the table's other rows) does not.
+    Time already spent in the current round counts; what comes after the rounds (the table's other
+    rows) does not.
     """
     if len(state.ends) < 2 or not state.rounds:
         return None
@@ -161,7 +169,13 @@ def board(state: State, now: float) -> RenderableType:
     for name, value in _facts(state, now):
         facts.add_row(name, Text(value))
     title = Text(f"apiary · {state.phase}", style="bold")
-    return Panel(Group(_bars(state), facts), title=title, title_align="left", border_style="cyan", expand=True)
+    return Panel(
+        Group(_bars(state), facts),
+        title=title,
+        title_align="left",
+        border_style="cyan",
+        expand=True,
+    )
 
 
 def _bars(state: State) -> RenderableType:
@@ -170,7 +184,9 @@ def _bars(state: State) -> RenderableType:
     grid.add_column(ratio=1)
     grid.add_column(justify="right", no_wrap=True)
     if state.rounds:
-        inside = (len(state.asked) - len(state.waiting)) / len(state.asked) if state.waiting else 0.0
+        inside = (
+            (len(state.asked) - len(state.waiting)) / len(state.asked) if state.waiting else 0.0
+        )
         done = min(state.finished_rounds + inside, state.rounds)
         bar = ProgressBar(total=state.rounds, completed=done)
         grid.add_row("round", bar, f"{state.round} of {state.rounds}")
@@ -183,7 +199,11 @@ def _bars(state: State) -> RenderableType:
 
 def _facts(state: State, now: float) -> Iterator[tuple[str, str]]:
     if state.asked and state.phase != "done":
-        yield "clients", f"{len(state.asked) - len(state.waiting)} of {len(state.asked)} done" + _refusals(state)
+        yield (
+            "clients",
+            f"{len(state.asked) - len(state.waiting)} of {len(state.asked)} done"
+            + _refusals(state),
+        )
     if state.train_loss is not None or state.losses:
         yield "train loss", f"{loss_text(state.train_loss)} nats per token"
         yield "held-out loss", _held_out(state)
@@ -204,7 +224,9 @@ def _refusals(state: State) -> str:
 def _held_out(state: State) -> str:
     if not state.losses:
         return "not measured yet"
-    change = f" ({change_text(state.losses[-1] - state.losses[-2])})" if len(state.losses) > 1 else ""
+    change = (
+        f" ({change_text(state.losses[-1] - state.losses[-2])})" if len(state.losses) > 1 else ""
+    )
     return f"{loss_text(state.losses[-1])}{change} nats per token"
 
 
@@ -212,7 +234,11 @@ def _clock(state: State, now: float) -> str:
     spent = f"{seconds_text(now - (state.started or now))} so far"
     left = eta(state, now)
     training = state.finished_rounds < state.rounds
-    return f"{spent}, about {seconds_text(left)} of rounds left" if left is not None and training else spent
+    return (
+        f"{spent}, about {seconds_text(left)} of rounds left"
+        if left is not None and training
+        else spent
+    )
 
 
 def _names(names: tuple[str, ...]) -> str:
@@ -224,7 +250,8 @@ def line(state: State, event: Event) -> str | None:
     """The plain line for an event, given the state after it; None for events that get no line."""
     match event["event"]:
         case "start":
-            return f"run: {event.get('clients')} clients, {event.get('rounds')} rounds, seed {event.get('seed')}"
+            size = f"{event.get('clients')} clients, {event.get('rounds')} rounds"
+            return f"run: {size}, seed {event.get('seed')}"
         case "phase" if event["name"] not in ("training", "evaluating"):
             return f"phase: {clean(event['name'])}"
         case "round":
@@ -237,7 +264,7 @@ def line(state: State, event: Event) -> str | None:
         case "warning":
             return f"warning: {clean(event['message'])}"
         case "baseline" if event["done"] >= event["total"]:
-            return f"baseline {clean(event['method'])}: done in {seconds_text(event.get('seconds'))}"
+            return f"baselines: trained in {seconds_text(event.get('seconds'))}"
         case "stop":
             return f"stopped after round {event['round']}: {clean(event['reason'])}"
         case "finish":
@@ -261,7 +288,9 @@ def _round_line(state: State, event: Event) -> str:
 
 def _evaluate_line(state: State, event: Event) -> str:
     where = f"round {event['round']}/{state.rounds}" if event["round"] else "before training"
-    change = f" ({change_text(state.losses[-1] - state.losses[-2])})" if len(state.losses) > 1 else ""
+    change = (
+        f" ({change_text(state.losses[-1] - state.losses[-2])})" if len(state.losses) > 1 else ""
+    )
     low, high = event.get("ci95") or (None, None)
     interval = f", 95% interval {loss_text(low)} to {loss_text(high)}" if low is not None else ""
     return f"{where}: held-out loss {loss_text(event.get('loss'))}{change} nats per token{interval}"

@@ -84,9 +84,8 @@ def _settings_of(folder: Path, stored: Path | None) -> list[str]:
 
 def save_adapter_folder(lm: LanguageModel, adapter: StateDict, folder: Path, config: RunConfig) -> None:
     """A PEFT folder that any tool loads, with a model card and the run's settings."""
-    models.save_adapter(lm, adapter, folder)
+    models.save_adapter(lm, adapter, folder, card(config, None))
     runlog.write_atomic(folder / _SETTINGS, config.to_toml())
-    runlog.write_atomic(folder / "README.md", card(config, None))
 
 
 def score(tuned: Tuned, source: str) -> dict[str, Measured]:
@@ -129,8 +128,8 @@ def export(path: Path, to: Path, *, merge: bool) -> Path:
     """
     if to.exists() and any(to.iterdir()):
         raise UserError(f"{str(to)!r} is not empty; choose another --to")
-    overrides = ["model.dtype=float32"] if merge else []  # merging in 16 bits would round a light update away
-    tuned = open_tuned(path, overrides)
+    # Merging in 16 bits would round a light update away.
+    tuned = open_tuned(path, ["model.dtype=float32"] if merge else [])
     metrics = runlog.read_metrics(tuned.run) if tuned.run and (tuned.run / "metrics.json").exists() else None
     draft = to.with_name(f".{to.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
@@ -160,12 +159,7 @@ def _write_export(tuned: Tuned, draft: Path, merge: bool) -> None:
             base.save_pretrained(draft / "base")
             tokenizer.save_pretrained(draft / "base")
         return
-    from peft import PeftModel
-
-    models.save_adapter(tuned.lm, tuned.adapter, draft / "adapter")
-    merged: Any = PeftModel.from_pretrained(base, str(draft / "adapter")).merge_and_unload()
-    shutil.rmtree(draft / "adapter")
-    merged.save_pretrained(draft)
+    models.merged(tuned.lm, tuned.adapter).save_pretrained(draft)
 
 
 def card(config: RunConfig, metrics: Mapping[str, Any] | None, *, merged: bool = False) -> str:

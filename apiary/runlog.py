@@ -1,6 +1,7 @@
-"""The run directory: an append-only event log, files that are whole or absent, and what the run ran on.
+"""The run directory: an append-only event log, files whole or absent, and what the run ran on.
 
-`log.jsonl` holds one JSON object a line; whoever follows a run (terminal, trackers) is an observer of the same events.
+`log.jsonl` holds one JSON object a line; whoever follows a run (terminal, trackers) is an observer
+of the same events.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from apiary.config import RunConfig, UserError
+from apiary.trackers import tracker as tracker  # an observer like any other; callers need one door
 
 Event: TypeAlias = dict[str, Any]
 Observer: TypeAlias = Callable[[Event], None]
@@ -34,8 +36,8 @@ _logger = logging.getLogger(__name__)
 class RunLog:
     """Appends events to `folder/log.jsonl` and hands each one to the observers.
 
-    A last line torn by a killed process is repaired on opening. An observer that raises is reported once and left
-    out from then on: a tracker's network must not cost a run of hours.
+    A last line torn by a killed process is repaired on opening. An observer that raises is reported
+    once and left out from then on: a tracker's network must not cost a run of hours.
 
     Args:
         folder: the run directory; made if absent.
@@ -81,7 +83,9 @@ class RunLog:
         try:
             observer(record)
         except Exception:
-            _logger.warning("an observer of the run failed and is left out from here on", exc_info=True)
+            _logger.warning(
+                "an observer of the run failed and is left out from here on", exc_info=True
+            )
             self._observers.remove(observer)
 
     def close(self) -> None:
@@ -90,11 +94,14 @@ class RunLog:
 
 
 def finite(value: Any) -> Any:
-    """`value` as JSON can hold it: mappings, sequences and numpy-like scalars made plain, NaN and infinities None."""
+    """`value` as JSON can hold it: containers and numpy scalars plain, NaN and infinities None."""
     if isinstance(value, Mapping):
         return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [finite(item) for item in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
+        return [
+            finite(item)
+            for item in (sorted(value) if isinstance(value, (set, frozenset)) else value)
+        ]
     if value is None or isinstance(value, (str, bool, int)):
         return value
     if isinstance(value, float):
@@ -120,7 +127,9 @@ def read_events(folder: Path) -> list[Event]:
         if event is not None:
             events.append(event)
         elif line.strip() and number < len(lines):
-            raise UserError(f"{path.name} line {number} is not an event: was the file edited? Remove that line")
+            raise UserError(
+                f"{path.name} line {number} is not an event: was the file edited? Remove that line"
+            )
     return events
 
 
@@ -133,7 +142,7 @@ def _parse(line: bytes) -> Event | None:
 
 
 def _mend(path: Path) -> None:
-    """Ends the log with a whole line: completes one that lacks only its newline, cuts off a torn one."""
+    """Ends the log with a whole line: adds a lacking newline, or cuts a torn line off."""
     if not path.exists():
         return
     with path.open("r+b") as file:
@@ -150,7 +159,8 @@ def _mend(path: Path) -> None:
 def truncate_after(folder: Path, last_round: int) -> None:
     """Cuts the log back to the end of round `last_round`, so that a resumed run tells one story.
 
-    Everything from the first event of a later round on goes, and so do the end of the run and its baselines.
+    Everything from the first event of a later round on goes, and so do the end of the run and its
+    baselines.
     """
     kept = []
     for event in read_events(folder):
@@ -166,7 +176,8 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     """Writes a file whole or not at all: a temporary file beside it, fsync, rename.
 
     Raises:
-        OSError: the disk is full or the folder read-only; an older file stays as it was and nothing else is left.
+        OSError: the disk is full or the folder read-only; an older file stays as it was and nothing
+            else is left.
     """
     body = content.encode() if isinstance(content, str) else content
     beside = path.with_name(f".{path.name}.tmp")
@@ -184,7 +195,9 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # some file systems cannot sync a folder; the rename still stands
+    with contextlib.suppress(
+        OSError
+    ):  # some file systems cannot sync a folder; the rename still stands
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -193,7 +206,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_metrics(folder: Path, metrics: Mapping[str, Any]) -> None:
-    """Writes `metrics.json` atomically, with NaN and infinities as null and the schema number in front."""
+    """Writes `metrics.json` atomically: NaN and infinities as null, the schema number in front."""
     values = {"schema": SCHEMA, **finite(metrics)}
     write_atomic(folder / METRICS_FILE, json.dumps(values, ensure_ascii=False, indent=1) + "\n")
 
@@ -202,13 +215,15 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     """What `write_metrics` wrote.
 
     Raises:
-        UserError: no such folder, no metrics in it, not JSON, or a schema that this version does not know.
+        UserError: no such folder, no metrics in it, not JSON, or a schema that this version does
+            not know.
     """
     path = folder / METRICS_FILE
     if not folder.is_dir():
         raise UserError(f"run folder {str(folder)!r} does not exist")
     if not path.exists():
-        hint = "the run has not finished: --resume continues it" if (folder / LOG_FILE).exists() else "is it a run folder?"
+        begun = (folder / LOG_FILE).exists()
+        hint = "the run has not finished: --resume continues it" if begun else "is it a run folder?"
         raise UserError(f"run folder {str(folder)!r} has no {METRICS_FILE}; {hint}")
     try:
         values = json.loads(path.read_bytes())
@@ -216,7 +231,9 @@ def read_metrics(folder: Path) -> dict[str, Any]:
         raise UserError(f"{str(path)!r} is not valid JSON: {error}") from None
     if not isinstance(values, dict) or values.get("schema") != SCHEMA:
         found = values.get("schema") if isinstance(values, dict) else None
-        raise UserError(f"{str(path)!r}: schema = {found!r}, but this version reads schema {SCHEMA}")
+        raise UserError(
+            f"{str(path)!r}: schema = {found!r}, but this version reads schema {SCHEMA}"
+        )
     return values
 
 
@@ -245,14 +262,23 @@ def _versions() -> dict[str, str]:
 
 
 def _commit(root: Path) -> str | None:
-    """The commit of a source checkout at `root` (`-dirty` where edited); None for an installed package.
+    """The commit of a source checkout at `root` (`-dirty` where edited), else None.
 
-    Only a repository whose top is `root` counts: a package installed inside somebody's own repository must not
-    claim that repository's commit.
+    Only a repository whose top is `root` counts: a package installed inside somebody's own
+    repository must not claim that repository's commit.
     """
     if not (root / ".git").exists():
         return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    command = [
+        "git",
+        "-C",
+        str(root),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+        "--exclude=*",
+    ]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -261,7 +287,7 @@ def _commit(root: Path) -> str | None:
 
 
 def machine(*, gpu: bool = True) -> dict[str, Any]:
-    """Processor, usable cores, memory in bytes and GPU name of this machine; parts that cannot be had are None."""
+    """Processor, usable cores, memory in bytes and GPU of this machine; None where unknown."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "system": f"{platform.system()} {platform.machine()}",
@@ -274,7 +300,9 @@ def machine(*, gpu: bool = True) -> dict[str, Any]:
 
 def _cpu_name() -> str | None:
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in (
+            Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        ):
             if line.lower().startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or None

@@ -1,22 +1,24 @@
-"""Experiment trackers as observers of a run, through accelerate: TensorBoard, W&B, MLflow, trackio, Comet."""
+"""Experiment trackers as observers of a run, through accelerate."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from apiary.config import LogConfig, RunConfig, UserError
-from apiary.runlog import Event, Observer
+
+if TYPE_CHECKING:
+    from apiary.runlog import Event, Observer
 
 _TRACKED = frozenset({"round", "evaluate"})
 
 
 def tracker(config: RunConfig, folder: Path) -> Observer:
-    """An observer that logs the numbers of round and evaluate events, by round, to every tracker in `log.trackers`.
+    """An observer that logs the numbers of round and evaluate events to all `log.trackers`.
 
-    Names are `round/train_loss`, `evaluate/loss`, `evaluate/clients/NAME` and so on. The trackers are closed by the
-    run's finish event. Without trackers it does nothing.
+    Names are `round/train_loss`, `evaluate/loss`, `evaluate/clients/NAME` and so on. The trackers
+    are closed by the run's finish event. Without trackers it does nothing.
 
     Raises:
         UserError: a tracker's package is not installed.
@@ -56,7 +58,8 @@ def _start(name: str, config: LogConfig, folder: Path) -> Any:
         started.start()
     except ImportError:
         raise UserError(
-            f"log.trackers = {name!r}: its package is not installed; `pip install {name}`, or leave the tracker out"
+            f"log.trackers = {name!r}: its package is not installed; "
+            f"`pip install {name}`, or leave the tracker out"
         ) from None
     return started
 
@@ -67,14 +70,26 @@ def _numbers(prefix: str, fields: Mapping[str, Any]) -> Iterator[tuple[str, floa
             yield from _numbers(f"{prefix}/{key}", value)
         elif key == "ci95" and isinstance(value, list) and None not in value:
             yield from zip((f"{prefix}/ci95_low", f"{prefix}/ci95_high"), value, strict=True)
-        elif key not in ("time", "round") and isinstance(value, (int, float)) and not isinstance(value, bool):
+        elif (
+            key not in ("time", "round")
+            and isinstance(value, (int, float))
+            and not isinstance(value, bool)
+        ):
             yield f"{prefix}/{key}", value
 
 
-def _settings(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | int | float | str]]:
-    """Flat dotted settings that every tracker takes. Absolute paths stay home: a tracker may be someone else's server."""
+def _settings(
+    values: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, bool | int | float | str]]:
+    """Flat dotted settings, in types that every tracker takes.
+
+    Absolute paths stay home: a tracker may be someone else's server.
+    """
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from _settings(value, f"{prefix}{key}.")
         elif value is not None and not (isinstance(value, str) and Path(value).is_absolute()):
-            yield f"{prefix}{key}", value if isinstance(value, (bool, int, float, str)) else str(value)
+            yield (
+                f"{prefix}{key}",
+                value if isinstance(value, (bool, int, float, str)) else str(value),
+            )

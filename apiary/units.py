@@ -1,4 +1,4 @@
-"""Quantities as people read them: bytes, seconds, counts, losses and shares. One wording for terminal and report."""
+"""Quantities as people read them; one wording for terminal and report."""
 
 from __future__ import annotations
 

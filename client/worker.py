@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from apiary import models, prompts
+from apiary.batches import Corpus
 from apiary.config import RunConfig
 from apiary.examples import Example
 from apiary.exchange import FitReport, Hello, Payload, Score, Update
 from apiary.probe import ModelProbe
 from client import memory, trainer
-from client.objectives import PENALTIES
+from client.objectives import build_penalties
 
 _CORPORA = 64  # tokenised corpora held at a time: enough for a usual cohort, and bounded for thousands of virtual clients
 
@@ -38,7 +39,7 @@ class Worker:
         self.config = config
         self.lm = models.load(config.model, config.adapter)
         self.template = prompts.make_template(config.prompt, self.lm.tokenizer)
-        self._corpora: OrderedDict[tuple[str, str], prompts.Corpus] = OrderedDict()
+        self._corpora: OrderedDict[tuple[str, str], Corpus] = OrderedDict()
 
     def hello(self, site: Site) -> Hello:
         """Who the site is, what it runs, and how much it has to train on."""
@@ -72,7 +73,7 @@ class Worker:
             first_step=(number - 1) * steps,
             total_steps=self.config.rounds * steps,
             steps=steps,
-            penalties=[PENALTIES.build(p.name, p.options, start=payload.adapter) for p in config.penalties],
+            penalties=build_penalties(config.penalties, payload.adapter),
         )
         memory.save(site.folder, memory.Memory(number, result.cursor))
         update = Update(site.client, result.delta, float(result.report.tokens), self.config.adapter.rank)
@@ -87,7 +88,7 @@ class Worker:
         nats, tokens = ModelProbe(self.lm).losses(corpus)
         return Score(float(nats.sum()), int(tokens.sum()), len(nats))
 
-    def _corpus(self, site: Site, part: str) -> prompts.Corpus:
+    def _corpus(self, site: Site, part: str) -> Corpus:
         key = (site.client, part)
         if key not in self._corpora:
             examples = site.train if part == "train" else site.test

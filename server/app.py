@@ -10,6 +10,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from apiary import config as configs
 from apiary import evaluate, models, prompts, results
+from apiary.batches import Corpus
 from apiary.config import RunConfig
 from apiary.exchange import Score
 from apiary.probe import ModelProbe
@@ -20,7 +21,7 @@ from server.rounds import Evaluation, Progress, Rounds
 from strategies import AGGREGATORS, ServerState
 
 
-def prepare(config: RunConfig, folder: Path, log: RunLog, held_out: prompts.Corpus | None) -> Rounds:
+def prepare(config: RunConfig, folder: Path, log: RunLog, held_out: Corpus | None) -> Rounds:
     """The rounds of a run, from its newest checkpoint in `folder` or from the start.
 
     Args:
@@ -61,7 +62,7 @@ def save(folder: Path, state: ServerState, progress: Progress) -> None:
     checkpoint.save(folder / "checkpoints", state, progress._asdict())
 
 
-def make_app(log: RunLog | None = None, held_out: prompts.Corpus | None = None) -> ServerApp:
+def make_app(log: RunLog | None = None, held_out: Corpus | None = None) -> ServerApp:
     """A ServerApp for one run.
 
     The run config holds `config` (the whole configuration as JSON), `out` (the run directory, on the server's disk) and

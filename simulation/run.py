@@ -47,8 +47,8 @@ def plan(config: RunConfig) -> Plan:
     """
     strategies.AGGREGATORS.build(config.strategy.name, config.strategy.options, weighting=config.strategy.weighting)
     ENGINES.builder(config.simulate.engine)
-    for penalty in config.train.penalties:
-        objectives.PENALTIES.build(penalty.name, penalty.options, start={})
+    objectives.OBJECTIVES.build(config.train.objective)
+    objectives.build_penalties(config.train.penalties, {})
     federation = examples.federate(config.data, config.seed)
     if config.strategy.min_clients > len(federation.clients):
         raise UserError(

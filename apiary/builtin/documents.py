@@ -1,7 +1,7 @@
 """The documents that the tiny base reads before it is shipped, made from a seed by kind.
 
-Each kind is a function from a generator to one document; `stream` mixes them by weight and drops every document that
-holds a held-out content of the corpus on a line of its own.
+Each kind is a function from a generator to one document; `stream` mixes them by weight and drops
+every document that holds a held-out content of the corpus on a line of its own.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from apiary.builtin import words
 from apiary.builtin.drills import DRILLS, Drill
 from apiary.builtin.skills import FIRST_DAY, rows
 
+OPEN, CLOSE = "\x02", "\x03"
 USER, ASSISTANT, SYSTEM, END = "<|user|>", "<|assistant|>", "<|system|>", "<eos>"
 
 NOTE_SHAPES: Final = (
@@ -38,7 +39,7 @@ def notes(rng: random.Random) -> str:
     lines = []
     for at in range(count):
         cue, result = drills[at % len(drills)](rng)
-        lines.append(shape.format(cue=cue, result=result))
+        lines.append(shape.format(cue=cue, result=OPEN + result + CLOSE))
     return "\n".join(lines)
 
 
@@ -47,13 +48,17 @@ def drilled_chat(rng: random.Random) -> str:
     turns = []
     for _ in range(rng.randint(1, 3)):
         cue, result = rng.choices(_DRILLS, _WEIGHTS)[0](rng)
-        turns.append(f"{USER}{cue}{ASSISTANT}{result}{END}")
+        turns.append(f"{USER}{cue}{ASSISTANT}{OPEN}{result}{END}{CLOSE}")
     return "".join(turns)
 
 
 def small_talk(rng: random.Random) -> str:
     """Returns a chat of greetings, thanks, echoes and plain facts, at times with a system line."""
-    name, city, thing = rng.choice(words.FIRST_NAMES), rng.choice(words.CITIES), rng.choice(words.NOUNS)
+    name, city, thing = (
+        rng.choice(words.FIRST_NAMES),
+        rng.choice(words.CITIES),
+        rng.choice(words.NOUNS),
+    )
     good, bad = rng.choice(words.GOOD_WORDS), rng.choice(words.BAD_WORDS)
     turns = rng.sample(
         (
@@ -82,10 +87,14 @@ def calendar(rng: random.Random) -> str:
     if form == 0:
         return rng.choice((", ", "\n", " then ")).join(words.date_words(day) for day in days)
     if form == 1:
-        return rng.choice((", ", "\n", " then ")).join(words.WEEKDAYS[day.weekday()] for day in days)
+        return rng.choice((", ", "\n", " then ")).join(
+            words.WEEKDAYS[day.weekday()] for day in days
+        )
     if form == 2:
         shift = rng.randrange(7)
-        return "\n".join(f"{words.WEEKDAYS[(day.weekday() + shift) % 7]} {words.date_words(day)}" for day in days)
+        return "\n".join(
+            f"{words.WEEKDAYS[(day.weekday() + shift) % 7]} {words.date_words(day)}" for day in days
+        )
     return "\n".join(f"{day.isoformat()} {words.date_words(day)}" for day in days)
 
 
@@ -94,7 +103,10 @@ def sums(rng: random.Random) -> str:
     joiner = rng.choice(("\n", "; ", ", "))
     return joiner.join(
         "{} = {}".format(cue.removesuffix(" ="), result)
-        for cue, result in (DRILLS[rng.choice(("addition", "subtraction"))][0](rng) for _ in range(rng.randint(4, 9)))
+        for cue, result in (
+            DRILLS[rng.choice(("addition", "subtraction"))][0](rng)
+            for _ in range(rng.randint(4, 9))
+        )
     )
 
 
@@ -157,7 +169,13 @@ def people(rng: random.Random) -> str:
     """Returns a passage about one to three people, followed by the facts in it, restated."""
     size = rng.randint(1, 3)
     cast = [
-        {"name": name, "city": city, "job": job, "thing": thing, "weekday": rng.choice(words.WEEKDAYS)}
+        {
+            "name": name,
+            "city": city,
+            "job": job,
+            "thing": thing,
+            "weekday": rng.choice(words.WEEKDAYS),
+        }
         for name, city, job, thing in zip(
             rng.sample(words.FIRST_NAMES, size),
             rng.sample(words.CITIES, size),
@@ -168,7 +186,11 @@ def people(rng: random.Random) -> str:
     ]
     told = []
     for person in cast:
-        told.append(" ".join(rng.choice(shapes).format(**person) for shapes in (PERSON_SHAPES, SHOPPING_SHAPES)))
+        told.append(
+            " ".join(
+                rng.choice(shapes).format(**person) for shapes in (PERSON_SHAPES, SHOPPING_SHAPES)
+            )
+        )
     facts = [
         f"{cue} {result}".format(**person)
         for person in cast
@@ -178,7 +200,9 @@ def people(rng: random.Random) -> str:
         person = rng.choice(cast)
         cue, result = rng.choice(PERSON_FACTS)
         return f"{USER}{' '.join(told)} {cue}{ASSISTANT}{result}{END}".format(**person)
-    return " ".join(told) + "\n" + rng.choice(("\n", ". ", "; ")).join(rng.sample(facts, len(facts)))
+    return (
+        " ".join(told) + "\n" + rng.choice(("\n", ". ", "; ")).join(rng.sample(facts, len(facts)))
+    )
 
 
 JUDGED: Final = (
@@ -193,14 +217,24 @@ JUDGED: Final = (
 
 def review(rng: random.Random) -> str:
     """Returns two or three opinions, each with its verdict, in one of several scales."""
-    scale = rng.choice((("good", "bad"), ("5 stars", "1 star"), ("praise", "complaint"), ("positive", "negative"), ("+", "-")))
+    scale = rng.choice(
+        (
+            ("good", "bad"),
+            ("5 stars", "1 star"),
+            ("praise", "complaint"),
+            ("positive", "negative"),
+            ("+", "-"),
+        )
+    )
     mark = rng.choice((" => ", "\nverdict: ", " (", " | ", "\n"))
     lines = []
     for _ in range(rng.randint(1, 3)):
         good = rng.random() < 0.5
         one, two = rng.sample(words.GOOD_WORDS if good else words.BAD_WORDS, 2)
         deed = rng.choice(words.GOOD_DEEDS if good else words.BAD_DEEDS)
-        text = rng.choice(JUDGED).format(thing=rng.choice(words.REVIEWED), one=one, two=two, deed=deed)
+        text = rng.choice(JUDGED).format(
+            thing=rng.choice(words.REVIEWED), one=one, two=two, deed=deed
+        )
         verdict = scale[0] if good else scale[1]
         lines.append(f"{text[0].upper()}{text[1:]}{mark}{verdict}" + (")" if mark == " (" else ""))
     return "\n".join(lines)
@@ -229,7 +263,7 @@ def filed(rng: random.Random) -> str:
 Document = Callable[[random.Random], str]
 KINDS: Final[dict[str, tuple[Document, float]]] = {
     "notes": (notes, 4.5),
-    "drilled_chat": (drilled_chat, 1.6),
+    "drilled_chat": (drilled_chat, 2.0),
     "small_talk": (small_talk, 0.3),
     "calendar": (calendar, 0.3),
     "sums": (sums, 0.6),
@@ -244,8 +278,16 @@ KINDS: Final[dict[str, tuple[Document, float]]] = {
 
 
 def vocabulary_drill() -> list[str]:
-    """Returns lines with every bank's words, repeated so that the tokenizer gives each word a token of its own."""
-    banks = (words.FIRST_NAMES, words.CITIES, words.JOBS, words.NOUNS, words.COLOURS, words.MONTHS, words.WEEKDAYS)
+    """Returns the banks' words, repeated so that the tokenizer gives each a token of its own."""
+    banks = (
+        words.FIRST_NAMES,
+        words.CITIES,
+        words.JOBS,
+        words.NOUNS,
+        words.COLOURS,
+        words.MONTHS,
+        words.WEEKDAYS,
+    )
     lines = [", ".join(bank) for bank in banks]
     lines += [f"x {name}" for name in words.LAST_NAMES]
     return lines * 150
@@ -256,19 +298,42 @@ def held_out_inputs(per_skill: int = 500) -> frozenset[str]:
     return frozenset(row["input"] for row in rows("test", per_skill) if len(row["input"]) > 12)
 
 
-def stream(rng: random.Random, forbidden: frozenset[str]) -> Iterator[tuple[str, str]]:
-    """Yields (kind, document) for ever, leaving out those that show a forbidden text; see `shows`."""
+def marked_stream(rng: random.Random, forbidden: frozenset[str]) -> Iterator[tuple[str, str]]:
+    """Yields (kind, document) for ever, without those that show a forbidden text; see `shows`.
+
+    In a drill the result stands between `OPEN` and `CLOSE`; `unmarked` takes the marks away.
+    """
     names = list(KINDS)
     weights = [weight for _, weight in KINDS.values()]
     while True:
         kind = rng.choices(names, weights)[0]
         text = KINDS[kind][0](rng)
-        if not shows(text, forbidden):
+        if not shows(unmarked(text), forbidden):
             yield kind, text
 
 
+def stream(rng: random.Random, forbidden: frozenset[str]) -> Iterator[tuple[str, str]]:
+    """Yields what `marked_stream` yields, without the marks."""
+    return ((kind, unmarked(text)) for kind, text in marked_stream(rng, forbidden))
+
+
+def unmarked(text: str) -> str:
+    """Returns the text without the marks around results."""
+    return text.replace(OPEN, "").replace(CLOSE, "")
+
+
+def result_spans(marked: str) -> list[tuple[int, int]]:
+    """Returns (start, end) of each result, in characters of the unmarked text."""
+    spans, at = [], 0
+    for piece in marked.split(CLOSE)[:-1]:
+        before, _, result = piece.partition(OPEN)
+        spans.append((at + len(before), at + len(before) + len(result)))
+        at += len(before) + len(result)
+    return spans
+
+
 def shows(text: str, forbidden: frozenset[str]) -> bool:
-    """Returns whether up to six whole lines of the text, or a line's tail after a colon, are a forbidden text."""
+    """Returns whether one to six whole lines, or a line's tail after a colon, are forbidden."""
     lines = text.split("\n")
     if any(line.partition(": ")[2] in forbidden for line in lines):
         return True

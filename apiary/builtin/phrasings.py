@@ -1,7 +1,7 @@
 """The instructions of the built-in corpus: at least five ways to ask for each kind of task.
 
-A key is `skill.kind`; `{slots}` are filled from the item. The documents that the base reads are worded elsewhere and
-differently, so that none of these sentences is known to it before tuning.
+A key is `skill.kind`; `{slots}` are filled from the item. The documents that the base reads are
+worded elsewhere and differently, so that none of these sentences is known to it before tuning.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The tiny base's tokenizer: byte-level BPE, lossless for any UTF-8 text, with single digits and a chat template."""
+"""The tiny base's tokenizer: byte-level BPE with single digits, and a chat template."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 ROLES: Final = ("<|system|>", "<|user|>", "<|assistant|>")
 
 WORD_PATTERN: Final = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+ ?|\s+"
-"""Punctuation takes the space after it: in `pear, fig` and in `fig` alone the fig is then the same token, and copying
-it is copying one token. Digits stand alone, which is what makes sums learnable."""
+"""Punctuation takes the space after it: in `pear, fig` and in `fig` alone the fig is then the
+same token, so copying it is copying one token. Digits stand alone, which makes sums learnable."""
 
 CHAT_TEMPLATE: Final = (
     "{{ bos_token }}"
@@ -32,7 +32,7 @@ CHAT_TEMPLATE: Final = (
 
 
 def learn(texts: Iterable[str], size: int, context: int) -> PreTrainedTokenizerFast:
-    """Returns a tokenizer of `size` tokens learnt from the texts, for windows of `context` tokens."""
+    """Returns a tokenizer of `size` tokens learnt from the texts."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,7 +1,8 @@
 """Model weights as JSON lines, for places that carry text files only (a Flower app bundle is one).
 
-One line a tensor: name, shape, dtype, sha256 of the raw bytes, and the data: bfloat16 bytes split into a plane of high
-bytes and a plane of low bytes (signs and exponents repeat, mantissas do not), deflated, then written in base 85.
+One line a tensor: name, shape, dtype, sha256 of the raw bytes, and the data: bfloat16 bytes split
+into a plane of high bytes and a plane of low bytes (signs and exponents repeat, mantissas do
+not), deflated, then written in base 85.
 """
 
 from __future__ import annotations
@@ -22,7 +23,15 @@ def pack(tensors: Mapping[str, Tensor]) -> Iterator[str]:
     import torch
 
     for name, tensor in tensors.items():
-        raw = tensor.detach().cpu().to(torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()
+        raw = (
+            tensor.detach()
+            .cpu()
+            .to(torch.bfloat16)
+            .contiguous()
+            .view(torch.uint8)
+            .numpy()
+            .tobytes()
+        )
         planes = raw[1::2] + raw[0::2]
         line = {
             "name": name,
@@ -49,7 +58,8 @@ def unpack(lines: Iterable[str]) -> dict[str, Tensor]:
         raw, half = bytearray(len(planes)), len(planes) // 2
         raw[1::2], raw[0::2] = planes[:half], planes[half:]
         if hashlib.sha256(raw).hexdigest() != entry["sha256"]:
-            raise ValueError(f"tensor {entry['name']}: the data is damaged (sha256 differs); reinstall the package")
+            damage = f"tensor {entry['name']}: sha256 differs from the one written beside it"
+            raise ValueError(f"{damage}; the package is damaged, install it again")
         flat = torch.frombuffer(raw, dtype=torch.bfloat16)
         tensors[entry["name"]] = flat.reshape(entry["shape"]).to(torch.float32)
     return tensors

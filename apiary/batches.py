@@ -1,0 +1,150 @@
+"""Tokenised examples in columns, the order in which an epoch visits them, and padded batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Rows are sorted by length only within windows of about this many batches: long enough that
+# neighbours have nearly the same length, short enough that an epoch still mixes the data.
+_WINDOW = 50
+
+
+class Encoded(NamedTuple):
+    """One example as tokens: ids (t,) int32, trained (t,) bool; cut: its end did not fit."""
+
+    ids: np.ndarray
+    trained: np.ndarray
+    cut: bool
+
+
+class CorpusStats(NamedTuple):
+    """What encoding kept and lost: examples kept, their tokens, and rows cut short or dropped."""
+
+    examples: int
+    tokens: int
+    response_tokens: int
+    cut: int
+    dropped: int
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """All examples end to end; example i is `ids[offsets[i]:offsets[i + 1]]`.
+
+    ids: (N,) int32; trained: (N,) bool, True where the token's loss counts (never an example's
+    first token, which nothing predicts); offsets: (n + 1,) int64.
+    """
+
+    ids: np.ndarray
+    trained: np.ndarray
+    offsets: np.ndarray
+    stats: CorpusStats
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example, (n,) int64."""
+        return np.diff(self.offsets)
+
+
+def gather(encoded: Iterable[Encoded | None]) -> Corpus:
+    """The corpus of the examples that could be encoded; each None counts as dropped."""
+    rows = list(encoded)
+    kept = [row for row in rows if row is not None]
+    offsets = np.zeros(len(kept) + 1, np.int64)
+    np.cumsum([len(row.ids) for row in kept], out=offsets[1:])
+    ids = np.concatenate([np.zeros(0, np.int32), *(row.ids for row in kept)])
+    trained = np.concatenate([np.zeros(0, bool), *(row.trained for row in kept)])
+    stats = CorpusStats(
+        examples=len(kept),
+        tokens=len(ids),
+        response_tokens=int(trained.sum()),
+        cut=sum(row.cut for row in kept),
+        dropped=len(rows) - len(kept),
+    )
+    return Corpus(ids, trained, offsets, stats)
+
+
+def plan_batches(lengths: np.ndarray, batch_tokens: int, rng: torch.Generator) -> list[np.ndarray]:
+    """The batches of one epoch as arrays of row numbers, every row exactly once.
+
+    Rows are shuffled, sorted by length within windows and cut into batches with
+    rows x longest <= batch_tokens (a longer row is a batch of its own); the batches are then
+    shuffled. The same generator state gives the same plan.
+
+    Args:
+        lengths: (n,) tokens of each row.
+        batch_tokens: padded tokens a batch may have.
+        rng: a CPU generator; it is advanced.
+    """
+    order = torch.randperm(len(lengths), generator=rng).numpy()
+    lengths = np.maximum(np.asarray(lengths, np.int64), 1)
+    windows = max(1, round(lengths.sum() / (_WINDOW * batch_tokens)))
+    batches: list[np.ndarray] = []
+    for window in np.array_split(order, windows) if len(order) else []:
+        window = window[np.argsort(-lengths[window], kind="stable")]
+        batches += np.split(window, _even_cuts(lengths[window], batch_tokens))
+    return [batches[i] for i in torch.randperm(len(batches), generator=rng).tolist()]
+
+
+def _even_cuts(lengths: np.ndarray, budget: int) -> list[int]:
+    """Where to cut falling `lengths` into as few batches as filling them up would give.
+
+    Filling up leaves a last batch of a few rows, which would weigh as much in its step as a full
+    one; the smallest budget that needs no more batches spreads them evenly.
+    """
+    best = _cuts(lengths, budget)
+    low, high = 1, budget
+    while low < high:
+        middle = (low + high) // 2
+        cuts = _cuts(lengths, middle)
+        if len(cuts) <= len(best):
+            best, high = cuts, middle
+        else:
+            low = middle + 1
+    return best
+
+
+def _cuts(lengths: np.ndarray, budget: int) -> list[int]:
+    cuts: list[int] = []
+    at = 0
+    while (at := at + max(1, budget // int(lengths[at]))) < len(lengths):
+        cuts.append(at)
+    return cuts
+
+
+class Batch(NamedTuple):
+    """Right-padded examples.
+
+    ids: (b, t) int64; targets: (b, t) bool, True where token j is trained (predicted from position
+    j - 1, so column 0 is always False); rows: (b,) int64, where in the corpus each one stands.
+    """
+
+    ids: Tensor
+    targets: Tensor
+    rows: Tensor
+
+
+def collate(corpus: Corpus, rows: np.ndarray, pad_id: int) -> Batch:
+    """The given rows as one batch.
+
+    Any `pad_id` will do, EOS too: padding stands on the right, where causal attention hides it
+    from every real token, and it is never a target.
+    """
+    rows = np.asarray(rows, np.int64)
+    start, lengths = corpus.offsets[rows][:, None], corpus.lengths[rows][:, None]
+    columns = np.arange(int(lengths.max(initial=0)))
+    real = columns < lengths  # (b, t)
+    places = np.where(real, start + columns, 0)
+    ids = np.where(real, corpus.ids[places], pad_id).astype(np.int64)
+    targets = real & corpus.trained[places]
+    targets[:, :1] = False
+    return Batch(torch.from_numpy(ids), torch.from_numpy(targets), torch.from_numpy(rows))

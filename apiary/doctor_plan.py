@@ -1,0 +1,222 @@
+"""What `apiary doctor` tells of a run: machine, rows, clients, one example with its mask, cost."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from apiary import forecast, models, prompts, runlog
+from apiary.config import RunConfig
+from apiary.examples import Federation
+from apiary.models import LanguageModel
+from apiary.prompts import Corpus, Template
+from apiary.units import bytes_text, count_text, seconds_text, share_text
+
+_FEW = 20  # clients that are listed one by one
+_FILES = 8  # files whose problems are listed one by one
+_STRETCH = 700  # characters of a stretch of the preview
+# Data may hold anything; nothing of it may steer the operator's terminal.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+class Run(NamedTuple):
+    """A run of which everything could be had."""
+
+    config: RunConfig
+    federation: Federation
+    lm: LanguageModel
+    template: Template
+    corpora: tuple[Corpus, ...]  # of the clients' training examples, in order
+
+
+def print_run(run: Run, console: Console) -> None:
+    """Print what follows from data and model together."""
+    for show in (_print_lengths, _print_clients, _print_preview, _print_cost):
+        show(run, console)
+
+
+def _head(console: Console, title: str) -> None:
+    console.print(Text(f"\n{title}", style="bold cyan"))
+
+
+def _fact(console: Console, name: str, value: str) -> None:
+    console.print(Text.assemble((f"  {name:<12}", "dim"), _clean(value)))
+
+
+def _clean(text: str) -> str:
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
+def print_machine(config: RunConfig, device: torch.device, console: Console) -> None:
+    """Print the device and its arithmetic, and why these."""
+    _head(console, "Machine")
+    machine = runlog.machine()
+    name = machine["gpu"] if device.type != "cpu" else machine["cpu"]
+    memory = bytes_text(forecast.device_bytes(device))
+    cores = f", {machine['cores']} cores" if device.type == "cpu" else ""
+    why = "asked for" if config.model.device != "auto" else "the best that is here"
+    _fact(console, "device", f"{device} ({why}): {name}{cores}, {memory} of memory")
+    dtype = str(models.resolve_dtype(config.model, device)).removeprefix("torch.")
+    if config.model.dtype != "auto":
+        why = "asked for"
+    elif dtype == "bfloat16":
+        why = "this device multiplies it"
+    else:
+        why = "this device has no instructions for bfloat16"
+    _fact(console, "arithmetic", f"{dtype} ({why})")
+
+
+def print_rows(federation: Federation, console: Console) -> None:
+    """Print how many rows there are, and which are left out for what."""
+    _head(console, "Data")
+    rows = sum(report.rows for report in federation.reports)
+    usable = sum(report.usable for report in federation.reports)
+    share = share_text(usable / rows if rows else None)
+    _fact(console, "rows", f"{count_text(rows)}, of them {count_text(usable)} usable ({share})")
+    troubled = [report for report in federation.reports if report.problems]
+    for report in troubled[:_FILES]:
+        for reason, (count, first) in report.problems.items():
+            places = ", ".join(map(str, first)) + (", ..." if count > len(first) else "")
+            part = f"{count_text(count)} of {count_text(report.rows)} left out ({places})"
+            _fact(console, "", f"{report.name}: {part}: {reason}")
+    if len(troubled) > _FILES:
+        _fact(console, "", f"and rows of {len(troubled) - _FILES} more files left out")
+    trained = sum(len(client.train) for client in federation.clients)
+    own = sum(len(client.test) for client in federation.clients)
+    said = f"{count_text(trained)} to train on, {count_text(own)} held out at the clients"
+    _fact(console, "examples", f"{said}, {count_text(len(federation.test))} held out for the table")
+
+
+def _print_lengths(run: Run, console: Console) -> None:
+    cut = sum(corpus.stats.cut for corpus in run.corpora)
+    dropped = sum(corpus.stats.dropped for corpus in run.corpora)
+    n = sum(len(corpus) for corpus in run.corpora) + dropped
+    said = f"{count_text(cut)} cut ({share_text(cut / n)})"
+    said += f", {count_text(dropped)} dropped ({share_text(dropped / n)})"
+    _fact(console, "too long", f"{said} at {run.config.prompt.max_tokens} tokens")
+    tokens = sum(corpus.stats.tokens for corpus in run.corpora)
+    trained = sum(corpus.stats.response_tokens for corpus in run.corpora)
+    said = f"{count_text(tokens)}, of them {count_text(trained)} trained"
+    _fact(console, "tokens", f"{said} ({share_text(trained / tokens)})")
+
+
+def _print_clients(run: Run, console: Console) -> None:
+    work = forecast.plan_work(run.config, run.corpora)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("client")
+    for name in ("examples", "trained tokens", "steps an epoch", "epochs in the run"):
+        table.add_column(name, justify="right")
+    visits = run.config.rounds * work.cohort / len(run.corpora)
+    rows = [
+        (float(len(corpus)), float(corpus.stats.response_tokens), epoch, visits * steps / epoch)
+        for corpus, epoch, steps in zip(run.corpora, work.per_epoch, work.per_round, strict=True)
+    ]
+    if len(rows) <= _FEW:
+        for client, row in zip(run.federation.clients, rows, strict=True):
+            table.add_row(_clean(client.name), *_cells(row))
+    else:
+        columns = list(zip(*rows, strict=True))
+        for name, pick in (("least", min), ("median", statistics.median), ("most", max)):
+            table.add_row(f"{name} of {len(rows)}", *_cells([pick(c) for c in columns]))
+    console.print(table)
+
+
+def _cells(row: Sequence[float]) -> list[str]:
+    return [*(count_text(value) for value in row[:3]), f"{row[3]:.1f}"]
+
+
+def _print_preview(run: Run, console: Console) -> None:
+    for example in run.federation.clients[0].train:
+        tokenizer = run.lm.tokenizer
+        stretches = prompts.preview(example, run.template, tokenizer, run.config.prompt)
+        if stretches:
+            break
+    _head(console, f"One example (template {run.template.name}); [[ ]] is what is trained")
+    text = Text()
+    for stretch, trained in stretches:
+        shown = _clean(_shorten(stretch))
+        text.append(f"[[{shown}]]" if trained else shown, "bold green" if trained else "dim")
+    console.print(text)
+
+
+def _shorten(text: str) -> str:
+    if len(text) <= _STRETCH:
+        return text
+    half = _STRETCH // 2
+    return f"{text[:half]} ... ({len(text) - 2 * half} characters) ... {text[-half:]}"
+
+
+def _print_cost(run: Run, console: Console) -> None:
+    _head(console, "Cost")
+    size, rank = forecast.adapter_size(run.lm), run.config.adapter.rank
+    _fact(console, "trained", f"{count_text(size)} parameters (LoRA of rank {rank})")
+    work = forecast.plan_work(run.config, run.corpora)
+    _print_traffic(run, work, console)
+    _print_steps(run, work, console)
+    trial = forecast.try_out(run.lm, max(run.corpora, key=len), run.config)
+    _print_memory(run, trial, console)
+    copies = 1 + len({"local", "central"} & set(run.config.evaluate.baselines))
+    seconds = trial.seconds * run.config.train.accumulate * work.total
+    also = f", {seconds_text(copies * seconds)} with the baselines" if copies > 1 else ""
+    tried = f"by a pass over {count_text(trial.tokens)} tokens, without evaluation"
+    _fact(console, "time", f"about {seconds_text(seconds)} of training{also} ({tried})")
+
+
+def _print_traffic(run: Run, work: forecast.Work, console: Console) -> None:
+    traffic = forecast.plan_traffic(run.config, run.lm, work.cohort)
+    one = bytes_text(traffic.adapter)
+    all_of_them = bytes_text(traffic.adapter * work.cohort)
+    _fact(
+        console, "per round", f"{one} down and {one} up a client, float32; {work.cohort} clients:"
+    )
+    again = f", {traffic.evaluations} evaluations at the clients included"
+    whole = f"{bytes_text(traffic.total)} in the whole run{again if traffic.evaluations else ''}"
+    _fact(console, "", f"{all_of_them} down and {all_of_them} up; {whole}")
+
+
+def _print_steps(run: Run, work: forecast.Work, console: Console) -> None:
+    least, most = min(work.per_round), max(work.per_round)
+    each = count_text(least) if least == most else f"{count_text(least)} to {count_text(most)}"
+    said = f"{each} a client and round, {count_text(work.total)} in {run.config.rounds} rounds"
+    _fact(console, "steps", said)
+    for name in ("local", "central"):
+        if name in run.config.evaluate.baselines:
+            _fact(console, "", f"baseline {name}: {count_text(work.total)} more")
+
+
+def _print_memory(run: Run, trial: forecast.Trial, console: Console) -> None:
+    base = forecast.base_bytes(run.lm)
+    adapter = forecast.ADAM_BYTES * forecast.adapter_size(run.lm)
+    parts = (
+        f"{bytes_text(base)} base + {bytes_text(adapter)} adapter, gradient and Adam + "
+        f"{bytes_text(trial.activation_bytes)} for {run.config.train.batch_tokens} tokens a pass"
+    )
+    total = base + adapter + trial.activation_bytes
+    processes = _processes(run)
+    there = forecast.device_bytes(run.lm.device)
+    said = f"about {bytes_text(processes * total)} of {bytes_text(there)}: {parts}"
+    if processes > 1:
+        said += f", in {processes} processes"
+    _fact(console, "memory", said)
+    if there is not None and processes * total > there:
+        fix = "lower train.batch_tokens (and raise train.accumulate), or use a smaller model"
+        console.print(Text(f"  warning: this may not fit; {fix}", style="yellow"))
+
+
+def _processes(run: Run) -> int:
+    """Processes that hold the model at a time: one, or Ray's workers and the server."""
+    if run.config.simulate.engine == "local":
+        return 1
+    simulate, cores = run.config.simulate, int(runlog.machine(gpu=False)["cores"] or 1)
+    workers = cores // simulate.cpus_per_client
+    if simulate.gpus_per_client:
+        workers = min(workers, int(torch.cuda.device_count() / simulate.gpus_per_client))
+    return 1 + max(1, min(workers, len(run.corpora)))

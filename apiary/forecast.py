@@ -1,0 +1,191 @@
+"""What a run will cost, told before it starts: optimizer steps, bytes, memory and seconds."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from apiary import runlog
+from apiary.config import ModelConfig, RunConfig
+from apiary.models import LanguageModel, autocast, pad_id, resolve_dtype
+from apiary.probe import row_losses, to_device
+from apiary.prompts import Batch, Corpus, collate, plan_batches
+from apiary.tensors import generator
+
+ADAM_BYTES = 16  # a float32 adapter entry, its gradient and AdamW's two moments
+_TRIAL_SECONDS = 10.0  # a full batch is only run where it should take less
+
+
+class Work(NamedTuple):
+    """Optimizer steps. Without all clients in each round the total is what is expected."""
+
+    per_epoch: tuple[int, ...]  # of each client
+    per_round: tuple[int, ...]  # of each client
+    cohort: int  # clients asked in a round
+    total: int  # of all clients in all rounds
+
+
+class Traffic(NamedTuple):
+    """Bytes of adapters on the wire; names, counts and headers add a few kilobytes."""
+
+    adapter: int  # one adapter as float32: what an asked client receives, and sends back
+    evaluations: int  # times that the clients of a round receive it once more, to be measured
+    total: int  # both ways, all clients, the whole run
+
+
+class Trial(NamedTuple):
+    """One forward and backward pass, tried out."""
+
+    activation_bytes: int  # kept for the backward pass of a batch of `train.batch_tokens`
+    tokens: int  # padded tokens of the pass that was measured
+    seconds: float  # a full batch, forward and backward
+
+
+def plan_work(config: RunConfig, corpora: Sequence[Corpus]) -> Work:
+    """The optimizer steps that a configuration asks of clients with these corpora."""
+    train, strategy = config.train, config.strategy
+    per_epoch, per_round = [], []
+    for corpus in corpora:
+        rng = generator(0, "", "epoch", 0)
+        batches = len(plan_batches(corpus.lengths, train.batch_tokens, rng))
+        per_epoch.append(math.ceil(batches / train.accumulate))
+        if train.epochs is None:
+            per_round.append(train.steps or 1)
+        else:
+            per_round.append(max(1, math.ceil(train.epochs * batches / train.accumulate)))
+    n = len(corpora)
+    cohort = min(n, max(strategy.min_clients, math.ceil(strategy.fraction * n - 1e-9)))
+    total = round(config.rounds * cohort * sum(per_round) / max(n, 1))
+    return Work(tuple(per_epoch), tuple(per_round), cohort, total)
+
+
+def plan_traffic(config: RunConfig, lm: LanguageModel, cohort: int) -> Traffic:
+    """The bytes that adapters take on the wire."""
+    adapter = 4 * adapter_size(lm)
+    every = config.evaluate.every
+    # Before the first round, after every n-th and after the last.
+    evaluations = 1 + math.ceil(config.rounds / every) if config.evaluate.clients and every else 0
+    return Traffic(adapter, evaluations, cohort * adapter * (2 * config.rounds + evaluations))
+
+
+def adapter_size(lm: LanguageModel) -> int:
+    """Trained parameters."""
+    return sum(parameter.numel() for parameter in lm.adapter.values())
+
+
+def base_bytes(lm: LanguageModel) -> int:
+    """Bytes of the frozen weights and buffers as they are held, each storage counted once."""
+    adapter = {id(parameter) for parameter in lm.adapter.values()}
+    held = [*lm.model.parameters(), *lm.model.buffers()]
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in held
+        if id(tensor) not in adapter
+    }
+    return sum(storages.values())
+
+
+def weights_bytes(config: ModelConfig, device: torch.device) -> int | None:
+    """About what a base's weights will take, from its config.json alone; None where unknown.
+
+    Nothing of the weights is read, so this is safe for a model that would not fit.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if config.name.startswith("builtin:"):
+        return None
+    per_entry = {"int8": 1.0, "nf4": 0.55}.get(
+        config.quantization, float(resolve_dtype(config, device).itemsize)
+    )
+    try:
+        settings = AutoConfig.from_pretrained(config.name, revision=config.revision)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(settings)
+    except Exception:  # what is wrong is said, better, when the model is loaded
+        return None
+    entries: int = sum(parameter.numel() for parameter in model.parameters())
+    return round(per_entry * entries)
+
+
+def device_bytes(device: torch.device) -> int | None:
+    """The memory of a device; for the CPU that of this machine. None where it is unknown."""
+    if device.type == "cuda":
+        total: int = torch.cuda.mem_get_info(device)[1]
+        return total
+    if device.type == "mps":
+        most: int = torch.mps.recommended_max_memory()
+        return most
+    memory: int | None = runlog.machine(gpu=False)["memory_bytes"]
+    return memory
+
+
+def try_out(lm: LanguageModel, corpus: Corpus, config: RunConfig) -> Trial:
+    """Time and memory of a forward and backward pass, from real ones.
+
+    An eighth of a full batch is run first and scaled up; the full one follows where it is quick.
+    The adapter is left as it was.
+    """
+    plan = plan_batches(corpus.lengths, config.train.batch_tokens, generator(0, "forecast"))
+    full = max(plan, key=lambda rows: _padded(corpus, rows))
+    part = full[: max(1, len(full) // 8)]
+    ratio = _padded(corpus, full) / _padded(corpus, part)
+    with _threads(config.train.threads):
+        saved, seconds = _best_pass(lm, _batch(lm, corpus, part))
+        if ratio == 1.0 or seconds * ratio > _TRIAL_SECONDS:
+            return Trial(round(saved * ratio), _padded(corpus, part), seconds * ratio)
+        saved, seconds = _best_pass(lm, _batch(lm, corpus, full))
+    return Trial(saved, _padded(corpus, full), seconds)
+
+
+def _best_pass(lm: LanguageModel, batch: Batch) -> tuple[int, float]:
+    """The quicker of two: the first of a shape also pays for its kernels and buffers."""
+    return min((_pass(lm, batch) for _ in range(2)), key=lambda run: run[1])
+
+
+def _batch(lm: LanguageModel, corpus: Corpus, rows: np.ndarray) -> Batch:
+    return to_device(collate(corpus, rows, pad_id(lm.tokenizer)), lm.device)
+
+
+def _padded(corpus: Corpus, rows: np.ndarray) -> int:
+    return int(len(rows) * corpus.lengths[rows].max())
+
+
+def _pass(lm: LanguageModel, batch: Batch) -> tuple[int, float]:
+    """Bytes kept for the backward pass, weights aside, and seconds of both passes."""
+    held = [*lm.model.parameters(), *lm.model.buffers()]
+    weights = {tensor.untyped_storage().data_ptr() for tensor in held}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    began = time.perf_counter()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast(lm):
+        loss = row_losses(lm.model, batch).sum()
+    torch.autograd.backward(loss)
+    if lm.device.type == "cuda":  # it works on behind our back
+        torch.cuda.synchronize(lm.device)
+    seconds = time.perf_counter() - began
+    for parameter in lm.adapter.values():
+        parameter.grad = None
+    return sum(kept.values()), seconds
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

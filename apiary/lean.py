@@ -1,0 +1,273 @@
+"""The same model with less work around its matrix products, for a frozen base with LoRA on it.
+
+`slim` gives modules a leaner forward that computes the same function: LoRA layers without float32 copies of
+activations, RMS norms with a written-out gradient for the input alone (the base is frozen), gated feed-forward blocks
+that keep less, and on a CPU an attention whose gradient is batched matrix products. A module whose lean form does not
+agree with its own on a probe is left as it is, so an unusual model is slower, never wrong.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.pytorch_utils import Conv1D
+
+_ATTENTION = "apiary"  # the name under which Transformers finds our attention
+_MAX_SCORES = 1 << 24  # attention scores (b * h * t * t) kept for one layer's gradient
+
+
+def slim(model: PeftModel, device: torch.device) -> None:
+    """Gives the modules of `model` their lean forward, in place; names, parameters and results stay as they were."""
+    for module in model.modules():
+        if type(module) is LoraLinear and type(module.base_layer) in (nn.Linear, Conv1D):
+            module.__class__ = LeanLinear
+        elif type(module).__name__.endswith("RMSNorm"):
+            _replace_norm(module)
+        elif _is_gated(module):
+            _replace_gated(module)
+    if device.type == "cpu":
+        _use_attention(model)
+        _keep_memory()
+
+
+class LeanLinear(LoraLinear):  # type: ignore[misc]
+    """peft's LoRA layer for the plain case: one active adapter, no dropout at work, nothing merged."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x W^T + bias + s (x A^T) B^T, in the dtype of W."""
+        names = self.active_adapters
+        plain = not (args or kwargs or self.disable_adapters or self.merged or self.lora_variant) and len(names) == 1
+        if not plain or self._drops(names[0]):
+            return cast(Tensor, super().forward(x, *args, **kwargs))
+        base, name = self.base_layer, names[0]
+        weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        flat = x.reshape(-1, x.shape[-1]).to(weight.dtype)
+        out = _LowRank.apply(flat, weight, base.bias, a, b, self.scaling[name])  # type: ignore[no-untyped-call]
+        return cast(Tensor, out.view(*x.shape[:-1], out.shape[-1]))
+
+    def _drops(self, name: str) -> bool:
+        dropout = self.lora_dropout[name]
+        return bool(dropout.training and not isinstance(dropout, nn.Identity))
+
+
+class _LowRank(torch.autograd.Function):
+    """A frozen linear map plus its low-rank update. peft's way casts the input to float32 and back, and makes three
+    more tensors of the size of the output; here the update is added in place by the matrix product itself."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+    ) -> Tensor:
+        low, high = a.to(x.dtype), (b * scale).to(x.dtype)
+        inner = x @ low.t()
+        out = torch.addmm(bias, x, weight.t()) if bias is not None else x @ weight.t()
+        out.addmm_(inner, high.t())
+        ctx.save_for_backward(x, weight, low, high, inner)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, low, high, inner = ctx.saved_tensors
+        up = grads[0]
+        inner_grad = up @ high
+        x_grad = None
+        if ctx.needs_input_grad[0]:  # not for the first layer: the embeddings are frozen
+            x_grad = (up @ weight).addmm_(inner_grad, low)
+        a_grad = (inner_grad.t() @ x).float()
+        b_grad = (up.t() @ inner).float().mul_(ctx.scale)
+        return x_grad, None, None, a_grad, b_grad, None
+
+
+def _replace_norm(module: nn.Module) -> None:
+    weight = getattr(module, "weight", None)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(weight, Tensor) or not isinstance(eps, float) or weight.ndim != 1:
+        return
+
+    def forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
+        if hidden_states.dtype != self.weight.dtype:
+            return cast(Tensor, own(self, hidden_states))
+        return cast(Tensor, _RmsNorm.apply(hidden_states, self.weight, eps))  # type: ignore[no-untyped-call]
+
+    own = type(module).forward
+    probe = _noise(4, len(weight)).to(weight)
+    if _agree(own(module, probe), forward(module, probe)):
+        _become(module, forward)
+
+
+class _RmsNorm(torch.autograd.Function):
+    """w x / rms(x) (Zhang and Sennrich 2019), with a gradient for x only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        unit = (wide.mul_(inverse) if wide is not x else wide * inverse).to(x.dtype)
+        ctx.save_for_backward(x, weight, inverse)
+        return unit * weight
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        x, weight, inverse = ctx.saved_tensors
+        # d/dx = r g - x r^3 <g, x> / d, for g = weight * up and r = 1 / rms(x).
+        g = grads[0] * weight
+        along = torch.linalg.vecdot(g, x).unsqueeze(-1).float()
+        pull = along.mul_(inverse.pow(3)).div_(-x.shape[-1]).to(x.dtype)
+        return g.mul_(inverse.to(x.dtype)).addcmul_(x, pull), None, None
+
+
+def _is_gated(module: nn.Module) -> bool:
+    parts = all(isinstance(getattr(module, name, None), nn.Module) for name in ("gate_proj", "up_proj", "down_proj"))
+    return parts and "silu" in type(getattr(module, "act_fn", None)).__name__.lower()
+
+
+def _replace_gated(module: nn.Module) -> None:
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)  # type: ignore[operator]
+        return cast(Tensor, self.down_proj(_Gated.apply(gate, up)))  # type: ignore[operator,no-untyped-call]
+
+    own = type(module).forward
+    weight = next(module.gate_proj.parameters())  # type: ignore[union-attr]
+    width = getattr(module.gate_proj, "in_features", weight.shape[-1])
+    probe = _noise(4, width).to(weight)
+    with torch.no_grad():
+        same = _agree(own(module, probe), forward(module, probe))
+    if same:
+        _become(module, forward)
+
+
+class _Gated(torch.autograd.Function):
+    """silu(gate) * up, keeping the two inputs only."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return nn.functional.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        gate_grad = torch.ops.aten.silu_backward(grads[0] * up, gate)
+        return gate_grad, nn.functional.silu(gate).mul_(grads[0])
+
+
+def _become(module: nn.Module, forward: Any) -> None:
+    kind = type(module)
+    module.__class__ = type(kind.__name__, (kind,), {"forward": functools.wraps(kind.forward)(forward)})
+
+
+def _noise(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def _agree(theirs: object, ours: Tensor) -> bool:
+    if not isinstance(theirs, Tensor) or theirs.dtype != ours.dtype or theirs.shape != ours.shape:
+        return False
+    loose = 2e-2 if ours.dtype is torch.bfloat16 else 1e-5
+    return torch.allclose(theirs, ours, rtol=loose, atol=loose)
+
+
+def _use_attention(model: PeftModel) -> None:
+    base = model.get_base_model()
+    if getattr(base.config, "_attn_implementation", None) != "sdpa":
+        return
+    AttentionInterface.register(_ATTENTION, attention)
+    AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
+    base.set_attn_implementation(_ATTENTION)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention (b, t, h, d) of query (b, h, t, d) on key and value (b, h or fewer, t, d).
+
+    PyTorch's own kernel takes over for whatever is not plain training: a mask, a cache, dropout, very long rows.
+    """
+    batch, heads, length, width = query.shape
+    plain = (
+        attention_mask is None
+        and not dropout
+        and torch.is_grad_enabled()
+        and query.requires_grad
+        and key.shape[2] == length
+        and batch * heads * length * length <= _MAX_SCORES
+        and kwargs.get("is_causal", getattr(module, "is_causal", True)) in (True, None)
+        and kwargs.get("position_bias") is None
+        and kwargs.get("softcap") is None
+    )
+    if not plain:
+        return cast(
+            "tuple[Tensor, None]",
+            sdpa_attention_forward(
+                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            ),
+        )
+    scale = width**-0.5 if scaling is None else scaling
+    shared = heads // key.shape[1]  # query heads that read the same key head stand below each other
+    q = query.reshape(batch * key.shape[1], shared * length, width)
+    out = _Attention.apply(q, key.flatten(0, 1), value.flatten(0, 1), scale)  # type: ignore[no-untyped-call]
+    return out.view(batch, heads, length, -1).transpose(1, 2), None
+
+
+class _Attention(torch.autograd.Function):
+    """Attention by batched matrix products. The CPU's flash kernel is quick forwards, but its bfloat16 gradient takes
+    5 to 12 times as long as these products do at the lengths of instructions."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        length = key.shape[1]
+        mask = _causal(length, query.dtype).repeat(query.shape[1] // length, 1)
+        scores = torch.baddbmm(mask.unsqueeze(0), query, key.transpose(1, 2), alpha=scale)
+        weights = torch.softmax(scores, -1)
+        ctx.save_for_backward(query, key, value, weights)
+        ctx.scale = scale
+        return torch.bmm(weights, value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        query, key, value, weights = ctx.saved_tensors
+        up = grads[0]
+        value_grad = torch.bmm(weights.transpose(1, 2), up)
+        slope = torch.bmm(up, value.transpose(1, 2))
+        slope = torch._softmax_backward_data(slope, weights, -1, weights.dtype)
+        return (
+            torch.bmm(slope, key).mul_(ctx.scale),
+            torch.bmm(slope.transpose(1, 2), query).mul_(ctx.scale),
+            value_grad,
+            None,
+        )
+
+
+@functools.lru_cache(maxsize=8)
+def _causal(length: int, dtype: torch.dtype) -> Tensor:
+    return torch.full((length, length), float("-inf"), dtype=dtype).triu_(1)
+
+
+@functools.cache
+def _keep_memory() -> None:
+    """Lets glibc keep freed memory: by default every activation above 32 MB goes back to the kernel when it is freed
+    and is zeroed page by page when the next layer asks for it."""
+    if sys.platform == "linux":
+        library = ctypes.CDLL(None)
+        if hasattr(library, "gnu_get_libc_version"):
+            library.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+            library.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD

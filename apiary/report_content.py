@@ -1,0 +1,322 @@
+"""What the report says, worked out from the results: sentences, key figures, rows of each part."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from apiary import report_plots, units
+from apiary.report_data import (
+    MEANING,
+    METHODS,
+    Client,
+    Gain,
+    Metrics,
+    Row,
+    gain_on_all,
+    gain_on_own,
+)
+from apiary.runlog import Event
+
+_NAMED_CLIENTS = 24  # more are summed up in a chart, and only those that gain least are named
+_MIX_ROWS, _MIX_COLUMNS, _TROUBLES = 40, 14, 100
+_ABSOLUTE = re.compile(r'"(?:/|[A-Za-z]:\\\\)[^"]*?([^"/\\]+)"')
+
+
+def page_content(metrics: Metrics, events: Sequence[Event], config: str) -> dict[str, Any]:
+    """All that the page shows, by the names its template uses."""
+    start = next((event for event in events if event["event"] == "start"), {})
+    own, everyone = gain_on_own(metrics), gain_on_all(metrics)
+    return {
+        "metrics": metrics,
+        "headline": headline(metrics),
+        "second": _second(metrics),
+        "tiles": _tiles(metrics, own, everyone),
+        "rows": [_row(row, metrics.table) for row in metrics.table],
+        "meaning": MEANING,
+        "has_accuracy": any(row.accuracy is not None for row in metrics.table),
+        "has_steps": any(row.steps is not None for row in metrics.table),
+        "has_tokens": any(row.tokens is not None for row in metrics.table),
+        "federated": metrics.row("federated"),
+        "probability": _probability(metrics),
+        "n": max((row.n or 0 for row in metrics.table), default=0),
+        "loss_chart": report_plots.loss_chart(metrics),
+        "cost_chart": report_plots.cost_chart(metrics),
+        "sent": _sent(metrics),
+        "own": own,
+        "everyone": everyone,
+        "clients": _client_bars(metrics.clients, own),
+        "gain_chart": report_plots.gain_chart(own)
+        if own and len(own.gains) > _NAMED_CLIENTS
+        else None,
+        "skills": _skills(metrics),
+        "mix": _mix(metrics.clients),
+        "samples": _samples(metrics),
+        "before": any(sample.base is not None for sample in metrics.samples),
+        "troubles": _troubles(events),
+        "logged": bool(events),
+        "config": _ABSOLUTE.sub(r'"…/\1"', config),
+        "privacy": _privacy(metrics.privacy),
+        "facts": _facts(metrics, start),
+    }
+
+
+def headline(metrics: Metrics) -> str:
+    """The result in one sentence, as plainly when joining forces hurts as when it helps."""
+    joint, alone = metrics.row("federated"), metrics.row("local")
+    if joint is None:
+        return "Held-out loss of this run"
+    who = "Federated training" if len(metrics.clients) == 1 else "Joining forces"
+    other, name = (alone, "training alone") if alone else (metrics.row("base"), "the untuned model")
+    if other is None:
+        return f"Federated training reached a held-out loss of {_nats(joint)} nats per token"
+    now, then = f"{_nats(joint)} nats per token", f"{_nats(other)} ({name})"
+    if _overlap(joint, other):
+        start = f"{who} made no clear difference: a held-out loss of {now} against {then}"
+    elif _value(joint) < _value(other):
+        start = f"{who} cut the held-out loss from {then} to {now}"
+    else:
+        start = f"{who} did not help: it raised the held-out loss from {then} to {now}"
+    pooled = metrics.row("central")
+    return f"{start}; pooling all data reaches {_nats(pooled)}" if pooled else start
+
+
+def _second(metrics: Metrics) -> str:
+    """What the numbers mean for someone who decides: how much of the gap to pooling is closed."""
+    joint, alone, pooled = (metrics.row(method) for method in ("federated", "local", "central"))
+    if joint is None:
+        return ""
+    unclear = alone is not None and _overlap(joint, alone)
+    if unclear or alone is None or pooled is None or _value(alone) <= _value(pooled):
+        return "Every client kept its data; only changes to a small adapter of the model travelled."
+    share = (_value(alone) - _value(joint)) / (_value(alone) - _value(pooled))
+    if share <= 0:
+        return (
+            "Federated training does not come closer to pooled training than training alone does."
+        )
+    if share >= 1:
+        return "Federated training is as good as copying all data to one place, and no data moved."
+    return (
+        f"That is {100 * share:.0f}% of what copying all data to one place would gain over "
+        "training alone, and no data moved: only changes to a small adapter of the model travelled."
+    )
+
+
+def _value(row: Row) -> float:
+    return math.inf if row.loss is None else row.loss
+
+
+def _nats(row: Row) -> str:
+    return units.loss_text(row.loss, 2)
+
+
+def _overlap(a: Row, b: Row) -> bool:
+    """Whether two 95% intervals overlap; without intervals, whether the losses print the same."""
+    if a.ci95.loss is None or b.ci95.loss is None:
+        return _nats(a) == _nats(b)
+    return a.ci95.loss[0] <= b.ci95.loss[1] and b.ci95.loss[0] <= a.ci95.loss[1]
+
+
+def _probability(metrics: Metrics) -> float | None:
+    """The probability the federated model gives the right token (geometric mean): exp(-loss)."""
+    row = metrics.row("federated")
+    return None if row is None else math.exp(-_value(row))
+
+
+def _sent(metrics: Metrics) -> tuple[int, int]:
+    """Bytes up and down over all rounds."""
+    return sum(r.bytes_up or 0 for r in metrics.rounds), sum(
+        r.bytes_down or 0 for r in metrics.rounds
+    )
+
+
+def _tiles(metrics: Metrics, own: Gain | None, everyone: Gain | None) -> list[tuple[str, str, str]]:
+    """The key figures: name, value, remark."""
+    tiles: list[tuple[str, str, str]] = []
+    joint, alone = metrics.row("federated"), metrics.row("local") or metrics.row("base")
+    versus = "training alone" if metrics.row("local") else "the untuned model"
+    if joint is not None:
+        remark = (
+            f"{_nats(alone)} by {versus}; lower is better"
+            if alone
+            else "nats per token; lower is better"
+        )
+        tiles.append(("Held-out loss", _nats(joint), remark))
+        if joint.accuracy is not None:
+            before = (
+                units.share_text(alone.accuracy, 0)
+                if alone and alone.accuracy is not None
+                else None
+            )
+            remark = f"{before} by {versus}" if before else "word for word"
+            tiles.append(("Answers exactly right", units.share_text(joint.accuracy, 0), remark))
+    if gain := everyone or own:
+        where = "on the tasks of all" if everyone else "on their own tasks"
+        if everyone and own:
+            where += f"; {own.improved} of {len(own.gains)} on their own tasks"
+        tiles.append(
+            ("Clients that gain by joining", f"{gain.improved} of {len(gain.gains)}", where)
+        )
+    if sum(_sent(metrics)):
+        rounds = sum(r.round > 0 for r in metrics.rounds)
+        tiles.append(
+            (
+                "Sent over the network",
+                units.bytes_text(sum(_sent(metrics))),
+                f"in {plural(rounds, 'round')}; no training example among it",
+            )
+        )
+    return tiles
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 client`, `2 clients`."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def _row(row: Row, table: Sequence[Row]) -> dict[str, Any]:
+    """A row of the table with its interval's place on a common axis from zero, in percent."""
+    ends = [_value(r) for r in table if r.loss is not None] + [
+        r.ci95.loss[1] for r in table if r.ci95.loss
+    ]
+    top = max(ends, default=1.0) * 1.04 or 1.0
+    low, high = row.ci95.loss or (row.loss, row.loss)
+    place = [None if v is None else round(100 * v / top, 2) for v in (low, row.loss, high)]
+    return {"row": row, "place": None if None in place else place}
+
+
+def _client_bars(clients: Sequence[Client], gain: Gain | None) -> list[dict[str, Any]]:
+    """Own held-out loss alone and federated; of a large cohort, the clients that gain least."""
+    if gain is None:
+        return []
+    shown = [c for c in clients if c.client in gain.gains]
+    if len(shown) > _NAMED_CLIENTS:
+        shown = sorted(shown, key=lambda c: (gain.gains[c.client], c.client))[: _NAMED_CLIENTS // 2]
+    pairs = [(c.client, c.own["local"] or 0.0, c.own["federated"] or 0.0) for c in shown]
+    top = max((max(alone, joint) for _, alone, joint in pairs), default=0.0) or 1.0
+    return [
+        {
+            "name": name,
+            "bars": [("local", alone, 100 * alone / top), ("federated", joint, 100 * joint / top)],
+            "gain": alone - joint,
+        }
+        for name, alone, joint in pairs
+    ]
+
+
+def _skills(metrics: Metrics) -> dict[str, Any] | None:
+    """Accuracy by skill and method, best federated skill first."""
+    methods = [m for m in METHODS if any(row.get(m) is not None for row in metrics.skills.values())]
+    if not methods:
+        return None
+    order = sorted(
+        metrics.skills.items(), key=lambda item: (-(item[1].get("federated") or 0.0), item[0])
+    )
+    rows = [(name, [values.get(m) for m in methods]) for name, values in order if name]
+    return {"methods": methods, "rows": rows} if rows else None
+
+
+def _mix(clients: Sequence[Client]) -> dict[str, Any] | None:
+    """How many examples of each kind each client holds; of many kinds, the rarest are summed."""
+    totals: dict[str, int] = {}
+    for client in clients:
+        for kind, count in client.mix.items():
+            totals[kind] = totals.get(kind, 0) + count
+    if len(totals) < 2:
+        return None
+    frequent = sorted(totals, key=lambda kind: (-totals[kind], kind))
+    many = len(frequent) > _MIX_COLUMNS
+    kinds = sorted(frequent[: _MIX_COLUMNS - 1] if many else frequent)
+    rows = []
+    for client in clients[:_MIX_ROWS]:
+        counts = [client.mix.get(kind, 0) for kind in kinds]
+        counts += [sum(client.mix.values()) - sum(counts)] if many else []
+        total = sum(counts) or 1
+        rows.append((client, [(count, count / total) for count in counts]))
+    return {
+        "kinds": kinds + (["others"] if many else []),
+        "rows": rows,
+        "left_out": max(0, len(clients) - _MIX_ROWS),
+    }
+
+
+def _samples(metrics: Metrics) -> list[dict[str, Any]]:
+    """Samples with their answers, marked right or wrong only where exact match was measured."""
+    marked = any(row.accuracy is not None for row in metrics.table)
+    samples = []
+    for sample in metrics.samples:
+        answers = []
+        for method in METHODS:
+            text: str | None = getattr(sample, method)
+            if text is not None:
+                right = text.split() == sample.reference.split() if marked else None
+                answers.append({"method": method, "text": text, "right": right})
+        shown = [a for a in answers if a["method"] in ("base", "federated")]
+        folded = [a for a in answers if a not in shown]
+        samples.append({"sample": sample, "shown": shown, "folded": folded})
+    return samples
+
+
+def _troubles(events: Iterable[Event]) -> dict[str, Any]:
+    """Refusals, warnings and early stops, in order."""
+    rows = []
+    for event in events:
+        where = f"round {event['round']}" if event.get("round") else ""
+        match event["event"]:
+            case "refused":
+                rows.append(
+                    (
+                        where or "handshake",
+                        "Refused",
+                        str(event.get("client", "")),
+                        str(event.get("reason", "")),
+                    )
+                )
+            case "warning":
+                rows.append(
+                    (
+                        where,
+                        "Warning",
+                        str(event.get("client") or ""),
+                        str(event.get("message", "")),
+                    )
+                )
+            case "stop":
+                rows.append((where, "Stopped", "", str(event.get("reason", ""))))
+    return {"rows": rows[:_TROUBLES], "left_out": max(0, len(rows) - _TROUBLES)}
+
+
+def _privacy(privacy: Mapping[str, Any]) -> str:
+    """What protects the updates, without promising more than was done."""
+    if privacy.get("unit", "none") == "none":
+        return (
+            "Examples stayed with their clients. The updates themselves were not protected by "
+            "differential privacy, and a curious server might learn something about the data "
+            "from them."
+        )
+    terms = ", ".join(f"{key} = {value}" for key, value in privacy.items() if key != "unit")
+    return f"Updates were protected by differential privacy, unit {privacy['unit']!r}: {terms}."
+
+
+def _facts(metrics: Metrics, start: Event) -> list[tuple[str, str]]:
+    """What it ran on and with: name, value."""
+    machine = metrics.machine or start.get("machine") or {}
+    versions = metrics.versions or start.get("versions") or {}
+    facts: list[tuple[str, Any]] = [
+        ("Processor", machine.get("cpu")),
+        ("Cores", machine.get("cores")),
+        (
+            "Memory",
+            units.bytes_text(machine["memory_bytes"]) if machine.get("memory_bytes") else None,
+        ),
+        ("GPU", machine.get("gpu")),
+        ("System", machine.get("system")),
+        ("Duration", units.seconds_text(metrics.seconds) if metrics.seconds else None),
+        *((str(name), version) for name, version in versions.items()),
+        ("Commit", start.get("commit")),
+        ("Configuration", start.get("config_digest")),
+        ("Seed", start.get("seed")),
+    ]
+    return [(name, str(value)) for name, value in facts if value is not None]

@@ -1,0 +1,159 @@
+"""The shape of `metrics.json` (schema 1) as the report reads it, checked once and for all.
+
+Everything but the table may be missing. Losses are nats per response token, accuracies shares in
+0..1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from apiary.config import UserError
+
+MethodName: TypeAlias = Literal["base", "local", "federated", "central"]
+METHODS: tuple[MethodName, ...] = ("base", "local", "federated", "central")
+Interval: TypeAlias = tuple[float, float]
+
+MEANING: Mapping[MethodName, tuple[str, str]] = {
+    "base": ("Untuned", "the model as it came, before any training"),
+    "local": ("Training alone", "each client trains on its own data only; average over clients"),
+    "federated": ("Federated", "clients train one model together; their data never leaves them"),
+    "central": ("All data pooled", "what one could reach by copying all data to one place"),
+}
+"""A name for a chart and a sentence for a reader, by method."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Intervals(_Part):
+    """95% bootstrap intervals of a row."""
+
+    loss: Interval | None = None
+    accuracy: Interval | None = None
+
+
+class Row(_Part):
+    """One method on the common held-out examples."""
+
+    method: MethodName
+    loss: float | None
+    accuracy: float | None = None
+    n: int | None = None
+    ci95: Intervals = Intervals()
+    steps: int | None = None
+    tokens: int | None = None
+
+
+class Client(_Part):
+    """What a client holds, and how each method does on its own held-out examples and on all."""
+
+    client: str
+    examples: int | None = None
+    tokens: int | None = None
+    mix: Mapping[str, int] = Field(default_factory=dict)
+    own: Mapping[MethodName, float | None] = Field(default_factory=dict)
+    mix_loss: Mapping[MethodName, float | None] = Field(default_factory=dict)
+
+
+class Round(_Part):
+    """One federated round; round 0 is the state before training."""
+
+    round: int
+    loss: float | None = None
+    ci95: Interval | None = None
+    train_loss: float | None = None
+    bytes_up: int | None = None
+    bytes_down: int | None = None
+    seconds: float | None = None
+    clients: int | None = None
+
+
+class Sample(_Part):
+    """A held-out prompt with the answers of each method."""
+
+    prompt: str
+    reference: str
+    skill: str | None = None
+    base: str | None = None
+    local: str | None = None
+    federated: str | None = None
+    central: str | None = None
+
+
+class Metrics(_Part):
+    """A run's results."""
+
+    run: str = ""
+    task: str = ""
+    table: tuple[Row, ...]
+    clients: tuple[Client, ...] = ()
+    skills: Mapping[str, Mapping[MethodName, float | None]] = Field(default_factory=dict)
+    rounds: tuple[Round, ...] = ()
+    samples: tuple[Sample, ...] = ()
+    privacy: Mapping[str, Any] = Field(default_factory=dict)
+    seconds: float | None = None
+    machine: Mapping[str, Any] = Field(default_factory=dict)
+    versions: Mapping[str, Any] = Field(default_factory=dict)
+
+    def row(self, method: MethodName) -> Row | None:
+        """The row of a method that has a loss, or None."""
+        return next((r for r in self.table if r.method == method and r.loss is not None), None)
+
+
+class Gain(_Part):
+    """How clients fare by joining: their loss alone minus the federated loss, in nats per token."""
+
+    gains: Mapping[str, float]
+
+    @property
+    def improved(self) -> int:
+        """Clients whose loss falls."""
+        return sum(gain > 0 for gain in self.gains.values())
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        """The client that gains least, and its gain."""
+        return min(self.gains.items(), key=lambda item: (item[1], item[0]))
+
+
+def gain_on_own(metrics: Metrics) -> Gain | None:
+    """The gain of each client on its own held-out examples; None where it was not measured."""
+    pairs = ((c.client, c.own.get("local"), c.own.get("federated")) for c in metrics.clients)
+    gains = {
+        name: alone - joint
+        for name, alone, joint in pairs
+        if alone is not None and joint is not None
+    }
+    return Gain(gains=gains) if gains else None
+
+
+def gain_on_all(metrics: Metrics) -> Gain | None:
+    """The gain of each client on the held-out examples of all; None where it was not measured."""
+    row = metrics.row("federated")
+    if row is None or row.loss is None:
+        return None
+    pairs = ((c.client, c.mix_loss.get("local")) for c in metrics.clients)
+    gains = {name: alone - row.loss for name, alone in pairs if alone is not None}
+    return Gain(gains=gains) if gains else None
+
+
+def parse_metrics(values: Mapping[str, Any], name: str = "metrics.json") -> Metrics:
+    """The results in `values`.
+
+    Raises:
+        UserError: a part has another shape than this version writes.
+    """
+    try:
+        return Metrics.model_validate(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        message = first["msg"][0].lower() + first["msg"][1:]
+        raise UserError(
+            f"{name}: {key}: {message}; was the file edited or written by another version?"
+        ) from None

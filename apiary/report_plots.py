@@ -1,0 +1,275 @@
+"""Charts of the report as inline SVG in the page's own colours (light, dark and print alike).
+
+matplotlib draws with stand-in colours; each one is then replaced by `var(--name)`. Text stays text,
+in the page's font. Every chart comes in a wide and a narrow drawing, and the page shows the one
+that fits: shrinking one drawing to a phone would make its text unreadable.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import io
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from apiary.report_data import METHODS, Gain, MethodName, Metrics, Round
+from apiary.units import bytes_text, loss_text
+
+SHORT: dict[MethodName, str] = {
+    "base": "Untuned",
+    "local": "Alone",
+    "federated": "Federated",
+    "central": "Pooled",
+}
+_NAMES = ("ink", "muted", "line", "base", "local", "federated", "central", "up", "down")
+_STAND_IN = {name: f"#0a0b{0x10 + i:02x}" for i, name in enumerate(_NAMES)}
+_DASHES: dict[MethodName, Any] = {
+    "base": (0, (1, 2)),
+    "local": (0, (5, 3)),
+    "central": (0, (6, 2, 1, 2)),
+}
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.size": 13,
+    "xtick.major.pad": 9,
+    "ytick.major.pad": 9,
+    "axes.labelpad": 8,
+    "text.color": _STAND_IN["ink"],
+    "axes.labelcolor": _STAND_IN["muted"],
+    "axes.edgecolor": _STAND_IN["line"],
+    "axes.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": _STAND_IN["line"],
+    "xtick.color": _STAND_IN["muted"],
+    "ytick.color": _STAND_IN["muted"],
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "figure.facecolor": "none",
+}
+Draw = Callable[[Figure, bool], None]  # (figure, narrow)
+
+
+def loss_chart(metrics: Metrics) -> Markup | None:
+    """Held-out loss by round with its 95% band, other methods as lines; None without a round."""
+    points = [r for r in metrics.rounds if r.loss is not None]
+    if not points:
+        return None
+    label = (
+        f"Held-out loss by round, from {loss_text(points[0].loss)} to {loss_text(points[-1].loss)}"
+    )
+    return _chart(
+        lambda figure, narrow: _draw_loss(figure, narrow, metrics, points), 360, 320, label
+    )
+
+
+def _draw_loss(figure: Figure, narrow: bool, metrics: Metrics, points: Sequence[Round]) -> None:
+    width = figure.get_figwidth() * 72
+    room = 112 / width  # for the names at the right
+    bottom = 52 / (figure.get_figheight() * 72)
+    axes = figure.add_axes((44 / width, bottom, 1 - 44 / width - room, 0.98 - bottom))
+    x, y = [r.round for r in points], [r.loss or 0.0 for r in points]
+    _band(axes, points)
+    marks = "o" if len(points) <= (12 if narrow else 40) else ""
+    axes.plot(
+        x, y, color=_STAND_IN["federated"], lw=2.4, marker=marks, ms=5, zorder=5, clip_on=False
+    )
+    ends: list[tuple[MethodName, float]] = [("federated", y[-1])]
+    for method in METHODS:
+        row = metrics.row(method)
+        if method != "federated" and row is not None and row.loss is not None:
+            axes.axhline(row.loss, color=_STAND_IN[method], lw=1.8, ls=_DASHES[method])
+            ends.append((method, row.loss))
+    pad = 0.5 if len(set(x)) == 1 else 0.0
+    axes.set_xlim(min(x) - pad, max(x) + pad)
+    low, high = _limits([*y, *(value for _, value in ends), *_edges(points)])
+    axes.set_ylim(low, high)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6 if narrow else 12))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+    axes.set_xlabel("round")
+    _end_labels(axes, ends, gap=(high - low) * 0.075)
+
+
+def _edges(points: Sequence[Round]) -> list[float]:
+    return [edge for r in points if r.ci95 for edge in r.ci95]
+
+
+def _band(axes: Axes, points: Sequence[Round]) -> None:
+    banded = [(r.round, r.ci95) for r in points if r.ci95 is not None]
+    if len(banded) > 1:
+        x = [at for at, _ in banded]
+        low, high = [edge[0] for _, edge in banded], [edge[1] for _, edge in banded]
+        axes.fill_between(x, low, high, color=_STAND_IN["federated"], alpha=0.18, lw=0)
+    elif banded:
+        at, (low_edge, high_edge) = banded[0]
+        axes.vlines(at, low_edge, high_edge, color=_STAND_IN["federated"], lw=2, alpha=0.5)
+
+
+def _limits(values: Sequence[float]) -> tuple[float, float]:
+    """From zero where that costs little room, else tight around the values."""
+    low, high = min(values), max(values)
+    room = (high - low or high or 1.0) * 0.06
+    return (0.0 if 0 <= low < 0.4 * high else low - room), high + room
+
+
+def _end_labels(axes: Axes, ends: Sequence[tuple[MethodName, float]], gap: float) -> None:
+    """Names each line at its right end, pushed apart where they would overlap."""
+    ordered = sorted(ends, key=lambda end: end[1])
+    heights = spread([value for _, value in ordered], gap, *axes.get_ylim())
+    for (method, value), height in zip(ordered, heights, strict=True):
+        axes.annotate(
+            f"{SHORT[method]} {loss_text(value, 2)}",
+            xy=(1, height),
+            xycoords=("axes fraction", "data"),
+            xytext=(10, 0),
+            textcoords="offset points",
+            va="center",
+            color=_STAND_IN[method],
+            fontweight="bold" if method == "federated" else "normal",
+            annotation_clip=False,
+        )
+
+
+def spread(heights: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Ascending heights, moved to stand at least `gap` apart within [low, high] if they fit."""
+    placed: list[float] = []
+    for height in heights:
+        placed.append(max(height, placed[-1] + gap) if placed else height)
+    ceiling = high
+    for i in range(len(placed) - 1, -1, -1):
+        placed[i] = min(placed[i], ceiling)
+        ceiling = placed[i] - gap
+    shift = max(0.0, low - placed[0]) if placed else 0.0
+    return [height + shift for height in placed]
+
+
+def cost_chart(metrics: Metrics) -> Markup | None:
+    """Bytes up and down and seconds of each round, as two panels; None where none was measured."""
+    rounds = [r for r in metrics.rounds if r.bytes_up or r.bytes_down or r.seconds]
+    if not rounds:
+        return None
+    return _chart(
+        lambda figure, narrow: _draw_cost(figure, narrow, rounds),
+        260,
+        460,
+        "Bytes and seconds by round",
+    )
+
+
+def _draw_cost(figure: Figure, narrow: bool, rounds: Sequence[Round]) -> None:
+    width = figure.get_figwidth() * 72
+    left = 62 / width
+    if narrow:
+        boxes = [(left, 0.62, 0.99 - left, 0.31), (left, 0.115, 0.99 - left, 0.31)]
+    else:
+        boxes = [(left, 0.2, 0.485 - left, 0.68), (0.515 + left, 0.2, 0.485 - left, 0.68)]
+    x = [r.round for r in rounds]
+    sent, took = (figure.add_axes(box) for box in boxes)
+    _bars(sent, [i - 0.21 for i in x], [r.bytes_up or 0 for r in rounds], "up", 0.38)
+    _bars(sent, [i + 0.21 for i in x], [r.bytes_down or 0 for r in rounds], "down", 0.38)
+    sent.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short_bytes(value)))
+    _title(sent, [("to the server", "up"), ("to the clients", "down")])
+    _bars(took, x, [r.seconds or 0.0 for r in rounds], "up", 0.7)
+    took.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} s"))
+    _title(took, [("seconds per round", "up")])
+    for axes in (sent, took):
+        side = max(0.7, (6 - (max(x) - min(x))) / 2)  # a single round is a bar, not a wall
+        axes.set_xlim(min(x) - side, max(x) + side)
+        axes.set_xticks(_ticks(x, 5 if narrow else 10))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
+        axes.set_xlabel("round")
+
+
+def _short_bytes(value: float) -> str:
+    return re.sub(r"\.0+ ", " ", bytes_text(value)) if value else "0"
+
+
+def _ticks(x: Sequence[int], most: int) -> list[int]:
+    """The rounds that get a tick: every one, or evenly spaced ones where they are many."""
+    step = -(-len(x) // most)
+    return list(x[step - 1 :: step])
+
+
+def _bars(
+    axes: Axes, x: Sequence[float], heights: Sequence[float], color: str, width: float
+) -> None:
+    axes.bar(x, heights, width=width, color=_STAND_IN[color], lw=0)
+
+
+def _title(axes: Axes, parts: Sequence[tuple[str, str]]) -> None:
+    """A legend in words above the axes, each with a block of its colour."""
+    at = 0.0
+    for text, color in parts:
+        axes.annotate(
+            "■",
+            (at, 1),
+            xycoords="axes fraction",
+            xytext=(0, 12),
+            textcoords="offset points",
+            color=_STAND_IN[color],
+        )
+        axes.annotate(
+            text, (at, 1), xycoords="axes fraction", xytext=(15, 12), textcoords="offset points"
+        )
+        at += 0.42
+
+
+def gain_chart(gain: Gain) -> Markup:
+    """The gain of every client in ascending order: for cohorts too large to name each one."""
+    gains = sorted(gain.gains.values())
+    label = f"Gain by joining: {gain.improved} of {len(gains)} clients improve"
+    return _chart(lambda figure, narrow: _draw_gain(figure, narrow, gains), 260, 260, label)
+
+
+def _draw_gain(figure: Figure, narrow: bool, gains: Sequence[float]) -> None:
+    width = figure.get_figwidth() * 72
+    axes = figure.add_axes((52 / width, 0.2, 1 - 66 / width, 0.78))
+    edges = [i + 0.5 for i in range(len(gains) + 1)]
+    axes.stairs([max(g, 0.0) for g in gains], edges, fill=True, color=_STAND_IN["federated"], lw=0)
+    axes.stairs([min(g, 0.0) for g in gains], edges, fill=True, color=_STAND_IN["local"], lw=0)
+    axes.axhline(0, color=_STAND_IN["muted"], lw=1)
+    axes.set_xlim(0.5, len(gains) + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=4 if narrow else 10))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+    axes.set_xlabel("clients, from least to most gain (nats per token)")
+
+
+def _chart(draw: Draw, wide_height: int, narrow_height: int, label: str) -> Markup:
+    wide = _svg(draw, (1000, wide_height), False, label)
+    narrow = _svg(draw, (380, narrow_height), True, label)
+    return Markup(f'<div class="chart wide">{wide}</div><div class="chart narrow">{narrow}</div>')
+
+
+def _svg(draw: Draw, size: tuple[int, int], narrow: bool, label: str) -> str:
+    """One drawing; `size` in CSS pixels. The same numbers give the same text, byte for byte."""
+    salt = hashlib.sha256(f"{label} {size}".encode()).hexdigest()[
+        :8
+    ]  # unique ids: one page holds several drawings
+    out = io.StringIO()
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": salt}):
+        figure = Figure(figsize=(size[0] / 72, size[1] / 72), dpi=72)
+        draw(figure, narrow)
+        figure.savefig(out, format="svg", metadata={"Date": None}, transparent=True)
+    body = out.getvalue()
+    body = body[body.index("<svg") :]
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL)
+    body = re.sub(r'<g id="[^"]*"', "<g", body)
+    body = re.sub(r"<!--.*?-->\s*", "", body, flags=re.DOTALL)
+    body = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--font)", body)
+    for name, color in _STAND_IN.items():
+        body = body.replace(color, f"var(--{name})")
+    head = f'<svg viewBox="0 0 {size[0]} {size[1]}" role="img" aria-label="{html.escape(label)}">'
+    return re.sub(r"<svg[^>]*>", lambda _: head, body, count=1)

@@ -1,0 +1,47 @@
+"""The default run, `apiary simulate`, timed as a whole process from command to report, over several seeds.
+
+    python benchmarks/demo.py [--seeds 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "demo.json"
+
+
+def one(seed: int) -> dict[str, Any]:
+    """The final table of one seed and its wall time."""
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "run"
+        command = [sys.executable, "-m", "apiary.cli", "simulate", "--quiet", "--out", str(out), "-s", f"seed={seed}"]
+        began = time.monotonic()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        wall = time.monotonic() - began
+        metrics = json.loads((out / "metrics.json").read_text())
+    kept = ("table", "gain", "machine", "versions")
+    return {"seed": seed, "wall_s": round(wall, 1), **{key: metrics[key] for key in kept}}
+
+
+def main() -> None:
+    """Run the seeds one after the other and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=3)
+    runs = [one(seed) for seed in range(parser.parse_args().seeds)]
+    machine, versions = runs[0]["machine"], runs[0]["versions"]
+    for run in runs:
+        del run["machine"], run["versions"]
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps({"machine": machine, "versions": versions, "runs": runs}, indent=1) + "\n")
+    print(RESULTS.read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Writes the README's tables from the committed results, between their markers.
+
+    python benchmarks/tables.py [--check]
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+
+
+def demo(results: dict[str, Any]) -> str:
+    """The default run: mean over seeds of each row."""
+    runs = results["runs"]
+    lines = ["| | held-out loss, nats per response token | exact match |", "|---|---|---|"]
+    names = {
+        "base": "`base`: untuned",
+        "local": "`local`: each client alone, same steps",
+        "federated": "`federated`",
+        "central": "`central`: all data in one place, same total steps",
+    }
+    for method, label in names.items():
+        rows = [row for run in runs for row in run["table"] if row["method"] == method]
+        loss, accuracy = ([row[key] for row in rows] for key in ("loss", "accuracy"))
+        lines.append(f"| {label} | {_spread(loss, 1, 2)} | {_spread(accuracy, 100, 0)}% |")
+    improved = ", ".join(f"{run['gain']['improved']} of {run['gain']['clients']}" for run in runs)
+    wall = _spread([run["wall_s"] for run in runs], 1, 0)
+    lines += [
+        "",
+        f"Mean and range over {len(runs)} seeds. Clients whose own held-out loss falls by joining: {improved}. "
+        f"From command to report: {wall} s on {_machine(results)}.",
+    ]
+    return "\n".join(lines)
+
+
+def clients(results: dict[str, Any]) -> str:
+    """Time per message and peak memory by number of clients and engine."""
+    lines = ["| virtual clients | engine | ms per client message | peak memory of the server's process |", "|---|---|---|---|"]
+    lines += [
+        f"| {row['clients']:,} | {row['engine']} | {row['ms_per_message']:.0f} | {row['peak_driver_bytes'] / 2**20:,.0f} MiB |"
+        for row in results["rounds"]
+    ]
+    visit = results["visit"]
+    lines += [
+        "",
+        f"A visit of a demo client costs {visit['median_ms_beside_steps']:.0f} ms (median of {visit['visits']}) beyond its optimizer steps; "
+        f"the base was loaded {visit['base_loads']} time. Machine: {_machine(results)}.",
+    ]
+    return "\n".join(lines)
+
+
+def training(results: dict[str, Any]) -> str:
+    """Ratios against TRL."""
+    return str(results["readme"])
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"demo": demo, "training": training, "clients": clients}
+
+
+def _spread(values: list[float], scale: float, digits: int) -> str:
+    low, high = scale * min(values), scale * max(values)
+    return f"{scale * statistics.mean(values):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def _machine(results: dict[str, Any]) -> str:
+    machine = results["machine"]
+    return f"{machine['cores']} cores of an {machine['cpu']}"
+
+
+def render(text: str) -> str:
+    """The README with every table made anew."""
+    for name, table in TABLES.items():
+        path = RESULTS / f"{name}.json"
+        body = table(json.loads(path.read_text()))
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        text = re.sub(pattern, lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text, flags=re.DOTALL)  # type: ignore[misc]
+    return text
+
+
+if __name__ == "__main__":
+    made = render(README.read_text())
+    if "--check" in sys.argv:
+        sys.exit(0 if made == README.read_text() else "README.md: tables differ from benchmarks/results")
+    README.write_text(made)

@@ -1,0 +1,233 @@
+"""The one training loop: from a received adapter to the change that a client sends back.
+
+Everything random in a visit follows from (seed, client, cursor), so a client that is asked again, on another day or in
+another process, makes the same steps.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from apiary.batches import Batch, Corpus, collate, plan_batches
+from apiary.batches import Batch, Corpus, collate, plan_batches
+from apiary.config import TrainConfig
+from apiary.exchange import FitReport
+from apiary.models import LanguageModel, autocast, get_adapter, pad_id, set_adapter
+from apiary.probe import to_device
+from apiary.tensors import StateDict, derive_seed, generator, subtract
+from client.objectives import OBJECTIVES, Objective, Penalty, Projection, finite
+
+
+class Cursor(NamedTuple):
+    """Where a client stands in its own data: the next batch it will train on."""
+
+    epoch: int = 0
+    batch: int = 0
+
+
+class StepRecord(NamedTuple):
+    """What an observer is told after an optimizer step."""
+
+    step: int  # within the visit, from 0
+    loss: float  # mean nats per trained token, without penalties
+    tokens: int  # trained tokens
+    lr: float
+    grad_norm: float  # before clipping
+
+
+Observer = Callable[[StepRecord], None]
+
+
+class FitResult(NamedTuple):
+    """The outcome of a visit."""
+
+    delta: dict[str, Tensor]  # CPU float32, from the received adapter
+    cursor: Cursor  # where the next visit goes on
+    report: FitReport
+
+
+def steps_per_round(config: TrainConfig, corpus: Corpus) -> int:
+    """Optimizer steps of one visit: `train.steps`, or as many as cover `train.epochs` of this client's batches."""
+    if config.epochs is None:
+        return config.steps or 1
+    batches = len(_plan(corpus, config, 0, "", 0))
+    return max(1, math.ceil(config.epochs * batches / config.accumulate))
+
+
+def learning_rate(step: int, total: int, config: TrainConfig) -> float:
+    """The learning rate of a step (from 0) of a whole federated run of `total` steps.
+
+    It rises linearly over the first `warmup` share, then stays, or falls along half a cosine to (nearly) 0.
+    """
+    warm = math.ceil(config.warmup * total)
+    if step < warm:
+        return config.lr * (step + 1) / warm
+    if config.schedule == "constant":
+        return config.lr
+    progress = min(1.0, (step - warm) / max(1, total - warm))
+    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def fit(
+    lm: LanguageModel,
+    start: StateDict,
+    corpus: Corpus,
+    config: TrainConfig,
+    *,
+    seed: int,
+    client: str,
+    cursor: Cursor,
+    first_step: int,
+    total_steps: int,
+    steps: int,
+    penalties: Sequence[Penalty] = (),
+    projections: Sequence[Projection] = (),
+    observers: Sequence[Observer] = (),
+) -> FitResult:
+    """The change that `steps` optimizer steps make to the adapter `start`, and where they ended in the data.
+
+    The loss of a step is the sum of its token losses divided by its trained tokens, over all its `accumulate` batches,
+    so the split into batches does not change the gradient. AdamW starts with empty moments.
+
+    Args:
+        first_step: steps made before this visit, of `total_steps` in the run; they place it on the schedule.
+
+    Raises:
+        FloatingPointError: the loss or a gradient became NaN or infinite.
+        ValueError: `start` does not fit the adapter, or the corpus is empty.
+    """
+    if not len(corpus):
+        raise ValueError("there is nothing to train on: the corpus is empty")
+    began = time.perf_counter()
+    set_adapter(lm, start)
+    received = get_adapter(lm)
+    walk = _Walk(corpus, config, seed, client, cursor)
+    loop = _Loop(lm, config, OBJECTIVES.build(config.objective), tuple(penalties))
+    nats, tokens, examples = 0.0, 0, 0
+    with _threads(config.threads), _training(lm, derive_seed(seed, client, "dropout", *cursor)):
+        for step in range(steps):
+            batches = walk.take(config.accumulate, lm)
+            record = loop.step(step, batches, learning_rate(first_step + step, total_steps, config))
+            nats, tokens = nats + record.loss * record.tokens, tokens + record.tokens
+            examples += sum(len(batch.rows) for batch in batches)
+            for observe in observers:
+                observe(record)
+    delta: StateDict = subtract(get_adapter(lm), received)
+    for project in (*projections, finite):
+        delta = project(delta)
+    loss = nats / tokens if tokens else float("nan")
+    report = FitReport(tokens, examples, steps, loss, time.perf_counter() - began)
+    return FitResult(dict(delta), walk.cursor, report)
+
+
+def _plan(corpus: Corpus, config: TrainConfig, seed: int, client: str, epoch: int) -> list[np.ndarray]:
+    return plan_batches(corpus.lengths, config.batch_tokens, generator(seed, client, "epoch", epoch))
+
+
+class _Walk:
+    """A client's way through its data: each epoch's plan from end to end, then the next epoch's."""
+
+    def __init__(self, corpus: Corpus, config: TrainConfig, seed: int, client: str, cursor: Cursor) -> None:
+        self._make = lambda epoch: _plan(corpus, config, seed, client, epoch)
+        self._corpus = corpus
+        self._plan = self._make(cursor.epoch)
+        self.cursor = self._rolled(cursor)
+
+    def _rolled(self, cursor: Cursor) -> Cursor:
+        if cursor.batch < len(self._plan):
+            return cursor
+        self._plan = self._make(cursor.epoch + 1)
+        return Cursor(cursor.epoch + 1, 0)
+
+    def take(self, count: int, lm: LanguageModel) -> list[Batch]:
+        """The next `count` batches, on the model's device."""
+        batches = []
+        for _ in range(count):
+            batch = collate(self._corpus, self._plan[self.cursor.batch], pad_id(lm.tokenizer))
+            batches.append(to_device(batch, lm.device))
+            self.cursor = self._rolled(self.cursor._replace(batch=self.cursor.batch + 1))
+        return batches
+
+
+class _Loop:
+    """One visit's optimizer and what an optimizer step does."""
+
+    def __init__(
+        self, lm: LanguageModel, config: TrainConfig, objective: Objective, penalties: tuple[Penalty, ...]
+    ) -> None:
+        self._lm, self._config, self._objective, self._penalties = lm, config, objective, penalties
+        self._parameters = list(lm.adapter.values())
+        for parameter in self._parameters:
+            parameter.grad = None
+        self._optimizer = torch.optim.AdamW(
+            self._parameters, lr=config.lr, weight_decay=config.weight_decay, fused=lm.device.type != "mps"
+        )
+
+    def step(self, step: int, batches: Sequence[Batch], lr: float) -> StepRecord:
+        """One optimizer step on `batches`.
+
+        Raises:
+            FloatingPointError: the loss or the gradient is NaN or infinite; the adapter is not stepped.
+        """
+        tokens = sum(int(batch.targets.sum()) for batch in batches)
+        nats = 0.0
+        for batch in batches:
+            nats += self._backward(batch, tokens)
+        if self._penalties:
+            torch.stack([penalty(self._lm.adapter) for penalty in self._penalties]).sum().backward()  # type: ignore[no-untyped-call]
+        limit = self._config.clip_norm or math.inf
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, limit))
+        if not (math.isfinite(nats) and math.isfinite(grad_norm)):
+            raise FloatingPointError(
+                f"loss {nats / tokens:.4g} and gradient norm {grad_norm:.4g} at step {step + 1} of this visit; "
+                "a lower train.lr or train.clip_norm usually helps"
+            )
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return StepRecord(step, nats / tokens, tokens, lr, grad_norm)
+
+    def _backward(self, batch: Batch, tokens: int) -> float:
+        with autocast(self._lm):
+            losses = self._objective(self._lm.model, batch)
+        total = losses.sum()
+        (total / tokens).backward()  # type: ignore[no-untyped-call]
+        return float(total.detach())
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _training(lm: LanguageModel, seed: int) -> Iterator[None]:
+    """Within it the adapter's dropout is on and draws from `seed`; the base stays in eval mode, dropout and all."""
+    dropouts = [m for n, m in lm.model.named_modules() if ".lora_dropout." in n]
+    devices = [lm.device] if lm.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        for module in dropouts:
+            module.train()
+        try:
+            yield
+        finally:
+            for module in dropouts:
+                module.eval()
+            for parameter in lm.adapter.values():
+                parameter.grad = None

@@ -1,0 +1,162 @@
+"""What every registered aggregation method must do; a new one is picked up by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from apiary.exchange import ClientInfo, Update
+from apiary.tensors import StateDict, digest
+from strategies import AGGREGATORS, Aggregator, ServerState
+
+# Options for the methods that cannot be built without any.
+OPTIONS: Mapping[str, Mapping[str, Any]] = {}
+
+SHAPES = {
+    "model.layers.0.q_proj.lora_A.weight": (4, 6),
+    "model.layers.0.q_proj.lora_B.weight": (8, 4),
+    "model.layers.1.q_proj.lora_A.weight": (4, 6),
+    "model.layers.1.q_proj.lora_B.weight": (8, 4),
+}
+
+
+def _tensors(seed: int) -> dict[str, Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=rng) for name, shape in SHAPES.items()}
+
+
+def _zeros() -> dict[str, Tensor]:
+    return {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+
+
+@pytest.fixture(params=list(AGGREGATORS))
+def method(request: pytest.FixtureRequest) -> Aggregator:
+    return AGGREGATORS.build(request.param, OPTIONS.get(request.param))
+
+
+@pytest.fixture
+def state() -> ServerState:
+    return ServerState(3, _tensors(99), {}, {})
+
+
+def _fold(
+    method: Aggregator, state: ServerState, updates: Sequence[Update], seed: int = 0
+) -> StateDict:
+    acc = method.reduce.start(state)
+    for update in updates:
+        acc = method.reduce.add(acc, update)
+    return method.reduce.finish(state, acc, torch.Generator().manual_seed(seed))
+
+
+def _cohort(n: int = 5) -> list[Update]:
+    return [Update(f"client-{i}", _tensors(i), float(10 + 7 * i), 4) for i in range(n)]
+
+
+def _tensor_bytes(value: object) -> int:
+    """Bytes of all tensors in a nest of tuples, lists and mappings."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, Mapping):
+        return sum(map(_tensor_bytes, value.values()))
+    if isinstance(value, list | tuple):
+        return sum(map(_tensor_bytes, value))
+    return 0
+
+
+def test_names_are_registered() -> None:
+    assert "fedavg" in list(AGGREGATORS)
+
+
+def test_identical_updates_reduce_to_that_update(method: Aggregator, state: ServerState) -> None:
+    updates = [Update(f"c{i}", _tensors(7), float(1 + i), 4) for i in range(5)]
+    for name, tensor in _fold(method, state, updates).items():
+        torch.testing.assert_close(tensor, _tensors(7)[name], rtol=1e-6, atol=1e-7)
+
+
+def test_a_single_client_is_taken_exactly(method: Aggregator, state: ServerState) -> None:
+    gradient = _fold(method, state, [Update("only", _tensors(7), 1234.5, 4)])
+    assert digest(gradient) == digest(_tensors(7))
+
+
+def test_the_order_of_answers_does_not_matter(method: Aggregator, state: ServerState) -> None:
+    cohort = _cohort()
+    expected = digest(_fold(method, state, cohort))
+    assert digest(_fold(method, state, cohort[::-1])) == expected
+    assert digest(_fold(method, state, cohort[2:] + cohort[:2])) == expected
+
+
+def test_the_unit_of_the_weights_does_not_matter(method: Aggregator, state: ServerState) -> None:
+    halved = [update._replace(weight=update.weight / 2) for update in _cohort()]
+    one, two = _fold(method, state, _cohort()), _fold(method, state, halved)
+    for name in SHAPES:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-6, atol=1e-7)
+
+
+def test_the_gradient_is_named_and_shaped_like_the_adapter(
+    method: Aggregator, state: ServerState
+) -> None:
+    gradient = _fold(method, state, _cohort())
+    assert {name: tuple(tensor.shape) for name, tensor in gradient.items()} == SHAPES
+    assert {(t.dtype, t.device.type) for t in gradient.values()} == {(torch.float32, "cpu")}
+
+
+def test_state_and_updates_are_never_changed(method: Aggregator, state: ServerState) -> None:
+    cohort = _cohort()
+    held = [state.adapter, state.base_delta, state.memory, *(update.delta for update in cohort)]
+    before = [digest(tensors) for tensors in held]
+    after = method.step(state, _fold(method, state, cohort))
+    method.payload(after, ClientInfo("client-0", 4, 0))
+    assert [digest(tensors) for tensors in held] == before
+    assert state.round == 3
+
+
+def test_two_folds_do_not_meet(method: Aggregator, state: ServerState) -> None:
+    one, two = method.reduce.start(state), method.reduce.start(state)
+    for a, b in zip(_cohort(), reversed(_cohort(3)), strict=False):
+        one, two = method.reduce.add(one, a), method.reduce.add(two, b)
+    for update in _cohort()[3:]:
+        one = method.reduce.add(one, update)
+    rng = torch.Generator().manual_seed(0)
+    assert digest(method.reduce.finish(state, one, rng)) == digest(_fold(method, state, _cohort()))
+
+
+def test_the_same_generator_gives_the_same_round(method: Aggregator, state: ServerState) -> None:
+    runs = [method.step(state, _fold(method, state, _cohort(), seed=5)) for _ in range(2)]
+    assert digest(runs[0].adapter) == digest(runs[1].adapter)
+    assert digest(runs[0].memory) == digest(runs[1].memory)
+
+
+def test_no_change_keeps_the_adapter(method: Aggregator, state: ServerState) -> None:
+    updates = [Update(f"c{i}", _zeros(), float(1 + i), 4) for i in range(3)]
+    after = method.step(state, _fold(method, state, updates))
+    assert digest(after.adapter) == digest(state.adapter)
+
+
+def test_a_step_ends_one_round_and_keeps_the_shapes(method: Aggregator, state: ServerState) -> None:
+    after = method.step(state, _fold(method, state, _cohort()))
+    assert after.round == state.round + 1
+    assert {name: tuple(tensor.shape) for name, tensor in after.adapter.items()} == SHAPES
+    assert {tensor.dtype for tensor in after.adapter.values()} == {torch.float32}
+
+
+def test_a_client_receives_an_adapter_that_fits_its_model(
+    method: Aggregator, state: ServerState
+) -> None:
+    payload = method.payload(state, ClientInfo("client-0", 4, 0))
+    assert {name: tuple(tensor.shape) for name, tensor in payload.adapter.items()} == SHAPES
+
+
+def test_a_sum_takes_no_more_memory_for_more_clients(
+    method: Aggregator, state: ServerState
+) -> None:
+    if method.needs == "each":
+        pytest.skip("this method has to see each update")
+    acc = method.reduce.add(method.reduce.start(state), _cohort(1)[0])
+    after_one = _tensor_bytes(acc)
+    for update in _cohort(20):
+        acc = method.reduce.add(acc, update)
+    assert 0 < _tensor_bytes(acc) == after_one

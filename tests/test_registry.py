@@ -1,0 +1,89 @@
+"""Methods by name: the builder's signature is the schema of its options."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Literal
+
+import pytest
+from pydantic import Field
+
+from apiary.config import UserError
+from apiary.registry import Registry
+
+GREETINGS: Registry[str] = Registry("test.greeting")
+
+
+@GREETINGS.register("plain")
+def plain() -> str:
+    return "hello"
+
+
+@GREETINGS.register("shout")
+def shout(
+    times: Annotated[int, Field(ge=1)], style: Literal["!", "?"] = "!", *, who: str = "you"
+) -> str:
+    return f"{who}: " + ("hello" + style) * times
+
+
+def outside(mark: str = "~") -> str:
+    return f"{mark}hello{mark}"
+
+
+def test_a_method_is_built_with_its_options() -> None:
+    assert GREETINGS.build("plain") == "hello"
+    assert GREETINGS.build("shout", {"times": 2, "style": "?"}) == "you: hello?hello?"
+    assert list(GREETINGS) == ["plain", "shout"]
+
+
+def test_what_is_given_reaches_only_the_builders_that_ask_for_it() -> None:
+    assert GREETINGS.build("plain", {}, who="bee") == "hello"
+    assert GREETINGS.build("shout", {"times": 1}, who="bee") == "bee: hello!"
+
+
+def test_what_is_given_is_no_option_of_the_user() -> None:
+    with pytest.raises(UserError, match="has no option 'who'"):
+        GREETINGS.build("shout", {"times": 1, "who": "wasp"}, who="bee")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "parts"),
+    [
+        ("shuot", {}, ("test.greeting = 'shuot'", "plain, shout", "did you mean 'shout'?")),
+        ("zzz", {}, ("test.greeting = 'zzz'", "plain, shout", "module:function")),
+        ("shout", {"tims": 1}, ("'shout' has no option 'tims'", "did you mean 'times'?")),
+        ("plain", {"x": 1}, ("'plain' has no option 'x'", "allowed are none")),
+        ("shout", {}, ("'shout' needs the option 'times'",)),
+        ("shout", {"times": 0}, ("times = 0", "greater than or equal to 1")),
+        ("shout", {"times": "many"}, ("times = 'many'", "integer")),
+        ("shout", {"times": 1, "style": "."}, ("style = '.'", "'!' or '?'")),
+        ("no_such_module_here:f", {}, ("test.greeting", "no_such_module_here")),
+        (f"{__name__}:absent", {}, ("test.greeting", "absent")),
+    ],
+)
+def test_a_slip_is_one_line_that_says_what_is_allowed(
+    name: str, options: dict[str, object], parts: tuple[str, ...]
+) -> None:
+    with pytest.raises(UserError) as caught:
+        GREETINGS.build(name, options)
+    line = str(caught.value)
+    assert "\n" not in line
+    for part in parts:
+        assert part in line
+
+
+def test_a_function_of_ones_own_goes_by_module_and_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "my_greetings", sys.modules[__name__])
+    assert GREETINGS.build("my_greetings:outside", {"mark": "*"}) == "*hello*"
+    with pytest.raises(UserError, match="has no option 'times'"):
+        GREETINGS.build("my_greetings:outside", {"times": 2})
+
+
+def test_a_name_is_registered_once() -> None:
+    with pytest.raises(ValueError, match="'plain' is registered twice"):
+        GREETINGS.register("plain")(plain)
+
+
+def test_registries_do_not_share_names() -> None:
+    other: Registry[str] = Registry("test.other")
+    assert list(other) == []

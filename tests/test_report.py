@@ -1,0 +1,317 @@
+# ruff: noqa: E501, RUF001 (whole sentences, and dashes as they are shown)
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_run import fake_events, fake_metrics, fake_run
+from rich.console import Console
+
+from apiary import units
+from apiary.config import UserError
+from apiary.report import headline, render, table_plain, table_text, write_report
+from apiary.report_data import gain_on_all, gain_on_own, parse_metrics
+from apiary.report_plots import spread
+
+VOID = {"meta", "link", "img", "br", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """Collects tags, attributes and text, and checks that every element is closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def page(
+    metrics: dict[str, Any], events: list[dict[str, Any]] | None = None, config: str = ""
+) -> str:
+    return render(parse_metrics(metrics), events or [], config)
+
+
+def table(**losses: float) -> dict[str, Any]:
+    rows = [
+        {"method": m, "loss": v, "ci95": {"loss": [v - 0.05, v + 0.05]}} for m, v in losses.items()
+    ]
+    return {"schema": 1, "table": rows}
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        (
+            {"base": 4.93, "local": 4.41, "federated": 0.82, "central": 0.47},
+            "Joining forces cut the held-out loss from 4.41 (training alone) to 0.82 nats per token; "
+            "pooling all data reaches 0.47",
+        ),
+        (
+            {"local": 2.0, "federated": 2.5},
+            "Joining forces did not help: it raised the held-out loss from 2.00 (training alone) to "
+            "2.50 nats per token",
+        ),
+        (
+            {"local": 2.0, "federated": 1.95},
+            "Joining forces made no clear difference: a held-out loss of 1.95 nats per token against "
+            "2.00 (training alone)",
+        ),
+        (
+            {"base": 3.0, "federated": 2.0},
+            "Joining forces cut the held-out loss from 3.00 (the untuned model) to 2.00 nats per token",
+        ),
+        ({"federated": 2.0}, "Federated training reached a held-out loss of 2.00 nats per token"),
+        ({"base": 2.0}, "Held-out loss of this run"),
+    ],
+)
+def test_the_headline_is_honest(losses: dict[str, float], expected: str) -> None:
+    assert headline(parse_metrics(table(**losses))) == expected
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        # (4 - 1) / (4 - 0.25) = 0.8
+        ({"local": 4.0, "federated": 1.0, "central": 0.25}, "That is 80% of what copying"),
+        ({"local": 4.0, "federated": 4.5, "central": 0.25}, "does not come closer"),
+        ({"local": 4.0, "federated": 0.2, "central": 0.25}, "as good as copying"),
+        ({"local": 1.0, "federated": 0.95, "central": 0.25}, "Every client kept its data"),
+    ],
+)
+def test_the_share_of_the_gap_is_worked_out(losses: dict[str, float], expected: str) -> None:
+    assert expected in page(table(**losses))
+
+
+def test_gains_are_counted_on_own_and_on_all_examples() -> None:
+    metrics = table(local=3.0, federated=2.0)
+    metrics["clients"] = [
+        {"client": "a", "own": {"local": 1.0, "federated": 0.5}, "mix_loss": {"local": 3.0}},
+        {"client": "b", "own": {"local": 1.0, "federated": 1.25}, "mix_loss": {"local": 1.5}},
+        {"client": "c", "own": {"local": None, "federated": 1.0}, "mix_loss": {}},
+    ]
+    own, everyone = gain_on_own(parse_metrics(metrics)), gain_on_all(parse_metrics(metrics))
+    assert own is not None
+    assert everyone is not None
+    assert (own.gains, own.improved, own.worst) == ({"a": 0.5, "b": -0.25}, 1, ("b", -0.25))
+    assert (everyone.gains, everyone.improved) == ({"a": 1.0, "b": -0.5}, 1)
+    text = Page(page(metrics)).text
+    assert "1 of 2 is better off with the shared model than alone" in text
+    assert "the least gain is −0.250 nats per token (b)" in text
+
+
+def test_the_page_asks_nothing_of_a_network_and_runs_nothing(tmp_path: Path) -> None:
+    text = write_report(fake_run(tmp_path)).read_text(encoding="utf-8")
+    parsed = Page(text)
+    names = {tag for tag, _ in parsed.tags}
+    assert not names & {"script", "iframe", "img", "object", "embed", "form", "base", "video"}
+    for _, attributes in parsed.tags:
+        for key, value in attributes.items():
+            assert not key.startswith("on")
+            if key in ("href", "src", "xlink:href", "action", "srcset"):
+                assert value is not None
+                assert value.startswith(("#", "data:"))
+    assert "http:" not in text
+    assert "https:" not in text
+    assert not re.search(r"url\((?!#)", text)
+    assert "@import" not in text
+    (policy,) = [
+        a["content"] for t, a in parsed.tags if a.get("http-equiv") == "Content-Security-Policy"
+    ]
+    assert policy is not None
+    assert policy.split("; ")[0] == "default-src 'none'"
+    assert "script-src" not in policy
+
+
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'{{ 7*7 }}"
+
+
+def test_text_from_models_and_clients_is_shown_and_never_obeyed() -> None:
+    metrics = fake_metrics()
+    metrics["run"] = metrics["task"] = HOSTILE
+    metrics["samples"] = [
+        dict.fromkeys(("prompt", "reference", "skill", "base", "federated"), HOSTILE)
+    ]
+    metrics["skills"][HOSTILE] = {"federated": 0.5}
+    metrics["clients"][0]["client"] = HOSTILE
+    metrics["clients"][0]["mix"] = {HOSTILE: 3}
+    metrics["machine"]["cpu"] = HOSTILE
+    events = [{"event": "refused", "client": HOSTILE, "reason": HOSTILE, "round": 1, "time": 0.0}]
+    parsed = Page(page(metrics, events, config=HOSTILE))
+    names = {tag for tag, _ in parsed.tags}
+    assert not names & {"script", "img"}
+    assert parsed.text.count("<script>alert(1)</script>") >= 10
+    assert "49" not in [word for word in parsed.words if "alert" in word]
+
+
+def test_right_and_wrong_are_marked_by_exact_match_alone() -> None:
+    metrics = table(base=2.0, federated=1.0)
+    metrics["samples"] = [
+        {"prompt": "p", "reference": "a, b", "base": "a,b", "federated": " a,  b\n"}
+    ]
+    assert "right" not in re.findall(r'class="mark (\w+)"', page(metrics))
+    for row in metrics["table"]:
+        row["accuracy"] = 0.5
+    assert re.findall(r'class="mark (\w+)"', page(metrics)) == ["wrong", "right"]
+
+
+def test_every_part_of_a_full_run_is_on_the_page() -> None:
+    metrics = fake_metrics()
+    text = Page(page(metrics, fake_events(metrics), config="rounds = 10")).text
+    for part in (
+        "How well each way of training does",
+        "4.410 4.101 to 4.763",
+        "400 held-out examples",
+        "Learning, round by round",
+        "Federated 0.82",
+        "What each client gains",
+        "What it can do now",
+        "Who holds what",
+        "What left the clients",
+        "23.6 MB went from clients to the server and 23.6 MB back",
+        "not protected by differential privacy",
+        "Answers before and after",
+        "its update holds NaN",
+        "uses another tokenizer",
+        "rounds = 10",
+        "Imaginary CPU 2.4 GHz",
+        "2 min 18 s",
+    ):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        fake_metrics(1, 1),
+        fake_metrics(3, 2, baselines=False),
+        fake_metrics(60, 40),
+        table(federated=1.0),
+        {"schema": 1, "table": [{"method": "federated", "loss": None}]},
+        {"schema": 1, "table": []},
+        {**table(federated=0.0), "rounds": [{"round": 1, "loss": 0.0, "ci95": [0.0, 0.0]}]},
+        {**table(federated=2.0), "rounds": [{"round": 5, "loss": 2.0, "seconds": 1.0}]},
+    ],
+    ids=["one", "bare", "many", "row", "diverged", "empty", "zero", "single point"],
+)
+def test_lesser_runs_make_whole_pages_too(metrics: dict[str, Any]) -> None:
+    text = Page(page(metrics)).text
+    assert "How it was made" in text
+    assert not re.search(r"\b(nan|inf|None|NaN)\b", text)
+
+
+def test_a_large_cohort_is_summed_up_and_its_losers_are_named() -> None:
+    metrics = fake_metrics(60, 3)
+    gain = gain_on_own(parse_metrics(metrics))
+    assert gain is not None
+    text = Page(page(metrics)).text
+    assert "The 12 clients that gain least:" in text
+    assert f"({gain.worst[0]})" in text
+    assert "20 more clients are in metrics.json" in text
+
+
+def test_the_same_run_gives_the_same_bytes() -> None:
+    assert page(fake_metrics()) == page(fake_metrics())
+
+
+def test_paths_of_the_machine_stay_out_of_the_page(tmp_path: Path) -> None:
+    text = write_report(fake_run(tmp_path)).read_text(encoding="utf-8")
+    assert "secret-place" not in text
+    assert "…/people.jsonl" in text
+    assert str(tmp_path) not in text
+
+
+def test_a_bad_run_folder_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        write_report(tmp_path / "gone")
+    with pytest.raises(UserError, match="is it a run folder"):
+        write_report(tmp_path)
+    folder = fake_run(tmp_path / "run")
+    (folder / "metrics.json").unlink()
+    with pytest.raises(UserError, match="--resume"):
+        write_report(folder)
+    (folder / "metrics.json").write_text(
+        json.dumps({"schema": 1, "table": [{"method": "base", "loss": "x"}]})
+    )
+    with pytest.raises(UserError, match=r"table\.0\.loss"):
+        write_report(folder)
+    assert not (folder / "report.html").exists()
+
+
+def test_the_report_needs_only_the_metrics(tmp_path: Path) -> None:
+    folder = fake_run(tmp_path)
+    (folder / "log.jsonl").unlink()
+    (folder / "config.toml").unlink()
+    text = Page(write_report(folder).read_text(encoding="utf-8")).text
+    assert "Refusals" not in text
+    assert "Configuration" not in text
+
+
+def test_the_terminal_table_and_the_plain_one_hold_the_same_numbers() -> None:
+    metrics = fake_metrics()
+    plain = table_plain(metrics)
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(table_text(metrics))
+    for part in ("0.820 [0.763, 0.886]", "55.3% [51.3, 59.8]", "312,500", "400 held-out examples"):
+        assert part in plain
+        assert part in capture.get()
+    assert plain.splitlines()[3].split()[0] == "federated"
+    ends = {len(line) for line in plain.splitlines()[:5]}
+    assert len(ends) == 1  # aligned
+
+
+def test_the_table_works_on_rows_alone() -> None:
+    plain = table_plain({"table": [{"method": "base", "loss": 2.0, "accuracy": None, "n": 5}]})
+    assert plain.splitlines()[0].split() == ["method", "held-out", "loss", "[95%]"]
+    assert "on 5 held-out examples" in plain
+
+
+def test_labels_are_pushed_apart_but_stay_on_the_chart() -> None:
+    assert spread([1.0, 5.0], 1.0, 0.0, 10.0) == [1.0, 5.0]
+    assert spread([1.0, 1.2, 1.4], 1.0, 0.0, 10.0) == pytest.approx([1.0, 2.0, 3.0])
+    assert spread([9.5, 9.6, 9.7], 1.0, 0.0, 10.0) == pytest.approx([8.0, 9.0, 10.0])
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.00 kB"), (999_600, "1.00 MB"), (23_632_960, "23.6 MB"),
+     (123_456_789, "123 MB"), (5e15, "5000 TB"), (None, "–")],
+)  # fmt: skip
+def test_bytes_in_words(value: float | None, expected: str) -> None:
+    assert units.bytes_text(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(0.04, "0.0 s"), (9.94, "9.9 s"), (9.96, "10 s"), (59.6, "1 min 00 s"), (185, "3 min 05 s"),
+     (3599.7, "1 h 00 min"), (7800, "2 h 10 min"), (float("nan"), "–")],
+)  # fmt: skip
+def test_seconds_in_words(value: float, expected: str) -> None:
+    assert units.seconds_text(value) == expected
