@@ -10,7 +10,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as progress
 
 from apiary.config import ModelConfig, UserError
@@ -31,15 +36,25 @@ def resolve_device(config: ModelConfig) -> torch.device:
         return torch.device("cuda" if cuda else "mps" if mps else "cpu")
     kind, colon, number = name.partition(":")
     if kind not in ("cpu", "cuda", "mps") or (colon and not number.isdigit()):
-        raise UserError(f"model.device = {config.device!r}: allowed are auto, cpu, cuda, cuda:N and mps")
+        raise UserError(
+            f"model.device = {config.device!r}: allowed are auto, cpu, cuda, cuda:N and mps"
+        )
     if kind == "mps" and not mps:
-        raise UserError(f"model.device = {config.device!r}: this machine has no MPS device; use auto or cpu")
+        raise UserError(
+            f"model.device = {config.device!r}: this machine has no MPS device; use auto or cpu"
+        )
     if kind == "cuda" and not cuda:
-        why = "PyTorch sees no CUDA GPU here" if torch.version.cuda else "this PyTorch is built without CUDA"
+        why = (
+            "PyTorch sees no CUDA GPU here"
+            if torch.version.cuda
+            else "this PyTorch is built without CUDA"
+        )
         raise UserError(f"model.device = {config.device!r}: {why}; use auto or cpu")
     if kind == "cuda" and number and int(number) >= torch.cuda.device_count():
         last = torch.cuda.device_count() - 1
-        raise UserError(f"model.device = {config.device!r}: the GPUs here are cuda:0 to cuda:{last}")
+        raise UserError(
+            f"model.device = {config.device!r}: the GPUs here are cuda:0 to cuda:{last}"
+        )
     return torch.device(name)
 
 
@@ -55,42 +70,79 @@ def _has_bfloat16(device: torch.device) -> bool:
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
         # A CPU without these instructions emulates bfloat16, several times slower than float32.
-        known = torch.cpu.get_capabilities()
+        known: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
         return any(bool(known.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return False
 
 
 def read(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A newly read base, frozen and in eval mode on its device, and its tokenizer.
+
+    Raises:
+        UserError: it cannot be found, reached, understood or held, or its tokenizer is not its own.
+    """
     device = resolve_device(config)
     dtype = resolve_dtype(config, device)
     if config.name.startswith("builtin:"):
-        return _read_builtin(config, device, dtype)
+        model, tokenizer = _read_builtin(config)
+    else:
+        model, tokenizer = _read_pretrained(config, device, dtype)
+    _check_vocabulary(config, model, tokenizer)
+    if config.quantization == "none":
+        for parameter in (
+            model.parameters()
+        ):  # not the buffers: rounded RoPE frequencies would blur far positions
+            parameter.data = parameter.data.to(dtype)
+        model.to(device)
+    return model.requires_grad_(False).eval(), tokenizer
+
+
+def _read_pretrained(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     path = Path(config.name).expanduser()
     if not path.is_dir() and (path.is_absolute() or config.name.startswith(("./", "../", "~"))):
         raise UserError(f"model.name = {config.name!r}: no such folder")
     source = str(path) if path.is_dir() else config.name
     options: dict[str, Any] = {"dtype": dtype, **_quantized(config, device)}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision)
-        model = AutoModelForCausalLM.from_pretrained(source, revision=config.revision, **options)
+        with _quiet_if(path.is_dir()):
+            tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision)
+            model = AutoModelForCausalLM.from_pretrained(
+                source, revision=config.revision, **options
+            )
     except torch.cuda.OutOfMemoryError:
-        raise UserError(f"model.name = {config.name!r}: does not fit on {device}; try model.quantization=nf4") from None
+        raise UserError(
+            f"model.name = {config.name!r}: does not fit on {device}; try model.quantization=nf4"
+        ) from None
     except Exception as error:  # the hub's and the model classes' errors share no other base
         raise UserError(_unreachable(config, path.is_dir(), error)) from error
-    return (model if config.quantization != "none" else model.to(device)), tokenizer
+    return model, tokenizer
 
 
-def _read_builtin(
-    config: ModelConfig, device: torch.device, dtype: torch.dtype
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+@contextmanager
+def _quiet_if(local: bool) -> Iterator[None]:
+    """No progress bars for a folder; a download keeps its own."""
+    silence = local and progress.is_progress_bar_enabled()
+    if silence:
+        progress.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if silence:
+            progress.enable_progress_bar()
+
+
+def _read_builtin(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if config.name != BUILTIN:
         raise UserError(f"model.name = {config.name!r}: the only built-in model is {BUILTIN!r}")
     if config.quantization != "none":
-        raise UserError(f"model.quantization = {config.quantization!r}: {BUILTIN} is too small to quantize; use none")
+        raise UserError(
+            f"model.quantization = {config.quantization!r}: {BUILTIN} is too small to quantize; use none"
+        )
     from apiary.builtin import load_tiny
 
-    model, tokenizer = load_tiny()
-    return model.to(device=device, dtype=dtype), tokenizer
+    return load_tiny()
 
 
 def _quantized(config: ModelConfig, device: torch.device) -> dict[str, Any]:
@@ -102,7 +154,9 @@ def _quantized(config: ModelConfig, device: torch.device) -> dict[str, Any]:
     try:
         import bitsandbytes  # type: ignore[import-not-found,unused-ignore]  # noqa: F401
     except ImportError:
-        raise UserError(f"{key}: needs the package bitsandbytes (pip install bitsandbytes)") from None
+        raise UserError(
+            f"{key}: needs the package bitsandbytes (pip install bitsandbytes)"
+        ) from None
     from transformers import BitsAndBytesConfig
 
     if config.quantization == "int8":
@@ -120,17 +174,23 @@ def _quantized(config: ModelConfig, device: torch.device) -> dict[str, Any]:
 def _unreachable(config: ModelConfig, is_folder: bool, error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = (lines[0] if lines else type(error).__name__)[:200].rstrip(".")
-    name = f"model.name = {config.name!r}" + (f" (revision {config.revision!r})" if config.revision else "")
+    name = f"model.name = {config.name!r}" + (
+        f" (revision {config.revision!r})" if config.revision else ""
+    )
     if is_folder:
         return f"{name}: not a causal language model that Transformers can read ({reason})"
     fix = "is it a folder that does not exist? does the hub id need `hf auth login`? is this machine offline?"
     return f"{name}: cannot be loaded ({reason}); {fix}"
 
 
-def _check_vocabulary(config: ModelConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_vocabulary(
+    config: ModelConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None:
-        raise UserError(f"model.name = {config.name!r}: has no language-model head, so it cannot write answers")
+        raise UserError(
+            f"model.name = {config.name!r}: has no language-model head, so it cannot write answers"
+        )
     rows = getattr(embedding, "num_embeddings", None)
     if isinstance(rows, int) and len(tokenizer) > rows:
         raise UserError(

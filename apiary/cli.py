@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,7 +33,9 @@ app = typer.Typer(
 )
 
 ConfigFile = Annotated[Path | None, typer.Argument(help="a TOML file; none = the built-in demo", show_default=False)]
-Overrides = Annotated[list[str] | None, typer.Option("-s", metavar="KEY=VALUE", help="set one key, e.g. -s train.lr=1e-4")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("-s", metavar="KEY=VALUE", help="set one key, e.g. -s train.lr=1e-4")
+]
 Tuned = Annotated[Path, typer.Argument(metavar="RUN|ADAPTER", help="a run directory or a PEFT adapter folder")]
 
 
@@ -47,7 +49,6 @@ def simulate(
 ) -> None:
     """Run clients and server on this machine, compare with the baselines, and write a report."""
     from apiary.progress import make_progress
-    from apiary.report import table_text
     from simulation.run import simulate as run
 
     if resume and out is None:
@@ -60,10 +61,14 @@ def simulate(
         with make_progress(quiet) as observer:
             metrics = run(settings, folder, resume=resume, observers=[observer])
     except KeyboardInterrupt:
-        again = f"go on with: apiary simulate --out {_shown(folder)} --resume" if (folder / "config.toml").exists() else "nothing was written"
+        again = (
+            f"go on with: apiary simulate --out {_shown(folder)} --resume"
+            if (folder / "config.toml").exists()
+            else "nothing was written"
+        )
         typer.echo(f"apiary: interrupted; {again}", err=True)
         raise typer.Exit(130) from None
-    _print(table_text(metrics))
+    _print_table(metrics)
     typer.echo(f"report: {_shown(folder / 'report.html')}   adapter: {_shown(folder / 'adapter')}")
 
 
@@ -76,11 +81,10 @@ def evaluate(
     """Print the table (base, federated, and the run's baselines) for other data."""
     from apiary import results
     from apiary.evaluate import table_row
-    from apiary.report import table_text
 
     opened = results.open_tuned(tuned, overrides or [])
     rows = results.score(opened, data)
-    _print(table_text({"table": [table_row(method, run, opened.config.seed) for method, run in rows.items()]}))
+    _print_table({"table": [table_row(method, run, opened.config.seed) for method, run in rows.items()]})
 
 
 @app.command()
@@ -139,8 +143,9 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="a run direct
 def doctor(config: ConfigFile = None, overrides: Overrides = None) -> None:
     """Check a configuration against data, model and machine, and print the plan, before any training."""
     from apiary.doctor import examine
+    from simulation.run import CHECKS
 
-    if not examine(config, overrides or []):
+    if not examine(config, overrides or [], checks=CHECKS):
         raise typer.Exit(2)
 
 
@@ -151,10 +156,15 @@ def show_config() -> None:
         typer.echo(f"{key} = {default}\n    {description}")
 
 
-def _print(table: Any) -> None:
-    from rich.console import Console
+def _print_table(metrics: Mapping[str, Any]) -> None:
+    from apiary.report import table_plain, table_text
 
-    Console(soft_wrap=not sys.stdout.isatty()).print(table)
+    if sys.stdout.isatty():
+        from rich.console import Console
+
+        Console().print(table_text(metrics))
+    else:
+        typer.echo(table_plain(metrics))
 
 
 def _shown(path: Path) -> str:
@@ -187,7 +197,10 @@ def _guarded(command: Callable[[], Any]) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
             raise
-        typer.echo(f"apiary: cannot write {error.filename or 'the run'}: {error.strerror}; a run goes on with --resume", err=True)
+        typer.echo(
+            f"apiary: cannot write {error.filename or 'the run'}: {error.strerror}; a run goes on with --resume",
+            err=True,
+        )
         return 1
     except RuntimeError as error:
         if type(error).__name__ != "RunFailed":

@@ -82,9 +82,7 @@ class AdapterConfig(_Section):
     kind: Literal["lora"] = Field("lora", description="kind of adapter")
     rank: int = Field(16, ge=1, le=1024, description="rank of the two LoRA factors")
     alpha: float = Field(16.0, gt=0, description="LoRA alpha: the update is scaled by alpha/rank (see scaling)")
-    scaling: Literal["rslora", "lora"] = Field(
-        "rslora", description="rslora: alpha/sqrt(rank); lora: alpha/rank"
-    )
+    scaling: Literal["rslora", "lora"] = Field("rslora", description="rslora: alpha/sqrt(rank); lora: alpha/rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input while training")
     targets: str | tuple[str, ...] = Field(
         "all-linear", description="all-linear, or a list of module name endings such as q_proj"
@@ -110,7 +108,7 @@ class DataConfig(_Section):
     )
     clients: int = Field(8, ge=1, description="number of clients (ignored by the natural partition)")
     partition: MethodField = Field(
-        Method(name="dirichlet", alpha=0.1, by="skill"),  # type: ignore[call-arg]
+        Method(name="dirichlet", alpha=0.1, by="skill"),
         description="iid, dirichlet, by_value, pathological, size or natural, with options",
     )
     max_rows: int | None = Field(None, ge=1, description="use at most this many rows of the source")
@@ -119,7 +117,9 @@ class DataConfig(_Section):
 class PromptConfig(_Section):
     """How an example becomes tokens."""
 
-    template: str = Field("chat", description="chat, alpaca, plain, or a file with {instruction} {input} {response}")
+    template: str = Field(
+        "chat", description="chat, alpaca, plain, or a file with {instruction} and {response}, and {system} if you like"
+    )
     system: str | None = Field(None, description="a system message put before every conversation without one")
     max_tokens: int = Field(512, ge=8, description="longest example in tokens; see on_long")
     on_long: Literal["truncate", "drop"] = Field(
@@ -257,7 +257,8 @@ def from_json(text: str) -> RunConfig:
 def load(path: str | Path | None = None, overrides: Iterable[str] = ()) -> RunConfig:
     """The configuration from a TOML file (or the defaults) with `key=value` overrides on top.
 
-    A relative `data.source`, `data.test`, `model.name` or `prompt.template` that exists beside the file is read from there.
+    A relative `data.source`, `data.test`, `model.name` or `prompt.template` that exists beside the file is read
+    from there.
 
     Raises:
         UserError: missing or broken file, bad overrides and values that are not allowed, one line each.

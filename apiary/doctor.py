@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from apiary.models import LanguageModel
     from apiary.prompts import Corpus, Template
 
-Check = Callable[[RunConfig], None]
+Check = Callable[[RunConfig], object]
 T = TypeVar("T")
 
 

@@ -12,12 +12,13 @@ from apiary import prompts
 from apiary.batches import Corpus
 from apiary.config import RunConfig
 from apiary.examples import Example, answer
-from apiary.models import LanguageModel, set_adapter
+from apiary.models import LanguageModel, fresh_adapter, set_adapter
 from apiary.probe import ModelProbe
 from apiary.prompts import Template
 from apiary.tensors import StateDict, derive_seed
 
 Floats = NDArray[np.float64]
+CENTRAL = "central"  # the baseline trained on all data pooled
 
 
 class HeldOut(NamedTuple):
@@ -51,7 +52,7 @@ class Measured(NamedTuple):
 def prepare(examples: Sequence[Example], template: Template, lm: LanguageModel, config: RunConfig) -> HeldOut:
     """At most `evaluate.max_examples` of the examples, drawn evenly, tokenised both for scoring and for answering.
 
-    Examples that do not fit `prompt.max_tokens` are left out of both, so that every row of the table is over the same ones.
+    Examples that do not fit `prompt.max_tokens` are left out of both: every row of the table is over the same ones.
     """
     fitting = [e for e in _evenly(examples, config) if prompts.encode(e, template, lm.tokenizer, config.prompt)]
     corpus = prompts.encode_all(fitting, template, lm.tokenizer, config.prompt)
@@ -80,6 +81,45 @@ def measure(lm: LanguageModel, adapter: StateDict | None, held_out: HeldOut, con
     texts = tuple(probe.generate(list(held_out.questions), config.evaluate.max_new_tokens))
     correct = np.array([exact_match(t, a) for t, a in zip(texts, held_out.answers, strict=True)], dtype=np.float64)
     return Measured(nats, tokens.astype(np.float64), correct, texts)
+
+
+class Comparison(NamedTuple):
+    """The table, and each client's model trained alone."""
+
+    rows: dict[str, Measured]  # by method, in the order of the table
+    alone: dict[str, Measured]  # by client
+
+
+def compare(
+    lm: LanguageModel,
+    held_out: HeldOut,
+    config: RunConfig,
+    adapter: StateDict,
+    trained: Mapping[str, StateDict],
+) -> Comparison:
+    """Every method on the same held-out examples.
+
+    Args:
+        lm: the model.
+        held_out: the examples.
+        config: says whether answers are generated, and whether the untuned base has a row.
+        adapter: the federated one.
+        trained: the baselines, by client name and `CENTRAL`; methods without one have no row.
+    """
+
+    def score(state: StateDict) -> Measured:
+        return measure(lm, state, held_out, config)
+
+    alone = {name: score(state) for name, state in trained.items() if name != CENTRAL}
+    rows: dict[str, Measured] = {}
+    if "base" in config.evaluate.baselines:
+        rows["base"] = score(fresh_adapter(lm, config.seed))
+    if alone:
+        rows["local"] = mean(list(alone.values()))
+    rows["federated"] = score(adapter)
+    if CENTRAL in trained:
+        rows["central"] = score(trained[CENTRAL])
+    return Comparison(rows, alone)
 
 
 def exact_match(given: str, reference: str) -> bool:
@@ -131,6 +171,8 @@ def by_tag(tag: str, runs: Mapping[str, Measured], held_out: HeldOut) -> dict[st
     """Accuracy per value of a tag (a skill, a category) and method; empty where answers were not generated."""
     labels = np.array([example.tags.get(tag, "") for example in held_out.examples])
     return {
-        str(value): {m: float(run.correct[labels == value].mean()) for m, run in runs.items() if run.correct is not None}
+        str(value): {
+            m: float(run.correct[labels == value].mean()) for m, run in runs.items() if run.correct is not None
+        }
         for value in sorted(set(labels.tolist()))
     }

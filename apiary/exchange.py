@@ -1,4 +1,4 @@
-"""What travels between server and clients, as plain frozen types. No Flower here: `apiary.records` puts these on the wire."""
+"""What travels between server and clients, as plain frozen types. `apiary.records` puts these on the wire."""
 
 from __future__ import annotations
 

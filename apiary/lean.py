@@ -44,9 +44,12 @@ class LeanLinear(LoraLinear):  # type: ignore[misc]
     """peft's LoRA layer for the plain case: one active adapter, no dropout at work, nothing merged."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x W^T + bias + s (x A^T) B^T, in the dtype of W."""
+        """X W^T + bias + s (x A^T) B^T, in the dtype of W."""
         names = self.active_adapters
-        plain = not (args or kwargs or self.disable_adapters or self.merged or self.lora_variant) and len(names) == 1
+        plain = (
+            not (args or kwargs or self.disable_adapters or self.merged or self.lora_variant)
+            and len(names) == 1
+        )
         if not plain or self._drops(names[0]):
             return cast(Tensor, super().forward(x, *args, **kwargs))
         base, name = self.base_layer, names[0]
@@ -63,7 +66,8 @@ class LeanLinear(LoraLinear):  # type: ignore[misc]
 
 class _LowRank(torch.autograd.Function):
     """A frozen linear map plus its low-rank update. peft's way casts the input to float32 and back, and makes three
-    more tensors of the size of the output; here the update is added in place by the matrix product itself."""
+    more tensors of the size of the output; here the update is added in place by the matrix product itself.
+    """
 
     @staticmethod
     def forward(
@@ -129,7 +133,10 @@ class _RmsNorm(torch.autograd.Function):
 
 
 def _is_gated(module: nn.Module) -> bool:
-    parts = all(isinstance(getattr(module, name, None), nn.Module) for name in ("gate_proj", "up_proj", "down_proj"))
+    parts = all(
+        isinstance(getattr(module, name, None), nn.Module)
+        for name in ("gate_proj", "up_proj", "down_proj")
+    )
     return parts and "silu" in type(getattr(module, "act_fn", None)).__name__.lower()
 
 
@@ -165,7 +172,9 @@ class _Gated(torch.autograd.Function):
 
 def _become(module: nn.Module, forward: Any) -> None:
     kind = type(module)
-    module.__class__ = type(kind.__name__, (kind,), {"forward": functools.wraps(kind.forward)(forward)})
+    module.__class__ = type(
+        kind.__name__, (kind,), {"forward": functools.wraps(kind.forward)(forward)}
+    )
 
 
 def _noise(*shape: int) -> Tensor:
@@ -218,7 +227,14 @@ def attention(
         return cast(
             "tuple[Tensor, None]",
             sdpa_attention_forward(
-                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+                module,
+                query,
+                key,
+                value,
+                attention_mask,
+                dropout=dropout,
+                scaling=scaling,
+                **kwargs,
             ),
         )
     scale = width**-0.5 if scaling is None else scaling
@@ -230,7 +246,8 @@ def attention(
 
 class _Attention(torch.autograd.Function):
     """Attention by batched matrix products. The CPU's flash kernel is quick forwards, but its bfloat16 gradient takes
-    5 to 12 times as long as these products do at the lengths of instructions."""
+    5 to 12 times as long as these products do at the lengths of instructions.
+    """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -265,7 +282,8 @@ def _causal(length: int, dtype: torch.dtype) -> Tensor:
 @functools.cache
 def _keep_memory() -> None:
     """Lets glibc keep freed memory: by default every activation above 32 MB goes back to the kernel when it is freed
-    and is zeroed page by page when the next layer asks for it."""
+    and is zeroed page by page when the next layer asks for it.
+    """
     if sys.platform == "linux":
         library = ctypes.CDLL(None)
         if hasattr(library, "gnu_get_libc_version"):

@@ -18,13 +18,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from apiary.bases import base_digest, read, resolve_device, resolve_dtype
 from apiary.config import AdapterConfig, ModelConfig, UserError
@@ -116,21 +116,22 @@ def _base(config: ModelConfig) -> _Base:
         if config not in _bases:
             model, tokenizer = read(config)
             _loads += 1
-            model.requires_grad_(False).eval()
             _bases[config] = _Base(model, tokenizer, base_digest(model, config.quantization))
         return _bases[config]
 
 
 def _adapt(base: _Base, config: ModelConfig, adapter: AdapterConfig) -> LanguageModel:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks Transformers for a property by its old name
-        model = get_peft_model(_share(base.model), _lora(config, adapter, base.model))  # type: ignore[arg-type]
+        # peft asks Transformers for a property by its old name, and says what it does for GPT-2.
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        warnings.filterwarnings("ignore", ".*fan_in_fan_out", UserWarning)
+        model = get_peft_model(_share(base.model), _lora(config, adapter, base.model))
     model.eval()
     device = resolve_device(config)
-    slim(model, device)  # type: ignore[arg-type]
+    slim(model, device)
     live = {n.replace(".default.", "."): p for n, p in model.named_parameters() if p.requires_grad}
     return LanguageModel(
-        model=model,  # type: ignore[arg-type]
+        model=model,
         tokenizer=base.tokenizer,
         device=device,
         dtype=resolve_dtype(config, device),
@@ -149,9 +150,13 @@ def _share(model: PreTrainedModel) -> PreTrainedModel:
 def _lora(config: ModelConfig, adapter: AdapterConfig, base: PreTrainedModel) -> LoraConfig:
     targets = adapter.targets if isinstance(adapter.targets, str) else list(adapter.targets)
     names = [name for name, _ in base.named_modules()]
-    for target in [] if targets == "all-linear" else [targets] if isinstance(targets, str) else targets:
+    for target in (
+        [] if targets == "all-linear" else [targets] if isinstance(targets, str) else targets
+    ):
         if not any(name == target or name.endswith(f".{target}") for name in names):
-            kinds = sorted({n.rsplit(".", 1)[-1] for n, m in base.named_modules() if isinstance(m, nn.Linear)})
+            kinds = sorted(
+                {n.rsplit(".", 1)[-1] for n, m in base.named_modules() if isinstance(m, nn.Linear)}
+            )
             known = ", ".join(kinds) or "none"
             raise UserError(
                 f"adapter.targets: {config.name} has no module {target!r}; linear modules: {known}; or 'all-linear'"
@@ -159,10 +164,12 @@ def _lora(config: ModelConfig, adapter: AdapterConfig, base: PreTrainedModel) ->
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=adapter.rank,
-        lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # a float works, and rsLoRA wants one
+        lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
         use_rslora=adapter.scaling == "rslora",
-        target_modules=[targets] if isinstance(targets, str) and targets != "all-linear" else targets,
+        target_modules=[targets]
+        if isinstance(targets, str) and targets != "all-linear"
+        else targets,
         base_model_name_or_path=config.name,
         revision=config.revision,
     )
@@ -183,10 +190,14 @@ def set_adapter(lm: LanguageModel, state: StateDict) -> None:
     unknown = [name for name in state if name not in lm.adapter]
     if missing or unknown:
         kind, names = ("lacks", missing) if missing else ("has the unknown tensor", unknown)
-        raise ValueError(f"adapter {kind} {names[0]!r} ({len(missing)} missing, {len(unknown)} unknown)")
+        raise ValueError(
+            f"adapter {kind} {names[0]!r} ({len(missing)} missing, {len(unknown)} unknown)"
+        )
     for name, parameter in lm.adapter.items():
         if state[name].shape != parameter.shape:
-            raise ValueError(f"adapter tensor {name!r}: shape {tuple(state[name].shape)}, not {tuple(parameter.shape)}")
+            raise ValueError(
+                f"adapter tensor {name!r}: shape {tuple(state[name].shape)}, not {tuple(parameter.shape)}"
+            )
     with torch.no_grad():
         for name, parameter in lm.adapter.items():
             parameter.copy_(state[name])
@@ -201,7 +212,9 @@ def fresh_adapter(lm: LanguageModel, seed: int) -> dict[str, Tensor]:
     for name, parameter in lm.adapter.items():
         state[name] = torch.zeros(parameter.shape)
         if "lora_A" in name:
-            bound = parameter.shape[1] ** -0.5  # Kaiming-uniform with a = sqrt(5), as peft and nn.Linear have it
+            bound = (
+                parameter.shape[1] ** -0.5
+            )  # Kaiming-uniform with a = sqrt(5), as peft and nn.Linear have it
             state[name].uniform_(-bound, bound, generator=generator(seed, "adapter", name))
     return state
 
@@ -240,10 +253,12 @@ def merged(lm: LanguageModel, state: StateDict) -> PreTrainedModel:
         for name, parameter in whole.named_parameters():
             if (key := name.replace(".default.", ".")) in state:
                 parameter.copy_(state[key])
-    return whole.merge_and_unload(safe_merge=True)  # type: ignore[no-any-return,operator]
+    return whole.merge_and_unload(safe_merge=True)
 
 
-def save_adapter(lm: LanguageModel, state: StateDict, folder: str | Path, card: str | None = None) -> None:
+def save_adapter(
+    lm: LanguageModel, state: StateDict, folder: str | Path, card: str | None = None
+) -> None:
     """Writes a PEFT folder that `peft.PeftModel.from_pretrained(base, folder)` loads.
 
     It is written beside its place and moved there whole: at any moment the folder is absent, the old one, or the new one.
@@ -261,7 +276,10 @@ def save_adapter(lm: LanguageModel, state: StateDict, folder: str | Path, card: 
         written = copy.copy(lm.model.peft_config["default"])
         written.inference_mode = True  # what peft itself writes: the folder is loaded frozen
         written.save_pretrained(str(work))
-        tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in state.items()}
+        tensors = {
+            name: tensor.detach().to("cpu", torch.float32).contiguous()
+            for name, tensor in state.items()
+        }
         save_file(tensors, work / "adapter_model.safetensors", metadata={"format": "pt"})
         if card is not None:
             (work / "README.md").write_text(card, encoding="utf-8")

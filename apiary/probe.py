@@ -73,7 +73,8 @@ def token_nats(logits: Tensor, tokens: Tensor) -> Tensor:
 
 class _TokenNats(torch.autograd.Function):
     """Cross-entropy in float32 a few rows at a time: with a vocabulary of 150,000 the usual one holds the logits,
-    their float32 copy, its softmax and its gradient at once, which is most of the memory of a step."""
+    their float32 copy, its softmax and its gradient at once, which is most of the memory of a step.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> Tensor:
@@ -117,8 +118,6 @@ class ModelProbe:
 
     def losses(self, corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
         """Summed nats (n,) float64 and response tokens (n,) int64 of each example."""
-        from apiary.batches import collate, plan_batches
-
         nats, tokens = np.zeros(len(corpus)), np.zeros(len(corpus), np.int64)
         pad = pad_id(self._lm.tokenizer)
         with torch.inference_mode(), autocast(self._lm):
@@ -133,7 +132,9 @@ class ModelProbe:
         answers = [""] * len(prompts)
         order = sorted((i for i, ids in enumerate(prompts) if ids), key=lambda i: len(prompts[i]))
         for chosen in self._groups(order, prompts, max_new_tokens):
-            for index, text in zip(chosen, self._answer([prompts[i] for i in chosen], max_new_tokens), strict=True):
+            for index, text in zip(
+                chosen, self._answer([prompts[i] for i in chosen], max_new_tokens), strict=True
+            ):
                 answers[index] = text
         return answers
 
@@ -152,7 +153,9 @@ class ModelProbe:
         # Decoding appends on the right, so here the padding is on the left, and the mask is needed: generate()
         # counts positions from each prompt's own first token.
         ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=lm.device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=lm.device)
+        mask = torch.tensor(
+            [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=lm.device
+        )
         stops = stop_ids(lm)
         with torch.inference_mode(), autocast(lm):
             out = lm.model.generate(  # type: ignore[operator]
@@ -174,7 +177,14 @@ class ModelProbe:
         return str(self._lm.tokenizer.decode(ids[:end], skip_special_tokens=True))
 
 
-_END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<turn|>", "<|end_of_turn|>")
+_END_OF_TURN = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "<turn|>",
+    "<|end_of_turn|>",
+)
 
 
 def stop_ids(lm: LanguageModel) -> list[int]:
@@ -184,5 +194,7 @@ def stop_ids(lm: LanguageModel) -> list[int]:
     found = set(listed if isinstance(listed, list) else [listed])
     found.add(lm.tokenizer.eos_token_id)
     special = set(lm.tokenizer.all_special_tokens) | set(lm.tokenizer.get_added_vocab())
-    found.update(lm.tokenizer.convert_tokens_to_ids(mark) for mark in _END_OF_TURN if mark in special)
+    found.update(
+        lm.tokenizer.convert_tokens_to_ids(mark) for mark in _END_OF_TURN if mark in special
+    )
     return sorted(token for token in found if isinstance(token, int))

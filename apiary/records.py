@@ -38,16 +38,17 @@ def array_bytes(content: RecordDict) -> int:
 
 
 def request(round_number: int, adapter: ArrayRecord, base_delta: ArrayRecord) -> RecordDict:
-    """The content of a train or evaluate message. Records are made by the caller, so that clients with the same payload share them."""
-    return RecordDict(
-        {_ADAPTER: adapter, _BASE_DELTA: base_delta, _ROUND: ConfigRecord({_ROUND: round_number})}
-    )
+    """The content of a train or evaluate message; the caller makes the records, so that equal payloads share them."""
+    return RecordDict({_ADAPTER: adapter, _BASE_DELTA: base_delta, _ROUND: ConfigRecord({_ROUND: round_number})})
 
 
 def read_request(content: RecordDict) -> tuple[int, Payload]:
     """The round and payload that `request` wrote."""
     adapter, base_delta = (from_arrays(_part(content, key, ArrayRecord)) for key in (_ADAPTER, _BASE_DELTA))
-    return int(_part(content, _ROUND, ConfigRecord)[_ROUND]), Payload(adapter, base_delta)
+    number = _part(content, _ROUND, ConfigRecord)[_ROUND]
+    if not isinstance(number, int):
+        raise WireError("its round is not a number")
+    return number, Payload(adapter, base_delta)
 
 
 def train_reply(update: Update, report: FitReport) -> RecordDict:
@@ -102,9 +103,7 @@ def read_hello_reply(content: RecordDict) -> Hello:
 
 def score_reply(client: str, score: Score) -> RecordDict:
     """The content of a client's answer to an evaluate message."""
-    return RecordDict(
-        {_WHO: ConfigRecord({_WHO: client}), _COUNTS: MetricRecord(dict(score._asdict()))}
-    )
+    return RecordDict({_WHO: ConfigRecord({_WHO: client}), _COUNTS: MetricRecord(dict(score._asdict()))})
 
 
 def read_score_reply(content: RecordDict) -> tuple[str, Score]:

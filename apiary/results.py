@@ -1,4 +1,4 @@
-"""What can be done with a finished run or an adapter folder: open it, score it on other data, talk to it, hand it on."""
+"""What can be done with a finished run or an adapter: open it, score it on other data, talk to it, hand it on."""
 
 from __future__ import annotations
 
@@ -48,7 +48,11 @@ def open_tuned(path: Path, overrides: Sequence[str] = ()) -> Tuned:
     folder = path / "adapter" if run else path
     if not (folder / _WEIGHTS).exists():
         unfinished = (path / "config.toml").exists()
-        hint = "it is not finished: apiary simulate --out DIR --resume" if unfinished else "give a run directory or a PEFT adapter folder"
+        hint = (
+            "it is not finished: apiary simulate --out DIR --resume"
+            if unfinished
+            else "give a run directory or a PEFT adapter folder"
+        )
         raise UserError(f"{str(path)!r} holds no adapter; {hint}")
     stored = next((f for f in (path / "config.toml", folder / _SETTINGS) if f.exists()), None)
     config = configs.load(stored, [*_settings_of(folder, stored), *overrides])
@@ -100,14 +104,7 @@ def score(tuned: Tuned, source: str) -> dict[str, Measured]:
     if not held_out.examples:
         raise UserError(f"{source!r}: no example fits prompt.max_tokens = {config.prompt.max_tokens}; raise it with -s")
     kept = {f.parent.name: load_file(f) for f in sorted((run / "baselines").glob(f"*/{_WEIGHTS}"))} if run else {}
-    rows = {"base": evaluate.measure(lm, models.fresh_adapter(lm, config.seed), held_out, config)}
-    alone = [evaluate.measure(lm, state, held_out, config) for name, state in kept.items() if name != "central"]
-    if alone:
-        rows["local"] = evaluate.mean(alone)
-    rows["federated"] = evaluate.measure(lm, adapter, held_out, config)
-    if "central" in kept:
-        rows["central"] = evaluate.measure(lm, kept["central"], held_out, config)
-    return rows
+    return evaluate.compare(lm, held_out, config, adapter, kept).rows
 
 
 def reply(tuned: Tuned, history: Sequence[Turn], max_new_tokens: int) -> str:
@@ -165,11 +162,13 @@ def _write_export(tuned: Tuned, draft: Path, merge: bool) -> None:
 def card(config: RunConfig, metrics: Mapping[str, Any] | None, *, merged: bool = False) -> str:
     """The model card: what it was tuned from, how, and how well it did."""
     name = config.model.name
-    use = (
-        'AutoModelForCausalLM.from_pretrained("THIS_FOLDER")'
-        if merged
-        else f'PeftModel.from_pretrained(base, "THIS_FOLDER")  # base = AutoModelForCausalLM.from_pretrained("{_base_path(name)}")'
-    )
+    if merged:
+        use = ['model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")']
+    else:
+        use = [
+            f'base = AutoModelForCausalLM.from_pretrained("{_base_path(name)}")',
+            'model = PeftModel.from_pretrained(base, "THIS_FOLDER")',
+        ]
     lines = [
         "---",
         *([] if name.startswith("builtin:") or Path(name).is_absolute() else [f"base_model: {name}"]),
@@ -180,14 +179,16 @@ def card(config: RunConfig, metrics: Mapping[str, Any] | None, *, merged: bool =
         "",
         f"Tuned with Apiary from `{Path(name).name if Path(name).is_absolute() else name}` by federated learning: "
         f"{config.rounds} rounds, LoRA rank {config.adapter.rank} ({config.adapter.scaling}), "
-        f"`{config.strategy.name}`, prompt template `{Path(config.prompt.template).name}`. No training example left its client.",
+        f"`{config.strategy.name}`, prompt template `{Path(config.prompt.template).name}`. "
+        "No training example left its client.",
         "",
         "```python",
-        use,
+        *use,
         "```",
         *_card_table(metrics),
         "",
-        "Privacy: updates were averaged in the clear; no differential privacy was used. All settings are in `apiary.toml`.",
+        "Privacy: updates were averaged in the clear; no differential privacy was used. "
+        "All settings are in `apiary.toml`.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -21,12 +21,12 @@ def zeros_like(state: StateDict, dtype: torch.dtype | None = None) -> dict[str, 
 
 
 def subtract(a: StateDict, b: StateDict) -> dict[str, Tensor]:
-    """a - b, name by name."""
+    """A - b, name by name."""
     return {name: tensor - b[name] for name, tensor in a.items()}
 
 
 def add(a: StateDict, b: StateDict, scale: float = 1.0) -> dict[str, Tensor]:
-    """a + scale * b, name by name, in the dtype of `a`."""
+    """A + scale * b, name by name, in the dtype of `a`."""
     return {name: (tensor + scale * b[name]).to(tensor.dtype) for name, tensor in a.items()}
 
 

@@ -2,8 +2,8 @@
 
 Three measurements, each in a process of its own so that peak memory is its own:
 
-- visit: the clients of the built-in demo on the local engine, warm; the cost of a visit beyond its optimizer steps is the
-  time of the whole message less the time inside the steps.
+- visit: the clients of the built-in demo on the local engine, warm; the cost of a visit beyond its optimizer steps is
+  the time of the whole message less the time inside the steps.
 - local: one round over 10, 100 and 1,000 virtual clients, in one process.
 - ray: the same round on Flower's simulation on Ray.
 
@@ -75,7 +75,7 @@ def one_round(clients: int, engine: str) -> dict[str, Any]:
 
 
 def visit() -> dict[str, Any]:
-    """What a client visit of the default demo costs beyond its optimizer steps, warm, and base loads after the first."""
+    """What a warm client visit of the demo costs beyond its optimizer steps, and how often the base was loaded."""
     import statistics
 
     from flwr.app import Message
@@ -114,14 +114,21 @@ def visit() -> dict[str, Any]:
                 if number > 1:  # the first visit tokenises the client's data
                     beside.append(1000 * (whole - inside[0]))
                 loads.append(models.base_loads())
-    return {"median_ms_beside_steps": statistics.median(beside), "max_ms": max(beside), "base_loads": loads[-1], "visits": len(loads)}
+    return {
+        "median_ms_beside_steps": statistics.median(beside),
+        "max_ms": max(beside),
+        "base_loads": loads[-1],
+        "visits": len(loads),
+    }
 
 
 def main() -> None:
     """Run each measurement in its own process and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="10 and 100 clients only")
-    parser.add_argument("--one", nargs=2, metavar=("ENGINE", "CLIENTS"), help="one measurement, as JSON on the last line")
+    parser.add_argument(
+        "--one", nargs=2, metavar=("ENGINE", "CLIENTS"), help="one measurement, as JSON on the last line"
+    )
     parser.add_argument("--visit", action="store_true", help="the visit measurement, as JSON on the last line")
     args = parser.parse_args()
     if args.one:

@@ -1,6 +1,6 @@
 """The default run, `apiary simulate`, timed as a whole process from command to report, over several seeds.
 
-    python benchmarks/demo.py [--seeds 3]
+python benchmarks/demo.py [--seeds 3]
 """
 
 from __future__ import annotations

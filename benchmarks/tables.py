@@ -1,6 +1,6 @@
 """Writes the README's tables from the committed results, between their markers.
 
-    python benchmarks/tables.py [--check]
+python benchmarks/tables.py [--check]
 """
 
 from __future__ import annotations
@@ -44,16 +44,20 @@ def demo(results: dict[str, Any]) -> str:
 
 def clients(results: dict[str, Any]) -> str:
     """Time per message and peak memory by number of clients and engine."""
-    lines = ["| virtual clients | engine | ms per client message | peak memory of the server's process |", "|---|---|---|---|"]
+    lines = [
+        "| virtual clients | engine | ms per client message | peak memory of the server's process |",
+        "|---|---|---|---|",
+    ]
     lines += [
-        f"| {row['clients']:,} | {row['engine']} | {row['ms_per_message']:.0f} | {row['peak_driver_bytes'] / 2**20:,.0f} MiB |"
+        f"| {row['clients']:,} | {row['engine']} | {row['ms_per_message']:.0f} "
+        f"| {row['peak_driver_bytes'] / 2**20:,.0f} MiB |"
         for row in results["rounds"]
     ]
     visit = results["visit"]
     lines += [
         "",
-        f"A visit of a demo client costs {visit['median_ms_beside_steps']:.0f} ms (median of {visit['visits']}) beyond its optimizer steps; "
-        f"the base was loaded {visit['base_loads']} time. Machine: {_machine(results)}.",
+        f"A visit of a demo client costs {visit['median_ms_beside_steps']:.0f} ms (median of {visit['visits']}) beyond "
+        f"its optimizer steps; the base was loaded {visit['base_loads']} time. Machine: {_machine(results)}.",
     ]
     return "\n".join(lines)
 

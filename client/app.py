@@ -1,7 +1,7 @@
 """The ClientApp: a thin shell that turns Flower messages into calls of the worker.
 
-Whatever goes wrong inside, the server learns the kind of error and the line of our code, never a message text: that could
-quote a row or a path. The whole error stays in the client's own log.
+Whatever goes wrong inside, the server learns the kind of error and the line of our code, never a message text: that
+could quote a row or a path. The whole error stays in the client's own log.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def _answer(message: Message, context: Context, act: Callable[[Worker, Site], Re
 def _safe_reason(error: Exception) -> str:
     """The kind of an error and where in our code it came up, without its text."""
     ours = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent.name in _OURS]
-    place = f" in {Path(ours[-1].filename).parent.name}/{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else ""
+    place = (
+        f" in {Path(ours[-1].filename).parent.name}/{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else ""
+    )
     kind = "its loss is not a number" if isinstance(error, FloatingPointError) else type(error).__name__
     return f"{kind}{place}; the client's own log says more"
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from apiary.batches import Batch, Corpus, collate, plan_batches
-from apiary.batches import Batch, Corpus, collate, plan_batches
 from apiary.config import TrainConfig
 from apiary.exchange import FitReport
 from apiary.models import LanguageModel, autocast, get_adapter, pad_id, set_adapter
@@ -128,14 +127,20 @@ def fit(
     return FitResult(dict(delta), walk.cursor, report)
 
 
-def _plan(corpus: Corpus, config: TrainConfig, seed: int, client: str, epoch: int) -> list[np.ndarray]:
-    return plan_batches(corpus.lengths, config.batch_tokens, generator(seed, client, "epoch", epoch))
+def _plan(
+    corpus: Corpus, config: TrainConfig, seed: int, client: str, epoch: int
+) -> list[np.ndarray]:
+    return plan_batches(
+        corpus.lengths, config.batch_tokens, generator(seed, client, "epoch", epoch)
+    )
 
 
 class _Walk:
     """A client's way through its data: each epoch's plan from end to end, then the next epoch's."""
 
-    def __init__(self, corpus: Corpus, config: TrainConfig, seed: int, client: str, cursor: Cursor) -> None:
+    def __init__(
+        self, corpus: Corpus, config: TrainConfig, seed: int, client: str, cursor: Cursor
+    ) -> None:
         self._make = lambda epoch: _plan(corpus, config, seed, client, epoch)
         self._corpus = corpus
         self._plan = self._make(cursor.epoch)
@@ -161,14 +166,21 @@ class _Loop:
     """One visit's optimizer and what an optimizer step does."""
 
     def __init__(
-        self, lm: LanguageModel, config: TrainConfig, objective: Objective, penalties: tuple[Penalty, ...]
+        self,
+        lm: LanguageModel,
+        config: TrainConfig,
+        objective: Objective,
+        penalties: tuple[Penalty, ...],
     ) -> None:
         self._lm, self._config, self._objective, self._penalties = lm, config, objective, penalties
         self._parameters = list(lm.adapter.values())
         for parameter in self._parameters:
             parameter.grad = None
         self._optimizer = torch.optim.AdamW(
-            self._parameters, lr=config.lr, weight_decay=config.weight_decay, fused=lm.device.type != "mps"
+            self._parameters,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            fused=lm.device.type != "mps",
         )
 
     def step(self, step: int, batches: Sequence[Batch], lr: float) -> StepRecord:

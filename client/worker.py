@@ -1,7 +1,7 @@
 """What a client does when it is asked: shake hands, train, evaluate. No Flower here.
 
-A worker loads the base model once and serves any number of sites, one at a time: all virtual clients of a simulation, or
-the one site of an organisation.
+A worker loads the base model once and serves any number of sites, one at a time: all virtual clients of a simulation,
+or the one site of an organisation.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from apiary.probe import ModelProbe
 from client import memory, trainer
 from client.objectives import build_penalties
 
-_CORPORA = 64  # tokenised corpora held at a time: enough for a usual cohort, and bounded for thousands of virtual clients
+_CORPORA = (
+    64  # tokenised corpora held at a time: enough for a usual cohort, and bounded for thousands of virtual clients
+)
 
 
 class Site(NamedTuple):

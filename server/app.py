@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from apiary import evaluate, models, prompts, results
 from apiary.batches import Corpus
 from apiary.config import RunConfig
 from apiary.exchange import Score
+from apiary.models import LanguageModel
 from apiary.probe import ModelProbe
 from apiary.runlog import RunLog
 from apiary.tensors import StateDict
@@ -37,14 +39,6 @@ def prepare(config: RunConfig, folder: Path, log: RunLog, held_out: Corpus | Non
         state, progress = ServerState(0, models.fresh_adapter(lm, config.seed), {}, {}), Progress()
     else:
         state, progress = found[0], Progress(**found[1])
-    probe = ModelProbe(lm)
-
-    def measure(adapter: StateDict) -> Evaluation:
-        models.set_adapter(lm, adapter)
-        nats, tokens = probe.losses(held_out)
-        score = Score(float(nats.sum()), int(tokens.sum()), len(nats))
-        return Evaluation(score, evaluate.interval(nats, tokens, seed=config.seed))
-
     return Rounds(
         config,
         AGGREGATORS.build(config.strategy.name, config.strategy.options, weighting=config.strategy.weighting),
@@ -53,8 +47,18 @@ def prepare(config: RunConfig, folder: Path, log: RunLog, held_out: Corpus | Non
         log=log,
         progress=progress,
         on_round=lambda state, progress: save(folder, state, progress),
-        evaluate=measure if held_out is not None and len(held_out) else None,
+        evaluate=_measure(lm, held_out, config.seed) if held_out else None,
     )
+
+
+def _measure(lm: LanguageModel, held_out: Corpus, seed: int) -> Callable[[StateDict], Evaluation]:
+    def measure(adapter: StateDict) -> Evaluation:
+        models.set_adapter(lm, adapter)
+        nats, tokens = ModelProbe(lm).losses(held_out)
+        score = Score(float(nats.sum()), int(tokens.sum()), len(nats))
+        return Evaluation(score, evaluate.interval(nats, tokens, seed=seed))
+
+    return measure
 
 
 def save(folder: Path, state: ServerState, progress: Progress) -> None:

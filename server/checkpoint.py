@@ -23,8 +23,7 @@ def save(folder: Path, state: ServerState, progress: Mapping[str, Any], keep: in
     Everything is written to a folder beside, flushed to disk, and renamed: a kill at any moment leaves either the whole
     checkpoint or none.
 
-    Args:
-        progress: plain values that belong to the state, such as the best loss so far.
+    `progress` holds plain values that belong to the state, such as the best loss so far.
     """
     final = folder / f"round-{state.round:04d}"
     draft = folder / f".draft-{os.getpid()}"

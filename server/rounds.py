@@ -122,7 +122,7 @@ class Rounds(Strategy):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
     ) -> Result:
-        """Flower's entry point: runs from `initial_arrays`; the rounds and time limits are those of the run's config."""
+        """Flower's entry point: runs from `initial_arrays`; rounds and time limits are those of the run's config."""
         self.state = self.state._replace(adapter=records.from_arrays(initial_arrays))
         self.run(grid, self.config.strategy.min_clients)
         return Result(arrays=records.to_arrays(self.state.adapter))
@@ -136,7 +136,9 @@ class Rounds(Strategy):
         replies = self._exchange(grid, messages, number)
         _, metrics = self.aggregate_train(number, replies)
         fields = dict(metrics or {})
-        self._log.event("round", round=number, asked=len(messages), bytes_down=down, seconds=time.monotonic() - began, **fields)
+        self._log.event(
+            "round", round=number, asked=len(messages), bytes_down=down, seconds=time.monotonic() - began, **fields
+        )
         every = self.config.evaluate.every
         if every and (number % every == 0 or number == self.config.rounds):
             self._measure(number, grid)
@@ -156,7 +158,9 @@ class Rounds(Strategy):
         self._greet(grid)
         needed = min(self.config.strategy.min_clients, expected)
         if len(self._members) < needed:
-            raise RunFailed(f"{len(self._members)} clients passed the handshake, {needed} are needed; see the lines above")
+            raise RunFailed(
+                f"{len(self._members)} clients passed the handshake, {needed} are needed; see the lines above"
+            )
 
     def _greet(self, grid: Grid) -> None:
         """Shake hands with nodes that are new, and forget those that left."""
@@ -176,7 +180,9 @@ class Rounds(Strategy):
 
     def _admit(self, node: int, hello: Any) -> None:
         wrong = [
-            part for part, ours, theirs in zip(Fingerprint._fields, self.fingerprint, hello.fingerprint, strict=True) if ours != theirs
+            part
+            for part, ours, theirs in zip(Fingerprint._fields, self.fingerprint, hello.fingerprint, strict=True)
+            if ours != theirs
         ]
         if wrong:
             reason = f"it holds another {' and '.join(wrong)} than the server (fingerprints differ)"
@@ -301,7 +307,9 @@ class Rounds(Strategy):
             raise records.WireError(f"it answers as {update.client!r}, which is not who was asked")
         if set(update.delta) != set(ours):
             odd = sorted(set(update.delta) ^ set(ours))
-            raise records.WireError(f"its update has other tensors than the adapter ({len(odd)} differ, first {odd[0]})")
+            raise records.WireError(
+                f"its update has other tensors than the adapter ({len(odd)} differ, first {odd[0]})"
+            )
         for name, tensor in update.delta.items():
             if tensor.shape != ours[name].shape:
                 raise records.WireError(f"its {name} is {tuple(tensor.shape)}, the adapter's {tuple(ours[name].shape)}")
@@ -355,7 +363,7 @@ class Rounds(Strategy):
                 scores[client] = score
         if not scores:
             return None
-        total = Score(*(sum(column) for column in zip(*scores.values(), strict=True)))  # type: ignore[arg-type]
+        total = Score(*(sum(column) for column in zip(*scores.values(), strict=True)))
         return MetricRecord({**{name: scores[name].loss for name in sorted(scores)}, "all": total.loss})
 
     def _note_loss(self, number: int, loss: float) -> None:
@@ -366,7 +374,9 @@ class Rounds(Strategy):
         patience = self.config.evaluate.patience
         self.progress = self.progress._replace(evaluations_without_gain=without, stopped=0 < patience <= without)
         if self.progress.stopped:
-            self._log.event("stop", round=number, reason=f"no better loss in {without} evaluations (evaluate.patience = {patience})")
+            self._log.event(
+                "stop", round=number, reason=f"no better loss in {without} evaluations (evaluate.patience = {patience})"
+            )
 
     def summary(self) -> None:
         """Log what this run is."""

@@ -14,14 +14,13 @@ from safetensors.torch import load_file
 
 from apiary import models, prompts
 from apiary.config import RunConfig
+from apiary.evaluate import CENTRAL
 from apiary.examples import ClientData, Example
 from apiary.models import LanguageModel
 from apiary.prompts import Template
 from apiary.runlog import RunLog
 from apiary.tensors import StateDict, add
 from client import trainer
-
-CENTRAL = "central"
 
 
 def train_all(
@@ -63,7 +62,13 @@ def train_all(
 
 
 def _adapter(
-    config: RunConfig, lm: LanguageModel, template: Template, name: str, rows: tuple[Example, ...], steps: int, folder: Path
+    config: RunConfig,
+    lm: LanguageModel,
+    template: Template,
+    name: str,
+    rows: tuple[Example, ...],
+    steps: int,
+    folder: Path,
 ) -> StateDict:
     weights = folder / name / "adapter_model.safetensors"
     if weights.exists():

@@ -57,7 +57,7 @@ def local() -> Engine:
 
 @ENGINES.register("ray")
 def ray() -> Engine:
-    """Flower's simulation: one Ray worker per `cpus_per_client` cores (and share of a GPU), each with its own base model."""
+    """Flower's simulation: one Ray worker per `cpus_per_client` cores and share of a GPU, each with its own base."""
 
     def run(app: ServerApp, config: RunConfig, clients: int, folder: Path) -> None:
         from flwr.simulation import run_simulation

@@ -1,10 +1,10 @@
 """The local engine: a Flower grid that runs each virtual client inside this process.
 
-A client runs when its reply is pulled, one at a time. Only one reply exists at once, the base model is shared, the order is
-the order of asking, and a debugger sees everything.
+A client runs when its reply is pulled, one at a time. Only one reply exists at once, the base model is shared, the
+order is the order of asking, and a debugger sees everything.
 
-Two details are private to flwr 1.41 and pinned by a test: `Message` reads the process-wide `TaskIdentity`, and message ids are
-stamped by whoever carries the message.
+Two details are private to flwr 1.41 and pinned by a test: `Message` reads the process-wide `TaskIdentity`, and
+message ids are stamped by whoever carries the message.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class LocalGrid(Grid):
         return list(self._contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Queue messages; their clients run when the replies are pulled. New messages replace unpulled ones: nobody waits for those."""
+        """Queue messages: clients run when replies are pulled. Unpulled older ones go, for nobody waits for them."""
         self._waiting = {self._stamp(message): message for message in messages}
         return list(self._waiting)
 

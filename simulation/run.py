@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from safetensors.torch import load_file
 
@@ -14,29 +14,24 @@ import strategies
 from apiary import config as configs
 from apiary import evaluate, examples, models, prompts, runlog
 from apiary.config import RunConfig, UserError
-from apiary.evaluate import HeldOut, Measured
-from apiary.examples import Federation
-from apiary.models import LanguageModel
-from apiary.prompts import Template
 from apiary.report import write_report
 from apiary.runlog import RunLog
-from apiary.tensors import StateDict
 from client import objectives
+from server import checkpoint
 from server.app import make_app
-from simulation import baselines
 from simulation.engines import ENGINES
+from simulation.summary import Plan, summarise
 
 Observer = Callable[[dict[str, Any]], None]
 
 
-class Plan(NamedTuple):
-    """Everything a run needs, loaded and checked before a folder is made."""
-
-    config: RunConfig
-    federation: Federation
-    lm: LanguageModel
-    template: Template
-    held_out: HeldOut
+# What a configuration names in the wings; `apiary doctor` makes the same checks.
+CHECKS: tuple[Callable[[RunConfig], object], ...] = (
+    lambda c: strategies.AGGREGATORS.build(c.strategy.name, c.strategy.options, weighting=c.strategy.weighting),
+    lambda c: ENGINES.builder(c.simulate.engine),
+    lambda c: objectives.OBJECTIVES.build(c.train.objective),
+    lambda c: objectives.build_penalties(c.train.penalties, {}),
+)
 
 
 def plan(config: RunConfig) -> Plan:
@@ -45,10 +40,8 @@ def plan(config: RunConfig) -> Plan:
     Raises:
         UserError: the first thing that cannot work.
     """
-    strategies.AGGREGATORS.build(config.strategy.name, config.strategy.options, weighting=config.strategy.weighting)
-    ENGINES.builder(config.simulate.engine)
-    objectives.OBJECTIVES.build(config.train.objective)
-    objectives.build_penalties(config.train.penalties, {})
+    for check in CHECKS:
+        check(config)
     federation = examples.federate(config.data, config.seed)
     if config.strategy.min_clients > len(federation.clients):
         raise UserError(
@@ -65,7 +58,9 @@ def plan(config: RunConfig) -> Plan:
     return Plan(config, federation, lm, template, held_out)
 
 
-def simulate(config: RunConfig, folder: Path, *, resume: bool = False, observers: Sequence[Observer] = ()) -> dict[str, Any]:
+def simulate(
+    config: RunConfig, folder: Path, *, resume: bool = False, observers: Sequence[Observer] = ()
+) -> dict[str, Any]:
     """Run to the end and return the metrics, which also stand in `folder` with the adapter and the report.
 
     Args:
@@ -91,7 +86,7 @@ def simulate(config: RunConfig, folder: Path, *, resume: bool = False, observers
         app = make_app(log, prepared.held_out.corpus)
         ENGINES.build(config.simulate.engine)(app, config, len(prepared.federation.clients), folder)
         adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
-        metrics = _results(prepared, adapter, folder, log)
+        metrics = summarise(prepared, adapter, folder, log)
         metrics["seconds"] = round(_spent_before(folder) + time.monotonic() - began, 1)
         log.event("finish", seconds=metrics["seconds"])
         runlog.write_metrics(folder, metrics)
@@ -110,7 +105,9 @@ def _check_folder(config: RunConfig, folder: Path, resume: bool) -> None:
             raise UserError(f"--resume: {str(folder)!r} holds no run (no config.toml)")
         stored = configs.load(folder / "config.toml")
         if stored != config:
-            raise UserError(f"--resume: the configuration differs from the run's own in {', '.join(_differences(stored, config))}")
+            raise UserError(
+                f"--resume: the configuration differs from the run's own in {', '.join(_differences(stored, config))}"
+            )
 
 
 def _differences(a: RunConfig, b: RunConfig) -> list[str]:
@@ -125,8 +122,6 @@ def _differences(a: RunConfig, b: RunConfig) -> list[str]:
 
 
 def _open_log(config: RunConfig, folder: Path, observers: Sequence[Observer], clients: int) -> RunLog:
-    from server import checkpoint
-
     found = checkpoint.load(folder / "checkpoints")
     if (folder / "log.jsonl").exists():
         runlog.truncate_after(folder, found[0].round if found else 0)
@@ -147,135 +142,4 @@ def _spent_before(folder: Path) -> float:
     """Seconds between starts and last events of the earlier parts of a resumed run."""
     events = runlog.read_events(folder)
     starts = [i for i, event in enumerate(events) if event["event"] == "start"]
-    return sum(events[b - 1]["time"] - events[a]["time"] for a, b in zip(starts, starts[1:], strict=False))
-
-
-def _results(prepared: Plan, adapter: StateDict, folder: Path, log: RunLog) -> dict[str, Any]:
-    config, federation, lm, template, held_out = prepared
-    events = runlog.read_events(folder)
-    steps = Counter[str]()
-    for event in events:
-        if event["event"] == "client":
-            steps[event["client"]] += event["steps"]
-    log.event("phase", name="baselines")
-    trained = baselines.train_all(config, lm, template, federation.clients, steps, folder / "baselines", log)
-    log.event("phase", name="evaluating")
-    runs = _measure_all(prepared, adapter, trained)
-    clients = _per_client(prepared, adapter, trained)
-    tag = mix_tag(config, federation)
-    return {
-        "schema": 1,
-        "run": folder.name,
-        "task": f"{len(federation.clients)} clients, {_short(config.data.source)}, {_short(config.model.name)}",
-        "table": [evaluate.table_row(method, run, config.seed) for method, run in runs.items()],
-        "clients": clients,
-        "gain": _gain(clients),
-        "skills": evaluate.by_tag(tag, runs, held_out) if tag and config.evaluate.generate else {},
-        "rounds": rounds_table(events),
-        "samples": _samples(prepared, runs, tag),
-        "privacy": {"unit": "none"},
-        **{key: value for key, value in runlog.start_fields(config).items() if key in ("machine", "versions")},
-    }
-
-
-def _measure_all(prepared: Plan, adapter: StateDict, trained: Mapping[str, StateDict]) -> dict[str, Measured]:
-    """One `Measured` per table row, on the held-out mix."""
-    config, lm, held_out = prepared.config, prepared.lm, prepared.held_out
-    runs: dict[str, Measured] = {}
-    if "base" in config.evaluate.baselines:
-        runs["base"] = evaluate.measure(lm, models.fresh_adapter(lm, config.seed), held_out, config)
-    alone = [evaluate.measure(lm, state, held_out, config) for name, state in trained.items() if name != baselines.CENTRAL]
-    if alone:
-        runs["local"] = evaluate.mean(alone)
-    runs["federated"] = evaluate.measure(lm, adapter, held_out, config)
-    if baselines.CENTRAL in trained:
-        runs["central"] = evaluate.measure(lm, trained[baselines.CENTRAL], held_out, config)
-    return runs
-
-
-def _per_client(prepared: Plan, adapter: StateDict, trained: Mapping[str, StateDict]) -> list[dict[str, Any]]:
-    """What each client holds, and the losses on its own held-out rows."""
-    config, federation, lm, template, _ = prepared
-    tag = mix_tag(config, federation)
-    fresh = models.fresh_adapter(lm, config.seed)
-    loss_only = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"generate": False})})
-    rows = []
-    for client in federation.clients:
-        own = evaluate.prepare(client.test, template, lm, loss_only)
-        candidates = {"base": fresh, "local": trained.get(client.name), "federated": adapter, "central": trained.get(baselines.CENTRAL)}
-        losses = {
-            method: evaluate.measure(lm, state, own, loss_only).loss
-            for method, state in candidates.items()
-            if state is not None and own.examples
-        }
-        stats = prompts.encode_all(client.train, template, lm.tokenizer, config.prompt).stats
-        rows.append(
-            {
-                "client": client.name,
-                "examples": stats.examples,
-                "tokens": stats.response_tokens,
-                "cut": stats.cut,
-                "dropped": stats.dropped,
-                "mix": dict(Counter(e.tags.get(tag, "") for e in client.train).most_common()) if tag else {},
-                "own": losses,
-            }
-        )
-    return rows
-
-
-def _gain(clients: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """By how many nats per token each client's own loss falls by joining, against training alone."""
-    gains = {c["client"]: c["own"]["local"] - c["own"]["federated"] for c in clients if {"local", "federated"} <= set(c["own"])}
-    if not gains:
-        return {}
-    worst = min(gains, key=lambda name: gains[name])
-    return {
-        "clients": len(gains),
-        "improved": sum(gain > 0 for gain in gains.values()),
-        "mean": sum(gains.values()) / len(gains),
-        "worst": {"client": worst, "gain": gains[worst]},
-    }
-
-
-def rounds_table(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rounds of metrics.json: training and held-out figures by round, from the log."""
-    rounds: dict[int, dict[str, Any]] = {}
-    for event in events:
-        if event["event"] in ("round", "evaluate"):
-            kept = {k: v for k, v in event.items() if k not in ("event", "time", "clients") or event["event"] == "round" and k == "clients"}
-            rounds.setdefault(event["round"], {}).update(kept)
-    return [rounds[number] for number in sorted(rounds)]
-
-
-def mix_tag(config: RunConfig, federation: Federation) -> str | None:
-    """The tag by which data is described: the partition's own, else a usual one that the rows carry."""
-    by = config.data.partition.options.get("by")
-    present = federation.clients[0].train[0].tags
-    return next((tag for tag in (by, "skill", "category", "task", "label") if tag and tag in present), None)
-
-
-def _samples(prepared: Plan, runs: Mapping[str, Measured], tag: str | None) -> list[dict[str, str]]:
-    """A few held-out prompts with every method's answer, spread over the tag's values."""
-    held_out = prepared.held_out
-    answered = {method: run for method, run in runs.items() if run.texts}
-    if not answered:
-        return []
-    first: dict[str, int] = {}
-    for index, example in enumerate(held_out.examples):
-        first.setdefault(example.tags.get(tag or "", str(index)), index)
-    chosen = list(first.values())[: prepared.config.evaluate.samples]
-    return [
-        {
-            "prompt": prepared.template.prompt(held_out.examples[i].turns),
-            "question": held_out.examples[i].turns[-2].text,
-            "reference": held_out.answers[i],
-            "skill": held_out.examples[i].tags.get(tag or "", ""),
-            **{method: run.texts[i] for method, run in answered.items()},
-        }
-        for i in chosen
-    ]
-
-
-def _short(name: str) -> str:
-    """The last part of a path, so that no folder of this machine stands in a result that is passed on."""
-    return Path(name).name if Path(name).is_absolute() else name
+    return float(sum(events[b - 1]["time"] - events[a]["time"] for a, b in pairwise(starts)))

@@ -69,9 +69,13 @@ def instruction_rows(n: int, seed: int = 0) -> list[dict[str, str]]:
     for i in range(n):
         pick = rng.sample(words, 3)
         if i % 2:
-            rows.append({"instruction": "Say the last word: " + " ".join(pick) + f" {i}", "output": pick[-1], "skill": "last"})
+            rows.append(
+                {"instruction": "Say the last word: " + " ".join(pick) + f" {i}", "output": pick[-1], "skill": "last"}
+            )
         else:
-            rows.append({"instruction": "Say the first word: " + " ".join(pick) + f" {i}", "output": pick[0], "skill": "first"})
+            rows.append(
+                {"instruction": "Say the first word: " + " ".join(pick) + f" {i}", "output": pick[0], "skill": "first"}
+            )
     return rows
 
 

@@ -250,7 +250,8 @@ def _our_files() -> list[Path]:
 _MACHINE = re.compile(
     "|".join(
         [
-            r"(?<![\w.}])" + "/" + r"(?:work|home|root|Users)/\w",
+            r"(?<![\w.}])" + "/" + r"(?:work|root)/\w",
+            r"(?<![\w.}])" + "/" + r"(?:home|Users)/(?!somebody/)\w",
             r"(?<![\w.}])" + "/" + r"tmp/\w",
             "pypi" + r"\.org",
             "python" + "hosted",

@@ -63,18 +63,28 @@ def test_bad_setting(tmp_path: Path, small_run: list[str], extra: list[str], wor
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("", ["rows.jsonl"]), ('{"a": 1}\n', ["rows.jsonl"]), ("not json\n", ["rows.jsonl", "1"]), ('{"instruction": "x", "output": ""}\n', ["rows.jsonl"])],
+    [
+        ("", ["rows.jsonl"]),
+        ('{"a": 1}\n', ["rows.jsonl"]),
+        ("not json\n", ["rows.jsonl", "1"]),
+        ('{"instruction": "x", "output": ""}\n', ["rows.jsonl"]),
+    ],
 )
 def test_malformed_data(tmp_path: Path, small_run: list[str], text: str, words: list[str]) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text(text)
-    assert_refused(apiary("simulate", "--quiet", *with_overrides(small_run, f"data.source={data}"), "--out", tmp_path / "run"), *words)
+    assert_refused(
+        apiary("simulate", "--quiet", *with_overrides(small_run, f"data.source={data}"), "--out", tmp_path / "run"),
+        *words,
+    )
 
 
 def test_template_without_a_response_slot(tmp_path: Path, small_run: list[str]) -> None:
     template = tmp_path / "template.txt"
     template.write_text("Question: {instruction}\n")
-    done = apiary("simulate", "--quiet", *with_overrides(small_run, f"prompt.template={template}"), "--out", tmp_path / "run")
+    done = apiary(
+        "simulate", "--quiet", *with_overrides(small_run, f"prompt.template={template}"), "--out", tmp_path / "run"
+    )
     assert_refused(done, "{response}")
 
 
@@ -90,7 +100,7 @@ def test_resume_needs_a_run(tmp_path: Path) -> None:
 
 
 def test_file_size_limit_stands_in_for_a_full_disk(tmp_path: Path, small_run: list[str]) -> None:
-    """Past RLIMIT_FSIZE every write fails with EFBIG, as ENOSPC does on a full disk: one line, exit code 1, no torn files."""
+    """Past RLIMIT_FSIZE writes fail with EFBIG, as with ENOSPC on a full disk: one line, exit code 1, no torn files."""
     out = tmp_path / "run"
     script = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
@@ -98,7 +108,9 @@ def test_file_size_limit_stands_in_for_a_full_disk(tmp_path: Path, small_run: li
         "from apiary.cli import main; sys.argv = ['apiary', *sys.argv[1:]]; main()"
     )
     args = ["simulate", "--quiet", *with_overrides(small_run), "--out", str(out)]
-    done = subprocess.run([sys.executable, "-c", script, *args], cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script, *args], cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
+    )
     assert_refused(done, code=1)
     assert not list(out.glob("checkpoints/round-*")) and not (out / "adapter").exists()
 

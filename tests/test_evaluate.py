@@ -17,7 +17,13 @@ def test_interval_agrees_with_scipy() -> None:
     nats = tokens * rng.gamma(2.0, 0.5, 200)
     low, high = evaluate.interval(nats, tokens, seed=1, draws=8000)
     reference = stats.bootstrap(
-        (nats, tokens), lambda a, b, axis: a.sum(axis) / b.sum(axis), paired=True, vectorized=True, n_resamples=8000, method="percentile", rng=rng
+        (nats, tokens),
+        lambda a, b, axis: a.sum(axis) / b.sum(axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=8000,
+        method="percentile",
+        rng=rng,
     ).confidence_interval
     assert low == pytest.approx(reference.low, rel=0.01) and high == pytest.approx(reference.high, rel=0.01)
 

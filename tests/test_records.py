@@ -39,7 +39,9 @@ def test_hello_and_score_round_trip() -> None:
     assert records.read_score_reply(wire(records.score_reply("site", score))) == ("site", score)
 
 
-@pytest.mark.parametrize("read", [records.read_train_reply, records.read_hello_reply, records.read_score_reply, records.read_request])
+@pytest.mark.parametrize(
+    "read", [records.read_train_reply, records.read_hello_reply, records.read_score_reply, records.read_request]
+)
 def test_empty_message_is_a_wire_error(read: object) -> None:
     with pytest.raises(records.WireError, match="holds no"):
         read(RecordDict())  # type: ignore[operator]

@@ -40,7 +40,9 @@ def add_one(index: int, adapter: dict[str, torch.Tensor]) -> dict[str, torch.Ten
     return {name: torch.full_like(t, index + 1.0) for name, t in adapter.items()}
 
 
-def clients(deltas: dict[int, Any] | None = None, prints: dict[int, Fingerprint] | None = None, loss: float = 1.0) -> ClientApp:
+def clients(
+    deltas: dict[int, Any] | None = None, prints: dict[int, Fingerprint] | None = None, loss: float = 1.0
+) -> ClientApp:
     """An app whose node i returns `deltas[i](i, adapter)`, or raises it, or is well-behaved."""
     deltas, prints = deltas or {}, prints or {}
     app = ClientApp()
@@ -71,7 +73,14 @@ def clients(deltas: dict[int, Any] | None = None, prints: dict[int, Fingerprint]
 def rounds(overrides: list[str], **kwargs: Any) -> tuple[Rounds, Log]:
     log = Log()
     run = config.load(None, ["rounds=2", *overrides])
-    made = Rounds(run, AGGREGATORS.build("fedavg", {}, weighting=run.strategy.weighting), PRINT, ServerState(0, START, {}, {}), log=log, **kwargs)
+    made = Rounds(
+        run,
+        AGGREGATORS.build("fedavg", {}, weighting=run.strategy.weighting),
+        PRINT,
+        ServerState(0, START, {}, {}),
+        log=log,
+        **kwargs,
+    )
     return made, log
 
 
@@ -175,7 +184,11 @@ def test_a_client_cannot_answer_in_anothers_name() -> None:
 def test_deadline_names_who_was_late() -> None:
     class Slow(LocalGrid):
         def pull_messages(self, message_ids: Any) -> Any:
-            ids = [i for i in message_ids if self._waiting[i].metadata.message_type != "train" or self._waiting[i].metadata.dst_node_id != 1002]
+            ids = [
+                i
+                for i in message_ids
+                if self._waiting[i].metadata.message_type != "train" or self._waiting[i].metadata.dst_node_id != 1002
+            ]
             return super().pull_messages(ids)
 
     made, log = rounds(["rounds=1", "strategy.deadline_s=0.3"])

@@ -77,7 +77,9 @@ while True:
 def test_kill_at_random_moments_never_leaves_a_torn_checkpoint(tmp_path: Path) -> None:
     for attempt in range(4):
         folder = tmp_path / str(attempt)
-        process = subprocess.Popen([sys.executable, "-c", _WRITER, str(folder)], stdout=subprocess.PIPE, cwd=Path(__file__).parents[1])
+        process = subprocess.Popen(
+            [sys.executable, "-c", _WRITER, str(folder)], stdout=subprocess.PIPE, cwd=Path(__file__).parents[1]
+        )
         try:
             assert process.stdout is not None
             process.stdout.readline()

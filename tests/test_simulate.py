@@ -37,7 +37,9 @@ def events_of(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, rows_file: Path) -> tuple[Path, dict[str, Any]]:
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, rows_file: Path
+) -> tuple[Path, dict[str, Any]]:
     """One finished run that several tests look at."""
     from conftest import overrides_for
 
@@ -47,12 +49,21 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, rows_fi
 
 def test_run_directory(finished: tuple[Path, dict[str, Any]]) -> None:
     folder, metrics = finished
-    for name in ("config.toml", "log.jsonl", "metrics.json", "report.html", "adapter/adapter_config.json", "checkpoints/round-0003/state.json"):
+    for name in (
+        "config.toml",
+        "log.jsonl",
+        "metrics.json",
+        "report.html",
+        "adapter/adapter_config.json",
+        "checkpoints/round-0003/state.json",
+    ):
         assert (folder / name).exists(), name
     assert [row["method"] for row in metrics["table"]] == ["base", "local", "federated", "central"]
     assert [r["round"] for r in metrics["rounds"]] == [0, 1, 2, 3]
     assert metrics["schema"] == 1 and metrics["privacy"] == {"unit": "none"}
-    assert json.loads((folder / "metrics.json").read_text())["table"][2]["loss"] == pytest.approx(metrics["table"][2]["loss"])
+    assert json.loads((folder / "metrics.json").read_text())["table"][2]["loss"] == pytest.approx(
+        metrics["table"][2]["loss"]
+    )
     assert len(metrics["clients"]) == 3 and metrics["gain"]["clients"] == 3
 
 
@@ -73,7 +84,9 @@ def test_central_gets_the_steps_of_all_clients(finished: tuple[Path, dict[str, A
     assert sum(e["steps"] for e in events_of(folder, "client")) == 3 * 3 * 2
 
 
-def test_one_base_load_for_all_clients(finished: tuple[Path, dict[str, Any]], tmp_path: Path, tiny_model: Path, rows_file: Path) -> None:
+def test_one_base_load_for_all_clients(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path, tiny_model: Path, rows_file: Path
+) -> None:
     from conftest import overrides_for
 
     before = models.base_loads()
@@ -98,7 +111,9 @@ def test_adapter_loads_in_plain_peft(finished: tuple[Path, dict[str, Any]], tiny
     assert not torch.allclose(AutoModelForCausalLM.from_pretrained(tiny_model)(ids).logits, ours, atol=1e-4)
 
 
-def test_same_seed_same_adapter_other_seed_another(finished: tuple[Path, dict[str, Any]], tmp_path: Path, tiny_model: Path, rows_file: Path) -> None:
+def test_same_seed_same_adapter_other_seed_another(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path, tiny_model: Path, rows_file: Path
+) -> None:
     from conftest import overrides_for
 
     folder, _ = finished
@@ -137,7 +152,9 @@ def _model(overrides: list[str]) -> tuple[Any, Any]:
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_ray_gives_the_same_adapter(finished: tuple[Path, dict[str, Any]], tmp_path: Path, tiny_model: Path, rows_file: Path) -> None:
+def test_ray_gives_the_same_adapter(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path, tiny_model: Path, rows_file: Path
+) -> None:
     from conftest import overrides_for
 
     folder, _ = finished
@@ -213,7 +230,10 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path: Path, small_run: li
 
 
 def test_dolly_recipe(shared: Path, tmp_path: Path) -> None:
-    settings = config.load(ROOT / "configs" / "dolly.toml", ["rounds=1", "train.steps=1", "evaluate.max_examples=20", "evaluate.generate=false", "data.max_rows=600"])
+    settings = config.load(
+        ROOT / "configs" / "dolly.toml",
+        ["rounds=1", "train.steps=1", "evaluate.max_examples=20", "evaluate.generate=false", "data.max_rows=600"],
+    )
     metrics = simulate(settings, tmp_path / "dolly")
     assert len(metrics["clients"]) == 10
     assert {row["method"] for row in metrics["table"]} >= {"base", "federated"}

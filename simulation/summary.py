@@ -1,0 +1,175 @@
+"""What a finished run comes to: the baselines trained, everything measured, and the content of metrics.json."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from apiary import evaluate, models, prompts, runlog
+from apiary.config import RunConfig
+from apiary.evaluate import HeldOut, Measured
+from apiary.examples import Federation
+from apiary.models import LanguageModel
+from apiary.prompts import Template
+from apiary.runlog import RunLog
+from apiary.tensors import StateDict
+from simulation import baselines
+
+
+class Plan(NamedTuple):
+    """Everything a run needs, loaded and checked before a folder is made."""
+
+    config: RunConfig
+    federation: Federation
+    lm: LanguageModel
+    template: Template
+    held_out: HeldOut
+
+
+def summarise(prepared: Plan, adapter: StateDict, folder: Path, log: RunLog) -> dict[str, Any]:
+    """The content of metrics.json for a finished federation; trains the baselines on the way.
+
+    Args:
+        prepared: the run.
+        adapter: the federated one.
+        folder: the run directory; baselines are kept in it.
+        log: has told what each client did, and receives what happens here.
+    """
+    config, federation, lm, template, held_out = prepared
+    events = runlog.read_events(folder)
+    steps = Counter[str]()
+    for event in events:
+        if event["event"] == "client":
+            steps[event["client"]] += event["steps"]
+    log.event("phase", name="baselines")
+    trained = baselines.train_all(config, lm, template, federation.clients, steps, folder / "baselines", log)
+    log.event("phase", name="evaluating")
+    runs, alone = evaluate.compare(lm, held_out, config, adapter, trained)
+    clients = _per_client(prepared, adapter, trained, alone)
+    tag = mix_tag(config, federation)
+    made = {
+        "base": 0,
+        "local": round(steps.total() / max(len(steps), 1)),
+        "federated": steps.total(),
+        "central": steps.total(),
+    }
+    return {
+        "schema": 1,
+        "run": folder.name,
+        "task": f"{len(federation.clients)} clients, {_short(config.data.source)}, {_short(config.model.name)}",
+        "table": [
+            {**evaluate.table_row(method, run, config.seed), "steps": made[method]} for method, run in runs.items()
+        ],
+        "clients": clients,
+        "gain": _gain(clients),
+        "skills": evaluate.by_tag(tag, runs, held_out) if tag and config.evaluate.generate else {},
+        "rounds": rounds_table(events),
+        "samples": _samples(prepared, runs, tag),
+        "privacy": {"unit": "none"},
+        **{key: value for key, value in runlog.start_fields(config).items() if key in ("machine", "versions")},
+    }
+
+
+def _per_client(
+    prepared: Plan, adapter: StateDict, trained: Mapping[str, StateDict], alone: Mapping[str, Measured]
+) -> list[dict[str, Any]]:
+    """What each client holds, and the losses on its own held-out rows."""
+    config, federation, lm, template, _ = prepared
+    tag = mix_tag(config, federation)
+    fresh = models.fresh_adapter(lm, config.seed)
+    loss_only = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"generate": False})})
+    rows = []
+    for client in federation.clients:
+        own = evaluate.prepare(client.test, template, lm, loss_only)
+        candidates = {
+            "base": fresh,
+            "local": trained.get(client.name),
+            "federated": adapter,
+            "central": trained.get(evaluate.CENTRAL),
+        }
+        losses = {
+            method: evaluate.measure(lm, state, own, loss_only).loss
+            for method, state in candidates.items()
+            if state is not None and own.examples
+        }
+        stats = prompts.encode_all(client.train, template, lm.tokenizer, config.prompt).stats
+        rows.append(
+            {
+                "client": client.name,
+                "examples": stats.examples,
+                "tokens": stats.response_tokens,
+                "cut": stats.cut,
+                "dropped": stats.dropped,
+                "mix": dict(Counter(e.tags.get(tag, "") for e in client.train).most_common()) if tag else {},
+                "own": losses,
+                "mix_loss": {"local": alone[client.name].loss} if client.name in alone else {},
+            }
+        )
+    return rows
+
+
+def _gain(clients: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """By how many nats per token each client's own loss falls by joining, against training alone."""
+    gains = {
+        c["client"]: c["own"]["local"] - c["own"]["federated"]
+        for c in clients
+        if {"local", "federated"} <= set(c["own"])
+    }
+    if not gains:
+        return {}
+    worst = min(gains, key=lambda name: gains[name])
+    return {
+        "clients": len(gains),
+        "improved": sum(gain > 0 for gain in gains.values()),
+        "mean": sum(gains.values()) / len(gains),
+        "worst": {"client": worst, "gain": gains[worst]},
+    }
+
+
+def rounds_table(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rounds of metrics.json: training and held-out figures by round, from the log."""
+    rounds: dict[int, dict[str, Any]] = {}
+    for event in events:
+        if event["event"] in ("round", "evaluate"):
+            kept = {
+                k: v
+                for k, v in event.items()
+                if k not in ("event", "time", "clients") or (event["event"] == "round" and k == "clients")
+            }
+            rounds.setdefault(event["round"], {}).update(kept)
+    return [rounds[number] for number in sorted(rounds)]
+
+
+def mix_tag(config: RunConfig, federation: Federation) -> str | None:
+    """The tag by which data is described: the partition's own, else a usual one that the rows carry."""
+    by = config.data.partition.options.get("by")
+    present = federation.clients[0].train[0].tags
+    return next((tag for tag in (by, "skill", "category", "task", "label") if tag and tag in present), None)
+
+
+def _samples(prepared: Plan, runs: Mapping[str, Measured], tag: str | None) -> list[dict[str, str]]:
+    """A few held-out prompts with every method's answer, spread over the tag's values."""
+    held_out = prepared.held_out
+    answered = {method: run for method, run in runs.items() if run.texts}
+    if not answered:
+        return []
+    first: dict[str, int] = {}
+    for index, example in enumerate(held_out.examples):
+        first.setdefault(example.tags.get(tag or "", str(index)), index)
+    chosen = list(first.values())[: prepared.config.evaluate.samples]
+    return [
+        {
+            "prompt": "\n\n".join(turn.text for turn in held_out.examples[i].turns[:-1] if turn.role != "system"),
+            "reference": held_out.answers[i],
+            "skill": held_out.examples[i].tags.get(tag or "", ""),
+            **{method: run.texts[i] for method, run in answered.items()},
+        }
+        for i in chosen
+    ]
+
+
+def _short(name: str) -> str:
+    """The last part of a path, so that no folder of this machine stands in a result that is passed on."""
+    return Path(name).name if Path(name).is_absolute() else name
