@@ -143,9 +143,13 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="a run direct
 def doctor(config: ConfigFile = None, overrides: Overrides = None) -> None:
     """Check a configuration against data, model and machine, and print the plan, before any training."""
     from apiary.doctor import examine
-    from simulation.run import CHECKS
 
-    if not examine(config, overrides or [], checks=CHECKS):
+    def names(settings: configs.RunConfig) -> None:
+        from simulation.run import check_names  # here, so that a broken file is told without waiting for torch
+
+        check_names(settings)
+
+    if not examine(config, overrides or [], checks=[names]):
         raise typer.Exit(2)
 
 

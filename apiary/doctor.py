@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 Check = Callable[[RunConfig], object]
 T = TypeVar("T")
 
+_WIDTH = 120  # columns where there is no terminal to ask
+
 
 def examine(
     config_path: Path | None,
@@ -44,7 +46,7 @@ def examine(
         console: where to print; the terminal, or plain text in a pipe.
         checks: further checks of the configuration that raise `UserError`.
     """
-    console = console or Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    console = console or Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
     problems: list[str] = []
     config = _attempt(problems, lambda: configs.load(config_path, overrides))
     if config is not None:
@@ -65,9 +67,9 @@ def _attempt(problems: list[str], action: Callable[[], T]) -> T | None:
 def _examine_parts(config: RunConfig, problems: list[str], console: Console) -> None:
     """Print what can be told of a run, and add all that is wrong with it to `problems`."""
     # Here and not above: what is wrong with the file itself is told without waiting for torch.
-    from apiary import doctor_plan, examples, models
+    from apiary import bases, doctor_plan, examples
 
-    device = _attempt(problems, lambda: models.resolve_device(config.model))
+    device = _attempt(problems, lambda: bases.resolve_device(config.model))
     federation = _attempt(problems, lambda: examples.federate(config.data, config.seed))
     if device is not None:
         doctor_plan.print_machine(config, device, console)
@@ -87,9 +89,7 @@ def _examine_parts(config: RunConfig, problems: list[str], console: Console) -> 
 # --- checks
 
 
-def _load(
-    config: RunConfig, device: torch.device | None, problems: list[str]
-) -> LanguageModel | None:
+def _load(config: RunConfig, device: torch.device | None, problems: list[str]) -> LanguageModel | None:
     """The model; where its device is not here, on the CPU, so that the rest can still be told."""
     import torch
 
@@ -135,10 +135,7 @@ def _template(config: RunConfig, lm: LanguageModel | None) -> Template | None:
 def _federation_problems(config: RunConfig, federation: Federation) -> Iterator[str]:
     minimum, n = config.strategy.min_clients, len(federation.clients)
     if minimum > n:
-        yield (
-            f"strategy.min_clients = {minimum}: there are {n} clients; lower it or raise "
-            "data.clients"
-        )
+        yield (f"strategy.min_clients = {minimum}: there are {n} clients; lower it or raise data.clients")
     if not federation.test:
         yield (
             f"data.test_fraction = {config.data.test_fraction}: leaves no held-out example; raise "
@@ -146,9 +143,7 @@ def _federation_problems(config: RunConfig, federation: Federation) -> Iterator[
         )
 
 
-def _encode(
-    config: RunConfig, federation: Federation, lm: LanguageModel, template: Template
-) -> tuple[Corpus, ...]:
+def _encode(config: RunConfig, federation: Federation, lm: LanguageModel, template: Template) -> tuple[Corpus, ...]:
     """The clients' training examples as tokens.
 
     Raises:

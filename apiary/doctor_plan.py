@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from apiary import forecast, models, prompts, runlog
+from apiary import bases, forecast, prompts, runlog
 from apiary.config import RunConfig
 from apiary.examples import Federation
 from apiary.models import LanguageModel
@@ -22,6 +22,7 @@ from apiary.units import bytes_text, count_text, seconds_text, share_text
 
 _FEW = 20  # clients that are listed one by one
 _FILES = 8  # files whose problems are listed one by one
+_MANY = 0.1  # share of examples that is too much to lose
 _STRETCH = 700  # characters of a stretch of the preview
 # Data may hold anything; nothing of it may steer the operator's terminal.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -51,6 +52,10 @@ def _fact(console: Console, name: str, value: str) -> None:
     console.print(Text.assemble((f"  {name:<12}", "dim"), _clean(value)))
 
 
+def _warn(console: Console, text: str) -> None:
+    console.print(Text(f"  warning: {text}", style="yellow"))
+
+
 def _clean(text: str) -> str:
     return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
@@ -64,7 +69,7 @@ def print_machine(config: RunConfig, device: torch.device, console: Console) -> 
     cores = f", {machine['cores']} cores" if device.type == "cpu" else ""
     why = "asked for" if config.model.device != "auto" else "the best that is here"
     _fact(console, "device", f"{device} ({why}): {name}{cores}, {memory} of memory")
-    dtype = str(models.resolve_dtype(config.model, device)).removeprefix("torch.")
+    dtype = str(bases.resolve_dtype(config.model, device)).removeprefix("torch.")
     if config.model.dtype != "auto":
         why = "asked for"
     elif dtype == "bfloat16":
@@ -102,6 +107,8 @@ def _print_lengths(run: Run, console: Console) -> None:
     said = f"{count_text(cut)} cut ({share_text(cut / n)})"
     said += f", {count_text(dropped)} dropped ({share_text(dropped / n)})"
     _fact(console, "too long", f"{said} at {run.config.prompt.max_tokens} tokens")
+    if cut + dropped > _MANY * n:
+        _warn(console, "much is lost to its length; raise prompt.max_tokens")
     tokens = sum(corpus.stats.tokens for corpus in run.corpora)
     trained = sum(corpus.stats.response_tokens for corpus in run.corpora)
     said = f"{count_text(tokens)}, of them {count_text(trained)} trained"
@@ -130,7 +137,7 @@ def _print_clients(run: Run, console: Console) -> None:
 
 
 def _cells(row: Sequence[float]) -> list[str]:
-    return [*(count_text(value) for value in row[:3]), f"{row[3]:.1f}"]
+    return [*(count_text(value) for value in row[:3]), f"{row[3]:.2f}" if row[3] < 1 else f"{row[3]:.1f}"]
 
 
 def _print_preview(run: Run, console: Console) -> None:
@@ -174,9 +181,7 @@ def _print_traffic(run: Run, work: forecast.Work, console: Console) -> None:
     traffic = forecast.plan_traffic(run.config, run.lm, work.cohort)
     one = bytes_text(traffic.adapter)
     all_of_them = bytes_text(traffic.adapter * work.cohort)
-    _fact(
-        console, "per round", f"{one} down and {one} up a client, float32; {work.cohort} clients:"
-    )
+    _fact(console, "per round", f"{one} down and {one} up a client, float32; {work.cohort} clients:")
     again = f", {traffic.evaluations} evaluations at the clients included"
     whole = f"{bytes_text(traffic.total)} in the whole run{again if traffic.evaluations else ''}"
     _fact(console, "", f"{all_of_them} down and {all_of_them} up; {whole}")
@@ -208,7 +213,7 @@ def _print_memory(run: Run, trial: forecast.Trial, console: Console) -> None:
     _fact(console, "memory", said)
     if there is not None and processes * total > there:
         fix = "lower train.batch_tokens (and raise train.accumulate), or use a smaller model"
-        console.print(Text(f"  warning: this may not fit; {fix}", style="yellow"))
+        _warn(console, f"this may not fit; {fix}")
 
 
 def _processes(run: Run) -> int:

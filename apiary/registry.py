@@ -6,7 +6,7 @@ import difflib
 import importlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Generic, TypeVar, get_type_hints
+from typing import Any, Generic, TypeVar, cast, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -58,25 +58,28 @@ class Registry(Generic[T]):
     def _outside(self, name: str) -> Callable[..., T]:
         module, _, function = name.partition(":")
         try:
-            return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
-        except (ImportError, AttributeError) as error:
-            raise UserError(f"{self.key} = {name!r}: {error}") from None
+            found = getattr(importlib.import_module(module), function)
+        except Exception as error:  # a module of the user's may fail in any way when it is imported
+            raise UserError(f"{self.key} = {name!r}: {type(error).__name__}: {error}") from None
+        if not callable(found):
+            raise UserError(f"{self.key} = {name!r}: that is no function")
+        return cast("Callable[..., T]", found)
 
-    def build(self, name: str, options: Mapping[str, Any] | None = None, **given: Any) -> T:
+    def build(self, method: str, /, options: Mapping[str, Any] | None = None, **given: Any) -> T:
         """What the builder makes of checked `options`.
 
         Args:
-            name: a registered name or `module:function`.
+            method: a registered name or `module:function`.
             options: from the configuration; checked against the builder's annotations.
             given: passed on unchecked, and only where the builder asks for them by name.
 
         Raises:
             UserError: unknown name, unknown option, missing option, or a value of the wrong type.
         """
-        builder = self.builder(name)
+        builder = self.builder(method)
         parameters = inspect.signature(builder).parameters
         passed = {k: v for k, v in given.items() if k in parameters}
-        checked = self._check(name, builder, {k: p for k, p in parameters.items() if k not in given}, options or {})
+        checked = self._check(method, builder, {k: p for k, p in parameters.items() if k not in given}, options or {})
         return builder(**passed, **checked)
 
     def _check(
@@ -96,7 +99,7 @@ class Registry(Generic[T]):
             try:
                 checked[option] = TypeAdapter(hints.get(option, Any)).validate_python(value)
             except ValidationError as error:
-                raise UserError(f"{self.key}.{option} = {value!r}: {error.errors()[0]['msg']}") from None
+                raise UserError(f"{self.key} {name!r}: {option} = {value!r}: {error.errors()[0]['msg']}") from None
         for option, parameter in allowed.items():
             if parameter.default is inspect.Parameter.empty and option not in checked:
                 raise UserError(f"{self.key}: {name!r} needs the option {option!r}")

@@ -10,7 +10,6 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-import strategies
 from apiary import config as configs
 from apiary import evaluate, examples, models, prompts, runlog
 from apiary.config import RunConfig, UserError
@@ -21,17 +20,31 @@ from server import checkpoint
 from server.app import make_app
 from simulation.engines import ENGINES
 from simulation.summary import Plan, summarise
+from strategies import AGGREGATORS
 
 Observer = Callable[[dict[str, Any]], None]
 
 
-# What a configuration names in the wings; `apiary doctor` makes the same checks.
-CHECKS: tuple[Callable[[RunConfig], object], ...] = (
-    lambda c: strategies.AGGREGATORS.build(c.strategy.name, c.strategy.options, weighting=c.strategy.weighting),
-    lambda c: ENGINES.builder(c.simulate.engine),
-    lambda c: objectives.OBJECTIVES.build(c.train.objective),
-    lambda c: objectives.build_penalties(c.train.penalties, {}),
-)
+def check_names(config: RunConfig) -> None:
+    """Check every method that the configuration names, with its options.
+
+    Raises:
+        UserError: all problems found.
+    """
+    checks: list[Callable[[], object]] = [
+        lambda: AGGREGATORS.build(config.strategy.name, config.strategy.options, weighting=config.strategy.weighting),
+        lambda: ENGINES.build(config.simulate.engine),
+        lambda: objectives.OBJECTIVES.build(config.train.objective),
+        lambda: objectives.build_penalties(config.train.penalties, {}),
+    ]
+    problems: list[str] = []
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(*problems)
 
 
 def plan(config: RunConfig) -> Plan:
@@ -40,8 +53,7 @@ def plan(config: RunConfig) -> Plan:
     Raises:
         UserError: the first thing that cannot work.
     """
-    for check in CHECKS:
-        check(config)
+    check_names(config)
     federation = examples.federate(config.data, config.seed)
     if config.strategy.min_clients > len(federation.clients):
         raise UserError(

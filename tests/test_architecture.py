@@ -74,12 +74,7 @@ def _imports(path: Path) -> Iterator[Import]:
 
 
 def _all_imports() -> list[Import]:
-    return [
-        found
-        for part in _parts()
-        for path in sorted((ROOT / part).rglob("*.py"))
-        for found in _imports(path)
-    ]
+    return [found for part in _parts() for path in sorted((ROOT / part).rglob("*.py")) for found in _imports(path)]
 
 
 IMPORTS = _all_imports()
@@ -119,9 +114,7 @@ def test_flower_is_spoken_in_a_few_places_only() -> None:
 
 def test_no_deprecated_room_of_flower_is_entered() -> None:
     old = ("flwr.client", "flwr.compat", "flwr.server")
-    wrong = [
-        i for i in IMPORTS if i.module in old or i.module.startswith(tuple(f"{o}." for o in old))
-    ]
+    wrong = [i for i in IMPORTS if i.module in old or i.module.startswith(tuple(f"{o}." for o in old))]
     assert [i for i in wrong if not i.module.startswith(("flwr.clientapp", "flwr.serverapp"))] == []
 
 
@@ -170,25 +163,19 @@ def test_training_loads_without_flower_and_the_privacy_libraries() -> None:
 
 
 def test_a_wrong_key_is_told_without_waiting_for_torch() -> None:
-    _load_without(
-        {"torch", "transformers", "peft", "flwr", "numpy"}, ["apiary.cli", "apiary.config"]
-    )
+    _load_without({"torch", "transformers", "peft", "flwr", "numpy"}, ["apiary.cli", "apiary.config"])
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     """The Flower app bundle, as `flwr build` makes it from a folder of an allowed name."""
     app = tmp_path_factory.mktemp("bundle") / "apiary"
-    skipped = shutil.ignore_patterns(
-        ".git", ".venv", "runs", "__pycache__", ".*_cache", ".hypothesis", "dist", "build"
-    )
+    skipped = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".*_cache", ".hypothesis", "dist", "build")
     shutil.copytree(ROOT, app, ignore=skipped)
     environment = {**os.environ, "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
     environment["FLWR_HOME"] = str(app.parent / "flower-home")
     flwr = Path(sys.executable).with_name("flwr")
-    done = subprocess.run(
-        [str(flwr), "build"], cwd=app, env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run([str(flwr), "build"], cwd=app, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (built,) = app.glob("*.fab")
     return zipfile.ZipFile(io.BytesIO(built.read_bytes()))
@@ -198,9 +185,7 @@ def test_the_bundle_carries_both_apps_and_the_tiny_model(bundle: zipfile.ZipFile
     names = set(bundle.namelist())
     assert {"LICENSE", "pyproject.toml", "server/app.py", "client/app.py"} <= names
     assert "apiary/builtin/tiny/weights.jsonl" in names
-    assert {
-        f"{name.replace('.', '/')}.py" for name in _modules("strategies") if "." in name
-    } <= names
+    assert {f"{name.replace('.', '/')}.py" for name in _modules("strategies") if "." in name} <= names
 
 
 def test_the_bundle_is_small_and_carries_nothing_else(bundle: zipfile.ZipFile) -> None:
@@ -219,9 +204,7 @@ def test_an_unpacked_bundle_runs_by_itself(bundle: zipfile.ZipFile, tmp_path: Pa
         "assert all(Path(f).is_relative_to(here) for f in files), files;"
         "model, tokenizer = load_tiny(); print(model.num_parameters(), len(tokenizer))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     parameters, vocabulary = map(int, done.stdout.split()[-2:])
     assert 10**6 <= parameters <= 5 * 10**6
@@ -237,11 +220,7 @@ def test_the_wheel_and_the_bundle_name_folders_that_exist() -> None:
 
 def _our_files() -> list[Path]:
     skipped = {"runs", "dist", "build", "node_modules"}
-    kept = [
-        p
-        for p in ROOT.iterdir()
-        if p.name not in skipped and (p.name[0] != "." or p.name in {".ci"})
-    ]
+    kept = [p for p in ROOT.iterdir() if p.name not in skipped and (p.name[0] != "." or p.name in {".ci"})]
     files = [f for p in kept for f in ([p] if p.is_file() else p.rglob("*")) if f.is_file()]
     return [f for f in files if "__pycache__" not in f.parts and f.suffix not in {".png", ".jsonl"}]
 

@@ -48,9 +48,7 @@ _config = _table(
     data=_table(columns=st.dictionaries(_text, _text, max_size=3), test=_text, partition=_method),
     prompt=_table(template=_text, system=_text),
     train=_train,
-    strategy=_table(
-        options=st.dictionaries(_text, _option, max_size=3), quorum=_share.filter(bool)
-    ),
+    strategy=_table(options=st.dictionaries(_text, _option, max_size=3), quorum=_share.filter(bool)),
     evaluate=_table(baselines=st.lists(st.sampled_from(["base", "local", "central"]), max_size=3)),
     log=_table(trackers=st.lists(st.sampled_from(["wandb", "mlflow"]), max_size=2)),
 )
@@ -98,9 +96,7 @@ def test_no_file_is_the_demo() -> None:
         ('train.penalties=["fedprox"]', "train", "penalties", (Method(name="fedprox"),)),
     ],
 )
-def test_an_override_is_a_toml_value_or_a_bare_word(
-    override: str, section: str, key: str, expected: object
-) -> None:
+def test_an_override_is_a_toml_value_or_a_bare_word(override: str, section: str, key: str, expected: object) -> None:
     assert getattr(getattr(configs.load(None, [override]), section), key) == expected
 
 
@@ -195,13 +191,11 @@ def test_an_unknown_key_like_nothing_lists_what_there_is() -> None:
         ("model.name=5", "model.name = 5: must be text"),
         (
             "model.dtype=float23",
-            "model.dtype = 'float23': allowed are 'auto', 'float32', 'bfloat16'; "
-            "did you mean 'float32'?",
+            "model.dtype = 'float23': allowed are 'auto', 'float32', 'bfloat16'; did you mean 'float32'?",
         ),
         (
             "evaluate.baselines=['bas']",
-            "evaluate.baselines[0] = 'bas': allowed are 'base', 'local', 'central'; "
-            "did you mean 'base'?",
+            "evaluate.baselines[0] = 'bas': allowed are 'base', 'local', 'central'; did you mean 'base'?",
         ),
         (
             "evaluate.baselines=base",
@@ -219,9 +213,7 @@ def test_an_unknown_key_like_nothing_lists_what_there_is() -> None:
         ("train.lr", "-s 'train.lr': expected KEY=VALUE, for example -s train.lr=1e-4"),
     ],
 )
-def test_a_wrong_value_is_one_line_with_key_value_and_what_is_allowed(
-    override: str, line: str
-) -> None:
+def test_a_wrong_value_is_one_line_with_key_value_and_what_is_allowed(override: str, line: str) -> None:
     assert _problems(override) == (line,)
 
 
@@ -233,14 +225,10 @@ def test_a_long_value_is_cut() -> None:
 
 def test_all_problems_are_collected_and_the_first_is_the_message() -> None:
     overrides = ("nonsense", "train.lr=-1", "data.clients=0", "modle.name=x")
-    with pytest.raises(
-        UserError, match=r"^-s 'nonsense'.*\(and 3 more: run `apiary doctor`\)$"
-    ) as caught:
+    with pytest.raises(UserError, match=r"^-s 'nonsense'.*\(and 3 more: run `apiary doctor`\)$") as caught:
         configs.load(None, overrides)
     heads = [problem.split(" = ")[0].split(":")[0] for problem in caught.value.problems]
-    assert sorted(heads) == sorted(
-        ["-s 'nonsense'", "train.lr", "data.clients", "unknown key 'modle'"]
-    )
+    assert sorted(heads) == sorted(["-s 'nonsense'", "train.lr", "data.clients", "unknown key 'modle'"])
 
 
 @pytest.mark.parametrize(
@@ -251,9 +239,7 @@ def test_all_problems_are_collected_and_the_first_is_the_message() -> None:
         (None, "does not exist"),
     ],
 )
-def test_a_broken_or_missing_file_is_one_line(
-    tmp_path: Path, content: bytes | None, said: str
-) -> None:
+def test_a_broken_or_missing_file_is_one_line(tmp_path: Path, content: bytes | None, said: str) -> None:
     path = tmp_path / "run.toml"
     if content is not None:
         path.write_bytes(content)
@@ -275,9 +261,7 @@ def test_nothing_in_a_configuration_can_be_changed() -> None:
 
 def test_every_key_is_described_with_a_default_that_it_accepts() -> None:
     rows = configs.describe()
-    keys = {
-        f"{s}.{k}" for s, t in RunConfig().model_dump().items() if isinstance(t, dict) for k in t
-    }
+    keys = {f"{s}.{k}" for s, t in RunConfig().model_dump().items() if isinstance(t, dict) for k in t}
     assert {key for key, _, _ in rows} == keys | {"seed", "rounds"}
     for key, default, description in rows:
         assert len(description) > 10, key
@@ -295,8 +279,6 @@ def test_every_recipe_loads_and_names_what_a_reader_looks_for(path: Path) -> Non
     config = configs.load(path)
     written = tomllib.loads(path.read_text(encoding="utf-8"))
     assert configs.parse(tomllib.loads(config.to_toml())) == config
-    assert path.read_text(encoding="utf-8").startswith("#"), (
-        "say in a comment what the recipe is for"
-    )
+    assert path.read_text(encoding="utf-8").startswith("#"), "say in a comment what the recipe is for"
     assert {"rounds", "data", "prompt", "train"} <= set(written)
     assert {"source", "partition"} <= set(written["data"])

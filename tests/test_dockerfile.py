@@ -29,9 +29,7 @@ class Stage(NamedTuple):
 
 def _stages() -> dict[str, Stage]:
     text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
-    lines = [
-        line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")
-    ]
+    lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
     stages: dict[str, Stage] = {}
     for line in re.sub(r"\\\n\s*", "", "\n".join(lines)).splitlines():
         instruction, arguments = line.split(maxsplit=1)
@@ -73,9 +71,7 @@ def test_it_runs_as_a_number_that_is_not_root() -> None:
         ("client", "flower-supernode", set()),
     ],
 )
-def test_the_entry_point_is_a_list_behind_an_init(
-    name: str, command: str, needed: set[str]
-) -> None:
+def test_the_entry_point_is_a_list_behind_an_init(name: str, command: str, needed: set[str]) -> None:
     (entry,) = STAGES[name].all("ENTRYPOINT")
     words = json.loads(entry)
     assert words[0] == "tini"
@@ -97,9 +93,7 @@ def test_models_come_from_a_volume_and_nothing_is_fetched_at_run_time() -> None:
     volumes = json.loads(runtime.all("VOLUME")[0])
     assert settings["HF_HOME"] in volumes
     made = " ".join(runtime.all("RUN"))
-    assert all(
-        f" {volume}" in made for volume in volumes
-    )  # owned by the user, or it could not write
+    assert all(f" {volume}" in made for volume in volumes)  # owned by the user, or it could not write
 
 
 def test_every_version_is_pinned() -> None:
@@ -151,9 +145,7 @@ def test_the_health_check_tells_alive_from_dead(name: str) -> None:
 
 
 def test_hadolint_has_nothing_to_say() -> None:
-    linter = shutil.which(
-        "hadolint", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    )
+    linter = shutil.which("hadolint", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if linter is None:
         pytest.skip("hadolint is not installed")
     done = subprocess.run([linter, str(ROOT / "Dockerfile")], capture_output=True, text=True)

@@ -22,9 +22,7 @@ from apiary.tensors import digest
 from client import trainer
 
 
-def _doctor(
-    overrides: list[str], path: Path | None = None, *, colour: bool = False
-) -> tuple[bool, str]:
+def _doctor(overrides: list[str], path: Path | None = None, *, colour: bool = False) -> tuple[bool, str]:
     out = io.StringIO()
     console = Console(file=out, width=200, force_terminal=colour, highlight=False)
     return examine(path, overrides, console), out.getvalue()
@@ -133,9 +131,7 @@ def test_what_works_is_told_beside_what_does_not(small_run: list[str], tmp_path:
         ("data.test_fraction=0", "data.test_fraction = 0.0: leaves no held-out example"),
     ],
 )
-def test_what_would_end_the_run_later_is_a_problem_now(
-    small_run: list[str], override: str, said: str
-) -> None:
+def test_what_would_end_the_run_later_is_a_problem_now(small_run: list[str], override: str, said: str) -> None:
     good, text = _doctor([*small_run, override])
     assert not good
     assert any(problem.startswith(said) for problem in _problems(text))
@@ -148,9 +144,7 @@ def test_examples_that_cannot_fit_are_a_problem_of_each_client(small_run: list[s
     assert all("prompt.max_tokens = 8" in problem for problem in _problems(text))
 
 
-def test_bad_rows_and_long_rows_are_counted(
-    small_run: list[str], tiny_model: Path, tmp_path: Path
-) -> None:
+def test_bad_rows_and_long_rows_are_counted(small_run: list[str], tiny_model: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     rows: list[dict[str, str]] = list(instruction_rows(60))
@@ -204,9 +198,7 @@ def test_many_clients_are_summed_up(small_run: list[str], tmp_path: Path) -> Non
         assert re.search(rf"{name} of 30 +{value:.0f} ", text), (name, value)
 
 
-def test_a_model_that_cannot_fit_is_never_loaded(
-    small_run: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_that_cannot_fit_is_never_loaded(small_run: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forecast, "device_bytes", lambda device: 10_000)
     before = models.base_loads()
     good, text = _doctor([*small_run, "model.dtype=bfloat16", "model.revision=other"])
@@ -228,13 +220,9 @@ def test_the_size_of_a_model_is_known_without_its_weights(tiny_model: Path, tmp_
     assert forecast.weights_bytes(absent, torch.device("cpu")) is None
 
 
-@pytest.mark.parametrize(
-    "override", ["train.steps=5", "train.epochs=1", "train.epochs=0.3", "train.epochs=2.5"]
-)
+@pytest.mark.parametrize("override", ["train.steps=5", "train.epochs=1", "train.epochs=0.3", "train.epochs=2.5"])
 def test_forecast_and_trainer_count_the_same_steps(small_run: list[str], override: str) -> None:
-    config = configs.load(
-        None, [*small_run, override, "train.accumulate=2", "strategy.fraction=0.5"]
-    )
+    config = configs.load(None, [*small_run, override, "train.accumulate=2", "strategy.fraction=0.5"])
     lm = models.load(config.model, config.adapter)
     template = prompts.make_template(config.prompt, lm.tokenizer)
     clients = examples.federate(config.data, 0).clients

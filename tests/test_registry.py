@@ -20,9 +20,7 @@ def plain() -> str:
 
 
 @GREETINGS.register("shout")
-def shout(
-    times: Annotated[int, Field(ge=1)], style: Literal["!", "?"] = "!", *, who: str = "you"
-) -> str:
+def shout(times: Annotated[int, Field(ge=1)], style: Literal["!", "?"] = "!", *, who: str = "you") -> str:
     return f"{who}: " + ("hello" + style) * times
 
 

@@ -36,17 +36,13 @@ def _state(seed: int = 0) -> dict[str, Tensor]:
 def test_arithmetic_agrees_with_numpy(
     arrays: dict[str, np.ndarray], others: dict[str, np.ndarray], scale: float
 ) -> None:
-    other = {
-        k: np.resize(others.get(k, np.ones(1, np.float32)), a.shape) for k, a in arrays.items()
-    }
+    other = {k: np.resize(others.get(k, np.ones(1, np.float32)), a.shape) for k, a in arrays.items()}
     a = {k: torch.from_numpy(v) for k, v in arrays.items()}
     b = {k: torch.from_numpy(v) for k, v in other.items()}
     for name, tensor in tensors.subtract(a, b).items():
         np.testing.assert_array_equal(tensor.numpy(), arrays[name] - other[name])
     for name, tensor in tensors.add(a, b, scale).items():
-        np.testing.assert_allclose(
-            tensor.numpy(), arrays[name] + np.float32(scale) * other[name], rtol=1e-5, atol=1e-3
-        )
+        np.testing.assert_allclose(tensor.numpy(), arrays[name] + np.float32(scale) * other[name], rtol=1e-5, atol=1e-3)
     flat = [v.astype(np.float64).ravel() for v in arrays.values()]
     expected = np.linalg.norm(np.concatenate(flat)) if flat else 0.0
     assert tensors.norm(a) == pytest.approx(expected, rel=1e-12)

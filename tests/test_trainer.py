@@ -178,7 +178,7 @@ def test_training_learns_and_leaves_the_base_alone(tiny_model: Path) -> None:
         seen: list[StepRecord] = []
         result = fit(lm, settings_of(batch_tokens=4096), 30, observers=[seen.append])
         assert [record.step for record in seen] == list(range(30))
-        assert seen[-1].loss < 0.9 * seen[0].loss
+        assert seen[-1].loss < seen[0].loss - 0.2
         assert result.report.loss == pytest.approx(np.mean([r.loss for r in seen]), rel=1e-6)
         for name, parameter in lm.model.named_parameters():
             assert not (name in frozen) or torch.equal(parameter, frozen[name])

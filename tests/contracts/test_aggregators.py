@@ -43,9 +43,7 @@ def state() -> ServerState:
     return ServerState(3, _tensors(99), {}, {})
 
 
-def _fold(
-    method: Aggregator, state: ServerState, updates: Sequence[Update], seed: int = 0
-) -> StateDict:
+def _fold(method: Aggregator, state: ServerState, updates: Sequence[Update], seed: int = 0) -> StateDict:
     acc = method.reduce.start(state)
     for update in updates:
         acc = method.reduce.add(acc, update)
@@ -96,9 +94,7 @@ def test_the_unit_of_the_weights_does_not_matter(method: Aggregator, state: Serv
         torch.testing.assert_close(one[name], two[name], rtol=1e-6, atol=1e-7)
 
 
-def test_the_gradient_is_named_and_shaped_like_the_adapter(
-    method: Aggregator, state: ServerState
-) -> None:
+def test_the_gradient_is_named_and_shaped_like_the_adapter(method: Aggregator, state: ServerState) -> None:
     gradient = _fold(method, state, _cohort())
     assert {name: tuple(tensor.shape) for name, tensor in gradient.items()} == SHAPES
     assert {(t.dtype, t.device.type) for t in gradient.values()} == {(torch.float32, "cpu")}
@@ -143,16 +139,12 @@ def test_a_step_ends_one_round_and_keeps_the_shapes(method: Aggregator, state: S
     assert {tensor.dtype for tensor in after.adapter.values()} == {torch.float32}
 
 
-def test_a_client_receives_an_adapter_that_fits_its_model(
-    method: Aggregator, state: ServerState
-) -> None:
+def test_a_client_receives_an_adapter_that_fits_its_model(method: Aggregator, state: ServerState) -> None:
     payload = method.payload(state, ClientInfo("client-0", 4, 0))
     assert {name: tuple(tensor.shape) for name, tensor in payload.adapter.items()} == SHAPES
 
 
-def test_a_sum_takes_no_more_memory_for_more_clients(
-    method: Aggregator, state: ServerState
-) -> None:
+def test_a_sum_takes_no_more_memory_for_more_clients(method: Aggregator, state: ServerState) -> None:
     if method.needs == "each":
         pytest.skip("this method has to see each update")
     acc = method.reduce.add(method.reduce.start(state), _cohort(1)[0])
