@@ -36,25 +36,15 @@ def resolve_device(config: ModelConfig) -> torch.device:
         return torch.device("cuda" if cuda else "mps" if mps else "cpu")
     kind, colon, number = name.partition(":")
     if kind not in ("cpu", "cuda", "mps") or (colon and not number.isdigit()):
-        raise UserError(
-            f"model.device = {config.device!r}: allowed are auto, cpu, cuda, cuda:N and mps"
-        )
+        raise UserError(f"model.device = {config.device!r}: allowed are auto, cpu, cuda, cuda:N and mps")
     if kind == "mps" and not mps:
-        raise UserError(
-            f"model.device = {config.device!r}: this machine has no MPS device; use auto or cpu"
-        )
+        raise UserError(f"model.device = {config.device!r}: this machine has no MPS device; use auto or cpu")
     if kind == "cuda" and not cuda:
-        why = (
-            "PyTorch sees no CUDA GPU here"
-            if torch.version.cuda
-            else "this PyTorch is built without CUDA"
-        )
+        why = "PyTorch sees no CUDA GPU here" if torch.version.cuda else "this PyTorch is built without CUDA"
         raise UserError(f"model.device = {config.device!r}: {why}; use auto or cpu")
     if kind == "cuda" and number and int(number) >= torch.cuda.device_count():
         last = torch.cuda.device_count() - 1
-        raise UserError(
-            f"model.device = {config.device!r}: the GPUs here are cuda:0 to cuda:{last}"
-        )
+        raise UserError(f"model.device = {config.device!r}: the GPUs here are cuda:0 to cuda:{last}")
     return torch.device(name)
 
 
@@ -89,9 +79,7 @@ def read(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
         model, tokenizer = _read_pretrained(config, device, dtype)
     _check_vocabulary(config, model, tokenizer)
     if config.quantization == "none":
-        for parameter in (
-            model.parameters()
-        ):  # not the buffers: rounded RoPE frequencies would blur far positions
+        for parameter in model.parameters():  # not the buffers: rounded RoPE frequencies would blur far positions
             parameter.data = parameter.data.to(dtype)
         model.to(device)
     return model.requires_grad_(False).eval(), tokenizer
@@ -108,13 +96,9 @@ def _read_pretrained(
     try:
         with _quiet_if(path.is_dir()):
             tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision)
-            model = AutoModelForCausalLM.from_pretrained(
-                source, revision=config.revision, **options
-            )
+            model = AutoModelForCausalLM.from_pretrained(source, revision=config.revision, **options)
     except torch.cuda.OutOfMemoryError:
-        raise UserError(
-            f"model.name = {config.name!r}: does not fit on {device}; try model.quantization=nf4"
-        ) from None
+        raise UserError(f"model.name = {config.name!r}: does not fit on {device}; try model.quantization=nf4") from None
     except Exception as error:  # the hub's and the model classes' errors share no other base
         raise UserError(_unreachable(config, path.is_dir(), error)) from error
     return model, tokenizer
@@ -137,9 +121,7 @@ def _read_builtin(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedToken
     if config.name != BUILTIN:
         raise UserError(f"model.name = {config.name!r}: the only built-in model is {BUILTIN!r}")
     if config.quantization != "none":
-        raise UserError(
-            f"model.quantization = {config.quantization!r}: {BUILTIN} is too small to quantize; use none"
-        )
+        raise UserError(f"model.quantization = {config.quantization!r}: {BUILTIN} is too small to quantize; use none")
     from apiary.builtin import load_tiny
 
     return load_tiny()
@@ -154,9 +136,7 @@ def _quantized(config: ModelConfig, device: torch.device) -> dict[str, Any]:
     try:
         import bitsandbytes  # type: ignore[import-not-found,unused-ignore]  # noqa: F401
     except ImportError:
-        raise UserError(
-            f"{key}: needs the package bitsandbytes (pip install bitsandbytes)"
-        ) from None
+        raise UserError(f"{key}: needs the package bitsandbytes (pip install bitsandbytes)") from None
     from transformers import BitsAndBytesConfig
 
     if config.quantization == "int8":
@@ -174,23 +154,17 @@ def _quantized(config: ModelConfig, device: torch.device) -> dict[str, Any]:
 def _unreachable(config: ModelConfig, is_folder: bool, error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = (lines[0] if lines else type(error).__name__)[:200].rstrip(".")
-    name = f"model.name = {config.name!r}" + (
-        f" (revision {config.revision!r})" if config.revision else ""
-    )
+    name = f"model.name = {config.name!r}" + (f" (revision {config.revision!r})" if config.revision else "")
     if is_folder:
         return f"{name}: not a causal language model that Transformers can read ({reason})"
     fix = "is it a folder that does not exist? does the hub id need `hf auth login`? is this machine offline?"
     return f"{name}: cannot be loaded ({reason}); {fix}"
 
 
-def _check_vocabulary(
-    config: ModelConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def _check_vocabulary(config: ModelConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None:
-        raise UserError(
-            f"model.name = {config.name!r}: has no language-model head, so it cannot write answers"
-        )
+        raise UserError(f"model.name = {config.name!r}: has no language-model head, so it cannot write answers")
     rows = getattr(embedding, "num_embeddings", None)
     if isinstance(rows, int) and len(tokenizer) > rows:
         raise UserError(
@@ -202,8 +176,9 @@ def _check_vocabulary(
 def base_digest(model: nn.Module, quantization: str = "none") -> str:
     """A SHA-256 over names, shapes and evenly spaced values of all frozen weights (16 hex digits).
 
-    Values are compared as bfloat16, so a base held in float32 and its rounded copy on a GPU agree. Of quantized layers
-    only name and kind count: how their bytes are packed is the business of the library and the card.
+    Values are compared as bfloat16, so a base held in float32 and its rounded copy on a GPU agree. Of
+    quantized layers only name and kind count: how their bytes are packed is the business of the
+    library and the card.
     """
     hasher = hashlib.sha256(quantization.encode())
     for name, tensor in sorted(model.named_parameters()):

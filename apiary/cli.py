@@ -48,15 +48,16 @@ def simulate(
     quiet: Annotated[bool, typer.Option("--quiet", help="print only errors and the final table")] = False,
 ) -> None:
     """Run clients and server on this machine, compare with the baselines, and write a report."""
-    from apiary.progress import make_progress
-    from simulation.run import simulate as run
-
     if resume and out is None:
         raise UserError("--resume needs --out DIR: the run to go on with")
     name = config.stem if config else "demo"
     folder = (out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
     stored = folder / "config.toml" if resume and config is None and (folder / "config.toml").exists() else config
     settings = configs.load(stored, overrides or [])
+    # Only now: what is wrong with the file is told without waiting for torch.
+    from apiary.progress import make_progress
+    from simulation.run import simulate as run
+
     try:
         with make_progress(quiet) as observer:
             metrics = run(settings, folder, resume=resume, observers=[observer])

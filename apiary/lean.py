@@ -1,9 +1,10 @@
 """The same model with less work around its matrix products, for a frozen base with LoRA on it.
 
-`slim` gives modules a leaner forward that computes the same function: LoRA layers without float32 copies of
-activations, RMS norms with a written-out gradient for the input alone (the base is frozen), gated feed-forward blocks
-that keep less, and on a CPU an attention whose gradient is batched matrix products. A module whose lean form does not
-agree with its own on a probe is left as it is, so an unusual model is slower, never wrong.
+`slim` gives modules a leaner forward that computes the same function: LoRA layers without float32
+copies of activations, RMS norms with a written-out gradient for the input alone (the base is
+frozen), gated feed-forward blocks that keep less, and on a CPU an attention whose gradient is
+batched matrix products. A module whose lean form does not agree with its own on a probe is left as
+it is, so an unusual model is slower, never wrong.
 """
 
 from __future__ import annotations
@@ -46,10 +47,7 @@ class LeanLinear(LoraLinear):  # type: ignore[misc]
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """X W^T + bias + s (x A^T) B^T, in the dtype of W."""
         names = self.active_adapters
-        plain = (
-            not (args or kwargs or self.disable_adapters or self.merged or self.lora_variant)
-            and len(names) == 1
-        )
+        plain = not (args or kwargs or self.disable_adapters or self.merged or self.lora_variant) and len(names) == 1
         if not plain or self._drops(names[0]):
             return cast(Tensor, super().forward(x, *args, **kwargs))
         base, name = self.base_layer, names[0]
@@ -65,14 +63,14 @@ class LeanLinear(LoraLinear):  # type: ignore[misc]
 
 
 class _LowRank(torch.autograd.Function):
-    """A frozen linear map plus its low-rank update. peft's way casts the input to float32 and back, and makes three
-    more tensors of the size of the output; here the update is added in place by the matrix product itself.
+    """A frozen linear map plus its low-rank update.
+
+    peft's way casts the input to float32 and back, and makes three more tensors of the size of the output; here the
+    matrix product itself adds the update in place.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
         low, high = a.to(x.dtype), (b * scale).to(x.dtype)
         inner = x @ low.t()
         out = torch.addmm(bias, x, weight.t()) if bias is not None else x @ weight.t()
@@ -133,10 +131,7 @@ class _RmsNorm(torch.autograd.Function):
 
 
 def _is_gated(module: nn.Module) -> bool:
-    parts = all(
-        isinstance(getattr(module, name, None), nn.Module)
-        for name in ("gate_proj", "up_proj", "down_proj")
-    )
+    parts = all(isinstance(getattr(module, name, None), nn.Module) for name in ("gate_proj", "up_proj", "down_proj"))
     return parts and "silu" in type(getattr(module, "act_fn", None)).__name__.lower()
 
 
@@ -172,9 +167,7 @@ class _Gated(torch.autograd.Function):
 
 def _become(module: nn.Module, forward: Any) -> None:
     kind = type(module)
-    module.__class__ = type(
-        kind.__name__, (kind,), {"forward": functools.wraps(kind.forward)(forward)}
-    )
+    module.__class__ = type(kind.__name__, (kind,), {"forward": functools.wraps(kind.forward)(forward)})
 
 
 def _noise(*shape: int) -> Tensor:
@@ -209,7 +202,8 @@ def attention(
 ) -> tuple[Tensor, None]:
     """Causal attention (b, t, h, d) of query (b, h, t, d) on key and value (b, h or fewer, t, d).
 
-    PyTorch's own kernel takes over for whatever is not plain training: a mask, a cache, dropout, very long rows.
+    PyTorch's own kernel takes over for whatever is not plain training: a mask, a cache, dropout, very
+    long rows.
     """
     batch, heads, length, width = query.shape
     plain = (
@@ -281,8 +275,10 @@ def _causal(length: int, dtype: torch.dtype) -> Tensor:
 
 @functools.cache
 def _keep_memory() -> None:
-    """Lets glibc keep freed memory: by default every activation above 32 MB goes back to the kernel when it is freed
-    and is zeroed page by page when the next layer asks for it.
+    """Lets glibc keep freed memory.
+
+    By default every large activation goes back to the kernel when it is freed, and is zeroed page by page when the
+    next layer asks for it.
     """
     if sys.platform == "linux":
         library = ctypes.CDLL(None)

@@ -1,7 +1,8 @@
 """The frozen base model, its tokenizer and the adapter on it, made once per process and shared by everyone in it.
 
-`load` is the only way in. A base is read from disk once for each `ModelConfig`; every adapter configuration gets a
-skeleton of modules of its own around the same weights, so a second adapter costs no second copy of the base.
+`load` is the only way in. A base is read from disk once for each `ModelConfig`; every adapter
+configuration gets a skeleton of modules of its own around the same weights, so a second adapter
+costs no second copy of the base.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Protocol
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import save as pack
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -52,8 +53,10 @@ class LanguageModel:
     """A frozen base with one trainable adapter.
 
     Args:
-        model: the base with the adapter injected; always in eval mode, so that only the adapter ever has dropout.
-        adapter: the live float32 adapter parameters by the name they have in `adapter_model.safetensors`.
+        model: the base with the adapter injected; always in eval mode, so that only the adapter
+            ever has dropout.
+        adapter: the live float32 adapter parameters by the name they have in
+            `adapter_model.safetensors`.
         digest: of the base weights; the same whatever dtype or device they are held on.
     """
 
@@ -91,7 +94,8 @@ def load_base(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
     """The base model and its tokenizer from the process-wide cache: look, do not change.
 
     Raises:
-        UserError: no such folder or hub id, no way to reach it, or a model this machine cannot hold.
+        UserError: no such folder or hub id, no way to reach it, or a model this machine cannot
+            hold.
     """
     base = _base(config)
     return base.model, base.tokenizer
@@ -150,13 +154,9 @@ def _share(model: PreTrainedModel) -> PreTrainedModel:
 def _lora(config: ModelConfig, adapter: AdapterConfig, base: PreTrainedModel) -> LoraConfig:
     targets = adapter.targets if isinstance(adapter.targets, str) else list(adapter.targets)
     names = [name for name, _ in base.named_modules()]
-    for target in (
-        [] if targets == "all-linear" else [targets] if isinstance(targets, str) else targets
-    ):
+    for target in [] if targets == "all-linear" else [targets] if isinstance(targets, str) else targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
-            kinds = sorted(
-                {n.rsplit(".", 1)[-1] for n, m in base.named_modules() if isinstance(m, nn.Linear)}
-            )
+            kinds = sorted({n.rsplit(".", 1)[-1] for n, m in base.named_modules() if isinstance(m, nn.Linear)})
             known = ", ".join(kinds) or "none"
             raise UserError(
                 f"adapter.targets: {config.name} has no module {target!r}; linear modules: {known}; or 'all-linear'"
@@ -167,9 +167,7 @@ def _lora(config: ModelConfig, adapter: AdapterConfig, base: PreTrainedModel) ->
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
         use_rslora=adapter.scaling == "rslora",
-        target_modules=[targets]
-        if isinstance(targets, str) and targets != "all-linear"
-        else targets,
+        target_modules=[targets] if isinstance(targets, str) and targets != "all-linear" else targets,
         base_model_name_or_path=config.name,
         revision=config.revision,
     )
@@ -184,20 +182,17 @@ def set_adapter(lm: LanguageModel, state: StateDict) -> None:
     """Writes `state` into the live adapter, in place.
 
     Raises:
-        ValueError: a name is missing or unknown, or a shape differs; the live adapter is then untouched.
+        ValueError: a name is missing or unknown, or a shape differs; the live adapter is then
+            untouched.
     """
     missing = [name for name in lm.adapter if name not in state]
     unknown = [name for name in state if name not in lm.adapter]
     if missing or unknown:
         kind, names = ("lacks", missing) if missing else ("has the unknown tensor", unknown)
-        raise ValueError(
-            f"adapter {kind} {names[0]!r} ({len(missing)} missing, {len(unknown)} unknown)"
-        )
+        raise ValueError(f"adapter {kind} {names[0]!r} ({len(missing)} missing, {len(unknown)} unknown)")
     for name, parameter in lm.adapter.items():
         if state[name].shape != parameter.shape:
-            raise ValueError(
-                f"adapter tensor {name!r}: shape {tuple(state[name].shape)}, not {tuple(parameter.shape)}"
-            )
+            raise ValueError(f"adapter tensor {name!r}: shape {tuple(state[name].shape)}, not {tuple(parameter.shape)}")
     with torch.no_grad():
         for name, parameter in lm.adapter.items():
             parameter.copy_(state[name])
@@ -206,15 +201,14 @@ def set_adapter(lm: LanguageModel, state: StateDict) -> None:
 def fresh_adapter(lm: LanguageModel, seed: int) -> dict[str, Tensor]:
     """A new adapter that changes nothing yet: A Kaiming-uniform, B zero (Hu et al. 2021, section 4.1).
 
-    Each A has a CPU generator of its own, derived from `seed` and its name: the same values on every machine.
+    Each A has a CPU generator of its own, derived from `seed` and its name: the same values on every
+    machine.
     """
     state = {}
     for name, parameter in lm.adapter.items():
         state[name] = torch.zeros(parameter.shape)
         if "lora_A" in name:
-            bound = (
-                parameter.shape[1] ** -0.5
-            )  # Kaiming-uniform with a = sqrt(5), as peft and nn.Linear have it
+            bound = parameter.shape[1] ** -0.5  # Kaiming-uniform with a = sqrt(5), as peft and nn.Linear have it
             state[name].uniform_(-bound, bound, generator=generator(seed, "adapter", name))
     return state
 
@@ -256,12 +250,11 @@ def merged(lm: LanguageModel, state: StateDict) -> PreTrainedModel:
     return whole.merge_and_unload(safe_merge=True)
 
 
-def save_adapter(
-    lm: LanguageModel, state: StateDict, folder: str | Path, card: str | None = None
-) -> None:
+def save_adapter(lm: LanguageModel, state: StateDict, folder: str | Path, card: str | None = None) -> None:
     """Writes a PEFT folder that `peft.PeftModel.from_pretrained(base, folder)` loads.
 
-    It is written beside its place and moved there whole: at any moment the folder is absent, the old one, or the new one.
+    It is written beside its place and moved there whole: at any moment the folder is absent, the old
+    one, or the new one.
 
     Args:
         card: text of the folder's README.md.
@@ -276,11 +269,9 @@ def save_adapter(
         written = copy.copy(lm.model.peft_config["default"])
         written.inference_mode = True  # what peft itself writes: the folder is loaded frozen
         written.save_pretrained(str(work))
-        tensors = {
-            name: tensor.detach().to("cpu", torch.float32).contiguous()
-            for name, tensor in state.items()
-        }
-        save_file(tensors, work / "adapter_model.safetensors", metadata={"format": "pt"})
+        tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in state.items()}
+        # As bytes: safetensors' own writer hides a full disk behind an error type of its own.
+        (work / "adapter_model.safetensors").write_bytes(pack(tensors, metadata={"format": "pt"}))
         if card is not None:
             (work / "README.md").write_text(card, encoding="utf-8")
         work.chmod(0o755)  # mkdtemp's folders are private; this one is a result

@@ -30,13 +30,15 @@ class Probe(Protocol):
 def row_losses(model: nn.Module, batch: Batch) -> Tensor:
     """Summed nats of each row's trained tokens, (b,) float32, differentiable in the adapter.
 
-    Equal to the cross-entropy over all logits, but the head is computed only where a trained token is predicted.
+    Equal to the cross-entropy over all logits, but the head is computed only where a trained token is
+    predicted.
     """
     # Token j is predicted from position j - 1.
     rows, columns = batch.targets[:, 1:].nonzero(as_tuple=True)
     with _head_at(model, rows * batch.ids.shape[1] + columns):
-        # No attention mask: rows are padded on the right, and under causal attention what comes later never reaches a
-        # real token. Without one, scaled-dot-product attention keeps to its fast causal kernel.
+        # No attention mask: rows are padded on the right, and under causal attention what comes
+        # later never reaches a real token. Without one, scaled-dot-product attention keeps to its
+        # fast causal kernel.
         logits = model(input_ids=batch.ids, use_cache=False).logits
     nats = token_nats(logits, batch.ids[rows, columns + 1])
     return torch.zeros(len(batch.ids), device=nats.device).index_add(0, rows, nats)
@@ -46,8 +48,8 @@ def row_losses(model: nn.Module, batch: Batch) -> Tensor:
 def _head_at(model: nn.Module, places: Tensor) -> Iterator[None]:
     """Within it, the head sees only the hidden states at `places` of the flattened (b * t) positions.
 
-    The hook sits on the head itself, so it works for every causal model, and what a model does to its logits
-    afterwards (a soft cap, a scale) still happens, to (places, V) logits.
+    The hook sits on the head itself, so it works for every causal model, and what a model does to its
+    logits afterwards (a soft cap, a scale) still happens, to (places, V) logits.
     """
 
     def pick(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -72,8 +74,10 @@ def token_nats(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 class _TokenNats(torch.autograd.Function):
-    """Cross-entropy in float32 a few rows at a time: with a vocabulary of 150,000 the usual one holds the logits,
-    their float32 copy, its softmax and its gradient at once, which is most of the memory of a step.
+    """Cross-entropy in float32, a few rows at a time.
+
+    With a vocabulary of 150,000 the usual one holds the logits, their float32 copy, its softmax and its gradient at
+    once, which is most of the memory of a step.
     """
 
     @staticmethod
@@ -132,9 +136,7 @@ class ModelProbe:
         answers = [""] * len(prompts)
         order = sorted((i for i, ids in enumerate(prompts) if ids), key=lambda i: len(prompts[i]))
         for chosen in self._groups(order, prompts, max_new_tokens):
-            for index, text in zip(
-                chosen, self._answer([prompts[i] for i in chosen], max_new_tokens), strict=True
-            ):
+            for index, text in zip(chosen, self._answer([prompts[i] for i in chosen], max_new_tokens), strict=True):
                 answers[index] = text
         return answers
 
@@ -150,12 +152,10 @@ class ModelProbe:
 
     def _answer(self, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
         lm, width, pad = self._lm, max(map(len, prompts)), pad_id(self._lm.tokenizer)
-        # Decoding appends on the right, so here the padding is on the left, and the mask is needed: generate()
-        # counts positions from each prompt's own first token.
+        # Decoding appends on the right, so here the padding is on the left, and the mask is needed:
+        # generate() counts positions from each prompt's own first token.
         ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=lm.device)
-        mask = torch.tensor(
-            [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=lm.device
-        )
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=lm.device)
         stops = stop_ids(lm)
         with torch.inference_mode(), autocast(lm):
             out = lm.model.generate(  # type: ignore[operator]
@@ -194,7 +194,5 @@ def stop_ids(lm: LanguageModel) -> list[int]:
     found = set(listed if isinstance(listed, list) else [listed])
     found.add(lm.tokenizer.eos_token_id)
     special = set(lm.tokenizer.all_special_tokens) | set(lm.tokenizer.get_added_vocab())
-    found.update(
-        lm.tokenizer.convert_tokens_to_ids(mark) for mark in _END_OF_TURN if mark in special
-    )
+    found.update(lm.tokenizer.convert_tokens_to_ids(mark) for mark in _END_OF_TURN if mark in special)
     return sorted(token for token in found if isinstance(token, int))

@@ -20,10 +20,11 @@ class Registry(Generic[T]):
 
     Args:
         key: the configuration key that names a method of this kind; used in error lines.
+        options_key: the key that its options stand under, where that is another.
     """
 
-    def __init__(self, key: str) -> None:
-        self.key = key
+    def __init__(self, key: str, options_key: str | None = None) -> None:
+        self.key, self.options_key = key, options_key or key
         self._builders: dict[str, Callable[..., T]] = {}
 
     def register(self, name: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
@@ -99,7 +100,7 @@ class Registry(Generic[T]):
             try:
                 checked[option] = TypeAdapter(hints.get(option, Any)).validate_python(value)
             except ValidationError as error:
-                raise UserError(f"{self.key} {name!r}: {option} = {value!r}: {error.errors()[0]['msg']}") from None
+                raise UserError(f"{self.options_key}.{option} = {value!r}: {error.errors()[0]['msg']}") from None
         for option, parameter in allowed.items():
             if parameter.default is inspect.Parameter.empty and option not in checked:
                 raise UserError(f"{self.key}: {name!r} needs the option {option!r}")

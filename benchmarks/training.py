@@ -2,13 +2,15 @@
 
     python -m benchmarks.training [--quick] [--threads N] [--repeats N] [--out FILE]
 
-Contenders take turns, so that a machine that slows down slows all of them; what counts is the ratio of their medians.
-Each trains one epoch over the same examples, whose lengths are spread like those of databricks-dolly-15k. TRL
-(`pip install trl`) runs as it comes and with `packing=True`; its loss is set to the responses alone, as ours is, and
-its batches stay at 8 rows, about the tokens of one of ours.
+Contenders take turns, so that a machine that slows down slows all of them; what counts is the
+ratio of their medians. Each trains one epoch over the same examples, whose lengths are spread like
+those of databricks-dolly-15k. TRL (`pip install trl`) runs as it comes and with `packing=True`; its
+loss is set to the responses alone, as ours is, and its batches stay at 8 rows, about the tokens of
+one of ours.
 
-Beside the ratios stands the share of the machine's measured bfloat16 matrix-product peak: the useful floating-point
-operations of the epoch (`useful_flops`; no padding, no recomputation) by the seconds it took.
+Beside the ratios stands the share of the machine's measured bfloat16 matrix-product peak: the
+useful floating-point operations of the epoch (`useful_flops`; no padding, no recomputation) by the
+seconds it took.
 """
 
 from __future__ import annotations
@@ -59,9 +61,9 @@ def make_model(folder: Path) -> None:
 
     words = {"<pad>": 0, "<eos>": 1, **{f"w{i}": i for i in range(2, VOCABULARY)}}
     core = Tokenizer(WordLevel(words, unk_token="<pad>"))
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>"
-    ).save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>").save_pretrained(
+        folder
+    )
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY,
@@ -81,8 +83,8 @@ def make_model(folder: Path) -> None:
 def make_corpus(rows: int) -> Corpus:
     """Random tokens with dolly's lengths, at most 512.
 
-    At 4.2 characters a token and 12 tokens of template, dolly's prompts have a mean log length of 3.92 with deviation
-    1.12, its responses 3.77 with 1.21, hardly correlated.
+    At 4.2 characters a token and 12 tokens of template, dolly's prompts have a mean log length of 3.92
+    with deviation 1.12, its responses 3.77 with 1.21, hardly correlated.
     """
     rng = np.random.default_rng(0)
     prompts = np.exp(rng.normal(3.92, 1.12, rows)).clip(8, LONGEST - 1).astype(int)
@@ -99,9 +101,10 @@ def useful_flops(corpus: Corpus) -> float:
     """Floating-point operations that one epoch of LoRA training needs.
 
     For T tokens, R of them trained, in rows of lengths t, with N weights in the frozen linear layers:
-    2NT forwards and 2NT for the gradient of their inputs (less the first layer's q, k and v, whose input needs none);
-    6 r (in + out) T for LoRA, three products with A and three with B; 6 d t^2 for the causal half of the attention of each
-    row in each layer (2 forwards, 4 backwards); and 4 d V R for the head, forwards and backwards, where a token is trained.
+    2NT forwards and 2NT for the gradient of their inputs (less the first layer's q, k and v, whose
+    input needs none); 6 r (in + out) T for LoRA, three products with A and three with B; 6 d t^2
+    for the causal half of the attention of each row in each layer (2 forwards, 4 backwards); and 4
+    d V R for the head, forwards and backwards, where a token is trained.
     """
     tokens, trained = int(corpus.offsets[-1]), int(corpus.trained.sum())
     shapes = [(WIDTH, WIDTH)] * 4 + [(WIDTH, INNER)] * 2 + [(INNER, WIDTH)]
@@ -192,9 +195,7 @@ def run_trl(setting: Setting, packing: bool) -> Callable[[], int]:
             lora = LoraConfig(
                 r=RANK, lora_alpha=RANK, use_rslora=True, target_modules="all-linear", task_type="CAUSAL_LM"
             )
-            theirs = SFTTrainer(
-                model=str(setting.folder), args=config, train_dataset=data, peft_config=lora
-            )
+            theirs = SFTTrainer(model=str(setting.folder), args=config, train_dataset=data, peft_config=lora)
             run.start = time.perf_counter(), time.process_time()  # type: ignore[attr-defined]
             theirs.train()
             run.stop = time.perf_counter(), time.process_time()  # type: ignore[attr-defined]
@@ -255,11 +256,15 @@ def summary(setting: Setting, taken: dict[str, list[dict[str, float]]], peak: fl
 
 def machine(threads: int) -> dict[str, Any]:
     """What the numbers were measured on."""
-    names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        if line.startswith("model name")
-    ] if Path("/proc/cpuinfo").exists() else []
+    names = (
+        [
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+            if line.startswith("model name")
+        ]
+        if Path("/proc/cpuinfo").exists()
+        else []
+    )
     known = getattr(torch.cpu, "get_capabilities", dict)()
     return {
         "cpu": names[0] if names else platform.processor(),
@@ -312,13 +317,23 @@ def main(arguments: list[str] | None = None) -> None:
             result[dtype] = compare(setting, options.repeats, options.only.split(","))
         lm = next(iter(models._models.values()))
         result["model"] = {
-            "parameters": sum(p.numel() for p in models.load_base(
-                ModelConfig(name=name, dtype=options.dtypes.split(",")[0], device="cpu"))[0].parameters()),
+            "parameters": sum(
+                p.numel()
+                for p in models.load_base(ModelConfig(name=name, dtype=options.dtypes.split(",")[0], device="cpu"))[
+                    0
+                ].parameters()
+            ),
             "adapter_parameters": sum(p.numel() for p in lm.adapter.values()),
-            "layers": LAYERS, "width": WIDTH, "inner": INNER, "heads": HEADS, "vocabulary": VOCABULARY,
+            "layers": LAYERS,
+            "width": WIDTH,
+            "inner": INNER,
+            "heads": HEADS,
+            "vocabulary": VOCABULARY,
         }
     result["data"] = {
-        "examples": len(corpus), "tokens": corpus.stats.tokens, "trained_tokens": corpus.stats.response_tokens
+        "examples": len(corpus),
+        "tokens": corpus.stats.tokens,
+        "trained_tokens": corpus.stats.response_tokens,
     }
     text = json.dumps(result, indent=2)
     out = options.out or (None if options.quick else Path(__file__).parent / "results" / "training.json")

@@ -15,15 +15,11 @@ from apiary.registry import Registry
 from apiary.tensors import StateDict, is_finite, norm
 
 Objective: TypeAlias = Callable[[nn.Module, Batch], Tensor]  # -> (b,) summed nats, float32
-Penalty: TypeAlias = Callable[
-    [Mapping[str, Tensor]], Tensor
-]  # live adapter parameters -> scalar, added to the loss
+Penalty: TypeAlias = Callable[[Mapping[str, Tensor]], Tensor]  # live adapter parameters -> scalar, added to the loss
 Projection: TypeAlias = Callable[[StateDict], StateDict]  # the finished delta -> what is sent
 
 OBJECTIVES: Registry[Objective] = Registry("train.objective")
-PENALTIES: Registry[Penalty] = Registry(
-    "train.penalties"
-)  # builders may ask for `start: StateDict`
+PENALTIES: Registry[Penalty] = Registry("train.penalties")  # builders may ask for `start: StateDict`
 
 
 @OBJECTIVES.register("sft")
@@ -40,21 +36,13 @@ def fedprox(start: StateDict, mu: float) -> Penalty:
         UserError: mu is negative.
     """
     if mu < 0:
-        raise UserError(
-            f"train.penalties: fedprox has mu = {mu}; it must be 0 or more (0.001 to 1 is usual)"
-        )
+        raise UserError(f"train.penalties: fedprox has mu = {mu}; it must be 0 or more (0.001 to 1 is usual)")
     anchors: dict[str, Tensor] = {}
 
     def penalty(adapter: Mapping[str, Tensor]) -> Tensor:
         if not anchors:  # moved to the parameters' device once, not on every step
-            anchors.update(
-                {name: start[name].to(w.device, w.dtype, copy=True) for name, w in adapter.items()}
-            )
-        return (
-            mu
-            / 2
-            * torch.stack([(w - anchors[name]).square().sum() for name, w in adapter.items()]).sum()
-        )
+            anchors.update({name: start[name].to(w.device, w.dtype, copy=True) for name, w in adapter.items()})
+        return mu / 2 * torch.stack([(w - anchors[name]).square().sum() for name, w in adapter.items()]).sum()
 
     return penalty
 
@@ -75,9 +63,7 @@ def finite(delta: StateDict) -> StateDict:
         FloatingPointError: an entry is NaN or infinite.
     """
     if not is_finite(delta):
-        raise FloatingPointError(
-            "the trained adapter holds NaN or infinite values; a lower train.lr usually helps"
-        )
+        raise FloatingPointError("the trained adapter holds NaN or infinite values; a lower train.lr usually helps")
     return delta
 
 

@@ -1,7 +1,7 @@
 """The one training loop: from a received adapter to the change that a client sends back.
 
-Everything random in a visit follows from (seed, client, cursor), so a client that is asked again, on another day or in
-another process, makes the same steps.
+Everything random in a visit follows from (seed, client, cursor), so a client that is asked again,
+on another day or in another process, makes the same steps.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def steps_per_round(config: TrainConfig, corpus: Corpus) -> int:
 def learning_rate(step: int, total: int, config: TrainConfig) -> float:
     """The learning rate of a step (from 0) of a whole federated run of `total` steps.
 
-    It rises linearly over the first `warmup` share, then stays, or falls along half a cosine to (nearly) 0.
+    It rises linearly over the first `warmup` share, then stays, or falls along half a cosine to
+    (nearly) 0.
     """
     warm = math.ceil(config.warmup * total)
     if step < warm:
@@ -93,11 +94,13 @@ def fit(
 ) -> FitResult:
     """The change that `steps` optimizer steps make to the adapter `start`, and where they ended in the data.
 
-    The loss of a step is the sum of its token losses divided by its trained tokens, over all its `accumulate` batches,
-    so the split into batches does not change the gradient. AdamW starts with empty moments.
+    The loss of a step is the sum of its token losses divided by its trained tokens, over all its
+    `accumulate` batches, so the split into batches does not change the gradient. AdamW starts with
+    empty moments.
 
     Args:
-        first_step: steps made before this visit, of `total_steps` in the run; they place it on the schedule.
+        first_step: steps made before this visit, of `total_steps` in the run; they place it on the
+            schedule.
 
     Raises:
         FloatingPointError: the loss or a gradient became NaN or infinite.
@@ -127,20 +130,14 @@ def fit(
     return FitResult(dict(delta), walk.cursor, report)
 
 
-def _plan(
-    corpus: Corpus, config: TrainConfig, seed: int, client: str, epoch: int
-) -> list[np.ndarray]:
-    return plan_batches(
-        corpus.lengths, config.batch_tokens, generator(seed, client, "epoch", epoch)
-    )
+def _plan(corpus: Corpus, config: TrainConfig, seed: int, client: str, epoch: int) -> list[np.ndarray]:
+    return plan_batches(corpus.lengths, config.batch_tokens, generator(seed, client, "epoch", epoch))
 
 
 class _Walk:
     """A client's way through its data: each epoch's plan from end to end, then the next epoch's."""
 
-    def __init__(
-        self, corpus: Corpus, config: TrainConfig, seed: int, client: str, cursor: Cursor
-    ) -> None:
+    def __init__(self, corpus: Corpus, config: TrainConfig, seed: int, client: str, cursor: Cursor) -> None:
         self._make = lambda epoch: _plan(corpus, config, seed, client, epoch)
         self._corpus = corpus
         self._plan = self._make(cursor.epoch)
@@ -187,7 +184,8 @@ class _Loop:
         """One optimizer step on `batches`.
 
         Raises:
-            FloatingPointError: the loss or the gradient is NaN or infinite; the adapter is not stepped.
+            FloatingPointError: the loss or the gradient is NaN or infinite; the adapter is not
+                stepped.
         """
         tokens = sum(int(batch.targets.sum()) for batch in batches)
         nats = 0.0

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as pack
 
 from apiary.tensors import StateDict, digest
 from strategies import ServerState
@@ -67,7 +68,8 @@ def _rounds(folder: Path) -> list[Path]:
 
 
 def _write(path: Path, state: StateDict) -> str:
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+    # As bytes: safetensors' own writer hides a full disk behind an error type of its own.
+    path.write_bytes(pack({name: tensor.contiguous() for name, tensor in state.items()}))
     return digest(state)
 
 

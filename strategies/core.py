@@ -50,7 +50,7 @@ class Aggregator(NamedTuple):
     needs: Literal["sum", "each"]
 
 
-AGGREGATORS: Registry[Aggregator] = Registry("strategy.name")
+AGGREGATORS: Registry[Aggregator] = Registry("strategy.name", "strategy.options")
 
 
 def plain_step(state: ServerState, gradient: StateDict) -> ServerState:

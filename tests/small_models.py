@@ -38,9 +38,7 @@ _MAKE: dict[str, Callable[[int], PreTrainedConfig]] = {
     "llama": lambda v: LlamaConfig(vocab_size=v, **_SHAPE),
     "qwen2": lambda v: Qwen2Config(vocab_size=v, **_SHAPE),
     "qwen3": lambda v: Qwen3Config(vocab_size=v, head_dim=8, **_SHAPE),
-    "gemma2": lambda v: Gemma2Config(
-        vocab_size=v, head_dim=8, final_logit_softcapping=2.0, sliding_window=8, **_SHAPE
-    ),
+    "gemma2": lambda v: Gemma2Config(vocab_size=v, head_dim=8, final_logit_softcapping=2.0, sliding_window=8, **_SHAPE),
     "phi3": lambda v: Phi3Config(vocab_size=v, **_SHAPE),
     "gpt2": lambda v: GPT2Config(
         vocab_size=v, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=1

@@ -116,9 +116,7 @@ def test_without_its_adapter_the_model_is_its_base(lm: models.LanguageModel, tin
 
 @pytest.mark.parametrize("scaling", ["rslora", "lora"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_saved_adapter_loads_in_plain_peft(
-    family: str, scaling: str, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_a_saved_adapter_loads_in_plain_peft(family: str, scaling: str, tiny_model: Path, tmp_path: Path) -> None:
     folder = small_models.make_folder(family, tiny_model, tmp_path / family)
     lm = models.load(config(folder), AdapterConfig(rank=4, alpha=6, scaling=scaling))
     state = small_models.random_state(models.get_adapter(lm))
@@ -153,9 +151,7 @@ def test_a_failed_save_leaves_the_old_folder_and_nothing_else(
 
 
 @pytest.mark.parametrize(("scaling", "factor"), [("rslora", 6 / 2), ("lora", 6 / 4)])
-def test_merging_adds_the_scaled_product_of_the_factors(
-    scaling: str, factor: float, tiny_model: Path
-) -> None:
+def test_merging_adds_the_scaled_product_of_the_factors(scaling: str, factor: float, tiny_model: Path) -> None:
     lm = models.load(config(tiny_model), AdapterConfig(rank=4, alpha=6, scaling=scaling))
     state = small_models.random_state(models.get_adapter(lm))
     whole = models.merged(lm, state)

@@ -62,9 +62,7 @@ def gradient(model: torch.nn.Module) -> torch.Tensor:
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing", "ignore:fan_in_fan_out")
 @pytest.mark.parametrize("family", small_models.FAMILIES)
-def test_losses_and_gradients_are_those_of_plain_peft(
-    family: str, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_losses_and_gradients_are_those_of_plain_peft(family: str, tiny_model: Path, tmp_path: Path) -> None:
     folder = small_models.make_folder(family, tiny_model, tmp_path / family)
     lm = tuned(folder)
     assert any(isinstance(module, LeanLinear) for module in lm.model.modules())
@@ -154,9 +152,7 @@ def test_probe_losses_come_in_the_corpus_order(lm: models.LanguageModel) -> None
 
 
 def test_probe_losses_of_nothing_are_nothing(lm: models.LanguageModel) -> None:
-    empty = Corpus(
-        np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(1, np.int64), small_models.make_corpus(1).stats
-    )
+    empty = Corpus(np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(1, np.int64), small_models.make_corpus(1).stats)
     nats, tokens = ModelProbe(lm).losses(empty)
     assert nats.shape == tokens.shape == (0,)
 
@@ -174,9 +170,7 @@ def by_hand(lm: models.LanguageModel, prompt: list[int], new: int, stops: list[i
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
-def test_answers_are_those_of_one_by_one_decoding(
-    family: str, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_answers_are_those_of_one_by_one_decoding(family: str, tiny_model: Path, tmp_path: Path) -> None:
     lm = tuned(small_models.make_folder(family, tiny_model, tmp_path / family))
     rng = np.random.default_rng(1)
     prompts = [rng.integers(2, 320, n).tolist() for n in (9, 3, 30, 1, 17, 4)]
@@ -187,9 +181,7 @@ def test_answers_are_those_of_one_by_one_decoding(
     assert ModelProbe(lm, batch_tokens=1).generate(prompts, 6) == texts
 
 
-def test_an_answer_ends_at_the_end_mark(
-    lm: models.LanguageModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_answer_ends_at_the_end_mark(lm: models.LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [[5, 6, 7], [40, 41], [9, 8, 7, 6]]
     long = [by_hand(lm, prompt, 8, []) for prompt in prompts]
     stop = long[0][3]
@@ -212,11 +204,7 @@ def test_losses_on_a_gpu_are_those_of_the_cpu(tiny_model: Path) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     corpus = small_models.make_corpus(12)
-    there = models.load(
-        ModelConfig(name=str(tiny_model), dtype="float32", device="cuda"), ADAPTER
-    )
+    there = models.load(ModelConfig(name=str(tiny_model), dtype="float32", device="cuda"), ADAPTER)
     here = tuned(tiny_model)
     models.set_adapter(there, models.get_adapter(here))
-    np.testing.assert_allclose(
-        ModelProbe(there).losses(corpus)[0], ModelProbe(here).losses(corpus)[0], rtol=1e-4
-    )
+    np.testing.assert_allclose(ModelProbe(there).losses(corpus)[0], ModelProbe(here).losses(corpus)[0], rtol=1e-4)

@@ -60,9 +60,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
-def test_a_visit_is_adamw_by_the_book_on_plain_peft(
-    lm: models.LanguageModel, tiny_model: Path
-) -> None:
+def test_a_visit_is_adamw_by_the_book_on_plain_peft(lm: models.LanguageModel, tiny_model: Path) -> None:
     """Loshchilov and Hutter 2019, algorithm 2, with clipping, on an ordinary peft model and full logits."""
     config = settings_of(weight_decay=0.1, clip_norm=0.5, warmup=0.5)
     start = small_models.random_state(models.get_adapter(lm))
@@ -141,7 +139,7 @@ def test_visits_walk_through_the_data_where_the_last_one_stopped(lm: models.Lang
     one = visited(lm, [2 * len(plans[0])])
     assert one == expected[: len(one)]
     assert visited(lm, [3, 1, 2 * len(plans[0]) - 4]) == one
-    epoch = sum(one[: len(plans[0])], [])
+    epoch = [row for rows in one[: len(plans[0])] for row in rows]
     assert sorted(epoch) == list(range(len(CORPUS)))
     assert one[: len(plans[0])] != one[len(plans[0]) :]
 
@@ -181,7 +179,7 @@ def test_training_learns_and_leaves_the_base_alone(tiny_model: Path) -> None:
         assert seen[-1].loss < seen[0].loss - 0.2
         assert result.report.loss == pytest.approx(np.mean([r.loss for r in seen]), rel=1e-6)
         for name, parameter in lm.model.named_parameters():
-            assert not (name in frozen) or torch.equal(parameter, frozen[name])
+            assert name not in frozen or torch.equal(parameter, frozen[name])
         assert all(parameter.grad is None for parameter in lm.model.parameters())
 
 
@@ -282,9 +280,7 @@ def test_the_trainer_needs_torch_transformers_and_peft_only() -> None:
     blocked = ("flwr", "flwr_datasets", "datasets", "opacus", "ray", "trl")
     code = "import sys\n" + "".join(f"sys.modules[{name!r}] = None\n" for name in blocked)
     code += "import client.trainer, apiary.models, apiary.probe, benchmarks.training\n"
-    subprocess.run(
-        [sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1], timeout=120
-    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1], timeout=120)
 
 
 @pytest.mark.gpu
