@@ -18,13 +18,9 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 from transformers.pytorch_utils import Conv1D
 
-_ATTENTION = "apiary"  # the name under which Transformers finds our attention
-_MAX_SCORES = 1 << 24  # attention scores (b * h * t * t) kept for one layer's gradient
+from apiary.attention import rotary_forward, use_on
 
 
 def slim(model: PeftModel, device: torch.device) -> None:
@@ -37,7 +33,9 @@ def slim(model: PeftModel, device: torch.device) -> None:
         elif _is_gated(module):
             _replace_gated(module)
     if device.type == "cpu":
-        _use_attention(model)
+        use_on(model.get_base_model())
+        for module in model.modules():
+            _replace_rotary(module)
         _keep_memory()
 
 
@@ -181,96 +179,27 @@ def _agree(theirs: object, ours: Tensor) -> bool:
     return torch.allclose(theirs, ours, rtol=loose, atol=loose)
 
 
-def _use_attention(model: PeftModel) -> None:
-    base = model.get_base_model()
-    if getattr(base.config, "_attn_implementation", None) != "sdpa":
+def _replace_rotary(module: Any) -> None:
+    """For attention as Llama's: four projections, rotary positions, and nothing between the two."""
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+    parts = all(isinstance(getattr(module, name, None), nn.Module) for name in names)
+    width = getattr(module, "head_dim", None)
+    if not parts or not isinstance(width, int) or not isinstance(getattr(module, "scaling", None), float):
         return
-    AttentionInterface.register(_ATTENTION, attention)
-    AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
-    base.set_attn_implementation(_ATTENTION)
-
-
-def attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Causal attention (b, t, h, d) of query (b, h, t, d) on key and value (b, h or fewer, t, d).
-
-    PyTorch's own kernel takes over for whatever is not plain training: a mask, a cache, dropout, very
-    long rows.
-    """
-    batch, heads, length, width = query.shape
-    plain = (
-        attention_mask is None
-        and not dropout
-        and torch.is_grad_enabled()
-        and query.requires_grad
-        and key.shape[2] == length
-        and batch * heads * length * length <= _MAX_SCORES
-        and kwargs.get("is_causal", getattr(module, "is_causal", True)) in (True, None)
-        and kwargs.get("position_bias") is None
-        and kwargs.get("softcap") is None
-    )
-    if not plain:
-        return cast(
-            "tuple[Tensor, None]",
-            sdpa_attention_forward(
-                module,
-                query,
-                key,
-                value,
-                attention_mask,
-                dropout=dropout,
-                scaling=scaling,
-                **kwargs,
-            ),
-        )
-    scale = width**-0.5 if scaling is None else scaling
-    shared = heads // key.shape[1]  # query heads that read the same key head stand below each other
-    q = query.reshape(batch * key.shape[1], shared * length, width)
-    out = _Attention.apply(q, key.flatten(0, 1), value.flatten(0, 1), scale)  # type: ignore[no-untyped-call]
-    return out.view(batch, heads, length, -1).transpose(1, 2), None
-
-
-class _Attention(torch.autograd.Function):
-    """Attention by batched matrix products. The CPU's flash kernel is quick forwards, but its bfloat16 gradient takes
-    5 to 12 times as long as these products do at the lengths of instructions.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        length = key.shape[1]
-        mask = _causal(length, query.dtype).repeat(query.shape[1] // length, 1)
-        scores = torch.baddbmm(mask.unsqueeze(0), query, key.transpose(1, 2), alpha=scale)
-        weights = torch.softmax(scores, -1)
-        ctx.save_for_backward(query, key, value, weights)
-        ctx.scale = scale
-        return torch.bmm(weights, value)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        query, key, value, weights = ctx.saved_tensors
-        up = grads[0]
-        value_grad = torch.bmm(weights.transpose(1, 2), up)
-        slope = torch.bmm(up, value.transpose(1, 2))
-        slope = torch._softmax_backward_data(slope, weights, -1, weights.dtype)
-        return (
-            torch.bmm(slope, key).mul_(ctx.scale),
-            torch.bmm(slope.transpose(1, 2), query).mul_(ctx.scale),
-            value_grad,
-            None,
-        )
-
-
-@functools.lru_cache(maxsize=8)
-def _causal(length: int, dtype: torch.dtype) -> Tensor:
-    return torch.full((length, length), float("-inf"), dtype=dtype).triu_(1)
+    own = type(module).forward
+    forward = rotary_forward(own)
+    weight = next(module.q_proj.parameters())
+    probe = _noise(1, 5, module.q_proj.in_features).to(weight)
+    positions = tuple(_noise(1, 5, width // 2).repeat(1, 1, 2).to(weight) for _ in range(2))
+    try:
+        with torch.no_grad():
+            theirs = own(module, probe, position_embeddings=positions, attention_mask=None)[0]
+        with torch.enable_grad():
+            same = _agree(theirs, forward(module, probe, position_embeddings=positions)[0].detach())
+    except Exception:  # another signature, shape or attribute: another kind of attention
+        return
+    if same:
+        _become(module, forward)
 
 
 @functools.cache

@@ -15,9 +15,9 @@ from conftest import instruction_rows
 from rich.console import Console
 
 from apiary import config as configs
-from apiary import examples, forecast, models, prompts
+from apiary import examples, models, prompts
 from apiary.config import RunConfig, UserError
-from apiary.doctor import examine
+from apiary.doctor import examine, forecast
 from apiary.tensors import digest
 from client import trainer
 

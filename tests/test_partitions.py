@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from apiary.config import UserError
-from apiary.partitions import PARTITIONS, Table
+from apiary.examples.partitions import PARTITIONS, Table
 
 KINDS = [
     ("iid", {}),

@@ -1,4 +1,4 @@
-# ruff: noqa: E501, RUF001 (whole lines, and dashes as they are shown)
+# ruff: noqa: RUF001 (whole lines, and dashes as they are shown)
 
 from __future__ import annotations
 

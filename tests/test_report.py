@@ -1,4 +1,4 @@
-# ruff: noqa: E501, RUF001 (whole sentences, and dashes as they are shown)
+# ruff: noqa: RUF001 (whole sentences, and dashes as they are shown)
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from rich.console import Console
 from apiary import units
 from apiary.config import UserError
 from apiary.report import headline, render, table_plain, table_text, write_report
-from apiary.report_data import gain_on_all, gain_on_own, parse_metrics
-from apiary.report_plots import spread
+from apiary.report.data import gain_on_all, gain_on_own, parse_metrics
+from apiary.report.plots import spread
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 

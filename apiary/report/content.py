@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from apiary import report_plots, units
-from apiary.report_data import (
+from apiary.report import plots, units
+from apiary.report.data import (
     MEANING,
     METHODS,
     Client,
@@ -42,13 +42,13 @@ def page_content(metrics: Metrics, events: Sequence[Event], config: str) -> dict
         "federated": metrics.row("federated"),
         "probability": _probability(metrics),
         "n": max((row.n or 0 for row in metrics.table), default=0),
-        "loss_chart": report_plots.loss_chart(metrics),
-        "cost_chart": report_plots.cost_chart(metrics),
+        "loss_chart": plots.loss_chart(metrics),
+        "cost_chart": plots.cost_chart(metrics),
         "sent": _sent(metrics),
         "own": own,
         "everyone": everyone,
         "clients": _client_bars(metrics.clients, own),
-        "gain_chart": report_plots.gain_chart(own)
+        "gain_chart": plots.gain_chart(own)
         if own and len(own.gains) > _NAMED_CLIENTS
         else None,
         "skills": _skills(metrics),

@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from apiary.report_data import METHODS, Gain, MethodName, Metrics, Round
+from apiary.report.data import METHODS, Gain, MethodName, Metrics, Round
 from apiary.units import bytes_text, loss_text
 
 SHORT: dict[MethodName, str] = {

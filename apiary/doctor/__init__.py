@@ -67,23 +67,24 @@ def _attempt(problems: list[str], action: Callable[[], T]) -> T | None:
 def _examine_parts(config: RunConfig, problems: list[str], console: Console) -> None:
     """Print what can be told of a run, and add all that is wrong with it to `problems`."""
     # Here and not above: what is wrong with the file itself is told without waiting for torch.
-    from apiary import bases, doctor_plan, examples
+    from apiary import bases, examples
+    from apiary.doctor import plan
 
     device = _attempt(problems, lambda: bases.resolve_device(config.model))
     federation = _attempt(problems, lambda: examples.federate(config.data, config.seed))
     if device is not None:
-        doctor_plan.print_machine(config, device, console)
+        plan.print_machine(config, device, console)
     lm = _load(config, device, problems)
     template = _attempt(problems, lambda: _template(config, lm))
     if federation is None:
         return
-    doctor_plan.print_rows(federation, console)
+    plan.print_rows(federation, console)
     problems += _federation_problems(config, federation)
     if lm is None or template is None:
         return
     corpora = _attempt(problems, lambda: _encode(config, federation, lm, template))
     if corpora is not None:
-        doctor_plan.print_run(doctor_plan.Run(config, federation, lm, template, corpora), console)
+        plan.print_run(plan.Run(config, federation, lm, template, corpora), console)
 
 
 # --- checks
@@ -109,7 +110,7 @@ def _fits(model: ModelConfig, device: torch.device) -> bool:
     Raises:
         UserError: the weights alone are more than the device has.
     """
-    from apiary import forecast
+    from apiary.doctor import forecast
 
     needed, there = forecast.weights_bytes(model, device), forecast.device_bytes(device)
     if needed is not None and there is not None and needed > there:

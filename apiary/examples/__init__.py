@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
-from apiary.columns import (
+from apiary.config import DataConfig, UserError
+from apiary.examples.columns import (
     Columns,
     RowProblem,
     Turn,
@@ -22,9 +23,8 @@ from apiary.columns import (
     scalar_text,
     turns_of,
 )
-from apiary.config import DataConfig, UserError
-from apiary.partitions import PARTITIONS, Table
-from apiary.sources import RawFile, Unreadable, load
+from apiary.examples.partitions import PARTITIONS, Table
+from apiary.examples.sources import RawFile, Unreadable, load
 
 __all__ = [
     "ClientData",

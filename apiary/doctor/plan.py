@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from apiary import bases, forecast, prompts, runlog
+from apiary import bases, prompts, runlog
 from apiary.config import RunConfig
+from apiary.doctor import forecast
 from apiary.examples import Federation
 from apiary.models import LanguageModel
 from apiary.prompts import Corpus, Template

@@ -15,9 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from apiary import units
-from apiary.report_content import headline, page_content, plural
-from apiary.report_data import Interval, Metrics, Row, gain_on_all, gain_on_own, parse_metrics
-from apiary.report_page import PAGE
+from apiary.report.content import headline, page_content, plural
+from apiary.report.data import Interval, Metrics, Row, gain_on_all, gain_on_own, parse_metrics
+from apiary.report.page import PAGE
 from apiary.runlog import Event, read_events, read_metrics, write_atomic
 
 __all__ = ["headline", "render", "table_plain", "table_text", "write_report"]
