@@ -87,9 +87,9 @@ def _gradients(up: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: flo
     groups = batch * key.shape[1]
     queries, ups = (x.reshape(groups, shared, length, width) for x in (query, up))
     keys, values = key.reshape(groups, length, width), value.reshape(groups, length, width)
-    query_grad = torch.empty_like(queries)
-    key_grad, value_grad = torch.zeros_like(keys), torch.zeros_like(values)
-    for start in range(0, length, _BLOCK):
+    key_grad = value_grad = torch.empty(0)
+    query_grads: list[Tensor] = []
+    for start in reversed(range(0, length, _BLOCK)):  # the last block sees all keys, so its gradients start the sums
         stop = min(start + _BLOCK, length)
         size = shared * (stop - start)
         q = queries[:, :, start:stop].reshape(groups, size, width)
@@ -98,9 +98,14 @@ def _gradients(up: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: flo
         mask = _mask(start, stop, shared, q.dtype)
         weights = torch.softmax(torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale), -1)
         slope = torch._softmax_backward_data(torch.bmm(u, v.transpose(1, 2)), weights, -1, q.dtype)
-        query_grad[:, :, start:stop] = torch.bmm(slope, k).view(groups, shared, stop - start, width)
-        key_grad[:, :stop] += torch.bmm(slope.transpose(1, 2), q)
-        value_grad[:, :stop] += torch.bmm(weights.transpose(1, 2), u)
+        query_grads.append(torch.bmm(slope, k).view(groups, shared, stop - start, width))
+        here = torch.bmm(slope.transpose(1, 2), q), torch.bmm(weights.transpose(1, 2), u)
+        if stop == length:
+            key_grad, value_grad = here
+        else:
+            key_grad[:, :stop] += here[0]
+            value_grad[:, :stop] += here[1]
+    query_grad = query_grads[0] if len(query_grads) == 1 else torch.cat(query_grads[::-1], 2)
     return query_grad.mul_(scale).view(query.shape), key_grad.mul_(scale).view(key.shape), value_grad.view(value.shape)
 
 
@@ -111,11 +116,14 @@ def _mask(start: int, stop: int, shared: int, dtype: torch.dtype) -> Tensor:
     return mask.repeat(shared, 1).unsqueeze(0)
 
 
-def rotary_forward(own: Callable[..., Any]) -> Callable[..., Any]:
+def rotary_forward(
+    own: Callable[..., Any], project: Callable[[list[Any], Tensor], list[Tensor]]
+) -> Callable[..., Any]:
     """A forward for attention modules of Llama's kind that turns, attends and turns back in one function.
 
     Args:
         own: the module's own forward, for whatever is not plain training.
+        project: what several layers make of one input.
     """
 
     def forward(
@@ -131,7 +139,7 @@ def rotary_forward(own: Callable[..., Any]) -> Callable[..., Any]:
             more = {"position_embeddings": position_embeddings, "past_key_values": past_key_values, **kwargs}
             return own(self, hidden_states, attention_mask=attention_mask, **more)  # type: ignore[no-any-return]
         cos, sin = position_embeddings
-        q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        q, k, v = project([self.q_proj, self.k_proj, self.v_proj], hidden_states)
         out = _RotaryAttention.apply(q, k, v, cos, sin, self.head_dim, self.scaling)  # type: ignore[no-untyped-call]
         return self.o_proj(out), None
 
@@ -145,29 +153,25 @@ class _RotaryAttention(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, width: int, scale: float
     ) -> Tensor:
-        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
         half = width // 2
-        q, k, v = (x.view(*x.shape[:2], -1, width).transpose(1, 2) for x in (query, key, value))
-        q, k = (_turn(x, cos, -sin[..., :half], sin[..., half:]) for x in (q, k))
-        v = v.contiguous()
-        ctx.save_for_backward(q, k, v, cos, sin)
+        signed = torch.cat((-sin[..., :half], sin[..., half:]), -1)
+        q, k, v = (x.view(*x.shape[:2], -1, width) for x in (query, key, value))
+        q, k = (_turn(x, cos.unsqueeze(2), signed.unsqueeze(2)) for x in (q, k))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        ctx.save_for_backward(q, k, v, cos, torch.cat((sin[..., half:], -sin[..., :half]), -1))
         ctx.scale = scale
         return _attend(q, k, v, scale).transpose(1, 2).flatten(2)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, cos, sin = ctx.saved_tensors
-        half = q.shape[-1] // 2
+        q, k, v, cos, back = ctx.saved_tensors
         up = grads[0].view(*grads[0].shape[:2], -1, q.shape[-1]).transpose(1, 2)
         query, key, value = _gradients(up, q, k, v, ctx.scale)
-        query, key = (_turn(x, cos, sin[..., half:], -sin[..., :half]) for x in (query, key))
+        query, key = (_turn(x, cos.unsqueeze(1), back.unsqueeze(1)) for x in (query, key))
         return (*(x.transpose(1, 2).flatten(2) for x in (query, key, value)), None, None, None, None)
 
 
-def _turn(x: Tensor, cos: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """X * cos, plus `low` times x's second half in the first, and `high` times its first half in the second."""
-    half = x.shape[-1] // 2
-    out = torch.mul(x, cos, out=x.new_empty(x.shape))
-    out[..., :half].addcmul_(x[..., half:], low)
-    out[..., half:].addcmul_(x[..., :half], high)
-    return out
+def _turn(x: Tensor, cos: Tensor, signed: Tensor) -> Tensor:
+    """The x * cos + (second half of x, first half) * signed of rotary positions."""
+    first, second = x.chunk(2, -1)
+    return (x * cos).addcmul_(torch.cat((second, first), -1), signed)

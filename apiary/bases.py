@@ -81,7 +81,7 @@ def read(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
     if config.quantization == "none":
         for parameter in model.parameters():  # not the buffers: rounded RoPE frequencies would blur far positions
             parameter.data = parameter.data.to(dtype)
-        model.to(device)
+        nn.Module.to(model, device)
     return model.requires_grad_(False).eval(), tokenizer
 
 

@@ -18,6 +18,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from apiary.attention import rotary_forward, use_on
@@ -33,61 +34,89 @@ def slim(model: PeftModel, device: torch.device) -> None:
         elif _is_gated(module):
             _replace_gated(module)
     if device.type == "cpu":
-        use_on(model.get_base_model())
+        use_on(cast(PreTrainedModel, model.get_base_model()))
         for module in model.modules():
             _replace_rotary(module)
         _keep_memory()
 
 
-class LeanLinear(LoraLinear):  # type: ignore[misc]
+class LeanLinear(LoraLinear):
     """peft's LoRA layer for the plain case: one active adapter, no dropout at work, nothing merged."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """X W^T + bias + s (x A^T) B^T, in the dtype of W."""
-        names = self.active_adapters
-        plain = not (args or kwargs or self.disable_adapters or self.merged or self.lora_variant) and len(names) == 1
-        if not plain or self._drops(names[0]):
-            return cast(Tensor, super().forward(x, *args, **kwargs))
-        base, name = self.base_layer, names[0]
-        weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
-        a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        flat = x.reshape(-1, x.shape[-1]).to(weight.dtype)
-        out = _LowRank.apply(flat, weight, base.bias, a, b, self.scaling[name])  # type: ignore[no-untyped-call]
-        return cast(Tensor, out.view(*x.shape[:-1], out.shape[-1]))
+        """The layer's x W^T + bias + s (x A^T) B^T, in the dtype of W."""
+        if args or kwargs or not self.is_plain():
+            return super().forward(x, *args, **kwargs)
+        return _project(x, [self])[0]
 
-    def _drops(self, name: str) -> bool:
-        dropout = self.lora_dropout[name]
-        return bool(dropout.training and not isinstance(dropout, nn.Identity))
+    def is_plain(self) -> bool:
+        """Whether the lean forward says all there is to say now."""
+        names = self.active_adapters
+        if self.disable_adapters or self.merged or self.lora_variant or len(names) != 1:
+            return False
+        dropout = self.lora_dropout[names[0]]
+        return isinstance(dropout, nn.Identity) or not dropout.training
+
+
+def project(layers: list[Any], x: Tensor) -> list[Tensor]:
+    """What each of the layers makes of the same x; together where they are plain LoRA layers."""
+    if all(isinstance(layer, LeanLinear) and layer.is_plain() for layer in layers):
+        return _project(x, layers)
+    return [layer(x) for layer in layers]
+
+
+def _project(x: Tensor, layers: list[LeanLinear]) -> list[Tensor]:
+    tensors: list[Any] = []
+    scales = []
+    for layer in layers:
+        base: Any = layer.base_layer
+        name = layer.active_adapters[0]
+        weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
+        tensors += [weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight]
+        scales.append(layer.scaling[name])
+    dtype = tensors[0].dtype
+    outs = _LowRank.apply(x.reshape(-1, x.shape[-1]).to(dtype), scales, *tensors)  # type: ignore[no-untyped-call]
+    return [out.view(*x.shape[:-1], out.shape[-1]) for out in outs]
 
 
 class _LowRank(torch.autograd.Function):
-    """A frozen linear map plus its low-rank update.
+    """Frozen linear maps of the same input, each with its low-rank update.
 
-    peft's way casts the input to float32 and back, and makes three more tensors of the size of the output; here the
-    matrix product itself adds the update in place.
+    peft's way casts the input to float32 and back, and makes three more tensors of the size of each output; here the
+    matrix products themselves add the updates in place, and the A of all maps are one matrix.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        low, high = a.to(x.dtype), (b * scale).to(x.dtype)
+    def forward(ctx: Any, x: Tensor, scales: list[float], *tensors: Any) -> tuple[Tensor, ...]:
+        weights, biases, downs, ups = (tensors[i::4] for i in range(4))
+        low = torch.cat(downs).to(x.dtype)
+        highs = [(up * scale).to(x.dtype) for up, scale in zip(ups, scales, strict=True)]
         inner = x @ low.t()
-        out = torch.addmm(bias, x, weight.t()) if bias is not None else x @ weight.t()
-        out.addmm_(inner, high.t())
-        ctx.save_for_backward(x, weight, low, high, inner)
-        ctx.scale = scale
-        return out
+        sizes = [len(down) for down in downs]
+        outs = []
+        for weight, bias, high, part in zip(weights, biases, highs, inner.split(sizes, 1), strict=True):
+            out = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
+            outs.append(out.addmm_(part, high.t()))
+        ctx.save_for_backward(x, low, inner, *weights, *highs)
+        ctx.scales, ctx.sizes = scales, sizes
+        return tuple(outs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, low, high, inner = ctx.saved_tensors
-        up = grads[0]
-        inner_grad = up @ high
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        x, low, inner, *rest = ctx.saved_tensors
+        weights, highs = rest[: len(grads)], rest[len(grads) :]
+        parts = [grad @ high for grad, high in zip(grads, highs, strict=True)]
+        inner_grad = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         x_grad = None
         if ctx.needs_input_grad[0]:  # not for the first layer: the embeddings are frozen
-            x_grad = (up @ weight).addmm_(inner_grad, low)
-        a_grad = (inner_grad.t() @ x).float()
-        b_grad = (up.t() @ inner).float().mul_(ctx.scale)
-        return x_grad, None, None, a_grad, b_grad, None
+            x_grad = (grads[0] @ weights[0]).addmm_(inner_grad, low)
+            for grad, weight in zip(grads[1:], weights[1:], strict=True):
+                x_grad.addmm_(grad, weight)
+        result: list[Any] = [x_grad, None]
+        down_grads = (inner_grad.t() @ x).float().split(ctx.sizes)
+        for grad, down_grad, part, scale in zip(grads, down_grads, inner.split(ctx.sizes, 1), ctx.scales, strict=True):
+            result += [None, None, down_grad, (grad.t() @ part).float().mul_(scale)]
+        return tuple(result)
 
 
 def _replace_norm(module: nn.Module) -> None:
@@ -113,7 +142,8 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.float()
-        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        inverse = torch.rsqrt(length.square_().div_(x.shape[-1]).add_(eps))
         unit = (wide.mul_(inverse) if wide is not x else wide * inverse).to(x.dtype)
         ctx.save_for_backward(x, weight, inverse)
         return unit * weight
@@ -135,7 +165,7 @@ def _is_gated(module: nn.Module) -> bool:
 
 def _replace_gated(module: nn.Module) -> None:
     def forward(self: nn.Module, x: Tensor) -> Tensor:
-        gate, up = self.gate_proj(x), self.up_proj(x)  # type: ignore[operator]
+        gate, up = project([self.gate_proj, self.up_proj], x)
         return cast(Tensor, self.down_proj(_Gated.apply(gate, up)))  # type: ignore[operator,no-untyped-call]
 
     own = type(module).forward
@@ -149,18 +179,19 @@ def _replace_gated(module: nn.Module) -> None:
 
 
 class _Gated(torch.autograd.Function):
-    """silu(gate) * up, keeping the two inputs only."""
+    """The product silu(gate) * up."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return nn.functional.silu(gate).mul_(up)
+        lit = nn.functional.silu(gate)
+        ctx.save_for_backward(gate, up, lit)
+        return lit * up
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
+        gate, up, lit = ctx.saved_tensors
         gate_grad = torch.ops.aten.silu_backward(grads[0] * up, gate)
-        return gate_grad, nn.functional.silu(gate).mul_(grads[0])
+        return gate_grad, lit * grads[0]
 
 
 def _become(module: nn.Module, forward: Any) -> None:
@@ -187,7 +218,7 @@ def _replace_rotary(module: Any) -> None:
     if not parts or not isinstance(width, int) or not isinstance(getattr(module, "scaling", None), float):
         return
     own = type(module).forward
-    forward = rotary_forward(own)
+    forward = rotary_forward(own, project)
     weight = next(module.q_proj.parameters())
     probe = _noise(1, 5, module.q_proj.in_features).to(weight)
     positions = tuple(_noise(1, 5, width // 2).repeat(1, 1, 2).to(weight) for _ in range(2))

@@ -129,7 +129,9 @@ def _adapt(base: _Base, config: ModelConfig, adapter: AdapterConfig) -> Language
         # peft asks Transformers for a property by its old name, and says what it does for GPT-2.
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
         warnings.filterwarnings("ignore", ".*fan_in_fan_out", UserWarning)
-        model = get_peft_model(_share(base.model), _lora(config, adapter, base.model))
+        shared = _share(base.model)
+        shared.name_or_path = config.name  # what peft writes down as the adapter's base
+        model = get_peft_model(shared, _lora(config, adapter, base.model))
     model.eval()
     device = resolve_device(config)
     slim(model, device)
@@ -164,7 +166,7 @@ def _lora(config: ModelConfig, adapter: AdapterConfig, base: PreTrainedModel) ->
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=adapter.rank,
-        lora_alpha=adapter.alpha,
+        lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # annotated int, a float works
         lora_dropout=adapter.dropout,
         use_rslora=adapter.scaling == "rslora",
         target_modules=[targets] if isinstance(targets, str) and targets != "all-linear" else targets,
@@ -247,7 +249,8 @@ def merged(lm: LanguageModel, state: StateDict) -> PreTrainedModel:
         for name, parameter in whole.named_parameters():
             if (key := name.replace(".default.", ".")) in state:
                 parameter.copy_(state[key])
-    return whole.merge_and_unload(safe_merge=True)
+    merged_model: PreTrainedModel = whole.merge_and_unload(safe_merge=True)
+    return merged_model
 
 
 def save_adapter(lm: LanguageModel, state: StateDict, folder: str | Path, card: str | None = None) -> None:

@@ -4,7 +4,7 @@
 
 Contenders take turns, so that a machine that slows down slows all of them; what counts is the
 ratio of their medians. Each trains one epoch over the same examples, whose lengths are spread like
-those of databricks-dolly-15k. TRL (`pip install trl`) runs as it comes and with `packing=True`; its
+those of databricks-dolly-15k. TRL (`pip install trl`) runs as it comes and with its two kinds of packing; its
 loss is set to the responses alone, as ours is, and its batches stay at 8 rows, about the tokens of
 one of ours.
 
@@ -133,12 +133,15 @@ def measure_peak() -> float:
     return best
 
 
+def load_model(setting: Setting) -> models.LanguageModel:
+    """The model with its adapter; loaded once for each dtype."""
+    base = {"name": str(setting.folder), "dtype": setting.dtype, "device": "cpu"}
+    return models.load(ModelConfig.model_validate(base), AdapterConfig(rank=RANK, alpha=RANK))
+
+
 def run_apiary(setting: Setting) -> Callable[[], int]:
     """One epoch of ours; the call returns the trained tokens."""
-    lm = models.load(
-        ModelConfig(name=str(setting.folder), dtype=setting.dtype, device="cpu"),  # type: ignore[arg-type]
-        AdapterConfig(rank=RANK, alpha=RANK),
-    )
+    lm = load_model(setting)
     config = TrainConfig(epochs=1, batch_tokens=2048, lr=LEARNING_RATE, schedule="constant", warmup=0.0)
     start = models.fresh_adapter(lm, 0)
     steps = trainer.steps_per_round(config, setting.corpus)
@@ -161,7 +164,7 @@ def run_apiary(setting: Setting) -> Callable[[], int]:
     return run
 
 
-def run_trl(setting: Setting, packing: bool) -> Callable[[], int]:
+def run_trl(setting: Setting, **kind: Any) -> Callable[[], int]:
     """One epoch of TRL's SFTTrainer; the call returns the trained tokens."""
     from datasets import Dataset
     from peft import LoraConfig
@@ -184,13 +187,13 @@ def run_trl(setting: Setting, packing: bool) -> Callable[[], int]:
                 learning_rate=LEARNING_RATE,
                 lr_scheduler_type="constant",
                 completion_only_loss=True,
-                packing=packing,
                 use_cpu=True,
                 save_strategy="no",
                 logging_strategy="no",
                 report_to="none",
                 disable_tqdm=True,
                 **options,
+                **kind,
             )
             lora = LoraConfig(
                 r=RANK, lora_alpha=RANK, use_rslora=True, target_modules="all-linear", task_type="CAUSAL_LM"
@@ -213,23 +216,29 @@ def timed(run: Callable[[], int]) -> dict[str, float]:
     return {"seconds": stop[0] - start[0], "processor_seconds": stop[1] - start[1], "tokens": tokens}
 
 
-def compare(setting: Setting, repeats: int, only: list[str]) -> dict[str, Any]:
-    """All contenders in turn, `repeats` times after one round to warm up."""
-    contenders = {
-        "apiary": run_apiary(setting),
-        "trl": run_trl(setting, packing=False) if "trl" in only else None,
-        "trl packing": run_trl(setting, packing=True) if "trl" in only else None,
-    }
-    runs = {name: run for name, run in contenders.items() if run is not None}
+def contenders(setting: Setting, with_trl: bool) -> dict[str, Callable[[], int]]:
+    """Everyone who trains, by name."""
+    found = {"apiary": run_apiary(setting)}
+    if with_trl:
+        found["trl"] = run_trl(setting)
+        found["trl packing"] = run_trl(setting, packing=True)  # its default kind: whole rows, best fit
+        found["trl packing wrapped"] = run_trl(setting, packing=True, packing_strategy="wrapped")
+    return found
+
+
+def compare(setting: Setting, repeats: int, with_trl: bool) -> dict[str, Any]:
+    """All contenders in turn, `repeats` times, after a short round to warm up."""
+    for run in contenders(dataclasses.replace(setting, corpus=make_corpus(16)), with_trl).values():
+        run()
+    runs = contenders(setting, with_trl)
     taken: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
     peaks = []
-    for turn in range(repeats + 1):
-        peaks.append(measure_peak())
+    for _ in range(repeats):
         for name, run in runs.items():
-            result = timed(run)
-            print(f"  {setting.dtype} {name}: {result['seconds']:.2f} s", file=sys.stderr, flush=True)
-            if turn:
-                taken[name].append(result)
+            peaks.append(measure_peak())
+            taken[name].append(timed(run))
+            seconds = taken[name][-1]["seconds"]
+            print(f"  {setting.dtype} {name}: {seconds:.2f} s", file=sys.stderr, flush=True)
     return summary(setting, taken, max(peaks))
 
 
@@ -287,55 +296,86 @@ def versions(with_trl: bool) -> dict[str, str]:
     return found
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a tenth of the data, once: for a look")
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=400)
-    parser.add_argument("--dtypes", default="bfloat16,float32")
-    parser.add_argument("--only", default="apiary,trl", help="apiary alone needs no TRL")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/training.json unless --quick")
-    options = parser.parse_args(arguments)
-    if options.quick:
-        options.rows, options.repeats = 60, 1
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(options.threads)
-    result: dict[str, Any] = {
-        "schema": 1,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": machine(options.threads),
-        "versions": versions("trl" in options.only),
-        "lora": {"rank": RANK, "targets": "all-linear"},
-    }
-    corpus = make_corpus(options.rows)
-    with tempfile.TemporaryDirectory() as name:
-        make_model(Path(name))
-        for dtype in options.dtypes.split(","):
-            setting = Setting(Path(name), corpus, dtype, options.threads)
-            result[dtype] = compare(setting, options.repeats, options.only.split(","))
-        lm = next(iter(models._models.values()))
-        result["model"] = {
-            "parameters": sum(
-                p.numel()
-                for p in models.load_base(ModelConfig(name=name, dtype=options.dtypes.split(",")[0], device="cpu"))[
-                    0
-                ].parameters()
-            ),
-            "adapter_parameters": sum(p.numel() for p in lm.adapter.values()),
+def describe(setting: Setting) -> dict[str, Any]:
+    """The model and the data of a measurement."""
+    lm = load_model(setting)
+    adapter = sum(p.numel() for p in lm.adapter.values())
+    return {
+        "model": {
+            "parameters": sum(p.numel() for p in lm.model.parameters()) - adapter,
+            "adapter_parameters": adapter,
             "layers": LAYERS,
             "width": WIDTH,
             "inner": INNER,
             "heads": HEADS,
             "vocabulary": VOCABULARY,
-        }
-    result["data"] = {
-        "examples": len(corpus),
-        "tokens": corpus.stats.tokens,
-        "trained_tokens": corpus.stats.response_tokens,
+        },
+        "data": {
+            "examples": len(setting.corpus),
+            "tokens": setting.corpus.stats.tokens,
+            "trained_tokens": setting.corpus.stats.response_tokens,
+        },
     }
-    text = json.dumps(result, indent=2)
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """The whole result as plain values."""
+    with_trl = "trl" in options.only.split(",")
+    result: dict[str, Any] = {
+        "schema": 1,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": machine(options.threads),
+        "versions": versions(with_trl),
+        "lora": {"rank": RANK, "targets": "all-linear"},
+    }
+    corpus = make_corpus(options.rows)
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(Path(folder))
+        for dtype in options.dtypes.split(","):
+            setting = Setting(Path(folder), corpus, dtype, options.threads)
+            result |= describe(setting) | {dtype: compare(setting, options.repeats, with_trl)}
+    return result | {"readme": readme(result, options.dtypes.split(","))}
+
+
+def readme(result: dict[str, Any], dtypes: list[str]) -> str:
+    """The result as a Markdown table and a sentence."""
+    lines = ["| | " + " | ".join(f"{d}, tokens/s | {d}, Apiary is" for d in dtypes) + " |"]
+    lines.append("|---" * (1 + 2 * len(dtypes)) + "|")
+    for name in result[dtypes[0]]["contenders"]:
+        cells = []
+        for row in (result[dtype]["contenders"][name] for dtype in dtypes):
+            faster = "" if name == "apiary" else f"{row['times_ours']:.1f}x as fast"
+            cells.append(f"{row['trained_tokens_per_second']:,.0f} | {faster}")
+        lines.append(f"| {name.replace('apiary', 'Apiary').replace('trl', 'TRL')} | " + " | ".join(cells) + " |")
+    share = result[dtypes[0]]["contenders"]["apiary"]["share_of_peak"]
+    size, machine = result["model"]["parameters"] / 1e6, result["machine"]
+    lines += [
+        "",
+        f"Trained tokens per second, medians of one run. A random Llama of {size:.0f} million parameters, LoRA of rank "
+        f"{RANK} on all linear layers, rows as long as dolly's, {machine['threads']} threads on {machine['cores']} "
+        f"cores of an {machine['cpu']}. In {dtypes[0]} Apiary does useful work at {share:.0%} of the rate of large "
+        "bfloat16 matrix products.",
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measures, prints the result, and writes it."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a fifth of the data, once, and nothing written")
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=160)
+    parser.add_argument("--dtypes", default="bfloat16,float32")
+    parser.add_argument("--only", default="apiary,trl", help="`apiary` alone needs no TRL")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/training.json, unless --quick")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.rows, options.repeats = 32, 1
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(options.threads)
+    text = json.dumps(measure(options), indent=2)
     out = options.out or (None if options.quick else Path(__file__).parent / "results" / "training.json")
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)

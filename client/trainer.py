@@ -6,6 +6,7 @@ on another day or in another process, makes the same steps.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -138,7 +139,7 @@ class _Walk:
     """A client's way through its data: each epoch's plan from end to end, then the next epoch's."""
 
     def __init__(self, corpus: Corpus, config: TrainConfig, seed: int, client: str, cursor: Cursor) -> None:
-        self._make = lambda epoch: _plan(corpus, config, seed, client, epoch)
+        self._make = functools.partial(_plan, corpus, config, seed, client)
         self._corpus = corpus
         self._plan = self._make(cursor.epoch)
         self.cursor = self._rolled(cursor)
@@ -192,7 +193,7 @@ class _Loop:
         for batch in batches:
             nats += self._backward(batch, tokens)
         if self._penalties:
-            torch.stack([penalty(self._lm.adapter) for penalty in self._penalties]).sum().backward()  # type: ignore[no-untyped-call]
+            torch.stack([penalty(self._lm.adapter) for penalty in self._penalties]).sum().backward()
         limit = self._config.clip_norm or math.inf
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, limit))
         if not (math.isfinite(nats) and math.isfinite(grad_norm)):
@@ -210,7 +211,7 @@ class _Loop:
         with autocast(self._lm):
             losses = self._objective(self._lm.model, batch)
         total = losses.sum()
-        (total / tokens).backward()  # type: ignore[no-untyped-call]
+        (total / tokens).backward()
         return float(total.detach())
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -136,10 +137,10 @@ def test_a_failed_save_leaves_the_old_folder_and_nothing_else(
     models.save_adapter(lm, old, tmp_path / "adapter")
     weights = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
 
-    def full(*_: object, **__: object) -> None:
+    def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(models, "save_file", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left"):
         models.save_adapter(lm, small_models.random_state(old), tmp_path / "adapter")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
@@ -250,3 +251,12 @@ def test_a_gpu_base_has_the_digest_of_the_cpu(tiny_model: Path) -> None:
     there = models.load(ModelConfig(name=str(tiny_model), device="cuda"), AdapterConfig(rank=2))
     assert there.digest == models.load(config(tiny_model), AdapterConfig(rank=2)).digest
     assert there.dtype is torch.bfloat16
+
+
+def test_the_adapter_names_its_base(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """A saved adapter says which base it belongs to, also for the built-in one, and making it warns of nothing."""
+    lm = models.load(ModelConfig(dtype="float32", device="cpu"), AdapterConfig(rank=3))
+    models.save_adapter(lm, models.fresh_adapter(lm, 0), tmp_path / "adapter")
+    written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == "builtin:tiny"
+    assert not [w for w in recwarn if "renamed" in str(w.message)]

@@ -47,9 +47,7 @@ def load_tiny() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     model = LlamaForCausalLM(LlamaConfig(**_json("config.json")))
     missing, unknown = model.load_state_dict(_weights(), strict=False)
     if unknown or set(missing) - {"lm_head.weight"}:
-        raise ValueError(
-            f"weights.jsonl: missing {missing}, unknown {unknown}; reinstall the package"
-        )
+        raise ValueError(f"weights.jsonl: missing {missing}, unknown {unknown}; reinstall the package")
     model.tie_weights()
     return model.eval(), load_tiny_tokenizer()
 

@@ -52,6 +52,39 @@ def drilled_chat(rng: random.Random) -> str:
     return "".join(turns)
 
 
+def echo(rng: random.Random) -> str:
+    """Returns a run of random words that is said two to four times over.
+
+    Nothing but looking back predicts the second round: the plainest exercise in copying.
+    """
+    bank = rng.choice((words.NOUNS, words.FIRST_NAMES, words.CITIES, words.NOUNS))
+    items = rng.sample(bank, rng.randint(4, 14))
+    if rng.random() < 0.3:
+        items = [str(rng.randint(0, 999)) for _ in items]
+    joiner = rng.choice((" ", ", ", ", ", "\n", "; ", " - "))
+    said = joiner.join(items)
+    gap = rng.choice(("\n", " | ", "\n\n", "; "))
+    return said + "".join(gap + OPEN + said + CLOSE for _ in range(rng.randint(1, 3)))
+
+
+def recall(rng: random.Random) -> str:
+    """Returns pairs of a key and a value, told again and again in changing order."""
+    size = rng.randint(2, 7)
+    banks = (words.NOUNS, words.FIRST_NAMES, words.CITIES, words.JOBS, words.COLOURS)
+    keys = rng.sample(rng.choice(banks[:2]), size)
+    values = [str(rng.randint(2, 99)) for _ in keys]
+    if rng.random() < 0.6:
+        values = rng.choices(rng.choice(banks), k=size)
+    mark = rng.choice((": ", " ", " | ", "=", " is ", " - "))
+    joiner = rng.choice(("\n", ", ", "; ", "\n"))
+    pairs = list(zip(keys, values, strict=True))
+    passes = [joiner.join(f"{key}{mark}{value}" for key, value in pairs)]
+    for _ in range(rng.randint(1, 3)):
+        rng.shuffle(pairs)
+        passes.append(joiner.join(f"{key}{mark}{OPEN}{value}{CLOSE}" for key, value in pairs))
+    return joiner.join(passes)
+
+
 def small_talk(rng: random.Random) -> str:
     """Returns a chat of greetings, thanks, echoes and plain facts, at times with a system line."""
     name, city, thing = (
@@ -87,14 +120,10 @@ def calendar(rng: random.Random) -> str:
     if form == 0:
         return rng.choice((", ", "\n", " then ")).join(words.date_words(day) for day in days)
     if form == 1:
-        return rng.choice((", ", "\n", " then ")).join(
-            words.WEEKDAYS[day.weekday()] for day in days
-        )
+        return rng.choice((", ", "\n", " then ")).join(words.WEEKDAYS[day.weekday()] for day in days)
     if form == 2:
         shift = rng.randrange(7)
-        return "\n".join(
-            f"{words.WEEKDAYS[(day.weekday() + shift) % 7]} {words.date_words(day)}" for day in days
-        )
+        return "\n".join(f"{words.WEEKDAYS[(day.weekday() + shift) % 7]} {words.date_words(day)}" for day in days)
     return "\n".join(f"{day.isoformat()} {words.date_words(day)}" for day in days)
 
 
@@ -103,10 +132,7 @@ def sums(rng: random.Random) -> str:
     joiner = rng.choice(("\n", "; ", ", "))
     return joiner.join(
         "{} = {}".format(cue.removesuffix(" ="), result)
-        for cue, result in (
-            DRILLS[rng.choice(("addition", "subtraction"))][0](rng)
-            for _ in range(rng.randint(4, 9))
-        )
+        for cue, result in (DRILLS[rng.choice(("addition", "subtraction"))][0](rng) for _ in range(rng.randint(4, 9)))
     )
 
 
@@ -186,23 +212,13 @@ def people(rng: random.Random) -> str:
     ]
     told = []
     for person in cast:
-        told.append(
-            " ".join(
-                rng.choice(shapes).format(**person) for shapes in (PERSON_SHAPES, SHOPPING_SHAPES)
-            )
-        )
-    facts = [
-        f"{cue} {result}".format(**person)
-        for person in cast
-        for cue, result in rng.sample(PERSON_FACTS, 3)
-    ]
+        told.append(" ".join(rng.choice(shapes).format(**person) for shapes in (PERSON_SHAPES, SHOPPING_SHAPES)))
+    facts = [f"{cue} {result}".format(**person) for person in cast for cue, result in rng.sample(PERSON_FACTS, 3)]
     if rng.random() < 0.3:
         person = rng.choice(cast)
         cue, result = rng.choice(PERSON_FACTS)
         return f"{USER}{' '.join(told)} {cue}{ASSISTANT}{result}{END}".format(**person)
-    return (
-        " ".join(told) + "\n" + rng.choice(("\n", ". ", "; ")).join(rng.sample(facts, len(facts)))
-    )
+    return " ".join(told) + "\n" + rng.choice(("\n", ". ", "; ")).join(rng.sample(facts, len(facts)))
 
 
 JUDGED: Final = (
@@ -232,9 +248,7 @@ def review(rng: random.Random) -> str:
         good = rng.random() < 0.5
         one, two = rng.sample(words.GOOD_WORDS if good else words.BAD_WORDS, 2)
         deed = rng.choice(words.GOOD_DEEDS if good else words.BAD_DEEDS)
-        text = rng.choice(JUDGED).format(
-            thing=rng.choice(words.REVIEWED), one=one, two=two, deed=deed
-        )
+        text = rng.choice(JUDGED).format(thing=rng.choice(words.REVIEWED), one=one, two=two, deed=deed)
         verdict = scale[0] if good else scale[1]
         lines.append(f"{text[0].upper()}{text[1:]}{mark}{verdict}" + (")" if mark == " (" else ""))
     return "\n".join(lines)
@@ -264,6 +278,8 @@ Document = Callable[[random.Random], str]
 KINDS: Final[dict[str, tuple[Document, float]]] = {
     "notes": (notes, 4.5),
     "drilled_chat": (drilled_chat, 2.0),
+    "echo": (echo, 3.0),
+    "recall": (recall, 4.0),
     "small_talk": (small_talk, 0.3),
     "calendar": (calendar, 0.3),
     "sums": (sums, 0.6),
@@ -338,7 +354,5 @@ def shows(text: str, forbidden: frozenset[str]) -> bool:
     if any(line.partition(": ")[2] in forbidden for line in lines):
         return True
     return any(
-        "\n".join(lines[start : start + count]) in forbidden
-        for start in range(len(lines))
-        for count in range(1, 7)
+        "\n".join(lines[start : start + count]) in forbidden for start in range(len(lines)) for count in range(1, 7)
     )

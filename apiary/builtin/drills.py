@@ -61,34 +61,22 @@ def before(rng: random.Random) -> Pair:
 
 def rising(rng: random.Random) -> Pair:
     """Returns numbers, and the same numbers rising or falling."""
-    numbers = rng.sample(
-        range(1, 1000) if rng.random() < 0.2 else range(10, 100), rng.randint(2, 6)
-    )
+    numbers = rng.sample(range(1, 1000) if rng.random() < 0.2 else range(10, 100), rng.randint(2, 6))
     items = [str(number) for number in numbers]
     up = [str(number) for number in sorted(numbers)]
     if rng.random() < 0.7:
-        return _listed(
-            rng, items, up, ("rising", "upwards", "small to big", "climbing", "from the least")
-        )
-    return _listed(
-        rng, items, up[::-1], ("falling", "downwards", "big to small", "sinking", "from the most")
-    )
+        return _listed(rng, items, up, ("rising", "upwards", "small to big", "climbing", "from the least"))
+    return _listed(rng, items, up[::-1], ("falling", "downwards", "big to small", "sinking", "from the most"))
 
 
 def extreme(rng: random.Random) -> Pair:
     """Returns numbers, and the largest or the smallest."""
-    numbers = rng.sample(
-        range(10, 1000) if rng.random() < 0.5 else range(10, 100), rng.randint(2, 5)
-    )
+    numbers = rng.sample(range(10, 1000) if rng.random() < 0.5 else range(10, 100), rng.randint(2, 5))
     items = [str(number) for number in numbers]
     joiner = rng.choice((", ", " ", " or ", " and ", " vs "))
     if rng.random() < 0.6:
-        return f"{rng.choice(('most', 'top', 'max', 'more'))}: {joiner.join(items)}", str(
-            max(numbers)
-        )
-    return f"{rng.choice(('least', 'bottom', 'min', 'less'))}: {joiner.join(items)}", str(
-        min(numbers)
-    )
+        return f"{rng.choice(('most', 'top', 'max', 'more'))}: {joiner.join(items)}", str(max(numbers))
+    return f"{rng.choice(('least', 'bottom', 'min', 'less'))}: {joiner.join(items)}", str(min(numbers))
 
 
 def over(rng: random.Random) -> Pair:
@@ -113,9 +101,7 @@ def of_kind(rng: random.Random) -> Pair:
     rng.shuffle(mixed)
     chosen = [word for word in mixed if word in kept]
     joiner = rng.choice((", ", " ", ", ", " / "))
-    shape = rng.choice(
-        ("{group} in {items}", "{items}; {group}", "{group}: {items}", "the {group} here: {items}")
-    )
+    shape = rng.choice(("{group} in {items}", "{items}; {group}", "{group}: {items}", "the {group} here: {items}"))
     return shape.format(group=group, items=joiner.join(mixed)), joiner.join(chosen)
 
 
@@ -139,9 +125,7 @@ def occurrences(rng: random.Random) -> Pair:
     bag = rng.sample(words.NOUNS, rng.randint(2, 3))
     items = [bag[0]] * rng.randint(1, 5) + rng.choices(bag[1:], k=rng.randint(1, 5))
     rng.shuffle(items)
-    tag = rng.choice(
-        ("{thing} x ? in {items}", "tally of {thing}: {items}", "{items} ({thing}, times)")
-    )
+    tag = rng.choice(("{thing} x ? in {items}", "tally of {thing}: {items}", "{items} ({thing}, times)"))
     joiner = rng.choice((", ", " ", ", "))
     return tag.format(thing=bag[0], items=joiner.join(items)), str(items.count(bag[0]))
 
@@ -150,9 +134,7 @@ def backwards(rng: random.Random) -> Pair:
     """Returns words, and the same words from the last to the first."""
     bank = rng.choice((words.NOUNS, words.NOUNS, words.FIRST_NAMES, words.PLAIN_WORDS))
     items = rng.sample(bank, rng.randint(2, 6))
-    return _listed(
-        rng, items, items[::-1], ("backwards", "in mirror order", "from the tail", "flipped")
-    )
+    return _listed(rng, items, items[::-1], ("backwards", "in mirror order", "from the tail", "flipped"))
 
 
 def copied(rng: random.Random) -> Pair:
@@ -217,9 +199,7 @@ def addition(rng: random.Random) -> Pair:
     low, high = sorted((a, b))
     if is_held_out("arithmetic", f"{low} + {high}", str(a + b)):
         return addition(rng)
-    shape = rng.choice(
-        ("{} + {} =", "{} and {} make", "{} + {}", "{} with {} more", "{} and another {}:")
-    )
+    shape = rng.choice(("{} + {} =", "{} and {} make", "{} + {}", "{} with {} more", "{} and another {}:"))
     return shape.format(a, b), str(a + b)
 
 
@@ -228,9 +208,7 @@ def subtraction(rng: random.Random) -> Pair:
     a, b = rng.randint(0, 60), rng.randint(0, 39)
     if is_held_out("arithmetic", f"{a + b} - {b}", str(a)):
         return subtraction(rng)
-    shape = rng.choice(
-        ("{} - {} =", "from {} less {}", "{} - {}", "of {} without {} remain", "{} down by {}:")
-    )
+    shape = rng.choice(("{} - {} =", "from {} less {}", "{} - {}", "of {} without {} remain", "{} down by {}:"))
     return shape.format(a + b, b), str(a)
 
 
@@ -261,30 +239,18 @@ def dated(rng: random.Random) -> Pair:
     if is_held_out("convert", short, spelled) or is_held_out("convert", spelled, short):
         return dated(rng)
     one, two = rng.sample((spelled, short, slashed, spelled, short), 2)
-    return (
-        (f"{one} is also", two)
-        if one != two
-        else (f"month {day.month:02}", words.MONTHS[day.month - 1])
-    )
+    return (f"{one} is also", two) if one != two else (f"month {day.month:02}", words.MONTHS[day.month - 1])
 
 
 def eldest(rng: random.Random) -> Pair:
     """Returns people with their ages, and who is the eldest or the youngest."""
     size = rng.randint(2, 4)
-    ages = dict(
-        zip(rng.sample(words.FIRST_NAMES, size), rng.sample(range(10, 99), size), strict=True)
-    )
+    ages = dict(zip(rng.sample(words.FIRST_NAMES, size), rng.sample(range(10, 99), size), strict=True))
     shape = rng.choice(("{} {}", "{} ({})", "{}: {}", "{}, aged {}", "{} has {} years", "{} is {}"))
-    listed = rng.choice(("; ", ", ", "\n", ". ")).join(
-        shape.format(*entry) for entry in ages.items()
-    )
+    listed = rng.choice(("; ", ", ", "\n", ". ")).join(shape.format(*entry) for entry in ages.items())
     if rng.random() < 0.5:
-        return f"{listed}. {rng.choice(('eldest', 'most years', 'senior'))}:", max(
-            ages, key=ages.__getitem__
-        )
-    return f"{listed}. {rng.choice(('least old', 'fewest years', 'junior'))}:", min(
-        ages, key=ages.__getitem__
-    )
+        return f"{listed}. {rng.choice(('eldest', 'most years', 'senior'))}:", max(ages, key=ages.__getitem__)
+    return f"{listed}. {rng.choice(('least old', 'fewest years', 'junior'))}:", min(ages, key=ages.__getitem__)
 
 
 def card_field(rng: random.Random) -> Pair:
@@ -296,9 +262,7 @@ def card_field(rng: random.Random) -> Pair:
         rng.choice(("\n", "; ", ", ", " | ")),
     )
     card = joiner.join(f"{key}{mark}{item}" for key, item in pairs)
-    shape = rng.choice(
-        ("{card}\nhere the {field} is", "{field}? {card}", "{card} / {field}", "{field} in: {card}")
-    )
+    shape = rng.choice(("{card}\nhere the {field} is", "{field}? {card}", "{card} / {field}", "{field} in: {card}"))
     return shape.format(card=card, field=field), value
 
 
@@ -321,9 +285,7 @@ def card_format(rng: random.Random) -> Pair:
 def row_of(rng: random.Random) -> Pair:
     """Returns a small table, and the value beside one of its keys."""
     size = rng.randint(2, 6)
-    keys = rng.sample(
-        rng.choice((words.TOOLS, words.FOODS, words.FIRST_NAMES, words.ANIMALS)), size
-    )
+    keys = rng.sample(rng.choice((words.TOOLS, words.FOODS, words.FIRST_NAMES, words.ANIMALS)), size)
     if rng.random() < 0.5:
         values = [str(number) for number in rng.sample(range(1, 100), size)]
     else:

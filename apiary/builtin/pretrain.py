@@ -1,10 +1,8 @@
 """Makes the tiny base: `python -m apiary.builtin.pretrain --prose DIR --minutes 45 --out DIR`.
 
-The text is three parts generated documents (`documents.py`) and one part prose from the files of
-`--prose`. The run is fixed by its seed and its number of steps; with `--minutes` the number of
-steps is what the machine manages in that time. Hidden matrices are trained with Muon (Jordan et
-al. 2024, with the step size of Liu et al. 2025, arXiv:2502.16982), which on this model needs far
-fewer tokens than AdamW; embeddings and norms are trained with AdamW.
+First the model learns to copy, from random tokens said twice; then it reads generated documents
+(`documents.py`) and some prose from the files of `--prose`. The run is fixed by its seed and its
+number of steps; with `--minutes` the number of steps is what the machine manages in that time.
 """
 
 from __future__ import annotations
@@ -24,12 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed
-import torch.multiprocessing
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 from torch.nn import functional
 
 from apiary.builtin import documents, vocabulary, weights
-from apiary.builtin.muon import Muon
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -47,7 +44,8 @@ class Recipe:
         vocabulary: tokens of the tokenizer.
         window: tokens of a training window; one step in eight has windows of `context` instead.
         step_tokens: tokens of one optimizer step.
-        prose_share: share of the windows that hold prose.
+        repeat_steps: steps at the start that are random tokens said twice; later one step in 16 is.
+        prose_share: share of the other windows that hold prose.
         cue_weight: weight of the loss on a drill's cue, most of which nobody could foresee; the
             result and all other text count fully.
         peak_rate: learning rate after the warm-up; it falls to a fiftieth of it along a cosine.
@@ -63,24 +61,19 @@ class Recipe:
     context: int = 512
     window: int = 256
     step_tokens: int = 3072
-    prose_share: float = 0.17
+    repeat_steps: int = 250
+    prose_share: float = 0.12
     cue_weight: float = 0.3
-    peak_rate: float = 4e-3
-    warm_up: float = 0.02
+    peak_rate: float = 2e-3
+    warm_up: float = 0.012
     weight_decay: float = 0.05
 
 
 def read_prose(folder: Path) -> tuple[list[str], list[str]]:
     """Returns the books' text for training, and the last twentieth of each book, held out."""
-    books = [
-        path.read_text(encoding="utf-8")
-        for path in sorted(folder.glob("*"))
-        if path.suffix in (".md", ".txt")
-    ]
+    books = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*")) if path.suffix in (".md", ".txt")]
     if not books:
-        raise SystemExit(
-            f"--prose {folder}: no .md or .txt file there; give a folder of plain text"
-        )
+        raise SystemExit(f"--prose {folder}: no .md or .txt file there; give a folder of plain text")
     cuts = [len(book) * 19 // 20 for book in books]
     return (
         [book[:cut] for book, cut in zip(books, cuts, strict=True)],
@@ -92,9 +85,7 @@ def make_tokenizer(recipe: Recipe, prose: list[str]) -> PreTrainedTokenizerFast:
     """Returns the tokenizer, learnt from the word banks, 15,000 documents and the prose."""
     made = documents.stream(random.Random(f"{recipe.seed}/vocabulary"), documents.held_out_inputs())
     texts = [text for _, text in islice(made, 15_000)]
-    return vocabulary.learn(
-        [*documents.vocabulary_drill(), *texts, *prose], recipe.vocabulary, recipe.context
-    )
+    return vocabulary.learn([*documents.vocabulary_drill(), *texts, *prose], recipe.vocabulary, recipe.context)
 
 
 def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
@@ -128,9 +119,7 @@ def document_tokens(
     while True:
         marked = [text for _, text in islice(made, 500)]
         texts = [documents.unmarked(text) for text in marked]
-        for text, encoding in zip(
-            marked, tokenizer.backend_tokenizer.encode_batch(texts), strict=True
-        ):
+        for text, encoding in zip(marked, tokenizer.backend_tokenizer.encode_batch(texts), strict=True):
             spans = documents.result_spans(text)
             yield bos, 0.1
             for token, (start, _) in zip(encoding.ids, encoding.offsets, strict=True):
@@ -140,15 +129,31 @@ def document_tokens(
                 yield eos, 1.0
 
 
-def batches(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, prose: Tensor, part: str, workers: int
-) -> Batches:
+def repeats(rng: random.Random, rows: int, half: int, vocabulary: int) -> tuple[Tensor, Tensor]:
+    """Returns rows of random tokens said twice, (rows, 2 half), and weights that count the second saying only.
+
+    A small model learns to look back and copy from documents alone only after tens of millions of tokens, if at all;
+    from such rows it does so within a few hundred thousand (the induction heads of Olsson et al. 2022,
+    arXiv:2209.11895), and what builds on copying is learnt at once afterwards.
+    """
+    said = torch.tensor([[rng.randrange(8, vocabulary) for _ in range(half)] for _ in range(rows)])
+    scale = torch.cat([torch.zeros(rows, half + 1), torch.ones(rows, half - 1)], 1)
+    return torch.cat([said, said], 1), scale
+
+
+def batches(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, prose: Tensor, part: str, workers: int) -> Batches:
     """Yields (ids, weights), each (rows, window): windows of documents and of prose, mixed."""
     rng = random.Random(f"{recipe.seed}/batches/{part}")
     documents_rng = random.Random(f"{recipe.seed}/documents/{part}")
     flow = document_tokens(tokenizer, documents_rng, recipe.cue_weight)
     step = 0
     while True:
+        if step < recipe.repeat_steps or step % 16 == 3:
+            half = 24 if step < recipe.repeat_steps else 96
+            known = 512 if step < recipe.repeat_steps // 2 else recipe.vocabulary
+            yield repeats(rng, recipe.step_tokens // workers // (2 * half), half, known)
+            step += 1
+            continue
         width = recipe.context if step % 8 == 7 else recipe.window
         ids, scale = [], []
         for _ in range(recipe.step_tokens // workers // width):
@@ -168,16 +173,12 @@ def token_loss(model: PreTrainedModel | Any, ids: Tensor, scale: Tensor) -> Tens
     """Returns the weighted mean loss in nats per token; bfloat16 products."""
     with torch.autocast(ids.device.type, torch.bfloat16):
         logits = model(input_ids=ids, use_cache=False).logits
-    losses = functional.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
-    )
+    losses = functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     told = scale[:, 1:].flatten()
     return (losses * told).sum() / told.sum()
 
 
-def held_out_sets(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, prose: list[str]
-) -> dict[str, Tensor]:
+def held_out_sets(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, prose: list[str]) -> dict[str, Tensor]:
     """Returns padded token ids by kind of document, never trained on, and of held-out prose."""
     made = documents.stream(random.Random(f"{recipe.seed}/held-out"), documents.held_out_inputs())
     texts: dict[str, list[str]] = {kind: [] for kind in documents.KINDS}
@@ -188,9 +189,7 @@ def held_out_sets(
     texts["prose"] = [book[start : start + 900] for book in prose for start in (0, 2000, 4000)]
     sets = {}
     for kind, some in texts.items():
-        encoded = tokenizer(
-            some, padding=True, truncation=True, max_length=recipe.window, return_tensors="pt"
-        )
+        encoded = tokenizer(some, padding=True, truncation=True, max_length=recipe.window, return_tensors="pt")
         sets[kind] = encoded["input_ids"]
     return sets
 
@@ -206,14 +205,12 @@ def held_out_losses(model: PreTrainedModel, sets: dict[str, Tensor]) -> dict[str
     return losses
 
 
-def optimizers(recipe: Recipe, model: PreTrainedModel) -> list[torch.optim.Optimizer]:
-    """Returns Muon for the matrices between embeddings and AdamW for the rest."""
+def make_optimizer(recipe: Recipe, model: PreTrainedModel) -> torch.optim.Optimizer:
+    """Returns AdamW with weight decay for the matrices between embeddings and without for the rest."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    return [
-        Muon(matrices, lr=recipe.peak_rate, weight_decay=recipe.weight_decay),
-        torch.optim.AdamW(others, lr=recipe.peak_rate, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
+    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=recipe.peak_rate, betas=(0.9, 0.98), fused=True)
 
 
 def rate_factor(done: float, warm_up: float) -> float:
@@ -285,12 +282,12 @@ def train(run: Run, crew: Crew) -> None:
     prose, unseen = read_prose(run.prose)
     tokenizer, model, progress = open_checkpoint(run.start) if run.start else _fresh(recipe, prose)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.to(device)
+    torch.nn.Module.to(model, device)
     tokens = torch.tensor([token for book in prose for token in tokenizer(book)["input_ids"]])
     flow = batches(recipe, tokenizer, tokens, f"{progress.step}/{crew.rank}", crew.workers)
     sets = held_out_sets(recipe, tokenizer, unseen)
     forward = torch.compile(model, dynamic=False) if run.compiled else model
-    chain = optimizers(recipe, model)
+    optimizer = make_optimizer(recipe, model)
     first, before = progress.step, progress.seconds
     began = saved = time.monotonic()
     while True:
@@ -299,7 +296,7 @@ def train(run: Run, crew: Crew) -> None:
         if done >= 1:
             break
         ids, scale = (part.to(device) for part in next(flow))
-        loss = _step(recipe, forward, chain, (ids, scale), done, crew)
+        loss = _step(recipe, forward, optimizer, (ids, scale), done, crew)
         progress.step += 1
         progress.seconds = before + time.monotonic() - began
         if crew.rank == 0 and progress.step % 50 == 0:
@@ -320,22 +317,20 @@ def train(run: Run, crew: Crew) -> None:
 def _step(
     recipe: Recipe,
     forward: Any,
-    chain: list[torch.optim.Optimizer],
+    optimizer: torch.optim.Optimizer,
     batch: tuple[Tensor, Tensor],
     done: float,
     crew: Crew,
 ) -> float:
-    for optimizer in chain:
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.peak_rate * rate_factor(done, recipe.warm_up)
+    for group in optimizer.param_groups:
+        group["lr"] = recipe.peak_rate * rate_factor(done, recipe.warm_up)
     loss = token_loss(forward, *batch)
-    loss.backward()  # type: ignore[no-untyped-call]
-    parameters = [p for o in chain for group in o.param_groups for p in group["params"]]
+    loss.backward()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     crew.average(parameters)
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-    for optimizer in chain:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
     return loss.item()
 
 
@@ -365,9 +360,7 @@ def open_checkpoint(path: Path) -> tuple[PreTrainedTokenizerFast, PreTrainedMode
     return tokenizer, model, Progress(**saved["progress"])
 
 
-def _fresh(
-    recipe: Recipe, prose: list[str]
-) -> tuple[PreTrainedTokenizerFast, PreTrainedModel, Progress]:
+def _fresh(recipe: Recipe, prose: list[str]) -> tuple[PreTrainedTokenizerFast, PreTrainedModel, Progress]:
     tokenizer = make_tokenizer(recipe, prose)
     return tokenizer, make_model(recipe, tokenizer), Progress()
 
@@ -378,9 +371,7 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: P
     model.config.architectures = ["LlamaForCausalLM"]
     model.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder, save_jinja_files=False)
-    state = {
-        name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"
-    }
+    state = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     (folder / "weights.jsonl").write_text("\n".join(weights.pack(state)) + "\n", encoding="utf-8")
 
 
@@ -416,7 +407,7 @@ def main() -> None:
         return
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29517")
-    torch.multiprocessing.spawn(_work, (run, args.workers), nprocs=args.workers)
+    spawn(_work, (run, args.workers), nprocs=args.workers)
 
 
 if __name__ == "__main__":

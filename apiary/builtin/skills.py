@@ -72,9 +72,7 @@ def _extract(rng: random.Random) -> Item:
     pairs = record_lines(rng, rng.randint(3, 5))
     field, value = rng.choice(pairs)
     joiner = rng.choice(("\n", "; "))
-    return Item(
-        "field", joiner.join(f"{key}: {item}" for key, item in pairs), value, {"field": field}
-    )
+    return Item("field", joiner.join(f"{key}: {item}" for key, item in pairs), value, {"field": field})
 
 
 def _lookup(rng: random.Random) -> Item:
@@ -86,9 +84,7 @@ def _lookup(rng: random.Random) -> Item:
         kind, head, keys = "city", "name | city", rng.sample(words.FIRST_NAMES, size)
         values = rng.sample(words.CITIES, size)
     row = rng.randrange(size)
-    table = "\n".join(
-        (head, *(f"{key} | {value}" for key, value in zip(keys, values, strict=True)))
-    )
+    table = "\n".join((head, *(f"{key} | {value}" for key, value in zip(keys, values, strict=True))))
     return Item(kind, table, values[row], {"thing": keys[row]})
 
 
@@ -132,9 +128,7 @@ def _compare(rng: random.Random) -> Item:
         pair = rng.sample(range(10, 1000), 2)
         return Item("larger", f"{pair[0]} and {pair[1]}", str(max(pair)))
     size = rng.randint(2, 4)
-    ages = dict(
-        zip(rng.sample(words.FIRST_NAMES, size), rng.sample(range(18, 90), size), strict=True)
-    )
+    ages = dict(zip(rng.sample(words.FIRST_NAMES, size), rng.sample(range(18, 90), size), strict=True))
     kind, pick = ("oldest", max) if rng.random() < 0.5 else ("youngest", min)
     listed = ", ".join(f"{name} is {age}" for name, age in ages.items())
     return Item(kind, listed, pick(ages, key=ages.__getitem__))
@@ -145,9 +139,7 @@ def _arithmetic(rng: random.Random) -> Item:
     name = rng.choice(words.FIRST_NAMES)
     if rng.random() < 0.5:
         low, high = sorted((a, b))
-        return Item(
-            "add", f"{low} + {high}", str(a + b), {"a": a, "b": b, "name": name}, shown=False
-        )
+        return Item("add", f"{low} + {high}", str(a + b), {"a": a, "b": b, "name": name}, shown=False)
     slots = {"a": a + b, "b": b, "name": name}
     return Item("subtract", f"{a + b} - {b}", str(a), slots, shown=False)
 
@@ -230,9 +222,7 @@ def _passage(rng: random.Random) -> Item:
     sentences = []
     for at in rng.sample(range(2), 2):
         city, job, thing = (facts[key][at] for key in ("city", "job", "object"))
-        sentences.append(
-            rng.choice(PASSAGE_SHAPES).format(name=people[at], city=city, job=job, thing=thing)
-        )
+        sentences.append(rng.choice(PASSAGE_SHAPES).format(name=people[at], city=city, job=job, thing=thing))
     return Item(kind, " ".join(sentences), facts[kind][asked], {"name": people[asked]})
 
 
@@ -292,9 +282,7 @@ def _rows_of(skill: str, split: Split, count: int, rng: random.Random) -> list[d
         if key not in seen and is_held_out(skill, *key) == (split == "test"):
             seen[key] = _worded(skill, item, rng)
     if len(seen) < count:
-        raise ValueError(
-            f"per_skill={count}: skill {skill!r} gave only {len(seen)} contents; ask for fewer"
-        )
+        raise ValueError(f"per_skill={count}: skill {skill!r} gave only {len(seen)} contents; ask for fewer")
     return list(seen.values())
 
 

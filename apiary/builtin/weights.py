@@ -23,15 +23,7 @@ def pack(tensors: Mapping[str, Tensor]) -> Iterator[str]:
     import torch
 
     for name, tensor in tensors.items():
-        raw = (
-            tensor.detach()
-            .cpu()
-            .to(torch.bfloat16)
-            .contiguous()
-            .view(torch.uint8)
-            .numpy()
-            .tobytes()
-        )
+        raw = tensor.detach().cpu().to(torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()
         planes = raw[1::2] + raw[0::2]
         line = {
             "name": name,

@@ -56,9 +56,7 @@ TOOLS: Final = _bank("""
     drum fork glove hammer hat jug kettle key knife ladder lamp map mirror nail needle pan pen
     pipe plate pot ring rope saw scarf shoe spade spoon stool table tent towel vase wheel
     """)
-COLOURS: Final = _bank(
-    "black blue brown gold green grey orange pink purple red silver violet white yellow"
-)
+COLOURS: Final = _bank("black blue brown gold green grey orange pink purple red silver violet white yellow")
 PLAIN_WORDS: Final = _bank("""
     air arch autumn bank beach bridge castle chapel church cloud coast corner cottage dream
     echo evening fence field fire flame flower forest garden gate grass harbour hill home hour
