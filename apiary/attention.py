@@ -72,7 +72,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        return (*_gradients(grads[0], *ctx.saved_tensors, ctx.scale), None)
+        query, key, value = ctx.saved_tensors
+        return (*_gradients(grads[0], query, key, value, ctx.scale), None)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

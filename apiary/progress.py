@@ -184,9 +184,7 @@ def _bars(state: State) -> RenderableType:
     grid.add_column(ratio=1)
     grid.add_column(justify="right", no_wrap=True)
     if state.rounds:
-        inside = (
-            (len(state.asked) - len(state.waiting)) / len(state.asked) if state.waiting else 0.0
-        )
+        inside = (len(state.asked) - len(state.waiting)) / len(state.asked) if state.waiting else 0.0
         done = min(state.finished_rounds + inside, state.rounds)
         bar = ProgressBar(total=state.rounds, completed=done)
         grid.add_row("round", bar, f"{state.round} of {state.rounds}")
@@ -201,8 +199,7 @@ def _facts(state: State, now: float) -> Iterator[tuple[str, str]]:
     if state.asked and state.phase != "done":
         yield (
             "clients",
-            f"{len(state.asked) - len(state.waiting)} of {len(state.asked)} done"
-            + _refusals(state),
+            f"{len(state.asked) - len(state.waiting)} of {len(state.asked)} done" + _refusals(state),
         )
     if state.train_loss is not None or state.losses:
         yield "train loss", f"{loss_text(state.train_loss)} nats per token"
@@ -224,9 +221,7 @@ def _refusals(state: State) -> str:
 def _held_out(state: State) -> str:
     if not state.losses:
         return "not measured yet"
-    change = (
-        f" ({change_text(state.losses[-1] - state.losses[-2])})" if len(state.losses) > 1 else ""
-    )
+    change = f" ({change_text(state.losses[-1] - state.losses[-2])})" if len(state.losses) > 1 else ""
     return f"{loss_text(state.losses[-1])}{change} nats per token"
 
 
@@ -234,11 +229,7 @@ def _clock(state: State, now: float) -> str:
     spent = f"{seconds_text(now - (state.started or now))} so far"
     left = eta(state, now)
     training = state.finished_rounds < state.rounds
-    return (
-        f"{spent}, about {seconds_text(left)} of rounds left"
-        if left is not None and training
-        else spent
-    )
+    return f"{spent}, about {seconds_text(left)} of rounds left" if left is not None and training else spent
 
 
 def _names(names: tuple[str, ...]) -> str:
@@ -288,9 +279,7 @@ def _round_line(state: State, event: Event) -> str:
 
 def _evaluate_line(state: State, event: Event) -> str:
     where = f"round {event['round']}/{state.rounds}" if event["round"] else "before training"
-    change = (
-        f" ({change_text(state.losses[-1] - state.losses[-2])})" if len(state.losses) > 1 else ""
-    )
+    change = f" ({change_text(state.losses[-1] - state.losses[-2])})" if len(state.losses) > 1 else ""
     low, high = event.get("ci95") or (None, None)
     interval = f", 95% interval {loss_text(low)} to {loss_text(high)}" if low is not None else ""
     return f"{where}: held-out loss {loss_text(event.get('loss'))}{change} nats per token{interval}"

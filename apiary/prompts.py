@@ -118,9 +118,7 @@ def preview(
     ]
 
 
-def _tokenise(
-    segments: Iterable[Segment], tokenizer: PreTrainedTokenizerBase
-) -> Mapping[str, np.ndarray]:
+def _tokenise(segments: Iterable[Segment], tokenizer: PreTrainedTokenizerBase) -> Mapping[str, np.ndarray]:
     """The ids of each distinct text: constant segments are tokenised once."""
     texts = list(dict.fromkeys(segment.text for segment in segments))
     if not texts:
@@ -137,9 +135,7 @@ def _tokenise(
     return {text: np.array(ids, np.int32) for text, ids in zip(texts, rows, strict=True)}
 
 
-def _assemble(
-    segments: Sequence[Segment], ids_of: Mapping[str, np.ndarray], config: PromptConfig
-) -> Encoded | None:
+def _assemble(segments: Sequence[Segment], ids_of: Mapping[str, np.ndarray], config: PromptConfig) -> Encoded | None:
     """The segments' ids end to end, up to the last trained token that fits."""
     parts = [ids_of[segment.text] for segment in segments]
     ids = np.concatenate(parts)

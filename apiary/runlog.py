@@ -83,9 +83,7 @@ class RunLog:
         try:
             observer(record)
         except Exception:
-            _logger.warning(
-                "an observer of the run failed and is left out from here on", exc_info=True
-            )
+            _logger.warning("an observer of the run failed and is left out from here on", exc_info=True)
             self._observers.remove(observer)
 
     def close(self) -> None:
@@ -98,10 +96,7 @@ def finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [
-            finite(item)
-            for item in (sorted(value) if isinstance(value, (set, frozenset)) else value)
-        ]
+        return [finite(item) for item in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
     if value is None or isinstance(value, (str, bool, int)):
         return value
     if isinstance(value, float):
@@ -127,9 +122,7 @@ def read_events(folder: Path) -> list[Event]:
         if event is not None:
             events.append(event)
         elif line.strip() and number < len(lines):
-            raise UserError(
-                f"{path.name} line {number} is not an event: was the file edited? Remove that line"
-            )
+            raise UserError(f"{path.name} line {number} is not an event: was the file edited? Remove that line")
     return events
 
 
@@ -195,9 +188,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    with contextlib.suppress(
-        OSError
-    ):  # some file systems cannot sync a folder; the rename still stands
+    with contextlib.suppress(OSError):  # some file systems cannot sync a folder; the rename still stands
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -231,9 +222,7 @@ def read_metrics(folder: Path) -> dict[str, Any]:
         raise UserError(f"{str(path)!r} is not valid JSON: {error}") from None
     if not isinstance(values, dict) or values.get("schema") != SCHEMA:
         found = values.get("schema") if isinstance(values, dict) else None
-        raise UserError(
-            f"{str(path)!r}: schema = {found!r}, but this version reads schema {SCHEMA}"
-        )
+        raise UserError(f"{str(path)!r}: schema = {found!r}, but this version reads schema {SCHEMA}")
     return values
 
 
@@ -300,9 +289,7 @@ def machine(*, gpu: bool = True) -> dict[str, Any]:
 
 def _cpu_name() -> str | None:
     with contextlib.suppress(OSError):
-        for line in (
-            Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        ):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.lower().startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or None

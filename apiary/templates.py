@@ -84,15 +84,11 @@ def make_template(config: PromptConfig, tokenizer: PreTrainedTokenizerBase) -> T
     if config.template == "chat":
         split, text = _read_chat(tokenizer), _chat_source(tokenizer)
     else:
-        text = {"alpaca": _ALPACA, "plain": _PLAIN}.get(config.template) or _read_file(
-            config.template
-        )
+        text = {"alpaca": _ALPACA, "plain": _PLAIN}.get(config.template) or _read_file(config.template)
         before, after = text.split("{response}")
         eos = _eos(tokenizer)
         bos = _bos(tokenizer)
-        split = _Pattern(
-            before, after.removeprefix(eos), "" if before.startswith(bos) else bos, eos
-        )
+        split = _Pattern(before, after.removeprefix(eos), "" if before.startswith(bos) else bos, eos)
     shape = json.dumps(["chat" if config.template == "chat" else "pattern", text, config.system])
     return Template(config.template, short_digest(shape), config.system, split)
 
@@ -157,9 +153,7 @@ def _read_file(name: str) -> str:
         )
     before, after = text.split("{response}")
     if "{instruction}" not in before:
-        raise UserError(
-            f"{where}: the file has no {{instruction}} slot before {{response}}; add it"
-        )
+        raise UserError(f"{where}: the file has no {{instruction}} slot before {{response}}; add it")
     for slot in ("{input}", "{instruction}", "{system}"):
         if slot in after or (slot == "{input}" and slot in text):
             raise UserError(
@@ -300,9 +294,7 @@ def _chat_source(tokenizer: PreTrainedTokenizerBase) -> str:
     try:
         return str(tokenizer.get_chat_template())
     except ValueError:
-        raise UserError(
-            f'prompt.template = "chat": this tokenizer has no chat template; {_OTHERS}'
-        ) from None
+        raise UserError(f'prompt.template = "chat": this tokenizer has no chat template; {_OTHERS}') from None
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], *, ask: bool) -> str:

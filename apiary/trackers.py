@@ -58,8 +58,7 @@ def _start(name: str, config: LogConfig, folder: Path) -> Any:
         started.start()
     except ImportError:
         raise UserError(
-            f"log.trackers = {name!r}: its package is not installed; "
-            f"`pip install {name}`, or leave the tracker out"
+            f"log.trackers = {name!r}: its package is not installed; `pip install {name}`, or leave the tracker out"
         ) from None
     return started
 
@@ -70,17 +69,11 @@ def _numbers(prefix: str, fields: Mapping[str, Any]) -> Iterator[tuple[str, floa
             yield from _numbers(f"{prefix}/{key}", value)
         elif key == "ci95" and isinstance(value, list) and None not in value:
             yield from zip((f"{prefix}/ci95_low", f"{prefix}/ci95_high"), value, strict=True)
-        elif (
-            key not in ("time", "round")
-            and isinstance(value, (int, float))
-            and not isinstance(value, bool)
-        ):
+        elif key not in ("time", "round") and isinstance(value, (int, float)) and not isinstance(value, bool):
             yield f"{prefix}/{key}", value
 
 
-def _settings(
-    values: Mapping[str, Any], prefix: str = ""
-) -> Iterator[tuple[str, bool | int | float | str]]:
+def _settings(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | int | float | str]]:
     """Flat dotted settings, in types that every tracker takes.
 
     Absolute paths stay home: a tracker may be someone else's server.

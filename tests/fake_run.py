@@ -173,8 +173,6 @@ def fake_run(folder: Path, metrics: dict[str, Any] | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     metrics = fake_metrics() if metrics is None else metrics
     (folder / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
-    (folder / "log.jsonl").write_text(
-        "".join(json.dumps(e) + "\n" for e in fake_events(metrics)), encoding="utf-8"
-    )
+    (folder / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in fake_events(metrics)), encoding="utf-8")
     (folder / "config.toml").write_text(CONFIG, encoding="utf-8")
     return folder

@@ -30,10 +30,7 @@ def write_lines(path: Path, rows: list[object]) -> str:
 
 
 def many(n: int, start: int = 0) -> list[dict[str, str]]:
-    return [
-        {"instruction": f"Question {i}", "output": "x", "kind": "ab"[i % 2]}
-        for i in range(start, start + n)
-    ]
+    return [{"instruction": f"Question {i}", "output": "x", "kind": "ab"[i % 2]} for i in range(start, start + n)]
 
 
 # Every form of one small data set reads as the same conversations.
@@ -155,10 +152,7 @@ def test_mappings_agree_on_any_text(tmp_path_factory, q, extra, a):
         {"prompt": joined, "completion": a},
         {"messages": [{"role": "user", "content": joined}, {"role": "assistant", "content": a}]},
     ]
-    read_back = {
-        read(write_lines(folder / f"{i}.jsonl", [form])).examples[0].turns
-        for i, form in enumerate(forms)
-    }
+    read_back = {read(write_lines(folder / f"{i}.jsonl", [form])).examples[0].turns for i, form in enumerate(forms)}
     assert read_back == {(Turn("user", joined.strip()), Turn("assistant", a.strip()))}
 
 
@@ -170,9 +164,7 @@ def test_many_turns_and_a_system_message_are_kept(tmp_path):
     assert example.tags == {"topic": "sums", "level": "3"}  # scalars only
 
 
-@pytest.mark.parametrize(
-    ("value", "written"), [(3, "3"), (0.5, "0.5"), (True, "true"), (False, "false"), ("0", "0")]
-)
+@pytest.mark.parametrize(("value", "written"), [(3, "3"), (0.5, "0.5"), (True, "true"), (False, "false"), ("0", "0")])
 def test_numbers_and_booleans_are_answers(tmp_path, value, written):
     source = read(write_lines(tmp_path / "d.jsonl", [{"question": "How many?", "answer": value}]))
     assert answer(source.examples[0]) == written
@@ -244,9 +236,7 @@ def test_broken_conversations_are_counted(tmp_path, messages, reason):
     assert source.reports[0].problems == {reason: (1, (2,))}
 
 
-broken = st.sampled_from(
-    ["", "no", "[]", "{}", '{"question": 1}', '{"question": "q", "answer": ""}']
-)
+broken = st.sampled_from(["", "no", "[]", "{}", '{"question": 1}', '{"question": "q", "answer": ""}'])
 
 
 @settings(max_examples=25, deadline=None)
@@ -325,9 +315,7 @@ def test_wrong_column_names_are_told(tmp_path, columns, words):
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
-@pytest.mark.parametrize(
-    "source", ["nowhere/d.jsonl", "./nowhere", "/nowhere/at/all", "d.csv", "../x"]
-)
+@pytest.mark.parametrize("source", ["nowhere/d.jsonl", "./nowhere", "/nowhere/at/all", "d.csv", "../x"])
 def test_a_missing_file_is_told_as_given(source):
     with pytest.raises(UserError, match="does not exist") as error:
         read(source)
@@ -356,9 +344,7 @@ def test_a_hub_set_that_cannot_be_had_is_told(monkeypatch):
 def test_a_hub_set_is_read_like_a_file(monkeypatch):
     import datasets
 
-    monkeypatch.setattr(
-        datasets, "load_dataset", lambda name, config, split: datasets.Dataset.from_list(ROWS)
-    )
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split: datasets.Dataset.from_list(ROWS))
     source = read("someone/some-data")
     assert [example.turns for example in source.examples] == TURNS
     assert source.test is None
@@ -456,8 +442,7 @@ def test_sites_agree_whatever_their_order(tmp_path_factory, order, clients):
     mixed = write_lines(folder / "b.jsonl", [rows[i] for i in order])
     options = {"clients": clients, "partition": "iid", "test_fraction": 0.3}
     sets = [
-        {example.turns for example in federate(DataConfig(source=path, **options), 0).test}
-        for path in (plain, mixed)
+        {example.turns for example in federate(DataConfig(source=path, **options), 0).test} for path in (plain, mixed)
     ]
     assert sets[0] == sets[1]
 
@@ -557,9 +542,7 @@ def test_dolly_as_it_lies_in_its_files():
             lines = sum(1 for _ in file)
         assert len(client.train) + len(client.test) == lines
     assert sum(report.usable for report in federation.reports) == 13441
-    assert not {e.turns[:-1] for e in federation.test} & {
-        e.turns[:-1] for e in all_rows(federation, "train")
-    }
+    assert not {e.turns[:-1] for e in federation.test} & {e.turns[:-1] for e in all_rows(federation, "train")}
 
 
 @needs_data

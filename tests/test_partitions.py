@@ -34,9 +34,7 @@ def spread(name: str, options: dict[str, object], table: Table, clients: int, se
     return PARTITIONS.build(name, options)(table, clients, seed)
 
 
-@settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @pytest.mark.parametrize(("name", "options"), KINDS)
 @given(
     values=st.lists(st.sampled_from(LABELS), min_size=4, max_size=60),
@@ -58,9 +56,7 @@ def test_every_row_is_in_exactly_one_client(name, options, values, files, client
 @pytest.mark.parametrize(("name", "options"), KINDS)
 def test_the_seed_decides_and_nothing_else(name, options):
     rng = np.random.default_rng(3)
-    table = table_of(
-        [LABELS[i] for i in rng.integers(0, 6, 400)], [f"f{i % 4}" for i in range(400)]
-    )
+    table = table_of([LABELS[i] for i in rng.integers(0, 6, 400)], [f"f{i % 4}" for i in range(400)])
     once, again = (spread(name, options, table, 4, seed=7) for _ in range(2))
     other = spread(name, options, table, 4, seed=8)
     assert all(np.array_equal(a, b) for a, b in zip(once, again, strict=True))
@@ -106,14 +102,10 @@ def test_by_value_keeps_values_together_and_balances():
 
 
 @pytest.mark.parametrize(("clients", "values", "classes"), [(8, 10, 2), (5, 10, 2), (12, 4, 3)])
-def test_pathological_gives_each_client_its_number_of_values_and_drops_none(
-    clients, values, classes
-):
+def test_pathological_gives_each_client_its_number_of_values_and_drops_none(clients, values, classes):
     column = [f"v{i % values}" for i in range(values * 40)]
     for seed in range(6):
-        shares = spread(
-            "pathological", {"by": "kind", "classes": classes}, table_of(column), clients, seed
-        )
+        shares = spread("pathological", {"by": "kind", "classes": classes}, table_of(column), clients, seed)
         assert [len({column[i] for i in share}) for share in shares] == [classes] * clients
         assert sum(map(len, shares)) == len(column)
 

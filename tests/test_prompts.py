@@ -59,9 +59,7 @@ def test_every_response_token_is_trained_once_and_no_prompt_token_ever(
         batch = prompts.collate(corpus, rows, tokenizer.pad_token_id)  # pad is EOS here
         for row, ids, targets in zip(batch.rows, batch.ids, batch.targets, strict=True):
             assert int(row) not in seen
-            stretches = itertools.groupby(
-                zip(ids.tolist(), targets.tolist(), strict=True), key=lambda pair: pair[1]
-            )
+            stretches = itertools.groupby(zip(ids.tolist(), targets.tolist(), strict=True), key=lambda pair: pair[1])
             seen[int(row)] = [tokenizer.decode([i for i, _ in g]) for on, g in stretches if on]
     end = dict(CHATS.values()).get(source or "", "</s>")
     lead = " " if source == MISTRAL else ""
@@ -76,9 +74,7 @@ def _rng() -> Any:
 
 
 @pytest.mark.parametrize(("name", "source"), every_template())
-def test_generation_prompt_is_a_strict_prefix_of_what_is_trained(
-    name: str, source: str | None
-) -> None:
+def test_generation_prompt_is_a_strict_prefix_of_what_is_trained(name: str, source: str | None) -> None:
     tokenizer = make_tokenizer(source, bos=True)
     template, config = build(name, tokenizer, system="Be brief.")
     for example in (TALK, talk("q", "  spaced  "), talk("\n", "\n\nx", system="s")):

@@ -52,16 +52,12 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.words).split())
 
 
-def page(
-    metrics: dict[str, Any], events: list[dict[str, Any]] | None = None, config: str = ""
-) -> str:
+def page(metrics: dict[str, Any], events: list[dict[str, Any]] | None = None, config: str = "") -> str:
     return render(parse_metrics(metrics), events or [], config)
 
 
 def table(**losses: float) -> dict[str, Any]:
-    rows = [
-        {"method": m, "loss": v, "ci95": {"loss": [v - 0.05, v + 0.05]}} for m, v in losses.items()
-    ]
+    rows = [{"method": m, "loss": v, "ci95": {"loss": [v - 0.05, v + 0.05]}} for m, v in losses.items()]
     return {"schema": 1, "table": rows}
 
 
@@ -141,9 +137,7 @@ def test_the_page_asks_nothing_of_a_network_and_runs_nothing(tmp_path: Path) -> 
     assert "https:" not in text
     assert not re.search(r"url\((?!#)", text)
     assert "@import" not in text
-    (policy,) = [
-        a["content"] for t, a in parsed.tags if a.get("http-equiv") == "Content-Security-Policy"
-    ]
+    (policy,) = [a["content"] for t, a in parsed.tags if a.get("http-equiv") == "Content-Security-Policy"]
     assert policy is not None
     assert policy.split("; ")[0] == "default-src 'none'"
     assert "script-src" not in policy
@@ -155,9 +149,7 @@ HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'{{ 7*7 }}"
 def test_text_from_models_and_clients_is_shown_and_never_obeyed() -> None:
     metrics = fake_metrics()
     metrics["run"] = metrics["task"] = HOSTILE
-    metrics["samples"] = [
-        dict.fromkeys(("prompt", "reference", "skill", "base", "federated"), HOSTILE)
-    ]
+    metrics["samples"] = [dict.fromkeys(("prompt", "reference", "skill", "base", "federated"), HOSTILE)]
     metrics["skills"][HOSTILE] = {"federated": 0.5}
     metrics["clients"][0]["client"] = HOSTILE
     metrics["clients"][0]["mix"] = {HOSTILE: 3}
@@ -172,9 +164,7 @@ def test_text_from_models_and_clients_is_shown_and_never_obeyed() -> None:
 
 def test_right_and_wrong_are_marked_by_exact_match_alone() -> None:
     metrics = table(base=2.0, federated=1.0)
-    metrics["samples"] = [
-        {"prompt": "p", "reference": "a, b", "base": "a,b", "federated": " a,  b\n"}
-    ]
+    metrics["samples"] = [{"prompt": "p", "reference": "a, b", "base": "a,b", "federated": " a,  b\n"}]
     assert "right" not in re.findall(r'class="mark (\w+)"', page(metrics))
     for row in metrics["table"]:
         row["accuracy"] = 0.5
@@ -256,9 +246,7 @@ def test_a_bad_run_folder_is_one_clear_line(tmp_path: Path) -> None:
     (folder / "metrics.json").unlink()
     with pytest.raises(UserError, match="--resume"):
         write_report(folder)
-    (folder / "metrics.json").write_text(
-        json.dumps({"schema": 1, "table": [{"method": "base", "loss": "x"}]})
-    )
+    (folder / "metrics.json").write_text(json.dumps({"schema": 1, "table": [{"method": "base", "loss": "x"}]}))
     with pytest.raises(UserError, match=r"table\.0\.loss"):
         write_report(folder)
     assert not (folder / "report.html").exists()

@@ -40,9 +40,7 @@ def test_events_are_json_lines_in_order_and_observers_see_the_same(tmp_path: Pat
     assert abs(seen[0]["time"] - time.time()) < 60
 
 
-def test_a_failing_observer_is_left_out_and_the_run_goes_on(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_failing_observer_is_left_out_and_the_run_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     calls, seen = [], []
 
     def broken(event: dict[str, Any]) -> None:
@@ -59,9 +57,7 @@ def test_a_failing_observer_is_left_out_and_the_run_goes_on(
 
 
 @given(cut=st.integers(0, 200))
-def test_a_log_torn_anywhere_opens_whole_and_goes_on(
-    tmp_path_factory: pytest.TempPathFactory, cut: int
-) -> None:
+def test_a_log_torn_anywhere_opens_whole_and_goes_on(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
     folder = tmp_path_factory.mktemp("run")
     lines = [json.dumps({"event": "round", "round": i, "note": "é\n"}) + "\n" for i in range(4)]
     body = "".join(lines).encode()[:cut]
@@ -259,16 +255,12 @@ class FakeTracker:
         self.finished = True
 
 
-def test_trackers_get_numbers_by_round_and_no_paths(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_trackers_get_numbers_by_round_and_no_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "tensorboard", FakeTracker)
     source = str(tmp_path / "rows.jsonl")
-    config = parse(
-        {"data": {"source": source}, "log": {"trackers": ["tensorboard"], "project": "p"}}
-    )
+    config = parse({"data": {"source": source}, "log": {"trackers": ["tensorboard"], "project": "p"}})
     log = RunLog(tmp_path / "run", [tracker(config, tmp_path / "run")])
     log.event("start", seed=0)
     log.event("round", round=2, train_loss=1.5, clients=8, seconds=float("nan"))
@@ -304,18 +296,12 @@ def test_tensorboard_writes_real_event_files(tmp_path: Path) -> None:
     observe = tracker(config, tmp_path)
     observe({"event": "round", "round": 3, "time": 0.0, "train_loss": 0.5})
     observe({"event": "finish", "time": 1.0})
-    (folder,) = {
-        path.parent
-        for path in tmp_path.rglob("events.out.tfevents.*")
-        if path.parent.name == "apiary"
-    }
+    (folder,) = {path.parent for path in tmp_path.rglob("events.out.tfevents.*") if path.parent.name == "apiary"}
     scalars = EventAccumulator(str(folder)).Reload().Scalars("round/train_loss")
     assert [(s.step, s.value) for s in scalars] == [(3, 0.5)]
 
 
-def test_a_tracker_without_its_package_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tracker_without_its_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     with pytest.raises(UserError, match=r"log.trackers = 'wandb'.*pip install wandb"):
         tracker(parse({"log": {"trackers": ["wandb"]}}), tmp_path)

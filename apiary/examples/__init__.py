@@ -154,9 +154,7 @@ def _keep(source: Source, wanted: Sequence[bool], reason: str) -> Source:
     )
 
 
-def _take_out(
-    reports: Sequence[FileReport], places: Iterable[Place], reason: str
-) -> tuple[FileReport, ...]:
+def _take_out(reports: Sequence[FileReport], places: Iterable[Place], reason: str) -> tuple[FileReport, ...]:
     lost: dict[int, list[int]] = {}
     for place in places:
         lost.setdefault(place.file, []).append(place.row)
@@ -171,9 +169,7 @@ def _take_out(
     )
 
 
-def _check_file(
-    file: RawFile, given: Columns | None
-) -> tuple[list[tuple[int, Example]], FileReport]:
+def _check_file(file: RawFile, given: Columns | None) -> tuple[list[tuple[int, Example]], FileReport]:
     """The usable rows of a file with their numbers, and the report on all of them.
 
     Raises:
@@ -256,9 +252,7 @@ def federate(config: DataConfig, seed: int) -> Federation:
     Raises:
         UserError: unreadable source, impossible partition, or a client left without a row.
     """
-    source = read(
-        config.source, split=config.split, columns=config.columns, max_rows=config.max_rows
-    )
+    source = read(config.source, split=config.split, columns=config.columns, max_rows=config.max_rows)
     apart, reports = source.test, source.reports
     if config.test is not None:
         extra = read(config.test, split="test", columns=config.columns, key="data.test")
@@ -276,9 +270,7 @@ def federate(config: DataConfig, seed: int) -> Federation:
         IN_HELD_OUT,
     )
     if apart is None:
-        apart = tuple(
-            example for held, example in zip(held_out, source.examples, strict=True) if held
-        )
+        apart = tuple(example for held, example in zip(held_out, source.examples, strict=True) if held)
     trained = [not held and not leaks for held, leaks in zip(held_out, leaked, strict=True)]
     return Federation(_clients(source, config, seed, held_out, trained), apart, reports)
 
@@ -286,12 +278,8 @@ def federate(config: DataConfig, seed: int) -> Federation:
 def _clients(
     source: Source, config: DataConfig, seed: int, held_out: Sequence[bool], trained: Sequence[bool]
 ) -> tuple[ClientData, ...]:
-    spread: Callable[..., Sequence[Iterable[int]]] = PARTITIONS.build(
-        config.partition.name, config.partition.options
-    )
-    shares = [
-        [int(i) for i in share] for share in spread(_table(source, config), config.clients, seed)
-    ]
+    spread: Callable[..., Sequence[Iterable[int]]] = PARTITIONS.build(config.partition.name, config.partition.options)
+    shares = [[int(i) for i in share] for share in spread(_table(source, config), config.clients, seed)]
     width = max(2, len(str(len(shares) - 1)))
     clients = []
     for number, share in enumerate(shares):
@@ -317,8 +305,6 @@ def _table(source: Source, config: DataConfig) -> Table:
     columns: dict[str, list[str | None]] = {
         name: [example.tags.get(name) for example in source.examples] for name in names
     }
-    if label := config.columns.get(
-        "output"
-    ):  # a class label is both the answer and a column to partition by
+    if label := config.columns.get("output"):  # a class label is both the answer and a column to partition by
         columns[label] = [answer(example) for example in source.examples]
     return Table(source.origins, columns)

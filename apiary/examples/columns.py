@@ -78,15 +78,12 @@ def given_columns(columns: Mapping[str, str]) -> Columns | None:
     is_mixed = bool(given.messages and any((given.instruction, given.input, given.output)))
     if is_mixed or not (given.messages or is_pair):
         raise UserError(
-            f"data.columns = {dict(columns)!r}: give either messages, "
-            "or instruction and output (and perhaps input)"
+            f"data.columns = {dict(columns)!r}: give either messages, or instruction and output (and perhaps input)"
         )
     return given
 
 
-def choose_columns(
-    file: str, rows: Sequence[Mapping[str, object]], given: Columns | None
-) -> Columns:
+def choose_columns(file: str, rows: Sequence[Mapping[str, object]], given: Columns | None) -> Columns:
     """The columns to use for the rows of one file: the user's, or the known ones that fit best.
 
     Raises:
@@ -134,9 +131,7 @@ def turns_of(row: Mapping[str, object], columns: Columns) -> tuple[Turn, ...]:
         return _conversation(_list_field(row, columns.messages))
     prompt, answer = row.get(columns.instruction), row.get(columns.output)
     if _is_chat(prompt) and _is_chat(answer):  # TRL's conversational prompt and completion
-        return _conversation(
-            _list_field(row, columns.instruction) + _list_field(row, columns.output)
-        )
+        return _conversation(_list_field(row, columns.instruction) + _list_field(row, columns.output))
     user = _field(row, columns.instruction, may_be_number=False)
     extra = _optional_field(row, columns.input) if columns.input else ""
     return (
@@ -146,9 +141,7 @@ def turns_of(row: Mapping[str, object], columns: Columns) -> tuple[Turn, ...]:
 
 
 def _is_chat(value: object) -> bool:
-    return (
-        isinstance(value, list) and bool(value) and all(isinstance(item, Mapping) for item in value)
-    )
+    return isinstance(value, list) and bool(value) and all(isinstance(item, Mapping) for item in value)
 
 
 def _conversation(messages: Sequence[object]) -> tuple[Turn, ...]:

@@ -131,9 +131,7 @@ def pathological(by: str, classes: _Count = 2) -> Partition:
         _enough(table, clients)
         _check_classes(clients, classes, by, values)
         # With enough clients each value has its own first holder, so none can be left over.
-        mode: Literal["first-deterministic", "random"] = (
-            "first-deterministic" if clients >= len(values) else "random"
-        )
+        mode: Literal["first-deterministic", "random"] = "first-deterministic" if clients >= len(values) else "random"
         for draw in range(_DRAWS):
             partitioner = PathologicalPartitioner(
                 clients,
@@ -201,15 +199,11 @@ def _run(partitioner: Partitioner, order: Indices, codes: Indices | None = None)
     partitioner.dataset = Dataset.from_dict(columns)
     with warnings.catch_warnings():  # about redraws and small shares, which are told as errors here
         warnings.simplefilter("ignore")
-        shares = [
-            partitioner.load_partition(i)["row"][:] for i in range(partitioner.num_partitions)
-        ]
+        shares = [partitioner.load_partition(i)["row"][:] for i in range(partitioner.num_partitions)]
     return [np.sort(np.asarray(share, dtype=np.int64)) for share in shares]
 
 
-def _try(
-    partitioner: Partitioner, order: Indices, codes: Indices | None = None
-) -> list[Indices] | None:
+def _try(partitioner: Partitioner, order: Indices, codes: Indices | None = None) -> list[Indices] | None:
     """`_run`, or None where the partitioner finds no way (it says so by a ValueError)."""
     try:
         return _run(partitioner, order, codes)
@@ -222,9 +216,7 @@ def _grouped(groups: Indices) -> list[Indices]:
     # NaturalIdPartitioner does the same but draws a progress bar on stderr.
     from flwr_datasets.partitioner import GroupedNaturalIdPartitioner
 
-    return _run(
-        GroupedNaturalIdPartitioner("code", 1, sort_unique_ids=True), np.arange(len(groups)), groups
-    )
+    return _run(GroupedNaturalIdPartitioner("code", 1, sort_unique_ids=True), np.arange(len(groups)), groups)
 
 
 def _order(table: Table, seed: int) -> Indices:
@@ -238,12 +230,9 @@ def _codes(table: Table, by: str) -> tuple[Indices, list[str]]:
     if by not in table.columns:
         known = sorted(table.columns)
         close = difflib.get_close_matches(by, known, n=1)
-        hint = (
-            f"did you mean {close[0]!r}?" if close else 'or take the partition "iid" or "natural"'
-        )
+        hint = f"did you mean {close[0]!r}?" if close else 'or take the partition "iid" or "natural"'
         raise UserError(
-            f"data.partition.by = {by!r}: the data has no such column; it has "
-            f"{', '.join(known) or 'none'}; {hint}"
+            f"data.partition.by = {by!r}: the data has no such column; it has {', '.join(known) or 'none'}; {hint}"
         )
     column = table.columns[by]
     present = [value for value in column if value is not None]
@@ -269,9 +258,7 @@ def _enough(table: Table, clients: int) -> None:
 
 def _check_classes(clients: int, classes: int, by: str, values: Sequence[str]) -> None:
     if classes > len(values):
-        raise UserError(
-            f"data.partition.classes = {classes}: column {by!r} has only {len(values)} values"
-        )
+        raise UserError(f"data.partition.classes = {classes}: column {by!r} has only {len(values)} values")
     if clients * classes < len(values):
         raise UserError(
             f"data.partition.classes = {classes}: {clients} clients cannot hold all "

@@ -57,15 +57,11 @@ def load(source: str, split: str = "train", key: str = "data.source") -> list[Ra
     if path.exists():
         reader = _READERS.get(path.suffix.lower())
         if reader is None:
-            raise UserError(
-                f"{key} = {source!r}: the extension must be one of {_allowed()}, or give a folder"
-            )
+            raise UserError(f"{key} = {source!r}: the extension must be one of {_allowed()}, or give a folder")
         return [RawFile(path.name, path.stem, list(_guarded(path, reader)))]
     in_hub_form = _HUB_ID.fullmatch(source) and path.suffix.lower() not in _READERS
     if not in_hub_form or ("/" not in source and "." in source):
-        raise UserError(
-            f"{key} = {source!r} does not exist; relative paths start from the current folder"
-        )
+        raise UserError(f"{key} = {source!r} does not exist; relative paths start from the current folder")
     return [_hub(source, split, key)]
 
 
@@ -88,8 +84,7 @@ def _folder(folder: Path, source: str, key: str) -> list[RawFile]:
     members = list(_members(folder))
     if not any(not held_out for _, _, held_out in members):
         raise UserError(
-            f"{key} = {source!r}: no training file in this folder; put one {_allowed()} file "
-            "per client in it"
+            f"{key} = {source!r}: no training file in this folder; put one {_allowed()} file per client in it"
         )
     seen: dict[str, str] = {}
     for path, origin, held_out in members:
@@ -129,9 +124,7 @@ def _members(folder: Path) -> Iterator[tuple[Path, str, bool]]:
 
 def _split_files(folder: Path) -> list[Path]:
     return sorted(
-        path
-        for path in folder.iterdir()
-        if path.stem.lower() in ("train", "test") and path.suffix.lower() in _READERS
+        path for path in folder.iterdir() if path.stem.lower() in ("train", "test") and path.suffix.lower() in _READERS
     )
 
 
@@ -150,9 +143,7 @@ def _guarded(path: Path, reader: Callable[[Path], Rows]) -> Iterator[tuple[int, 
     except OSError as error:
         raise UserError(f"{path.name}: cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path.name}: not UTF-8 text at byte {error.start}; save it as UTF-8"
-        ) from None
+        raise UserError(f"{path.name}: not UTF-8 text at byte {error.start}; save it as UTF-8") from None
 
 
 def _json_lines(path: Path) -> Rows:
@@ -177,13 +168,9 @@ def _json(path: Path) -> Rows:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and isinstance(
-            _parse_line(text.split("\n", 1)[0].encode()), dict
-        ):
+        if error.msg == "Extra data" and isinstance(_parse_line(text.split("\n", 1)[0].encode()), dict):
             return _json_lines(path)  # JSON Lines under the name .json, as many data sets have it
-        raise UserError(
-            f"{path.name}: not valid JSON in line {error.lineno}: {error.msg}"
-        ) from None
+        raise UserError(f"{path.name}: not valid JSON in line {error.lineno}: {error.msg}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path.name}: not valid JSON: {error}") from None
     if isinstance(value, dict) and isinstance(value.get("Instances"), list):
@@ -200,8 +187,7 @@ def _only_list(value: object, name: str) -> list[object]:
         return list(value[keys[0]])
     found = f"lists under {', '.join(keys)}" if keys else "none"
     raise UserError(
-        f"{name}: expected a list of rows, or an object with one list under "
-        f"{', '.join(_LIST_KEYS)}; found {found}"
+        f"{name}: expected a list of rows, or an object with one list under {', '.join(_LIST_KEYS)}; found {found}"
     )
 
 
@@ -227,9 +213,7 @@ def _csv(path: Path) -> Rows:
     text = path.read_bytes().decode("utf-8-sig")
     header = text.split("\n", 1)[0]
     delimiter = max(",;\t", key=header.count)  # ties go to the comma
-    limit = csv.field_size_limit(
-        max(len(text), 1)
-    )  # long answers pass the module's default of 128 KiB
+    limit = csv.field_size_limit(max(len(text), 1))  # long answers pass the module's default of 128 KiB
     try:
         yield from _csv_rows(
             csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True),

@@ -43,9 +43,7 @@ def write_report(folder: Path) -> Path:
 
 def render(metrics: Metrics, events: Sequence[Event] = (), config: str = "") -> str:
     """The page as one HTML text; the same input gives the same bytes."""
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     for name in (
         "loss_text",
         "share_text",
@@ -65,9 +63,7 @@ def table_text(metrics: Mapping[str, Any]) -> Table:
         UserError: the rows have another shape than `metrics.json`.
     """
     parsed = parse_metrics(metrics)
-    table = Table(
-        title=_title(parsed), title_justify="left", caption=_caption(parsed), caption_justify="left"
-    )
+    table = Table(title=_title(parsed), title_justify="left", caption=_caption(parsed), caption_justify="left")
     table.add_column("method")
     for name in _columns(parsed):
         table.add_column(name, justify="right", no_wrap=True)
@@ -82,10 +78,7 @@ def table_plain(metrics: Mapping[str, Any]) -> str:
     parsed = parse_metrics(metrics)
     grid = [("method", *_columns(parsed)), *(_cells(row, parsed) for row in parsed.table)]
     widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
-    lines = [
-        "  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]).rstrip()
-        for cells in grid
-    ]
+    lines = ["  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]).rstrip() for cells in grid]
     return "\n".join([*lines, *filter(None, [_caption(parsed)])]) + "\n"
 
 

@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from apiary.report import plots, units
+from apiary import units
+from apiary.report import plots
 from apiary.report.data import (
     MEANING,
     METHODS,
@@ -48,9 +49,7 @@ def page_content(metrics: Metrics, events: Sequence[Event], config: str) -> dict
         "own": own,
         "everyone": everyone,
         "clients": _client_bars(metrics.clients, own),
-        "gain_chart": plots.gain_chart(own)
-        if own and len(own.gains) > _NAMED_CLIENTS
-        else None,
+        "gain_chart": plots.gain_chart(own) if own and len(own.gains) > _NAMED_CLIENTS else None,
         "skills": _skills(metrics),
         "mix": _mix(metrics.clients),
         "samples": _samples(metrics),
@@ -93,9 +92,7 @@ def _second(metrics: Metrics) -> str:
         return "Every client kept its data; only changes to a small adapter of the model travelled."
     share = (_value(alone) - _value(joint)) / (_value(alone) - _value(pooled))
     if share <= 0:
-        return (
-            "Federated training does not come closer to pooled training than training alone does."
-        )
+        return "Federated training does not come closer to pooled training than training alone does."
     if share >= 1:
         return "Federated training is as good as copying all data to one place, and no data moved."
     return (
@@ -127,9 +124,7 @@ def _probability(metrics: Metrics) -> float | None:
 
 def _sent(metrics: Metrics) -> tuple[int, int]:
     """Bytes up and down over all rounds."""
-    return sum(r.bytes_up or 0 for r in metrics.rounds), sum(
-        r.bytes_down or 0 for r in metrics.rounds
-    )
+    return sum(r.bytes_up or 0 for r in metrics.rounds), sum(r.bytes_down or 0 for r in metrics.rounds)
 
 
 def _tiles(metrics: Metrics, own: Gain | None, everyone: Gain | None) -> list[tuple[str, str, str]]:
@@ -138,27 +133,17 @@ def _tiles(metrics: Metrics, own: Gain | None, everyone: Gain | None) -> list[tu
     joint, alone = metrics.row("federated"), metrics.row("local") or metrics.row("base")
     versus = "training alone" if metrics.row("local") else "the untuned model"
     if joint is not None:
-        remark = (
-            f"{_nats(alone)} by {versus}; lower is better"
-            if alone
-            else "nats per token; lower is better"
-        )
+        remark = f"{_nats(alone)} by {versus}; lower is better" if alone else "nats per token; lower is better"
         tiles.append(("Held-out loss", _nats(joint), remark))
         if joint.accuracy is not None:
-            before = (
-                units.share_text(alone.accuracy, 0)
-                if alone and alone.accuracy is not None
-                else None
-            )
+            before = units.share_text(alone.accuracy, 0) if alone and alone.accuracy is not None else None
             remark = f"{before} by {versus}" if before else "word for word"
             tiles.append(("Answers exactly right", units.share_text(joint.accuracy, 0), remark))
     if gain := everyone or own:
         where = "on the tasks of all" if everyone else "on their own tasks"
         if everyone and own:
             where += f"; {own.improved} of {len(own.gains)} on their own tasks"
-        tiles.append(
-            ("Clients that gain by joining", f"{gain.improved} of {len(gain.gains)}", where)
-        )
+        tiles.append(("Clients that gain by joining", f"{gain.improved} of {len(gain.gains)}", where))
     if sum(_sent(metrics)):
         rounds = sum(r.round > 0 for r in metrics.rounds)
         tiles.append(
@@ -178,9 +163,7 @@ def plural(count: int, noun: str) -> str:
 
 def _row(row: Row, table: Sequence[Row]) -> dict[str, Any]:
     """A row of the table with its interval's place on a common axis from zero, in percent."""
-    ends = [_value(r) for r in table if r.loss is not None] + [
-        r.ci95.loss[1] for r in table if r.ci95.loss
-    ]
+    ends = [_value(r) for r in table if r.loss is not None] + [r.ci95.loss[1] for r in table if r.ci95.loss]
     top = max(ends, default=1.0) * 1.04 or 1.0
     low, high = row.ci95.loss or (row.loss, row.loss)
     place = [None if v is None else round(100 * v / top, 2) for v in (low, row.loss, high)]
@@ -211,9 +194,7 @@ def _skills(metrics: Metrics) -> dict[str, Any] | None:
     methods = [m for m in METHODS if any(row.get(m) is not None for row in metrics.skills.values())]
     if not methods:
         return None
-    order = sorted(
-        metrics.skills.items(), key=lambda item: (-(item[1].get("federated") or 0.0), item[0])
-    )
+    order = sorted(metrics.skills.items(), key=lambda item: (-(item[1].get("federated") or 0.0), item[0]))
     rows = [(name, [values.get(m) for m in methods]) for name, values in order if name]
     return {"methods": methods, "rows": rows} if rows else None
 

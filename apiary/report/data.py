@@ -124,11 +124,7 @@ class Gain(_Part):
 def gain_on_own(metrics: Metrics) -> Gain | None:
     """The gain of each client on its own held-out examples; None where it was not measured."""
     pairs = ((c.client, c.own.get("local"), c.own.get("federated")) for c in metrics.clients)
-    gains = {
-        name: alone - joint
-        for name, alone, joint in pairs
-        if alone is not None and joint is not None
-    }
+    gains = {name: alone - joint for name, alone, joint in pairs if alone is not None and joint is not None}
     return Gain(gains=gains) if gains else None
 
 
@@ -154,6 +150,4 @@ def parse_metrics(values: Mapping[str, Any], name: str = "metrics.json") -> Metr
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         message = first["msg"][0].lower() + first["msg"][1:]
-        raise UserError(
-            f"{name}: {key}: {message}; was the file edited or written by another version?"
-        ) from None
+        raise UserError(f"{name}: {key}: {message}; was the file edited or written by another version?") from None

@@ -67,12 +67,8 @@ def loss_chart(metrics: Metrics) -> Markup | None:
     points = [r for r in metrics.rounds if r.loss is not None]
     if not points:
         return None
-    label = (
-        f"Held-out loss by round, from {loss_text(points[0].loss)} to {loss_text(points[-1].loss)}"
-    )
-    return _chart(
-        lambda figure, narrow: _draw_loss(figure, narrow, metrics, points), 360, 320, label
-    )
+    label = f"Held-out loss by round, from {loss_text(points[0].loss)} to {loss_text(points[-1].loss)}"
+    return _chart(lambda figure, narrow: _draw_loss(figure, narrow, metrics, points), 360, 320, label)
 
 
 def _draw_loss(figure: Figure, narrow: bool, metrics: Metrics, points: Sequence[Round]) -> None:
@@ -83,9 +79,7 @@ def _draw_loss(figure: Figure, narrow: bool, metrics: Metrics, points: Sequence[
     x, y = [r.round for r in points], [r.loss or 0.0 for r in points]
     _band(axes, points)
     marks = "o" if len(points) <= (12 if narrow else 40) else ""
-    axes.plot(
-        x, y, color=_STAND_IN["federated"], lw=2.4, marker=marks, ms=5, zorder=5, clip_on=False
-    )
+    axes.plot(x, y, color=_STAND_IN["federated"], lw=2.4, marker=marks, ms=5, zorder=5, clip_on=False)
     ends: list[tuple[MethodName, float]] = [("federated", y[-1])]
     for method in METHODS:
         row = metrics.row(method)
@@ -202,9 +196,7 @@ def _ticks(x: Sequence[int], most: int) -> list[int]:
     return list(x[step - 1 :: step])
 
 
-def _bars(
-    axes: Axes, x: Sequence[float], heights: Sequence[float], color: str, width: float
-) -> None:
+def _bars(axes: Axes, x: Sequence[float], heights: Sequence[float], color: str, width: float) -> None:
     axes.bar(x, heights, width=width, color=_STAND_IN[color], lw=0)
 
 
@@ -220,9 +212,7 @@ def _title(axes: Axes, parts: Sequence[tuple[str, str]]) -> None:
             textcoords="offset points",
             color=_STAND_IN[color],
         )
-        axes.annotate(
-            text, (at, 1), xycoords="axes fraction", xytext=(15, 12), textcoords="offset points"
-        )
+        axes.annotate(text, (at, 1), xycoords="axes fraction", xytext=(15, 12), textcoords="offset points")
         at += 0.42
 
 
@@ -254,9 +244,7 @@ def _chart(draw: Draw, wide_height: int, narrow_height: int, label: str) -> Mark
 
 def _svg(draw: Draw, size: tuple[int, int], narrow: bool, label: str) -> str:
     """One drawing; `size` in CSS pixels. The same numbers give the same text, byte for byte."""
-    salt = hashlib.sha256(f"{label} {size}".encode()).hexdigest()[
-        :8
-    ]  # unique ids: one page holds several drawings
+    salt = hashlib.sha256(f"{label} {size}".encode()).hexdigest()[:8]  # unique ids: one page holds several drawings
     out = io.StringIO()
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": salt}):
         figure = Figure(figsize=(size[0] / 72, size[1] / 72), dpi=72)
