@@ -110,16 +110,14 @@ def _gradients(up: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: flo
     return query_grad.mul_(scale).view(query.shape), key_grad.mul_(scale).view(key.shape), value_grad.view(value.shape)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=32)
 def _mask(start: int, stop: int, shared: int, dtype: torch.dtype) -> Tensor:
     """What is added to the scores of queries start..stop on keys 0..stop, for each of the stacked heads."""
     mask = torch.full((stop - start, stop), float("-inf"), dtype=dtype).triu_(start + 1)
     return mask.repeat(shared, 1).unsqueeze(0)
 
 
-def rotary_forward(
-    own: Callable[..., Any], project: Callable[[list[Any], Tensor], list[Tensor]]
-) -> Callable[..., Any]:
+def rotary_forward(own: Callable[..., Any], project: Callable[[list[Any], Tensor], list[Tensor]]) -> Callable[..., Any]:
     """A forward for attention modules of Llama's kind that turns, attends and turns back in one function.
 
     Args:

@@ -307,6 +307,13 @@ def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
                 table[key] = str(beside.resolve())
 
 
+def _absolute(key: str, value: object) -> object:
+    """The value; where it names a file or folder that exists, its whole path, for a run may be opened from anywhere."""
+    if tuple(key.split(".")) in _PATH_KEYS and isinstance(value, str) and value and Path(value).exists():
+        return str(Path(value).resolve())
+    return value
+
+
 def _override(values: dict[str, Any], text: str) -> None:
     key, equals, raw = text.partition("=")
     if not equals or not key.strip():
@@ -326,7 +333,7 @@ def _override(values: dict[str, Any], text: str) -> None:
         if not isinstance(below, dict):
             raise UserError(f"-s {text!r}: {name!r} is not a table")
         table = below
-    table[last] = value
+    table[last] = _absolute(key.strip(), value)
     if key.strip() in ("train.steps", "train.epochs"):  # the newer of the two wins over the file's
         table.pop("epochs" if last == "steps" else "steps", None)
 

@@ -18,7 +18,6 @@ from apiary.prompts import Template
 from apiary.tensors import StateDict, derive_seed
 
 Floats = NDArray[np.float64]
-CENTRAL = "central"  # the baseline trained on all data pooled
 
 
 class HeldOut(NamedTuple):
@@ -95,7 +94,8 @@ def compare(
     held_out: HeldOut,
     config: RunConfig,
     adapter: StateDict,
-    trained: Mapping[str, StateDict],
+    alone: Mapping[str, StateDict],
+    central: StateDict | None,
 ) -> Comparison:
     """Every method on the same held-out examples.
 
@@ -104,22 +104,23 @@ def compare(
         held_out: the examples.
         config: says whether answers are generated, and whether the untuned base has a row.
         adapter: the federated one.
-        trained: the baselines, by client name and `CENTRAL`; methods without one have no row.
+        alone: each client's own, trained alone; without any, there is no row for it.
+        central: the one trained on all data; likewise.
     """
 
     def score(state: StateDict) -> Measured:
         return measure(lm, state, held_out, config)
 
-    alone = {name: score(state) for name, state in trained.items() if name != CENTRAL}
+    scores = {name: score(state) for name, state in alone.items()}
     rows: dict[str, Measured] = {}
     if "base" in config.evaluate.baselines:
         rows["base"] = score(fresh_adapter(lm, config.seed))
-    if alone:
-        rows["local"] = mean(list(alone.values()))
+    if scores:
+        rows["local"] = mean(list(scores.values()))
     rows["federated"] = score(adapter)
-    if CENTRAL in trained:
-        rows["central"] = score(trained[CENTRAL])
-    return Comparison(rows, alone)
+    if central is not None:
+        rows["central"] = score(central)
+    return Comparison(rows, scores)
 
 
 def exact_match(given: str, reference: str) -> bool:

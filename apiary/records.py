@@ -5,6 +5,8 @@ Both halves of each message stand side by side. Only float32 adapter tensors and
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -69,14 +71,12 @@ def read_train_reply(content: RecordDict) -> tuple[Update, FitReport]:
     Raises:
         WireError: a part is missing or of the wrong type.
     """
-    counts = dict(_part(content, _COUNTS, MetricRecord))
-    who = str(_part(content, _WHO, ConfigRecord)[_WHO])
-    delta = from_arrays(_part(content, _ADAPTER, ArrayRecord))
-    try:
-        update = Update(who, delta, float(counts.pop("weight")), int(counts.pop("rank")))  # type: ignore[arg-type]
-        return update, FitReport(**counts)  # type: ignore[arg-type]
-    except (KeyError, TypeError, ValueError):
-        raise WireError("its counts are incomplete") from None
+    with _reading("update"):
+        counts = _numbers(content)
+        delta = from_arrays(_part(content, _ADAPTER, ArrayRecord))
+        update = Update(_name(content), delta, counts.pop("weight"), int(counts.pop("rank")))
+        tokens, examples, steps = (int(counts[key]) for key in ("tokens", "examples", "steps"))
+        return update, FitReport(tokens, examples, steps, counts["loss"], counts["seconds"])
 
 
 def hello_reply(hello: Hello) -> RecordDict:
@@ -92,13 +92,9 @@ def hello_reply(hello: Hello) -> RecordDict:
 
 def read_hello_reply(content: RecordDict) -> Hello:
     """The handshake that `hello_reply` wrote."""
-    who = str(_part(content, _WHO, ConfigRecord)[_WHO])
-    try:
+    with _reading("handshake"):
         fingerprint = Fingerprint(**{k: str(v) for k, v in _part(content, _PRINT, ConfigRecord).items()})
-        counts = {k: int(v) for k, v in _part(content, _COUNTS, MetricRecord).items()}  # type: ignore[arg-type]
-        return Hello(who, fingerprint, **counts)
-    except TypeError:
-        raise WireError("its handshake is incomplete; does it run another version of Apiary?") from None
+        return Hello(_name(content), fingerprint, **{k: int(v) for k, v in _numbers(content).items()})
 
 
 def score_reply(client: str, score: Score) -> RecordDict:
@@ -108,12 +104,28 @@ def score_reply(client: str, score: Score) -> RecordDict:
 
 def read_score_reply(content: RecordDict) -> tuple[str, Score]:
     """The client and sums that `score_reply` wrote."""
-    counts = _part(content, _COUNTS, MetricRecord)
+    with _reading("score"):
+        counts = _numbers(content)
+        return _name(content), Score(counts["nats"], int(counts["tokens"]), int(counts["examples"]))
+
+
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Whatever a stranger's message can make go wrong while it is read becomes one `WireError`."""
     try:
-        score = Score(float(counts["nats"]), int(counts["tokens"]), int(counts["examples"]))  # type: ignore[arg-type]
-    except KeyError:
-        raise WireError("its score is incomplete") from None
-    return str(_part(content, _WHO, ConfigRecord)[_WHO]), score
+        yield
+    except WireError:
+        raise
+    except Exception as error:
+        raise WireError(f"its {what} cannot be read ({type(error).__name__}); is it another version?") from None
+
+
+def _numbers(content: RecordDict) -> dict[str, float]:
+    return {key: float(value) for key, value in _part(content, _COUNTS, MetricRecord).items()}  # type: ignore[arg-type]
+
+
+def _name(content: RecordDict) -> str:
+    return str(_part(content, _WHO, ConfigRecord)[_WHO])
 
 
 def _part(content: RecordDict, key: str, kind: type[_T]) -> _T:

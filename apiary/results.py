@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from apiary import config as configs
 from apiary import evaluate, examples, models, prompts, runlog
-from apiary.config import RunConfig, UserError
+from apiary.config import DataConfig, RunConfig, UserError
 from apiary.evaluate import Measured
 from apiary.examples import Example, Turn
 from apiary.models import LanguageModel
@@ -32,6 +32,18 @@ class Tuned(NamedTuple):
     template: Template
     adapter: StateDict
     run: Path | None  # the run directory, if it is one
+
+
+class Kept(NamedTuple):
+    """Where a run directory keeps its baselines."""
+
+    alone: Path  # a PEFT folder for each client
+    central: Path  # a PEFT folder
+
+
+def kept_in(run: Path) -> Kept:
+    """The places in a run directory."""
+    return Kept(run / "baselines" / "local", run / "baselines" / "central")
 
 
 def open_tuned(path: Path, overrides: Sequence[str] = ()) -> Tuned:
@@ -103,8 +115,14 @@ def score(tuned: Tuned, source: str) -> dict[str, Measured]:
     held_out = evaluate.prepare(data.test or data.examples, template, lm, config)
     if not held_out.examples:
         raise UserError(f"{source!r}: no example fits prompt.max_tokens = {config.prompt.max_tokens}; raise it with -s")
-    kept = {f.parent.name: load_file(f) for f in sorted((run / "baselines").glob(f"*/{_WEIGHTS}"))} if run else {}
-    return evaluate.compare(lm, held_out, config, adapter, kept).rows
+    alone: dict[str, StateDict] = {}
+    central = None
+    if run:
+        places = kept_in(run)
+        # A name with a dot in front is what a kill left of a folder under way.
+        alone = {f.parent.name: load_file(f) for f in sorted(places.alone.glob(f"[!.]*/{_WEIGHTS}"))}
+        central = load_file(places.central / _WEIGHTS) if (places.central / _WEIGHTS).exists() else None
+    return evaluate.compare(lm, held_out, config, adapter, alone, central).rows
 
 
 def reply(tuned: Tuned, history: Sequence[Turn], max_new_tokens: int) -> str:
@@ -123,8 +141,8 @@ def export(path: Path, to: Path, *, merge: bool) -> Path:
     Raises:
         UserError: `to` is not empty, or the run has no adapter.
     """
-    if to.exists() and any(to.iterdir()):
-        raise UserError(f"{str(to)!r} is not empty; choose another --to")
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise UserError(f"{str(to)!r} is a file or not empty; choose another --to")
     # Merging in 16 bits would round a light update away.
     tuned = open_tuned(path, ["model.dtype=float32"] if merge else [])
     metrics = runlog.read_metrics(tuned.run) if tuned.run and (tuned.run / "metrics.json").exists() else None
@@ -134,7 +152,7 @@ def export(path: Path, to: Path, *, merge: bool) -> Path:
     try:
         _write_export(tuned, draft, merge)
         runlog.write_atomic(draft / "README.md", card(tuned.config, metrics, merged=merge))
-        runlog.write_atomic(draft / _SETTINGS, tuned.config.to_toml())
+        runlog.write_atomic(draft / _SETTINGS, _handed_on(tuned.config).to_toml())
         if to.exists():
             to.rmdir()
         draft.rename(to)
@@ -142,6 +160,17 @@ def export(path: Path, to: Path, *, merge: bool) -> Path:
         shutil.rmtree(draft, ignore_errors=True)
         raise
     return to
+
+
+def _handed_on(config: RunConfig) -> RunConfig:
+    """The settings without what is nobody else's business: where the data lay, and folders of this machine."""
+    model = config.model.model_copy(update={"name": _public(config.model.name)})
+    prompt = config.prompt.model_copy(update={"template": _public(config.prompt.template)})
+    return config.model_copy(update={"model": model, "prompt": prompt, "data": DataConfig()})
+
+
+def _public(name: str) -> str:
+    return Path(name).name if Path(name).is_absolute() else name
 
 
 def _write_export(tuned: Tuned, draft: Path, merge: bool) -> None:
@@ -152,6 +181,10 @@ def _write_export(tuned: Tuned, draft: Path, merge: bool) -> None:
         for file in (draft / "adapter").iterdir():
             file.rename(draft / file.name)
         (draft / "adapter").rmdir()
+        written = draft / "adapter_config.json"
+        values = json.loads(written.read_text(encoding="utf-8"))
+        values["base_model_name_or_path"] = _base_path(tuned.config.model.name).removeprefix("THIS_FOLDER/")
+        written.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         if tuned.config.model.name.startswith("builtin:"):
             base.save_pretrained(draft / "base")
             tokenizer.save_pretrained(draft / "base")
@@ -171,16 +204,16 @@ def card(config: RunConfig, metrics: Mapping[str, Any] | None, *, merged: bool =
         ]
     lines = [
         "---",
-        *([] if name.startswith("builtin:") or Path(name).is_absolute() else [f"base_model: {name}"]),
+        *([] if name.startswith("builtin:") or name != _public(name) else [f"base_model: {name}"]),
         "library_name: " + ("transformers" if merged else "peft"),
         "tags: [federated-learning, lora, apiary]",
         "---",
         "# A federated LoRA adapter" + (", merged into its base" if merged else ""),
         "",
-        f"Tuned with Apiary from `{Path(name).name if Path(name).is_absolute() else name}` by federated learning: "
+        f"Tuned with Apiary from `{_public(name)}` by federated learning: "
         f"{config.rounds} rounds, LoRA rank {config.adapter.rank} ({config.adapter.scaling}), "
         f"`{config.strategy.name}`, prompt template `{Path(config.prompt.template).name}`. "
-        "No training example left its client.",
+        "Clients sent changes of the adapter and counts.",
         "",
         "```python",
         *use,
@@ -194,7 +227,7 @@ def card(config: RunConfig, metrics: Mapping[str, Any] | None, *, merged: bool =
 
 
 def _base_path(name: str) -> str:
-    return "THIS_FOLDER/base" if name.startswith("builtin:") else Path(name).name if Path(name).is_absolute() else name
+    return "THIS_FOLDER/base" if name.startswith("builtin:") else _public(name)
 
 
 def _card_table(metrics: Mapping[str, Any] | None) -> list[str]:

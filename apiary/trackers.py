@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from apiary.runlog import Event, Observer
 
 _TRACKED = frozenset({"round", "evaluate"})
+_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX")}  # where it is not the tracker's own name
 
 
 def tracker(config: RunConfig, folder: Path) -> Observer:
@@ -40,6 +42,23 @@ def tracker(config: RunConfig, folder: Path) -> Observer:
     return observe
 
 
+def check(config: RunConfig) -> None:
+    """Check that every tracker's package is here, before any work.
+
+    Raises:
+        UserError: one is not.
+    """
+    for name in config.log.trackers:
+        if all(importlib.util.find_spec(package) is None for package in _PACKAGES.get(name, (name,))):
+            raise _missing(name)
+
+
+def _missing(name: str) -> UserError:
+    return UserError(
+        f"log.trackers = {name!r}: its package is not installed; `pip install {name}`, or leave the tracker out"
+    )
+
+
 def _start(name: str, config: LogConfig, folder: Path) -> Any:
     from accelerate.state import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
@@ -57,9 +76,7 @@ def _start(name: str, config: LogConfig, folder: Path) -> Any:
         started = kind(config.project, **options)
         started.start()
     except ImportError:
-        raise UserError(
-            f"log.trackers = {name!r}: its package is not installed; `pip install {name}`, or leave the tracker out"
-        ) from None
+        raise _missing(name) from None
     return started
 
 

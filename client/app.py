@@ -6,8 +6,8 @@ could quote a row or a path. The whole error stays in the client's own log.
 
 from __future__ import annotations
 
+import errno
 import functools
-import logging
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +21,7 @@ from apiary import config as configs
 from apiary import examples, records
 from client.worker import Site, Worker
 
-logger = logging.getLogger(__name__)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of the organisation's own disk: nothing to go on with
 
 
 @functools.lru_cache(maxsize=1)
@@ -30,28 +30,43 @@ def _worker(config: str) -> Worker:
 
 
 @functools.lru_cache(maxsize=1)
-def _federation(config: str) -> examples.Federation:
+def federation(config: str) -> examples.Federation:
+    """The clients of a simulated run, read once per process; `config` is the run's JSON."""
     run = configs.from_json(config)
     return examples.federate(run.data, run.seed)
 
 
 def _site(context: Context) -> Site:
     """The site of a virtual node: its part of the configured source, its memory under the node's `state-path`."""
-    federation = _federation(str(context.run_config["config"]))
+    clients = federation(str(context.run_config["config"])).clients
     index = int(context.node_config[PARTITION_ID_KEY])
-    if int(context.node_config[NUM_PARTITIONS_KEY]) != len(federation.clients):
-        raise ValueError(f"{context.node_config[NUM_PARTITIONS_KEY]} nodes for {len(federation.clients)} clients")
-    name, train, test = federation.clients[index]
+    if int(context.node_config[NUM_PARTITIONS_KEY]) != len(clients):
+        raise ValueError(f"{context.node_config[NUM_PARTITIONS_KEY]} nodes for {len(clients)} clients")
+    name, train, test = clients[index]
     return Site(name, train, test, Path(str(context.node_config["state-path"])) / name)
 
 
 def _answer(message: Message, context: Context, act: Callable[[Worker, Site], RecordDict]) -> Message:
+    site: Site | None = None
     try:
-        content = act(_worker(str(context.run_config["config"])), _site(context))
+        site = _site(context)
+        content = act(_worker(str(context.run_config["config"])), site)
+    except OSError as error:
+        if error.errno in _FULL:
+            raise
+        return _failed(message, error, site)
     except Exception as error:
-        logger.debug("a client failed", exc_info=True)
-        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, _safe_reason(error)), reply_to=message)
+        return _failed(message, error, site)
     return Message(content, reply_to=message)
+
+
+def _failed(message: Message, error: Exception, site: Site | None) -> Message:
+    """An error reply that says little; all of it goes into `errors.log` in the site's own folder."""
+    if site is not None:
+        site.folder.mkdir(parents=True, exist_ok=True)
+        with (site.folder / "errors.log").open("a", encoding="utf-8") as log:
+            log.write("".join(traceback.format_exception(error)) + "\n")
+    return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, _safe_reason(error)), reply_to=message)
 
 
 def _safe_reason(error: Exception) -> str:
@@ -61,7 +76,7 @@ def _safe_reason(error: Exception) -> str:
         f" in {Path(ours[-1].filename).parent.name}/{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else ""
     )
     kind = "its loss is not a number" if isinstance(error, FloatingPointError) else type(error).__name__
-    return f"{kind}{place}; the client's own log says more"
+    return f"{kind}{place}; its own errors.log says more"
 
 
 _OURS = ("apiary", "client", "builtin", "curation", "continual")

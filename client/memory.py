@@ -30,16 +30,24 @@ def load(folder: Path, before: int) -> Memory:
     return Memory()
 
 
+def forget_from(folder: Path, number: int) -> None:
+    """Remove what a run that crashed left of round `number` and later, before that round is done again."""
+    for later in _rounds(folder):
+        if later >= number:
+            _path(folder, later).unlink(missing_ok=True)
+
+
 def save(folder: Path, memory: Memory, keep: int = 3) -> None:
-    """Write the memory of a round atomically; files of later rounds (from before a crash) and old ones go."""
+    """Write the memory of a round atomically, and remove all but the newest `keep`.
+
+    A straggler that ends after a later round has been saved changes nothing.
+    """
+    if any(number > memory.round for number in _rounds(folder)):
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"round": memory.round, "cursor": list(memory.cursor)})
-    write_atomic(_path(folder, memory.round), text)
-    rounds = sorted(_rounds(folder))
-    stale = [number for number in rounds if number > memory.round]
-    old = [number for number in rounds if number <= memory.round][:-keep]
-    for number in stale + old:
-        _path(folder, number).unlink(missing_ok=True)
+    write_atomic(_path(folder, memory.round), json.dumps({"round": memory.round, "cursor": list(memory.cursor)}))
+    for old in sorted(_rounds(folder))[:-keep]:
+        _path(folder, old).unlink(missing_ok=True)
 
 
 def _path(folder: Path, number: int) -> Path:

@@ -20,9 +20,8 @@ from apiary.probe import ModelProbe
 from client import memory, trainer
 from client.objectives import build_penalties
 
-_CORPORA = (
-    64  # tokenised corpora held at a time: enough for a usual cohort, and bounded for thousands of virtual clients
-)
+_HELD_TOKENS = 50_000_000  # tokenised data held at a time (250 MB), however many virtual clients there are
+_FEWEST = 5  # held-out examples
 
 
 class Site(NamedTuple):
@@ -62,6 +61,8 @@ class Worker:
         """
         config = self.config.train
         corpus = self._corpus(site, "train")
+        _refuse_base_delta(payload)
+        memory.forget_from(site.folder, number)
         past = memory.load(site.folder, before=number)
         steps = trainer.steps_per_round(config, corpus)
         result = trainer.fit(
@@ -82,9 +83,13 @@ class Worker:
         return update, result.report
 
     def evaluate(self, site: Site, payload: Payload) -> Score:
-        """The received adapter's loss on the site's held-out examples, as sums."""
+        """The received adapter's loss on the site's held-out examples, as sums.
+
+        Below `_FEWEST` examples nothing is told: the sum would say too much of each.
+        """
         corpus = self._corpus(site, "test")
-        if not len(corpus):
+        _refuse_base_delta(payload)
+        if len(corpus) < _FEWEST:
             return Score(0.0, 0, 0)
         models.set_adapter(self.lm, payload.adapter)
         nats, tokens = ModelProbe(self.lm).losses(corpus)
@@ -95,7 +100,12 @@ class Worker:
         if key not in self._corpora:
             examples = site.train if part == "train" else site.test
             self._corpora[key] = prompts.encode_all(examples, self.template, self.lm.tokenizer, self.config.prompt)
-            if len(self._corpora) > _CORPORA:
+            while len(self._corpora) > 1 and sum(c.stats.tokens for c in self._corpora.values()) > _HELD_TOKENS:
                 self._corpora.popitem(last=False)
         self._corpora.move_to_end(key)
         return self._corpora[key]
+
+
+def _refuse_base_delta(payload: Payload) -> None:
+    if payload.base_delta:
+        raise ValueError("this version folds no base delta into its base")

@@ -63,7 +63,8 @@ def _measure(lm: LanguageModel, held_out: Corpus, seed: int) -> Callable[[StateD
 
 def save(folder: Path, state: ServerState, progress: Progress) -> None:
     """Write a round's checkpoint."""
-    checkpoint.save(folder / "checkpoints", state, progress._asdict())
+    values = {**progress._asdict(), "last_round": dict(progress.last_round)}
+    checkpoint.save(folder / "checkpoints", state, values)
 
 
 def make_app(log: RunLog | None = None, held_out: Corpus | None = None) -> ServerApp:

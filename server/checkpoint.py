@@ -27,7 +27,7 @@ def save(folder: Path, state: ServerState, progress: Mapping[str, Any], keep: in
     `progress` holds plain values that belong to the state, such as the best loss so far.
     """
     final = folder / f"round-{state.round:04d}"
-    draft = folder / f".draft-{os.getpid()}"
+    draft = folder / ".draft"
     shutil.rmtree(draft, ignore_errors=True)
     try:
         draft.mkdir(parents=True)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -17,13 +18,15 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from apiary import records
 from apiary.config import RunConfig
-from apiary.exchange import ClientInfo, Fingerprint, FitReport, Score, Update
+from apiary.exchange import ClientInfo, Fingerprint, FitReport, Payload, Score, Update
 from apiary.tensors import StateDict, generator, is_finite
 from server.sampling import choose
 from strategies import Aggregator, ServerState
 
 logger = logging.getLogger(__name__)
 _POLL_S = 0.05  # how often a grid is asked for new replies
+_OWN = "client:"  # before a client's name in the metrics of an evaluation
+_PULL = 8  # replies asked for at a time
 
 
 class RunFailed(RuntimeError):
@@ -50,6 +53,7 @@ class Progress(NamedTuple):
     best_loss: float = math.inf
     evaluations_without_gain: int = 0
     stopped: bool = False
+    last_round: Mapping[str, int] = MappingProxyType({})  # by client, its last round of taking part
 
 
 class _Member(NamedTuple):
@@ -88,8 +92,10 @@ class Rounds(Strategy):
         self._log, self._on_round, self._evaluate = log, on_round, evaluate
         self._members: dict[str, _Member] = {}
         self._refused: set[int] = set()
+        self._greeted: dict[str, int] = {}  # hellos without an answer yet: message id -> node
         self._cohort: list[str] = []
-        self._records: tuple[StateDict, ArrayRecord, ArrayRecord] | None = None
+        self._sent: Payload | None = None
+        self._arrays: tuple[ArrayRecord, ...] = ()  # its records, shared by all clients that get the same payload
 
     # -- the run --------------------------------------------------------------------------------
 
@@ -129,7 +135,7 @@ class Rounds(Strategy):
 
     def _round(self, number: int, grid: Grid) -> None:
         began = time.monotonic()
-        self._greet(grid)
+        self._gather(grid, number)
         arrays = records.to_arrays(self.state.adapter)
         messages = list(self.configure_train(number, arrays, ConfigRecord(), grid))
         down = sum(records.array_bytes(message.content) for message in messages)
@@ -155,28 +161,57 @@ class Rounds(Strategy):
                     f"{self.config.strategy.join_timeout_s:g} s"
                 )
             time.sleep(_POLL_S)
-        self._greet(grid)
+        self._greet(grid, patience=self.config.strategy.join_timeout_s)
         needed = min(self.config.strategy.min_clients, expected)
         if len(self._members) < needed:
             raise RunFailed(
                 f"{len(self._members)} clients passed the handshake, {needed} are needed; see the lines above"
             )
 
-    def _greet(self, grid: Grid) -> None:
-        """Shake hands with nodes that are new, and forget those that left."""
+    def _gather(self, grid: Grid, number: int) -> None:
+        """Look who is there now; wait a while if that is fewer than a round may have."""
+        needed = self.config.strategy.min_clients
+        deadline = time.monotonic() + self.config.strategy.join_timeout_s
+        self._greet(grid)
+        while len(self._members) < needed:
+            if time.monotonic() > deadline:
+                there = len(self._members)
+                raise RunFailed(f"round {number}: {there} clients are left, strategy.min_clients = {needed} are needed")
+            time.sleep(_POLL_S)
+            self._greet(grid)
+
+    def _greet(self, grid: Grid, patience: float = 0.0) -> None:
+        """Shake hands with nodes that are new, and forget those that left.
+
+        Waits as long as answers keep coming within `patience` seconds of each other. Who has not answered by then
+        holds nobody up: a later call admits it.
+        """
         nodes = set(grid.get_node_ids())
         self._members = {name: m for name, m in self._members.items() if m.node in nodes}
-        known = {member.node for member in self._members.values()} | self._refused
-        new = sorted(nodes - known)
-        messages = [Message(RecordDict(), node, records.HELLO, group_id="0") for node in new]
-        names = {node: f"node {node}" for node in new}
-        for message in self._exchange(grid, messages, 0, names=names, timeout=self.config.strategy.join_timeout_s):
-            try:
-                hello = records.read_hello_reply(message.content)
-            except records.WireError as error:
-                self._refuse(message.metadata.src_node_id, names[message.metadata.src_node_id], str(error), 0)
-                continue
-            self._admit(message.metadata.src_node_id, hello)
+        self._greeted = {i: node for i, node in self._greeted.items() if node in nodes}
+        known = {member.node for member in self._members.values()} | self._refused | set(self._greeted.values())
+        if new := sorted(nodes - known):
+            hellos = [Message(RecordDict(), node, records.HELLO, group_id="0") for node in new]
+            self._greeted |= self._push(grid, hellos)
+        last = time.monotonic()
+        while self._greeted:
+            answers = self._pull(grid, self._greeted)
+            for node, reply in answers:
+                self._meet(node, reply)
+                last = time.monotonic()
+            if not answers:
+                if time.monotonic() - last >= patience:
+                    return
+                time.sleep(_POLL_S)
+
+    def _meet(self, node: int, reply: Message) -> None:
+        if reply.has_error():
+            self._refuse(node, f"node {node}", reply.error.reason or "it failed without a reason", 0)
+            return
+        try:
+            self._admit(node, records.read_hello_reply(reply.content))
+        except records.WireError as error:
+            self._refuse(node, f"node {node}", str(error), 0)
 
     def _admit(self, node: int, hello: Any) -> None:
         wrong = [
@@ -188,11 +223,13 @@ class Rounds(Strategy):
             reason = f"it holds another {' and '.join(wrong)} than the server (fingerprints differ)"
             self._refuse(node, hello.client, reason, 0)
         elif (other := self._members.get(hello.client)) and other.node != node:
-            self._refuse(node, hello.client, "another client of this name has already joined", 0)
+            # Not for good: an organisation that restarted may come before its old node is given up.
+            self._refuse(None, hello.client, "another client of this name is still there", 0)
         elif hello.tokens == 0:
             self._refuse(node, hello.client, "it has nothing to train on", 0)
         else:
-            self._members[hello.client] = _Member(node, ClientInfo(hello.client, hello.rank, 0))
+            last = self.progress.last_round.get(hello.client, 0)
+            self._members[hello.client] = _Member(node, ClientInfo(hello.client, hello.rank, last))
             self._log.event("handshake", client=hello.client, examples=hello.examples, tokens=hello.tokens)
 
     def _refuse(self, node: int | None, client: str, reason: str, number: int) -> None:
@@ -230,40 +267,59 @@ class Rounds(Strategy):
     def _message(self, kind: str, client: str, number: int) -> Message:
         member = self._members[client]
         payload = self.aggregator.payload(self.state, member.info)
-        if self._records is None or self._records[0] is not payload.adapter:
-            self._records = (payload.adapter, records.to_arrays(payload.adapter), records.to_arrays(payload.base_delta))
-        content = records.request(number, *self._records[1:])
+        if (
+            self._sent is None
+            or self._sent.adapter is not payload.adapter
+            or self._sent.base_delta is not payload.base_delta
+        ):
+            self._sent, self._arrays = payload, tuple(records.to_arrays(part) for part in payload)
+        content = records.request(number, *self._arrays)
         return Message(content, member.node, kind, group_id=str(number))
 
     # -- exchange -------------------------------------------------------------------------------
 
-    def _exchange(
-        self,
-        grid: Grid,
-        messages: list[Message],
-        number: int,
-        names: dict[int, str] | None = None,
-        timeout: float | None = None,
-    ) -> Iterator[Message]:
+    def _exchange(self, grid: Grid, messages: list[Message], number: int) -> Iterator[Message]:
         """Good replies, one by one as they arrive; a failed or late client becomes one `refused` event."""
-        by_node = names or {member.node: client for client, member in self._members.items()}
-        limit = timeout or self.config.strategy.deadline_s or math.inf
+        names = {member.node: client for client, member in self._members.items()}
+        limit = self.config.strategy.deadline_s or math.inf
         deadline = time.monotonic() + limit
-        waiting = dict(zip(grid.push_messages(messages), (m.metadata.dst_node_id for m in messages), strict=True))
+        waiting = self._push(grid, messages)
+        for message in messages:
+            if message.metadata.dst_node_id not in waiting.values():
+                self._refuse(None, names[message.metadata.dst_node_id], "it could not be reached", number)
         while waiting and time.monotonic() < deadline:
-            arrived = list(grid.pull_messages(list(waiting)))
-            for reply in arrived:
-                node = waiting.pop(reply.metadata.reply_to_message_id, None)
-                if node is None:
-                    continue
+            arrived = self._pull(grid, waiting)
+            for node, reply in arrived:
                 if reply.has_error():
-                    self._refuse(None, by_node[node], reply.error.reason or "it failed without a reason", number)
+                    self._refuse(None, names[node], reply.error.reason or "it failed without a reason", number)
                 else:
                     yield reply
             if not arrived:
                 time.sleep(_POLL_S)
         for node in waiting.values():
-            self._refuse(None, by_node[node], f"no answer within {limit:g} s", number)
+            self._refuse(None, names[node], f"no answer within {limit:g} s", number)
+
+    @staticmethod
+    def _push(grid: Grid, messages: list[Message]) -> dict[str, int]:
+        """The ids of the messages that got under way, with their nodes; grids leave the others out, or without id."""
+        ids = list(grid.push_messages(messages))
+        if len(ids) == len(messages):
+            return {i: m.metadata.dst_node_id for i, m in zip(ids, messages, strict=True) if i}
+        return {m.metadata.message_id: m.metadata.dst_node_id for m in messages if m.metadata.message_id in set(ids)}
+
+    @staticmethod
+    def _pull(grid: Grid, waiting: dict[str, int]) -> list[tuple[int, Message]]:
+        """A few replies with their nodes, taken out of `waiting`; asking for few keeps few in memory."""
+        asked = list(waiting)[:_PULL]
+        found = []
+        for reply in grid.pull_messages(asked):
+            node = waiting.pop(reply.metadata.reply_to_message_id, None)
+            if node is not None:
+                found.append((node, reply))
+        for message_id in asked:  # the next call asks for others
+            if message_id in waiting:
+                waiting[message_id] = waiting.pop(message_id)
+        return found
 
     # -- fold -----------------------------------------------------------------------------------
 
@@ -290,8 +346,7 @@ class Rounds(Strategy):
             acc = reducer.add(acc, update)
             good.append(report)
             up += size
-            member = self._members[update.client]
-            self._members[update.client] = member._replace(info=member.info._replace(last_round=server_round))
+            self._note_visit(update.client, server_round)
             self._log.event("client", round=server_round, client=update.client, bytes_up=size, **report._asdict())
         self._check_quorum(server_round, len(good))
         gradient = reducer.finish(self.state, acc, generator(self.config.seed, server_round, "aggregate"))
@@ -300,6 +355,11 @@ class Rounds(Strategy):
         loss = sum(report.loss * report.tokens for report in good) / max(tokens, 1)
         metrics = MetricRecord({"clients": len(good), "train_loss": loss, "tokens": tokens, "bytes_up": up})
         return None, metrics
+
+    def _note_visit(self, client: str, number: int) -> None:
+        member = self._members[client]
+        self._members[client] = member._replace(info=member.info._replace(last_round=number))
+        self.progress = self.progress._replace(last_round={**self.progress.last_round, client: number})
 
     def _check(self, update: Update, node: int) -> None:
         ours = self.state.adapter
@@ -311,6 +371,8 @@ class Rounds(Strategy):
                 f"its update has other tensors than the adapter ({len(odd)} differ, first {odd[0]})"
             )
         for name, tensor in update.delta.items():
+            if tensor.dtype != ours[name].dtype:
+                raise records.WireError(f"its {name} is {tensor.dtype}, the adapter's {ours[name].dtype}")
             if tensor.shape != ours[name].shape:
                 raise records.WireError(f"its {name} is {tuple(tensor.shape)}, the adapter's {tuple(ours[name].shape)}")
         if not is_finite(update.delta):
@@ -343,10 +405,11 @@ class Rounds(Strategy):
         if self.config.evaluate.clients:
             messages = list(self.configure_evaluate(number, ArrayRecord(), ConfigRecord(), grid))
             metrics = self.aggregate_evaluate(number, self._exchange(grid, messages, number))
-            own = {str(k): float(v) for k, v in (metrics or {}).items()}  # type: ignore[arg-type]
-            total = own.pop("all", math.nan)
-            fields |= {"clients": own, "clients_loss": total}
-            loss = total if self._evaluate is None else loss
+            found = {str(k): float(v) for k, v in (metrics or {}).items()}  # type: ignore[arg-type]
+            own = {k.removeprefix(_OWN): v for k, v in found.items() if k.startswith(_OWN)}
+            fields |= {"clients": own, "clients_loss": found.get("all", math.nan)}
+            # Stopping early on the examples of the final table would flatter it.
+            loss = found.get("all", loss)
         self._log.event("evaluate", round=number, **fields)
         self._note_loss(number, loss)
 
@@ -364,11 +427,11 @@ class Rounds(Strategy):
         if not scores:
             return None
         total = Score(*(sum(column) for column in zip(*scores.values(), strict=True)))
-        return MetricRecord({**{name: scores[name].loss for name in sorted(scores)}, "all": total.loss})
+        return MetricRecord({**{_OWN + name: scores[name].loss for name in sorted(scores)}, "all": total.loss})
 
     def _note_loss(self, number: int, loss: float) -> None:
         if loss < self.progress.best_loss:
-            self.progress = Progress(best_loss=loss)
+            self.progress = self.progress._replace(best_loss=loss, evaluations_without_gain=0)
             return
         without = self.progress.evaluations_without_gain + 1
         patience = self.config.evaluate.patience

@@ -1,40 +1,48 @@
 """What federated tuning is held against: each client training alone, and all data pooled.
 
-Both use the same trainer, settings and schedule. A client alone gets as many steps as it had in the federation; pooled
-training gets as many as all clients had together.
+Both use the same trainer, settings and schedule, without the penalties, which tie a client to a server's adapter. A
+client alone gets as many steps as it had in the federation; pooled training gets as many as all clients had together.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from safetensors.torch import load_file
 
 from apiary import models, prompts
 from apiary.config import RunConfig
-from apiary.evaluate import CENTRAL
 from apiary.examples import ClientData, Example
 from apiary.models import LanguageModel
 from apiary.prompts import Template
+from apiary.results import kept_in
 from apiary.runlog import RunLog
 from apiary.tensors import StateDict, add
 from client import trainer
+
+
+class Baselines(NamedTuple):
+    """The adapters that the federated one is held against; what is not configured is not there."""
+
+    alone: dict[str, StateDict]  # by client
+    central: StateDict | None
 
 
 def train_all(
     config: RunConfig,
     lm: LanguageModel,
     template: Template,
-    clients: Iterable[ClientData],
+    clients: Sequence[ClientData],
     steps: Mapping[str, int],
     folder: Path,
     log: RunLog,
-) -> dict[str, StateDict]:
-    """The adapters of the configured baselines: one per client name, and `central`.
+) -> Baselines:
+    """Train the configured baselines.
 
-    Each finished one is kept as a PEFT folder under `folder`, and a resumed run takes it from there.
+    Each finished one is kept as a PEFT folder, and a resumed run takes it from there.
 
     Args:
         config: the run.
@@ -42,23 +50,27 @@ def train_all(
         template: how examples become tokens.
         clients: their training data.
         steps: optimizer steps that each client had in the federation.
-        folder: where finished baselines are kept.
+        folder: the run directory.
         log: receives `baseline` events.
     """
-    work: list[tuple[str, tuple[Example, ...], int]] = []
-    clients = list(clients)
+    places = kept_in(folder)
+    work: list[tuple[str, str, Path, tuple[Example, ...], int]] = []
     if "local" in config.evaluate.baselines:
-        work += [(c.name, c.train, steps[c.name]) for c in clients if steps.get(c.name)]
-    if CENTRAL in config.evaluate.baselines:
+        taught = [client for client in clients if steps.get(client.name)]
+        work += [("local", c.name, places.alone / c.name, c.train, steps[c.name]) for c in taught]
+    if "central" in config.evaluate.baselines:
         pooled = tuple(example for c in clients for example in c.train)
-        work.append((CENTRAL, pooled, sum(steps.values())))
-    adapters: dict[str, StateDict] = {}
-    for done, (name, rows, count) in enumerate(work, 1):
+        work.append(("central", "central", places.central, pooled, sum(steps.values())))
+    made = Baselines({}, None)
+    for done, (kind, name, place, rows, count) in enumerate(work, 1):
         began = time.monotonic()
-        adapters[name] = _adapter(config, lm, template, name, rows, count, folder)
-        kind = CENTRAL if name == CENTRAL else "local"
+        adapter = _adapter(config, lm, template, name, rows, count, place)
+        if kind == "local":
+            made.alone[name] = adapter
+        else:
+            made = made._replace(central=adapter)
         log.event("baseline", method=kind, name=name, done=done, total=len(work), seconds=time.monotonic() - began)
-    return adapters
+    return made
 
 
 def _adapter(
@@ -70,7 +82,7 @@ def _adapter(
     steps: int,
     folder: Path,
 ) -> StateDict:
-    weights = folder / name / "adapter_model.safetensors"
+    weights = folder / "adapter_model.safetensors"
     if weights.exists():
         return load_file(weights)
     start = models.fresh_adapter(lm, config.seed)
@@ -88,5 +100,5 @@ def _adapter(
         steps=steps,
     )
     adapter = add(start, result.delta)
-    models.save_adapter(lm, adapter, folder / name)
+    models.save_adapter(lm, adapter, folder)
     return adapter

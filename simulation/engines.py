@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable, Mod
@@ -56,8 +57,13 @@ def local() -> Engine:
 
 
 @ENGINES.register("ray")
-def ray() -> Engine:
-    """Flower's simulation: one Ray worker per `cpus_per_client` cores and share of a GPU, each with its own base."""
+def ray(config: RunConfig) -> Engine:
+    """Flower's simulation: one Ray worker per `cpus_per_client` cores and share of a GPU, each with its own base.
+
+    Raises:
+        UserError: more cores or GPUs are asked for than the machine has.
+    """
+    resources = _resources(config)
 
     def run(app: ServerApp, config: RunConfig, clients: int, folder: Path) -> None:
         from flwr.simulation import run_simulation
@@ -72,7 +78,7 @@ def ray() -> Engine:
             except BaseException as error:  # Flower would wrap it beyond recognition
                 failure.append(error)
 
-        run_simulation(outer, _client_app(config, folder), clients, backend_config=_resources(config))
+        run_simulation(outer, _client_app(config, folder), clients, backend_config=resources)
         if failure:
             raise failure[0]
 
@@ -84,15 +90,16 @@ def _client_app(config: RunConfig, folder: Path) -> ClientApp:
 
 
 def _resources(config: RunConfig) -> Any:
-    """What Ray gives each worker.
-
-    Raises:
-        UserError: more cores or GPUs are asked for than the machine has.
-    """
+    """What Ray gives each worker."""
     cores = os.cpu_count() or 1
     wanted = config.simulate.cpus_per_client
     if wanted > cores:
         raise UserError(f"simulate.cpus_per_client = {wanted}: this machine has {cores} cores")
+    gpus = torch.cuda.device_count()
+    if config.simulate.gpus_per_client > gpus:
+        raise UserError(
+            f"simulate.gpus_per_client = {config.simulate.gpus_per_client:g}: this machine has {gpus} GPUs; use 0"
+        )
     logging.getLogger("flwr").setLevel(logging.ERROR)
     quiet = {"num_cpus": cores, "include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
     return {

@@ -90,6 +90,8 @@ class LocalGrid(Grid):
     def _execute(self, message: Message) -> Message:
         try:
             reply = self._app(message, self._contexts[message.metadata.dst_node_id])
+        except OSError:  # this machine's own disk
+            raise
         except Exception as error:  # what a real node would turn into an error reply
             reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, type(error).__name__), reply_to=message)
         self._stamp(reply)

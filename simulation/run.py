@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -11,10 +12,11 @@ from typing import Any
 from safetensors.torch import load_file
 
 from apiary import config as configs
-from apiary import evaluate, examples, models, prompts, runlog
+from apiary import evaluate, models, prompts, runlog, trackers
 from apiary.config import RunConfig, UserError
 from apiary.report import write_report
 from apiary.runlog import RunLog
+from client import app as client_app
 from client import objectives
 from server import checkpoint
 from server.app import make_app
@@ -33,7 +35,7 @@ def check_names(config: RunConfig) -> None:
     """
     checks: list[Callable[[], object]] = [
         lambda: AGGREGATORS.build(config.strategy.name, config.strategy.options, weighting=config.strategy.weighting),
-        lambda: ENGINES.build(config.simulate.engine),
+        lambda: ENGINES.build(config.simulate.engine, config=config),
         lambda: objectives.OBJECTIVES.build(config.train.objective),
         lambda: objectives.build_penalties(config.train.penalties, {}),
     ]
@@ -54,7 +56,9 @@ def plan(config: RunConfig) -> Plan:
         UserError: the first thing that cannot work.
     """
     check_names(config)
-    federation = examples.federate(config.data, config.seed)
+    trackers.check(config)
+    client_app.federation.cache_clear()  # the files may have changed since an earlier run in this process
+    federation = client_app.federation(config.to_json())
     if config.strategy.min_clients > len(federation.clients):
         raise UserError(
             f"strategy.min_clients = {config.strategy.min_clients}: there are {len(federation.clients)} clients; "
@@ -91,12 +95,13 @@ def simulate(
         observer({"event": "phase", "name": "loading"})
     prepared = plan(config)
     folder.mkdir(parents=True, exist_ok=True)
+    _sweep(folder)
     runlog.write_atomic(folder / "config.toml", config.to_toml())
     log = _open_log(config, folder, observers, len(prepared.federation.clients))
     try:
         _report_rows(log, prepared)
         app = make_app(log, prepared.held_out.corpus)
-        ENGINES.build(config.simulate.engine)(app, config, len(prepared.federation.clients), folder)
+        ENGINES.build(config.simulate.engine, config=config)(app, config, len(prepared.federation.clients), folder)
         adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
         metrics = summarise(prepared, adapter, folder, log)
         metrics["seconds"] = round(_spent_before(folder) + time.monotonic() - began, 1)
@@ -109,7 +114,10 @@ def simulate(
 
 
 def _check_folder(config: RunConfig, folder: Path, resume: bool) -> None:
-    used = folder.exists() and any(folder.iterdir())
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{str(folder)!r} is a file; choose another --out")
+    # A name with a dot in front is a draft that a kill left behind.
+    used = folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir())
     if not resume and used:
         raise UserError(f"{str(folder)!r} is not empty: add --resume to go on with that run, or choose another --out")
     if resume:
@@ -120,6 +128,13 @@ def _check_folder(config: RunConfig, folder: Path, resume: bool) -> None:
             raise UserError(
                 f"--resume: the configuration differs from the run's own in {', '.join(_differences(stored, config))}"
             )
+
+
+def _sweep(folder: Path) -> None:
+    """Remove drafts that a killed run left."""
+    for place in (folder, folder / "checkpoints", folder / "baselines", folder / "baselines" / "local"):
+        for draft in place.glob(".*"):
+            shutil.rmtree(draft, ignore_errors=True) if draft.is_dir() else draft.unlink()
 
 
 def _differences(a: RunConfig, b: RunConfig) -> list[str]:

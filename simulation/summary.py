@@ -16,6 +16,7 @@ from apiary.prompts import Template
 from apiary.runlog import RunLog
 from apiary.tensors import StateDict
 from simulation import baselines
+from simulation.baselines import Baselines
 
 
 class Plan(NamedTuple):
@@ -44,9 +45,9 @@ def summarise(prepared: Plan, adapter: StateDict, folder: Path, log: RunLog) -> 
         if event["event"] == "client":
             steps[event["client"]] += event["steps"]
     log.event("phase", name="baselines")
-    trained = baselines.train_all(config, lm, template, federation.clients, steps, folder / "baselines", log)
+    trained = baselines.train_all(config, lm, template, federation.clients, steps, folder, log)
     log.event("phase", name="evaluating")
-    runs, alone = evaluate.compare(lm, held_out, config, adapter, trained)
+    runs, alone = evaluate.compare(lm, held_out, config, adapter, *trained)
     clients = _per_client(prepared, adapter, trained, alone)
     tag = mix_tag(config, federation)
     made = {
@@ -73,7 +74,7 @@ def summarise(prepared: Plan, adapter: StateDict, folder: Path, log: RunLog) -> 
 
 
 def _per_client(
-    prepared: Plan, adapter: StateDict, trained: Mapping[str, StateDict], alone: Mapping[str, Measured]
+    prepared: Plan, adapter: StateDict, trained: Baselines, alone: Mapping[str, Measured]
 ) -> list[dict[str, Any]]:
     """What each client holds, and the losses on its own held-out rows."""
     config, federation, lm, template, _ = prepared
@@ -85,9 +86,9 @@ def _per_client(
         own = evaluate.prepare(client.test, template, lm, loss_only)
         candidates = {
             "base": fresh,
-            "local": trained.get(client.name),
+            "local": trained.alone.get(client.name),
             "federated": adapter,
-            "central": trained.get(evaluate.CENTRAL),
+            "central": trained.central,
         }
         losses = {
             method: evaluate.measure(lm, state, own, loss_only).loss

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -115,6 +116,7 @@ BAD: list[tuple[Any, str]] = [
     (_with("b", math.inf), "NaN or infinity"),
     (lambda i, a: {"a": torch.ones(3, 3), "b": torch.ones(4)}, "(3, 3)"),
     (lambda i, a: {"a": torch.ones(2, 3)}, "other tensors"),
+    (lambda i, a: {name: t.to(torch.complex64) for name, t in a.items()}, "complex64"),
     (ValueError("row 17 says: secret"), "ValueError"),
 ]
 
@@ -194,6 +196,105 @@ def test_deadline_names_who_was_late() -> None:
     made, log = rounds(["rounds=1", "strategy.deadline_s=0.3"])
     made.run(Slow(clients(), 3), 3)
     assert [(r["client"], "no answer within 0.3 s" in r["reason"]) for r in log.of("refused")] == [("c2", True)]
+
+
+GARBAGE: dict[str, Callable[[Any], None]] = {
+    "no name": lambda content: content["who"].pop("who"),
+    "junk bytes": lambda content: setattr(next(iter(content["adapter"].values())), "data", b"junk"),
+    "list counts": lambda content: content["counts"].__setitem__("tokens", [1, 2]),
+    "nan counts": lambda content: content["counts"].__setitem__("tokens", math.nan),
+    "no arrays": lambda content: content.pop("adapter"),
+}
+
+
+@pytest.mark.parametrize("what", GARBAGE)
+def test_garbage_costs_one_client(what: str) -> None:
+    class Spoiler(LocalGrid):
+        def _execute(self, message: Message) -> Message:
+            reply = super()._execute(message)
+            if message.metadata.message_type == "train" and message.metadata.dst_node_id == 1001:
+                GARBAGE[what](reply.content)
+            return reply
+
+    made, log = rounds(["rounds=1"])
+    made.run(Spoiler(clients(), 3), 3)
+    assert [r["client"] for r in log.of("refused")] == ["c1"]
+    assert log.of("round")[0]["clients"] == 2
+
+
+class Leaving(LocalGrid):
+    """Nodes 1001 and 1002 are gone once `gone` says so."""
+
+    gone = False
+
+    def get_node_ids(self) -> Any:
+        return [n for n in super().get_node_ids() if n == 1000 or not self.gone]
+
+
+def test_a_round_never_runs_with_fewer_than_min_clients() -> None:
+    grid = Leaving(clients(), 3)
+
+    def leave(state: ServerState, progress: Progress) -> None:
+        grid.gone = state.round == 2
+
+    overrides = ["rounds=4", "strategy.min_clients=2", "strategy.join_timeout_s=0.2"]
+    made, log = rounds(overrides, on_round=leave)
+    with pytest.raises(RunFailed, match=r"round 3: 1 clients are left, strategy.min_clients = 2"):
+        made.run(grid, 3)
+    assert [len(e["clients"]) for e in log.of("asked")] == [3, 3]
+
+
+def test_who_comes_back_takes_part_again() -> None:
+    grid = Leaving(clients(), 3)
+
+    def come_and_go(state: ServerState, progress: Progress) -> None:
+        grid.gone = state.round == 1
+
+    made, log = rounds(["rounds=3", "strategy.min_clients=1"], on_round=come_and_go)
+    made.run(grid, 3)
+    assert [len(e["clients"]) for e in log.of("asked")] == [3, 1, 3]
+
+
+def test_a_silent_node_holds_up_nobody() -> None:
+    """A node that is listed but never answers costs its patience once, not in every round."""
+
+    class Silent(LocalGrid):
+        def pull_messages(self, message_ids: Any) -> Any:
+            ids = [i for i in message_ids if i in self._waiting and self._waiting[i].metadata.dst_node_id != 1002]
+            return super().pull_messages(ids)
+
+        def push_messages(self, messages: Any) -> Any:
+            kept = dict(self._waiting)
+            ids = super().push_messages(messages)
+            self._waiting = {**kept, **self._waiting}
+            return ids
+
+    made, log = rounds(["rounds=5", "strategy.join_timeout_s=0.2"])
+    began = time.monotonic()
+    made.run(Silent(clients(), 3), 3)
+    assert time.monotonic() - began < 5 * 0.2
+    assert all(e["clients"] == ["c0", "c1"] for e in log.of("asked"))
+
+
+def test_a_message_that_cannot_be_sent_costs_its_client() -> None:
+    class Unreachable(LocalGrid):
+        def push_messages(self, messages: Any) -> Any:
+            messages = list(messages)
+            sent = super().push_messages(
+                [m for m in messages if m.metadata.message_type != "train" or m.metadata.dst_node_id != 1000]
+            )
+            return sent
+
+    made, log = rounds(["rounds=1"])
+    made.run(Unreachable(clients(), 3), 3)
+    assert [(r["client"], r["reason"]) for r in log.of("refused")] == [("c0", "it could not be reached")]
+    assert log.of("round")[0]["clients"] == 2
+
+
+def test_flowers_own_entry_point() -> None:
+    made, _ = rounds(["rounds=1"])
+    result = made.start(LocalGrid(clients(), 3), records.to_arrays(START))
+    torch.testing.assert_close(result.arrays.to_torch_state_dict()["a"], torch.full((2, 3), 140 / 60))
 
 
 def test_sampling_asks_a_share_and_everyone_in_the_long_run() -> None:

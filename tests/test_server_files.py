@@ -108,10 +108,18 @@ def test_memory_goes_back_with_the_server(tmp_path: Path) -> None:
     for number in (1, 2, 3):
         memory.save(tmp_path, Memory(number, Cursor(0, number * 7)))
     assert memory.load(tmp_path, before=4) == Memory(3, Cursor(0, 21))
-    assert memory.load(tmp_path, before=3) == Memory(2, Cursor(0, 14))  # round 3 is done again after a crash
+    assert memory.load(tmp_path, before=2) == Memory(1, Cursor(0, 7))
+    memory.forget_from(tmp_path, 2)  # rounds 2 and 3 are done again after a crash
+    assert memory.load(tmp_path, before=10) == Memory(1, Cursor(0, 7))
     memory.save(tmp_path, Memory(2, Cursor(0, 99)))
-    assert memory.load(tmp_path, before=10) == Memory(2, Cursor(0, 99))  # the later one is gone
+    assert memory.load(tmp_path, before=10) == Memory(2, Cursor(0, 99))
     assert memory.load(tmp_path / "nobody", before=5) == Memory()
+
+
+def test_a_straggler_does_not_turn_the_clock_back(tmp_path: Path) -> None:
+    memory.save(tmp_path, Memory(3, Cursor(0, 21)))
+    memory.save(tmp_path, Memory(2, Cursor(0, 14)))  # round 2's visit ends after round 3's
+    assert memory.load(tmp_path, before=4) == Memory(3, Cursor(0, 21))
 
 
 def test_memory_of_a_rarely_asked_client_is_kept(tmp_path: Path) -> None:

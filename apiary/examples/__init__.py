@@ -227,17 +227,18 @@ def answer(example: Example) -> str:
 
 
 def is_held_out(example: Example, fraction: float) -> bool:
-    """Whether a row belongs to the held-out `fraction`, decided by its prompt alone.
+    """Whether a row belongs to the held-out `fraction`, decided by its first question alone.
 
-    The prompt (all turns before the last assistant turn; case, white space and Unicode form aside)
-    is hashed with blake2b, so equal prompts fall on the same side at every site without a word
+    The turns up to the first user turn (case, white space and Unicode form aside) are hashed with blake2b, so equal
+    questions, and longer and shorter conversations that begin alike, fall on the same side at every site without a word
     between the sites.
     """
-    return int.from_bytes(_prompt_digest(example)[:8], "big") < fraction * 2.0**64
+    return int.from_bytes(_question_digest(example)[:8], "big") < fraction * 2.0**64
 
 
-def _prompt_digest(example: Example) -> bytes:
-    parts = (f"{role}\x1f{' '.join(text.split())}" for role, text in example.turns[:-1])
+def _question_digest(example: Example) -> bytes:
+    first = next(i for i, turn in enumerate(example.turns) if turn.role == "user") + 1
+    parts = (f"{role}\x1f{' '.join(text.split())}" for role, text in example.turns[:first])
     text = unicodedata.normalize("NFC", "\x1e".join(parts)).casefold()
     return hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
 
@@ -259,9 +260,9 @@ def federate(config: DataConfig, seed: int) -> Federation:
         apart = extra.examples if extra.test is None else extra.test
         reports = (*reports, *extra.reports)
     held_out = [is_held_out(example, config.test_fraction) for example in source.examples]
-    known = {_prompt_digest(example) for example in apart or ()}
+    known = {_question_digest(example) for example in apart or ()}
     leaked = [
-        not held and bool(known) and _prompt_digest(example) in known
+        not held and bool(known) and _question_digest(example) in known
         for held, example in zip(held_out, source.examples, strict=True)
     ]
     reports = _take_out(
