@@ -33,9 +33,10 @@ def site_facts(config: str, folder: Path) -> Mod:
     """A mod that gives a virtual node what a real one gets from its operator: the run's config and its own folder."""
 
     def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-        context.run_config = {"config": config}
-        context.node_config["state-path"] = str(folder / "clients")
-        return call_next(message, context)
+        # A context of its own: Flower refuses to see its run config changed. What the app keeps in `state` is shared.
+        facts = {**context.node_config, "state-path": str(folder / "clients")}
+        own = Context(context.run_id, context.node_id, facts, context.state, {"config": config})
+        return call_next(message, own)
 
     return mod
 
