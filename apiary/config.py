@@ -108,7 +108,7 @@ class DataConfig(_Section):
     )
     clients: int = Field(8, ge=1, description="number of clients (ignored by the natural partition)")
     partition: MethodField = Field(
-        Method(name="dirichlet", alpha=0.1, by="skill"),
+        Method(name="dirichlet", alpha=0.3, by="skill"),
         description="iid, dirichlet, by_value, pathological, size or natural, with options",
     )
     max_rows: int | None = Field(None, ge=1, description="use at most this many rows of the source")
@@ -175,10 +175,10 @@ class EvaluateConfig(_Section):
     """What is measured, and when."""
 
     every: int = Field(1, ge=0, description="evaluate the shared adapter every n rounds; 0 = only at the end")
-    max_examples: int = Field(400, ge=1, description="held-out examples used for the table")
+    max_examples: int = Field(240, ge=1, description="held-out examples used for the table")
     clients: bool = Field(True, description="also ask the clients for the loss on their own held-out rows")
     generate: bool = Field(True, description="measure exact-match accuracy by greedy decoding for the table")
-    max_new_tokens: int = Field(32, ge=1, description="longest answer decoded, in tokens")
+    max_new_tokens: int = Field(24, ge=1, description="longest answer decoded, in tokens")
     baselines: tuple[Literal["base", "local", "central"], ...] = Field(
         ("base", "local", "central"), description="rows of the table beside federated"
     )
@@ -212,7 +212,7 @@ class RunConfig(_Section):
     adapter: AdapterConfig = AdapterConfig()
     data: DataConfig = DataConfig()
     prompt: PromptConfig = PromptConfig()
-    train: TrainConfig = TrainConfig(steps=8)
+    train: TrainConfig = TrainConfig(steps=3)
     strategy: StrategyConfig = StrategyConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     simulate: SimulateConfig = SimulateConfig()
@@ -225,7 +225,7 @@ class RunConfig(_Section):
         if isinstance(values, dict) and isinstance(values.get("train"), dict):
             train = values["train"]
             if train.get("steps") is None and train.get("epochs") is None:
-                values = {**values, "train": {**train, "steps": 8}}
+                values = {**values, "train": {**train, "steps": 3}}
         return values
 
     def to_json(self) -> str:
