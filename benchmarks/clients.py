@@ -143,10 +143,12 @@ def _all(sizes: list[int]) -> None:
     from apiary import config
     from apiary.runlog import start_fields
 
-    results = [_apart("--one", engine, str(n)) for n in sizes for engine in ("local", "ray")]
-    out = {"machine": start_fields(config.load())["machine"], "visit": _apart("--visit"), "rounds": results}
+    out: dict[str, Any] = {"machine": start_fields(config.load())["machine"], "visit": _apart("--visit"), "rounds": []}
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(out, indent=1) + "\n")
+    for size in sizes:
+        for engine in ("local", "ray"):
+            out["rounds"].append(_apart("--one", engine, str(size)))
+            RESULTS.write_text(json.dumps(out, indent=1) + "\n")
     print(json.dumps(out, indent=1))
 
 

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apiary import builtin
-from apiary.builtin import documents, pretrain, skills, vocabulary, weights
+from apiary.builtin import documents, muon, skills, vocabulary, weights
 
 Row = dict[str, str]
 MONTHS = [datetime.date(2000, month, 1).strftime("%B") for month in range(1, 13)]
@@ -408,13 +408,30 @@ def test_base_knows_its_own_kind_of_text(tiny):
 # --------------------------------------------------------------------------------------- the maker
 
 
-def test_repeats_count_only_what_can_be_foreseen():
-    """The second saying equals the first, and only its tokens after the first one can be predicted by looking back."""
-    ids, weights = pretrain.repeats(random.Random(3), rows=5, half=7, vocabulary=400)
-    assert ids.shape == weights.shape == (5, 14)
-    assert torch.equal(ids[:, :7], ids[:, 7:])
-    assert len(ids[:, :7].unique()) > 25  # 35 random draws, not one token
-    assert weights.tolist() == [[0.0] * 8 + [1.0] * 6] * 5
+@pytest.mark.parametrize("shape", [(2, 8, 8), (3, 6, 20), (1, 20, 6)])
+def test_orthogonal_keeps_singular_vectors_and_evens_out_singular_values(shape):
+    torch.manual_seed(0)
+    matrices = torch.randn(shape)
+    left, values, right = torch.linalg.svd(matrices, full_matrices=False)
+    matrices = left @ torch.diag_embed(values.clamp(min=0.3)) @ right  # away from zero
+    turned = torch.linalg.svdvals(muon.orthogonal(matrices).float())
+    assert turned.min() > 0.5
+    assert turned.max() < 1.4
+    exact = left @ right
+    assert torch.nn.functional.cosine_similarity(muon.orthogonal(matrices).flatten(), exact.flatten(), dim=0) > 0.95
+
+
+def test_muon_finds_the_least_squares_solution():
+    torch.manual_seed(1)
+    wanted = torch.randn(6, 4)
+    found = torch.nn.Parameter(torch.zeros(6, 4))
+    optimizer = muon.Muon([found], lr=0.2)
+    for step in range(200):
+        optimizer.param_groups[0]["lr"] = 0.2 * (1 - step / 200)
+        optimizer.zero_grad()
+        (found - wanted).square().sum().backward()
+        optimizer.step()
+    assert (found - wanted).abs().max() < 0.05
 
 
 def _tokenizer():

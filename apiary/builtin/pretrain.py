@@ -1,8 +1,9 @@
 """Makes the tiny base: `python -m apiary.builtin.pretrain --prose DIR --minutes 45 --out DIR`.
 
-First the model learns to copy, from random tokens said twice; then it reads generated documents
-(`documents.py`) and some prose from the files of `--prose`. The run is fixed by its seed and its
-number of steps; with `--minutes` the number of steps is what the machine manages in that time.
+The text is generated documents (`documents.py`) and some prose from the files of `--prose`. The run
+is fixed by its seed and its number of steps; with `--minutes` the number of steps is what the
+machine manages in that time. Hidden matrices are trained with Muon (Jordan et al. 2024, with the
+step size of Liu et al. 2025, arXiv:2502.16982), embeddings and norms with AdamW.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn import functional
 
 from apiary.builtin import documents, vocabulary, weights
+from apiary.builtin.muon import Muon
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -44,8 +46,7 @@ class Recipe:
         vocabulary: tokens of the tokenizer.
         window: tokens of a training window; one step in eight has windows of `context` instead.
         step_tokens: tokens of one optimizer step.
-        repeat_steps: steps at the start that are random tokens said twice; later one step in 16 is.
-        prose_share: share of the other windows that hold prose.
+        prose_share: share of the windows that hold prose.
         cue_weight: weight of the loss on a drill's cue, most of which nobody could foresee; the
             result and all other text count fully.
         peak_rate: learning rate after the warm-up; it falls to a fiftieth of it along a cosine.
@@ -61,10 +62,9 @@ class Recipe:
     context: int = 512
     window: int = 256
     step_tokens: int = 3072
-    repeat_steps: int = 250
     prose_share: float = 0.12
     cue_weight: float = 0.3
-    peak_rate: float = 2e-3
+    peak_rate: float = 3e-3
     warm_up: float = 0.012
     weight_decay: float = 0.05
 
@@ -129,18 +129,6 @@ def document_tokens(
                 yield eos, 1.0
 
 
-def repeats(rng: random.Random, rows: int, half: int, vocabulary: int) -> tuple[Tensor, Tensor]:
-    """Returns rows of random tokens said twice, (rows, 2 half), and weights that count the second saying only.
-
-    A small model learns to look back and copy from documents alone only after tens of millions of tokens, if at all;
-    from such rows it does so within a few hundred thousand (the induction heads of Olsson et al. 2022,
-    arXiv:2209.11895), and what builds on copying is learnt at once afterwards.
-    """
-    said = torch.tensor([[rng.randrange(8, vocabulary) for _ in range(half)] for _ in range(rows)])
-    scale = torch.cat([torch.zeros(rows, half + 1), torch.ones(rows, half - 1)], 1)
-    return torch.cat([said, said], 1), scale
-
-
 def batches(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, prose: Tensor, part: str, workers: int) -> Batches:
     """Yields (ids, weights), each (rows, window): windows of documents and of prose, mixed."""
     rng = random.Random(f"{recipe.seed}/batches/{part}")
@@ -148,12 +136,6 @@ def batches(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, prose: Tensor, p
     flow = document_tokens(tokenizer, documents_rng, recipe.cue_weight)
     step = 0
     while True:
-        if step < recipe.repeat_steps or step % 16 == 3:
-            half = 24 if step < recipe.repeat_steps else 96
-            known = 512 if step < recipe.repeat_steps // 2 else recipe.vocabulary
-            yield repeats(rng, recipe.step_tokens // workers // (2 * half), half, known)
-            step += 1
-            continue
         width = recipe.context if step % 8 == 7 else recipe.window
         ids, scale = [], []
         for _ in range(recipe.step_tokens // workers // width):
@@ -205,12 +187,14 @@ def held_out_losses(model: PreTrainedModel, sets: dict[str, Tensor]) -> dict[str
     return losses
 
 
-def make_optimizer(recipe: Recipe, model: PreTrainedModel) -> torch.optim.Optimizer:
-    """Returns AdamW with weight decay for the matrices between embeddings and without for the rest."""
+def optimizers(recipe: Recipe, model: PreTrainedModel) -> list[torch.optim.Optimizer]:
+    """Returns Muon for the matrices between embeddings and AdamW for the rest."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=recipe.peak_rate, betas=(0.9, 0.98), fused=True)
+    return [
+        Muon(matrices, lr=recipe.peak_rate, weight_decay=recipe.weight_decay),
+        torch.optim.AdamW(others, lr=recipe.peak_rate, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
 
 
 def rate_factor(done: float, warm_up: float) -> float:
@@ -287,7 +271,7 @@ def train(run: Run, crew: Crew) -> None:
     flow = batches(recipe, tokenizer, tokens, f"{progress.step}/{crew.rank}", crew.workers)
     sets = held_out_sets(recipe, tokenizer, unseen)
     forward = torch.compile(model, dynamic=False) if run.compiled else model
-    optimizer = make_optimizer(recipe, model)
+    chain = optimizers(recipe, model)
     first, before = progress.step, progress.seconds
     began = saved = time.monotonic()
     while True:
@@ -296,7 +280,7 @@ def train(run: Run, crew: Crew) -> None:
         if done >= 1:
             break
         ids, scale = (part.to(device) for part in next(flow))
-        loss = _step(recipe, forward, optimizer, (ids, scale), done, crew)
+        loss = _step(recipe, forward, chain, (ids, scale), done, crew)
         progress.step += 1
         progress.seconds = before + time.monotonic() - began
         if crew.rank == 0 and progress.step % 50 == 0:
@@ -317,20 +301,22 @@ def train(run: Run, crew: Crew) -> None:
 def _step(
     recipe: Recipe,
     forward: Any,
-    optimizer: torch.optim.Optimizer,
+    chain: list[torch.optim.Optimizer],
     batch: tuple[Tensor, Tensor],
     done: float,
     crew: Crew,
 ) -> float:
-    for group in optimizer.param_groups:
-        group["lr"] = recipe.peak_rate * rate_factor(done, recipe.warm_up)
+    for optimizer in chain:
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.peak_rate * rate_factor(done, recipe.warm_up)
     loss = token_loss(forward, *batch)
     loss.backward()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = [p for o in chain for group in o.param_groups for p in group["params"]]
     crew.average(parameters)
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in chain:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return loss.item()
 
 
