@@ -207,7 +207,7 @@ class RunConfig(_Section):
     """A whole run."""
 
     seed: int = Field(0, ge=0, lt=2**63, description="all randomness is derived from it")
-    rounds: int = Field(10, ge=1, description="federated rounds")
+    rounds: int = Field(8, ge=1, description="federated rounds")
     model: ModelConfig = ModelConfig()
     adapter: AdapterConfig = AdapterConfig()
     data: DataConfig = DataConfig()

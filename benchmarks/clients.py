@@ -55,7 +55,7 @@ def one_round(clients: int, engine: str) -> dict[str, Any]:
         folder = Path(scratch)
         log = RunLog(folder)
         began = time.monotonic()
-        ENGINES.build(engine)(make_app(log), run, clients, folder)
+        ENGINES.build(engine, config=run)(make_app(log), run, clients, folder)
         total = time.monotonic() - began
         done = next(e for e in read_events(folder) if e["event"] == "round")
         steps = sum(e["seconds"] for e in read_events(folder) if e["event"] == "client")

@@ -1,6 +1,6 @@
 """The default run, `apiary simulate`, timed as a whole process from command to report, over several seeds.
 
-python benchmarks/demo.py [--seeds 3]
+python benchmarks/demo.py [--seeds 3] [--keep DIR]
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results" / "demo.json"
 
 
-def one(seed: int) -> dict[str, Any]:
-    """The final table of one seed and its wall time."""
+def one(seed: int, keep: Path | None) -> dict[str, Any]:
+    """The final table of one seed and its wall time; the run directories stay under `keep`."""
     with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch) / "run"
+        out = (keep or Path(scratch)) / f"seed-{seed}"
         command = [sys.executable, "-m", "apiary.cli", "simulate", "--quiet", "--out", str(out), "-s", f"seed={seed}"]
         began = time.monotonic()
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -34,7 +34,9 @@ def main() -> None:
     """Run the seeds one after the other and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
-    runs = [one(seed) for seed in range(parser.parse_args().seeds)]
+    parser.add_argument("--keep", type=Path, help="keep the run directories there")
+    args = parser.parse_args()
+    runs = [one(seed, args.keep) for seed in range(args.seeds)]
     machine, versions = runs[0]["machine"], runs[0]["versions"]
     for run in runs:
         del run["machine"], run["versions"]

@@ -36,7 +36,7 @@ def demo(results: dict[str, Any]) -> str:
     wall = _spread([run["wall_s"] for run in runs], 1, 0)
     lines += [
         "",
-        f"Mean and range over {len(runs)} seeds. Clients whose own held-out loss falls by joining: {improved}. "
+        f"{_seeds(len(runs))} Clients whose own held-out loss falls by joining: {improved}. "
         f"From command to report: {wall} s on {_machine(results)}.",
     ]
     return "\n".join(lines)
@@ -70,7 +70,13 @@ def training(results: dict[str, Any]) -> str:
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"demo": demo, "training": training, "clients": clients}
 
 
+def _seeds(count: int) -> str:
+    return "One seed." if count == 1 else f"Mean and range over {count} seeds."
+
+
 def _spread(values: list[float], scale: float, digits: int) -> str:
+    if len(values) == 1:
+        return f"{scale * values[0]:.{digits}f}"
     low, high = scale * min(values), scale * max(values)
     return f"{scale * statistics.mean(values):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
@@ -84,7 +90,7 @@ def render(text: str) -> str:
     """The README with every table made anew."""
     for name, table in TABLES.items():
         path = RESULTS / f"{name}.json"
-        body = table(json.loads(path.read_text()))
+        body = table(json.loads(path.read_text())) if path.exists() else "*No measurement is committed yet.*"
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         text = re.sub(pattern, lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text, flags=re.DOTALL)  # type: ignore[misc]
     return text

@@ -24,7 +24,8 @@ def orthogonal(matrices: Tensor, rounds: int = 5) -> Tensor:
     for _ in range(rounds):
         gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return (x.mT if tall else x).to(matrices.dtype)
+    turned: Tensor = (x.mT if tall else x).to(matrices.dtype)
+    return turned
 
 
 class Muon(torch.optim.Optimizer):
