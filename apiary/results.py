@@ -164,12 +164,13 @@ def export(path: Path, to: Path, *, merge: bool) -> Path:
 
 def _handed_on(config: RunConfig) -> RunConfig:
     """The settings without what is nobody else's business: where the data lay, and folders of this machine."""
-    model = config.model.model_copy(update={"name": _public(config.model.name)})
-    prompt = config.prompt.model_copy(update={"template": _public(config.prompt.template)})
+    model = config.model.model_copy(update={"name": public_name(config.model.name)})
+    prompt = config.prompt.model_copy(update={"template": public_name(config.prompt.template)})
     return config.model_copy(update={"model": model, "prompt": prompt, "data": DataConfig()})
 
 
-def _public(name: str) -> str:
+def public_name(name: str) -> str:
+    """A name as it may be passed on: of a path only the last part, so that no folder of this machine stands in it."""
     return Path(name).name if Path(name).is_absolute() else name
 
 
@@ -204,13 +205,13 @@ def card(config: RunConfig, metrics: Mapping[str, Any] | None, *, merged: bool =
         ]
     lines = [
         "---",
-        *([] if name.startswith("builtin:") or name != _public(name) else [f"base_model: {name}"]),
+        *([] if name.startswith("builtin:") or name != public_name(name) else [f"base_model: {name}"]),
         "library_name: " + ("transformers" if merged else "peft"),
         "tags: [federated-learning, lora, apiary]",
         "---",
         "# A federated LoRA adapter" + (", merged into its base" if merged else ""),
         "",
-        f"Tuned with Apiary from `{_public(name)}` by federated learning: "
+        f"Tuned with Apiary from `{public_name(name)}` by federated learning: "
         f"{config.rounds} rounds, LoRA rank {config.adapter.rank} ({config.adapter.scaling}), "
         f"`{config.strategy.name}`, prompt template `{Path(config.prompt.template).name}`. "
         "Clients sent changes of the adapter and counts.",
@@ -227,7 +228,7 @@ def card(config: RunConfig, metrics: Mapping[str, Any] | None, *, merged: bool =
 
 
 def _base_path(name: str) -> str:
-    return "THIS_FOLDER/base" if name.startswith("builtin:") else _public(name)
+    return "THIS_FOLDER/base" if name.startswith("builtin:") else public_name(name)
 
 
 def _card_table(metrics: Mapping[str, Any] | None) -> list[str]:

@@ -13,6 +13,7 @@ from apiary.evaluate import HeldOut, Measured
 from apiary.examples import Federation
 from apiary.models import LanguageModel
 from apiary.prompts import Template
+from apiary.results import public_name
 from apiary.runlog import RunLog
 from apiary.tensors import StateDict
 from simulation import baselines
@@ -59,7 +60,9 @@ def summarise(prepared: Plan, adapter: StateDict, folder: Path, log: RunLog) -> 
     return {
         "schema": 1,
         "run": folder.name,
-        "task": f"{len(federation.clients)} clients, {_short(config.data.source)}, {_short(config.model.name)}",
+        "task": ", ".join(
+            [f"{len(federation.clients)} clients", *map(public_name, (config.data.source, config.model.name))]
+        ),
         "table": [
             {**evaluate.table_row(method, run, config.seed), "steps": made[method]} for method, run in runs.items()
         ],
@@ -169,8 +172,3 @@ def _samples(prepared: Plan, runs: Mapping[str, Measured], tag: str | None) -> l
         }
         for i in chosen
     ]
-
-
-def _short(name: str) -> str:
-    """The last part of a path, so that no folder of this machine stands in a result that is passed on."""
-    return Path(name).name if Path(name).is_absolute() else name
