@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pty
+import threading
 from typing import Any
 
 import pytest
@@ -182,16 +183,29 @@ def test_quiet_lets_only_refusals_through() -> None:
     assert out.getvalue() == "refused: a (round 2): NaN\n"
 
 
+def _read_to_end(terminal: int, shown: list[bytes]) -> None:
+    """Collects what is written to a terminal until its other end is closed (Linux says so with EIO)."""
+    try:
+        while piece := os.read(terminal, 1 << 16):
+            shown.append(piece)
+    except OSError:
+        pass
+
+
 def test_a_pipe_gets_lines_and_a_terminal_gets_the_board(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     with make_progress(False, io.StringIO()) as observe:
         assert isinstance(observe, Lines)
     master, slave = pty.openpty()
+    shown: list[bytes] = []
+    reader = threading.Thread(target=_read_to_end, args=(master, shown))
+    reader.start()
     with os.fdopen(slave, "w") as terminal, make_progress(False, terminal) as observe:
         assert isinstance(observe, Board)
         for event in story():
             observe(event)
-    written = os.read(master, 1 << 20).decode()
+    reader.join()
     os.close(master)
+    written = b"".join(shown).decode()
     assert "waiting for" in written
     assert "\x1b[?25h" in written  # the cursor is given back
