@@ -216,13 +216,6 @@ def fresh_adapter(lm: LanguageModel, seed: int) -> dict[str, Tensor]:
 
 
 @contextmanager
-def adapter_disabled(lm: LanguageModel) -> Iterator[None]:
-    """Within it, the model is exactly its base."""
-    with lm.model.disable_adapter():
-        yield
-
-
-@contextmanager
 def autocast(lm: LanguageModel) -> Iterator[None]:
     """Within it, matrix products run in the base's dtype (no effect for a float32 base)."""
     with torch.autocast(lm.device.type, torch.bfloat16, enabled=lm.dtype is torch.bfloat16):

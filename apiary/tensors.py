@@ -40,11 +40,6 @@ def is_finite(state: StateDict) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in state.values())
 
 
-def size_bytes(state: StateDict) -> int:
-    """The bytes of all entries as they are held."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-
-
 def digest(state: StateDict) -> str:
     """A SHA-256 over names, dtypes, shapes and bytes, independent of the order of names (16 hex digits)."""
     hasher = hashlib.sha256()

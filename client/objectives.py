@@ -12,7 +12,7 @@ from apiary.batches import Batch
 from apiary.config import Method, UserError
 from apiary.probe import row_losses
 from apiary.registry import Registry
-from apiary.tensors import StateDict, is_finite, norm
+from apiary.tensors import StateDict, is_finite
 
 Objective: TypeAlias = Callable[[nn.Module, Batch], Tensor]  # -> (b,) summed nats, float32
 Penalty: TypeAlias = Callable[[Mapping[str, Tensor]], Tensor]  # live adapter parameters -> scalar, added to the loss
@@ -65,21 +65,3 @@ def finite(delta: StateDict) -> StateDict:
     if not is_finite(delta):
         raise FloatingPointError("the trained adapter holds NaN or infinite values; a lower train.lr usually helps")
     return delta
-
-
-def bounded(max_norm: float) -> Projection:
-    """A projection onto the L2 ball of radius `max_norm`: the delta is scaled down when it is longer.
-
-    Raises:
-        ValueError: max_norm is not positive.
-    """
-    if not max_norm > 0:
-        raise ValueError(f"max_norm = {max_norm}: must be positive")
-
-    def project(delta: StateDict) -> StateDict:
-        length = norm(delta)
-        if length <= max_norm:
-            return delta
-        return {name: tensor * (max_norm / length) for name, tensor in delta.items()}
-
-    return project

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import hashlib
 import json
@@ -20,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apiary import builtin
-from apiary.builtin import documents, muon, skills, vocabulary, weights
+from apiary.builtin import circuit, documents, muon, pretrain, skills, vocabulary, weights
 
 Row = dict[str, str]
 MONTHS = [datetime.date(2000, month, 1).strftime("%B") for month in range(1, 13)]
@@ -406,6 +407,45 @@ def test_base_knows_its_own_kind_of_text(tiny):
 
 
 # --------------------------------------------------------------------------------------- the maker
+
+
+@pytest.fixture(scope="module")
+def untrained():
+    return pretrain.make_model(pretrain.Recipe(), builtin.load_tiny_tokenizer())
+
+
+@torch.no_grad()
+def share_repeated(model, run: torch.Tensor, at: slice) -> float:
+    """How often the most likely token is the right one at the places `at`, when `run` is said a second time."""
+    said = model(torch.cat([run, run], 1)).logits.argmax(-1)[:, run.shape[1] - 1 : -1]
+    return (said == run)[:, at].float().mean().item()
+
+
+@pytest.mark.parametrize("length", [10, 60, 200])
+def test_an_untrained_base_repeats_random_tokens_from_any_distance(untrained, length):
+    """One in 2048 is right by chance."""
+    run = torch.randint(20, 2048, (8, length), generator=torch.Generator().manual_seed(0))
+    assert share_repeated(untrained, run, slice(1, None)) > 0.6
+
+
+def test_an_untrained_base_repeats_a_list_across_its_commas(untrained):
+    """Any of twenty words has followed a comma; only the word before the comma tells which comes next."""
+    run = torch.randint(20, 2048, (16, 40), generator=torch.Generator().manual_seed(1))
+    run[:, 1::2] = 11
+    assert share_repeated(untrained, run, slice(2, None, 2)) > 0.6
+
+
+def test_training_keeps_the_columns_of_the_copying_circuit(untrained):
+    model = copy.deepcopy(untrained)
+    circuit.lay_copying_circuit(model, 1e6)  # a copy has no hooks
+    embedding = model.get_input_embeddings().weight
+    ids = torch.randint(20, 2048, (2, 12), generator=torch.Generator().manual_seed(2))
+    before = embedding.detach().clone()
+    optimizer = torch.optim.AdamW([embedding], lr=0.1, weight_decay=0.0)
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    assert torch.equal(embedding[:, :65], before[:, :65])
+    assert (embedding[:, 65:] != before[:, 65:]).all()
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 8), (3, 6, 20), (1, 20, 6)])

@@ -102,14 +102,14 @@ def test_a_fresh_adapter_changes_nothing_and_is_the_same_everywhere(lm: models.L
     assert all(not fresh[name].any() for name in fresh if "lora_B" in name)
     models.set_adapter(lm, fresh)
     tuned = logits(lm.model, IDS)
-    with models.adapter_disabled(lm):
+    with lm.model.disable_adapter():
         assert torch.equal(logits(lm.model, IDS), tuned)
 
 
 def test_without_its_adapter_the_model_is_its_base(lm: models.LanguageModel, tiny_model: Path) -> None:
     models.set_adapter(lm, small_models.random_state(models.get_adapter(lm)))
     plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    with models.adapter_disabled(lm):
+    with lm.model.disable_adapter():
         torch.testing.assert_close(logits(lm.model, IDS), logits(plain, IDS))
     assert (logits(lm.model, IDS) - logits(plain, IDS)).abs().max() > 0.01
     assert all(p.requires_grad for p in lm.adapter.values())

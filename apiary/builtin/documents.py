@@ -277,9 +277,9 @@ def filed(rng: random.Random) -> str:
 Document = Callable[[random.Random], str]
 KINDS: Final[dict[str, tuple[Document, float]]] = {
     "notes": (notes, 4.5),
-    "drilled_chat": (drilled_chat, 2.0),
-    "echo": (echo, 3.0),
-    "recall": (recall, 4.0),
+    "drilled_chat": (drilled_chat, 3.0),
+    "echo": (echo, 0.8),
+    "recall": (recall, 1.5),
     "small_talk": (small_talk, 0.3),
     "calendar": (calendar, 0.3),
     "sums": (sums, 0.6),

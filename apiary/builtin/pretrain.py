@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import random
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -26,8 +27,10 @@ import torch.distributed
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from apiary.builtin import documents, vocabulary, weights
+from apiary.builtin.circuit import lay_copying_circuit
 from apiary.builtin.muon import Muon
 
 if TYPE_CHECKING:
@@ -44,6 +47,8 @@ class Recipe:
 
     Attributes:
         vocabulary: tokens of the tokenizer.
+        rope_theta: base of the rotary embedding; with heads as narrow as these, the usual 10,000
+            leaves too few slow planes for a head to find the same word at any distance.
         window: tokens of a training window; one step in eight has windows of `context` instead.
         step_tokens: tokens of one optimizer step.
         prose_share: share of the windows that hold prose.
@@ -60,6 +65,7 @@ class Recipe:
     heads: int = 8
     inner: int = 512
     context: int = 512
+    rope_theta: float = 1e6
     window: int = 256
     step_tokens: int = 3072
     prose_share: float = 0.12
@@ -89,11 +95,11 @@ def make_tokenizer(recipe: Recipe, prose: list[str]) -> PreTrainedTokenizerFast:
 
 
 def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """Returns an untrained Llama of the recipe's size."""
+    """Returns an untrained Llama of the recipe's size, with a copying circuit in its first two layers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(recipe.seed)
-    return LlamaForCausalLM(
+    model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=recipe.vocabulary,
             hidden_size=recipe.hidden,
@@ -102,31 +108,41 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrained
             num_key_value_heads=recipe.heads,
             intermediate_size=recipe.inner,
             max_position_embeddings=recipe.context,
+            rope_parameters={"rope_type": "default", "rope_theta": recipe.rope_theta},
             tie_word_embeddings=True,
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
     )
+    lay_copying_circuit(model, recipe.rope_theta)
+    return model
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerFast, marked: list[str], cue_weight: float
+) -> Iterator[tuple[list[int], list[float]]]:
+    """Yields (token ids, weights) of each marked document, between <bos> and <eos>; see `documents.OPEN`."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    texts = [documents.unmarked(text) for text in marked]
+    for text, encoding in zip(marked, tokenizer.backend_tokenizer.encode_batch(texts), strict=True):
+        spans = documents.result_spans(text)
+        told = [not spans or any(first <= start < last for first, last in spans) for start, _ in encoding.offsets]
+        scale = [0.0, *(1.0 if it else cue_weight for it in told)]
+        if encoding.ids[-1] == eos:
+            yield [bos, *encoding.ids], scale
+        else:
+            yield [bos, *encoding.ids, eos], [*scale, 1.0]
 
 
 def document_tokens(
     tokenizer: PreTrainedTokenizerFast, rng: random.Random, cue_weight: float
 ) -> Iterator[tuple[int, float]]:
-    """Yields (token, weight) of one document after another, each between <bos> and <eos>."""
+    """Yields (token, weight) of one document after another."""
     made = documents.marked_stream(rng, documents.held_out_inputs())
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     while True:
-        marked = [text for _, text in islice(made, 500)]
-        texts = [documents.unmarked(text) for text in marked]
-        for text, encoding in zip(marked, tokenizer.backend_tokenizer.encode_batch(texts), strict=True):
-            spans = documents.result_spans(text)
-            yield bos, 0.1
-            for token, (start, _) in zip(encoding.ids, encoding.offsets, strict=True):
-                told = not spans or any(first <= start < last for first, last in spans)
-                yield token, 1.0 if told else cue_weight
-            if encoding.ids[-1] != eos:
-                yield eos, 1.0
+        for ids, scale in encode(tokenizer, [text for _, text in islice(made, 500)], cue_weight):
+            yield from zip(ids, scale, strict=True)
 
 
 def batches(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, prose: Tensor, part: str, workers: int) -> Batches:
@@ -160,31 +176,36 @@ def token_loss(model: PreTrainedModel | Any, ids: Tensor, scale: Tensor) -> Tens
     return (losses * told).sum() / told.sum()
 
 
-def held_out_sets(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, prose: list[str]) -> dict[str, Tensor]:
-    """Returns padded token ids by kind of document, never trained on, and of held-out prose."""
-    made = documents.stream(random.Random(f"{recipe.seed}/held-out"), documents.held_out_inputs())
+def held_out_sets(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, prose: list[str]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Returns (ids, weights) by kind of document, never trained on, and of held-out prose.
+
+    Where a document marks its results, only they have weight: the rest is drawn at random.
+    """
+    made = documents.marked_stream(random.Random(f"{recipe.seed}/held-out"), documents.held_out_inputs())
     texts: dict[str, list[str]] = {kind: [] for kind in documents.KINDS}
     while min(map(len, texts.values())) < 48:
         kind, text = next(made)
         texts[kind].append(text)
-    texts = {kind: [vocabulary.BOS + text for text in some[:48]] for kind, some in texts.items()}
-    texts["prose"] = [book[start : start + 900] for book in prose for start in (0, 2000, 4000)]
+    texts = {kind: some[:48] for kind, some in texts.items()}
+    texts["prose"] = [book[start : start + 900] for book in prose for start in (0, 2000, 4000) if start < len(book)]
     sets = {}
     for kind, some in texts.items():
-        encoded = tokenizer(some, padding=True, truncation=True, max_length=recipe.window, return_tensors="pt")
-        sets[kind] = encoded["input_ids"]
+        encoded = list(encode(tokenizer, some, cue_weight=0.0))
+        ids = [torch.tensor(row[: recipe.window]) for row, _ in encoded]
+        told = [torch.tensor(row[: recipe.window]) for _, row in encoded]
+        sets[kind] = pad_sequence(ids, batch_first=True), pad_sequence(told, batch_first=True)
     return sets
 
 
 @torch.no_grad()
-def held_out_losses(model: PreTrainedModel, sets: dict[str, Tensor]) -> dict[str, float]:
-    """Returns the held-out loss by kind, in nats per token, padding apart."""
-    pad = model.config.pad_token_id
-    losses = {}
-    for kind, ids in sets.items():
-        ids = ids.to(model.device)
-        losses[kind] = round(token_loss(model, ids, (ids != pad).float()).item(), 3)
-    return losses
+def held_out_losses(model: PreTrainedModel, sets: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """Returns the held-out loss by kind, in nats per weighted token."""
+    return {
+        kind: round(token_loss(model, ids.to(model.device), told.to(model.device)).item(), 3)
+        for kind, (ids, told) in sets.items()
+    }
 
 
 def optimizers(recipe: Recipe, model: PreTrainedModel) -> list[torch.optim.Optimizer]:
@@ -392,7 +413,8 @@ def main() -> None:
         _work(0, run, 1)
         return
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29517")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        os.environ.setdefault("MASTER_PORT", str(free.getsockname()[1]))
     spawn(_work, (run, args.workers), nprocs=args.workers)
 
 
