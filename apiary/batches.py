@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -38,13 +38,16 @@ class Corpus:
     """All examples end to end; example i is `ids[offsets[i]:offsets[i + 1]]`.
 
     ids: (N,) int32; trained: (N,) bool, True where the token's loss counts (never an example's
-    first token, which nothing predicts); offsets: (n + 1,) int64.
+    first token, which nothing predicts); offsets: (n + 1,) int64. Of the rows it was made from, by
+    their number there: cut, those that were cut short; dropped, why the missing ones are not in it.
     """
 
     ids: np.ndarray
     trained: np.ndarray
     offsets: np.ndarray
     stats: CorpusStats
+    cut: tuple[int, ...] = ()
+    dropped: Mapping[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -55,10 +58,12 @@ class Corpus:
         return np.diff(self.offsets)
 
 
-def gather(encoded: Iterable[Encoded | None]) -> Corpus:
-    """The corpus of the examples that could be encoded; each None counts as dropped."""
+def gather(encoded: Iterable[Encoded | str]) -> Corpus:
+    """The corpus of the examples that could be encoded; in the place of one that could not stands why."""
     rows = list(encoded)
-    kept = [row for row in rows if row is not None]
+    kept = [row for row in rows if isinstance(row, Encoded)]
+    cut = tuple(i for i, row in enumerate(rows) if isinstance(row, Encoded) and row.cut)
+    dropped = {i: row for i, row in enumerate(rows) if isinstance(row, str)}
     offsets = np.zeros(len(kept) + 1, np.int64)
     np.cumsum([len(row.ids) for row in kept], out=offsets[1:])
     ids = np.concatenate([np.zeros(0, np.int32), *(row.ids for row in kept)])
@@ -67,10 +72,10 @@ def gather(encoded: Iterable[Encoded | None]) -> Corpus:
         examples=len(kept),
         tokens=len(ids),
         response_tokens=int(trained.sum()),
-        cut=sum(row.cut for row in kept),
-        dropped=len(rows) - len(kept),
+        cut=len(cut),
+        dropped=len(dropped),
     )
-    return Corpus(ids, trained, offsets, stats)
+    return Corpus(ids, trained, offsets, stats, cut, dropped)
 
 
 def plan_batches(lengths: np.ndarray, batch_tokens: int, rng: torch.Generator) -> list[np.ndarray]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,8 +11,8 @@ from numpy.typing import NDArray
 
 from apiary import prompts
 from apiary.batches import Corpus
-from apiary.config import RunConfig
-from apiary.examples import Example, answer
+from apiary.config import RunConfig, UserError
+from apiary.examples import Example, Federation, answer
 from apiary.models import LanguageModel, fresh_adapter, set_adapter
 from apiary.probe import ModelProbe
 from apiary.prompts import Template
@@ -25,8 +26,9 @@ class HeldOut(NamedTuple):
 
     examples: tuple[Example, ...]
     corpus: Corpus
-    questions: tuple[list[int], ...]  # prompt token ids
+    questions: tuple[list[int], ...]  # prompt token ids; none where answers are not asked for
     answers: tuple[str, ...]
+    left_out: int = 0  # of those drawn, the ones that cannot be used
 
 
 class Measured(NamedTuple):
@@ -49,15 +51,65 @@ class Measured(NamedTuple):
 
 
 def prepare(examples: Sequence[Example], template: Template, lm: LanguageModel, config: RunConfig) -> HeldOut:
-    """At most `evaluate.max_examples` of the examples, drawn evenly, tokenised both for scoring and for answering.
+    """At most `evaluate.max_examples` of the examples, drawn evenly, tokenised for scoring and, if need be, answering.
 
-    Examples that do not fit `prompt.max_tokens` are left out of both: every row of the table is over the same ones.
+    Examples that the template cannot write, or whose first answer or last question does not fit `prompt.max_tokens`,
+    are left out of both and counted: every row of the table is over the same ones.
+
+    Raises:
+        UserError: the model has fewer positions than `prompt.max_tokens`.
     """
-    fitting = [e for e in _evenly(examples, config) if prompts.encode(e, template, lm.tokenizer, config.prompt)]
-    corpus = prompts.encode_all(fitting, template, lm.tokenizer, config.prompt)
-    limit = config.prompt.max_tokens
-    questions = tuple(prompts.encode_prompt(e, template, lm.tokenizer, limit) for e in fitting)
-    return HeldOut(tuple(fitting), corpus, questions, tuple(answer(e) for e in fitting))
+    check_positions(lm, config)
+    drawn = _evenly(examples, config)
+    usable = [e for e in drawn if prompts.encode(e, template, lm.tokenizer, config.prompt)]
+    questions: list[list[int]] = []
+    if config.evaluate.generate:
+        asked = [(e, ids) for e in usable if (ids := _question(e, template, lm, config)) is not None]
+        usable, questions = [e for e, _ in asked], [ids for _, ids in asked]
+    corpus = prompts.encode_all(usable, template, lm.tokenizer, config.prompt)
+    return HeldOut(tuple(usable), corpus, tuple(questions), tuple(map(answer, usable)), len(drawn) - len(usable))
+
+
+def _question(example: Example, template: Template, lm: LanguageModel, config: RunConfig) -> list[int] | None:
+    try:
+        return prompts.encode_prompt(example, template, lm.tokenizer, config.prompt.max_tokens)
+    except UserError:
+        return None
+
+
+def data_warnings(
+    federation: Federation, held_out: HeldOut, template: Template, lm: LanguageModel, config: RunConfig
+) -> list[str]:
+    """What encoding cuts and leaves out of all data, a line for each file, and what the table lacks."""
+    shares = [federation.test, *(share for client in federation.clients for share in (client.train, client.test))]
+    encoded = ((rows, prompts.encode_all(rows, template, lm.tokenizer, config.prompt)) for rows in shares)
+    lines = prompts.rows_lost(encoded, config.data, config.prompt.max_tokens)
+    if held_out.left_out:
+        lines.append(
+            f"held-out set: {held_out.left_out} of {held_out.left_out + len(held_out.examples)} examples are not in "
+            "the table: the first answer or last question does not fit prompt.max_tokens, or prompt.template "
+            "cannot write it"
+        )
+    return lines
+
+
+def check_positions(lm: LanguageModel, config: RunConfig) -> None:
+    """Check that the longest example has no more tokens than the model has positions.
+
+    Raises:
+        UserError: it may have more.
+    """
+    limit = _positions(lm)
+    if config.prompt.max_tokens > limit:
+        raise UserError(
+            f"prompt.max_tokens = {config.prompt.max_tokens}: {lm.name} has {limit} positions; "
+            f"lower it to {limit} or less"
+        )
+
+
+def _positions(lm: LanguageModel) -> int:
+    limit = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) else sys.maxsize
 
 
 def _evenly(examples: Sequence[Example], config: RunConfig) -> list[Example]:
@@ -73,13 +125,24 @@ def measure(lm: LanguageModel, adapter: StateDict | None, held_out: HeldOut, con
     """Loss, and with `evaluate.generate` exact-match accuracy, of an adapter (None: as the model now stands)."""
     if adapter is not None:
         set_adapter(lm, adapter)
-    probe = ModelProbe(lm)
-    nats, tokens = probe.losses(held_out.corpus)
+    nats, tokens = ModelProbe(lm).losses(held_out.corpus)
     if not config.evaluate.generate:
         return Measured(nats, tokens.astype(np.float64), None)
-    texts = tuple(probe.generate(list(held_out.questions), config.evaluate.max_new_tokens))
+    texts = answer_all(lm, held_out.questions, config.evaluate.max_new_tokens)
     correct = np.array([exact_match(t, a) for t, a in zip(texts, held_out.answers, strict=True)], dtype=np.float64)
     return Measured(nats, tokens.astype(np.float64), correct, texts)
+
+
+def answer_all(lm: LanguageModel, questions: Sequence[list[int]], max_new_tokens: int) -> tuple[str, ...]:
+    """The greedy answer to each prompt (token ids), ending at the model's last position if not before."""
+    room = [min(max_new_tokens, _positions(lm) - len(ids)) for ids in questions]
+    texts = [""] * len(questions)
+    for longest in sorted(set(room)):
+        chosen = [i for i, tokens in enumerate(room) if tokens == longest]
+        given = ModelProbe(lm).generate([questions[i] for i in chosen], longest)
+        for i, text in zip(chosen, given, strict=True):
+            texts[i] = text
+    return tuple(texts)
 
 
 class Comparison(NamedTuple):
@@ -168,9 +231,11 @@ def table_row(method: str, run: Measured, seed: int) -> dict[str, Any]:
     }
 
 
-def by_tag(tag: str, runs: Mapping[str, Measured], held_out: HeldOut) -> dict[str, dict[str, float]]:
-    """Accuracy per value of a tag (a skill, a category) and method; empty where answers were not generated."""
-    labels = np.array([example.tags.get(tag, "") for example in held_out.examples])
+def by_kind(
+    kind: Callable[[Example], str], runs: Mapping[str, Measured], held_out: HeldOut
+) -> dict[str, dict[str, float]]:
+    """Accuracy per kind of example (a skill, a category) and method; empty where answers were not generated."""
+    labels = np.array([kind(example) for example in held_out.examples])
     return {
         str(value): {
             m: float(run.correct[labels == value].mean()) for m, run in runs.items() if run.correct is not None

@@ -170,6 +170,8 @@ def _replace_gated(module: nn.Module) -> None:
 
     own = type(module).forward
     weight = next(module.gate_proj.parameters())  # type: ignore[union-attr]
+    if not weight.is_floating_point():  # quantised
+        return
     width = getattr(module.gate_proj, "in_features", weight.shape[-1])
     probe = _noise(4, width).to(weight)
     with torch.no_grad():

@@ -115,7 +115,10 @@ def _round(state: State, event: Event) -> dict[str, Any]:
 
 def _evaluate(state: State, event: Event) -> dict[str, Any]:
     loss = event.get("loss")
-    return {"losses": state.losses if loss is None else (*state.losses, loss)[-2:]}
+    return {
+        "losses": state.losses if loss is None else (*state.losses, loss)[-2:],
+        "bytes_down": state.bytes_down + (event.get("bytes_evaluate") or 0),
+    }
 
 
 def _baseline(state: State, event: Event) -> dict[str, Any]:
@@ -250,7 +253,7 @@ def line(state: State, event: Event) -> str | None:
         case "evaluate":
             return _evaluate_line(state, event)
         case "refused":
-            where = f"round {event['round']}" if event.get("round") else "handshake"
+            where = {None: "handshake", 0: "before training"}.get(number := event.get("round"), f"round {number}")
             return f"refused: {clean(event['client'])} ({where}): {clean(event['reason'])}"
         case "warning":
             return f"warning: {clean(event['message'])}"

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from apiary.batches import Batch, Corpus, CorpusStats, Encoded, collate, gather, plan_batches
-from apiary.config import PromptConfig, UserError
-from apiary.examples import Example
-from apiary.templates import Segment, Template, asking, make_template, short_digest
+from apiary.config import DataConfig, PromptConfig, UserError
+from apiary.examples import Example, Source, Turn, read
+from apiary.templates import Segment, Template, Unwritable, asking, make_template, short_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,6 +30,7 @@ __all__ = [
     "Encoded",
     "Segment",
     "Template",
+    "check_template",
     "collate",
     "encode",
     "encode_all",
@@ -36,10 +38,12 @@ __all__ = [
     "make_template",
     "plan_batches",
     "preview",
+    "rows_lost",
     "tokenizer_digest",
 ]
 
 _CHUNK = 4096  # rows tokenised in one call
+_FIRST_ROWS = 5  # row numbers told of a file
 
 
 def encode(
@@ -48,9 +52,9 @@ def encode(
     tokenizer: PreTrainedTokenizerBase,
     config: PromptConfig,
 ) -> Encoded | None:
-    """One example as tokens; None when `prompt.max_tokens` leaves nothing of it to train."""
-    segments = template.segments(example.turns)
-    return _assemble(segments, _tokenise(segments, tokenizer), config)
+    """One example as tokens; None when the template cannot write it, or `prompt.max_tokens` leaves nothing to train."""
+    (made,) = _encode([example], template, tokenizer, config)
+    return made if isinstance(made, Encoded) else None
 
 
 def encode_all(
@@ -59,15 +63,84 @@ def encode_all(
     tokenizer: PreTrainedTokenizerBase,
     config: PromptConfig,
 ) -> Corpus:
-    """All examples that fit as one corpus, in order; the stats count those cut or dropped."""
+    """All examples that can be used as one corpus, in order; it tells which of them were cut or dropped, and why."""
+    chunks = (examples[start : start + _CHUNK] for start in range(0, len(examples), _CHUNK))
+    return gather(chain.from_iterable(_encode(chunk, template, tokenizer, config) for chunk in chunks))
 
-    def encoded() -> Iterator[Encoded | None]:
-        for start in range(0, len(examples), _CHUNK):
-            chunk = [template.segments(e.turns) for e in examples[start : start + _CHUNK]]
-            ids = _tokenise(chain.from_iterable(chunk), tokenizer)
-            yield from (_assemble(segments, ids, config) for segments in chunk)
 
-    return gather(encoded())
+def _encode(
+    examples: Sequence[Example], template: Template, tokenizer: PreTrainedTokenizerBase, config: PromptConfig
+) -> list[Encoded | str]:
+    """The tokens of each example, or why there are none."""
+    written = [_write(example.turns, template) for example in examples]
+    ids = _tokenise(chain.from_iterable(part for part in written if not isinstance(part, str)), tokenizer)
+    return [part if isinstance(part, str) else _assemble(part, ids, config) for part in written]
+
+
+def _write(turns: Sequence[Turn], template: Template) -> list[Segment] | str:
+    try:
+        return template.segments(turns)
+    except Unwritable as refusal:
+        return refusal.reason
+
+
+def check_template(examples: Iterable[Example], template: Template) -> None:
+    """Check that the template can write one of the examples at least.
+
+    Raises:
+        UserError: it can write none of them; what it says of the first.
+    """
+    first: UserError | None = None
+    for example in examples:
+        try:
+            template.segments(example.turns)
+        except Unwritable as refusal:
+            first = first or refusal
+        else:
+            return
+    if first is not None:
+        raise first
+
+
+def rows_lost(parts: Iterable[tuple[Sequence[Example], Corpus]], data: DataConfig, max_tokens: int) -> list[str]:
+    """What encoding cut and dropped: a line for each file, with counts and the first row numbers.
+
+    Args:
+        parts: examples, and what `encode_all` made of them.
+        data: where they came from; read again if there is something to tell, for an example does not know its row.
+        max_tokens: their limit.
+    """
+    fates: dict[tuple[Turn, ...], str] = {}  # a conversation's fate depends on nothing else
+    for given, corpus in parts:
+        fates |= {given[i].turns: f"cut at prompt.max_tokens = {max_tokens}" for i in corpus.cut}
+        fates |= {given[i].turns: f"left out: {why}" for i, why in corpus.dropped.items()}
+    lines: list[str] = []
+    unplaced = dict(fates)
+    for source in _sources(data) if fates else ():
+        found: dict[int, dict[str, list[int]]] = {}
+        for example, place in zip(source.examples, source.places, strict=True):
+            if fate := fates.get(example.turns):
+                found.setdefault(place.file, {}).setdefault(fate, []).append(place.row)
+                unplaced.pop(example.turns, None)
+        for file, fate_rows in sorted(found.items()):
+            name, total = source.reports[file].name, source.reports[file].rows
+            told = (f"{len(rows)} of {total} rows {fate} ({_numbers(rows)})" for fate, rows in fate_rows.items())
+            lines.append(f"{name}: {'; '.join(told)}")
+    if unplaced:
+        counts = Counter(unplaced.values()).items()
+        lines.append("test part of data.source: " + "; ".join(f"{count} {fate}" for fate, count in counts))
+    return lines
+
+
+def _sources(data: DataConfig) -> list[Source]:
+    sources = [read(data.source, split=data.split, columns=data.columns, max_rows=data.max_rows)]
+    if data.test is not None:
+        sources.append(read(data.test, split="test", columns=data.columns, key="data.test"))
+    return sources
+
+
+def _numbers(rows: Sequence[int]) -> str:
+    return f"rows {', '.join(map(str, rows[:_FIRST_ROWS]))}{', ...' if len(rows) > _FIRST_ROWS else ''}"
 
 
 def encode_prompt(
@@ -81,7 +154,7 @@ def encode_prompt(
     A long chat loses its oldest exchanges (never the system message) until a response token fits.
 
     Raises:
-        UserError: the last question alone is too long.
+        UserError: the last question alone is too long, or the template cannot write the conversation.
     """
     turns = asking(example.turns)
     while True:
@@ -135,19 +208,19 @@ def _tokenise(segments: Iterable[Segment], tokenizer: PreTrainedTokenizerBase) -
     return {text: np.array(ids, np.int32) for text, ids in zip(texts, rows, strict=True)}
 
 
-def _assemble(segments: Sequence[Segment], ids_of: Mapping[str, np.ndarray], config: PromptConfig) -> Encoded | None:
-    """The segments' ids end to end, up to the last trained token that fits."""
+def _assemble(segments: Sequence[Segment], ids_of: Mapping[str, np.ndarray], config: PromptConfig) -> Encoded | str:
+    """The segments' ids end to end, up to the last trained token that fits; or why none is left to train."""
     parts = [ids_of[segment.text] for segment in segments]
     ids = np.concatenate(parts)
     trained = np.repeat([segment.trained for segment in segments], [len(part) for part in parts])
     trained[:1] = False  # nothing comes before the first token to predict it from
     end = _end(trained)
     cut = end > config.max_tokens
-    if cut and config.on_long == "drop":
-        return None
     if cut:
-        end = _end(trained[: config.max_tokens])
-    return Encoded(ids[:end], trained[:end], cut) if end else None
+        end = _end(trained[: config.max_tokens]) if config.on_long == "truncate" else 0
+    if not end:
+        return f"too long for prompt.max_tokens = {config.max_tokens}" if cut else "no token of it is trained"
+    return Encoded(ids[:end], trained[:end], cut)
 
 
 def _end(trained: np.ndarray) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, TypeVar, cast, get_type_hints
 
@@ -58,6 +59,8 @@ class Registry(Generic[T]):
 
     def _outside(self, name: str) -> Callable[..., T]:
         module, _, function = name.partition(":")
+        if "" not in sys.path:  # the working directory; last, so that it hides nothing
+            sys.path.append("")
         try:
             found = getattr(importlib.import_module(module), function)
         except Exception as error:  # a module of the user's may fail in any way when it is imported

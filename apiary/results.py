@@ -16,7 +16,6 @@ from apiary.config import DataConfig, RunConfig, UserError
 from apiary.evaluate import Measured
 from apiary.examples import Example, Turn
 from apiary.models import LanguageModel
-from apiary.probe import ModelProbe
 from apiary.prompts import Template
 from apiary.tensors import StateDict
 
@@ -101,7 +100,8 @@ def _settings_of(folder: Path, stored: Path | None) -> list[str]:
 def save_adapter_folder(lm: LanguageModel, adapter: StateDict, folder: Path, config: RunConfig) -> None:
     """A PEFT folder that any tool loads, with a model card and the run's settings."""
     models.save_adapter(lm, adapter, folder, card(config, None))
-    runlog.write_atomic(folder / _SETTINGS, config.to_toml())
+    settings = config.model_copy(update={"data": DataConfig(columns=config.data.columns)})  # not where the data lay
+    runlog.write_atomic(folder / _SETTINGS, settings.to_toml())
 
 
 def score(tuned: Tuned, source: str) -> dict[str, Measured]:
@@ -130,7 +130,7 @@ def reply(tuned: Tuned, history: Sequence[Turn], max_new_tokens: int) -> str:
     example = Example((*history, Turn("assistant", "")), {})
     ids = prompts.encode_prompt(example, tuned.template, tuned.lm.tokenizer, tuned.config.prompt.max_tokens)
     models.set_adapter(tuned.lm, tuned.adapter)
-    return ModelProbe(tuned.lm).generate([ids], max_new_tokens)[0]
+    return evaluate.answer_all(tuned.lm, [ids], max_new_tokens)[0]
 
 
 def export(path: Path, to: Path, *, merge: bool) -> Path:

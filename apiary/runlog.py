@@ -29,7 +29,8 @@ Observer: TypeAlias = Callable[[Event], None]
 
 LOG_FILE, METRICS_FILE, SCHEMA = "log.jsonl", "metrics.json", 1
 _PACKAGES = ("torch", "transformers", "peft", "flwr")
-_RETOLD = frozenset({"baseline", "finish"})  # a resumed run tells these again from their beginning
+# What a resumed run tells again from its beginning; the latter where they belong to no round.
+_RETOLD, _RETOLD_BESIDE_ROUNDS = frozenset({"baseline", "finish"}), frozenset({"warning", "handshake", "refused"})
 _logger = logging.getLogger(__name__)
 
 
@@ -152,14 +153,16 @@ def _mend(path: Path) -> None:
 def truncate_after(folder: Path, last_round: int) -> None:
     """Cuts the log back to the end of round `last_round`, so that a resumed run tells one story.
 
-    Everything from the first event of a later round on goes, and so do the end of the run and its
-    baselines.
+    Everything from the first event of a later round on goes, and so does what will be told again: the
+    end of the run and its baselines, handshakes and warnings about the data. Without a finished round
+    (`last_round` = 0) the measurement before the first one goes too.
     """
     kept = []
     for event in read_events(folder):
-        if (event.get("round") or 0) > last_round:
+        number = event.get("round")
+        if number is not None and (number > last_round or last_round == 0):
             break
-        if event["event"] not in _RETOLD:
+        if event["event"] not in (_RETOLD if number is not None else _RETOLD | _RETOLD_BESIDE_ROUNDS):
             kept.append(event)
     lines = (json.dumps(event, ensure_ascii=False, separators=(",", ":")) + "\n" for event in kept)
     write_atomic(folder / LOG_FILE, "".join(lines))

@@ -42,6 +42,23 @@ class Segment(NamedTuple):
     trained: bool
 
 
+class Unwritable(UserError):
+    """The template cannot write a conversation with a right mask.
+
+    Args:
+        problem: what the chat template does.
+        detail: more on it, for whoever may see the conversation: the template's own words could quote it.
+    """
+
+    def __init__(self, problem: str, detail: str = "") -> None:
+        self.reason = f"the chat template {problem}"
+        more = f" ({detail})" if detail else ""
+        super().__init__(
+            f'prompt.template = "chat": the chat template of this tokenizer {problem}{more}, '
+            f"so prompt and response cannot be told apart safely; {_OTHERS}"
+        )
+
+
 Splitter = Callable[[Sequence[Turn]], list[Segment]]
 
 
@@ -62,7 +79,7 @@ class Template:
         """The conversation in segments; one that does not end in an assistant turn asks for it.
 
         Raises:
-            UserError: the template cannot write this conversation with a right mask.
+            Unwritable: the template cannot write this conversation with a right mask.
         """
         if self.system is not None and turns[0].role != "system":
             turns = (Turn("system", self.system), *turns)
@@ -232,7 +249,7 @@ class _Chat:
         """The answer with its end mark, without the white space after that."""
         content = written.removesuffix(self.tail)
         if not written.endswith(self.tail) or content.strip() != text.strip():
-            raise _unfit("rewrites what the assistant said (a thinking part, perhaps)")
+            raise Unwritable("rewrites what the assistant said", "a thinking part, perhaps")
         return content + self.tail.rstrip()
 
 
@@ -243,7 +260,7 @@ def _read_chat(tokenizer: PreTrainedTokenizerBase) -> _Chat:
     asked = _render(tokenizer, turns[:1], ask=True)
     lead, found, tail = _rest(_render(tokenizer, turns, ask=False), asked, 1).partition(answer)
     if not found or question not in asked:
-        raise _unfit("does not write out what is said")
+        raise Unwritable("does not write out what is said")
     end = tokenizer(tail.rstrip(), add_special_tokens=False)["input_ids"][-1:]
     ends_turn = bool(end) and end[0] in tokenizer.added_tokens_decoder
     return _Chat(
@@ -278,15 +295,8 @@ def _merge_system(turns: Sequence[Turn]) -> Sequence[Turn]:
 
 def _rest(text: str, start: str, turn: int) -> str:
     if not text.startswith(start):
-        raise _unfit(f"changes earlier text as a conversation grows (seen at turn {turn + 1})")
+        raise Unwritable("changes earlier text as a conversation grows", f"seen at turn {turn + 1}")
     return text[len(start) :]
-
-
-def _unfit(problem: str) -> UserError:
-    return UserError(
-        f'prompt.template = "chat": the chat template of this tokenizer {problem}, '
-        f"so prompt and response cannot be told apart safely; {_OTHERS}"
-    )
 
 
 def _chat_source(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -298,8 +308,6 @@ def _chat_source(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], *, ask: bool) -> str:
-    from jinja2 import TemplateError
-
     _chat_source(tokenizer)
     messages = [{"role": turn.role, "content": turn.text} for turn in turns]
     try:
@@ -314,6 +322,5 @@ def _render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], *, ask: b
                 date_string="26 Jul 2024",
             )
         )
-    except (TemplateError, TypeError, KeyError) as error:
-        problem = " ".join(str(error).split())
-        raise _unfit(f"refuses a conversation ({problem})") from None
+    except Exception as error:  # a template is a program: its own refusals, and whatever else it trips over
+        raise Unwritable("refuses a conversation", " ".join(str(error).split())) from None

@@ -118,7 +118,7 @@ def visit() -> dict[str, Any]:
         "median_ms_beside_steps": statistics.median(beside),
         "max_ms": max(beside),
         "base_loads": loads[-1],
-        "visits": len(loads),
+        "visits": len(beside),
     }
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import errno
 import functools
+import logging
+import os
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,7 @@ from apiary import config as configs
 from apiary import examples, records
 from client.worker import Site, Worker
 
+_log = logging.getLogger(__name__)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of the organisation's own disk: nothing to go on with
 
 
@@ -36,6 +39,12 @@ def federation(config: str) -> examples.Federation:
     return examples.federate(run.data, run.seed)
 
 
+def forget() -> None:
+    """Read everything again when it is next asked for."""
+    _worker.cache_clear()
+    federation.cache_clear()
+
+
 def _site(context: Context) -> Site:
     """The site of a virtual node: its part of the configured source, its memory under the node's `state-path`."""
     clients = federation(str(context.run_config["config"])).clients
@@ -47,13 +56,18 @@ def _site(context: Context) -> Site:
 
 
 def _answer(message: Message, context: Context, act: Callable[[Worker, Site], RecordDict]) -> Message:
+    """The reply to a message; an error reply for whatever goes wrong.
+
+    Raises:
+        OSError: the disk is full; without the path, for Flower would send the text to the server.
+    """
     site: Site | None = None
     try:
         site = _site(context)
         content = act(_worker(str(context.run_config["config"])), site)
     except OSError as error:
         if error.errno in _FULL:
-            raise
+            raise OSError(error.errno, os.strerror(error.errno)) from None
         return _failed(message, error, site)
     except Exception as error:
         return _failed(message, error, site)
@@ -61,12 +75,24 @@ def _answer(message: Message, context: Context, act: Callable[[Worker, Site], Re
 
 
 def _failed(message: Message, error: Exception, site: Site | None) -> Message:
-    """An error reply that says little; all of it goes into `errors.log` in the site's own folder."""
-    if site is not None:
-        site.folder.mkdir(parents=True, exist_ok=True)
-        with (site.folder / "errors.log").open("a", encoding="utf-8") as log:
+    """An error reply that says little; all of it stays on this machine."""
+    written = site is not None and _write_down(error, site.folder)
+    # A traceback that stands in a file is not for everybody's terminal.
+    _log.log(logging.INFO if written else logging.ERROR, "a message could not be answered", exc_info=error)
+    where = "its own errors.log says more" if written else "the log on its machine says more"
+    reason = f"{_safe_reason(error)}; {where}"
+    return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+
+
+def _write_down(error: Exception, folder: Path) -> bool:
+    """Whether the whole error could be added to `errors.log` in the site's own folder."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "errors.log").open("a", encoding="utf-8", errors="replace") as log:
             log.write("".join(traceback.format_exception(error)) + "\n")
-    return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, _safe_reason(error)), reply_to=message)
+    except OSError:
+        return False
+    return True
 
 
 def _safe_reason(error: Exception) -> str:
@@ -76,7 +102,7 @@ def _safe_reason(error: Exception) -> str:
         f" in {Path(ours[-1].filename).parent.name}/{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else ""
     )
     kind = "its loss is not a number" if isinstance(error, FloatingPointError) else type(error).__name__
-    return f"{kind}{place}; its own errors.log says more"
+    return f"{kind}{place}"
 
 
 _OURS = ("apiary", "client", "builtin", "curation", "continual")
@@ -92,15 +118,18 @@ def make_app(*mods: Mod) -> ClientApp:
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        number, payload = records.read_request(message.content)
-        return _answer(message, context, lambda worker, site: records.train_reply(*worker.train(site, number, payload)))
+        def act(worker: Worker, site: Site) -> RecordDict:
+            return records.train_reply(*worker.train(site, *records.read_request(message.content)))
+
+        return _answer(message, context, act)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        _, payload = records.read_request(message.content)
-        return _answer(
-            message, context, lambda worker, site: records.score_reply(site.client, worker.evaluate(site, payload))
-        )
+        def act(worker: Worker, site: Site) -> RecordDict:
+            _, payload = records.read_request(message.content)
+            return records.score_reply(site.client, worker.evaluate(site, payload))
+
+        return _answer(message, context, act)
 
     return app
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from apiary.runlog import write_atomic
-from client.trainer import Cursor
+from client.trainer import Cursor, Observer, StepRecord
 
 
 class Memory(NamedTuple):
@@ -48,6 +48,20 @@ def save(folder: Path, memory: Memory, keep: int = 3) -> None:
     write_atomic(_path(folder, memory.round), json.dumps({"round": memory.round, "cursor": list(memory.cursor)}))
     for old in sorted(_rounds(folder))[:-keep]:
         _path(folder, old).unlink(missing_ok=True)
+
+
+def step_log(folder: Path, number: int) -> Observer:
+    """An observer that adds each step of round `number` to `steps.jsonl`: the client's own, which nobody else is sent.
+
+    A round that is done again after a crash is told again.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def observe(record: StepRecord) -> None:
+        with (folder / "steps.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"round": number, **record._asdict()}) + "\n")
+
+    return observe
 
 
 def _path(folder: Path, number: int) -> Path:

@@ -77,6 +77,7 @@ class Worker:
             total_steps=self.config.rounds * steps,
             steps=steps,
             penalties=build_penalties(config.penalties, payload.adapter),
+            observers=[memory.step_log(site.folder, number)],
         )
         memory.save(site.folder, memory.Memory(number, result.cursor))
         update = Update(site.client, result.delta, float(result.report.tokens), self.config.adapter.rank)

@@ -63,7 +63,7 @@ def _measure(lm: LanguageModel, held_out: Corpus, seed: int) -> Callable[[StateD
 
 def save(folder: Path, state: ServerState, progress: Progress) -> None:
     """Write a round's checkpoint."""
-    values = {**progress._asdict(), "last_round": dict(progress.last_round)}
+    values = {**progress._asdict(), "best": dict(progress.best), "last_round": dict(progress.last_round)}
     checkpoint.save(folder / "checkpoints", state, values)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
@@ -18,15 +18,16 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from apiary import records
 from apiary.config import RunConfig
-from apiary.exchange import ClientInfo, Fingerprint, FitReport, Payload, Score, Update
-from apiary.tensors import StateDict, generator, is_finite
-from server.sampling import choose
+from apiary.exchange import ClientInfo, Fingerprint, FitReport, Hello, Payload, Score, Update
+from apiary.tensors import StateDict, add, generator, is_finite
+from server.sampling import choose, panel
 from strategies import Aggregator, ServerState
 
 logger = logging.getLogger(__name__)
 _POLL_S = 0.05  # how often a grid is asked for new replies
-_OWN = "client:"  # before a client's name in the metrics of an evaluation
 _PULL = 8  # replies asked for at a time
+_AGAIN_S = 10.0  # how soon a node whose handshake failed in passing is asked again
+_MOST = 2**53  # counts travel as float64, which holds no larger number exactly
 
 
 class RunFailed(RuntimeError):
@@ -50,7 +51,7 @@ class EventLog(Protocol):
 class Progress(NamedTuple):
     """Plain values that a checkpoint keeps beside the tensors."""
 
-    best_loss: float = math.inf
+    best: Mapping[str, Sequence[float]] = MappingProxyType({})  # by client, its `Score` at the best evaluation
     evaluations_without_gain: int = 0
     stopped: bool = False
     last_round: Mapping[str, int] = MappingProxyType({})  # by client, its last round of taking part
@@ -59,6 +60,12 @@ class Progress(NamedTuple):
 class _Member(NamedTuple):
     node: int
     info: ClientInfo
+    examples: int
+
+
+class _Refusal(NamedTuple):
+    reasons: frozenset[str]  # all that were logged
+    until: float  # monotonic seconds; asked again from then on
 
 
 class Rounds(Strategy):
@@ -91,7 +98,7 @@ class Rounds(Strategy):
         self.progress = progress or Progress()
         self._log, self._on_round, self._evaluate = log, on_round, evaluate
         self._members: dict[str, _Member] = {}
-        self._refused: set[int] = set()
+        self._refused: dict[int, _Refusal] = {}  # at the handshake
         self._greeted: dict[str, int] = {}  # hellos without an answer yet: message id -> node
         self._cohort: list[str] = []
         self._sent: Payload | None = None
@@ -186,10 +193,12 @@ class Rounds(Strategy):
         Waits as long as answers keep coming within `patience` seconds of each other. Who has not answered by then
         holds nobody up: a later call admits it.
         """
-        nodes = set(grid.get_node_ids())
+        nodes, now = set(grid.get_node_ids()), time.monotonic()
         self._members = {name: m for name, m in self._members.items() if m.node in nodes}
         self._greeted = {i: node for i, node in self._greeted.items() if node in nodes}
-        known = {member.node for member in self._members.values()} | self._refused | set(self._greeted.values())
+        self._refused = {node: refusal for node, refusal in self._refused.items() if node in nodes}
+        refused = {node for node, refusal in self._refused.items() if now < refusal.until}
+        known = {member.node for member in self._members.values()} | refused | set(self._greeted.values())
         if new := sorted(nodes - known):
             hellos = [Message(RecordDict(), node, records.HELLO, group_id="0") for node in new]
             self._greeted |= self._push(grid, hellos)
@@ -206,14 +215,15 @@ class Rounds(Strategy):
 
     def _meet(self, node: int, reply: Message) -> None:
         if reply.has_error():
-            self._refuse(node, f"node {node}", reply.error.reason or "it failed without a reason", 0)
+            reason = reply.error.reason or "it failed without a reason"
+            self._turn_away(node, f"node {node}", reason, for_s=_AGAIN_S)
             return
         try:
             self._admit(node, records.read_hello_reply(reply.content))
         except records.WireError as error:
-            self._refuse(node, f"node {node}", str(error), 0)
+            self._turn_away(node, f"node {node}", str(error))
 
-    def _admit(self, node: int, hello: Any) -> None:
+    def _admit(self, node: int, hello: Hello) -> None:
         wrong = [
             part
             for part, ours, theirs in zip(Fingerprint._fields, self.fingerprint, hello.fingerprint, strict=True)
@@ -221,20 +231,34 @@ class Rounds(Strategy):
         ]
         if wrong:
             reason = f"it holds another {' and '.join(wrong)} than the server (fingerprints differ)"
-            self._refuse(node, hello.client, reason, 0)
+            self._turn_away(node, hello.client, reason)
         elif (other := self._members.get(hello.client)) and other.node != node:
             # Not for good: an organisation that restarted may come before its old node is given up.
-            self._refuse(None, hello.client, "another client of this name is still there", 0)
+            self._turn_away(node, hello.client, "another client of this name is still there", for_s=_AGAIN_S)
         elif hello.tokens == 0:
-            self._refuse(node, hello.client, "it has nothing to train on", 0)
+            self._turn_away(node, hello.client, "it has nothing to train on")
+        elif not self._possible(hello.tokens, hello.examples):
+            self._turn_away(
+                node, hello.client, f"it claims {hello.tokens:g} tokens in {hello.examples:g} examples; that cannot be"
+            )
         else:
             last = self.progress.last_round.get(hello.client, 0)
-            self._members[hello.client] = _Member(node, ClientInfo(hello.client, hello.rank, last))
+            self._members[hello.client] = _Member(node, ClientInfo(hello.client, hello.rank, last), hello.examples)
+            self._refused.pop(node, None)
             self._log.event("handshake", client=hello.client, examples=hello.examples, tokens=hello.tokens)
 
-    def _refuse(self, node: int | None, client: str, reason: str, number: int) -> None:
-        if node is not None and number == 0:
-            self._refused.add(node)
+    def _possible(self, tokens: int, examples: int) -> bool:
+        """Whether so many examples can hold so many tokens."""
+        return 0 <= tokens <= examples * self.config.prompt.max_tokens <= _MOST
+
+    def _turn_away(self, node: int, client: str, reason: str, for_s: float = math.inf) -> None:
+        """Refuse a node at the handshake until `for_s` seconds have passed or it has left; logs a reason once."""
+        told = self._refused[node].reasons if node in self._refused else frozenset()
+        self._refused[node] = _Refusal(told | {reason}, time.monotonic() + for_s)
+        if reason not in told:
+            self._log.event("refused", client=client, reason=reason)
+
+    def _refuse(self, client: str, reason: str, number: int) -> None:
         self._log.event("refused", client=client, reason=reason, round=number)
 
     # -- what -----------------------------------------------------------------------------------
@@ -243,26 +267,24 @@ class Rounds(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """The round's cohort and its train messages; clients with the same payload share one record."""
-        self._cohort = self._choose(server_round)
+        strategy = self.config.strategy
+        self._cohort = choose(
+            self._members,
+            fraction=strategy.fraction,
+            minimum=strategy.min_clients,
+            seed=self.config.seed,
+            round_number=server_round,
+        )
         self._log.event("asked", round=server_round, clients=self._cohort)
         return [self._message("train", client, server_round) for client in self._cohort]
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Evaluate messages to the clients of this round (before the first round: to those of the first)."""
-        cohort = self._cohort or self._choose(1)
-        return [self._message("evaluate", client, server_round) for client in cohort]
-
-    def _choose(self, number: int) -> list[str]:
+        """Evaluate messages to the panel: the same clients in every round, whoever trained in it."""
         strategy = self.config.strategy
-        return choose(
-            self._members,
-            fraction=strategy.fraction,
-            minimum=strategy.min_clients,
-            seed=self.config.seed,
-            round_number=number,
-        )
+        asked = panel(self._members, fraction=strategy.fraction, minimum=strategy.min_clients, seed=self.config.seed)
+        return [self._message("evaluate", client, server_round) for client in asked]
 
     def _message(self, kind: str, client: str, number: int) -> Message:
         member = self._members[client]
@@ -286,18 +308,18 @@ class Rounds(Strategy):
         waiting = self._push(grid, messages)
         for message in messages:
             if message.metadata.dst_node_id not in waiting.values():
-                self._refuse(None, names[message.metadata.dst_node_id], "it could not be reached", number)
+                self._refuse(names[message.metadata.dst_node_id], "it could not be reached", number)
         while waiting and time.monotonic() < deadline:
             arrived = self._pull(grid, waiting)
             for node, reply in arrived:
                 if reply.has_error():
-                    self._refuse(None, names[node], reply.error.reason or "it failed without a reason", number)
+                    self._refuse(names[node], reply.error.reason or "it failed without a reason", number)
                 else:
                     yield reply
             if not arrived:
                 time.sleep(_POLL_S)
         for node in waiting.values():
-            self._refuse(None, names[node], f"no answer within {limit:g} s", number)
+            self._refuse(names[node], f"no answer within {limit:g} s", number)
 
     @staticmethod
     def _push(grid: Grid, messages: list[Message]) -> dict[str, int]:
@@ -329,7 +351,7 @@ class Rounds(Strategy):
         """Fold the replies as they come, then take the step; holds one reply at a time.
 
         Raises:
-            RunFailed: fewer good replies than the quorum.
+            RunFailed: fewer good replies than the quorum, or the step led to NaN or infinity.
         """
         reducer = self.aggregator.reduce
         acc = reducer.start(self.state)
@@ -338,9 +360,11 @@ class Rounds(Strategy):
         for message in replies:
             try:
                 update, report = records.read_train_reply(message.content)
-                self._check(update, message.metadata.src_node_id)
+                self._check_sender(update.client, message)
+                self._check_report(update, report)
+                self._check_delta(update.delta)
             except records.WireError as error:
-                self._refuse(None, self._client_of(message), str(error), server_round)
+                self._refuse(self._client_of(message), str(error), server_round)
                 continue
             size = records.array_bytes(message.content)
             acc = reducer.add(acc, update)
@@ -350,7 +374,13 @@ class Rounds(Strategy):
             self._log.event("client", round=server_round, client=update.client, bytes_up=size, **report._asdict())
         self._check_quorum(server_round, len(good))
         gradient = reducer.finish(self.state, acc, generator(self.config.seed, server_round, "aggregate"))
-        self.state = self.aggregator.step(self.state, gradient)
+        state = self.aggregator.step(self.state, gradient)
+        if not all(is_finite(part) for part in (state.adapter, state.base_delta, state.memory)):
+            raise RunFailed(
+                f"round {server_round}: strategy.name = {self.config.strategy.name!r} made NaN or infinity of finite "
+                "updates; the round before it is kept"
+            )
+        self.state = state
         tokens = sum(report.tokens for report in good)
         loss = sum(report.loss * report.tokens for report in good) / max(tokens, 1)
         metrics = MetricRecord({"clients": len(good), "train_loss": loss, "tokens": tokens, "bytes_up": up})
@@ -361,24 +391,40 @@ class Rounds(Strategy):
         self._members[client] = member._replace(info=member.info._replace(last_round=number))
         self.progress = self.progress._replace(last_round={**self.progress.last_round, client: number})
 
-    def _check(self, update: Update, node: int) -> None:
+    def _check_sender(self, client: str, message: Message) -> None:
+        if client not in self._members or self._members[client].node != message.metadata.src_node_id:
+            raise records.WireError(f"it answers as {client!r}, which is not who was asked")
+
+    def _check_report(self, update: Update, report: FitReport) -> None:
+        train = self.config.train
+        steps = train.steps or 1
+        if train.epochs is not None:  # with a batch for each example at the most
+            steps = max(1, math.ceil(train.epochs * self._members[update.client].examples / train.accumulate))
+        tokens = min(_MOST, steps * train.accumulate * max(train.batch_tokens, self.config.prompt.max_tokens))
+        if not (0 < report.tokens <= tokens and 0 < report.steps <= steps):
+            raise records.WireError(
+                f"it reports {report.tokens:g} tokens in {report.steps:g} steps; "
+                f"this run allows 1 to {tokens} tokens in 1 to {steps} steps"
+            )
+        if update.weight != report.tokens:
+            raise records.WireError(f"its weight is {update.weight:g}, but it reports {report.tokens} tokens")
+        if not math.isfinite(report.loss):
+            raise records.WireError(f"its loss is {report.loss}")
+
+    def _check_delta(self, delta: StateDict) -> None:
         ours = self.state.adapter
-        if update.client not in self._members or self._members[update.client].node != node:
-            raise records.WireError(f"it answers as {update.client!r}, which is not who was asked")
-        if set(update.delta) != set(ours):
-            odd = sorted(set(update.delta) ^ set(ours))
+        if set(delta) != set(ours):
+            odd = sorted(set(delta) ^ set(ours))
             raise records.WireError(
                 f"its update has other tensors than the adapter ({len(odd)} differ, first {odd[0]})"
             )
-        for name, tensor in update.delta.items():
+        for name, tensor in delta.items():
             if tensor.dtype != ours[name].dtype:
                 raise records.WireError(f"its {name} is {tensor.dtype}, the adapter's {ours[name].dtype}")
             if tensor.shape != ours[name].shape:
                 raise records.WireError(f"its {name} is {tuple(tensor.shape)}, the adapter's {tuple(ours[name].shape)}")
-        if not is_finite(update.delta):
-            raise records.WireError("its update holds NaN or infinity")
-        if not (math.isfinite(update.weight) and update.weight > 0):
-            raise records.WireError(f"its weight is {update.weight}; a positive number is needed")
+        if not is_finite(add(ours, delta)):
+            raise records.WireError("its update holds NaN or infinity, or numbers too large to add to the adapter")
 
     def _check_quorum(self, number: int, good: int) -> None:
         asked = len(self._cohort)
@@ -397,41 +443,55 @@ class Rounds(Strategy):
 
     def _measure(self, number: int, grid: Grid) -> None:
         fields: dict[str, Any] = {}
-        loss = math.nan
+        scores: dict[str, Score] = {}
         if self._evaluate is not None:
-            result = self._evaluate(self.state.adapter)
-            loss = result.score.loss
-            fields = {"loss": loss, "ci95": list(result.interval), "n": result.score.examples}
+            score, interval = self._evaluate(self.state.adapter)
+            scores = {"": score}
+            fields = {"loss": score.loss, "ci95": list(interval), "n": score.examples}
         if self.config.evaluate.clients:
             messages = list(self.configure_evaluate(number, ArrayRecord(), ConfigRecord(), grid))
             metrics = self.aggregate_evaluate(number, self._exchange(grid, messages, number))
-            found = {str(k): float(v) for k, v in (metrics or {}).items()}  # type: ignore[arg-type]
-            own = {k.removeprefix(_OWN): v for k, v in found.items() if k.startswith(_OWN)}
-            fields |= {"clients": own, "clients_loss": found.get("all", math.nan)}
             # Stopping early on the examples of the final table would flatter it.
-            loss = found.get("all", loss)
+            scores = {name: _total([sums]) for name, sums in (metrics or {}).items()}  # type: ignore[list-item]
+            fields |= {
+                "clients": {name: score.loss for name, score in scores.items()},
+                "clients_loss": _total(scores.values()).loss,
+                "bytes_evaluate": sum(records.array_bytes(message.content) for message in messages),
+            }
         self._log.event("evaluate", round=number, **fields)
-        self._note_loss(number, loss)
+        self._note_scores(number, scores)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """The loss of each client on its own held-out rows, and over all of them as "all"."""
-        scores: dict[str, Score] = {}
+        """The `Score` on its own held-out rows of each client that has enough of them, as a list of its three sums."""
+        scores: dict[str, list[float]] = {}
         for message in replies:
             try:
                 client, score = records.read_score_reply(message.content)
+                self._check_sender(client, message)
+                self._check_score(score)
             except records.WireError as error:
-                self._refuse(None, self._client_of(message), str(error), server_round)
+                self._refuse(self._client_of(message), str(error), server_round)
                 continue
-            if score.tokens and math.isfinite(score.nats):
-                scores[client] = score
-        if not scores:
-            return None
-        total = Score(*(sum(column) for column in zip(*scores.values(), strict=True)))
-        return MetricRecord({**{_OWN + name: scores[name].loss for name in sorted(scores)}, "all": total.loss})
+            if score.tokens:
+                scores[client] = [float(value) for value in score]
+        return MetricRecord({name: scores[name] for name in sorted(scores)})
 
-    def _note_loss(self, number: int, loss: float) -> None:
-        if loss < self.progress.best_loss:
-            self.progress = self.progress._replace(best_loss=loss, evaluations_without_gain=0)
+    def _check_score(self, score: Score) -> None:
+        if not (math.isfinite(score.nats) and score.nats >= 0 and self._possible(score.tokens, score.examples)):
+            raise records.WireError(
+                f"its score is {score.nats:g} nats on {score.tokens:g} tokens of {score.examples:g} examples; "
+                "that cannot be"
+            )
+
+    def _note_scores(self, number: int, scores: Mapping[str, Score]) -> None:
+        """Compare with the best evaluation so far, on the clients that both have: others may be easier or harder."""
+        if not scores:
+            return
+        best = self.progress.best
+        both = [name for name in scores if name in best]
+        now, before = (_total(of[name] for name in both).loss for of in (scores, best))
+        if now < before or (not both and math.isfinite(_total(scores.values()).loss)):
+            self.progress = self.progress._replace(best=scores, evaluations_without_gain=0)
             return
         without = self.progress.evaluations_without_gain + 1
         patience = self.config.evaluate.patience
@@ -444,3 +504,11 @@ class Rounds(Strategy):
     def summary(self) -> None:
         """Log what this run is."""
         logger.info("%d rounds of %s", self.config.rounds, self.config.strategy.name)
+
+
+def _total(scores: Iterable[Sequence[float]]) -> Score:
+    """The sums of scores added up."""
+    nats, tokens, examples = 0.0, 0, 0
+    for score in scores:
+        nats, tokens, examples = nats + score[0], tokens + int(score[1]), examples + int(score[2])
+    return Score(nats, tokens, examples)

@@ -1,4 +1,4 @@
-"""Which clients take part in a round."""
+"""Which clients take part in a round, and on which ones its outcome is measured."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
-from apiary.tensors import generator
+from apiary.tensors import derive_seed, generator
 
 
 def choose(clients: Iterable[str], *, fraction: float, minimum: int, seed: int, round_number: int) -> list[str]:
@@ -17,6 +17,19 @@ def choose(clients: Iterable[str], *, fraction: float, minimum: int, seed: int, 
     the same clients.
     """
     names = sorted(clients)
-    size = min(len(names), max(minimum, math.ceil(fraction * len(names) - 1e-9)))
     order = torch.randperm(len(names), generator=generator(seed, round_number, "sampling"))
-    return sorted(names[i] for i in order[:size].tolist())
+    return sorted(names[i] for i in order[: _size(len(names), fraction, minimum)].tolist())
+
+
+def panel(clients: Iterable[str], *, fraction: float, minimum: int, seed: int) -> list[str]:
+    """The clients whose losses are compared from round to round, sorted by name: as many as a cohort.
+
+    Every name has a place in one random order, and those in front are taken. Who comes or leaves thus changes the place
+    of one other client at most.
+    """
+    order = sorted(clients, key=lambda name: (derive_seed(seed, name, "panel"), name))
+    return sorted(order[: _size(len(order), fraction, minimum)])
+
+
+def _size(clients: int, fraction: float, minimum: int) -> int:
+    return min(clients, max(minimum, math.ceil(fraction * clients - 1e-9)))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from flwr.app import Context, Message, RecordDict
@@ -70,20 +71,40 @@ def ray(config: RunConfig) -> Engine:
         from flwr.simulation import run_simulation
 
         failure: list[BaseException] = []
+        stop = threading.Event()
         outer = ServerApp()
 
         @outer.main()
         def main(grid: Grid, context: Context) -> None:
             try:
-                app(grid, _server_context(config, clients, folder))
+                app(cast(Grid, _Stoppable(grid, stop)), _server_context(config, clients, folder))
             except BaseException as error:  # Flower would wrap it beyond recognition
                 failure.append(error)
 
-        run_simulation(outer, _client_app(config, folder), clients, backend_config=resources)
+        try:
+            run_simulation(outer, _client_app(config, folder), clients, backend_config=resources)
+        finally:
+            stop.set()
         if failure:
             raise failure[0]
 
     return run
+
+
+class _Stoppable:
+    """A grid until `stop` is set; then its next use ends the server app.
+
+    Flower runs the server app in a thread of its own, which would wait for replies long after Ctrl-C or a crash of Ray
+    has ended the rest, and keep the process alive.
+    """
+
+    def __init__(self, grid: Grid, stop: threading.Event) -> None:
+        self._grid, self._stop = grid, stop
+
+    def __getattr__(self, name: str) -> Any:
+        if self._stop.is_set():
+            raise KeyboardInterrupt
+        return getattr(self._grid, name)
 
 
 def _client_app(config: RunConfig, folder: Path) -> ClientApp:

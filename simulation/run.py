@@ -57,7 +57,7 @@ def plan(config: RunConfig) -> Plan:
     """
     check_names(config)
     trackers.check(config)
-    client_app.federation.cache_clear()  # the files may have changed since an earlier run in this process
+    client_app.forget()  # the files may have changed since an earlier run in this process
     federation = client_app.federation(config.to_json())
     if config.strategy.min_clients > len(federation.clients):
         raise UserError(
@@ -69,7 +69,9 @@ def plan(config: RunConfig) -> Plan:
     lm = models.load(config.model, config.adapter)
     template = prompts.make_template(config.prompt, lm.tokenizer)
     held_out = evaluate.prepare(federation.test, template, lm, config)
+    prompts.check_template((example for client in federation.clients for example in client.train), template)
     if not held_out.examples:
+        prompts.check_template(federation.test, template)
         raise UserError(f"prompt.max_tokens = {config.prompt.max_tokens}: no held-out example fits; raise it")
     return Plan(config, federation, lm, template, held_out)
 
@@ -116,8 +118,7 @@ def simulate(
 def _check_folder(config: RunConfig, folder: Path, resume: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{str(folder)!r} is a file; choose another --out")
-    # A name with a dot in front is a draft that a kill left behind.
-    used = folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir())
+    used = folder.exists() and any(not _is_draft(path) for path in folder.iterdir())
     if not resume and used:
         raise UserError(f"{str(folder)!r} is not empty: add --resume to go on with that run, or choose another --out")
     if resume:
@@ -130,11 +131,17 @@ def _check_folder(config: RunConfig, folder: Path, resume: bool) -> None:
             )
 
 
+def _is_draft(path: Path) -> bool:
+    """Whether it is an unfinished file or adapter folder of ours; other names with a dot in front are the user's."""
+    return path.name.startswith(".") and (path.name.endswith(".tmp") or path.name.startswith(".adapter-"))
+
+
 def _sweep(folder: Path) -> None:
     """Remove drafts that a killed run left."""
-    for place in (folder, folder / "checkpoints", folder / "baselines", folder / "baselines" / "local"):
-        for draft in place.glob(".*"):
-            shutil.rmtree(draft, ignore_errors=True) if draft.is_dir() else draft.unlink()
+    made_by_us = (folder / "checkpoints", folder / "baselines", folder / "baselines" / "local")
+    drafts = [path for path in folder.iterdir() if _is_draft(path)]
+    for draft in [*drafts, *(path for place in made_by_us for path in place.glob(".*"))]:
+        shutil.rmtree(draft, ignore_errors=True) if draft.is_dir() else draft.unlink()
 
 
 def _differences(a: RunConfig, b: RunConfig) -> list[str]:
@@ -163,6 +170,9 @@ def _report_rows(log: RunLog, prepared: Plan) -> None:
         for problem, (count, rows) in report.problems.items():
             where = f" (rows {', '.join(map(str, rows))}{', ...' if count > len(rows) else ''})" if rows else ""
             log.event("warning", message=f"{report.name}: {count} of {report.rows} rows left out: {problem}{where}")
+    config, federation, lm, template, held_out = prepared
+    for line in evaluate.data_warnings(federation, held_out, template, lm, config):
+        log.event("warning", message=line)
 
 
 def _spent_before(folder: Path) -> float:

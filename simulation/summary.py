@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from apiary import evaluate, models, prompts, runlog
 from apiary.config import RunConfig
 from apiary.evaluate import HeldOut, Measured
-from apiary.examples import Federation
+from apiary.examples import Example, Federation, answer
 from apiary.models import LanguageModel
 from apiary.prompts import Template
+from apiary.report.data import gain_of
 from apiary.results import public_name
 from apiary.runlog import RunLog
 from apiary.tensors import StateDict
@@ -50,7 +51,7 @@ def summarise(prepared: Plan, adapter: StateDict, folder: Path, log: RunLog) -> 
     log.event("phase", name="evaluating")
     runs, alone = evaluate.compare(lm, held_out, config, adapter, *trained)
     clients = _per_client(prepared, adapter, trained, alone)
-    tag = mix_tag(config, federation)
+    kind = kind_of(config, federation)
     made = {
         "base": 0,
         "local": round(steps.total() / max(len(steps), 1)),
@@ -68,9 +69,9 @@ def summarise(prepared: Plan, adapter: StateDict, folder: Path, log: RunLog) -> 
         ],
         "clients": clients,
         "gain": _gain(clients),
-        "skills": evaluate.by_tag(tag, runs, held_out) if tag and config.evaluate.generate else {},
+        "skills": evaluate.by_kind(kind, runs, held_out) if kind and config.evaluate.generate else {},
         "rounds": rounds_table(events),
-        "samples": _samples(prepared, runs, tag),
+        "samples": _samples(prepared, runs, kind),
         "privacy": {"unit": "none"},
         **{key: value for key, value in runlog.start_fields(config).items() if key in ("machine", "versions")},
     }
@@ -81,7 +82,7 @@ def _per_client(
 ) -> list[dict[str, Any]]:
     """What each client holds, and the losses on its own held-out rows."""
     config, federation, lm, template, _ = prepared
-    tag = mix_tag(config, federation)
+    kind = kind_of(config, federation)
     fresh = models.fresh_adapter(lm, config.seed)
     loss_only = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"generate": False})})
     rows = []
@@ -106,7 +107,7 @@ def _per_client(
                 "tokens": stats.response_tokens,
                 "cut": stats.cut,
                 "dropped": stats.dropped,
-                "mix": dict(Counter(e.tags.get(tag, "") for e in client.train).most_common()) if tag else {},
+                "mix": dict(Counter(map(kind, client.train)).most_common()) if kind else {},
                 "own": losses,
                 "mix_loss": {"local": alone[client.name].loss} if client.name in alone else {},
             }
@@ -116,19 +117,15 @@ def _per_client(
 
 def _gain(clients: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """By how many nats per token each client's own loss falls by joining, against training alone."""
-    gains = {
-        c["client"]: c["own"]["local"] - c["own"]["federated"]
-        for c in clients
-        if {"local", "federated"} <= set(c["own"])
-    }
-    if not gains:
+    gain = gain_of((c["client"], c["own"].get("local"), c["own"].get("federated")) for c in clients)
+    if gain is None:
         return {}
-    worst = min(gains, key=lambda name: gains[name])
+    worst, least = gain.worst
     return {
-        "clients": len(gains),
-        "improved": sum(gain > 0 for gain in gains.values()),
-        "mean": sum(gains.values()) / len(gains),
-        "worst": {"client": worst, "gain": gains[worst]},
+        "clients": len(gain.gains),
+        "improved": gain.improved,
+        "mean": gain.mean,
+        "worst": {"client": worst, "gain": least},
     }
 
 
@@ -146,28 +143,34 @@ def rounds_table(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [rounds[number] for number in sorted(rounds)]
 
 
-def mix_tag(config: RunConfig, federation: Federation) -> str | None:
-    """The tag by which data is described: the partition's own, else a usual one that the rows carry."""
+def kind_of(config: RunConfig, federation: Federation) -> Callable[[Example], str] | None:
+    """What describes the data: the column it is partitioned by, which may be the answer, else a usual tag."""
     by = config.data.partition.options.get("by")
-    present = federation.clients[0].train[0].tags
-    return next((tag for tag in (by, "skill", "category", "task", "label") if tag and tag in present), None)
+    if by and by == config.data.columns.get("output"):
+        return answer
+    carried = {name for client in federation.clients for example in client.train for name in example.tags}
+    tag = next((tag for tag in (by, "skill", "category", "task", "label") if tag in carried), None)
+    return None if tag is None else lambda example: example.tags.get(tag, "")
 
 
-def _samples(prepared: Plan, runs: Mapping[str, Measured], tag: str | None) -> list[dict[str, str]]:
-    """A few held-out prompts with every method's answer, spread over the tag's values."""
+def _samples(
+    prepared: Plan, runs: Mapping[str, Measured], kind: Callable[[Example], str] | None
+) -> list[dict[str, str]]:
+    """A few held-out prompts with every method's answer, spread over the kinds."""
     held_out = prepared.held_out
     answered = {method: run for method, run in runs.items() if run.texts}
     if not answered:
         return []
+    kinds = [kind(example) if kind else "" for example in held_out.examples]
     first: dict[str, int] = {}
-    for index, example in enumerate(held_out.examples):
-        first.setdefault(example.tags.get(tag or "", str(index)), index)
+    for index, name in enumerate(kinds):
+        first.setdefault(name or str(index), index)
     chosen = list(first.values())[: prepared.config.evaluate.samples]
     return [
         {
             "prompt": "\n\n".join(turn.text for turn in held_out.examples[i].turns[:-1] if turn.role != "system"),
             "reference": held_out.answers[i],
-            "skill": held_out.examples[i].tags.get(tag or "", ""),
+            "skill": kinds[i],
             **{method: run.texts[i] for method, run in answered.items()},
         }
         for i in chosen

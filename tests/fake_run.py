@@ -89,9 +89,9 @@ def _accuracy(method: str, rng: random.Random) -> float:
 def _round(number: int, rounds: int, clients: int, rng: random.Random) -> dict[str, Any]:
     start, end = LOSSES["base"], LOSSES["federated"]
     loss = end + (start - end) * (0.63**number - 0.63**rounds) / (1 - 0.63**rounds)
-    if number == 0:
-        return {"round": 0, "loss": loss, "ci95": [loss * 0.94, loss * 1.06]}
     sent = clients * 295_412
+    if number == 0:
+        return {"round": 0, "loss": loss, "ci95": [loss * 0.94, loss * 1.06], "bytes_evaluate": sent}
     return {
         "round": number,
         "loss": loss,
@@ -99,6 +99,7 @@ def _round(number: int, rounds: int, clients: int, rng: random.Random) -> dict[s
         "train_loss": loss * 0.8,
         "bytes_up": sent,
         "bytes_down": sent,
+        "bytes_evaluate": sent,
         "seconds": 7.5 + rng.uniform(-0.8, 1.4),
         "clients": clients,
     }
@@ -145,11 +146,12 @@ _SAMPLES = (
 
 
 def fake_events(metrics: dict[str, Any]) -> list[dict[str, Any]]:
-    """The log of such a run: two refusals and a warning on the way."""
+    """The log of such a run: three refusals and a warning on the way."""
     events: list[dict[str, Any]] = [
         {"event": "start", "seed": 0, "rounds": len(metrics["rounds"]) - 1, "clients": len(metrics["clients"]),
          "commit": "0" * 40, "config_digest": "a1b2c3d4e5f60718"},
-        {"event": "refused", "client": "client-09", "reason": "uses another tokenizer (fingerprints differ)", "round": 0},
+        {"event": "refused", "client": "client-09", "reason": "uses another tokenizer (fingerprints differ)"},
+        {"event": "refused", "client": "client-03", "reason": "no answer within 60 s", "round": 0},
         {"event": "warning", "message": "client-02: 14 of 320 rows were cut at prompt.max_tokens = 512"},
         {"event": "refused", "client": "client-05", "reason": "its update holds NaN", "round": 4},
     ]  # fmt: skip

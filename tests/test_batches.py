@@ -90,9 +90,10 @@ def test_collate_is_the_padded_rows(lengths: list[int], pad: int, data: st.DataO
 
 def test_gather_counts_and_an_empty_corpus_is_one() -> None:
     row = Encoded(np.array([4, 5], np.int32), np.array([False, True]), cut=True)
-    stats = gather([None, row, None]).stats
-    assert stats == (1, 2, 1, 1, 2)  # examples, tokens, response tokens, cut, dropped
-    empty = gather([None])
+    corpus = gather(["too long", row, "odd"])
+    assert corpus.stats == (1, 2, 1, 1, 2)  # examples, tokens, response tokens, cut, dropped
+    assert (corpus.cut, corpus.dropped) == ((1,), {0: "too long", 2: "odd"})
+    empty = gather(["odd"])
     assert len(empty) == 0
     assert empty.lengths.tolist() == []
     assert plan_batches(empty.lengths, 100, rng()) == []

@@ -137,6 +137,13 @@ def test_what_would_end_the_run_later_is_a_problem_now(small_run: list[str], ove
     assert any(problem.startswith(said) for problem in _problems(text))
 
 
+def test_a_tracker_that_is_not_installed_is_a_problem(small_run: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    good, text = _doctor([*small_run, 'log.trackers=["wandb", "mlflow"]'])
+    assert not good
+    assert any("log.trackers" in problem and "pip install" in problem for problem in _problems(text))
+
+
 def test_examples_that_cannot_fit_are_a_problem_of_each_client(small_run: list[str]) -> None:
     good, text = _doctor([*small_run, "prompt.max_tokens=8", "prompt.on_long=drop"])
     assert not good

@@ -60,8 +60,11 @@ def test_exact_match(given: str, reference: str, same: bool) -> None:
     assert evaluate.exact_match(given, reference) is same
 
 
-def test_accuracy_by_tag() -> None:
+def test_accuracy_by_kind() -> None:
     examples = tuple(Example((Turn("user", "q"), Turn("assistant", "a")), {"skill": s}) for s in ("x", "y", "x"))
     held_out = evaluate.HeldOut(examples, None, (), ())  # type: ignore[arg-type]
     run = Measured(np.ones(3), np.ones(3), np.array([1.0, 0.0, 0.0]))
-    assert evaluate.by_tag("skill", {"base": run}, held_out) == {"x": {"base": 0.5}, "y": {"base": 0.0}}
+    assert evaluate.by_kind(lambda e: e.tags["skill"], {"base": run}, held_out) == {
+        "x": {"base": 0.5},
+        "y": {"base": 0.0},
+    }

@@ -75,6 +75,14 @@ def test_a_gated_block_has_the_gradient_of_its_formula() -> None:
         torch.testing.assert_close(a, b)
 
 
+def test_a_quantised_block_keeps_its_own_forward() -> None:
+    block = LlamaMLP(SimpleNamespace(hidden_size=6, intermediate_size=10, mlp_bias=True, hidden_act="silu"))
+    packed = torch.zeros(30, 1, dtype=torch.uint8)  # as bitsandbytes holds two 4-bit weights in a byte
+    block.gate_proj.weight = torch.nn.Parameter(packed, requires_grad=False)
+    lean._replace_gated(block)
+    assert type(block) is LlamaMLP
+
+
 def layer_of(folder: Path, **adapter: object) -> lean.LeanLinear:
     config = AdapterConfig.model_validate({"rank": 4, "alpha": 6, **adapter})
     lm = models.load(ModelConfig(name=str(folder), dtype="float32", device="cpu"), config)

@@ -34,7 +34,7 @@ def story() -> list[dict[str, Any]]:
             cost = {"tokens": 4000, "bytes_up": 1_000_000, "bytes_down": 2_000_000, "seconds": 10.0}
             clients = {"clients": 8, "asked": 8, "train_loss": 2.0}
             events.append({"event": "round", **end, **clients, **cost})
-            loss = {"loss": 3.0 - number / 4, "ci95": [2.0, 3.0], "n": 400}
+            loss = {"loss": 3.0 - number / 4, "ci95": [2.0, 3.0], "n": 400, "bytes_evaluate": 500_000}
             events.append({"event": "evaluate", **end, **loss})
     return events
 
@@ -57,7 +57,7 @@ def test_the_state_is_what_the_events_add_up_to() -> None:
     state = told(story())
     assert (state.round, state.finished_rounds, state.rounds) == (3, 2, 4)
     assert state.waiting == tuple(NAMES[2:])
-    assert (state.bytes_up, state.bytes_down) == (2_000_000, 4_000_000)
+    assert (state.bytes_up, state.bytes_down) == (2_000_000, 2 * 2_000_000 + 2 * 500_000)
     assert state.losses == (2.75, 2.5)
     assert state.rate == pytest.approx(1000 / 2)  # two replies of 500 tokens in 2 s
 
@@ -79,7 +79,7 @@ def test_the_board_says_all_that_was_promised() -> None:
         "2.000 nats per token",
         "2.500 (−0.250)",
         "500 tokens/s",
-        "2.00 MB up, 4.00 MB down",
+        "2.00 MB up, 5.00 MB down",
         "22 s so far, about 18 s of rounds left",
         "client-02, client-03, client-04, client-05, client-06, client-07",
     ):
@@ -133,9 +133,10 @@ def test_plain_lines_are_one_a_round_and_one_an_evaluation() -> None:
 @pytest.mark.parametrize(
     ("event", "expected"),
     [
+        ({"event": "refused", "client": "a", "reason": "other base"}, "refused: a (handshake): other base"),
         (
-            {"event": "refused", "client": "a", "reason": "other base", "round": 0},
-            "refused: a (handshake): other base",
+            {"event": "refused", "client": "a", "reason": "no answer", "round": 0},
+            "refused: a (before training): no answer",
         ),
         ({"event": "warning", "message": "cut"}, "warning: cut"),
         ({"event": "baseline", "method": "local", "done": 1, "total": 2}, None),

@@ -16,6 +16,7 @@ from chat_templates import (
     GEMMA,
     MISTRAL,
     TALK,
+    THOUGHTLESS,
     build,
     cached,
     make_tokenizer,
@@ -27,8 +28,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from apiary import prompts
-from apiary.config import PromptConfig, UserError
-from apiary.examples import Example
+from apiary.config import DataConfig, PromptConfig, UserError
+from apiary.examples import Example, read
 
 
 def every_template() -> list[tuple[str, str | None]]:
@@ -176,6 +177,61 @@ def test_a_long_chat_forgets_its_oldest_exchanges() -> None:
     assert BYTE_TOKENIZER.decode(ids) == "S\n\nUser: " + "c" * 30 + "\n\nAssistant:\n"
     with pytest.raises(UserError, match=r"prompt\.max_tokens = 8"):
         prompts.encode_prompt(long, template, BYTE_TOKENIZER, 8)
+
+
+# --- what cannot be used
+
+
+def test_a_conversation_the_template_cannot_write_costs_one_row_and_is_told_without_its_words() -> None:
+    source = CHATML.replace(
+        "{% for m in messages %}",
+        "{% for m in messages %}{% if 'odd' in m['content'] %}{{ raise_exception(m['content']) }}{% endif %}",
+        1,
+    ).replace(
+        "{{ m['content'] + '<|im_end|>' }}{% endgen", "{{ m['content'].split('</think>')[-1] + '<|im_end|>' }}{% endgen"
+    )
+    tokenizer = make_tokenizer(source)
+    template, config = build("chat", tokenizer)
+    rows = [talk("q", "a"), talk("q", "<think>hm</think>a"), talk("an odd secret", "a"), talk("r", "b" * 9)]
+    corpus = prompts.encode_all(rows, template, tokenizer, config)
+    alone = prompts.encode_all([rows[0], rows[3]], template, tokenizer, config)
+    assert corpus.ids.tolist() == alone.ids.tolist()
+    assert (corpus.stats.examples, corpus.stats.dropped) == (2, 2)
+    assert "rewrites" in corpus.dropped[1]
+    assert "refuses" in corpus.dropped[2]
+    assert "secret" not in corpus.dropped[2]
+    assert prompts.encode(rows[1], template, tokenizer, config) is None
+    prompts.check_template(rows[1:], template)
+    with pytest.raises(UserError, match="rewrites what the assistant said"):
+        prompts.check_template(rows[1:3], template)
+
+
+def test_lost_rows_are_told_by_file_with_their_numbers(tmp_path: Path) -> None:
+    def chat(*texts: str) -> str:
+        messages = [{"role": turn.role, "content": turn.text} for turn in talk(*texts).turns]
+        return json.dumps({"messages": messages}) + "\n"
+
+    fine, cut, long, odd = chat("q", "a"), chat("q", "b" * 99), chat("q" * 99, "a"), chat("q", "<think>x</think>a")
+    (tmp_path / "one.jsonl").write_text(fine + "\n" + cut + long + fine + odd, encoding="utf-8")
+    (tmp_path / "two.jsonl").write_text(fine * 3, encoding="utf-8")
+    (tmp_path / "three.jsonl").write_text(fine + cut * 7, encoding="utf-8")
+    (tmp_path / "test.jsonl").write_text(fine + long, encoding="utf-8")
+    tokenizer = make_tokenizer(THOUGHTLESS)
+    template, config = build("chat", tokenizer, max_tokens=80)
+    source = read(str(tmp_path))
+    parts = [(rows, prompts.encode_all(rows, template, tokenizer, config)) for rows in (source.examples, source.test)]
+    assert sorted(prompts.rows_lost(parts, DataConfig(source=str(tmp_path)), 80)) == [
+        "one.jsonl: 1 of 5 rows cut at prompt.max_tokens = 80 (rows 3); "
+        "1 of 5 rows left out: too long for prompt.max_tokens = 80 (rows 4); "
+        "1 of 5 rows left out: the chat template rewrites what the assistant said (rows 6)",
+        "three.jsonl: 7 of 8 rows cut at prompt.max_tokens = 80 (rows 2, 3, 4, 5, 6, ...)",
+    ]
+    (tmp_path / "test.jsonl").write_text(fine + chat("p" * 99, "a"), encoding="utf-8")
+    test = read(str(tmp_path)).test or ()
+    parts = [(test, prompts.encode_all(test, template, tokenizer, config))]
+    assert prompts.rows_lost(parts, DataConfig(source=str(tmp_path)), 80) == [
+        "test part of data.source: 1 left out: too long for prompt.max_tokens = 80"
+    ]
 
 
 # --- preview and digests

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
@@ -75,6 +76,14 @@ def test_a_function_of_ones_own_goes_by_module_and_name(monkeypatch: pytest.Monk
     assert GREETINGS.build("my_greetings:outside", {"mark": "*"}) == "*hello*"
     with pytest.raises(UserError, match="has no option 'times'"):
         GREETINGS.build("my_greetings:outside", {"times": 2})
+
+
+def test_a_module_may_lie_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A console script's own search path holds the folder of the script instead."""
+    (tmp_path / "greetings_of_mine.py").write_text("def polite() -> str:\n    return 'good day'\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", ".")])
+    assert GREETINGS.build("greetings_of_mine:polite") == "good day"
 
 
 def test_a_name_is_registered_once() -> None:

@@ -119,7 +119,7 @@ def test_gains_are_counted_on_own_and_on_all_examples() -> None:
     assert (everyone.gains, everyone.improved) == ({"a": 1.0, "b": -0.5}, 1)
     text = Page(page(metrics)).text
     assert "1 of 2 is better off with the shared model than alone" in text
-    assert "the least gain is −0.250 nats per token (b)" in text
+    assert "the mean gain is +0.125, the least −0.250 nats per token (b)" in text
 
 
 def test_the_page_asks_nothing_of_a_network_and_runs_nothing(tmp_path: Path) -> None:
@@ -184,11 +184,15 @@ def test_every_part_of_a_full_run_is_on_the_page() -> None:
         "What it can do now",
         "Who holds what",
         "What left the clients",
-        "23.6 MB went from clients to the server and 23.6 MB back",
+        # 8 clients x 295,412 bytes: 10 times up; 10 times down to train and 11 times to measure
+        "23.6 MB went from clients to the server and 49.6 MB back",
+        "Sent over the network 73.3 MB",
         "not protected by differential privacy",
         "Answers before and after",
         "its update holds NaN",
-        "uses another tokenizer",
+        "handshake Refused client-09 uses another tokenizer",
+        "before training Refused client-03 no answer within 60 s",
+        "round 4 Refused client-05 its update holds NaN",
         "rounds = 10",
         "Imaginary CPU 2.4 GHz",
         "2 min 18 s",
@@ -231,8 +235,12 @@ def test_the_same_run_gives_the_same_bytes() -> None:
 
 
 def test_paths_of_the_machine_stay_out_of_the_page(tmp_path: Path) -> None:
-    text = write_report(fake_run(tmp_path)).read_text(encoding="utf-8")
+    folder = fake_run(tmp_path)
+    with (folder / "config.toml").open("a", encoding="utf-8") as file:
+        file.write('\n[model]\nname = "/srv/secret-place/base/"\n')
+    text = write_report(folder).read_text(encoding="utf-8")
     assert "secret-place" not in text
+    assert "…/base" in text
     assert "…/people.jsonl" in text
     assert str(tmp_path) not in text
 

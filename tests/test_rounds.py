@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from flwr.app import Context, Message
+from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
 
 from apiary import config, records
 from apiary.exchange import Fingerprint, FitReport, Hello, Score, Update
+from apiary.tensors import is_finite
+from server import checkpoint
+from server import rounds as server_rounds
+from server.app import save
 from server.rounds import Progress, Rounds, RunFailed
 from simulation.local import LocalGrid
 from strategies import AGGREGATORS, ServerState
@@ -42,10 +49,15 @@ def add_one(index: int, adapter: dict[str, torch.Tensor]) -> dict[str, torch.Ten
 
 
 def clients(
-    deltas: dict[int, Any] | None = None, prints: dict[int, Fingerprint] | None = None, loss: float = 1.0
+    deltas: dict[int, Any] | None = None,
+    prints: dict[int, Fingerprint] | None = None,
+    loss: Callable[[int, int], float] = lambda i, number: 1.0,
 ) -> ClientApp:
-    """An app whose node i returns `deltas[i](i, adapter)`, or raises it, or is well-behaved."""
-    deltas, prints = deltas or {}, prints or {}
+    """An app whose node i returns `deltas[i](i, adapter)`, or raises it, or is well-behaved.
+
+    Its held-out loss after a round is `loss(i, round)`.
+    """
+    deltas, prints = deltas or {}, {} if prints is None else prints
     app = ClientApp()
 
     @app.query("hello")
@@ -66,7 +78,8 @@ def clients(
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         i = int(context.node_config["partition-id"])
-        return Message(records.score_reply(f"c{i}", Score(loss * 10 * (i + 1), 10 * (i + 1), 3)), reply_to=message)
+        nats = loss(i, records.read_request(message.content)[0]) * 10 * (i + 1)
+        return Message(records.score_reply(f"c{i}", Score(nats, 10 * (i + 1), 3)), reply_to=message)
 
     return app
 
@@ -94,6 +107,23 @@ def test_weighted_mean_by_hand() -> None:
     done = log.of("round")[0]
     assert (done["clients"], done["asked"], done["tokens"]) == (3, 3, 60)
     assert done["bytes_up"] >= 3 * 4 * 10 and done["bytes_down"] >= 3 * 4 * 10
+
+
+@pytest.mark.parametrize("every", [0, 1, 2])
+def test_every_adapter_that_is_sent_is_counted(every: int) -> None:
+    sent: list[int] = []
+
+    class Meter(LocalGrid):
+        def push_messages(self, messages: Any) -> Any:
+            messages = list(messages)
+            arrays = [a for m in messages for r in m.content.array_records.values() for a in r.values()]
+            sent.append(sum(len(array.data) for array in arrays))
+            return super().push_messages(messages)
+
+    made, log = rounds(["rounds=3", "strategy.fraction=0.5", f"evaluate.every={every}"])
+    made.run(Meter(clients(), 4), 4)
+    told = [e["bytes_down"] for e in log.of("round")] + [e["bytes_evaluate"] for e in log.of("evaluate")]
+    assert sum(told) == sum(sent) == (3 + {0: 0, 1: 4, 2: 3}[every]) * told[0]
 
 
 def test_uniform_weights_ignore_tokens() -> None:
@@ -146,6 +176,7 @@ def test_another_base_tokenizer_or_template_is_refused(part: str) -> None:
     made.run(LocalGrid(clients(prints={2: PRINT._replace(**{part: "other"})}), 3), 3)
     refused = log.of("refused")
     assert [r["client"] for r in refused] == ["c2"] and part in refused[0]["reason"]
+    assert "round" not in refused[0]
     assert log.of("asked")[0]["clients"] == ["c0", "c1"]
 
 
@@ -163,24 +194,55 @@ def test_too_few_nodes_time_out() -> None:
         made.run(LocalGrid(clients(), 2), 3)
 
 
-def test_a_client_cannot_answer_in_anothers_name() -> None:
-    app = clients()
+class Spoiler(LocalGrid):
+    """What c1 answers to messages of one kind has been through `spoil`."""
 
-    @app.train("as")
-    def unused(message: Message, context: Context) -> Message:
-        return message
+    def __init__(self, app: ClientApp, nodes: int, kind: str, spoil: Callable[[Any], Any]) -> None:
+        super().__init__(app, nodes)
+        self._kind, self._spoil = kind, spoil
 
-    class Liar(LocalGrid):
-        def _execute(self, message: Message) -> Message:
-            reply = super()._execute(message)
-            if message.metadata.message_type == "train" and message.metadata.dst_node_id == 1001:
-                reply.content["who"]["who"] = "c0"
-            return reply
+    def _execute(self, message: Message) -> Message:
+        reply = super()._execute(message)
+        if message.metadata.message_type == self._kind and message.metadata.dst_node_id == 1001:
+            self._spoil(reply.content)
+        return reply
 
+
+@pytest.mark.parametrize("name", ["c0", "c7", "c2 "])
+def test_a_client_cannot_answer_in_anothers_name(name: str) -> None:
     made, log = rounds(["rounds=1"])
-    made.run(Liar(app, 3), 3)
+    made.run(Spoiler(clients(), 3, "train", lambda content: content["who"].update(who=name)), 3)
     assert [r["client"] for r in log.of("refused")] == ["c1"]
     assert log.of("round")[0]["clients"] == 2
+
+
+def _set(**counts: Any) -> Callable[[Any], None]:
+    return lambda content: content["counts"].update(counts)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda content: content["who"].update(who="c0"), "'c0', which is not who was asked"),
+        (lambda content: content["who"].update(who="c9"), "'c9', which is not who was asked"),
+        (_set(nats=-50.0), "-50 nats"),
+        (_set(nats=math.nan), "nan nats"),
+        (_set(nats=math.inf), "inf nats"),
+        (_set(tokens=-20), "-20 tokens"),
+        (_set(tokens=1e300), "1e+300 tokens of 3 examples"),
+        (_set(tokens=1e300, examples=1e300), "1e+300 tokens"),
+        (_set(tokens=math.nan), "cannot be read"),
+    ],
+)
+def test_a_score_that_cannot_be_costs_one_client(spoil: Any, why: str) -> None:
+    made, log = rounds(["rounds=1"])
+    made.run(Spoiler(clients(loss=lambda i, number: i + 1.0), 3, "evaluate", spoil), 3)
+    assert [(r["client"], r["round"], why in r["reason"]) for r in log.of("refused")] == [
+        ("c1", n, True) for n in (0, 1)
+    ]
+    for event in log.of("evaluate"):
+        assert event["clients"] == {"c0": 1.0, "c2": 3.0}
+        assert event["clients_loss"] == (1.0 * 10 + 3.0 * 30) / 40
 
 
 def test_deadline_names_who_was_late() -> None:
@@ -204,22 +266,55 @@ GARBAGE: dict[str, Callable[[Any], None]] = {
     "list counts": lambda content: content["counts"].__setitem__("tokens", [1, 2]),
     "nan counts": lambda content: content["counts"].__setitem__("tokens", math.nan),
     "no arrays": lambda content: content.pop("adapter"),
+    "huge weight": _set(weight=1e308),
+    "another weight": _set(weight=21.0),
+    "nan weight": _set(weight=math.nan),
+    "huge tokens": _set(weight=1e308, tokens=1e308),
+    "more tokens than fit": _set(weight=3 * 2048 + 1, tokens=3 * 2048 + 1),
+    "no tokens": _set(weight=0.0, tokens=0),
+    "negative tokens": _set(weight=-20.0, tokens=-20),
+    "more steps than asked": _set(steps=4),
+    "infinite loss": _set(loss=math.inf),
 }
 
 
 @pytest.mark.parametrize("what", GARBAGE)
 def test_garbage_costs_one_client(what: str) -> None:
-    class Spoiler(LocalGrid):
-        def _execute(self, message: Message) -> Message:
-            reply = super()._execute(message)
-            if message.metadata.message_type == "train" and message.metadata.dst_node_id == 1001:
-                GARBAGE[what](reply.content)
-            return reply
-
     made, log = rounds(["rounds=1"])
-    made.run(Spoiler(clients(), 3), 3)
+    state = made.run(Spoiler(clients(), 3, "train", GARBAGE[what]), 3)
     assert [r["client"] for r in log.of("refused")] == ["c1"]
-    assert log.of("round")[0]["clients"] == 2
+    assert (log.of("round")[0]["clients"], log.of("round")[0]["train_loss"]) == (2, 2.0)
+    torch.testing.assert_close(state.adapter["a"], torch.full((2, 3), (1 * 10 + 3 * 30) / 40))
+
+
+@pytest.mark.parametrize(("steps", "taken"), [(9, True), (10, False)])
+def test_as_many_steps_as_epochs_of_single_examples_are_believed(steps: int, taken: bool) -> None:
+    made, log = rounds(["rounds=1", "train={ epochs = 1.7, accumulate = 2 }"])
+    made.run(Spoiler(clients(), 3, "train", _set(steps=steps)), 3)  # ceil(1.7 * 10 / 2) = 9
+    assert log.of("round")[0]["clients"] == (3 if taken else 2)
+
+
+def test_an_update_that_would_overflow_the_adapter_costs_one_client() -> None:
+    made, log = rounds(["rounds=1"])
+    made.state = made.state._replace(adapter={"a": torch.full((2, 3), 3e38), "b": torch.ones(4)})
+    state = made.run(LocalGrid(clients({1: _with("a", 1e38)}), 3), 3)
+    assert [(r["client"], "too large" in r["reason"]) for r in log.of("refused")] == [("c1", True)]
+    assert is_finite(state.adapter)
+
+
+def test_a_method_that_makes_nan_fails_the_run_and_is_not_kept() -> None:
+    kept: list[ServerState] = []
+    made, _ = rounds([], on_round=lambda state, progress: kept.append(state))
+    step = made.aggregator.step
+
+    def overflow(state: ServerState, gradient: Any) -> ServerState:
+        after = step(state, gradient)
+        return after if after.round < 2 else after._replace(memory={"velocity": torch.tensor([math.nan])})
+
+    made.aggregator = made.aggregator._replace(step=overflow)
+    with pytest.raises(RunFailed, match=r"round 2: strategy.name = 'fedavg' made NaN or infinity"):
+        made.run(LocalGrid(clients(), 3), 3)
+    assert [state.round for state in kept] == [1] and made.state is kept[0]
 
 
 class Leaving(LocalGrid):
@@ -253,6 +348,80 @@ def test_who_comes_back_takes_part_again() -> None:
     made, log = rounds(["rounds=3", "strategy.min_clients=1"], on_round=come_and_go)
     made.run(grid, 3)
     assert [len(e["clients"]) for e in log.of("asked")] == [3, 1, 3]
+
+
+def test_who_was_refused_and_comes_back_mended_takes_part() -> None:
+    prints = {2: PRINT._replace(base="other")}
+    grid = Leaving(clients(prints=prints), 3)
+
+    def mend(state: ServerState, progress: Progress) -> None:
+        grid.gone = state.round == 1
+        prints.clear()
+
+    made, log = rounds(["rounds=3", "strategy.min_clients=1"], on_round=mend)
+    made.run(grid, 3)
+    assert [len(e["clients"]) for e in log.of("asked")] == [2, 1, 3]
+    assert len(log.of("refused")) == 1
+
+
+class Hiccup(LocalGrid):
+    """The first `failures` handshakes of node 1002 fail."""
+
+    def __init__(self, failures: float) -> None:
+        super().__init__(clients(), 3)
+        self.failures, self.hellos, self.gone = failures, 0, False
+
+    def _execute(self, message: Message) -> Message:
+        if (message.metadata.message_type, message.metadata.dst_node_id) == (records.HELLO, 1002):
+            self.hellos += 1
+            if self.hellos <= self.failures:
+                return self._failed(message)
+        return super()._execute(message)
+
+    def _failed(self, message: Message) -> Message:
+        reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "OutOfMemoryError"), reply_to=message)
+        self._stamp(reply)
+        return reply
+
+    def get_node_ids(self) -> Any:
+        return [n for n in super().get_node_ids() if n != 1001 or not self.gone]
+
+
+def test_who_only_had_a_hiccup_at_the_handshake_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_rounds, "_AGAIN_S", 0.0)
+    made, log = rounds(["rounds=4"])
+    made.run(Hiccup(failures=3), 3)
+    assert [len(e["clients"]) for e in log.of("asked")] == [2, 2, 3, 3]
+    assert [(r["client"], r["reason"]) for r in log.of("refused")] == [("node 1002", "OutOfMemoryError")]
+
+
+def test_a_node_that_keeps_failing_is_not_asked_all_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even while the server waits for clients and looks every few hundredths of a second."""
+    monkeypatch.setattr(server_rounds, "_AGAIN_S", 0.25)
+    grid = Hiccup(failures=math.inf)
+
+    def leave(state: ServerState, progress: Progress) -> None:
+        grid.gone = True
+
+    made, log = rounds(["strategy.min_clients=2", "strategy.join_timeout_s=0.6"], on_round=leave)
+    with pytest.raises(RunFailed, match="round 2: 1 clients are left"):
+        made.run(grid, 3)
+    assert 2 <= grid.hellos <= 4
+    assert len(log.of("refused")) == 1
+
+
+def test_two_clients_of_one_name_cost_one_line() -> None:
+    class Twins(LocalGrid):
+        def _execute(self, message: Message) -> Message:
+            reply = super()._execute(message)
+            if (message.metadata.message_type, message.metadata.dst_node_id) == (records.HELLO, 1002):
+                reply.content["who"]["who"] = "c0"
+            return reply
+
+    made, log = rounds(["rounds=5"])
+    made.run(Twins(clients(), 3), 3)
+    assert [r["client"] for r in log.of("refused")] == ["c0"]
+    assert all(e["clients"] == ["c0", "c1"] for e in log.of("asked"))
 
 
 def test_a_silent_node_holds_up_nobody() -> None:
@@ -308,7 +477,7 @@ def test_sampling_asks_a_share_and_everyone_in_the_long_run() -> None:
 def test_patience_stops_and_is_kept_by_the_checkpoint() -> None:
     saved: list[Progress] = []
     made, log = rounds(["rounds=20", "evaluate.patience=3"], on_round=lambda state, progress: saved.append(progress))
-    state = made.run(LocalGrid(clients(loss=1.0), 3), 3)
+    state = made.run(LocalGrid(clients(), 3), 3)
     assert state.round == 3  # round 0 sets the best loss; three evaluations bring nothing better
     assert log.of("stop")[0]["round"] == 3
     assert saved[-1].stopped
@@ -316,11 +485,76 @@ def test_patience_stops_and_is_kept_by_the_checkpoint() -> None:
     assert again.run(LocalGrid(clients(), 3), 3).round == 0
 
 
+def test_a_resumed_run_knows_the_best_loss(tmp_path: Path) -> None:
+    overrides = ["rounds=5", "evaluate.patience=2"]
+    worse = clients(loss=lambda i, number: 1.0 + abs(number - 1))  # the best is after round 1
+    made, _ = rounds(["rounds=2", *overrides[1:]], on_round=lambda state, progress: save(tmp_path, state, progress))
+    made.run(LocalGrid(worse, 3), 3)
+    found = checkpoint.load(tmp_path / "checkpoints")
+    assert found is not None
+    again, log = rounds(overrides, progress=Progress(**found[1]))
+    again.state = found[0]
+    assert again.run(LocalGrid(worse, 3), 3).round == 3
+    assert log.of("stop")[0]["round"] == 3
+
+
+def steadily(i: int, number: int) -> float:
+    """Half the clients are ten times as hard as the others; all learn the same share in every round."""
+    return (0.5 if i % 2 else 5.0) * 0.95**number
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_share_of_easy_and_hard_clients_does_not_stop_a_run_that_learns(seed: int) -> None:
+    overrides = ["rounds=12", "strategy.fraction=0.25", "strategy.min_clients=1", "evaluate.patience=1", f"seed={seed}"]
+    made, log = rounds(overrides)
+    assert made.run(LocalGrid(clients(loss=steadily), 8), 8).round == 12
+    measured = {tuple(e["clients"]) for e in log.of("evaluate")}
+    assert len(measured) == 1 and len(*measured) == 2
+    losses = [e["clients_loss"] for e in log.of("evaluate")]
+    assert losses == pytest.approx([losses[0] * 0.95**n for n in range(13)])
+
+
+def test_hard_clients_that_miss_an_evaluation_set_no_record() -> None:
+    def loss(i: int, number: int) -> float:
+        if number == 2 and i % 2 == 0:
+            raise RuntimeError
+        return steadily(i, number)
+
+    made, log = rounds(["rounds=6", "evaluate.patience=1"])
+    assert made.run(LocalGrid(clients(loss=loss), 4), 4).round == 6
+    assert [len(e["clients"]) for e in log.of("evaluate")] == [4, 4, 2, 4, 4, 4, 4]
+
+
+def test_the_panel_outlasts_clients_that_come_and_leave() -> None:
+    class Moving(LocalGrid):
+        away: frozenset[int] = frozenset()
+
+        def get_node_ids(self) -> Any:
+            return [n for n in super().get_node_ids() if n not in self.away]
+
+    grid = Moving(clients(loss=steadily), 10)
+    grid.away = frozenset({1008, 1009})
+
+    def move(state: ServerState, progress: Progress) -> None:
+        first = [1000 + int(name[1:]) for name in log.of("evaluate")[0]["clients"]]
+        grid.away = {1: frozenset(), 3: frozenset(first[:2]), 5: frozenset(range(1000, 1009))}.get(
+            state.round, grid.away
+        )
+
+    overrides = ["rounds=8", "strategy.fraction=0.5", "strategy.min_clients=1", "evaluate.patience=1"]
+    made, log = rounds(overrides, on_round=move)
+    assert made.run(grid, 8).round == 8
+    panels = [set(e["clients"]) for e in log.of("evaluate")]
+    assert [len(panel) for panel in panels] == [4, 4, 5, 5, 4, 4, 1, 1, 1]
+    assert all(len(after - before) <= 2 for before, after in itertools.pairwise(panels[:6]))
+
+
 def test_client_losses_add_up_by_tokens() -> None:
     made, log = rounds(["rounds=1"])
-    made.run(LocalGrid(clients(loss=2.5), 3), 3)
+    made.run(LocalGrid(clients(loss=lambda i, number: [0.1, 0.7, 2.5][i]), 3), 3)
     last = log.of("evaluate")[-1]
-    assert last["clients"] == {"c0": 2.5, "c1": 2.5, "c2": 2.5} and last["clients_loss"] == 2.5
+    assert last["clients"] == {"c0": 0.1, "c1": 0.7, "c2": 2.5}
+    assert last["clients_loss"] == pytest.approx((0.1 * 10 + 0.7 * 20 + 2.5 * 30) / 60)
 
 
 def test_one_reply_alive_at_a_time() -> None:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from client import memory
 from client.memory import Memory
 from client.trainer import Cursor
 from server import checkpoint
-from server.sampling import choose
+from server.sampling import choose, panel
 from strategies import ServerState
 
 
@@ -148,3 +149,26 @@ def test_sampling_is_uniform() -> None:
             counts[name] += 1
     # 2000 rounds x 3 of 10: mean 600, standard deviation sqrt(2000 * 0.3 * 0.7) = 20.5
     assert all(abs(count - 600) < 5 * 20.5 for count in counts.values())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 60), st.floats(0.01, 1.0), st.integers(1, 70), st.integers(0, 10**6))
+def test_the_panel_is_of_a_cohorts_size_and_outlasts_who_comes_and_leaves(
+    n: int, fraction: float, minimum: int, seed: int
+) -> None:
+    names = [f"c{i}" for i in range(n)]
+    size = len(choose(names, fraction=fraction, minimum=minimum, seed=seed, round_number=1))
+    all_of = {"fraction": fraction, "minimum": minimum, "seed": seed}
+    before = panel(reversed(names), **all_of)
+    assert before == sorted(set(before)) and len(before) == size
+    for gone in names:
+        after = panel([name for name in names if name != gone], **all_of)
+        # Read the other way round: somebody came.
+        assert len(set(before) - {gone} ^ set(after)) <= 1
+
+
+def test_every_client_is_on_the_panel_of_some_seed() -> None:
+    names = [f"c{i}" for i in range(10)]
+    counts = Counter(name for seed in range(2000) for name in panel(names, fraction=0.3, minimum=1, seed=seed))
+    # 2000 seeds x 3 of 10: mean 600, standard deviation sqrt(2000 * 0.3 * 0.7) = 20.5
+    assert all(abs(counts[name] - 600) < 5 * 20.5 for name in names)

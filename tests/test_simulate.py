@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from apiary import config, models
+from apiary.config import UserError
 from simulation.run import simulate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,6 +96,20 @@ def test_central_gets_the_steps_of_all_clients(finished: tuple[Path, dict[str, A
 
     alone = furthest(folder / "baselines" / "local" / "client-00")
     assert 1.5 * alone < furthest(folder / "baselines" / "central") < 3 * federated * 5e-3
+
+
+def test_each_client_keeps_its_own_steps(finished: tuple[Path, dict[str, Any]]) -> None:
+    """What a client tells of a round is the sum, or the mean over tokens, of what it wrote down for itself."""
+    folder, _ = finished
+    told = events_of(folder, "client")
+    assert len(told) == 9
+    for event in told:
+        lines = (folder / "clients" / event["client"] / "steps.jsonl").read_text().splitlines()
+        steps = [step for step in map(json.loads, lines) if step["round"] == event["round"]]
+        tokens = [step["tokens"] for step in steps]
+        assert [step["step"] for step in steps] == list(range(event["steps"]))
+        assert sum(tokens) == event["tokens"]
+        assert np.average([step["loss"] for step in steps], weights=tokens) == pytest.approx(event["loss"])
 
 
 def test_one_base_load_for_all_clients(
@@ -227,14 +242,32 @@ def _wait_for_round(folder: Path, number: int, process: subprocess.Popen[str]) -
     deadline = time.monotonic() + 120
     while not (folder / "checkpoints" / f"round-{number:04d}").exists():
         assert process.poll() is None, process.communicate()[1][-2000:]
-        assert time.monotonic() < deadline
+        if time.monotonic() > deadline:
+            process.kill()
+            pytest.fail(f"no round {number} in 120 s: {process.communicate()[1][-2000:]}")
         time.sleep(0.01)
 
 
+def test_files_of_the_user_are_not_taken_for_drafts(tmp_path: Path, small_run: list[str]) -> None:
+    ours, theirs = tmp_path / ".config.toml.tmp", tmp_path / ".env"
+    ours.write_text("half")
+    theirs.write_text("TOKEN=1")
+    with pytest.raises(UserError, match="not empty"):
+        run(tmp_path, small_run)
+    theirs.unlink()
+    run(tmp_path, [*small_run, "rounds=1", "evaluate.baselines=[]", "evaluate.generate=false"])
+    assert not ours.exists()
+    theirs.write_text("TOKEN=1")
+    simulate(config.load(tmp_path / "config.toml"), tmp_path, resume=True)
+    assert theirs.read_text() == "TOKEN=1"
+
+
 @pytest.mark.slow
-def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path: Path, small_run: list[str]) -> None:
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path: Path, small_run: list[str], engine: str) -> None:
     folder = tmp_path / "run"
-    process = start_process(folder, [*small_run, "rounds=200", "evaluate.baselines=[]"])
+    settings = [*small_run, "rounds=2000", "evaluate.baselines=[]", f"simulate.engine={engine}"]
+    process = start_process(folder, settings)
     _wait_for_round(folder, 1, process)
     process.send_signal(signal.SIGINT)
     code, _, err = finish(process)

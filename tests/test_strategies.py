@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -88,6 +89,22 @@ def test_the_order_of_answers_does_not_show_in_a_single_bit() -> None:
     rng = np.random.default_rng(0)
     shuffled = [[many[i] for i in rng.permutation(200)] for _ in range(10)]
     assert len({digest(_reduce(method, order, state)) for order in shuffled}) == 1
+
+
+def test_a_million_entries_of_all_magnitudes_are_summed_alike_in_every_order() -> None:
+    rng, n = np.random.default_rng(0), 1 << 20
+    deltas = [(rng.standard_normal(n) * 10.0 ** rng.uniform(-12, 6, n)).astype(np.float32) for _ in range(10)]
+    deltas += [1e9 * deltas[0], -1e9 * deltas[0]]  # cancel each other, and drown the others on the way
+    weights = [float(w) for w in rng.integers(1, 200_000, 10)] + [77.0, 77.0]
+    updates = [
+        Update(f"c{i}", {"w": torch.from_numpy(d)}, w, 2) for i, (d, w) in enumerate(zip(deltas, weights, strict=True))
+    ]
+    method, state = AGGREGATORS.build("fedavg"), ServerState(0, {"w": torch.zeros(n)}, {}, {})
+    results = [_reduce(method, [updates[i] for i in rng.permutation(12)], state)["w"].numpy() for _ in range(10)]
+    assert all(np.array_equal(results[0], result) for result in results[1:])
+    for at in range(0, n, 997):
+        exact = math.fsum(w * float(d[at]) for w, d in zip(weights, deltas, strict=True))
+        assert results[0][at] == np.float32(exact / sum(weights))
 
 
 @pytest.mark.parametrize("weights", [[0.0], [0.0, 0.0], []])

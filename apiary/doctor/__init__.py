@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -21,7 +22,7 @@ from apiary.units import bytes_text
 if TYPE_CHECKING:
     import torch
 
-    from apiary.examples import Example, Federation
+    from apiary.examples import Federation
     from apiary.models import LanguageModel
     from apiary.prompts import Corpus, Template
 
@@ -67,15 +68,18 @@ def _attempt(problems: list[str], action: Callable[[], T]) -> T | None:
 def _examine_parts(config: RunConfig, problems: list[str], console: Console) -> None:
     """Print what can be told of a run, and add all that is wrong with it to `problems`."""
     # Here and not above: what is wrong with the file itself is told without waiting for torch.
-    from apiary import bases, examples
+    from apiary import bases, evaluate, examples, trackers
     from apiary.doctor import plan
 
+    _attempt(problems, lambda: trackers.check(config))
     device = _attempt(problems, lambda: bases.resolve_device(config.model))
     federation = _attempt(problems, lambda: examples.federate(config.data, config.seed))
     if device is not None:
         plan.print_machine(config, device, console)
     lm = _load(config, device, problems)
     template = _attempt(problems, lambda: _template(config, lm))
+    if lm is not None:
+        _attempt(problems, lambda: evaluate.check_positions(lm, config))
     if federation is None:
         return
     plan.print_rows(federation, console)
@@ -83,7 +87,9 @@ def _examine_parts(config: RunConfig, problems: list[str], console: Console) -> 
     if lm is None or template is None:
         return
     corpora = _attempt(problems, lambda: _encode(config, federation, lm, template))
-    if corpora is not None:
+    warnings = _attempt(problems, lambda: _warnings(config, federation, lm, template))
+    plan.print_warnings(warnings or (), console)
+    if corpora is not None and warnings is not None:
         plan.print_run(plan.Run(config, federation, lm, template, corpora), console)
 
 
@@ -148,25 +154,37 @@ def _encode(config: RunConfig, federation: Federation, lm: LanguageModel, templa
     """The clients' training examples as tokens.
 
     Raises:
-        UserError: nothing of a client, or nothing of the held-out set, fits prompt.max_tokens.
+        UserError: nothing of a client can be used.
     """
     from apiary import prompts
 
-    def encode(rows: Sequence[Example]) -> Corpus:
-        return prompts.encode_all(rows, template, lm.tokenizer, config.prompt)
-
-    corpora = tuple(encode(client.train) for client in federation.clients)
-    limit = f"prompt.max_tokens = {config.prompt.max_tokens}"
+    shares = [client.train for client in federation.clients]
+    prompts.check_template(chain.from_iterable(shares), template)
+    corpora = tuple(prompts.encode_all(rows, template, lm.tokenizer, config.prompt) for rows in shares)
     problems = [
-        f"{limit}: no example of {client.name} fits; raise it"
+        f"no example of {client.name} can be used ({'; '.join(sorted(set(corpus.dropped.values())))}); "
+        "raise prompt.max_tokens or use another prompt.template"
         for client, corpus in zip(federation.clients, corpora, strict=True)
         if not len(corpus)
     ]
-    if federation.test and not len(encode(federation.test)):
-        problems.append(f"{limit}: no held-out example fits; raise it")
     if problems:
         raise UserError(*problems)
     return corpora
+
+
+def _warnings(config: RunConfig, federation: Federation, lm: LanguageModel, template: Template) -> list[str]:
+    """What a run would say of rows that are cut or left out.
+
+    Raises:
+        UserError: no held-out example can be used, or the model has too few positions for the longest.
+    """
+    from apiary import evaluate, prompts
+
+    held_out = evaluate.prepare(federation.test, template, lm, config)
+    if federation.test and not held_out.examples:
+        prompts.check_template(federation.test, template)
+        raise UserError(f"prompt.max_tokens = {config.prompt.max_tokens}: no held-out example fits; raise it")
+    return evaluate.data_warnings(federation, held_out, template, lm, config)
 
 
 # --- what is said

@@ -37,7 +37,7 @@ class Traffic(NamedTuple):
     """Bytes of adapters on the wire; names, counts and headers add a few kilobytes."""
 
     adapter: int  # one adapter as float32: what an asked client receives, and sends back
-    evaluations: int  # times that the clients of a round receive it once more, to be measured
+    evaluations: int  # times that as many clients as a round has receive it once more, to be measured
     total: int  # both ways, all clients, the whole run
 
 

@@ -101,6 +101,14 @@ def print_rows(federation: Federation, console: Console) -> None:
     _fact(console, "examples", f"{said}, {count_text(len(federation.test))} held out for the table")
 
 
+def print_warnings(lines: Sequence[str], console: Console) -> None:
+    """Print what encoding cuts and leaves out, in the lines that a run tells it in."""
+    for line in lines[:_FILES]:
+        _warn(console, _clean(line))
+    if len(lines) > _FILES:
+        _warn(console, f"and {len(lines) - _FILES} more files of which rows are cut or left out")
+
+
 def _print_lengths(run: Run, console: Console) -> None:
     cut = sum(corpus.stats.cut for corpus in run.corpora)
     dropped = sum(corpus.stats.dropped for corpus in run.corpora)
@@ -109,7 +117,7 @@ def _print_lengths(run: Run, console: Console) -> None:
     said += f", {count_text(dropped)} dropped ({share_text(dropped / n)})"
     _fact(console, "too long", f"{said} at {run.config.prompt.max_tokens} tokens")
     if cut + dropped > _MANY * n:
-        _warn(console, "much is lost to its length; raise prompt.max_tokens")
+        _warn(console, "much is lost; raise prompt.max_tokens, or see why prompt.template cannot write it")
     tokens = sum(corpus.stats.tokens for corpus in run.corpora)
     trained = sum(corpus.stats.response_tokens for corpus in run.corpora)
     said = f"{count_text(tokens)}, of them {count_text(trained)} trained"

@@ -124,6 +124,6 @@ def _caption(metrics: Metrics) -> str:
             name, least = gain.worst
             notes.append(
                 f"{gain.improved} of {plural(len(gain.gains), 'client')} better off than alone "
-                f"{where}; least gain {units.change_text(least)} ({name})"
+                f"{where}; mean gain {units.change_text(gain.mean)}, least {units.change_text(least)} ({name})"
             )
     return "\n".join(notes)

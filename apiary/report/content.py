@@ -23,7 +23,7 @@ from apiary.runlog import Event
 
 _NAMED_CLIENTS = 24  # more are summed up in a chart, and only those that gain least are named
 _MIX_ROWS, _MIX_COLUMNS, _TROUBLES = 40, 14, 100
-_ABSOLUTE = re.compile(r'"(?:/|[A-Za-z]:\\\\)[^"]*?([^"/\\]+)"')
+_ABSOLUTE = re.compile(r'"(?:/|[A-Za-z]:\\\\)[^"]*?([^"/\\]+)[/\\]*"')
 
 
 def page_content(metrics: Metrics, events: Sequence[Event], config: str) -> dict[str, Any]:
@@ -123,8 +123,8 @@ def _probability(metrics: Metrics) -> float | None:
 
 
 def _sent(metrics: Metrics) -> tuple[int, int]:
-    """Bytes up and down over all rounds."""
-    return sum(r.bytes_up or 0 for r in metrics.rounds), sum(r.bytes_down or 0 for r in metrics.rounds)
+    """Bytes up and down over all rounds and evaluations."""
+    return sum(r.bytes_up or 0 for r in metrics.rounds), sum(r.down for r in metrics.rounds)
 
 
 def _tiles(metrics: Metrics, own: Gain | None, everyone: Gain | None) -> list[tuple[str, str, str]]:
@@ -244,7 +244,7 @@ def _troubles(events: Iterable[Event]) -> dict[str, Any]:
     """Refusals, warnings and early stops, in order."""
     rows = []
     for event in events:
-        where = f"round {event['round']}" if event.get("round") else ""
+        where = {None: "", 0: "before training"}.get(number := event.get("round"), f"round {number}")
         match event["event"]:
             case "refused":
                 rows.append(

@@ -6,7 +6,7 @@ Everything but the table may be missing. Losses are nats per response token, acc
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -68,9 +68,15 @@ class Round(_Part):
     ci95: Interval | None = None
     train_loss: float | None = None
     bytes_up: int | None = None
-    bytes_down: int | None = None
+    bytes_down: int | None = None  # to be trained
+    bytes_evaluate: int | None = None  # to be measured, also to the clients
     seconds: float | None = None
     clients: int | None = None
+
+    @property
+    def down(self) -> int:
+        """Bytes to the clients."""
+        return (self.bytes_down or 0) + (self.bytes_evaluate or 0)
 
 
 class Sample(_Part):
@@ -116,6 +122,11 @@ class Gain(_Part):
         return sum(gain > 0 for gain in self.gains.values())
 
     @property
+    def mean(self) -> float:
+        """The mean over clients."""
+        return sum(self.gains.values()) / len(self.gains)
+
+    @property
     def worst(self) -> tuple[str, float]:
         """The client that gains least, and its gain."""
         return min(self.gains.items(), key=lambda item: (item[1], item[0]))
@@ -123,8 +134,12 @@ class Gain(_Part):
 
 def gain_on_own(metrics: Metrics) -> Gain | None:
     """The gain of each client on its own held-out examples; None where it was not measured."""
-    pairs = ((c.client, c.own.get("local"), c.own.get("federated")) for c in metrics.clients)
-    gains = {name: alone - joint for name, alone, joint in pairs if alone is not None and joint is not None}
+    return gain_of((c.client, c.own.get("local"), c.own.get("federated")) for c in metrics.clients)
+
+
+def gain_of(losses: Iterable[tuple[str, float | None, float | None]]) -> Gain | None:
+    """The gain of each client from its (name, loss alone, federated loss); None where no pair is whole."""
+    gains = {name: alone - joint for name, alone, joint in losses if alone is not None and joint is not None}
     return Gain(gains=gains) if gains else None
 
 
@@ -133,9 +148,7 @@ def gain_on_all(metrics: Metrics) -> Gain | None:
     row = metrics.row("federated")
     if row is None or row.loss is None:
         return None
-    pairs = ((c.client, c.mix_loss.get("local")) for c in metrics.clients)
-    gains = {name: alone - row.loss for name, alone in pairs if alone is not None}
-    return Gain(gains=gains) if gains else None
+    return gain_of((c.client, c.mix_loss.get("local"), row.loss) for c in metrics.clients)
 
 
 def parse_metrics(values: Mapping[str, Any], name: str = "metrics.json") -> Metrics:

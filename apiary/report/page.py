@@ -223,7 +223,7 @@ surprise). Lower is better and 0 is certainty.{% if probability is not none %} {
 {% if clients %}
 <section>
 <h2>What each client gains</h2>
-<p class="note">Loss on the client's own held-out examples, the kind of work it does itself: {{ own.improved }} of {{ own.gains | length }} {{ "is" if own.improved == 1 else "are" }} better off with the shared model than alone; the least gain is {{ own.worst[1] | change }} nats per token ({{ own.worst[0] }}).{% if everyone %} On the held-out examples of all clients, {{ everyone.improved }} of {{ everyone.gains | length }} {{ "is" if everyone.improved == 1 else "are" }} better off.{% endif %}</p>
+<p class="note">Loss on the client's own held-out examples, the kind of work it does itself: {{ own.improved }} of {{ own.gains | length }} {{ "is" if own.improved == 1 else "are" }} better off with the shared model than alone; the mean gain is {{ own.mean | change }}, the least {{ own.worst[1] | change }} nats per token ({{ own.worst[0] }}).{% if everyone %} On the held-out examples of all clients, {{ everyone.improved }} of {{ everyone.gains | length }} {{ "is" if everyone.improved == 1 else "are" }} better off.{% endif %}</p>
 <div class="panel">
 {% if gain_chart %}
 {{ gain_chart }}
@@ -280,7 +280,7 @@ surprise). Lower is better and 0 is certainty.{% if probability is not none %} {
 
 <section>
 <h2>What left the clients</h2>
-<p class="note">{% if sent[0] or sent[1] %}{{ sent[0] | bytes }} went from clients to the server and {{ sent[1] | bytes }} back, all rounds together: weights of the adapter and counts, never text. {% endif %}{{ privacy }}</p>
+<p class="note">{% if sent[0] or sent[1] %}{{ sent[0] | bytes }} went from clients to the server and {{ sent[1] | bytes }} back, all rounds and evaluations together: weights of the adapter and counts, never text. {% endif %}{{ privacy }}</p>
 {% if cost_chart %}<div class="panel">{{ cost_chart }}</div>{% endif %}
 </section>
 

@@ -151,7 +151,7 @@ def spread(heights: Sequence[float], gap: float, low: float, high: float) -> lis
 
 def cost_chart(metrics: Metrics) -> Markup | None:
     """Bytes up and down and seconds of each round, as two panels; None where none was measured."""
-    rounds = [r for r in metrics.rounds if r.bytes_up or r.bytes_down or r.seconds]
+    rounds = [r for r in metrics.rounds if r.bytes_up or r.down or r.seconds]
     if not rounds:
         return None
     return _chart(
@@ -172,7 +172,7 @@ def _draw_cost(figure: Figure, narrow: bool, rounds: Sequence[Round]) -> None:
     x = [r.round for r in rounds]
     sent, took = (figure.add_axes(box) for box in boxes)
     _bars(sent, [i - 0.21 for i in x], [r.bytes_up or 0 for r in rounds], "up", 0.38)
-    _bars(sent, [i + 0.21 for i in x], [r.bytes_down or 0 for r in rounds], "down", 0.38)
+    _bars(sent, [i + 0.21 for i in x], [r.down for r in rounds], "down", 0.38)
     sent.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short_bytes(value)))
     _title(sent, [("to the server", "up"), ("to the clients", "down")])
     _bars(took, x, [r.seconds or 0.0 for r in rounds], "up", 0.7)
@@ -181,7 +181,7 @@ def _draw_cost(figure: Figure, narrow: bool, rounds: Sequence[Round]) -> None:
     for axes in (sent, took):
         side = max(0.7, (6 - (max(x) - min(x))) / 2)  # a single round is a bar, not a wall
         axes.set_xlim(min(x) - side, max(x) + side)
-        axes.set_xticks(_ticks(x, 5 if narrow else 10))
+        axes.set_xticks(_ticks([i for i in x if i] or x, 5 if narrow else 10))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
         axes.set_xlabel("round")
 
