@@ -133,7 +133,7 @@ class TrainConfig(_Section):
     objective: str = Field("sft", description="per-example loss: sft")
     steps: int | None = Field(None, ge=1, description="optimizer steps per round; exclusive with epochs")
     epochs: float | None = Field(None, gt=0, description="passes over the client's data per round")
-    batch_tokens: int = Field(2048, ge=16, description="padded tokens in one forward pass")
+    batch_tokens: int = Field(1024, ge=16, description="padded tokens in one forward pass")
     accumulate: int = Field(1, ge=1, description="forward passes per optimizer step")
     lr: float = Field(3e-3, gt=0, description="peak learning rate of AdamW")
     schedule: Literal["cosine", "constant"] = Field(
@@ -207,7 +207,7 @@ class RunConfig(_Section):
     """A whole run."""
 
     seed: int = Field(0, ge=0, lt=2**63, description="all randomness is derived from it")
-    rounds: int = Field(8, ge=1, description="federated rounds")
+    rounds: int = Field(12, ge=1, description="federated rounds")
     model: ModelConfig = ModelConfig()
     adapter: AdapterConfig = AdapterConfig()
     data: DataConfig = DataConfig()

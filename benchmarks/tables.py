@@ -1,4 +1,4 @@
-"""Writes the README's tables from the committed results, between their markers.
+"""Writes the tables of the README and of the base's card from the committed results, between their markers.
 
 python benchmarks/tables.py [--check]
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", ROOT / "apiary" / "builtin" / "tiny" / "README.md")
 
 
 def demo(results: dict[str, Any]) -> str:
@@ -67,7 +67,28 @@ def training(results: dict[str, Any]) -> str:
     return str(results["readme"])
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"demo": demo, "training": training, "clients": clients}
+def base(results: dict[str, Any]) -> str:
+    """The built-in base: loss by kind of document, and what it answers when tuned."""
+    tuned = results["tuned"]
+    lines = ["| kind | loss |", "|---|---|"]
+    lines += [f"| {kind.replace('_', ' ')} | {loss:.2f} |" for kind, loss in results["losses"].items()]
+    skills = sorted(tuned["skills"].items(), key=lambda item: -item[1])
+    said = ", ".join(f"{skill} {100 * accuracy:.0f} %" for skill, accuracy in skills)
+    lines += [
+        "",
+        f"Tuned with LoRA on all skills pooled (rank {tuned['rank']}, {tuned['steps']} steps of "
+        f"{tuned['rows_per_step']} rows, rate {tuned['lr']:g}) it answers {100 * tuned['accuracy']:.0f} % of "
+        f"{tuned['n']} held-out rows exactly: {said}. One run (`benchmarks/base.py`), on {_machine(results)}.",
+    ]
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "demo": demo,
+    "training": training,
+    "clients": clients,
+    "base": base,
+}
 
 
 def _seeds(count: int) -> str:
@@ -87,7 +108,7 @@ def _machine(results: dict[str, Any]) -> str:
 
 
 def render(text: str) -> str:
-    """The README with every table made anew."""
+    """A page with every table made anew."""
     for name, table in TABLES.items():
         path = RESULTS / f"{name}.json"
         body = table(json.loads(path.read_text())) if path.exists() else "*No measurement is committed yet.*"
@@ -97,7 +118,8 @@ def render(text: str) -> str:
 
 
 if __name__ == "__main__":
-    made = render(README.read_text())
-    if "--check" in sys.argv:
-        sys.exit(0 if made == README.read_text() else "README.md: tables differ from benchmarks/results")
-    README.write_text(made)
+    for page in PAGES:
+        made = render(page.read_text())
+        if "--check" in sys.argv and made != page.read_text():
+            sys.exit(f"{page.relative_to(ROOT)}: tables differ from benchmarks/results")
+        page.write_text(made)

@@ -4,9 +4,10 @@
 
 Contenders take turns, so that a machine that slows down slows all of them; what counts is the
 ratio of their medians. Each trains one epoch over the same examples, whose lengths are spread like
-those of databricks-dolly-15k. TRL (`pip install trl`) runs as it comes and with its two kinds of packing; its
-loss is set to the responses alone, as ours is, and its batches stay at 8 rows, about the tokens of
-one of ours.
+those of databricks-dolly-15k, once untimed and at once again timed: matrix products are compiled
+when their shape is first met, and contenders push each other's out of the cache. TRL (`pip install
+trl`) runs as it comes and with its two kinds of packing; its loss is set to the responses alone, as
+ours is, and its batches stay at 8 rows, about the tokens of one of ours.
 
 Beside the ratios stands the share of the machine's measured bfloat16 matrix-product peak: the
 useful floating-point operations of the epoch (`useful_flops`; no padding, no recomputation) by the
@@ -227,15 +228,14 @@ def contenders(setting: Setting, with_trl: bool) -> dict[str, Callable[[], int]]
 
 
 def compare(setting: Setting, repeats: int, with_trl: bool) -> dict[str, Any]:
-    """All contenders in turn, `repeats` times, after a short round to warm up."""
-    for run in contenders(dataclasses.replace(setting, corpus=make_corpus(16)), with_trl).values():
-        run()
+    """All contenders in turn, `repeats` times."""
     runs = contenders(setting, with_trl)
     taken: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
     peaks = []
     for _ in range(repeats):
         for name, run in runs.items():
             peaks.append(measure_peak())
+            run()
             taken[name].append(timed(run))
             seconds = taken[name][-1]["seconds"]
             print(f"  {setting.dtype} {name}: {seconds:.2f} s", file=sys.stderr, flush=True)
