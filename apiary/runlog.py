@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from apiary.config import RunConfig, UserError
-from apiary.trackers import tracker as tracker  # an observer like any other; callers need one door
 
 Event: TypeAlias = dict[str, Any]
 Observer: TypeAlias = Callable[[Event], None]

@@ -159,7 +159,7 @@ def _open_log(config: RunConfig, folder: Path, observers: Sequence[Observer], cl
     found = checkpoint.load(folder / "checkpoints")
     if (folder / "log.jsonl").exists():
         runlog.truncate_after(folder, found[0].round if found else 0)
-    log = RunLog(folder, [*observers, *([runlog.tracker(config, folder)] if config.log.trackers else [])])
+    log = RunLog(folder, [*observers, *([trackers.tracker(config, folder)] if config.log.trackers else [])])
     fields = runlog.start_fields(config)
     log.event("start", **fields, rounds=config.rounds, clients=clients, resumed=found[0].round if found else 0)
     return log

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from apiary import runlog
 from apiary.config import RunConfig, UserError, parse
-from apiary.runlog import RunLog, read_events, tracker, truncate_after, write_atomic
+from apiary.runlog import RunLog, read_events, truncate_after, write_atomic
+from apiary.trackers import tracker
 
 
 def kinds(folder: Path) -> list[str]:

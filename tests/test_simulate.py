@@ -238,13 +238,36 @@ def test_kill_9_then_resume_is_bit_identical(tmp_path: Path, tiny_model: Path, r
     assert rounds == list(range(1, 13))  # the log tells one story: each round once
 
 
+@pytest.mark.slow
+def test_kill_9_while_baselines_are_trained_changes_no_figure(
+    tmp_path: Path, tiny_model: Path, rows_file: Path
+) -> None:
+    from conftest import overrides_for
+
+    overrides = [*overrides_for(tiny_model, rows_file), "rounds=2", "train.steps=20"]
+    whole = run(tmp_path / "unbroken", overrides)
+    folder = tmp_path / "broken"
+    process = start_process(folder, overrides)
+    _wait_for(folder / "baselines" / "local" / "client-00", process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (folder / "metrics.json").exists()
+    code, _, err = finish(start_process(folder, [], "--resume"))
+    assert code == 0, err[-2000:]
+    assert json.loads((folder / "metrics.json").read_text())["table"] == json.loads(json.dumps(whole["table"]))
+
+
 def _wait_for_round(folder: Path, number: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not (folder / "checkpoints" / f"round-{number:04d}").exists():
+    _wait_for(folder / "checkpoints" / f"round-{number:04d}", process)
+
+
+def _wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 240  # on a busy machine Ray alone takes a minute to start
+    while not path.exists():
         assert process.poll() is None, process.communicate()[1][-2000:]
         if time.monotonic() > deadline:
             process.kill()
-            pytest.fail(f"no round {number} in 120 s: {process.communicate()[1][-2000:]}")
+            pytest.fail(f"no {path.name} in 240 s: {process.communicate()[1][-2000:]}")
         time.sleep(0.01)
 
 
