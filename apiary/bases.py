@@ -94,6 +94,8 @@ def _read_pretrained(
     source = str(path) if path.is_dir() else config.name
     options: dict[str, Any] = {"dtype": dtype, **_quantized(config, device)}
     try:
+        if not path.is_dir():
+            _ask_hub(config)
         with _quiet_if(path.is_dir()):
             tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision)
             model = AutoModelForCausalLM.from_pretrained(source, revision=config.revision, **options)
@@ -102,6 +104,15 @@ def _read_pretrained(
     except Exception as error:  # the hub's and the model classes' errors share no other base
         raise UserError(_unreachable(config, path.is_dir(), error)) from error
     return model, tokenizer
+
+
+def _ask_hub(config: ModelConfig) -> None:
+    """One short question about what is not cached: it fails at once where the hub's client would try for a minute."""
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(config.name, "config.json", revision=config.revision)
+    if not constants.HF_HUB_OFFLINE and not isinstance(cached, str):
+        HfApi().model_info(config.name, revision=config.revision, timeout=10)
 
 
 @contextmanager

@@ -84,7 +84,9 @@ def evaluate(
     from apiary.evaluate import table_row
 
     opened = results.open_tuned(tuned, overrides or [])
-    rows = results.score(opened, data)
+    rows, remarks = results.score(opened, data)
+    for line in remarks:
+        typer.echo(f"warning: {line}", err=True)
     _print_table({"table": [table_row(method, run, opened.config.seed) for method, run in rows.items()]})
 
 

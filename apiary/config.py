@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -232,9 +232,9 @@ class RunConfig(_Section):
         """The whole configuration as one JSON text (what travels in Flower's run config)."""
         return self.model_dump_json()
 
-    def to_toml(self) -> str:
-        """The whole configuration as TOML; `parse(text)` gives the same configuration back."""
-        return _toml(self.model_dump(mode="json"))
+    def to_toml(self, without: Collection[str] = ()) -> str:
+        """The configuration as TOML, `without` the tables named; `parse(text)` gives a whole one back as it was."""
+        return _toml({name: value for name, value in self.model_dump(mode="json").items() if name not in without})
 
 
 def parse(values: Mapping[str, Any]) -> RunConfig:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from apiary import config as configs
 from apiary import evaluate, examples, models, prompts, runlog
-from apiary.config import DataConfig, RunConfig, UserError
+from apiary.config import RunConfig, UserError
 from apiary.evaluate import Measured
 from apiary.examples import Example, Turn
 from apiary.models import LanguageModel
@@ -21,6 +21,7 @@ from apiary.tensors import StateDict
 
 _WEIGHTS = "adapter_model.safetensors"
 _SETTINGS = "apiary.toml"  # the run's configuration, kept inside the adapter folder
+_OF_THE_SITE = ("data",)  # tables that say where private data lies
 
 
 class Tuned(NamedTuple):
@@ -99,13 +100,14 @@ def _settings_of(folder: Path, stored: Path | None) -> list[str]:
 
 def save_adapter_folder(lm: LanguageModel, adapter: StateDict, folder: Path, config: RunConfig) -> None:
     """A PEFT folder that any tool loads, with a model card and the run's settings."""
-    models.save_adapter(lm, adapter, folder, card(config, None))
-    settings = config.model_copy(update={"data": DataConfig(columns=config.data.columns)})  # not where the data lay
-    runlog.write_atomic(folder / _SETTINGS, settings.to_toml())
+    models.save_adapter(lm, adapter, folder, card(config, None, exported=False))
+    runlog.write_atomic(folder / _SETTINGS, config.to_toml(without=_OF_THE_SITE))
 
 
-def score(tuned: Tuned, source: str) -> dict[str, Measured]:
+def score(tuned: Tuned, source: str) -> tuple[dict[str, Measured], list[str]]:
     """The table's rows for other data: base and federated, and the run's own baselines where they were kept.
+
+    With them, a line for each thing that keeps some of the data out of the table.
 
     Raises:
         UserError: the data cannot be read, or no example of it fits.
@@ -122,7 +124,14 @@ def score(tuned: Tuned, source: str) -> dict[str, Measured]:
         # A name with a dot in front is what a kill left of a folder under way.
         alone = {f.parent.name: load_file(f) for f in sorted(places.alone.glob(f"[!.]*/{_WEIGHTS}"))}
         central = load_file(places.central / _WEIGHTS) if (places.central / _WEIGHTS).exists() else None
-    return evaluate.compare(lm, held_out, config, adapter, alone, central).rows
+    remarks = [line for report in data.reports for line in report.lines()]
+    everything = len(data.test or data.examples)
+    if (measured := len(held_out.examples)) < everything:
+        remarks.append(
+            f"{measured} of {everything} examples are measured: evaluate.max_examples = "
+            f"{config.evaluate.max_examples}, and {held_out.left_out} that do not fit prompt.max_tokens are left out"
+        )
+    return evaluate.compare(lm, held_out, config, adapter, alone, central).rows, remarks
 
 
 def reply(tuned: Tuned, history: Sequence[Turn], max_new_tokens: int) -> str:
@@ -152,7 +161,9 @@ def export(path: Path, to: Path, *, merge: bool) -> Path:
     try:
         _write_export(tuned, draft, merge)
         runlog.write_atomic(draft / "README.md", card(tuned.config, metrics, merged=merge))
-        runlog.write_atomic(draft / _SETTINGS, _handed_on(tuned.config).to_toml())
+        runlog.write_atomic(draft / _SETTINGS, _handed_on(tuned.config).to_toml(without=_OF_THE_SITE))
+        for file in draft.rglob("*.safetensors"):  # written by others with the owner's rights alone
+            file.chmod(0o644)
         if to.exists():
             to.rmdir()
         draft.rename(to)
@@ -166,7 +177,7 @@ def _handed_on(config: RunConfig) -> RunConfig:
     """The settings without what is nobody else's business: where the data lay, and folders of this machine."""
     model = config.model.model_copy(update={"name": public_name(config.model.name)})
     prompt = config.prompt.model_copy(update={"template": public_name(config.prompt.template)})
-    return config.model_copy(update={"model": model, "prompt": prompt, "data": DataConfig()})
+    return config.model_copy(update={"model": model, "prompt": prompt})
 
 
 def public_name(name: str) -> str:
@@ -193,13 +204,22 @@ def _write_export(tuned: Tuned, draft: Path, merge: bool) -> None:
     models.merged(tuned.lm, tuned.adapter).save_pretrained(draft)
 
 
-def card(config: RunConfig, metrics: Mapping[str, Any] | None, *, merged: bool = False) -> str:
+def card(config: RunConfig, metrics: Mapping[str, Any] | None, *, merged: bool = False, exported: bool = True) -> str:
     """The model card: what it was tuned from, how, and how well it did."""
     name = config.model.name
     if merged:
-        use = ['model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")']
+        use = [
+            "from transformers import AutoModelForCausalLM",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
+        ]
+    elif name.startswith("builtin:") and not exported:
+        use = ["# No hub knows this base: `apiary export RUN --to DIR` writes it beside the adapter."]
     else:
         use = [
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM",
+            "",
             f'base = AutoModelForCausalLM.from_pretrained("{_base_path(name)}")',
             'model = PeftModel.from_pretrained(base, "THIS_FOLDER")',
         ]
@@ -222,7 +242,7 @@ def card(config: RunConfig, metrics: Mapping[str, Any] | None, *, merged: bool =
         *_card_table(metrics),
         "",
         "Privacy: updates were averaged in the clear; no differential privacy was used. "
-        "All settings are in `apiary.toml`.",
+        "All settings are in `apiary.toml`, but for those of the data, which stayed where the data is.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -167,9 +167,8 @@ def _open_log(config: RunConfig, folder: Path, observers: Sequence[Observer], cl
 
 def _report_rows(log: RunLog, prepared: Plan) -> None:
     for report in prepared.federation.reports:
-        for problem, (count, rows) in report.problems.items():
-            where = f" (rows {', '.join(map(str, rows))}{', ...' if count > len(rows) else ''})" if rows else ""
-            log.event("warning", message=f"{report.name}: {count} of {report.rows} rows left out: {problem}{where}")
+        for line in report.lines():
+            log.event("warning", message=line)
     config, federation, lm, template, held_out = prepared
     for line in evaluate.data_warnings(federation, held_out, template, lm, config):
         log.event("warning", message=line)

@@ -60,6 +60,14 @@ class FileReport(NamedTuple):
     usable: int
     problems: Mapping[str, tuple[int, tuple[int, ...]]]
 
+    def lines(self) -> list[str]:
+        """A line for each problem, with the first rows that have it."""
+        return [
+            f"{self.name}: {count} of {self.rows} rows left out: {problem}"
+            + (f" (rows {', '.join(map(str, rows))}{', ...' if count > len(rows) else ''})" if rows else "")
+            for problem, (count, rows) in self.problems.items()
+        ]
+
 
 class Place(NamedTuple):
     """Where an example came from: index into the reports, and its 1-based row number there."""

@@ -287,7 +287,7 @@ surprise). Lower is better and 0 is certainty.{% if probability is not none %} {
 {% if samples %}
 <section>
 <h2>Answers before and after</h2>
-<p class="note">Held-out prompts, answered {% if federated and before %}by the untuned model and {% endif %}after federated training.</p>
+<p class="note">Held-out prompts, answered {% if federated and before %}by the untuned model and {% endif %}after federated training. They stand here word for word: where the data is private, so is this page (<code>evaluate.samples = 0</code> leaves them out).</p>
 <div class="samples">
 {% for item in samples %}
 <article class="panel sample">
