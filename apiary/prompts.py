@@ -17,7 +17,7 @@ import numpy as np
 
 from apiary.batches import Batch, Corpus, CorpusStats, Encoded, collate, gather, plan_batches
 from apiary.config import DataConfig, PromptConfig, UserError
-from apiary.examples import Example, Source, Turn, read
+from apiary.examples import Example, Source, Turn, read, rows_text
 from apiary.templates import Segment, Template, Unwritable, asking, make_template, short_digest
 
 if TYPE_CHECKING:
@@ -43,7 +43,6 @@ __all__ = [
 ]
 
 _CHUNK = 4096  # rows tokenised in one call
-_FIRST_ROWS = 5  # row numbers told of a file
 
 
 def encode(
@@ -124,7 +123,9 @@ def rows_lost(parts: Iterable[tuple[Sequence[Example], Corpus]], data: DataConfi
                 unplaced.pop(example.turns, None)
         for file, fate_rows in sorted(found.items()):
             name, total = source.reports[file].name, source.reports[file].rows
-            told = (f"{len(rows)} of {total} rows {fate} ({_numbers(rows)})" for fate, rows in fate_rows.items())
+            told = (
+                f"{len(rows)} of {total} rows {fate} ({rows_text(rows, len(rows))})" for fate, rows in fate_rows.items()
+            )
             lines.append(f"{name}: {'; '.join(told)}")
     if unplaced:
         counts = Counter(unplaced.values()).items()
@@ -137,10 +138,6 @@ def _sources(data: DataConfig) -> list[Source]:
     if data.test is not None:
         sources.append(read(data.test, split="test", columns=data.columns, key="data.test"))
     return sources
-
-
-def _numbers(rows: Sequence[int]) -> str:
-    return f"rows {', '.join(map(str, rows[:_FIRST_ROWS]))}{', ...' if len(rows) > _FIRST_ROWS else ''}"
 
 
 def encode_prompt(

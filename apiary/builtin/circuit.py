@@ -3,9 +3,9 @@
 Everything the built-in skills ask for begins with finding something in the prompt and saying it
 again. A transformer does that with two heads in a row (Elhage et al. 2021, "A mathematical
 framework for transformer circuits"): one that looks at the token before, and one that looks for a
-token whose predecessor is the present token, and repeats it. Training from random weights finds
-this pair only after tens of millions of tokens, and only then learns anything built on it. Here
-the pair is there from the first step, made of random projections, and training goes on from it.
+token whose predecessor is the present token, and repeats it. A base that began with
+random weights had hardly found this pair after 11.7 million tokens. Here the pair is there from the
+first step, made of random projections, and training goes on from it.
 """
 
 from __future__ import annotations

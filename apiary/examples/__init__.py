@@ -64,9 +64,15 @@ class FileReport(NamedTuple):
         """A line for each problem, with the first rows that have it."""
         return [
             f"{self.name}: {count} of {self.rows} rows left out: {problem}"
-            + (f" (rows {', '.join(map(str, rows))}{', ...' if count > len(rows) else ''})" if rows else "")
+            + (f" ({rows_text(rows, count)})" if rows else "")
             for problem, (count, rows) in self.problems.items()
         ]
+
+
+def rows_text(rows: Sequence[int], count: int) -> str:
+    """The first row numbers of `count`, as a warning names them."""
+    told = rows[:_FIRST_ROWS]
+    return f"rows {', '.join(map(str, told))}{', ...' if count > len(told) else ''}"
 
 
 class Place(NamedTuple):
