@@ -48,12 +48,7 @@ def simulate(
     quiet: Annotated[bool, typer.Option("--quiet", help="print only errors and the final table")] = False,
 ) -> None:
     """Run clients and server on this machine, compare with the baselines, and write a report."""
-    if resume and out is None:
-        raise UserError("--resume needs --out DIR: the run to go on with")
-    name = config.stem if config else "demo"
-    folder = (out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
-    stored = folder / "config.toml" if resume and config is None and (folder / "config.toml").exists() else config
-    settings = configs.load(stored, overrides or [])
+    settings, folder = _settings(config, overrides, out, resume)
     # Only now: what is wrong with the file is told without waiting for torch.
     from apiary.progress import make_progress
     from simulation.run import simulate as run
@@ -156,11 +151,188 @@ def doctor(config: ConfigFile = None, overrides: Overrides = None) -> None:
         raise typer.Exit(2)
 
 
+@app.command()
+def curate(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="a file, a folder, a hub id, or builtin:skills")],
+    out: Annotated[Path, typer.Option(help="the JSONL file to write")],
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    adapter: Annotated[Path | None, typer.Option(metavar="RUN|ADAPTER", help="the tuned model that judges")] = None,
+    held_out: Annotated[str | None, typer.Option(help="rows that no kept row may repeat")] = None,
+    report: Annotated[Path | None, typer.Option(help="the page about it; default: --out with .html")] = None,
+) -> None:
+    """Mask, deduplicate and select rows of a data set, as a client would before training."""
+    from client.curation import standalone
+
+    done = standalone.curate_file(data, config, out, overrides or [], adapter, held_out, report)
+    for line in done.remarks:
+        typer.echo(f"warning: {line}", err=True)
+    typer.echo(standalone.table(done.curation))
+    typer.echo(f"written: {_shown(done.out.resolve())}   private page: {_shown(done.report.resolve())}")
+
+
+privacy_app = typer.Typer(help="Differential privacy: what a run would cost.", no_args_is_help=True)
+app.add_typer(privacy_app, name="privacy")
+
+
+@privacy_app.command("plan")
+def privacy_plan(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="rows of the smallest client; unset: read the data")] = None,
+) -> None:
+    """Print sample rate, noise and epsilon by round, before any training."""
+    settings = configs.load(config, overrides or [])
+    from apiary.privacy_plan import describe, plan
+
+    for line in describe(settings, plan(settings, rows)):
+        typer.echo(line)
+
+
+deploy_app = typer.Typer(help="Run a federation between machines: kits, processes, runs.", no_args_is_help=True)
+app.add_typer(deploy_app, name="deploy")
+
+ServerKit = Annotated[Path, typer.Argument(metavar="KIT", help="the server's folder, made by `apiary deploy init`")]
+State = Annotated[Path | None, typer.Option(help="folder of what must survive a restart; default KIT/state")]
+Sites = Annotated[list[str] | None, typer.Option("--site", help="name of a site; once for each")]
+
+
+@deploy_app.command("init")
+def deploy_init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="new: will hold a folder for each")],
+    server: Annotated[str, typer.Option(metavar="HOST:PORT", help="where the sites reach the server")],
+    site: Sites = None,
+) -> None:
+    """Make the kits of a federation: certificates, keys, a folder for the server and for each site."""
+    from deploy import kits
+
+    for path in kits.init(folder, server, site or []):
+        typer.echo(f"written: {_shown(path.resolve())}")
+    typer.echo(f"keep {_shown((folder / 'ca' / 'ca.key').resolve())} offline: it signs servers of this federation")
+
+
+@deploy_app.command("add")
+def deploy_add(folder: Annotated[Path, typer.Argument(metavar="DIR")], site: Sites = None) -> None:
+    """Make the kits of further sites; a running server takes them up from its folder `sites`."""
+    from deploy import kits
+
+    for path in kits.add(folder, site or []):
+        typer.echo(f"written: {_shown(path.resolve())}")
+
+
+@deploy_app.command("renew")
+def deploy_renew(folder: Annotated[Path, typer.Argument(metavar="DIR")]) -> None:
+    """Write the server's certificate anew, for three years; needs the authority's key."""
+    from deploy import kits
+
+    typer.echo(f"written: {_shown(kits.renew(folder).resolve())}")
+
+
+@deploy_app.command("server")
+def deploy_server(
+    kit: ServerKit,
+    state: State = None,
+    bind: Annotated[str, typer.Option(help="this machine's address to listen on, at the kit's port")] = "0.0.0.0",
+) -> None:
+    """Serve a federation until SIGTERM or Ctrl-C."""
+    from deploy import kits, server
+
+    opened = kits.read(kit, "server")
+    raise typer.Exit(server.run(opened, (state or opened.folder / "state").resolve(), bind))
+
+
+@deploy_app.command("client")
+def deploy_client(
+    kit: Annotated[Path, typer.Argument(metavar="KIT", help="the site's folder, made by `apiary deploy init`")],
+    data: Annotated[Path, typer.Option(help="the site's rows: a file, or a folder of files")],
+    model: Annotated[str | None, typer.Option(help="this site's place of the base; default: as the run says")] = None,
+    device: Annotated[str | None, typer.Option(help="such as cuda:1; default: as the run says")] = None,
+    state: State = None,
+) -> None:
+    """Take part as one site until SIGTERM or Ctrl-C."""
+    from deploy import kits, site
+
+    opened = kits.read(kit, "site")
+    where = (state or opened.folder / "state").resolve()
+    raise typer.Exit(site.run(opened, where, site.Options(data, model, device)))
+
+
+@deploy_app.command("submit")
+def deploy_submit(
+    kit: ServerKit,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="the run directory; default runs/NAME-TIME")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on after the last finished round of --out")] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="do not follow the run")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="print only errors and the final table")] = False,
+    state: State = None,
+) -> None:
+    """Start a run on the server of this machine, and follow it to its end."""
+    settings, folder = _settings(config, overrides, out, resume)
+    from deploy import flower, kits, submit
+    from simulation.run import check_names
+
+    check_names(settings)
+    opened = kits.read(kit, "server")
+    where = (state or opened.folder / "state").resolve()
+    try:
+        run = submit.start(where, settings, folder, resume=resume)
+    except flower.FlowerError as error:
+        typer.echo(f"apiary: the run could not be started: {error}", err=True)
+        raise typer.Exit(1) from None
+    typer.echo(f"run {run} started: {_shown(folder)}")
+    if detach:
+        return
+    from apiary.progress import make_progress
+
+    try:
+        with make_progress(quiet) as observer:
+            failure = submit.follow(where, run, folder, [observer])
+    except KeyboardInterrupt:
+        typer.echo("apiary: no longer followed; the run goes on: apiary deploy status KIT", err=True)
+        raise typer.Exit(130) from None
+    if failure:
+        typer.echo(f"apiary: the run failed: {failure}", err=True)
+        raise typer.Exit(1)
+    from apiary.runlog import read_metrics
+
+    if (metrics := read_metrics(folder))["table"]:
+        _print_table(metrics)
+    typer.echo(f"report: {_shown(folder / 'report.html')}   adapter: {_shown(folder / 'adapter')}")
+
+
+@deploy_app.command("status")
+def deploy_status(kit: ServerKit, state: State = None) -> None:
+    """Print the sites, online or not, and the runs."""
+    from deploy import flower, kits, submit
+
+    opened = kits.read(kit, "server")
+    try:
+        for line in submit.describe((state or opened.folder / "state").resolve()):
+            typer.echo(line)
+    except flower.FlowerError as error:
+        typer.echo(f"apiary: the server cannot be asked: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
 @app.command("config")
 def show_config() -> None:
     """Print every configuration key with its default and what it means."""
     for key, default, description in configs.describe():
         typer.echo(f"{key} = {default}\n    {description}")
+
+
+def _settings(
+    config: Path | None, overrides: list[str] | None, out: Path | None, resume: bool
+) -> tuple[configs.RunConfig, Path]:
+    """The configuration of a run, and its directory; of a run that goes on without a file, its own one."""
+    if resume and out is None:
+        raise UserError("--resume needs --out DIR: the run to go on with")
+    name = config.stem if config else "demo"
+    folder = (out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
+    stored = folder / "config.toml" if resume and config is None and (folder / "config.toml").exists() else config
+    return configs.load(stored, overrides or []), folder
 
 
 def _print_table(metrics: Mapping[str, Any]) -> None:

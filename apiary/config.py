@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from apiary import together
 from apiary.config_errors import error_lines
 
 
@@ -40,7 +41,11 @@ class _Section(BaseModel):
         """TOML and JSON know only lists, and a frozen tree holds only tuples."""
         if not isinstance(values, dict):
             return values
-        return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return {k: _tuples(v) for k, v in values.items()}
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
 
 
 class Method(BaseModel):
@@ -135,7 +140,8 @@ class TrainConfig(_Section):
     epochs: float | None = Field(None, gt=0, description="passes over the client's data per round")
     batch_tokens: int = Field(1024, ge=16, description="padded tokens in one forward pass")
     accumulate: int = Field(1, ge=1, description="forward passes per optimizer step")
-    lr: float = Field(3e-3, gt=0, description="peak learning rate of AdamW")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="adamw, or sgd without momentum")
+    lr: float = Field(3e-3, gt=0, description="peak learning rate")
     schedule: Literal["cosine", "constant"] = Field(
         "cosine", description="learning rate over the whole federated run, after warm-up"
     )
@@ -152,6 +158,59 @@ class TrainConfig(_Section):
         if self.steps is not None and self.epochs is not None:
             raise ValueError("train.steps and train.epochs are exclusive: set one of them")
         return self
+
+
+class CurateConfig(_Section):
+    """What each client does to its rows before it trains on them; nothing of it leaves but row counts."""
+
+    steps: tuple[MethodField, ...] = Field(
+        (),
+        description="in this order: mask, duplicates, near_duplicates, length, held_out, ifd, random, with options",
+    )
+    every: int = Field(
+        0, ge=0, description="choose again, with the adapter of that time, every n rounds; 0 = once, before the first"
+    )
+
+
+class ContinualConfig(_Section):
+    """Tasks that come one after the other, and how a client remembers the earlier ones."""
+
+    by: str = Field("skill", description="column of the data whose values are the tasks")
+    stages: tuple[tuple[str, ...], ...] = Field(
+        (), description='values of that column, stage by stage: [["sort", "count"], ["lookup"]]; empty: no stages'
+    )
+    buffer: float = Field(
+        0.0, ge=0, description="rows a client keeps for replay: below 1 a share of its training rows, else a number"
+    )
+    replay: float = Field(0.5, gt=0, lt=1, description="share of each step's tokens that is replayed from the buffer")
+    policy: Literal["reservoir", "poisson"] = Field(
+        "reservoir", description="reservoir: exactly so many rows; poisson: each row by itself, with that chance"
+    )
+
+    @model_validator(mode="after")
+    def _one_stage_each(self) -> Self:
+        values = [value for stage in self.stages for value in stage]
+        if twice := next((value for value in values if values.count(value) > 1), None):
+            raise ValueError(f"continual.stages names {twice!r} twice: a task belongs to one stage")
+        if not all(self.stages):
+            raise ValueError("continual.stages holds an empty stage: name at least one value in each")
+        return self
+
+
+class PrivacyConfig(_Section):
+    """What is promised to the people whose rows a client holds."""
+
+    unit: Literal["none", "record"] = Field(
+        "none", description="none, or record: differential privacy for each row of a client (DP-SGD, DP-Adam)"
+    )
+    epsilon: float = Field(8.0, gt=0, description="budget of each row over all rounds")
+    delta: float = Field(1e-5, gt=0, lt=1, description="chance that the promise fails; well below 1 / rows")
+    clip: float = Field(1.0, gt=0, description="L2 norm that each row's gradient is clipped to")
+    batch_rows: int = Field(64, ge=1, description="expected rows of a step; each row is drawn by itself (Poisson)")
+    noise_multiplier: float | None = Field(
+        None, gt=0, description="noise over clip; unset: the least that keeps to epsilon for the rounds planned"
+    )
+    accountant: Literal["pld", "rdp"] = Field("pld", description="pld: tight; rdp: looser, and always told beside it")
 
 
 class StrategyConfig(_Section):
@@ -176,7 +235,10 @@ class EvaluateConfig(_Section):
 
     every: int = Field(1, ge=0, description="evaluate the shared adapter every n rounds; 0 = only at the end")
     max_examples: int = Field(240, ge=1, description="held-out examples used for the table")
-    clients: bool = Field(True, description="also ask the clients for the loss on their own held-out rows")
+    clients: bool | None = Field(
+        None,
+        description="also ask the clients for the loss on their own held-out rows; unset: unless privacy forbids it",
+    )
     generate: bool = Field(True, description="measure exact-match accuracy by greedy decoding for the table")
     max_new_tokens: int = Field(24, ge=1, description="longest answer decoded, in tokens")
     baselines: tuple[Literal["base", "local", "central"], ...] = Field(
@@ -213,10 +275,18 @@ class RunConfig(_Section):
     data: DataConfig = DataConfig()
     prompt: PromptConfig = PromptConfig()
     train: TrainConfig = TrainConfig(steps=3)
+    curate: CurateConfig = CurateConfig()
+    continual: ContinualConfig = ContinualConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     strategy: StrategyConfig = StrategyConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     simulate: SimulateConfig = SimulateConfig()
     log: LogConfig = LogConfig()
+
+    @property
+    def scores_from_clients(self) -> bool:
+        """Whether clients tell the loss on their own held-out rows."""
+        return self.privacy.unit == "none" if self.evaluate.clients is None else self.evaluate.clients
 
     @model_validator(mode="before")
     @classmethod
@@ -244,9 +314,12 @@ def parse(values: Mapping[str, Any]) -> RunConfig:
         UserError: every problem found, one line each.
     """
     try:
-        return RunConfig.model_validate(dict(values))
+        config = RunConfig.model_validate(dict(values))
     except ValidationError as error:
         raise UserError(*error_lines(error, RunConfig)) from None
+    if clashes := together.problems(config):
+        raise UserError(*clashes)
+    return config
 
 
 def from_json(text: str) -> RunConfig:

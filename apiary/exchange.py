@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Literal, NamedTuple
 
 from apiary.tensors import StateDict
 
@@ -51,13 +53,52 @@ class Update(NamedTuple):
 
 
 class FitReport(NamedTuple):
-    """Counts of one visit; nothing in it says what the data holds."""
+    """Counts of one visit; nothing in it says what the data holds.
 
-    tokens: int  # response tokens trained
+    Under differential privacy the counts are the expected ones, which depend on public numbers alone.
+    """
+
+    tokens: int  # response tokens trained that are new, not replayed
     examples: int
     steps: int
-    loss: float  # mean nats per trained token
+    loss: float  # mean nats per trained token; NaN where privacy withholds it
     seconds: float
+    replayed: int = 0  # response tokens trained from the client's buffer
+
+
+class Curated(NamedTuple):
+    """What curation did to a client's training rows, as counts."""
+
+    rows: int
+    kept: int
+    dropped: Mapping[str, int] = MappingProxyType({})  # by step
+
+
+class Spent(NamedTuple):
+    """What a client's training rows have spent of their privacy budget, all told."""
+
+    epsilon: float
+    epsilon_rdp: float
+    delta: float
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+
+
+class Visit(NamedTuple):
+    """A client's whole answer to a round."""
+
+    update: Update
+    report: FitReport
+    curated: Curated | None = None
+    spent: Spent | None = None
+
+
+class Decline(NamedTuple):
+    """A client's answer when it rightly does not train."""
+
+    client: str
+    reason: Literal["idle", "budget"]  # it has no rows for this stage; its privacy budget is spent
 
 
 class Score(NamedTuple):

@@ -12,12 +12,13 @@ from typing import TypeVar
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from apiary.exchange import Fingerprint, FitReport, Hello, Payload, Score, Update
+from apiary.exchange import Curated, Decline, Fingerprint, FitReport, Hello, Payload, Score, Spent, Update, Visit
 from apiary.tensors import StateDict
 
 _T = TypeVar("_T")
 HELLO = "query.hello"
 _ADAPTER, _BASE_DELTA, _ROUND, _COUNTS, _WHO, _PRINT = "adapter", "base_delta", "round", "counts", "who", "fingerprint"
+_CURATED, _SPENT, _DECLINED, _DROPPED = "curated", "spent", "declined", "dropped."
 
 
 class WireError(ValueError):
@@ -53,30 +54,66 @@ def read_request(content: RecordDict) -> tuple[int, Payload]:
     return number, Payload(adapter, base_delta)
 
 
-def train_reply(update: Update, report: FitReport) -> RecordDict:
+def train_reply(answer: Visit | Decline) -> RecordDict:
     """The content of a client's answer to a train message."""
+    if isinstance(answer, Decline):
+        return RecordDict(
+            {_DECLINED: ConfigRecord({_DECLINED: answer.reason}), _WHO: ConfigRecord({_WHO: answer.client})}
+        )
+    update, report, curated, spent = answer
     counts = {"weight": float(update.weight), "rank": update.rank, **report._asdict()}
-    return RecordDict(
+    content = RecordDict(
         {
             _ADAPTER: to_arrays(update.delta),
             _COUNTS: MetricRecord(counts),
             _WHO: ConfigRecord({_WHO: update.client}),
         }
     )
+    if curated is not None:
+        dropped = {_DROPPED + step: count for step, count in curated.dropped.items()}
+        content[_CURATED] = MetricRecord({"rows": curated.rows, "kept": curated.kept, **dropped})
+    if spent is not None:
+        content[_SPENT] = MetricRecord(dict(spent._asdict()))
+    return content
 
 
-def read_train_reply(content: RecordDict) -> tuple[Update, FitReport]:
-    """The update and counts that `train_reply` wrote.
+def read_train_reply(content: RecordDict) -> Visit | Decline:
+    """What `train_reply` wrote.
 
     Raises:
         WireError: a part is missing or of the wrong type.
     """
     with _reading("update"):
+        if _DECLINED in content:
+            return _read_decline(content)
         counts = _numbers(content)
         delta = from_arrays(_part(content, _ADAPTER, ArrayRecord))
         update = Update(_name(content), delta, counts.pop("weight"), int(counts.pop("rank")))
-        tokens, examples, steps = (int(counts[key]) for key in ("tokens", "examples", "steps"))
-        return update, FitReport(tokens, examples, steps, counts["loss"], counts["seconds"])
+        whole = {key: int(counts[key]) for key in ("tokens", "examples", "steps", "replayed")}
+        report = FitReport(loss=counts["loss"], seconds=counts["seconds"], **whole)
+        return Visit(update, report, _read_curated(content), _read_spent(content))
+
+
+def _read_decline(content: RecordDict) -> Decline:
+    reason = _part(content, _DECLINED, ConfigRecord)[_DECLINED]
+    if reason not in ("idle", "budget"):
+        raise WireError("it declines for a reason that this version does not know")
+    return Decline(_name(content), reason)  # type: ignore[arg-type]
+
+
+def _read_curated(content: RecordDict) -> Curated | None:
+    if _CURATED not in content:
+        return None
+    counts = {key: int(value) for key, value in _numbers(content, _CURATED).items()}
+    dropped = {key.removeprefix(_DROPPED): value for key, value in counts.items() if key.startswith(_DROPPED)}
+    return Curated(counts["rows"], counts["kept"], dropped)
+
+
+def _read_spent(content: RecordDict) -> Spent | None:
+    if _SPENT not in content:
+        return None
+    values = _numbers(content, _SPENT)
+    return Spent(**{**values, "steps": int(values["steps"])})
 
 
 def hello_reply(hello: Hello) -> RecordDict:
@@ -120,8 +157,8 @@ def _reading(what: str) -> Iterator[None]:
         raise WireError(f"its {what} cannot be read ({type(error).__name__}); is it another version?") from None
 
 
-def _numbers(content: RecordDict) -> dict[str, float]:
-    return {key: float(value) for key, value in _part(content, _COUNTS, MetricRecord).items()}  # type: ignore[arg-type]
+def _numbers(content: RecordDict, part: str = _COUNTS) -> dict[str, float]:
+    return {key: float(value) for key, value in _part(content, part, MetricRecord).items()}  # type: ignore[arg-type]
 
 
 def _name(content: RecordDict) -> str:

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from safetensors.torch import load_file
 
+from apiary import claims, evaluate, examples, models, prompts, runlog
 from apiary import config as configs
-from apiary import evaluate, examples, models, prompts, runlog
 from apiary.config import RunConfig, UserError
 from apiary.evaluate import Measured
 from apiary.examples import Example, Turn
@@ -100,7 +100,7 @@ def _settings_of(folder: Path, stored: Path | None) -> list[str]:
 
 def save_adapter_folder(lm: LanguageModel, adapter: StateDict, folder: Path, config: RunConfig) -> None:
     """A PEFT folder that any tool loads, with a model card and the run's settings."""
-    models.save_adapter(lm, adapter, folder, card(config, None, exported=False))
+    models.save_adapter(lm, adapter, folder, card(config, None, claims.read(folder.parent), exported=False))
     runlog.write_atomic(folder / _SETTINGS, config.to_toml(without=_OF_THE_SITE))
 
 
@@ -155,12 +155,13 @@ def export(path: Path, to: Path, *, merge: bool) -> Path:
     # Merging in 16 bits would round a light update away.
     tuned = open_tuned(path, ["model.dtype=float32"] if merge else [])
     metrics = runlog.read_metrics(tuned.run) if tuned.run and (tuned.run / "metrics.json").exists() else None
+    privacy = claims.read(tuned.run) if tuned.run else {}
     draft = to.with_name(f".{to.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     try:
         _write_export(tuned, draft, merge)
-        runlog.write_atomic(draft / "README.md", card(tuned.config, metrics, merged=merge))
+        runlog.write_atomic(draft / "README.md", card(tuned.config, metrics, privacy, merged=merge))
         runlog.write_atomic(draft / _SETTINGS, _handed_on(tuned.config).to_toml(without=_OF_THE_SITE))
         for file in draft.rglob("*.safetensors"):  # written by others with the owner's rights alone
             file.chmod(0o644)
@@ -204,8 +205,23 @@ def _write_export(tuned: Tuned, draft: Path, merge: bool) -> None:
     models.merged(tuned.lm, tuned.adapter).save_pretrained(draft)
 
 
-def card(config: RunConfig, metrics: Mapping[str, Any] | None, *, merged: bool = False, exported: bool = True) -> str:
-    """The model card: what it was tuned from, how, and how well it did."""
+def card(
+    config: RunConfig,
+    metrics: Mapping[str, Any] | None,
+    privacy: Mapping[str, Any],
+    *,
+    merged: bool = False,
+    exported: bool = True,
+) -> str:
+    """The model card: what it was tuned from, how, and how well it did.
+
+    Args:
+        config: the run.
+        metrics: its results, where they are there.
+        privacy: its account (`apiary.claims`); empty where it is not known.
+        merged: whether the card is for a whole model.
+        exported: whether the base stands beside the adapter.
+    """
     name = config.model.name
     if merged:
         use = [
@@ -241,7 +257,8 @@ def card(config: RunConfig, metrics: Mapping[str, Any] | None, *, merged: bool =
         "```",
         *_card_table(metrics),
         "",
-        "Privacy: updates were averaged in the clear; no differential privacy was used. "
+        "Privacy: " + (claims.sentence(privacy) if privacy else "the run's own folder says what was promised."),
+        "",
         "All settings are in `apiary.toml`, but for those of the data, which stayed where the data is.",
     ]
     return "\n".join(lines) + "\n"

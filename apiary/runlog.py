@@ -228,6 +228,20 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     return values
 
 
+def rounds_table(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rounds of metrics.json: training and held-out figures by round, from the log."""
+    rounds: dict[int, dict[str, Any]] = {}
+    for event in events:
+        if event["event"] in ("round", "evaluate"):
+            kept = {
+                k: v
+                for k, v in event.items()
+                if k not in ("event", "time", "clients") or (event["event"] == "round" and k == "clients")
+            }
+            rounds.setdefault(event["round"], {}).update(kept)
+    return [rounds[number] for number in sorted(rounds)]
+
+
 def start_fields(config: RunConfig) -> dict[str, Any]:
     """What the first line of a log says: versions, commit, config digest, seed, machine.
 

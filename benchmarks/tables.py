@@ -1,4 +1,6 @@
-"""Writes the tables of the README and of the base's card from the committed results, between their markers.
+"""Writes the tables of the README, the docs and the base's card between their markers.
+
+They come from the committed results; the table of what goes together comes from the code that decides it.
 
 python benchmarks/tables.py [--check]
 """
@@ -14,8 +16,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))
+
+from apiary import together  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "apiary" / "builtin" / "tiny" / "README.md")
+PAGES = (ROOT / "README.md", ROOT / "apiary" / "builtin" / "tiny" / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 
 def demo(results: dict[str, Any]) -> str:
@@ -91,6 +97,11 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
+def _fill(text: str, name: str, body: str) -> str:
+    pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+    return re.sub(pattern, lambda m: f"{m[1]}{body}\n{m[2]}", text, flags=re.DOTALL)
+
+
 def _seeds(count: int) -> str:
     return "One seed." if count == 1 else f"Mean and range over {count} seeds."
 
@@ -112,9 +123,8 @@ def render(text: str) -> str:
     for name, table in TABLES.items():
         path = RESULTS / f"{name}.json"
         body = table(json.loads(path.read_text())) if path.exists() else "*No measurement is committed yet.*"
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        text = re.sub(pattern, lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text, flags=re.DOTALL)  # type: ignore[misc]
-    return text
+        text = _fill(text, name, body)
+    return _fill(text, "together", together.table())
 
 
 if __name__ == "__main__":

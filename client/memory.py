@@ -19,6 +19,9 @@ class Memory(NamedTuple):
 
     round: int = 0  # 0 = never trained
     cursor: Cursor = Cursor()
+    stage: int = 0  # of that round, from 0
+    replay: Cursor = Cursor()  # in the rows kept of earlier stages
+    choice: int = 0  # the round in which the rows were chosen that the cursor walks through
 
 
 def load(folder: Path, before: int) -> Memory:
@@ -26,7 +29,8 @@ def load(folder: Path, before: int) -> Memory:
     for number in sorted(_rounds(folder), reverse=True):
         if number < before:
             values = json.loads(_path(folder, number).read_text(encoding="utf-8"))
-            return Memory(values["round"], Cursor(*values["cursor"]))
+            cursors = {name: Cursor(*values.get(name, ())) for name in ("cursor", "replay")}
+            return Memory(**{**values, **cursors})
     return Memory()
 
 
@@ -45,7 +49,7 @@ def save(folder: Path, memory: Memory, keep: int = 3) -> None:
     if any(number > memory.round for number in _rounds(folder)):
         return
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(_path(folder, memory.round), json.dumps({"round": memory.round, "cursor": list(memory.cursor)}))
+    write_atomic(_path(folder, memory.round), json.dumps(memory._asdict()))
     for old in sorted(_rounds(folder))[:-keep]:
         _path(folder, old).unlink(missing_ok=True)
 

@@ -37,13 +37,22 @@ class StepRecord(NamedTuple):
     """What an observer is told after an optimizer step."""
 
     step: int  # within the visit, from 0
-    loss: float  # mean nats per trained token, without penalties
-    tokens: int  # trained tokens
+    loss: float  # mean nats per trained token, without penalties and replayed rows
+    tokens: int  # trained tokens, but for replayed ones
     lr: float
     grad_norm: float  # before clipping
+    replayed: int = 0  # trained tokens from the buffer
 
 
 Observer = Callable[[StepRecord], None]
+
+
+class Replay(NamedTuple):
+    """Rows of earlier tasks that are trained again beside the new ones."""
+
+    corpus: Corpus
+    cursor: Cursor
+    share: float  # of a step's padded tokens, in (0, 1)
 
 
 class FitResult(NamedTuple):
@@ -52,13 +61,14 @@ class FitResult(NamedTuple):
     delta: dict[str, Tensor]  # CPU float32, from the received adapter
     cursor: Cursor  # where the next visit goes on
     report: FitReport
+    replay: Cursor = Cursor()  # likewise, in the replayed rows
 
 
-def steps_per_round(config: TrainConfig, corpus: Corpus) -> int:
-    """Optimizer steps of one visit: `train.steps`, or as many as cover `train.epochs` of this client's batches."""
+def steps_per_round(config: TrainConfig, corpus: Corpus, replay: Replay | None = None) -> int:
+    """Optimizer steps of one visit: `train.steps`, or as many as cover `train.epochs` of this client's new batches."""
     if config.epochs is None:
         return config.steps or 1
-    batches = len(_plan(corpus, config, 0, "", 0))
+    batches = len(plan_batches(corpus.lengths, _budgets(config, replay)[0], generator(0, "", "epoch", 0)))
     return max(1, math.ceil(config.epochs * batches / config.accumulate))
 
 
@@ -89,6 +99,7 @@ def fit(
     first_step: int,
     total_steps: int,
     steps: int,
+    replay: Replay | None = None,
     penalties: Sequence[Penalty] = (),
     projections: Sequence[Projection] = (),
     observers: Sequence[Observer] = (),
@@ -99,9 +110,14 @@ def fit(
     `accumulate` batches, so the split into batches does not change the gradient. AdamW starts with
     empty moments.
 
+    With rows to replay, each of the batches is two: one of new rows with 1 - share of `batch_tokens`, and one of
+    replayed rows with the rest. Each kind is walked through from end to end by a cursor of its own. The report tells
+    the loss, tokens and examples of the new rows, and how many tokens were replayed.
+
     Args:
-        first_step: steps made before this visit, of `total_steps` in the run; they place it on the
+        first_step: steps made before this visit, of `total_steps` in the run (or in its stage); they place it on the
             schedule.
+        replay: None, or an empty corpus in it, is training on new rows alone.
 
     Raises:
         FloatingPointError: the loss or a gradient became NaN or infinite.
@@ -112,37 +128,48 @@ def fit(
     began = time.perf_counter()
     set_adapter(lm, start)
     received = get_adapter(lm)
-    walk = _Walk(corpus, config, seed, client, cursor)
+    budget, old_budget = _budgets(config, replay)
+    walk = _Walk(corpus, budget, functools.partial(generator, seed, client, "epoch"), cursor)
+    old = None
+    if replay and old_budget:
+        old = _Walk(replay.corpus, old_budget, functools.partial(generator, seed, client, "replay"), replay.cursor)
     loop = _Loop(lm, config, OBJECTIVES.build(config.objective), tuple(penalties))
-    nats, tokens, examples = 0.0, 0, 0
+    nats, tokens, examples, replayed = 0.0, 0, 0, 0
     with _threads(config.threads), _training(lm, derive_seed(seed, client, "dropout", *cursor)):
         for step in range(steps):
             batches = walk.take(config.accumulate, lm)
-            record = loop.step(step, batches, learning_rate(first_step + step, total_steps, config))
+            again = old.take(config.accumulate, lm) if old else ()
+            record = loop.step(step, batches, learning_rate(first_step + step, total_steps, config), again)
             nats, tokens = nats + record.loss * record.tokens, tokens + record.tokens
-            examples += sum(len(batch.rows) for batch in batches)
+            examples, replayed = examples + sum(len(batch.rows) for batch in batches), replayed + record.replayed
             for observe in observers:
                 observe(record)
     delta: StateDict = subtract(get_adapter(lm), received)
     for project in (*projections, finite):
         delta = project(delta)
     loss = nats / tokens if tokens else float("nan")
-    report = FitReport(tokens, examples, steps, loss, time.perf_counter() - began)
-    return FitResult(dict(delta), walk.cursor, report)
+    report = FitReport(tokens, examples, steps, loss, time.perf_counter() - began, replayed)
+    return FitResult(dict(delta), walk.cursor, report, old.cursor if old else Cursor())
 
 
-def _plan(corpus: Corpus, config: TrainConfig, seed: int, client: str, epoch: int) -> list[np.ndarray]:
-    return plan_batches(corpus.lengths, config.batch_tokens, generator(seed, client, "epoch", epoch))
+def _budgets(config: TrainConfig, replay: Replay | None) -> tuple[int, int]:
+    """Padded tokens of a batch of new rows, and of one of replayed rows (0: there are none)."""
+    if replay is None or not len(replay.corpus):
+        return config.batch_tokens, 0
+    old = min(max(1, round(replay.share * config.batch_tokens)), config.batch_tokens - 1)
+    return config.batch_tokens - old, old
 
 
 class _Walk:
     """A client's way through its data: each epoch's plan from end to end, then the next epoch's."""
 
-    def __init__(self, corpus: Corpus, config: TrainConfig, seed: int, client: str, cursor: Cursor) -> None:
-        self._make = functools.partial(_plan, corpus, config, seed, client)
-        self._corpus = corpus
+    def __init__(self, corpus: Corpus, budget: int, rng: Callable[[int], torch.Generator], cursor: Cursor) -> None:
+        self._corpus, self._budget, self._rng = corpus, budget, rng
         self._plan = self._make(cursor.epoch)
         self.cursor = self._rolled(cursor)
+
+    def _make(self, epoch: int) -> list[np.ndarray]:
+        return plan_batches(self._corpus.lengths, self._budget, self._rng(epoch))
 
     def _rolled(self, cursor: Cursor) -> Cursor:
         if cursor.batch < len(self._plan):
@@ -160,6 +187,15 @@ class _Walk:
         return batches
 
 
+def make_optimizer(
+    parameters: Sequence[torch.nn.Parameter], config: TrainConfig, device: torch.device
+) -> torch.optim.Optimizer:
+    """`train.optimizer` with empty moments: AdamW, or stochastic gradient descent without momentum and decay."""
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=config.lr)
+    return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=device.type != "mps")
+
+
 class _Loop:
     """One visit's optimizer and what an optimizer step does."""
 
@@ -174,38 +210,33 @@ class _Loop:
         self._parameters = list(lm.adapter.values())
         for parameter in self._parameters:
             parameter.grad = None
-        self._optimizer = torch.optim.AdamW(
-            self._parameters,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            fused=lm.device.type != "mps",
-        )
+        self._optimizer = make_optimizer(self._parameters, config, lm.device)
 
-    def step(self, step: int, batches: Sequence[Batch], lr: float) -> StepRecord:
-        """One optimizer step on `batches`.
+    def step(self, step: int, batches: Sequence[Batch], lr: float, again: Sequence[Batch] = ()) -> StepRecord:
+        """One optimizer step on `batches`, and on replayed ones `again`.
 
         Raises:
             FloatingPointError: the loss or the gradient is NaN or infinite; the adapter is not
                 stepped.
         """
-        tokens = sum(int(batch.targets.sum()) for batch in batches)
-        nats = 0.0
-        for batch in batches:
-            nats += self._backward(batch, tokens)
+        tokens, replayed = (sum(int(batch.targets.sum()) for batch in kind) for kind in (batches, again))
+        nats = sum(self._backward(batch, tokens + replayed) for batch in batches)
+        old = sum(self._backward(batch, tokens + replayed) for batch in again)
         if self._penalties:
             torch.stack([penalty(self._lm.adapter) for penalty in self._penalties]).sum().backward()
         limit = self._config.clip_norm or math.inf
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, limit))
-        if not (math.isfinite(nats) and math.isfinite(grad_norm)):
+        if not (math.isfinite(nats + old) and math.isfinite(grad_norm)):
+            loss = (nats + old) / (tokens + replayed)
             raise FloatingPointError(
-                f"loss {nats / tokens:.4g} and gradient norm {grad_norm:.4g} at step {step + 1} of this visit; "
+                f"loss {loss:.4g} and gradient norm {grad_norm:.4g} at step {step + 1} of this visit; "
                 "a lower train.lr or train.clip_norm usually helps"
             )
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return StepRecord(step, nats / tokens, tokens, lr, grad_norm)
+        return StepRecord(step, nats / tokens, tokens, lr, grad_norm, replayed)
 
     def _backward(self, batch: Batch, tokens: int) -> float:
         with autocast(self._lm):

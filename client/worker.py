@@ -15,22 +15,26 @@ from apiary import models, prompts
 from apiary.batches import Corpus
 from apiary.config import RunConfig
 from apiary.examples import Example
-from apiary.exchange import FitReport, Hello, Payload, Score, Update
+from apiary.exchange import Decline, Hello, Payload, Score, Update, Visit
 from apiary.probe import ModelProbe
-from client import memory, trainer
+from client import choice, continual, memory, trainer
+from client.choice import Choice
+from client.curation import Context, Reader
 from client.objectives import build_penalties
+from client.trainer import Replay
 
 _HELD_TOKENS = 50_000_000  # tokenised data held at a time (250 MB), however many virtual clients there are
 _FEWEST = 5  # held-out examples
 
 
 class Site(NamedTuple):
-    """One organisation: its name, its examples, and the folder that is its own."""
+    """One organisation: its name, its examples, and the places that are its own."""
 
     client: str
     train: Sequence[Example]
     test: Sequence[Example]
-    folder: Path
+    folder: Path  # of this run
+    ledger: Path  # of all runs on these data
 
 
 class Worker:
@@ -40,16 +44,25 @@ class Worker:
         self.config = config
         self.lm = models.load(config.model, config.adapter)
         self.template = prompts.make_template(config.prompt, self.lm.tokenizer)
-        self._corpora: OrderedDict[tuple[str, str], Corpus] = OrderedDict()
+        self._corpora: OrderedDict[tuple[str, str], tuple[object, Corpus]] = OrderedDict()
+        self._choices: dict[str, Choice] = {}
 
     def hello(self, site: Site) -> Hello:
-        """Who the site is, what it runs, and how much it has to train on."""
-        stats = self._corpus(site, "train").stats
+        """Who the site is, what it runs, and how much it has to train on.
+
+        Under differential privacy the tokens stay untold, and the rows stand in for them.
+        """
+        stats = self._corpus(site, "train", site.train).stats
         fingerprint = models.fingerprint(self.lm, self.template)
+        if self.config.privacy.unit == "record":
+            rows = len(site.train)
+            return Hello(site.client, fingerprint, self.config.adapter.rank, rows, rows)
         return Hello(site.client, fingerprint, self.config.adapter.rank, stats.examples, stats.response_tokens)
 
-    def train(self, site: Site, number: int, payload: Payload) -> tuple[Update, FitReport]:
+    def train(self, site: Site, number: int, payload: Payload) -> Visit | Decline:
         """Train from the received adapter on the next part of the site's data.
+
+        The rows are curated, those of the stage are taken, and kept rows of earlier stages are mixed in.
 
         Args:
             site: whose data.
@@ -57,14 +70,22 @@ class Worker:
             payload: the server's adapter.
 
         Returns:
-            The change of the adapter with its weight (trained tokens), and the counts of the visit.
+            The change of the adapter with its weight (new tokens trained), and counts; or why there is none.
         """
-        config = self.config.train
-        corpus = self._corpus(site, "train")
         _refuse_base_delta(payload)
         memory.forget_from(site.folder, number)
         past = memory.load(site.folder, before=number)
-        steps = trainer.steps_per_round(config, corpus)
+        rows, chosen = self._chosen(site, number, payload)
+        data = continual.prepare(rows, site.folder, site.client, self.config, number, past)
+        if chosen and past.choice and past.choice != chosen.round:  # other rows: their walk begins anew
+            data = data._replace(cursor=trainer.Cursor(data.cursor.epoch + 1))
+        corpus = self._corpus(site, "train", data.new)
+        if not len(corpus):
+            return Decline(site.client, "idle")
+        config = self.config.train
+        old = self._corpus(site, "buffer", tuple(row.example for row in data.replay))
+        replay = Replay(old, data.replay_cursor, self.config.continual.replay)
+        steps = trainer.steps_per_round(config, corpus, replay)
         result = trainer.fit(
             self.lm,
             payload.adapter,
@@ -72,23 +93,25 @@ class Worker:
             config,
             seed=self.config.seed,
             client=site.client,
-            cursor=past.cursor,
-            first_step=(number - 1) * steps,
-            total_steps=self.config.rounds * steps,
+            cursor=data.cursor,
+            first_step=data.rounds_before * steps,
+            total_steps=data.rounds * steps,
             steps=steps,
+            replay=replay,
             penalties=build_penalties(config.penalties, payload.adapter),
             observers=[memory.step_log(site.folder, number)],
         )
-        memory.save(site.folder, memory.Memory(number, result.cursor))
+        at = memory.Memory(number, result.cursor, data.stage, result.replay, chosen.round if chosen else 0)
+        memory.save(site.folder, at)
         update = Update(site.client, result.delta, float(result.report.tokens), self.config.adapter.rank)
-        return update, result.report
+        return Visit(update, result.report, chosen.counts if chosen else None)
 
     def evaluate(self, site: Site, payload: Payload) -> Score:
         """The received adapter's loss on the site's held-out examples, as sums.
 
         Below `_FEWEST` examples nothing is told: the sum would say too much of each.
         """
-        corpus = self._corpus(site, "test")
+        corpus = self._corpus(site, "test", site.test)
         _refuse_base_delta(payload)
         if len(corpus) < _FEWEST:
             return Score(0.0, 0, 0)
@@ -96,15 +119,33 @@ class Worker:
         nats, tokens = ModelProbe(self.lm).losses(corpus)
         return Score(float(nats.sum()), int(tokens.sum()), len(nats))
 
-    def _corpus(self, site: Site, part: str) -> Corpus:
+    def _chosen(self, site: Site, number: int, payload: Payload) -> tuple[Sequence[Example], Choice | None]:
+        """The rows that curation leaves for a round, and what it did; all of them where nothing is configured."""
+        if not self.config.curate.steps:
+            return site.train, None
+        known = self._choices.get(site.client)
+        made = choice.choose(site.train, self.config.curate, self._context(site, payload), site.folder, number, known)
+        self._choices[site.client] = made
+        return made.examples, made
+
+    def _context(self, site: Site, payload: Payload) -> Context:
+        def probe() -> ModelProbe:
+            models.set_adapter(self.lm, payload.adapter)
+            return ModelProbe(self.lm)
+
+        reader = Reader(self.template, self.lm.tokenizer, self.config.prompt, probe)
+        return Context(self.config.seed, site.client, site.test, reader)
+
+    def _corpus(self, site: Site, part: str, examples: Sequence[Example]) -> Corpus:
+        """The tokens of a part of the site's rows; made again where it has come to hold others."""
         key = (site.client, part)
-        if key not in self._corpora:
-            examples = site.train if part == "train" else site.test
-            self._corpora[key] = prompts.encode_all(examples, self.template, self.lm.tokenizer, self.config.prompt)
-            while len(self._corpora) > 1 and sum(c.stats.tokens for c in self._corpora.values()) > _HELD_TOKENS:
+        if key not in self._corpora or self._corpora[key][0] != examples:
+            made = prompts.encode_all(examples, self.template, self.lm.tokenizer, self.config.prompt)
+            self._corpora[key] = (examples, made)
+            while len(self._corpora) > 1 and sum(c.stats.tokens for _, c in self._corpora.values()) > _HELD_TOKENS:
                 self._corpora.popitem(last=False)
         self._corpora.move_to_end(key)
-        return self._corpora[key]
+        return self._corpora[key][1]
 
 
 def _refuse_base_delta(payload: Payload) -> None:

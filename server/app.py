@@ -18,7 +18,7 @@ from apiary.models import LanguageModel
 from apiary.probe import ModelProbe
 from apiary.runlog import RunLog
 from apiary.tensors import StateDict
-from server import checkpoint
+from server import checkpoint, deployed
 from server.rounds import Evaluation, Progress, Rounds
 from strategies import AGGREGATORS, ServerState
 
@@ -63,12 +63,12 @@ def _measure(lm: LanguageModel, held_out: Corpus, seed: int) -> Callable[[StateD
 
 def save(folder: Path, state: ServerState, progress: Progress) -> None:
     """Write a round's checkpoint."""
-    values = {**progress._asdict(), "best": dict(progress.best), "last_round": dict(progress.last_round)}
+    values = {**progress._asdict(), "best": dict(progress.best), "last_round": dict(progress.last_round), "spent": dict(progress.spent)}
     checkpoint.save(folder / "checkpoints", state, values)
 
 
 def make_app(log: RunLog | None = None, held_out: Corpus | None = None) -> ServerApp:
-    """A ServerApp for one run.
+    """A ServerApp for one run; without a simulation around it, it keeps the whole run directory by itself.
 
     The run config holds `config` (the whole configuration as JSON), `out` (the run directory, on the server's disk) and
     `expected` (clients to wait for; the configured minimum when absent).
@@ -80,10 +80,19 @@ def make_app(log: RunLog | None = None, held_out: Corpus | None = None) -> Serve
         values: dict[str, Any] = dict(context.run_config)
         config = configs.from_json(str(values["config"]))
         folder = Path(str(values["out"]))
-        rounds = prepare(config, folder, log or RunLog(folder), held_out)
-        state = rounds.run(grid, int(values.get("expected", config.strategy.min_clients)))
-        lm = models.load(config.model, config.adapter)
-        results.save_adapter_folder(lm, state.adapter, folder / "adapter", config)
+        expected = int(values.get("expected", config.strategy.min_clients))
+
+        def federate(log: RunLog, held_out: Corpus | None) -> StateDict:
+            rounds = prepare(config, folder, log, held_out)
+            adapter = rounds.run(grid, expected).adapter
+            lm = models.load(config.model, config.adapter)
+            results.save_adapter_folder(lm, adapter, folder / "adapter", config)
+            return adapter
+
+        if log is not None:
+            federate(log, held_out)
+        else:
+            deployed.run(config, folder, expected, federate)
 
     return app
 

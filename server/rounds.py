@@ -15,11 +15,14 @@ from typing import Any, NamedTuple, Protocol
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
+from torch import Generator
 
 from apiary import records
 from apiary.config import RunConfig
-from apiary.exchange import ClientInfo, Fingerprint, FitReport, Hello, Payload, Score, Update
-from apiary.tensors import StateDict, add, generator, is_finite
+from apiary.exchange import ClientInfo, Decline, Fingerprint, FitReport, Hello, Payload, Score, Visit
+from apiary.stages import rounds_of, stage_of
+from apiary.tensors import StateDict, generator, is_finite
+from server import checks
 from server.sampling import choose, panel
 from strategies import Aggregator, ServerState
 
@@ -27,7 +30,6 @@ logger = logging.getLogger(__name__)
 _POLL_S = 0.05  # how often a grid is asked for new replies
 _PULL = 8  # replies asked for at a time
 _AGAIN_S = 10.0  # how soon a node whose handshake failed in passing is asked again
-_MOST = 2**53  # counts travel as float64, which holds no larger number exactly
 
 
 class RunFailed(RuntimeError):
@@ -55,6 +57,7 @@ class Progress(NamedTuple):
     evaluations_without_gain: int = 0
     stopped: bool = False
     last_round: Mapping[str, int] = MappingProxyType({})  # by client, its last round of taking part
+    spent: Mapping[str, Sequence[float]] = MappingProxyType({})  # by client, its newest `Spent`
 
 
 class _Member(NamedTuple):
@@ -80,6 +83,8 @@ class Rounds(Strategy):
         log: receives the run's events.
         on_round: called after each round with the state and progress; writes the checkpoint.
         evaluate: the loss of an adapter on the server's own held-out examples; None when the server has none.
+        score_stages: an adapter's scores on the held-out examples of each stage, for a `stage` event before the first
+            round and after the last one of each stage; None where that is not measured.
     """
 
     def __init__(
@@ -93,10 +98,11 @@ class Rounds(Strategy):
         progress: Progress | None = None,
         on_round: Callable[[ServerState, Progress], None] = lambda state, progress: None,
         evaluate: Callable[[StateDict], Evaluation] | None = None,
+        score_stages: Callable[[StateDict], Mapping[str, Any]] | None = None,
     ) -> None:
         self.config, self.aggregator, self.fingerprint, self.state = config, aggregator, fingerprint, state
         self.progress = progress or Progress()
-        self._log, self._on_round, self._evaluate = log, on_round, evaluate
+        self._log, self._on_round, self._evaluate, self._score_stages = log, on_round, evaluate, score_stages
         self._members: dict[str, _Member] = {}
         self._refused: dict[int, _Refusal] = {}  # at the handshake
         self._greeted: dict[str, int] = {}  # hellos without an answer yet: message id -> node
@@ -117,8 +123,10 @@ class Rounds(Strategy):
             RunFailed: too few clients joined, or too few answered well.
         """
         self._wait_for(grid, expected)
-        if self.state.round == 0 and self.config.evaluate.every:
-            self._measure(0, grid)
+        if self.state.round == 0:
+            if self.config.evaluate.every:
+                self._measure(0, grid)
+            self._measure_stages(0)
         for number in range(self.state.round + 1, self.config.rounds + 1):
             if self.progress.stopped:
                 break
@@ -155,6 +163,7 @@ class Rounds(Strategy):
         every = self.config.evaluate.every
         if every and (number % every == 0 or number == self.config.rounds):
             self._measure(number, grid)
+        self._measure_stages(number)
         self._on_round(self.state, self.progress)
 
     # -- who ------------------------------------------------------------------------------------
@@ -237,7 +246,7 @@ class Rounds(Strategy):
             self._turn_away(node, hello.client, "another client of this name is still there", for_s=_AGAIN_S)
         elif hello.tokens == 0:
             self._turn_away(node, hello.client, "it has nothing to train on")
-        elif not self._possible(hello.tokens, hello.examples):
+        elif not checks.possible(hello.tokens, hello.examples, self.config):
             self._turn_away(
                 node, hello.client, f"it claims {hello.tokens:g} tokens in {hello.examples:g} examples; that cannot be"
             )
@@ -246,10 +255,6 @@ class Rounds(Strategy):
             self._members[hello.client] = _Member(node, ClientInfo(hello.client, hello.rank, last), hello.examples)
             self._refused.pop(node, None)
             self._log.event("handshake", client=hello.client, examples=hello.examples, tokens=hello.tokens)
-
-    def _possible(self, tokens: int, examples: int) -> bool:
-        """Whether so many examples can hold so many tokens."""
-        return 0 <= tokens <= examples * self.config.prompt.max_tokens <= _MOST
 
     def _turn_away(self, node: int, client: str, reason: str, for_s: float = math.inf) -> None:
         """Refuse a node at the handshake until `for_s` seconds have passed or it has left; logs a reason once."""
@@ -350,84 +355,92 @@ class Rounds(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Fold the replies as they come, then take the step; holds one reply at a time.
 
+        Clients that rightly decline, with no rows for this stage or a spent privacy budget, do not count against the
+        quorum.
+
         Raises:
             RunFailed: fewer good replies than the quorum, or the step led to NaN or infinity.
         """
         reducer = self.aggregator.reduce
         acc = reducer.start(self.state)
         good: list[FitReport] = []
+        declined: list[str] = []
         up = 0
         for message in replies:
             try:
-                update, report = records.read_train_reply(message.content)
-                self._check_sender(update.client, message)
-                self._check_report(update, report)
-                self._check_delta(update.delta)
+                answer = self._read(message)
             except records.WireError as error:
                 self._refuse(self._client_of(message), str(error), server_round)
                 continue
+            if isinstance(answer, Decline):
+                declined.append(answer.reason)
+                self._log.event("declined", round=server_round, **answer._asdict())
+                continue
             size = records.array_bytes(message.content)
-            acc = reducer.add(acc, update)
-            good.append(report)
+            acc = reducer.add(acc, answer.update)
+            good.append(answer.report)
             up += size
-            self._note_visit(update.client, server_round)
-            self._log.event("client", round=server_round, client=update.client, bytes_up=size, **report._asdict())
-        self._check_quorum(server_round, len(good))
-        gradient = reducer.finish(self.state, acc, generator(self.config.seed, server_round, "aggregate"))
+            self._note_visit(answer, server_round)
+            self._log_visit(answer, server_round, size)
+        if declined and not good and len(declined) == len(self._cohort):
+            self._rest(server_round, declined)
+        else:
+            self._check_quorum(server_round, len(good), len(self._cohort) - len(declined))
+            self._step(server_round, reducer.finish(self.state, acc, self._generator(server_round)))
+        return None, MetricRecord({**_summed(good), "bytes_up": up})
+
+    def _read(self, message: Message) -> Visit | Decline:
+        """The answer in a message, checked.
+
+        Raises:
+            WireError: it is not what this run allows.
+        """
+        answer = records.read_train_reply(message.content)
+        if isinstance(answer, Decline):
+            self._check_sender(answer.client, message)
+            return answer
+        self._check_sender(answer.update.client, message)
+        examples = self._members[answer.update.client].examples
+        checks.check_visit(answer, self.config, examples, self.state.adapter)
+        return answer
+
+    def _log_visit(self, visit: Visit, number: int, size: int) -> None:
+        more = {part: values._asdict() for part in ("curated", "spent") if (values := getattr(visit, part))}
+        client = visit.update.client
+        self._log.event("client", round=number, client=client, bytes_up=size, **visit.report._asdict(), **more)
+
+    def _generator(self, number: int) -> Generator:
+        return generator(self.config.seed, number, "aggregate")
+
+    def _step(self, number: int, gradient: StateDict) -> None:
         state = self.aggregator.step(self.state, gradient)
         if not all(is_finite(part) for part in (state.adapter, state.base_delta, state.memory)):
             raise RunFailed(
-                f"round {server_round}: strategy.name = {self.config.strategy.name!r} made NaN or infinity of finite "
+                f"round {number}: strategy.name = {self.config.strategy.name!r} made NaN or infinity of finite "
                 "updates; the round before it is kept"
             )
         self.state = state
-        tokens = sum(report.tokens for report in good)
-        loss = sum(report.loss * report.tokens for report in good) / max(tokens, 1)
-        metrics = MetricRecord({"clients": len(good), "train_loss": loss, "tokens": tokens, "bytes_up": up})
-        return None, metrics
 
-    def _note_visit(self, client: str, number: int) -> None:
+    def _rest(self, number: int, declined: Sequence[str]) -> None:
+        """A round in which everybody rightly declined: the state stays, and the run ends if privacy is why."""
+        self.state = self.state._replace(round=number)
+        if "budget" in declined:
+            self.progress = self.progress._replace(stopped=True)
+            self._log.event("stop", round=number, reason="the clients' privacy budgets are spent (privacy.epsilon)")
+
+    def _note_visit(self, visit: Visit, number: int) -> None:
+        client, last, spent = visit.update.client, self.progress.last_round, self.progress.spent
         member = self._members[client]
         self._members[client] = member._replace(info=member.info._replace(last_round=number))
-        self.progress = self.progress._replace(last_round={**self.progress.last_round, client: number})
+        if visit.spent is not None:
+            spent = {**spent, client: list(visit.spent)}
+        self.progress = self.progress._replace(last_round={**last, client: number}, spent=spent)
 
     def _check_sender(self, client: str, message: Message) -> None:
         if client not in self._members or self._members[client].node != message.metadata.src_node_id:
             raise records.WireError(f"it answers as {client!r}, which is not who was asked")
 
-    def _check_report(self, update: Update, report: FitReport) -> None:
-        train = self.config.train
-        steps = train.steps or 1
-        if train.epochs is not None:  # with a batch for each example at the most
-            steps = max(1, math.ceil(train.epochs * self._members[update.client].examples / train.accumulate))
-        tokens = min(_MOST, steps * train.accumulate * max(train.batch_tokens, self.config.prompt.max_tokens))
-        if not (0 < report.tokens <= tokens and 0 < report.steps <= steps):
-            raise records.WireError(
-                f"it reports {report.tokens:g} tokens in {report.steps:g} steps; "
-                f"this run allows 1 to {tokens} tokens in 1 to {steps} steps"
-            )
-        if update.weight != report.tokens:
-            raise records.WireError(f"its weight is {update.weight:g}, but it reports {report.tokens} tokens")
-        if not math.isfinite(report.loss):
-            raise records.WireError(f"its loss is {report.loss}")
-
-    def _check_delta(self, delta: StateDict) -> None:
-        ours = self.state.adapter
-        if set(delta) != set(ours):
-            odd = sorted(set(delta) ^ set(ours))
-            raise records.WireError(
-                f"its update has other tensors than the adapter ({len(odd)} differ, first {odd[0]})"
-            )
-        for name, tensor in delta.items():
-            if tensor.dtype != ours[name].dtype:
-                raise records.WireError(f"its {name} is {tensor.dtype}, the adapter's {ours[name].dtype}")
-            if tensor.shape != ours[name].shape:
-                raise records.WireError(f"its {name} is {tuple(tensor.shape)}, the adapter's {tuple(ours[name].shape)}")
-        if not is_finite(add(ours, delta)):
-            raise records.WireError("its update holds NaN or infinity, or numbers too large to add to the adapter")
-
-    def _check_quorum(self, number: int, good: int) -> None:
-        asked = len(self._cohort)
+    def _check_quorum(self, number: int, good: int, asked: int) -> None:
         needed = max(1, math.ceil(self.config.strategy.quorum * asked - 1e-9))
         if good < needed:
             raise RunFailed(
@@ -448,7 +461,7 @@ class Rounds(Strategy):
             score, interval = self._evaluate(self.state.adapter)
             scores = {"": score}
             fields = {"loss": score.loss, "ci95": list(interval), "n": score.examples}
-        if self.config.evaluate.clients:
+        if self.config.scores_from_clients:
             messages = list(self.configure_evaluate(number, ArrayRecord(), ConfigRecord(), grid))
             metrics = self.aggregate_evaluate(number, self._exchange(grid, messages, number))
             # Stopping early on the examples of the final table would flatter it.
@@ -461,6 +474,15 @@ class Rounds(Strategy):
         self._log.event("evaluate", round=number, **fields)
         self._note_scores(number, scores)
 
+    def _measure_stages(self, number: int) -> None:
+        """What the model knows of each stage, when one has ended; told before the checkpoint, as all of a round is."""
+        stages = len(self.config.continual.stages)
+        if not stages or self._score_stages is None:
+            return
+        finished = stage_of(number, self.config.rounds, stages) + 1 if number else 0
+        if number == 0 or number == rounds_of(finished - 1, self.config.rounds, stages)[-1]:
+            self._log.event("stage", round=number, stage=finished, **self._score_stages(self.state.adapter))
+
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """The `Score` on its own held-out rows of each client that has enough of them, as a list of its three sums."""
         scores: dict[str, list[float]] = {}
@@ -468,20 +490,13 @@ class Rounds(Strategy):
             try:
                 client, score = records.read_score_reply(message.content)
                 self._check_sender(client, message)
-                self._check_score(score)
+                checks.check_score(score, self.config)
             except records.WireError as error:
                 self._refuse(self._client_of(message), str(error), server_round)
                 continue
             if score.tokens:
                 scores[client] = [float(value) for value in score]
         return MetricRecord({name: scores[name] for name in sorted(scores)})
-
-    def _check_score(self, score: Score) -> None:
-        if not (math.isfinite(score.nats) and score.nats >= 0 and self._possible(score.tokens, score.examples)):
-            raise records.WireError(
-                f"its score is {score.nats:g} nats on {score.tokens:g} tokens of {score.examples:g} examples; "
-                "that cannot be"
-            )
 
     def _note_scores(self, number: int, scores: Mapping[str, Score]) -> None:
         """Compare with the best evaluation so far, on the clients that both have: others may be easier or harder."""
@@ -495,8 +510,9 @@ class Rounds(Strategy):
             return
         without = self.progress.evaluations_without_gain + 1
         patience = self.config.evaluate.patience
-        self.progress = self.progress._replace(evaluations_without_gain=without, stopped=0 < patience <= without)
-        if self.progress.stopped:
+        self.progress = self.progress._replace(evaluations_without_gain=without)
+        if 0 < patience <= without:
+            self.progress = self.progress._replace(stopped=True)
             self._log.event(
                 "stop", round=number, reason=f"no better loss in {without} evaluations (evaluate.patience = {patience})"
             )
@@ -504,6 +520,14 @@ class Rounds(Strategy):
     def summary(self) -> None:
         """Log what this run is."""
         logger.info("%d rounds of %s", self.config.rounds, self.config.strategy.name)
+
+
+def _summed(reports: Sequence[FitReport]) -> dict[str, float]:
+    """The counts of a round; without the loss where privacy withholds it."""
+    tokens = sum(report.tokens for report in reports)
+    loss = sum(report.loss * report.tokens for report in reports) / max(tokens, 1)
+    known = {"train_loss": loss} if reports and math.isfinite(loss) else {}
+    return {"clients": len(reports), "tokens": tokens, **known}
 
 
 def _total(scores: Iterable[Sequence[float]]) -> Score:

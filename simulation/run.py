@@ -16,8 +16,7 @@ from apiary import evaluate, models, prompts, runlog, trackers
 from apiary.config import RunConfig, UserError
 from apiary.report import write_report
 from apiary.runlog import RunLog
-from client import app as client_app
-from client import objectives
+from client import answers, curation, objectives
 from server import checkpoint
 from server.app import make_app
 from simulation.engines import ENGINES
@@ -38,6 +37,7 @@ def check_names(config: RunConfig) -> None:
         lambda: ENGINES.build(config.simulate.engine, config=config),
         lambda: objectives.OBJECTIVES.build(config.train.objective),
         lambda: objectives.build_penalties(config.train.penalties, {}),
+        lambda: curation.build_steps(config.curate.steps),
     ]
     problems: list[str] = []
     for check in checks:
@@ -57,8 +57,8 @@ def plan(config: RunConfig) -> Plan:
     """
     check_names(config)
     trackers.check(config)
-    client_app.forget()  # the files may have changed since an earlier run in this process
-    federation = client_app.federation(config.to_json())
+    answers.forget()  # the files may have changed since an earlier run in this process
+    federation = answers.federation(config.to_json())
     if config.strategy.min_clients > len(federation.clients):
         raise UserError(
             f"strategy.min_clients = {config.strategy.min_clients}: there are {len(federation.clients)} clients; "

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from apiary import evaluate, models, prompts, runlog
+from apiary import claims, continual, evaluate, models, prompts, runlog
 from apiary.config import RunConfig
 from apiary.evaluate import HeldOut, Measured
 from apiary.examples import Example, Federation, answer
@@ -70,9 +70,10 @@ def summarise(prepared: Plan, adapter: StateDict, folder: Path, log: RunLog) -> 
         "clients": clients,
         "gain": _gain(clients),
         "skills": evaluate.by_kind(kind, runs, held_out) if kind and config.evaluate.generate else {},
-        "rounds": rounds_table(events),
+        "rounds": runlog.rounds_table(events),
         "samples": _samples(prepared, runs, kind),
-        "privacy": {"unit": "none"},
+        **continual.results(events, runs, held_out, config),
+        "privacy": claims.read(folder),
         **{key: value for key, value in runlog.start_fields(config).items() if key in ("machine", "versions")},
     }
 
@@ -127,20 +128,6 @@ def _gain(clients: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "mean": gain.mean,
         "worst": {"client": worst, "gain": least},
     }
-
-
-def rounds_table(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rounds of metrics.json: training and held-out figures by round, from the log."""
-    rounds: dict[int, dict[str, Any]] = {}
-    for event in events:
-        if event["event"] in ("round", "evaluate"):
-            kept = {
-                k: v
-                for k, v in event.items()
-                if k not in ("event", "time", "clients") or (event["event"] == "round" and k == "clients")
-            }
-            rounds.setdefault(event["round"], {}).update(kept)
-    return [rounds[number] for number in sorted(rounds)]
 
 
 def kind_of(config: RunConfig, federation: Federation) -> Callable[[Example], str] | None:

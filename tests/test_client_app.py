@@ -14,8 +14,8 @@ from conftest import instruction_rows
 from flwr.app import ArrayRecord, Message, RecordDict
 
 from apiary import config, models, records
+from client import answers, memory, trainer
 from client import app as client_app
-from client import memory, trainer
 from simulation import engines
 from simulation.local import LocalGrid
 from simulation.run import simulate
@@ -43,7 +43,7 @@ class Asked:
 
 @pytest.fixture
 def asked(small_run: list[str], tmp_path: Path) -> Asked:
-    client_app.forget()
+    answers.forget()
     return Asked(small_run, tmp_path)
 
 
@@ -82,7 +82,7 @@ def test_a_site_that_cannot_be_had_is_told_on_its_machine(
     def unreadable(text: str) -> Any:
         raise PermissionError(errno.EACCES, "Permission denied", PLACE)
 
-    monkeypatch.setattr(client_app, "federation", unreadable)
+    monkeypatch.setattr(answers, "federation", unreadable)
     reply = asked.ask(records.HELLO)
     assert "PermissionError" in reply.error.reason and "hospital" not in reply.error.reason
     assert "errors.log" not in reply.error.reason

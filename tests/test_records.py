@@ -8,7 +8,7 @@ from flwr.app import RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 
 from apiary import records
-from apiary.exchange import Fingerprint, FitReport, Hello, Score, Update
+from apiary.exchange import Curated, Decline, Fingerprint, FitReport, Hello, Score, Spent, Update, Visit
 
 STATE = {"x.lora_A.weight": torch.randn(3, 5), "x.lora_B.weight": torch.zeros(5, 3)}
 
@@ -27,9 +27,32 @@ def test_request_round_trip() -> None:
 
 def test_train_reply_round_trip() -> None:
     update, report = Update("site", STATE, 12.0, 3), FitReport(12, 4, 2, 0.5, 1.5)
-    got, counts = records.read_train_reply(wire(records.train_reply(update, report)))
-    assert counts == report and got._replace(delta={}) == update._replace(delta={})
-    assert all(torch.equal(got.delta[k], v) for k, v in STATE.items())
+    visit = records.read_train_reply(wire(records.train_reply(Visit(update, report))))
+    assert isinstance(visit, Visit)
+    assert visit.report == report and visit.update._replace(delta={}) == update._replace(delta={})
+    assert all(torch.equal(visit.update.delta[k], v) for k, v in STATE.items())
+    assert visit.curated is None and visit.spent is None
+
+
+def test_what_curation_and_privacy_add_round_trips() -> None:
+    curated = Curated(100, 60, {"duplicates": 30, "mine:step": 10})
+    spent = Spent(3.5, 4.0, 1e-5, 0.8, 0.05, 36)
+    report = FitReport(12, 4, 2, 0.5, 1.5, replayed=7)
+    visit = records.read_train_reply(
+        wire(records.train_reply(Visit(Update("site", STATE, 12.0, 3), report, curated, spent)))
+    )
+    assert isinstance(visit, Visit) and visit[1:] == (report, curated, spent)
+
+
+@pytest.mark.parametrize("reason", ["idle", "budget"])
+def test_a_decline_round_trips(reason: str) -> None:
+    decline = Decline("site", reason)  # type: ignore[arg-type]
+    assert records.read_train_reply(wire(records.train_reply(decline))) == decline
+
+
+def test_a_decline_for_an_unknown_reason_is_a_wire_error() -> None:
+    with pytest.raises(records.WireError, match="does not know"):
+        records.read_train_reply(records.train_reply(Decline("site", "the text of a row")))  # type: ignore[arg-type]
 
 
 def test_hello_and_score_round_trip() -> None:
@@ -49,7 +72,8 @@ def test_empty_message_is_a_wire_error(read: object) -> None:
 
 def test_replies_carry_numbers_and_names_only() -> None:
     """What leaves a client: adapter tensors, counts, its name. No other strings."""
-    content = records.train_reply(Update("site", STATE, 1.0, 4), FitReport(1, 1, 1, 1.0, 1.0))
+    whole = Visit(Update("site", STATE, 1.0, 4), FitReport(1, 1, 1, 1.0, 1.0), Curated(2, 1, {"ifd": 1}))
+    content = records.train_reply(whole)
     texts = [v for record in content.config_records.values() for v in record.values() if isinstance(v, str)]
     assert texts == ["site"]
     assert all(isinstance(v, int | float) for record in content.metric_records.values() for v in record.values())

@@ -16,7 +16,7 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
 from apiary import config, records
-from apiary.exchange import Fingerprint, FitReport, Hello, Score, Update
+from apiary.exchange import Decline, Fingerprint, FitReport, Hello, Score, Update, Visit
 from apiary.tensors import is_finite
 from server import checkpoint
 from server import rounds as server_rounds
@@ -53,7 +53,7 @@ def clients(
     prints: dict[int, Fingerprint] | None = None,
     loss: Callable[[int, int], float] = lambda i, number: 1.0,
 ) -> ClientApp:
-    """An app whose node i returns `deltas[i](i, adapter)`, or raises it, or is well-behaved.
+    """An app whose node i returns `deltas[i](i, adapter)`, or raises it, or declines for it, or is well-behaved.
 
     Its held-out loss after a round is `loss(i, round)`.
     """
@@ -72,8 +72,10 @@ def clients(
         act = deltas.get(i, add_one)
         if isinstance(act, Exception):
             raise act
+        if act in ("idle", "budget"):
+            return Message(records.train_reply(Decline(f"c{i}", act)), reply_to=message)
         update = Update(f"c{i}", act(i, dict(payload.adapter)), 10.0 * (i + 1), 4)
-        return Message(records.train_reply(update, FitReport(10 * (i + 1), 5, 1, 2.0, 0.1)), reply_to=message)
+        return Message(records.train_reply(Visit(update, FitReport(10 * (i + 1), 5, 1, 2.0, 0.1))), reply_to=message)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
@@ -168,6 +170,39 @@ def test_too_few_good_replies_fail_the_run() -> None:
     broken = ValueError("x")
     with pytest.raises(RunFailed, match=r"round 1: 1 of 3 clients answered well.*2"):
         made.run(LocalGrid(clients({0: broken, 1: broken}), 3), 3)
+
+
+@pytest.mark.parametrize("reason", ["idle", "budget"])
+def test_who_declines_rightly_does_not_count_against_the_quorum(reason: str) -> None:
+    made, log = rounds(["rounds=1", "strategy.quorum=1.0"])
+    state = made.run(LocalGrid(clients({0: reason, 2: reason}), 3), 3)
+    torch.testing.assert_close(state.adapter["a"], torch.full((2, 3), 2.0))
+    assert [(e["client"], e["reason"]) for e in log.of("declined")] == [("c0", reason), ("c2", reason)]
+    assert log.of("refused") == []
+
+
+def test_a_round_without_work_for_anybody_keeps_the_state() -> None:
+    made, log = rounds([])
+    state = made.run(LocalGrid(clients(dict.fromkeys(range(3), "idle")), 3), 3)
+    assert state.round == 2 and torch.equal(state.adapter["a"], START["a"])
+    assert [e["clients"] for e in log.of("round")] == [0, 0] and log.of("stop") == []
+
+
+def test_spent_budgets_end_the_run_and_keep_what_was_learnt() -> None:
+    kept: list[tuple[ServerState, Progress]] = []
+    acts: dict[int, Any] = {}
+
+    def on_round(state: ServerState, progress: Progress) -> None:
+        kept.append((state, progress))
+        acts.update(dict.fromkeys(range(3), "budget"))
+
+    made, log = rounds(["rounds=5"], on_round=on_round)
+    acts[0] = add_one
+    state = made.run(LocalGrid(clients(acts), 3), 3)
+    torch.testing.assert_close(state.adapter["a"], torch.full((2, 3), (10 + 40 + 90) / 60))
+    assert [e["round"] for e in log.of("round")] == [1, 2]
+    assert "privacy.epsilon" in log.of("stop")[0]["reason"]
+    assert kept[-1][1].stopped and kept[-1][0].round == 2
 
 
 @pytest.mark.parametrize("part", Fingerprint._fields)

@@ -72,7 +72,7 @@ def plan_traffic(config: RunConfig, lm: LanguageModel, cohort: int) -> Traffic:
     adapter = 4 * adapter_size(lm)
     every = config.evaluate.every
     # Before the first round, after every n-th and after the last.
-    evaluations = 1 + math.ceil(config.rounds / every) if config.evaluate.clients and every else 0
+    evaluations = 1 + math.ceil(config.rounds / every) if config.scores_from_clients and every else 0
     return Traffic(adapter, evaluations, cohort * adapter * (2 * config.rounds + evaluations))
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from apiary import units
+from apiary import claims, units
 from apiary.report import plots
 from apiary.report.data import (
     MEANING,
@@ -19,6 +19,7 @@ from apiary.report.data import (
     gain_on_all,
     gain_on_own,
 )
+from apiary.report.stages import stages_content
 from apiary.runlog import Event
 
 _NAMED_CLIENTS = 24  # more are summed up in a chart, and only those that gain least are named
@@ -52,12 +53,13 @@ def page_content(metrics: Metrics, events: Sequence[Event], config: str) -> dict
         "gain_chart": plots.gain_chart(own) if own and len(own.gains) > _NAMED_CLIENTS else None,
         "skills": _skills(metrics),
         "mix": _mix(metrics.clients),
+        "stages": stages_content(metrics.continual),
         "samples": _samples(metrics),
         "before": any(sample.base is not None for sample in metrics.samples),
         "troubles": _troubles(events),
         "logged": bool(events),
         "config": _ABSOLUTE.sub(r'"…/\1"', config),
-        "privacy": _privacy(metrics.privacy),
+        "privacy": claims.sentence(metrics.privacy),
         "facts": _facts(metrics, start),
     }
 
@@ -267,18 +269,6 @@ def _troubles(events: Iterable[Event]) -> dict[str, Any]:
             case "stop":
                 rows.append((where, "Stopped", "", str(event.get("reason", ""))))
     return {"rows": rows[:_TROUBLES], "left_out": max(0, len(rows) - _TROUBLES)}
-
-
-def _privacy(privacy: Mapping[str, Any]) -> str:
-    """What protects the updates, without promising more than was done."""
-    if privacy.get("unit", "none") == "none":
-        return (
-            "Examples stayed with their clients. The updates themselves were not protected by "
-            "differential privacy, and a curious server might learn something about the data "
-            "from them."
-        )
-    terms = ", ".join(f"{key} = {value}" for key, value in privacy.items() if key != "unit")
-    return f"Updates were protected by differential privacy, unit {privacy['unit']!r}: {terms}."
 
 
 def _facts(metrics: Metrics, start: Event) -> list[tuple[str, str]]:

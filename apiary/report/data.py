@@ -7,9 +7,9 @@ Everything but the table may be missing. Losses are nats per response token, acc
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from apiary.config import UserError
 
@@ -91,6 +91,38 @@ class Sample(_Part):
     central: str | None = None
 
 
+Matrix: TypeAlias = tuple[tuple[float | None, ...], ...]
+
+
+class StageScores(_Part):
+    """One model on the held-out examples of each stage."""
+
+    losses: tuple[float | None, ...]
+    accuracies: tuple[float | None, ...] | None = None
+
+
+class Continual(_Part):
+    """A run whose tasks came in stages; row t of a matrix holds the scores of each stage after t finished stages."""
+
+    by: str = ""
+    stages: tuple[tuple[str, ...], ...]
+    buffer: float = 0.0
+    loss: Matrix
+    accuracy: Matrix | None = None
+    joint: Mapping[MethodName, StageScores] = Field(default_factory=dict)
+    overall: Mapping[str, tuple[float | None, ...]] = Field(default_factory=dict)
+    backward_transfer: Mapping[str, float | None] = Field(default_factory=dict)
+    forgetting: Mapping[str, float | None] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        width = len(self.stages)
+        for matrix in (self.loss, self.accuracy or ()):
+            if len(matrix) > width + 1 or any(len(row) != width for row in matrix):
+                raise ValueError(f"its matrices must have a column for each of {width} stages and at most a row more")
+        return self
+
+
 class Metrics(_Part):
     """A run's results."""
 
@@ -101,6 +133,7 @@ class Metrics(_Part):
     skills: Mapping[str, Mapping[MethodName, float | None]] = Field(default_factory=dict)
     rounds: tuple[Round, ...] = ()
     samples: tuple[Sample, ...] = ()
+    continual: Continual | None = None
     privacy: Mapping[str, Any] = Field(default_factory=dict)
     seconds: float | None = None
     machine: Mapping[str, Any] = Field(default_factory=dict)

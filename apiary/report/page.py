@@ -88,6 +88,10 @@ tbody th { color: var(--ink); font-size: 16px; }
 .heat.mix th, .heat.mix td { padding: 7px 5px; font-size: 13px; }
 .heat.mix tbody th { padding-left: 0; padding-right: 10px; }
 .heat td.none { color: var(--muted); }
+.heat td small, .heat th small { display: block; font-weight: 400; font-size: 12px; line-height: 1.3; }
+.heat td.ahead { color: var(--muted); font-style: italic; }
+.heat td.now { box-shadow: inset 0 0 0 2px var(--federated); }
+.heat tr.joint > * { --federated: var(--central); }
 .heat td.sum { background: none; text-align: right; color: var(--muted); }
 .samples { display: grid; gap: 14px; }
 .sample.panel { padding: 0; overflow: hidden; break-inside: avoid; display: grid; grid-template-columns: minmax(0, 5fr) minmax(0, 7fr); }
@@ -256,6 +260,31 @@ surprise). Lower is better and 0 is certainty.{% if probability is not none %} {
 {% endfor %}
 </tbody>
 </table>
+</div>
+</section>
+{% endif %}
+
+{% if stages %}
+<section>
+<h2>What it remembers, stage by stage</h2>
+<p class="note">{{ stages.sentence }} {% if stages.is_accuracy %}Each cell is the share of a stage's held-out answers that are exactly right, with its loss below{% else %}Each cell is the loss on a stage's held-out examples (lower is better){% endif %}; framed: just trained, in italics: not yet trained.{% if stages.joint %} Training alone and all data pooled, here and in the rest of this report, see all stages at once in the same number of steps: they never have to remember.{% endif %}</p>
+<div class="panel scroll">
+<table class="heat mix">
+<thead><tr><th scope="col">Model</th>{% for name, tasks in stages.columns %}<th scope="col">{{ name }}<small>{{ tasks }}</small></th>{% endfor %}</tr></thead>
+<tbody>
+{% for name, cells in stages.rows %}
+<tr{% if name.startswith("All") %} class="joint"{% endif %}><th scope="row">{{ name }}</th>{% for cell in cells %}<td{% if cell.state %} class="{{ cell.state }}"{% endif %} style="--share:{{ cell.share | round(3) }}">{{ cell.text }}{% if cell.small %}<small>{{ cell.small }}</small>{% endif %}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody>
+</table>
+{% if stages.figures %}
+<dl class="facts" style="margin-top:18px">
+{% for name, value in stages.figures %}
+<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>
+{% endfor %}
+</dl>
+<p class="note" style="margin:12px 0 0">Overall: the mean over all stages trained so far. Backward transfer: by how much they changed since each was trained; below 0 is harm. Forgetting: how far earlier stages fell from their best; above 0 is loss of knowledge.</p>
+{% endif %}
 </div>
 </section>
 {% endif %}

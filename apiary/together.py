@@ -1,0 +1,168 @@
+"""Which methods go together: every pair that the configuration can name either works or is refused here.
+
+`problems` is asked whenever a configuration is read, so nothing that breaks a promise ever starts. The table in
+`docs/together.md` is made by `table`, which asks `problems` about each pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import combinations
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+if TYPE_CHECKING:
+    from apiary.config import RunConfig
+
+POINTWISE: Final = ("mask", "length")
+"""Curation steps in which what happens to a row depends on no other row of the client; a test holds them to it."""
+
+
+def problems(config: RunConfig) -> list[str]:
+    """One line for each combination in `config` that cannot work, with the reason and a way out."""
+    return [line for rule in _RULES for line in rule(config)]
+
+
+def _private_curation(config: RunConfig) -> Iterator[str]:
+    """The guarantee is over neighbouring training sets, so one row must not decide about another."""
+    if config.privacy.unit == "none":
+        return
+    if coupled := [repr(step.name) for step in config.curate.steps if step.name not in POINTWISE]:
+        yield (
+            f"curate.steps: {', '.join(coupled)} {'lets' if len(coupled) == 1 else 'let'} one row decide about "
+            f'another, which breaks privacy.unit = "record"; allowed with it are {", ".join(POINTWISE)}'
+        )
+
+
+def _private_buffer(config: RunConfig) -> Iterator[str]:
+    """In a full reservoir a row that comes in drives another out."""
+    if config.privacy.unit == "record" and config.continual.buffer and config.continual.policy == "reservoir":
+        yield (
+            'continual.policy = "reservoir": a row that comes in drives another out, which breaks privacy.unit = '
+            '"record"; set continual.policy = "poisson"'
+        )
+
+
+def _private_scores(config: RunConfig) -> Iterator[str]:
+    if config.privacy.unit == "record" and config.evaluate.clients:
+        yield (
+            "evaluate.clients = true: the losses on clients' held-out rows would leave without noise under "
+            'privacy.unit = "record"; leave the key out'
+        )
+
+
+def _private_dropout(config: RunConfig) -> Iterator[str]:
+    if config.privacy.unit == "record" and config.adapter.dropout:
+        yield (
+            f"adapter.dropout = {config.adapter.dropout:g}: its masks are drawn for a whole batch, not for each row "
+            'that privacy.unit = "record" protects; set 0'
+        )
+
+
+def _private_accumulation(config: RunConfig) -> Iterator[str]:
+    if config.privacy.unit == "record" and config.train.accumulate > 1:
+        yield (
+            f'train.accumulate = {config.train.accumulate}: under privacy.unit = "record" a step is one random draw '
+            "of rows; raise privacy.batch_rows instead (train.batch_tokens only bounds the memory)"
+        )
+
+
+def _too_many_stages(config: RunConfig) -> Iterator[str]:
+    stages = len(config.continual.stages)
+    if stages > config.rounds:
+        yield f"rounds = {config.rounds}: continual.stages names {stages} stages; each needs a round at least"
+
+
+def _nothing_to_remember(config: RunConfig) -> Iterator[str]:
+    if config.continual.buffer and not config.continual.stages:
+        yield (
+            f"continual.buffer = {config.continual.buffer:g}: without continual.stages there is nothing to replay; "
+            "name the stages, or set the buffer to 0"
+        )
+
+
+def _stopped_before_the_last_task(config: RunConfig) -> Iterator[str]:
+    if config.continual.stages and config.evaluate.patience:
+        yield (
+            f"evaluate.patience = {config.evaluate.patience}: stopping early would leave out the later "
+            "continual.stages; set 0"
+        )
+
+
+_RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
+    _private_curation,
+    _private_buffer,
+    _private_scores,
+    _private_dropout,
+    _private_accumulation,
+    _too_many_stages,
+    _nothing_to_remember,
+    _stopped_before_the_last_task,
+)
+
+
+class Feature(NamedTuple):
+    """A method as the table names it, and the settings that switch it on."""
+
+    name: str
+    settings: tuple[str, ...]
+
+
+_STAGES = 'continual.stages=[["copy", "reverse"], ["sort", "count"]]'
+FEATURES: Final = (
+    Feature("curation, row by row", ('curate.steps=["mask", "length"]',)),
+    Feature(
+        "curation that compares rows",
+        ('curate.steps=["duplicates", "near_duplicates", "held_out", { name = "random", keep = 0.9 }, "ifd"]',),
+    ),
+    Feature("stages without replay", (_STAGES,)),
+    Feature("replay, reservoir", (_STAGES, "continual.buffer=0.2")),
+    Feature("replay, poisson", (_STAGES, "continual.buffer=0.2", "continual.policy=poisson")),
+    Feature("record-level privacy", ("privacy.unit=record", "privacy.batch_rows=8")),
+    Feature("FedProx", ('train.penalties=[{ name = "fedprox", mu = 0.01 }]',)),
+    Feature("several batches a step", ("train.accumulate=2",)),
+    Feature("adapter dropout", ("adapter.dropout=0.1",)),
+    Feature("clients' own scores", ("evaluate.clients=true",)),
+    Feature("early stopping", ("evaluate.patience=3",)),
+    Feature("Ray engine", ("simulate.engine=ray",)),
+)
+
+
+def exclusive(one: Feature, other: Feature) -> bool:
+    """Whether two features are values of the same keys, so that nobody can ask for both."""
+    keys = [{setting.partition("=")[0]: setting for setting in feature.settings} for feature in (one, other)]
+    return any(keys[0][key] != keys[1][key] for key in keys[0].keys() & keys[1].keys()) or (
+        set(one.settings) <= set(other.settings) or set(other.settings) <= set(one.settings)
+    )
+
+
+def pairs() -> Iterator[tuple[Feature, Feature, tuple[str, ...]]]:
+    """Every pair that can be asked for, with the reasons against it (none: it works)."""
+    from apiary.config import UserError, load
+
+    for one, other in combinations(FEATURES, 2):
+        if exclusive(one, other):
+            continue
+        try:
+            load(None, [*one.settings, *other.settings])
+        except UserError as error:
+            yield one, other, tuple(error.problems)
+        else:
+            yield one, other, ()
+
+
+def table() -> str:
+    """The pairs as a Markdown table, a mark or the number of the reason in each cell, and the reasons below."""
+    reasons: list[str] = []
+    cells: dict[frozenset[str], str] = {}
+    for one, other, against in pairs():
+        for reason in against:
+            if reason not in reasons:
+                reasons.append(reason)
+        numbers = ", ".join(str(reasons.index(reason) + 1) for reason in against)
+        cells[frozenset((one.name, other.name))] = f"no ({numbers})" if against else "yes"
+    names = [feature.name for feature in FEATURES]
+    lines = [f"| | {' | '.join(names[:-1])} |", "|---" * len(names) + "|"]
+    for at, row in enumerate(names[1:], 1):
+        shown = [cells.get(frozenset((row, column)), "-") for column in names[:at]]
+        lines.append(f"| {row} | {' | '.join(shown + [''] * (len(names) - 1 - at))} |")
+    return "\n".join([*lines, "", *(f"{number}. `{reason}`" for number, reason in enumerate(reasons, 1))])

@@ -1,0 +1,1 @@
+"""Measurements that the README and the docs cite; each writes JSON under `results/`."""

@@ -1,0 +1,145 @@
+"""What a client answers to a message: in this process for a virtual client, in the worker for a site of its own.
+
+Whatever goes wrong inside, the server learns the kind of error and the line of our code, never a message text: that
+could quote a row or a path. The whole error stays in the client's own log.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+import os
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from flwr.app import Context, RecordDict
+from flwr.common.constant import NUM_PARTITIONS_KEY, PARTITION_ID_KEY
+
+from apiary import config as configs
+from apiary import examples, records
+from client.worker import Site, Worker
+
+_log = logging.getLogger(__name__)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of the organisation's own disk: nothing to go on with
+_OURS = ("apiary", "client", "builtin", "curation", "continual", "examples")
+
+
+class Refusal(Exception):
+    """A message cannot be answered; the text is what the server may be told."""
+
+
+def answer(
+    kind: str,
+    content: RecordDict,
+    worker: Callable[[], Worker],
+    site: Callable[[], Site],
+    errors: Path | None = None,
+) -> RecordDict:
+    """The content of the answer to a message of type `kind`.
+
+    Args:
+        kind: the type of the message, such as "train".
+        content: what it holds.
+        worker: makes the worker that answers.
+        site: reads the site that is asked.
+        errors: the folder that keeps errors in full; the site's own where None.
+
+    Raises:
+        Refusal: whatever went wrong.
+        OSError: the disk is full; without the path, for Flower would send the text to the server.
+    """
+    try:
+        known = site()
+        errors = errors or known.folder
+        return _ask(worker(), known, kind, content)
+    except Refusal:
+        raise
+    except OSError as error:
+        if error.errno in _FULL:
+            _write_down(error, errors)
+            raise OSError(error.errno, os.strerror(error.errno)) from None
+        raise Refusal(_reason(error, errors)) from error
+    except Exception as error:
+        raise Refusal(_reason(error, errors)) from error
+
+
+def _ask(worker: Worker, site: Site, kind: str, content: RecordDict) -> RecordDict:
+    if kind == records.HELLO:
+        return records.hello_reply(worker.hello(site))
+    number, payload = records.read_request(content)
+    if kind == "train":
+        return records.train_reply(worker.train(site, number, payload))
+    if kind == "evaluate":
+        return records.score_reply(site.client, worker.evaluate(site, payload))
+    raise ValueError(f"no answer to messages of type {kind!r}")
+
+
+def _reason(error: Exception, folder: Path | None) -> str:
+    """A text that says little; all of it stays on this machine."""
+    written = _write_down(error, folder)
+    # A traceback that stands in a file is not for everybody's terminal.
+    _log.log(logging.INFO if written else logging.ERROR, "a message could not be answered", exc_info=error)
+    return f"{_safe(error)}; {'its own errors.log' if written else 'the log on its machine'} says more"
+
+
+def _write_down(error: Exception, folder: Path | None) -> bool:
+    """Whether the whole error could be added to `errors.log` in the site's own folder."""
+    if folder is None:
+        return False
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "errors.log").open("a", encoding="utf-8", errors="replace") as log:
+            log.write("".join(traceback.format_exception(error)) + "\n")
+    except OSError:
+        return False
+    return True
+
+
+def _safe(error: Exception) -> str:
+    """The kind of an error and where in our code it came up, without its text."""
+    ours = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent.name in _OURS]
+    place = (
+        f" in {Path(ours[-1].filename).parent.name}/{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else ""
+    )
+    kind = "its loss is not a number" if isinstance(error, FloatingPointError) else type(error).__name__
+    return f"{kind}{place}"
+
+
+# -- virtual clients: all in this process -------------------------------------------------------
+
+
+def simulated(kind: str, content: RecordDict, context: Context) -> RecordDict:
+    """The content of a virtual client's answer; raises as `answer` does."""
+    config = str(context.run_config["config"])
+    return answer(kind, content, functools.partial(_worker, config), functools.partial(_site, config, context))
+
+
+@functools.lru_cache(maxsize=1)
+def _worker(config: str) -> Worker:
+    return Worker(configs.from_json(config))
+
+
+@functools.lru_cache(maxsize=1)
+def federation(config: str) -> examples.Federation:
+    """The clients of a simulated run, read once per process; `config` is the run's JSON."""
+    run = configs.from_json(config)
+    return examples.federate(run.data, run.seed)
+
+
+def forget() -> None:
+    """Read everything again when it is next asked for."""
+    _worker.cache_clear()
+    federation.cache_clear()
+
+
+def _site(config: str, context: Context) -> Site:
+    """The site of a virtual node: its part of the configured source, its memory under the node's `state-path`."""
+    clients = federation(config).clients
+    index = int(context.node_config[PARTITION_ID_KEY])
+    if int(context.node_config[NUM_PARTITIONS_KEY]) != len(clients):
+        raise ValueError(f"{context.node_config[NUM_PARTITIONS_KEY]} nodes for {len(clients)} clients")
+    name, train, test = clients[index]
+    folder = Path(str(context.node_config["state-path"])) / name
+    return Site(name, train, test, folder, folder / "ledger.json")

@@ -1,0 +1,221 @@
+"""The site's worker: a process that keeps the base model and answers one message after the other.
+
+It listens on a socket in a folder of its owner alone, with the standard gRPC health service beside. `python -m
+client.service --help` says what it needs; `apiary deploy client` starts it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent import futures
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grpc
+from flwr.app import RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from apiary import config as configs
+from apiary import examples, models
+from apiary.config import Method, RunConfig, UserError
+from apiary.examples import sources
+from client import answers, remote
+from client.remote import Envelope
+from client.worker import Site, Worker
+
+_log = logging.getLogger(__name__)
+_RUN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
+_ROUND = re.compile(r"[0-9]{1,9}")
+_KINDS = ("query.hello", "train", "evaluate")
+
+
+class Facts(NamedTuple):
+    """What the site's operator says; nothing of it comes from the server."""
+
+    client: str  # the site's name
+    data: Path  # a file, or a folder of files
+    state: Path  # memory of runs, the ledger, errors in full
+    model: str | None = None  # the site's own place of the base
+    device: str | None = None
+
+
+class _Job(NamedTuple):
+    """A run as this site carries it out."""
+
+    name: str
+    text: str  # the run's configuration as it came
+    worker: Worker
+    site: Site
+
+
+class Service:
+    """Answers calls one at a time, for one run after the other; the base stays loaded between them."""
+
+    def __init__(self, facts: Facts) -> None:
+        self._facts = facts
+        self._job: _Job | None = None
+        self._one = threading.Lock()
+
+    def answer(self, call: Envelope, wanted: Callable[[], bool] = lambda: True) -> Envelope:
+        """The answer to a call; whatever goes wrong becomes an answer with `error` in its header.
+
+        Args:
+            call: `kind`, `round`, `config` and `name` in the header, the content of the message in the body.
+            wanted: whether somebody still waits for the answer; asked when its turn has come.
+        """
+        with self._one:
+            if not wanted():
+                return Envelope({"error": "nobody waited any more"})
+            began, loads = time.monotonic(), models.base_loads()
+            kind, number = (str(call.header.get(key, "")) for key in ("kind", "round"))
+            answer = self._answer(kind, call)
+            # Both come from the server and end up in a log: only what they may be is written.
+            what = kind if kind in _KINDS else "an unknown message"
+            place = f"round {number} " if _ROUND.fullmatch(number) and number != "0" else ""
+            new, seconds = models.base_loads() - loads, time.monotonic() - began
+            failed = f": {answer.header['error']}" if "error" in answer.header else ""
+            _log.info("%s%s: %.1f s, %d base loads%s", place, what, seconds, new, failed)
+            return answer
+
+    def _answer(self, kind: str, call: Envelope) -> Envelope:
+        try:
+            job = self._job_of(call)
+            content = recorddict_from_proto(RecordDictProto.FromString(call.body))
+            reply: RecordDict = answers.answer(
+                kind, content, lambda: job().worker, lambda: job().site, errors=self._facts.state
+            )
+        except answers.Refusal as refusal:
+            return Envelope({"error": str(refusal)})
+        except OSError as error:
+            return Envelope({"error": f"its disk takes no more ({error.strerror})"})
+        except Exception as error:  # a message of another version
+            return Envelope({"error": f"its worker cannot read the message ({type(error).__name__})"})
+        return Envelope({}, recorddict_to_proto(reply).SerializeToString())
+
+    def _job_of(self, call: Envelope) -> Callable[[], _Job]:
+        """What makes the run of a call, once; the run before it is then let go.
+
+        Raises:
+            Refusal: the run's name could lead out of the site's folder.
+        """
+        name, text = str(call.header["name"]), str(call.header["config"])
+        if not _RUN_NAME.fullmatch(name):
+            raise answers.Refusal("the run's name is not allowed: letters, digits, '.', '_' and '-'")
+
+        def make() -> _Job:
+            if self._job is None or (self._job.name, self._job.text) != (name, text):
+                self._job = None
+                config = at_home(configs.from_json(text), self._facts)
+                _refuse_foreign_code(config)
+                site = _read_site(config, self._facts, name)
+                self._job = _Job(name, text, Worker(config), site)
+            return self._job
+
+        return make
+
+
+def at_home(config: RunConfig, facts: Facts) -> RunConfig:
+    """The run's configuration with this site's own places; what the server says of data on its disk is left out."""
+    model = {"name": facts.model} if facts.model else {}
+    device = {"device": facts.device} if facts.device else {}
+    data = {"source": str(facts.data), "test": None, "clients": 1, "partition": Method(name="iid")}
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update=model | device),
+            "data": config.data.model_copy(update=data),
+        }
+    )
+
+
+def _refuse_foreign_code(config: RunConfig) -> None:
+    """Check that the server names no code: what a method `module:function` runs is for the site to choose.
+
+    Raises:
+        Refusal: it does.
+    """
+    methods = (*config.train.penalties, *config.curate.steps)
+    if any(":" in name for name in (config.train.objective, *(method.name for method in methods))):
+        raise answers.Refusal("the run names code by module:function, which this site does not load")
+
+
+def _read_site(config: RunConfig, facts: Facts, run: str) -> Site:
+    """The site's rows, as one client; which are held out is decided by the same hash as in a simulation."""
+    federation = examples.federate(config.data, config.seed)
+    for report in federation.reports:
+        for line in report.lines():
+            _log.warning("%s", line)
+    (client,) = federation.clients
+    folder = facts.state / "runs" / run
+    return Site(facts.client, client.train, client.test, folder, facts.state / "ledger.json")
+
+
+def check(facts: Facts) -> int:
+    """The rows found in the site's data.
+
+    Raises:
+        UserError: nothing there, or nothing that can be read.
+    """
+    return sum(len(file.rows) for file in sources.load(str(facts.data), key="--data"))
+
+
+def make_server(service: Service, address: str) -> grpc.Server:
+    """A server, not yet started, that answers at `address` (as gRPC writes it), with its health beside."""
+
+    def handle(data: bytes, context: Any) -> bytes:
+        return service.answer(remote.unpack(data), context.is_active).pack()
+
+    _, package, method = remote.METHOD.split("/")
+    server = grpc.server(futures.ThreadPoolExecutor(4), options=remote.OPTIONS)  # 4: health answers while one trains
+    own = grpc.method_handlers_generic_handler(package, {method: grpc.unary_unary_rpc_method_handler(handle)})
+    server.add_generic_rpc_handlers((own,))
+    state = health.HealthServicer()
+    state.set("", health_pb2.HealthCheckResponse.SERVING)
+    health_pb2_grpc.add_HealthServicer_to_server(state, server)
+    server.add_insecure_port(address)
+    return server
+
+
+def _arguments(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="client.service", description="The worker of one site.")
+    parser.add_argument("--address", required=True, help="unix:PATH of the socket to listen on")
+    parser.add_argument("--site", required=True, help="the site's name")
+    parser.add_argument("--data", required=True, type=Path, help="a file, or a folder of files")
+    parser.add_argument("--state", required=True, type=Path, help="folder of what the site remembers")
+    parser.add_argument("--model", help="the site's own place of the base model")
+    parser.add_argument("--device", help="the site's own device")
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    """Serve until the process is ended; exit code 2 with one line where the data cannot be read."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)  # at once: nothing is half-written, and a message is asked again
+    given = _arguments()
+    facts = Facts(given.site, given.data, given.state, given.model, given.device)
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stdout, format=f"%(asctime)s {given.site}: %(message)s", force=True
+    )
+    for noisy in ("flwr", "transformers", "httpx", "huggingface_hub", "datasets", "peft"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    try:
+        rows = check(facts)
+    except UserError as error:
+        print(f"apiary: {error}", file=sys.stderr)
+        sys.exit(2)
+    server = make_server(Service(facts), given.address)
+    server.start()
+    _log.info("worker ready, %d rows", rows)
+    server.wait_for_termination()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""One folder a site: keys, certificates and the processes that use them."""

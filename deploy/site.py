@@ -1,0 +1,183 @@
+"""A site's processes: its worker, which keeps the base model, and Flower's SuperNode, which fetches its work."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import ssl
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from apiary.config import UserError
+from deploy import flower, kits, processes
+from deploy.kits import Kit
+from deploy.processes import Kept
+
+_START_S = 300.0
+_GIVE_UP_S = 100.0  # an earlier session that was killed counts as online for a minute
+_REFUSED = ("[code: 2004]", "[code: 2001]", "Invalid SuperNode authentication")
+_NOT_TRUSTED = ("CERTIFICATE_VERIFY_FAILED", "certificate verify failed")
+_CONNECTED = "SuperNode ID:"
+_WRONG_DATA = 2  # the worker's exit code
+
+
+class Options(NamedTuple):
+    """What the site's operator chooses."""
+
+    data: Path
+    model: str | None = None
+    device: str | None = None
+
+
+class _Line(NamedTuple):
+    """What is known of the line to the server."""
+
+    connected: bool = False
+    refused_since: float | None = None  # monotonic seconds
+
+
+def run(kit: Kit, state: Path, options: Options) -> int:
+    """Take part until SIGTERM or SIGINT; returns the exit code.
+
+    Args:
+        kit: the site's.
+        state: what the site remembers, and logs.
+        options: where its data and model are.
+
+    Raises:
+        UserError: no such data or model, or another process runs with this state.
+    """
+    _check(options)
+    with processes.hold(state):
+        end = processes.wait_for_end()
+        processes.adopt_orphans()
+        (state / "flwr").mkdir(mode=0o700, exist_ok=True)
+        # Short, for the path of a socket has 107 bytes at most; made for the owner alone.
+        sockets = Path(tempfile.mkdtemp(prefix="apiary-"))
+        path = sockets / "worker.sock"
+        worker = _worker(kit, state, options, f"unix:{path}")
+        supernode = _supernode(kit, state, f"unix:{path}")
+        try:
+            code = _wait_for_worker(worker, path, end)
+            if code is None and not end.is_set():
+                code = _look_for_server(kit) or _watch(kit, worker, supernode, end)
+            return code or 0
+        finally:
+            processes.end_all([supernode, worker])
+            shutil.rmtree(sockets, ignore_errors=True)
+
+
+def _check(options: Options) -> None:
+    if not options.data.exists():
+        raise UserError(f"--data {str(options.data)!r}: no such file or folder")
+    model = options.model
+    if model and (model.startswith(("/", ".", "~"))) and not Path(model).expanduser().is_dir():
+        raise UserError(f"--model {model!r}: no such folder")
+
+
+def _worker(kit: Kit, state: Path, options: Options, address: str) -> Kept:
+    command = [
+        *(sys.executable, "-P", "-m", "client.service"),
+        *("--address", address, "--site", kit.site),
+        *("--data", str(options.data.resolve()), "--state", str(state)),
+    ]
+    if options.model:
+        local = Path(options.model).expanduser()
+        command += ["--model", str(local.resolve()) if local.is_dir() else options.model]
+    if options.device:
+        command += ["--device", options.device]
+    return Kept(command, processes.environment(state), state)
+
+
+def _supernode(kit: Kit, state: Path, address: str) -> Kept:
+    command = [
+        processes.program("flower-supernode"),
+        *("--superlink", str(kit.server)),
+        *("--root-certificates", str(kit.folder / kits.CA)),
+        *("--auth-supernode-private-key", str(kit.folder / kits.SITE_KEY)),
+        *("--host", "127.0.0.1", "--port", str(processes.free_port())),
+        *("--node-config", f'site="{kit.site}" worker-address="{address}"'),
+    ]
+    return Kept(command, processes.environment(state), state, state / "supernode.log")
+
+
+def _wait_for_worker(worker: Kept, path: Path, end: threading.Event) -> int | None:
+    """None when the worker answers; else the exit code of it all."""
+    deadline = time.monotonic() + _START_S
+    while not end.wait(0.2):
+        code = worker.look()
+        if code is not None:
+            return _WRONG_DATA if code == _WRONG_DATA else _failed(f"the worker ended at its start (exit code {code})")
+        if _answers(path):
+            return None
+        if time.monotonic() > deadline:
+            return _failed(f"the worker did not come up within {_START_S:g} s")
+    return None
+
+
+def _answers(path: Path) -> bool:
+    # Not by gRPC's health service, which others may ask: its threads do not go with starting processes.
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+    return True
+
+
+def _look_for_server(kit: Kit) -> int | None:
+    try:
+        if not flower.healthy(str(kit.server), kit.folder / kits.CA):
+            _say(kit, f"no server answers at {kit.server} yet; trying again and again")
+    except ssl.SSLCertVerificationError as error:
+        return _failed(f"who answers at {kit.server} is not this federation's server: {error.verify_message}")
+    return None
+
+
+def _watch(kit: Kit, worker: Kept, supernode: Kept, end: threading.Event) -> int | None:
+    line = _Line()
+    while not end.wait(0.2):
+        code = worker.look()
+        if code is not None:
+            _say(kit, f"the worker ended (exit code {code}) and is started again; its message is lost")
+        code = supernode.look()
+        if code is not None:
+            said = supernode.said()
+            if any(text in said for text in _NOT_TRUSTED) and not line.connected:
+                return _failed(f"who answers at {kit.server} is not this federation's server")
+            line = _after_end(kit, line, code, said)
+            if line.refused_since is not None and time.monotonic() - line.refused_since > _GIVE_UP_S:
+                return _failed(
+                    f"the server at {kit.server} refuses the key of site {kit.site}: is it registered there?"
+                )
+        elif not line.connected and _CONNECTED in supernode.said():
+            line = _Line(connected=True)
+            _say(kit, f"connected to {kit.server}")
+        processes.reap([worker, supernode])
+    return None
+
+
+def _after_end(kit: Kit, line: _Line, code: int, said: str) -> _Line:
+    if any(text in said for text in _REFUSED) and _CONNECTED not in said:
+        if line.refused_since is None:
+            _say(
+                kit,
+                f"the server refuses the key of site {kit.site}: unknown there, or still online from before or "
+                f"elsewhere; trying for {_GIVE_UP_S:g} s",
+            )
+        return _Line(refused_since=line.refused_since or time.monotonic())
+    _say(kit, f"the SuperNode ended (exit code {code}) and is started again; supernode.log says more")
+    return _Line()
+
+
+def _failed(line: str) -> int:
+    print(f"apiary: {line}", file=sys.stderr, flush=True)
+    return 1
+
+
+def _say(kit: Kit, line: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {kit.site}: {line}", flush=True)

@@ -1,0 +1,119 @@
+"""What surrounds the rounds where no simulation does it: the run's folder, its log, the table and the report."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from apiary import claims, evaluate, examples, models, prompts, runlog, trackers
+from apiary.batches import Corpus
+from apiary.config import RunConfig, UserError
+from apiary.evaluate import HeldOut
+from apiary.models import LanguageModel
+from apiary.report import write_report
+from apiary.results import public_name
+from apiary.runlog import RunLog
+from apiary.tensors import StateDict
+from server import checkpoint
+
+Federate = Callable[[RunLog, Corpus | None], StateDict]
+
+
+def run(config: RunConfig, folder: Path, expected: int, federate: Federate) -> None:
+    """A whole run on the server of a deployment, from its newest checkpoint in `folder` or from the start.
+
+    Args:
+        config: the run.
+        folder: the run directory, on the server's disk.
+        expected: clients that the first round waits for.
+        federate: does the rounds, given the log and the server's held-out examples (None without `data.test`), and
+            returns the final adapter.
+
+    Raises:
+        Exception: whatever ended the run; its line stands in the log as a `failed` event.
+    """
+    began = time.monotonic()
+    log = _open(config, folder, expected)
+    try:
+        held_out = _held_out(config)
+        adapter = federate(log, held_out.corpus if held_out else None)
+        metrics = _summarise(config, folder, adapter, held_out)
+        metrics["seconds"] = round(time.monotonic() - began, 1)
+        runlog.write_metrics(folder, metrics)
+        write_report(folder)
+        log.event("finish", seconds=metrics["seconds"])  # last: who follows the log then finds everything there
+    except BaseException as error:
+        log.event("failed", message=_line(error))
+        raise
+    finally:
+        log.close()
+
+
+def _open(config: RunConfig, folder: Path, expected: int) -> RunLog:
+    folder.mkdir(parents=True, exist_ok=True)
+    for draft in [*folder.glob(".adapter-*"), *(folder / "checkpoints").glob(".*")]:  # of a run that was killed
+        shutil.rmtree(draft, ignore_errors=True)
+    runlog.write_atomic(folder / "config.toml", config.to_toml())
+    found = checkpoint.load(folder / "checkpoints")
+    done = found[0].round if found else 0
+    if (folder / runlog.LOG_FILE).exists():
+        runlog.truncate_after(folder, done)
+    log = RunLog(folder, [trackers.tracker(config, folder)] if config.log.trackers else [])
+    log.event("start", **runlog.start_fields(config), rounds=config.rounds, clients=expected, resumed=done)
+    return log
+
+
+def _held_out(config: RunConfig) -> HeldOut | None:
+    """The server's own examples to measure on, where `data.test` names some."""
+    if config.data.test is None:
+        return None
+    source = examples.read(config.data.test, split="test", columns=config.data.columns, key="data.test")
+    rows = source.examples if source.test is None else source.test
+    lm, template = _model(config)
+    prepared = evaluate.prepare(rows, template, lm, config)
+    if not prepared.examples:
+        raise UserError(f"data.test = {config.data.test!r}: no example fits prompt.max_tokens and prompt.template")
+    return prepared
+
+
+def _model(config: RunConfig) -> tuple[LanguageModel, prompts.Template]:
+    lm = models.load(config.model, config.adapter)
+    return lm, prompts.make_template(config.prompt, lm.tokenizer)
+
+
+def _summarise(config: RunConfig, folder: Path, adapter: StateDict, held_out: HeldOut | None) -> dict[str, Any]:
+    """The content of metrics.json: what the server can know, which is neither rows nor baselines of the sites."""
+    events = runlog.read_events(folder)
+    clients = {e["client"]: e for e in events if e["event"] == "handshake"}
+    table: list[dict[str, Any]] = []
+    if held_out is not None:
+        rows = evaluate.compare(_model(config)[0], held_out, config, adapter, {}, None).rows
+        steps = sum(event["steps"] for event in events if event["event"] == "client")
+        made = {"base": 0, "federated": steps}
+        table = [{**evaluate.table_row(name, row, config.seed), "steps": made[name]} for name, row in rows.items()]
+    return {
+        "schema": runlog.SCHEMA,
+        "run": folder.name,
+        "task": f"{len(clients)} sites, {public_name(config.model.name)}",
+        "table": table,
+        "clients": [_client(name, clients[name]) for name in sorted(clients)],
+        "rounds": runlog.rounds_table(events),
+        "privacy": claims.read(folder),
+        **{key: value for key, value in runlog.start_fields(config).items() if key in ("machine", "versions")},
+    }
+
+
+def _client(name: str, hello: Mapping[str, Any]) -> dict[str, Any]:
+    return {"client": name, "examples": hello["examples"], "tokens": hello["tokens"]}
+
+
+def _line(error: BaseException) -> str:
+    """One line for who follows the run."""
+    if isinstance(error, KeyboardInterrupt | SystemExit):
+        return "it was stopped"
+    lines: Sequence[str] = str(error).strip().splitlines() or [type(error).__name__]
+    known = isinstance(error, UserError) or type(error).__name__ == "RunFailed"
+    return lines[0] if known else f"{type(error).__name__}: {lines[0]}"

@@ -1,0 +1,93 @@
+"""What a client may report: each number that cannot be is refused, and what can be is taken."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from apiary import config
+from apiary.exchange import Curated, FitReport, Score, Spent, Update, Visit
+from apiary.records import WireError
+from server import checks
+
+ADAPTER = {"a": torch.zeros(2, 3), "b": torch.ones(4)}
+SPENT = Spent(3.0, 3.5, 1e-5, 0.9, 0.05, 6)
+PRIVATE = ["privacy.unit=record", "privacy.batch_rows=8", "privacy.epsilon=4.0", "train.steps=3"]
+
+
+def visit(**changes: Any) -> Visit:
+    report = FitReport(tokens=24, examples=24, steps=3, loss=1.0, seconds=0.1)._replace(
+        **{k: v for k, v in changes.items() if k in FitReport._fields}
+    )
+    update = Update("c", {name: torch.ones_like(t) for name, t in ADAPTER.items()}, float(report.tokens), 4)
+    return Visit(update, report, **{k: v for k, v in changes.items() if k in ("curated", "spent")})
+
+
+def check(answer: Visit, *overrides: str) -> None:
+    checks.check_visit(answer, config.load(None, list(overrides)), 100, ADAPTER)
+
+
+CURATING = ['curate.steps=["duplicates", "length"]']
+REPLAYING = ['continual.stages=[["a"], ["b"]]', "continual.buffer=0.1"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "overrides"),
+    [
+        ({}, []),
+        ({"replayed": 20}, REPLAYING),
+        ({"curated": Curated(100, 70, {"duplicates": 10, "length": 20})}, CURATING),
+        ({"loss": math.nan, "spent": SPENT}, PRIVATE),
+    ],
+)
+def test_an_honest_answer_is_taken(changes: dict[str, Any], overrides: list[str]) -> None:
+    check(visit(**changes), *overrides)
+
+
+@pytest.mark.parametrize(
+    ("changes", "overrides", "why"),
+    [
+        ({"steps": 4}, [], "in 4 steps"),
+        ({"tokens": 10**6}, [], "1e+06 tokens"),
+        ({"loss": math.nan}, [], "its loss is nan"),
+        ({"replayed": 20}, [], "20 replayed tokens"),
+        ({"replayed": -1}, REPLAYING, "-1 replayed"),
+        ({"replayed": 3 * 1024}, REPLAYING, "tokens in 3 steps"),  # with the new ones more than a step holds
+        ({"curated": Curated(100, 70, {"duplicates": 10})}, CURATING, "that cannot be"),
+        ({"curated": Curated(100, 130, {"duplicates": -30})}, CURATING, "that cannot be"),
+        ({"curated": Curated(100, 70, {"the text of a row": 30})}, CURATING, "1 steps that curate.steps does not"),
+        ({"spent": SPENT}, [], "privacy.unit is none"),
+        ({"loss": math.nan}, PRIVATE, "without an account"),
+        ({"loss": 1.0, "spent": SPENT}, PRIVATE, "withholds"),
+        ({"loss": math.nan, "spent": SPENT._replace(epsilon=4.1)}, PRIVATE, "privacy.epsilon = 4"),
+        ({"loss": math.nan, "spent": SPENT._replace(epsilon=math.nan)}, PRIVATE, "account of privacy"),
+        ({"loss": math.nan, "spent": SPENT._replace(delta=1e-3)}, PRIVATE, "privacy.delta = 1e-05"),
+        ({"loss": math.nan, "spent": SPENT, "tokens": 25}, PRIVATE, "1 to 24 tokens"),
+        (
+            {"loss": math.nan, "spent": SPENT, "curated": Curated(9, 8, {"length": 1})},
+            [*PRIVATE, 'curate.steps=["length"]'],
+            "what its curation dropped",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused(changes: dict[str, Any], overrides: list[str], why: str) -> None:
+    with pytest.raises(WireError) as told:
+        check(visit(**changes), *overrides)
+    assert why in str(told.value)
+    assert "the text of a row" not in str(told.value)
+
+
+def test_a_weight_that_is_not_the_tokens_is_refused() -> None:
+    answer = visit()
+    with pytest.raises(WireError, match="its weight is 25"):
+        check(answer._replace(update=answer.update._replace(weight=25.0)))
+
+
+def test_a_score_needs_room_for_its_tokens() -> None:
+    run = config.load(None, ["prompt.max_tokens=16"])
+    checks.check_score(Score(10.0, 32, 2), run)
+    with pytest.raises(WireError, match="33 tokens of 2 examples"):
+        checks.check_score(Score(10.0, 33, 2), run)

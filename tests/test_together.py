@@ -1,0 +1,110 @@
+"""Every pair of methods either works or is refused at start; the documentation's table is what the code decides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from apiary import config, together
+from apiary.config import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+PAIRS = list(together.pairs())
+STAGES = 'continual.stages=[["first"], ["last"]]'
+
+
+def test_the_table_in_the_documentation_is_the_codes_own() -> None:
+    assert together.table() in (ROOT / "docs" / "together.md").read_text(encoding="utf-8")
+
+
+def test_every_feature_works_by_itself() -> None:
+    for feature in together.FEATURES:
+        config.load(None, feature.settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "why", "way_out"),
+    [
+        (["privacy.unit=record", 'curate.steps=["ifd"]'], "'ifd' lets one row decide about another", "mask, length"),
+        (["privacy.unit=record", 'curate.steps=["mine:step"]'], "'mine:step' lets one row", "mask, length"),
+        (["privacy.unit=record", STAGES, "continual.buffer=0.1"], "drives another out", '"poisson"'),
+        (["privacy.unit=record", "evaluate.clients=true"], "would leave without noise", "leave the key out"),
+        (["privacy.unit=record", "adapter.dropout=0.1"], "masks are drawn for a whole batch", "set 0"),
+        (["privacy.unit=record", "train.accumulate=2"], "one random draw", "privacy.batch_rows"),
+        ([STAGES, "rounds=1"], "names 2 stages", "a round at least"),
+        (["continual.buffer=0.1"], "nothing to replay", "name the stages"),
+        ([STAGES, "evaluate.patience=2"], "leave out the later", "set 0"),
+    ],
+)
+def test_what_cannot_go_together_is_refused_with_reason_and_way_out(
+    settings: list[str], why: str, way_out: str
+) -> None:
+    with pytest.raises(UserError) as told:
+        config.load(None, settings)
+    (line,) = told.value.problems
+    assert why in line and way_out in line and "\n" not in line
+
+
+def test_each_reason_is_met_by_some_pair_or_by_a_single_setting() -> None:
+    """A rule that nothing can break would be dead code."""
+    refused = {reason.split(" =")[0].split(":")[0] for _, _, reasons in PAIRS for reason in reasons}
+    assert refused == {
+        "curate.steps",
+        "continual.policy",
+        "evaluate.clients",
+        "adapter.dropout",
+        "train.accumulate",
+        "evaluate.patience",
+    }
+
+
+def _small(settings: tuple[str, ...]) -> list[str]:
+    """The settings with the tasks of the test's own rows."""
+    return [STAGES if setting.startswith("continual.stages") else setting for setting in settings]
+
+
+WORKING = [
+    pytest.param(one, other, id=f"{one.name} with {other.name}")
+    for one, other, reasons in PAIRS
+    if not reasons and "Ray engine" not in (one.name, other.name)
+]
+
+
+@pytest.mark.parametrize(("one", "other"), WORKING)
+def test_a_pair_that_is_allowed_runs_and_learns(
+    one: together.Feature, other: together.Feature, small_run: list[str], tmp_path: Path
+) -> None:
+    metrics = _run([*small_run, *_small(one.settings), *_small(other.settings)], tmp_path)
+    assert [entry["round"] for entry in metrics["rounds"]] == [0, 1, 2, 3]
+    # Under noise a run this short may not learn; all others do.
+    private = any("privacy" in setting for feature in (one, other) for setting in feature.settings)
+    losses = [entry["loss"] for entry in metrics["rounds"]]
+    assert private or losses[-1] < losses[0]
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_curation_replay_privacy_and_ray_in_one(small_run: list[str], tmp_path: Path) -> None:
+    wanted = ("curation, row by row", "replay, poisson", "record-level privacy", "FedProx", "Ray engine")
+    settings = [s for feature in together.FEATURES if feature.name in wanted for s in _small(feature.settings)]
+    metrics = _run([*small_run, *settings], tmp_path)
+    assert len(metrics["continual"]["loss"]) == 3
+    assert 0 < metrics["privacy"]["epsilon"] <= metrics["privacy"]["budget"]
+    assert len(metrics["privacy"]["clients"]) == 3
+
+
+def _run(settings: list[str], folder: Path) -> dict[str, Any]:
+    from simulation.run import simulate
+
+    return simulate(config.load(None, [*settings, "evaluate.baselines=[]", "evaluate.generate=false"]), folder / "run")
+
+
+def test_the_steps_allowed_under_privacy_are_those_that_look_at_one_row() -> None:
+    from apiary.config import Method
+    from client.curation import STEPS, build_steps
+
+    needed = {"random": {"keep": 0.5}}
+    flags = {name: build_steps([Method(name=name, **needed.get(name, {}))])[0][1].pointwise for name in STEPS}
+    assert {name for name, pointwise in flags.items() if pointwise} == set(together.POINTWISE)
