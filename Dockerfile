@@ -22,6 +22,7 @@ RUN pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$(grep '^torch==' co
 COPY LICENSE README.md ./
 COPY apiary apiary
 COPY client client
+COPY deploy deploy
 COPY server server
 COPY simulation simulation
 COPY strategies strategies
@@ -55,23 +56,23 @@ VOLUME ["/var/lib/apiary/models", "/var/lib/apiary/state"]
 USER 10001
 
 
-# Give it certificates: --ssl-certfile ... --ssl-keyfile ... --ssl-ca-certfile ...
-# On one machine only, and with --env HEALTH_URL=http://127.0.0.1:8000/health, --insecure will do.
-# The port also takes commands that need no password: let organisations reach /v1/fleet/ alone, by a proxy.
+# Both run on a kit that `apiary deploy init` made, mounted read-only; what must survive a restart is in the state
+# volume. The kit's keys are for their owner alone: give the folder to user 10001, or run with --user.
+#   docker run --publish 8443:8443 --volume ./server:/kit:ro --volume state:/var/lib/apiary/state apiary-server
+# 8443 stands for the port of the kit. To start a run: docker exec ... apiary deploy submit /kit CONFIG --state ...
 FROM runtime AS server
-EXPOSE 8000
-ENV HEALTH_URL=https://127.0.0.1:8000/health
-HEALTHCHECK --interval=30s --timeout=5s --start-period=30s --retries=3 \
+EXPOSE 8443
+ENV HEALTH_URL=https://127.0.0.1:8443/health
+HEALTHCHECK --interval=30s --timeout=5s --start-period=60s --retries=3 \
     CMD ["python", "-c", "import os, ssl, urllib.request as web; web.urlopen(os.environ['HEALTH_URL'], timeout=4, context=ssl._create_unverified_context())"]
-ENTRYPOINT ["tini", "-g", "--", "flower-superlink", "--host", "0.0.0.0", "--port", "8000", \
-    "--database", "/var/lib/apiary/state/superlink.db", "--disable-runtime-dependency-installation"]
+ENTRYPOINT ["tini", "-g", "--", "apiary", "deploy", "server", "/kit", "--state", "/var/lib/apiary/state"]
 
 
-# Give it the server and the organisation's own facts; its data is best mounted read-only:
-#   docker run --volume ./rows:/data:ro apiary-client --superlink HOST:PORT --root-certificates ... --node-config '...'
-# It installs nothing at run time unless told to, and its own port is for its own processes.
+# It publishes no port, and its data is best mounted read-only:
+#   docker run --volume ./north:/kit:ro --volume ./rows:/data:ro --volume state:/var/lib/apiary/state apiary-client
 FROM runtime AS client
 ENV HEALTH_URL=http://127.0.0.1:9094/health
-HEALTHCHECK --interval=30s --timeout=5s --start-period=30s --retries=3 \
+HEALTHCHECK --interval=30s --timeout=5s --start-period=60s --retries=3 \
     CMD ["python", "-c", "import os, urllib.request as web; web.urlopen(os.environ['HEALTH_URL'], timeout=4)"]
-ENTRYPOINT ["tini", "-g", "--", "flower-supernode"]
+ENTRYPOINT ["tini", "-g", "--", "apiary", "deploy", "client", "/kit", "--data", "/data", \
+    "--state", "/var/lib/apiary/state", "--port", "9094"]

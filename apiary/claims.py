@@ -58,10 +58,10 @@ def sentence(privacy: Mapping[str, Any]) -> str:
             "Examples stayed with their clients. The updates themselves were not protected by differential privacy, "
             "and a curious server might learn something about the data from them."
         )
+    epsilon, delta, rdp = (privacy[key] for key in ("epsilon", "delta", "epsilon_rdp"))
     return (
-        f"Each row that a client trained on is protected by differential privacy: epsilon = {privacy['epsilon']:.3g} at "
-        f"delta = {privacy['delta']:g} ({privacy['accountant'].upper()} accountant; {privacy['epsilon_rdp']:.3g} by RDP), "
-        f"unit one row, neighbours differ by adding or removing it, rows drawn by {privacy['sampler']}. "
-        "The number of rows is taken as public. Held-out rows, and baselines trained beside the federation, are not "
-        "protected."
+        f"Each row that a client trained on is protected by differential privacy: epsilon = {epsilon:.3g} at delta = "
+        f"{delta:g} ({privacy['accountant'].upper()} accountant; {rdp:.3g} by Rényi). The unit is one row, neighbours "
+        f"differ by adding or removing it, and rows are drawn by {privacy['sampler']}. The number of rows is taken as "
+        "public. Held-out rows, and baselines trained beside the federation, are not protected."
     )

@@ -247,6 +247,7 @@ def deploy_client(
     data: Annotated[Path, typer.Option(help="the site's rows: a file, or a folder of files")],
     model: Annotated[str | None, typer.Option(help="this site's place of the base; default: as the run says")] = None,
     device: Annotated[str | None, typer.Option(help="such as cuda:1; default: as the run says")] = None,
+    port: Annotated[int | None, typer.Option(help="of 127.0.0.1, for its own processes; default: a free one")] = None,
     state: State = None,
 ) -> None:
     """Take part as one site until SIGTERM or Ctrl-C."""
@@ -254,7 +255,7 @@ def deploy_client(
 
     opened = kits.read(kit, "site")
     where = (state or opened.folder / "state").resolve()
-    raise typer.Exit(site.run(opened, where, site.Options(data, model, device)))
+    raise typer.Exit(site.run(opened, where, site.Options(data, model, device, port)))
 
 
 @deploy_app.command("submit")

@@ -41,6 +41,14 @@ def stage_numbers(examples: Iterable[Example], config: RunConfig) -> NDArray[np.
     return np.array([stage.get(task_of(example, config), -1) for example in examples], np.int64)
 
 
+def rows_by_stage(rows: Sequence[Example], config: RunConfig) -> list[int]:
+    """How many rows each stage has; one number where there are no stages."""
+    if not config.continual.stages:
+        return [len(rows)]
+    of = stage_numbers(rows, config)
+    return [int((of == stage).sum()) for stage in range(len(config.continual.stages))]
+
+
 def within(federation: Federation, config: RunConfig) -> Federation:
     """The federation without the rows that are in no stage, with a report on them; as it was where there are no stages.
 
@@ -96,6 +104,16 @@ def by_stage(run: Measured, held_out: HeldOut, config: RunConfig) -> dict[str, A
         "accuracies": None if correct is None else [_ratio(correct[part].sum(), part.sum()) for part in parts],
         "n": [int(part.sum()) for part in parts],
     }
+
+
+def unmeasured(held_out: HeldOut, config: RunConfig) -> list[str]:
+    """A warning where stages have no example in the held-out set."""
+    found = set(stage_numbers(held_out.examples, config).tolist())
+    missing = [str(number) for number in range(1, len(config.continual.stages) + 1) if number - 1 not in found]
+    if not missing:
+        return []
+    which = f"stage {missing[0]} has" if len(missing) == 1 else f"stages {' and '.join(missing)} have"
+    return [f"{which} no held-out example, so what is remembered of it is not measured; raise evaluate.max_examples"]
 
 
 def _ratio(over: float, under: float) -> float:

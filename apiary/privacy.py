@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
-from apiary.config import PrivacyConfig, RunConfig, UserError
+from apiary.config import PrivacyConfig, UserError
 from apiary.noise import KEY_FILE, load_key
 from apiary.runlog import write_atomic
 
@@ -127,26 +127,36 @@ def calibrate(
         UserError: no noise keeps to the budget.
     """
 
-    def fits(noise: float) -> bool:
-        return epsilon(history_of(noise), delta, accountant) <= target
+    def cost(noise: float) -> float:
+        return max(epsilon(history_of(noise), delta, accountant), 1e-12)  # its logarithm is taken
 
-    high = 1.0
-    while not fits(high):
-        high *= 2
-        if high > 2**14:
+    low, high = _bracket(cost, target, delta)
+    side = _TIGHT / 3
+    while high[0] > low[0] * (1 + _TIGHT):
+        # log epsilon is nearly a line in log noise; alternately just above and below where it meets the target
+        slope = math.log(high[1] / low[1]) / math.log(high[0] / low[0])
+        noise = low[0] * (target / low[1]) ** (1 / slope) * (1 + side)
+        side = -side
+        if not low[0] * (1 + _TIGHT / 3) < noise < high[0] / (1 + _TIGHT / 3):
+            noise = math.sqrt(low[0] * high[0])
+        made = noise, cost(noise)
+        low, high = (low, made) if made[1] <= target else (made, high)
+    return high[0]
+
+
+def _bracket(
+    cost: Callable[[float], float], target: float, delta: float
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """A noise that costs more than the target and one that does not, each with its cost; within a factor of 2."""
+    high = 1.0, cost(1.0)
+    low = high
+    while high[1] > target:
+        if high[0] >= 2**14:
             raise UserError(f"privacy.epsilon = {target}: no noise keeps to it at delta = {delta}; raise either")
-    low = high / 2
-    while fits(low) and low > 2**-7:
-        low, high = low / 2, low
-    while high > low * (1 + _TIGHT):
-        middle = math.sqrt(low * high)
-        low, high = (low, middle) if fits(middle) else (middle, high)
-    return high
-
-
-def epsilon_by_round(round_: Mechanism, rounds: int, delta: float, accountant: Accountant = "pld") -> list[float]:
-    """What is spent after each of `rounds` rounds that all are `round_`."""
-    return [epsilon([round_._replace(steps=round_.steps * n)], delta, accountant) for n in range(1, rounds + 1)]
+        low, high = high, (2 * high[0], cost(2 * high[0]))
+    while low[1] <= target and low[0] > 2**-7:
+        low, high = (low[0] / 2, cost(low[0] / 2)), low
+    return low, high
 
 
 def sample_rate(privacy: PrivacyConfig, rows: int) -> float:
@@ -166,29 +176,6 @@ def sample_rate(privacy: PrivacyConfig, rows: int) -> float:
             f"random would count as private; {0.1 / rows:.0e} is a usual choice"
         )
     return privacy.batch_rows / rows
-
-
-def round_of(config: RunConfig, rows: int) -> Mechanism:
-    """What each round of a run without stages costs each of a client's `rows` rows.
-
-    The steps of a round are `train.steps`, or as many as expect to see each row `train.epochs` times: a number that
-    follows from public ones alone. Unset noise is calibrated as if the client were asked in every round.
-
-    Raises:
-        UserError: settings that `sample_rate` refuses, or a budget that no noise keeps to.
-    """
-    privacy, train = config.privacy, config.train
-    rate = sample_rate(privacy, rows)
-    steps = train.steps or 1 if train.epochs is None else math.ceil(round(train.epochs / rate, 6))
-    noise = privacy.noise_multiplier
-    if noise is None:
-        noise = _noise(rate, steps * config.rounds, privacy.epsilon, privacy.delta, privacy.accountant)
-    return Mechanism(noise, rate, steps)
-
-
-@functools.lru_cache(maxsize=256)
-def _noise(rate: float, steps: int, target: float, delta: float, accountant: Accountant) -> float:
-    return calibrate(lambda noise: [Mechanism(noise, rate, steps)], target, delta, accountant)
 
 
 class Entry(NamedTuple):

@@ -1,6 +1,6 @@
 """Curation on data of known badness: what each kind of bad row is caught by, and what that is worth in a federation.
 
-python benchmarks/curation.py [--seeds 3] [--share 0.4] [--keep DIR]
+python benchmarks/curation.py [--seeds 3] [--share 0.4] [--every 3] [--keep DIR] [--out FILE]
 
 The built-in corpus is spread over clients, a share of each client's rows is spoiled, and the same federation runs on
 the rows as they were, spoiled, spoiled and curated, and spoiled and cut at random to as many rows as curation keeps.
@@ -124,7 +124,7 @@ def chosen(spoiled: Spoiled, client: str, judge: Reader) -> Curation:
 
 
 def write(folder: Path, clients: Mapping[str, Sequence[Example]], test: Sequence[Example]) -> Path:
-    """A folder with a file for each client and the held-out set: what `data.source` takes with the natural partition."""
+    """A folder with a file for each client and the held-out set, for the natural partition."""
     folder.mkdir(parents=True)
     for name, examples in {**clients, "test": test}.items():
         lines = (json.dumps(row) + "\n" for row in as_rows(examples))
@@ -195,6 +195,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.4, help="share of each client's rows that is spoiled")
     parser.add_argument("--every", type=int, default=3, help="curate again every so many rounds")
     parser.add_argument("--keep", type=Path, help="keep data and run directories there")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     runs = []
     for seed in range(args.seeds):
@@ -205,9 +206,9 @@ def main() -> None:
     for run in runs:
         for row in run["runs"].values():
             del row["machine"], row["versions"]
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"machine": machine, "versions": versions, "runs": runs}, indent=1) + "\n")
-    print(RESULTS.read_text())
+    args.out.parent.mkdir(exist_ok=True)
+    args.out.write_text(json.dumps({"machine": machine, "versions": versions, "runs": runs}, indent=1) + "\n")
+    print(args.out.read_text())
 
 
 if __name__ == "__main__":

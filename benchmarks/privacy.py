@@ -22,11 +22,11 @@ import numpy as np
 import torch
 
 from apiary import config as configs
-from apiary import evaluate, examples, models, prompts
+from apiary import draws, evaluate, examples, models, prompts
 from apiary.batches import Corpus
 from apiary.config import RunConfig
 from apiary.noise import SecretNoise
-from apiary.privacy import Mechanism, epsilon, round_of
+from apiary.privacy import Mechanism, epsilon
 from apiary.runlog import machine
 from apiary.tensors import StateDict, add
 from client import private, trainer
@@ -163,8 +163,11 @@ def compare(config: RunConfig, epsilons: list[float]) -> list[dict[str, Any]]:
 
 
 def _round(config: RunConfig, rows: int, **privacy: Any) -> Mechanism:
-    changed = config.privacy.model_copy(update=privacy)
-    return round_of(config.model_copy(update={"privacy": changed}), rows)
+    """What each round costs the rows of a client with so many, with some keys of `privacy` changed."""
+    changed = config.model_copy(update={"privacy": config.privacy.model_copy(update=privacy)})
+    drawn = draws.draw(changed, [rows], 1)
+    assert drawn is not None
+    return Mechanism(draws.noise_multiplier(changed, [rows]), drawn.new, drawn.steps)
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from flwr.app import Context, RecordDict
 from flwr.common.constant import NUM_PARTITIONS_KEY, PARTITION_ID_KEY
 
 from apiary import config as configs
-from apiary import examples, records
+from apiary import continual, examples, records
 from client.worker import Site, Worker
 
 _log = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ def _worker(config: str) -> Worker:
 def federation(config: str) -> examples.Federation:
     """The clients of a simulated run, read once per process; `config` is the run's JSON."""
     run = configs.from_json(config)
-    return examples.federate(run.data, run.seed)
+    return continual.within(examples.federate(run.data, run.seed), run)
 
 
 def forget() -> None:

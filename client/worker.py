@@ -14,14 +14,19 @@ from typing import NamedTuple
 from apiary import models, prompts
 from apiary.batches import Corpus
 from apiary.config import RunConfig
+from apiary.continual import rows_by_stage
 from apiary.examples import Example
-from apiary.exchange import Decline, Hello, Payload, Score, Update, Visit
+from apiary.exchange import Curated, Decline, Hello, Payload, Score, Spent, Update, Visit
+from apiary.privacy import BudgetSpent
 from apiary.probe import ModelProbe
-from client import choice, continual, memory, trainer
+from client import charge, choice, continual, memory, trainer
+from client.charge import Work
 from client.choice import Choice
+from client.continual import StageData
 from client.curation import Context, Reader
+from client.memory import Memory
 from client.objectives import build_penalties
-from client.trainer import Replay
+from client.trainer import FitResult, Replay
 
 _HELD_TOKENS = 50_000_000  # tokenised data held at a time (250 MB), however many virtual clients there are
 _FEWEST = 5  # held-out examples
@@ -79,6 +84,8 @@ class Worker:
         data = continual.prepare(rows, site.folder, site.client, self.config, number, past)
         if chosen and past.choice and past.choice != chosen.round:  # other rows: their walk begins anew
             data = data._replace(cursor=trainer.Cursor(data.cursor.epoch + 1))
+        if self.config.privacy.unit == "record":
+            return self._train_privately(site, number, payload, data)
         corpus = self._corpus(site, "train", data.new)
         if not len(corpus):
             return Decline(site.client, "idle")
@@ -101,10 +108,40 @@ class Worker:
             penalties=build_penalties(config.penalties, payload.adapter),
             observers=[memory.step_log(site.folder, number)],
         )
-        at = memory.Memory(number, result.cursor, data.stage, result.replay, chosen.round if chosen else 0)
+        at = Memory(number, result.cursor, data.stage, result.replay, chosen.round if chosen else 0)
+        return self._visit(site, at, result, chosen.counts if chosen else None)
+
+    def _train_privately(self, site: Site, number: int, payload: Payload, data: StageData) -> Visit | Decline:
+        """As `train`, under record-level differential privacy: no count of what curation did leaves."""
+        both = (*data.new, *(row.example for row in data.replay))
+        corpus = self._corpus(site, "train", both)
+        new = len(data.new) - sum(row < len(data.new) for row in corpus.dropped)
+        rows = rows_by_stage(site.train, self.config)
+        try:
+            paid = charge.visit(
+                self.lm,
+                self.config,
+                Work(corpus, new, rows, data.rounds_before, data.rounds),
+                payload,
+                number,
+                folder=site.folder,
+                ledger=site.ledger,
+                penalties=build_penalties(self.config.train.penalties, payload.adapter),
+                observers=[memory.step_log(site.folder, number)],
+            )
+        except BudgetSpent:
+            return Decline(site.client, "budget")
+        if paid is None:
+            return Decline(site.client, "idle")
+        result, spent = paid
+        return self._visit(site, Memory(number, stage=data.stage), result, spent=spent)
+
+    def _visit(
+        self, site: Site, at: Memory, result: FitResult, curated: Curated | None = None, spent: Spent | None = None
+    ) -> Visit:
         memory.save(site.folder, at)
         update = Update(site.client, result.delta, float(result.report.tokens), self.config.adapter.rank)
-        return Visit(update, result.report, chosen.counts if chosen else None)
+        return Visit(update, result.report, curated, spent)
 
     def evaluate(self, site: Site, payload: Payload) -> Score:
         """The received adapter's loss on the site's held-out examples, as sums.
@@ -122,7 +159,7 @@ class Worker:
     def _chosen(self, site: Site, number: int, payload: Payload) -> tuple[Sequence[Example], Choice | None]:
         """The rows that curation leaves for a round, and what it did; all of them where nothing is configured."""
         if not self.config.curate.steps:
-            return site.train, None
+            return tuple(site.train), None
         known = self._choices.get(site.client)
         made = choice.choose(site.train, self.config.curate, self._context(site, payload), site.folder, number, known)
         self._choices[site.client] = made

@@ -20,7 +20,7 @@ from apiary.config import UserError
 
 _GRACE_S = 10.0  # from asking a process to end to ending it
 _STEADY_S = 60.0  # a process that lived so long is not held to have failed at its start
-_LONGEST_PAUSE_S = 30.0
+_LONGEST_PAUSE_S = 15.0
 _LOG_BYTES = 20_000_000  # a log larger than this is begun anew at the next start; one older part is kept
 _DEATH_SIGNAL, _ADOPT_ORPHANS = 1, 36  # of prctl(2): PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -87,8 +87,11 @@ class Kept:
 
 
 def pause(failures: int) -> float:
-    """Seconds until a process that failed so often in a row is started again: 1, 2, 4 ... 30."""
-    return min(_LONGEST_PAUSE_S, 2.0 ** max(0, failures - 1))
+    """Seconds until a process that failed so often in a row is started again: 3, 6, 12, 15.
+
+    Never less: a server that asks every second must see that a SuperNode was gone, for its message is lost.
+    """
+    return min(_LONGEST_PAUSE_S, 3.0 * 2.0 ** max(0, failures - 1))
 
 
 @contextlib.contextmanager

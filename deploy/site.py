@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from apiary.config import UserError
-from deploy import flower, kits, processes
+from deploy import flower, guard, kits, processes
 from deploy.kits import Kit
 from deploy.processes import Kept
 
 _START_S = 300.0
-_GIVE_UP_S = 100.0  # an earlier session that was killed counts as online for a minute
+_GIVE_UP_S = 90.0  # an earlier session that was killed counts as online for a minute
 _REFUSED = ("[code: 2004]", "[code: 2001]", "Invalid SuperNode authentication")
 _NOT_TRUSTED = ("CERTIFICATE_VERIFY_FAILED", "certificate verify failed")
 _CONNECTED = "SuperNode ID:"
@@ -31,6 +31,7 @@ class Options(NamedTuple):
     data: Path
     model: str | None = None
     device: str | None = None
+    port: int | None = None  # of 127.0.0.1, where the SuperNode's own processes reach it; None: a free one
 
 
 class _Line(NamedTuple):
@@ -60,7 +61,7 @@ def run(kit: Kit, state: Path, options: Options) -> int:
         sockets = Path(tempfile.mkdtemp(prefix="apiary-"))
         path = sockets / "worker.sock"
         worker = _worker(kit, state, options, f"unix:{path}")
-        supernode = _supernode(kit, state, f"unix:{path}")
+        supernode = _supernode(kit, state, f"unix:{path}", options.port)
         try:
             code = _wait_for_worker(worker, path, end)
             if code is None and not end.is_set():
@@ -93,16 +94,17 @@ def _worker(kit: Kit, state: Path, options: Options, address: str) -> Kept:
     return Kept(command, processes.environment(state), state)
 
 
-def _supernode(kit: Kit, state: Path, address: str) -> Kept:
+def _supernode(kit: Kit, state: Path, address: str, port: int | None) -> Kept:
     command = [
         processes.program("flower-supernode"),
         *("--superlink", str(kit.server)),
         *("--root-certificates", str(kit.folder / kits.CA)),
         *("--auth-supernode-private-key", str(kit.folder / kits.SITE_KEY)),
-        *("--host", "127.0.0.1", "--port", str(processes.free_port())),
+        *("--host", "127.0.0.1", "--port", str(port or processes.free_port())),
         *("--node-config", f'site="{kit.site}" worker-address="{address}"'),
     ]
-    return Kept(command, processes.environment(state), state, state / "supernode.log")
+    guarded = guard.install(state / "bin", processes.environment(state))
+    return Kept(command, guarded, state, state / "supernode.log")
 
 
 def _wait_for_worker(worker: Kept, path: Path, end: threading.Event) -> int | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,36 +14,12 @@ from apiary import config as configs
 from apiary import runlog
 from apiary.config import RunConfig, UserError
 from apiary.runlog import Event, Observer
-from deploy import flower, kits, server
+from deploy import bundle, flower, kits, server
 
 _LOOK_S, _ASK_S = 0.5, 20.0  # how often the run's log is read, and Flower is asked whether the run is alive
 _SHOWN = 20  # runs
 _APP = "apiary-run"  # the folder that Flower bundles
 _NAME = re.compile(r"[^A-Za-z0-9._-]+")
-# What is sent to the sites is this and no more: each runs the code that it has installed.
-_MODULES = {"run_server": "from server.app import app", "run_client": "from client.app import app"}
-_PROJECT = """[project]
-name = "apiary-run"
-version = "1.0.0"
-description = "Runs what is installed at each site"
-license = { file = "LICENSE" }
-dependencies = ["flwr>=1.41.0"]
-
-[tool.flwr.app]
-publisher = "apiary"
-fab-format-version = 1
-flwr-version-target = "1.41.0"
-
-[tool.flwr.app.components]
-serverapp = "run_server:app"
-clientapp = "run_client:app"
-
-[tool.flwr.app.config]
-config = ""
-out = ""
-name = ""
-expected = 0
-"""
 
 
 def start(state: Path, config: RunConfig, out: Path, *, resume: bool = False) -> str:
@@ -71,7 +46,7 @@ def start(state: Path, config: RunConfig, out: Path, *, resume: bool = False) ->
         "name": run_name(out.name),
         "expected": max(config.strategy.min_clients, len(online)),
     }
-    app = make_app(state)
+    app = bundle.write(state / _APP)
     given = state / "run-config.toml"
     kits.write(given, "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()), 0o600)
     return str(flower.call(state, "run", str(app), options=("--run-config", str(given)))["run-id"])
@@ -97,18 +72,6 @@ def check_folder(config: RunConfig, out: Path, resume: bool) -> None:
 def run_name(text: str) -> str:
     """A name that every site takes: letters, digits, '.', '_' and '-', without a dot in front."""
     return _NAME.sub("-", text).lstrip(".")[:100] or "run"
-
-
-def make_app(state: Path) -> Path:
-    """The folder that Flower bundles: two modules that import the installed apps, the licence, and no code of ours."""
-    folder = state / _APP
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    (folder / "pyproject.toml").write_text(_PROJECT, encoding="utf-8")
-    (folder / "LICENSE").write_text("Apache License, Version 2.0\nhttp://www.apache.org/licenses/\n", encoding="utf-8")
-    for module, line in _MODULES.items():
-        (folder / f"{module}.py").write_text(f"{line}  # noqa: F401\n", encoding="utf-8")
-    return folder
 
 
 def follow(state: Path, run: str, out: Path, observers: Iterable[Observer]) -> str | None:

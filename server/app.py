@@ -9,11 +9,12 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from apiary import claims, continual, evaluate, models, prompts, results
 from apiary import config as configs
-from apiary import evaluate, models, prompts, results
 from apiary.batches import Corpus
 from apiary.config import RunConfig
-from apiary.exchange import Score
+from apiary.evaluate import HeldOut
+from apiary.exchange import Score, Spent
 from apiary.models import LanguageModel
 from apiary.probe import ModelProbe
 from apiary.runlog import RunLog
@@ -23,7 +24,7 @@ from server.rounds import Evaluation, Progress, Rounds
 from strategies import AGGREGATORS, ServerState
 
 
-def prepare(config: RunConfig, folder: Path, log: RunLog, held_out: Corpus | None) -> Rounds:
+def prepare(config: RunConfig, folder: Path, log: RunLog, held_out: HeldOut | None) -> Rounds:
     """The rounds of a run, from its newest checkpoint in `folder` or from the start.
 
     Args:
@@ -46,8 +47,9 @@ def prepare(config: RunConfig, folder: Path, log: RunLog, held_out: Corpus | Non
         state,
         log=log,
         progress=progress,
-        on_round=lambda state, progress: save(folder, state, progress),
-        evaluate=_measure(lm, held_out, config.seed) if held_out else None,
+        on_round=lambda state, progress: save(folder, config, state, progress),
+        evaluate=_measure(lm, held_out.corpus, config.seed) if held_out else None,
+        score_stages=continual.scorer(lm, held_out, config) if held_out else None,
     )
 
 
@@ -61,13 +63,14 @@ def _measure(lm: LanguageModel, held_out: Corpus, seed: int) -> Callable[[StateD
     return measure
 
 
-def save(folder: Path, state: ServerState, progress: Progress) -> None:
-    """Write a round's checkpoint."""
-    values = {**progress._asdict(), "best": dict(progress.best), "last_round": dict(progress.last_round), "spent": dict(progress.spent)}
-    checkpoint.save(folder / "checkpoints", state, values)
+def save(folder: Path, config: RunConfig, state: ServerState, progress: Progress) -> None:
+    """Write a round's checkpoint, and the account of the privacy spent."""
+    plain = {"best": dict(progress.best), "last_round": dict(progress.last_round), "spent": dict(progress.spent)}
+    checkpoint.save(folder / "checkpoints", state, {**progress._asdict(), **plain})
+    claims.write(folder, config, {client: Spent(*values) for client, values in progress.spent.items()})
 
 
-def make_app(log: RunLog | None = None, held_out: Corpus | None = None) -> ServerApp:
+def make_app(log: RunLog | None = None, held_out: HeldOut | None = None) -> ServerApp:
     """A ServerApp for one run; without a simulation around it, it keeps the whole run directory by itself.
 
     The run config holds `config` (the whole configuration as JSON), `out` (the run directory, on the server's disk) and
@@ -82,7 +85,7 @@ def make_app(log: RunLog | None = None, held_out: Corpus | None = None) -> Serve
         folder = Path(str(values["out"]))
         expected = int(values.get("expected", config.strategy.min_clients))
 
-        def federate(log: RunLog, held_out: Corpus | None) -> StateDict:
+        def federate(log: RunLog, held_out: HeldOut | None) -> StateDict:
             rounds = prepare(config, folder, log, held_out)
             adapter = rounds.run(grid, expected).adapter
             lm = models.load(config.model, config.adapter)

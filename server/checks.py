@@ -102,7 +102,8 @@ def _most_tokens(config: RunConfig, private: bool) -> int:
     """Tokens that may be reported for a step; under differential privacy these are expected rows."""
     if private:
         return config.privacy.batch_rows
-    return config.train.accumulate * max(config.train.batch_tokens, config.prompt.max_tokens)
+    batches = config.train.accumulate * (2 if config.continual.buffer else 1)  # one new, one replayed
+    return batches * max(config.train.batch_tokens, config.prompt.max_tokens)
 
 
 def _check_curated(curated: Curated | None, config: RunConfig, private: bool) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from apiary import claims, evaluate, examples, models, prompts, runlog, trackers
-from apiary.batches import Corpus
 from apiary.config import RunConfig, UserError
 from apiary.evaluate import HeldOut
 from apiary.models import LanguageModel
@@ -19,7 +18,7 @@ from apiary.runlog import RunLog
 from apiary.tensors import StateDict
 from server import checkpoint
 
-Federate = Callable[[RunLog, Corpus | None], StateDict]
+Federate = Callable[[RunLog, HeldOut | None], StateDict]
 
 
 def run(config: RunConfig, folder: Path, expected: int, federate: Federate) -> None:
@@ -39,7 +38,7 @@ def run(config: RunConfig, folder: Path, expected: int, federate: Federate) -> N
     log = _open(config, folder, expected)
     try:
         held_out = _held_out(config)
-        adapter = federate(log, held_out.corpus if held_out else None)
+        adapter = federate(log, held_out)
         metrics = _summarise(config, folder, adapter, held_out)
         metrics["seconds"] = round(time.monotonic() - began, 1)
         runlog.write_metrics(folder, metrics)

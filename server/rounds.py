@@ -27,7 +27,7 @@ from server.sampling import choose, panel
 from strategies import Aggregator, ServerState
 
 logger = logging.getLogger(__name__)
-_POLL_S = 0.05  # how often a grid is asked for new replies
+_POLL_S, _POLL_MOST_S = 0.05, 1.0  # between looks for something new: first, and while nothing comes
 _PULL = 8  # replies asked for at a time
 _AGAIN_S = 10.0  # how soon a node whose handshake failed in passing is asked again
 
@@ -169,14 +169,14 @@ class Rounds(Strategy):
     # -- who ------------------------------------------------------------------------------------
 
     def _wait_for(self, grid: Grid, expected: int) -> None:
-        deadline = time.monotonic() + self.config.strategy.join_timeout_s
+        deadline, pause = time.monotonic() + self.config.strategy.join_timeout_s, _Pause()
         while len(nodes := list(grid.get_node_ids())) < expected:
             if time.monotonic() > deadline:
                 raise RunFailed(
                     f"{len(nodes)} of {expected} clients joined within strategy.join_timeout_s = "
                     f"{self.config.strategy.join_timeout_s:g} s"
                 )
-            time.sleep(_POLL_S)
+            pause.sleep()
         self._greet(grid, patience=self.config.strategy.join_timeout_s)
         needed = min(self.config.strategy.min_clients, expected)
         if len(self._members) < needed:
@@ -187,13 +187,13 @@ class Rounds(Strategy):
     def _gather(self, grid: Grid, number: int) -> None:
         """Look who is there now; wait a while if that is fewer than a round may have."""
         needed = self.config.strategy.min_clients
-        deadline = time.monotonic() + self.config.strategy.join_timeout_s
+        deadline, pause = time.monotonic() + self.config.strategy.join_timeout_s, _Pause()
         self._greet(grid)
         while len(self._members) < needed:
             if time.monotonic() > deadline:
                 there = len(self._members)
                 raise RunFailed(f"round {number}: {there} clients are left, strategy.min_clients = {needed} are needed")
-            time.sleep(_POLL_S)
+            pause.sleep()
             self._greet(grid)
 
     def _greet(self, grid: Grid, patience: float = 0.0) -> None:
@@ -211,16 +211,16 @@ class Rounds(Strategy):
         if new := sorted(nodes - known):
             hellos = [Message(RecordDict(), node, records.HELLO, group_id="0") for node in new]
             self._greeted |= self._push(grid, hellos)
-        last = time.monotonic()
+        last, pause = time.monotonic(), _Pause()
         while self._greeted:
             answers = self._pull(grid, self._greeted)
             for node, reply in answers:
                 self._meet(node, reply)
-                last = time.monotonic()
+                last, pause = time.monotonic(), _Pause()
             if not answers:
                 if time.monotonic() - last >= patience:
                     return
-                time.sleep(_POLL_S)
+                pause.sleep(_PULL / max(_PULL, len(self._greeted)))
 
     def _meet(self, node: int, reply: Message) -> None:
         if reply.has_error():
@@ -310,7 +310,7 @@ class Rounds(Strategy):
         names = {member.node: client for client, member in self._members.items()}
         limit = self.config.strategy.deadline_s or math.inf
         deadline = time.monotonic() + limit
-        waiting = self._push(grid, messages)
+        waiting, pause = self._push(grid, messages), _Pause()
         for message in messages:
             if message.metadata.dst_node_id not in waiting.values():
                 self._refuse(names[message.metadata.dst_node_id], "it could not be reached", number)
@@ -321,8 +321,10 @@ class Rounds(Strategy):
                     self._refuse(names[node], reply.error.reason or "it failed without a reason", number)
                 else:
                     yield reply
-            if not arrived:
-                time.sleep(_POLL_S)
+            if arrived:
+                pause = _Pause()
+            else:
+                pause.sleep(_PULL / max(_PULL, len(waiting)))
         for node in waiting.values():
             self._refuse(names[node], f"no answer within {limit:g} s", number)
 
@@ -520,6 +522,18 @@ class Rounds(Strategy):
     def summary(self) -> None:
         """Log what this run is."""
         logger.info("%d rounds of %s", self.config.rounds, self.config.strategy.name)
+
+
+class _Pause:
+    """Sleeps between looks, longer each time: a look at a distant grid is a call over the network."""
+
+    def __init__(self) -> None:
+        self._seconds = _POLL_S
+
+    def sleep(self, share: float = 1.0) -> None:
+        """Sleep a `share` of the pause, where a look asks for that share of what may come."""
+        time.sleep(self._seconds * share)
+        self._seconds = min(_POLL_MOST_S, self._seconds * 1.3)
 
 
 def _summed(reports: Sequence[FitReport]) -> dict[str, float]:

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from apiary import config as configs
-from apiary import evaluate, models, prompts, runlog, trackers
+from apiary import continual, draws, evaluate, models, prompts, runlog, trackers
 from apiary.config import RunConfig, UserError
 from apiary.report import write_report
 from apiary.runlog import RunLog
@@ -64,6 +64,9 @@ def plan(config: RunConfig) -> Plan:
             f"strategy.min_clients = {config.strategy.min_clients}: there are {len(federation.clients)} clients; "
             "lower it or raise data.clients"
         )
+    if config.privacy.unit == "record":
+        for client in federation.clients:
+            draws.histories(config, continual.rows_by_stage(client.train, config), noise=1.0)
     if not federation.test:
         raise UserError("no held-out examples: set data.test_fraction above 0, or data.test to a held-out source")
     lm = models.load(config.model, config.adapter)
@@ -102,7 +105,7 @@ def simulate(
     log = _open_log(config, folder, observers, len(prepared.federation.clients))
     try:
         _report_rows(log, prepared)
-        app = make_app(log, prepared.held_out.corpus)
+        app = make_app(log, prepared.held_out)
         ENGINES.build(config.simulate.engine, config=config)(app, config, len(prepared.federation.clients), folder)
         adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
         metrics = summarise(prepared, adapter, folder, log)
@@ -170,7 +173,8 @@ def _report_rows(log: RunLog, prepared: Plan) -> None:
         for line in report.lines():
             log.event("warning", message=line)
     config, federation, lm, template, held_out = prepared
-    for line in evaluate.data_warnings(federation, held_out, template, lm, config):
+    lines = evaluate.data_warnings(federation, held_out, template, lm, config)
+    for line in [*lines, *continual.unmeasured(held_out, config)]:
         log.event("warning", message=line)
 
 

@@ -35,7 +35,10 @@ SPEAKS_FLOWER = {
     "apiary/records.py",
     "server/app.py",
     "server/rounds.py",
+    "client/answers.py",
     "client/app.py",
+    "client/service.py",
+    "deploy/guard.py",
     "simulation/engines.py",
     "simulation/local.py",
 }

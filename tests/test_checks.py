@@ -55,7 +55,7 @@ def test_an_honest_answer_is_taken(changes: dict[str, Any], overrides: list[str]
         ({"loss": math.nan}, [], "its loss is nan"),
         ({"replayed": 20}, [], "20 replayed tokens"),
         ({"replayed": -1}, REPLAYING, "-1 replayed"),
-        ({"replayed": 3 * 1024}, REPLAYING, "tokens in 3 steps"),  # with the new ones more than a step holds
+        ({"replayed": 6 * 1024}, REPLAYING, "tokens in 3 steps"),  # with the new ones more than a step holds
         ({"curated": Curated(100, 70, {"duplicates": 10})}, CURATING, "that cannot be"),
         ({"curated": Curated(100, 130, {"duplicates": -30})}, CURATING, "that cannot be"),
         ({"curated": Curated(100, 70, {"the text of a row": 30})}, CURATING, "1 steps that curate.steps does not"),

@@ -11,21 +11,29 @@ from typing import Any
 
 import numpy as np
 import pytest
+import small_models
 from conftest import overrides_for
 from fake_run import fake_metrics
+from flwr.common.serde import recorddict_to_proto
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
 from apiary import config as configs
 from apiary import continual as measures
+from apiary import models, records
 from apiary.config import ContinualConfig, RunConfig, UserError
-from apiary.examples import ClientData, Example, Federation, Turn
+from apiary.evaluate import HeldOut, Measured
+from apiary.examples import ClientData, Example, Federation, Turn, read
+from apiary.exchange import Payload, Visit
 from apiary.report import render
 from apiary.report.data import parse_metrics
+from apiary.runlog import read_events
 from client import continual, memory
-from client.continual import Buffer, Rule
+from client.continual import Buffer
 from client.trainer import Cursor
+from client.worker import Site, Worker
+from simulation.run import simulate
 
 
 def example(number: int, skill: str = "sort") -> Example:
@@ -257,6 +265,8 @@ def test_a_run_that_goes_back_finds_the_buffer_of_that_moment(tmp_path: Path, po
     expected = {number: straight.visit(number) for number in range(1, 7)}
     for number in (1, 2, 3, 2, 3, 3, 4, 5, 4, 5, 6, 5, 6):  # as far back as a server goes, over stage ends
         assert broken.visit(number) == expected[number]
+        ahead = broken.folder / "buffer-0003.jsonl"  # of a stage that is to be done again, perhaps on other rows
+        assert ahead.exists() == (number > 4)
     names = sorted(path.name for path in broken.folder.glob("buffer-*"))
     assert names == sorted(path.name for path in straight.folder.glob("buffer-*"))
     for name in names:
@@ -272,7 +282,8 @@ def test_only_versions_that_a_resumed_run_can_need_are_kept(tmp_path: Path) -> N
     assert sorted(p.name for p in tmp_path.glob("buffer-*")) == [f"buffer-{n:04d}.jsonl" for n in (8, 9, 10)]
     again = client.visit(9)  # a round, and so a stage, back
     assert again.stage == 8
-    assert again.replay == continual.admit(Buffer(continual.rule(settings.continual, 0, "a", 50)), client.rows[:40], 0).rows
+    once = continual.admit(Buffer(continual.rule(settings.continual, 0, "a", 50)), client.rows[:40], 0)
+    assert [row.digest for row in again.replay] == [row.digest for row in once.rows]
 
 
 def test_no_buffer_is_no_file_and_no_stages_are_all_rows(tmp_path: Path) -> None:
@@ -301,6 +312,18 @@ def test_rows_of_no_stage_are_left_out_and_told() -> None:
     poor = federation._replace(clients=(*clients, ClientData("c", (example(1, "lookup"),), ())))
     with pytest.raises(UserError, match="client 'c' has no row of any stage"):
         measures.within(poor, run_config(stages=(("sort",), ("dates",))))
+
+
+def test_a_stage_that_cannot_be_measured_is_told() -> None:
+    held_out = HeldOut(tuple(rows_of(3, "sort")), small_models.make_corpus(3), (), ("", "", ""))
+    run = Measured(np.array([1.0, 2.0, 3.0]), np.array([2.0, 2.0, 2.0]), np.array([1.0, 0.0, 1.0]))
+    scores = measures.by_stage(run, held_out, run_config())
+    assert scores["n"] == [3, 0, 0]
+    assert (scores["losses"][0], scores["accuracies"][0]) == (1.0, pytest.approx(2 / 3))
+    assert np.isnan(scores["losses"][1:]).all()
+    (line,) = measures.unmeasured(held_out, run_config())
+    assert line.startswith("stages 2 and 3 have no held-out example")
+    assert measures.unmeasured(held_out, configs.load()) == []
 
 
 def test_a_class_label_may_be_the_task() -> None:
@@ -401,3 +424,137 @@ def test_the_heat_map_falls_back_on_losses_and_says_when_nothing_was_lost() -> N
 
 
 # -- end to end -------------------------------------------------------------------------------------
+
+
+def staged(model: Path, rows: Path, *more: str) -> list[str]:
+    stages = 'continual.stages=[["first"], ["last"]]'
+    quiet = ["evaluate.baselines=[]", "evaluate.generate=false", "evaluate.max_examples=20"]
+    return [*overrides_for(model, rows), "rounds=4", stages, "continual.buffer=0.3", *quiet, *more]
+
+
+def run(folder: Path, overrides: list[str], **keys: Any) -> dict[str, Any]:
+    return simulate(configs.load(None, overrides), folder, **keys)
+
+
+def adapter_bytes(folder: Path) -> bytes:
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def events_of(folder: Path, kind: str) -> list[dict[str, Any]]:
+    return [event for event in read_events(folder) if event["event"] == kind]
+
+
+def test_a_run_in_stages_measures_each_stage_and_tells_it(tmp_path: Path, tiny_model: Path, rows_file: Path) -> None:
+    more = ("evaluate.generate=true", 'evaluate.baselines=["central"]')
+    saved: list[bool] = []
+
+    def note(event: dict[str, Any]) -> None:
+        if event["event"] == "stage":
+            saved.append((tmp_path / "checkpoints" / f"round-{event['round']:04d}").exists())
+
+    metrics = run(tmp_path, staged(tiny_model, rows_file, *more), observers=[note])
+    assert saved == [False] * 3  # told before the checkpoint: a kill between the two loses no measurement
+    part = metrics["continual"]
+    assert [(e["round"], e["stage"]) for e in events_of(tmp_path, "stage")] == [(0, 0), (2, 1), (4, 2)]
+    assert np.shape(part["loss"]) == np.shape(part["accuracy"]) == (3, 2)
+    assert min(part["n"]) > 0
+    assert sum(part["n"]) == metrics["table"][0]["n"]
+    federated = next(row for row in metrics["table"] if row["method"] == "federated")
+    assert np.average(part["accuracy"][2], weights=part["n"]) == pytest.approx(federated["accuracy"])
+    assert part["loss"][2][1] < part["loss"][1][1]  # the second stage taught what the first did not
+    assert part["overall"]["loss"][-1] == pytest.approx(np.mean(part["loss"][2]))
+    assert set(part["joint"]) == {"central"}
+    assert "stage by stage" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    for event in events_of(tmp_path, "client"):
+        assert (event["replayed"] > 0) == (event["round"] > 2)
+        assert event["tokens"] > 0
+
+
+def test_replayed_tokens_do_not_weigh(tmp_path: Path, tiny_model: Path, rows_file: Path) -> None:
+    """A client rich in kept rows must not outweigh the others: only new tokens count."""
+    worker = Worker(configs.load(None, staged(tiny_model, rows_file)))
+    site = site_of(tmp_path, rows_file)
+    adapter = models.fresh_adapter(worker.lm, 0)
+    visits = [worker.train(site, number, Payload(adapter, {})) for number in (1, 2, 3)]
+    last = visits[-1]
+    assert isinstance(last, Visit)
+    assert last.report.replayed > 0
+    steps = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+    assert last.update.weight == last.report.tokens == sum(s["tokens"] for s in steps if s["round"] == 3)
+    assert last.report.replayed == sum(s["replayed"] for s in steps if s["round"] == 3)
+    worker.train(site, 4, Payload(adapter, {}))
+    before, after = (memory.load(tmp_path, number + 1) for number in (3, 4))
+    assert (before.stage, after.stage) == (1, 1)
+    assert Cursor() < before.replay < after.replay  # the buffer is walked on, too
+
+
+def site_of(folder: Path, rows_file: Path) -> Site:
+    rows = read(str(rows_file)).examples
+    return Site("a", rows[:60], rows[60:70], folder, folder / "ledger.json")
+
+
+def test_nothing_of_the_buffer_is_in_a_reply(tmp_path: Path, tiny_model: Path, rows_file: Path) -> None:
+    worker = Worker(configs.load(None, staged(tiny_model, rows_file)))
+    site = site_of(tmp_path, rows_file)
+    adapter = models.fresh_adapter(worker.lm, 0)
+    for number in (1, 3):
+        answer = worker.train(site, number, Payload(adapter, {}))
+    sent = records.train_reply(answer)
+    body = recorddict_to_proto(sent).SerializeToString() + pickle.dumps(answer)
+    stored = continual.load(tmp_path, 1)
+    assert len(stored) == 18
+    for row in stored:
+        assert row.digest.encode() not in body
+        assert not any(turn.text.encode() in body for turn in row.example.turns if len(turn.text) > 12)
+    assert {name for record in sent.array_records.values() for name in record} == set(adapter)
+
+
+class Killed(BaseException):
+    """Ends the run where it is raised, as a kill would."""
+
+
+def killer(kind: str, number: int) -> Any:
+    def observe(event: dict[str, Any]) -> None:
+        if event["event"] == kind and event.get("round") == number:
+            raise Killed
+
+    return observe
+
+
+@pytest.mark.parametrize("policy", ["reservoir", "poisson"])
+def test_killed_at_any_point_a_run_in_stages_resumes_bit_for_bit(
+    tmp_path: Path, tiny_model: Path, rows_file: Path, policy: str
+) -> None:
+    overrides = staged(tiny_model, rows_file, "rounds=5", f"continual.policy={policy}")  # stages of 3 and 2 rounds
+    whole = run(tmp_path / "whole", overrides)
+    # Within the first stage; at its end, after the measurement and before the checkpoint; in the first visits of the
+    # second, whose buffer is then on disk; and before the first round is saved.
+    for at in (("stage", 0), ("client", 1), ("client", 3), ("stage", 3), ("client", 4), ("round", 5), ("stage", 5)):
+        with pytest.raises(Killed):
+            run(tmp_path / "broken", overrides, resume=(tmp_path / "broken").exists(), observers=[killer(*at)])
+    resumed = run(tmp_path / "broken", overrides, resume=True)
+    assert adapter_bytes(tmp_path / "broken") == adapter_bytes(tmp_path / "whole")
+    assert resumed["continual"] == whole["continual"]
+    assert [e["stage"] for e in events_of(tmp_path / "broken", "stage")] == [0, 1, 2]
+    for path in sorted((tmp_path / "whole" / "clients").rglob("buffer-*")):
+        twin = tmp_path / "broken" / path.relative_to(tmp_path / "whole")
+        assert twin.read_bytes() == path.read_bytes()
+
+
+def test_without_a_buffer_stages_are_forgotten_and_the_buffer_changes_the_result(
+    tmp_path: Path, tiny_model: Path, rows_file: Path
+) -> None:
+    run(tmp_path / "none", staged(tiny_model, rows_file, "continual.buffer=0.0"))
+    run(tmp_path / "kept", staged(tiny_model, rows_file))
+    assert adapter_bytes(tmp_path / "none") != adapter_bytes(tmp_path / "kept")
+    first = [events_of(tmp_path / name, "stage")[1]["losses"] for name in ("none", "kept")]
+    assert first[0] == first[1]  # the first stage has nothing to replay
+    assert not list((tmp_path / "none").rglob("buffer-*"))
+
+
+def test_wrong_stages_are_one_line_before_anything_is_written(
+    tmp_path: Path, tiny_model: Path, rows_file: Path
+) -> None:
+    with pytest.raises(UserError, match=r"continual\.stages names 'frist'"):
+        run(tmp_path / "run", [*overrides_for(tiny_model, rows_file), 'continual.stages=[["frist"]]'])
+    assert not (tmp_path / "run").exists()

@@ -64,25 +64,27 @@ def test_it_runs_as_a_number_that_is_not_root() -> None:
         assert STAGES[name].all("RUN") == []  # nothing is done after root is left
 
 
-@pytest.mark.parametrize(
-    ("name", "command", "needed"),
-    [
-        ("server", "flower-superlink", {"--disable-runtime-dependency-installation", "0.0.0.0"}),
-        ("client", "flower-supernode", set()),
-    ],
-)
-def test_the_entry_point_is_a_list_behind_an_init(name: str, command: str, needed: set[str]) -> None:
+@pytest.mark.parametrize("name", ["server", "client"])
+def test_the_entry_point_is_a_list_behind_an_init(name: str) -> None:
     (entry,) = STAGES[name].all("ENTRYPOINT")
     words = json.loads(entry)
-    assert words[0] == "tini"
-    assert command in words
-    assert needed <= set(words)
-    assert "--allow-runtime-dependency-installation" not in words
-    help_text = subprocess.run(
-        [str(Path(sys.executable).with_name(command)), "--help"], capture_output=True, text=True
-    ).stdout
+    assert words[:7] == ["tini", "-g", "--", "apiary", "deploy", name, "/kit"]
+    state = words[words.index("--state") + 1]
+    assert state in json.loads(STAGES["runtime"].all("VOLUME")[0])
+    command = [str(Path(sys.executable).with_name("apiary")), "deploy", name, "--help"]
+    wide = {**os.environ, "COLUMNS": "200"}
+    help_text = subprocess.run(command, capture_output=True, text=True, env=wide).stdout
     for option in (word for word in words if word.startswith("--") and word != "--"):
         assert option in help_text, option
+
+
+def test_a_site_publishes_no_port_and_the_server_one() -> None:
+    assert STAGES["client"].all("EXPOSE") == [] and STAGES["runtime"].all("EXPOSE") == []
+    (port,) = STAGES["server"].all("EXPOSE")
+    assert f":{port}/health" in STAGES["server"].all("ENV")[0]
+    (entry,) = STAGES["client"].all("ENTRYPOINT")
+    words = json.loads(entry)
+    assert f":{words[words.index('--port') + 1]}/health" in STAGES["client"].all("ENV")[0]
 
 
 def test_models_come_from_a_volume_and_nothing_is_fetched_at_run_time() -> None:

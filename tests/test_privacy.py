@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 import os
 import signal
 import stat
@@ -16,15 +15,17 @@ import numpy as np
 import pytest
 from dp_accounting import NeighboringRelation
 from dp_accounting.pld import PLDAccountant
+from dp_accounting.rdp.rdp_privacy_accountant import DEFAULT_RDP_ORDERS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, stats
 from test_cli import apiary, assert_refused, with_overrides
 
 from apiary import privacy
-from apiary.config import PrivacyConfig, UserError, parse
+from apiary.config import PrivacyConfig, RunConfig, UserError, parse
 from apiary.noise import KEY_FILE, SecretNoise, load_key, request_digest
-from apiary.privacy import BudgetSpent, Entry, Ledger, Mechanism, charge, epsilon, pay, spent
+from apiary.privacy import BudgetSpent, Entry, Ledger, Mechanism, charge, epsilon, pay, spent, would_spend
+from apiary.privacy_plan import plan
 
 DELTA = 1e-5
 KEY = bytes(range(32))
@@ -44,9 +45,12 @@ def opacus(kind: str, run: Mechanism) -> object:
 
 @pytest.mark.parametrize("run", CASES, ids=str)
 def test_renyi_epsilon_is_that_of_opacus(run: Mechanism) -> None:
-    assert epsilon([run], DELTA, "rdp") == pytest.approx(opacus("rdp", run).get_epsilon(DELTA), rel=1e-3)
+    theirs = opacus("rdp", run).get_epsilon(DELTA, alphas=DEFAULT_RDP_ORDERS)
+    # Between whole orders dp_accounting bounds the moment from above, by up to half a percent; Opacus' is exact.
+    assert theirs * (1 - 1e-9) <= epsilon([run], DELTA, "rdp") <= theirs * 1.003
 
 
+@pytest.mark.filterwarnings("ignore:divide by zero")
 @pytest.mark.parametrize("run", CASES, ids=str)
 def test_tight_epsilon_lies_within_the_bounds_of_opacus(run: Mechanism) -> None:
     """Gopi et al. 2021 bound the truth from both sides; ours must not be below the truth, nor far above."""
@@ -102,7 +106,8 @@ def test_the_ends_of_the_scale() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rate", "steps", "budget"), [(0.05, 36, 8.0), (0.05, 2000, 8.0), (0.22, 36, 1.0), (1.0, 10, 3.0), (0.01, 5, 0.2)]
+    ("rate", "steps", "budget"),
+    [(0.05, 36, 8.0), (0.05, 2000, 8.0), (0.22, 36, 1.0), (1.0, 10, 3.0), (0.01, 5, 0.2), (0.001, 1, 0.005)],
 )
 def test_calibration_is_the_inverse_and_never_above_the_budget(rate: float, steps: int, budget: float) -> None:
     noise = privacy.calibrate(lambda z: [Mechanism(z, rate, steps)], budget, DELTA)
@@ -115,28 +120,34 @@ def test_no_noise_keeps_to_an_impossible_budget() -> None:
         privacy.calibrate(lambda _: [Mechanism(1.0, 0.5, 100)], 0.1, DELTA)
 
 
-def config(rounds: int = 4, **keys: object) -> object:
-    return parse(
-        {"rounds": rounds, "train": {"steps": 3}, "evaluate": {"clients": False}, "privacy": {"unit": "record", **keys}}
-    )
+def config(rounds: int = 4, steps: int = 3, **keys: object) -> RunConfig:
+    return parse({"rounds": rounds, "train": {"steps": steps}, "privacy": {"unit": "record", **keys}})
 
 
 def test_a_run_as_planned_ends_within_its_budget() -> None:
-    each = privacy.round_of(config(batch_rows=50), 1000)
-    assert each[1:] == (0.05, 3)
-    spent_by_round = privacy.epsilon_by_round(each, 4, DELTA)
-    assert spent_by_round == sorted(spent_by_round)
-    assert 7.9 < spent_by_round[-1] <= 8.0
+    made = plan(config(batch_rows=50), 1000)
+    assert [line.steps for line in made.lines] == [3, 6, 9, 12]
+    for line in made.lines:
+        assert line.pld == pytest.approx(directly([Mechanism(made.noise_multiplier, 0.05, line.steps)]), rel=2e-3)
+    assert 7.9 < made.lines[-1].pld <= 8.0 < made.lines[-1].rdp
+    assert plan(config(batch_rows=50, accountant="rdp"), 1000).lines[-1].rdp <= 8.0
 
 
-def test_epochs_become_a_public_number_of_steps() -> None:
-    run = config(batch_rows=30, noise_multiplier=1.0).model_copy(deep=True)
-    run = parse({**run.model_dump(), "train": {"epochs": 1.5}})
-    assert privacy.round_of(run, 100).steps == 5  # 1.5 * 100 / 30
+def test_a_plan_with_stages_is_that_of_the_worst_cohort() -> None:
+    """Of 300 rows in the first of two stages about 60 stay in the buffer, each drawn with chance 15 / 60 later on."""
     run = parse(
-        {**run.model_dump(), "train": {"epochs": 1.0}, "privacy": {**run.privacy.model_dump(), "batch_rows": 7}}
+        {
+            "rounds": 2,
+            "train": {"steps": 5},
+            "privacy": {"unit": "record", "batch_rows": 30, "noise_multiplier": 1.0},
+            "continual": {"stages": [["a"], ["b"]], "buffer": 0.2, "replay": 0.5, "policy": "poisson"},
+        }
     )
-    assert privacy.round_of(run, 49).steps == 7  # and not one more for the last bit of a fraction
+    made = plan(run, 600)
+    assert made.rows == (300, 300)
+    first = [Mechanism(1.0, 0.1, 5), Mechanism(1.0, 0.25, 5)]  # new in round 1, kept in round 2
+    assert made.lines[-1].pld == pytest.approx(directly(first), rel=2e-3)
+    assert made.lines[-1].pld > directly([Mechanism(1.0, 0.05, 5)])  # the rows of the second stage
 
 
 def test_settings_that_cannot_keep_the_promise_are_refused() -> None:
@@ -174,9 +185,9 @@ def test_a_release_costs_once_and_another_one_again() -> None:
 
 
 def test_rows_pay_for_what_their_own_cohort_met() -> None:
-    """A row of stage 1 is drawn often while it is new and seldom from the buffer; one of stage 2 is drawn later only."""
+    """A row of stage 1 is drawn often while new and seldom from the buffer; one of stage 2 is not drawn before."""
     ledger = filled(
-        entry(1, partition="p", one=0.1), entry(2, partition="p", one=0.02, two=0.1), entry(3, one=0.1, run="before")
+        entry(1, partition="p", one=0.1), entry(2, partition="p", one=0.02, two=0.1), entry(3, all=0.1, run="before")
     )
     first = [Mechanism(1.0, 0.1, 30), Mechanism(1.0, 0.02, 30), Mechanism(1.0, 0.1, 30)]
     second = [Mechanism(1.0, 0.1, 60)]
@@ -201,17 +212,16 @@ def test_an_empty_ledger_has_spent_nothing() -> None:
 def test_a_client_stops_before_its_budget_breaks(tmp_path: Path) -> None:
     path, settings_ = tmp_path / "ledger.json", PrivacyConfig(epsilon=3.5)
     paid = 0
+    while would_spend(privacy.load_ledger(path), entry(paid + 1), DELTA).epsilon <= 3.5:
+        bill = pay(path, entry(paid + 1), settings_)
+        paid += 1
+        assert bill.epsilon == pytest.approx(directly([Mechanism(1.0, 0.05, 30 * paid)]), rel=2e-3)
+    assert paid > 1
     with pytest.raises(BudgetSpent, match=r"of 3\.5"):
-        for number in range(1, 100):
-            bill = pay(path, entry(number), settings_)
-            assert bill.epsilon <= 3.5
-            paid = number
-    assert 1 < paid < 99
+        pay(path, entry(paid + 1), settings_)
     assert len(privacy.load_ledger(path).entries) == paid  # what was refused is not charged
     assert epsilon([Mechanism(1.0, 0.05, 30 * (paid + 1))], DELTA) > 3.5
     assert pay(path, entry(paid), settings_).epsilon == bill.epsilon  # the same release again is free
-    with pytest.raises(BudgetSpent):
-        pay(path, entry(paid + 1), settings_)
 
 
 def test_the_looser_accountant_stops_sooner(tmp_path: Path) -> None:
@@ -248,21 +258,22 @@ def test_a_charge_outlives_a_kill_in_the_middle_of_training(tmp_path: Path) -> N
     assert pay(path, entry(2, "another adapter"), settings_).steps == 90
 
 
-def _pay_many(path: Path, run: str) -> None:
-    for number in range(1, 11):
-        pay(path, entry(number, run=run), PrivacyConfig(epsilon=1e6, accountant="rdp"))
+_VISITS = """
+import sys
+from pathlib import Path
+from apiary.config import PrivacyConfig
+from apiary.privacy import Entry, pay
+for number in range(5):
+    entry = Entry(sys.argv[2], number, "r", 1.0, 30, {"all": 0.05})
+    pay(Path(sys.argv[1]), entry, PrivacyConfig(epsilon=1e6, accountant="rdp"))
+"""
 
 
 def test_two_processes_lose_no_charge(tmp_path: Path) -> None:
     path = tmp_path / "ledger.json"
-    spawn = multiprocessing.get_context("spawn")
-    workers = [spawn.Process(target=_pay_many, args=(path, run)) for run in "ab"]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert [worker.exitcode for worker in workers] == [0, 0]
-    assert len(privacy.load_ledger(path).entries) == 20
+    children = [subprocess.Popen([sys.executable, "-c", _VISITS, path, run]) for run in "ab"]
+    assert [child.wait() for child in children] == [0, 0]
+    assert len(privacy.load_ledger(path).entries) == 10
 
 
 @pytest.mark.parametrize(
@@ -362,6 +373,16 @@ def test_the_stream_is_aes_in_counter_mode_under_a_derived_key() -> None:
     expected = [(int.from_bytes(words[i : i + 8], "little") >> 11) / 2**53 for i in range(0, 48, 8)]
     stream = SecretNoise(KEY, "rows", "r")
     assert [*stream.uniform(1), *stream.uniform(5)] == expected
+
+
+def test_each_normal_number_is_made_of_four() -> None:
+    """Holohan and Braghin 2021: four by Box and Muller's transform, of eight uniform numbers, added and halved."""
+    uniform = SecretNoise(KEY, "noise", "r").uniform(8 * 3).reshape(2, 4, 3)
+    for i, draw in enumerate(SecretNoise(KEY, "noise", "r").normal(3)):
+        four = [
+            math.sqrt(-2 * math.log(1 - uniform[0, j, i])) * math.cos(2 * math.pi * uniform[1, j, i]) for j in range(4)
+        ]
+        assert draw == pytest.approx(sum(four) / 2, rel=1e-12)
 
 
 def test_rows_are_drawn_by_themselves_each_at_its_own_rate() -> None:

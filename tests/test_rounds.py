@@ -523,7 +523,9 @@ def test_patience_stops_and_is_kept_by_the_checkpoint() -> None:
 def test_a_resumed_run_knows_the_best_loss(tmp_path: Path) -> None:
     overrides = ["rounds=5", "evaluate.patience=2"]
     worse = clients(loss=lambda i, number: 1.0 + abs(number - 1))  # the best is after round 1
-    made, _ = rounds(["rounds=2", *overrides[1:]], on_round=lambda state, progress: save(tmp_path, state, progress))
+    made, _ = rounds(
+        ["rounds=2", *overrides[1:]], on_round=lambda state, progress: save(tmp_path, made.config, state, progress)
+    )
     made.run(LocalGrid(worse, 3), 3)
     found = checkpoint.load(tmp_path / "checkpoints")
     assert found is not None

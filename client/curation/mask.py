@@ -67,31 +67,37 @@ def _check_regions(regions: Sequence[str]) -> None:
 
 
 def _masked(example: Example, finders: Sequence[tuple[str, Finder]]) -> Example:
-    texts = [turn.text for turn in example.turns]
-    for name, find in finders:
-        texts = _replace(texts, name, find)
-    if texts == [turn.text for turn in example.turns]:
+    before = [turn.text for turn in example.turns]
+    texts, made = before, list(before)
+    numbers: dict[str, dict[str, int]] = {name: {} for name, _ in finders}
+    first = {name: _highest(before, name) + 1 for name, _ in finders}
+    while True:  # a detail that leant on another shows only once that one is gone
+        for name, find in finders:
+            made = [_replace(text, name, find, numbers[name], first[name]) for text in made]
+        if made == texts:
+            break
+        texts = made
+    if texts == before:
         return example
     turns = (turn._replace(text=text) for turn, text in zip(example.turns, texts, strict=True))
     return example._replace(turns=tuple(turns))
 
 
-def _replace(texts: Sequence[str], name: str, find: Finder) -> list[str]:
-    """The texts with each found value as `<NAME_k>`, k counting on from the placeholders already there."""
-    there = [int(k) for text in texts for k in re.findall(rf"<{name}_(\d{{1,6}})>", text)]
-    numbers: dict[str, int] = {}
-    first = max(there, default=0) + 1
-    made = []
-    for text in texts:
-        parts, at = [], 0
-        for start, end, value in sorted(find(text)):
-            if start < at:
-                continue  # inside the one before
-            number = numbers.setdefault(value, first + len(numbers))
-            parts += [text[at:start], f"<{name}_{number}>"]
-            at = end
-        made.append("".join([*parts, text[at:]]))
-    return made
+def _highest(texts: Sequence[str], name: str) -> int:
+    """The highest number of a placeholder that is there already."""
+    return max((int(k) for text in texts for k in re.findall(rf"<{name}_(\d{{1,6}})>", text)), default=0)
+
+
+def _replace(text: str, name: str, find: Finder, numbers: dict[str, int], first: int) -> str:
+    """The text with each found value as `<NAME_k>`; values not yet in `numbers` are added, counting on from `first`."""
+    parts, at = [], 0
+    for start, end, value in sorted(find(text)):
+        if start < at:
+            continue  # inside the one before
+        number = numbers.setdefault(value, first + len(numbers))
+        parts += [text[at:start], f"<{name}_{number}>"]
+        at = end
+    return "".join([*parts, text[at:]])
 
 
 # --- e-mail

@@ -68,7 +68,7 @@ def curate_file(
     methods, remarks = _methods(settings, bool(against), adapter is not None)
     needs_model = any(step.needs_model for _, step in build_steps(methods))
     reader = _reader(settings, adapter, overrides) if needs_model else None
-    made = curate(source.examples, methods, Context(settings.seed, data, against, reader))
+    made = curate(source.examples, methods, Context(settings.seed, "", against, reader))
     lines = [line for part in (source, apart) if part for file in part.reports for line in file.lines()]
     write_atomic(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in as_rows(made.examples)))
     from client.curation.page import render  # Jinja is not needed where a worker curates

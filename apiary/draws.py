@@ -1,0 +1,125 @@
+"""How a client's rows are drawn under differential privacy, round by round, and the noise that this asks for.
+
+All of it follows from the configuration and the number of rows in each stage, which are public: so the whole run can be
+planned, and its noise found, before anything is trained.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from apiary.config import RunConfig, UserError
+from apiary.privacy import Accountant, Mechanism, calibrate, sample_rate
+from apiary.stages import rounds_of, stage_of
+
+
+class Draw(NamedTuple):
+    """A round: in each of its `steps`, each row is drawn by itself with the chance of its kind."""
+
+    steps: int
+    new: float  # chance of a row of the round's own stage
+    old: float  # chance of a row that is kept from an earlier stage
+    stage: int  # from 0
+
+
+def draw(config: RunConfig, rows: Sequence[int], number: int) -> Draw | None:
+    """How rows are drawn in round `number`; None where the client has no rows for its stage.
+
+    `privacy.batch_rows` are expected in a step, `continual.replay` of them from the buffer once there is one. The steps
+    are `train.steps`, or as many as expect to see each new row `train.epochs` times.
+
+    Args:
+        config: the run.
+        rows: the client's training rows in each stage, before curation; without stages one number.
+        number: the round, from 1.
+
+    Raises:
+        UserError: more rows expected in a step than there are, or a delta that protects nobody.
+    """
+    stages, privacy, train = config.continual.stages, config.privacy, config.train
+    stage = stage_of(number, config.rounds, len(stages)) if stages else 0
+    if not rows[stage]:
+        return None
+    whole = sample_rate(privacy, rows[stage])
+    kept = _kept_share(config, sum(rows)) * sum(rows[:stage])  # expected rows of the buffer
+    share = config.continual.replay if kept else 0.0
+    new = (1 - share) * whole
+    old = min(1.0, share * privacy.batch_rows / kept) if kept else 0.0
+    steps = train.steps or 1 if train.epochs is None else math.ceil(round(train.epochs / new, 6))
+    return Draw(steps, new, old, stage)
+
+
+def _kept_share(config: RunConfig, rows: int) -> float:
+    """The chance of a row to stay in the buffer when its stage is over."""
+    buffer = config.continual.buffer
+    return buffer if buffer < 1 else min(1.0, int(buffer) / max(rows, 1))
+
+
+def rates(made: Draw) -> dict[str, float]:
+    """The chances of a round by cohort: the rows that came in stage j are cohort j, for the ledger."""
+    earlier = {str(stage): made.old for stage in range(made.stage) if made.old}
+    return {**earlier, str(made.stage): made.new}
+
+
+def partition(config: RunConfig) -> str:
+    """What names the way in which rows are parted into cohorts; empty without stages."""
+    if not config.continual.stages:
+        return ""
+    text = json.dumps([config.continual.by, config.continual.stages])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def histories(config: RunConfig, rows: Sequence[int], noise: float, rounds: int | None = None) -> list[list[Mechanism]]:
+    """What the rows of each cohort meet in the first `rounds` rounds (all of them where None), a history each.
+
+    Raises:
+        UserError: as `draw`.
+    """
+    planned = [draw(config, rows, number) for number in range(1, (rounds or config.rounds) + 1)]
+    met: list[Mapping[str, Mechanism]] = [
+        {cohort: Mechanism(noise, rate, made.steps) for cohort, rate in rates(made).items()} for made in planned if made
+    ]
+    cohorts = sorted({cohort for one in met for cohort in one})
+    return [[one[cohort] for one in met if cohort in one] for cohort in cohorts]
+
+
+def noise_multiplier(config: RunConfig, rows: Sequence[int]) -> float:
+    """The noise of every step: as set, or the least that keeps each row to `privacy.epsilon` over all rounds planned.
+
+    Raises:
+        UserError: as `draw`, or no noise keeps to the budget.
+    """
+    privacy = config.privacy
+    if privacy.noise_multiplier is not None:
+        return privacy.noise_multiplier
+    found = [_merged(history) for history in histories(config, rows, 1.0)]
+    if not found:
+        raise UserError("privacy.unit = 'record': there are no rows to protect in any stage")
+    return max(_least(history, privacy.epsilon, privacy.delta, privacy.accountant) for history in found)
+
+
+def _merged(history: Sequence[Mechanism]) -> tuple[tuple[float, int], ...]:
+    """The steps at each rate."""
+    steps: dict[float, int] = {}
+    for run in history:
+        steps[run.sample_rate] = steps.get(run.sample_rate, 0) + run.steps
+    return tuple(sorted(steps.items()))
+
+
+@functools.lru_cache(maxsize=256)
+def _least(steps: tuple[tuple[float, int], ...], target: float, delta: float, accountant: Accountant) -> float:
+    def history(noise: float) -> list[Mechanism]:
+        return [Mechanism(noise, rate, count) for rate, count in steps]
+
+    return calibrate(history, target, delta, accountant)
+
+
+def rounds_in(config: RunConfig, stage: int) -> int:
+    """The rounds of a stage; all of them without stages."""
+    stages = len(config.continual.stages)
+    return len(rounds_of(stage, config.rounds, stages)) if stages else config.rounds

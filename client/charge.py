@@ -1,0 +1,116 @@
+"""A private visit: how its rows are drawn, what that costs, and the training once it is paid for.
+
+The order is what makes the account true after any crash: the ledger is charged on disk first, then rows are drawn, and
+the release is on disk before it leaves. A request that comes again gets the same release and costs nothing more.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from apiary import draws, privacy
+from apiary.batches import Corpus
+from apiary.config import RunConfig
+from apiary.exchange import Payload, Spent
+from apiary.models import LanguageModel
+from apiary.noise import SecretNoise, request_digest
+from apiary.privacy import Entry
+from apiary.tensors import digest
+from client.objectives import Penalty
+from client.private import fit_private, released
+from client.trainer import FitResult, Observer
+
+_NOT_THE_RUNS = {"simulate", "log", "evaluate", "strategy"}  # they change nothing of what a client releases
+
+
+class Work(NamedTuple):
+    """What a private visit trains on."""
+
+    corpus: Corpus  # new rows, then kept ones
+    new: int  # how many of its rows are new
+    rows: Sequence[int]  # the client's rows in each stage, before curation: public
+    rounds_before: int  # of this stage
+    rounds: int  # of this stage, all told
+
+
+def visit(
+    lm: LanguageModel,
+    config: RunConfig,
+    work: Work,
+    payload: Payload,
+    number: int,
+    *,
+    folder: Path,
+    ledger: Path,
+    penalties: Sequence[Penalty] = (),
+    observers: Sequence[Observer] = (),
+) -> tuple[FitResult, Spent] | None:
+    """The private change of the received adapter, and what the client's rows have spent with it.
+
+    Args:
+        lm: the model.
+        config: the run.
+        work: the rows.
+        payload: what the server sent.
+        number: the round, from 1.
+        folder: the client's own folder of this run, which keeps the release.
+        ledger: the client's `ledger.json`; its secret key stands beside it.
+        penalties: on the adapter, which cost nothing.
+        observers: told of each step; what they are told must stay with the client.
+
+    Returns:
+        None where the client has no rows for this stage.
+
+    Raises:
+        apiary.privacy.BudgetSpent: the visit does not fit in the budget; nothing was drawn or charged.
+        UserError: the settings cannot keep the promise, or the ledger cannot be read.
+    """
+    plan = draws.draw(config, work.rows, number)
+    if plan is None:
+        return None
+    noise_multiplier = draws.noise_multiplier(config, work.rows)
+    rates = np.full(len(work.corpus), plan.old)
+    rates[: work.new] = plan.new
+    key = privacy.open_key(ledger)
+    inputs = (digest(payload.adapter), _corpus_digest(work.corpus, rates), _config_digest(config))
+    request = request_digest(key, folder.name, number, *inputs)
+    entry = Entry(
+        folder.name, number, request, noise_multiplier, plan.steps, draws.rates(plan), draws.partition(config)
+    )
+    spent = privacy.pay(ledger, entry, config.privacy)
+    make = functools.partial(
+        fit_private,
+        lm,
+        payload.adapter,
+        work.corpus,
+        config,
+        rates=rates,
+        noise_multiplier=noise_multiplier,
+        noise=SecretNoise(key, "noise", request),
+        sampling=SecretNoise(key, "rows", request),
+        steps=plan.steps,
+        first_step=work.rounds_before * plan.steps,
+        total_steps=work.rounds * plan.steps,
+        penalties=penalties,
+        observers=observers,
+    )
+    return released(folder, number, request, make), spent
+
+
+def _corpus_digest(corpus: Corpus, rates: np.ndarray) -> str:
+    hasher = hashlib.sha256()
+    for part in (corpus.ids, corpus.trained, corpus.offsets, rates):
+        hasher.update(np.ascontiguousarray(part).tobytes())
+    return hasher.hexdigest()
+
+
+def _config_digest(config: RunConfig) -> str:
+    values = {name: part for name, part in json.loads(config.to_json()).items() if name not in _NOT_THE_RUNS}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,83 @@
+"""The app that is sent to the sites: two modules that import what is installed there, and no code of ours.
+
+Flower sends a bundle with every run and would run whatever it holds. A site compares it with the one written here.
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+import tomllib
+import zipfile
+from pathlib import Path
+
+_PROJECT = """[project]
+name = "apiary-run"
+version = "1.0.0"
+description = "Runs what is installed at each site"
+license = { file = "LICENSE" }
+dependencies = ["flwr>=1.41.0"]
+
+[tool.flwr.app]
+publisher = "apiary"
+fab-format-version = 1
+flwr-version-target = "1.41.0"
+
+[tool.flwr.app.components]
+serverapp = "run_server:app"
+clientapp = "run_client:app"
+
+[tool.flwr.app.config]
+config = ""
+out = ""
+name = ""
+expected = 0
+"""
+_MODULE = "from {} import app as installed\n\napp = installed\n"  # Flower looks for an assignment
+_FILES = {
+    "pyproject.toml": _PROJECT,
+    "LICENSE": "Apache License, Version 2.0\nhttp://www.apache.org/licenses/\n",
+    "run_server.py": _MODULE.format("server.app"),
+    "run_client.py": _MODULE.format("client.app"),
+}
+_CONTENTS = ".info/CONTENT"  # Flower's own list
+
+
+class ForeignCode(RuntimeError):
+    """A bundle is not the one written here."""
+
+
+def write(folder: Path) -> Path:
+    """The folder, which now holds the app and nothing else."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for name, text in _FILES.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+def check(bundle: bytes) -> None:
+    """Check that a bundle holds the app and nothing else.
+
+    Raises:
+        ForeignCode: it does not; whoever runs the server sends code, or another version of ours.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(bundle)) as archive:
+            names = archive.namelist()
+            found = {name: archive.read(name).decode() for name in names if name != _CONTENTS}
+    except (zipfile.BadZipFile, ValueError):
+        names, found = [], {}
+    if len(names) != len(set(names)) or not _same(found):
+        raise ForeignCode("this site runs what is installed there, not what is sent; do the versions differ?")
+
+
+def _same(found: dict[str, str]) -> bool:
+    # Flower writes pyproject.toml anew, with the same values in it.
+    if set(found) != set(_FILES):
+        return False
+    try:
+        same = tomllib.loads(found["pyproject.toml"]) == tomllib.loads(_PROJECT)
+    except tomllib.TOMLDecodeError:
+        return False
+    return same and all(found[name] == text for name, text in _FILES.items() if name != "pyproject.toml")

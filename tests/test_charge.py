@@ -1,0 +1,152 @@
+"""Private visits of a worker: what is charged, what is released again, and what the server can tell from an answer."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from apiary import config, draws
+from apiary.config import RunConfig, UserError
+from apiary.examples import Example, Turn
+from apiary.exchange import Decline, Payload, Visit
+from apiary.privacy import epsilon
+from client.worker import Site, Worker
+
+STAGES = ['continual.stages=[["a"], ["b"], ["c"]]', "continual.buffer=0.5", "continual.policy=poisson", "rounds=6"]
+
+
+def settings(model: Path, *more: str) -> RunConfig:
+    base = [f"model.name={model}", "model.dtype=float32", "model.device=cpu", "adapter.rank=2", "prompt.template=plain"]
+    train = ["prompt.max_tokens=64", "train.steps=2", "train.batch_tokens=256", "train.threads=1"]
+    private = ["privacy.unit=record", "privacy.batch_rows=8", "privacy.noise_multiplier=1.0", "privacy.epsilon=50.0"]
+    return config.load(None, [*base, *train, *private, *more])
+
+
+def rows(n: int, word: str = "honey", skill: str = "a") -> tuple[Example, ...]:
+    return tuple(
+        Example((Turn("user", f"{word} {i}?"), Turn("assistant", f"{word} {i}")), {"skill": skill}) for i in range(n)
+    )
+
+
+def site(folder: Path, train: tuple[Example, ...]) -> Site:
+    return Site("s", train, (), folder / "run", folder / "ledger.json")
+
+
+def payload(worker: Worker, fill: float = 0.01) -> Payload:
+    return Payload({name: torch.full(p.shape, fill) for name, p in worker.lm.adapter.items()}, {})
+
+
+def charges(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / "ledger.json").read_text())["entries"]
+
+
+def same(a: Visit | Decline, b: Visit | Decline) -> bool:
+    assert isinstance(a, Visit) and isinstance(b, Visit)
+    return all(torch.equal(t, b.update.delta[name]) for name, t in a.update.delta.items())
+
+
+def test_the_same_request_is_the_same_release_and_costs_once(tiny_model: Path, tmp_path: Path) -> None:
+    worker = Worker(settings(tiny_model))
+    first = worker.train(site(tmp_path, rows(40)), 1, payload(worker))
+    assert len(charges(tmp_path)) == 1
+    # Another process, after a crash that lost the release itself.
+    for kept in (tmp_path / "run").glob("release-*"):
+        kept.unlink()
+    again = Worker(settings(tiny_model)).train(site(tmp_path, rows(40)), 1, payload(worker))
+    assert same(first, again) and len(charges(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("what", ["adapter", "rows", "settings"])
+def test_anything_else_in_the_same_round_is_new_noise_and_is_charged(
+    what: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    worker = Worker(settings(tiny_model))
+    first = worker.train(site(tmp_path, rows(40)), 1, payload(worker))
+    other = Worker(settings(tiny_model, *(["train.lr=1e-3"] if what == "settings" else [])))
+    second = other.train(
+        site(tmp_path, rows(40, "wax" if what == "rows" else "honey")),
+        1,
+        payload(worker, 0.02 if what == "adapter" else 0.01),
+    )
+    assert not same(first, second) and len(charges(tmp_path)) == 2
+
+
+def test_two_clients_with_the_same_rows_draw_their_own_noise(tiny_model: Path, tmp_path: Path) -> None:
+    worker = Worker(settings(tiny_model))
+    a, b = (worker.train(site(tmp_path / name, rows(40)), 1, payload(worker)) for name in ("a", "b"))
+    assert not same(a, b)
+
+
+def test_a_client_declines_before_its_budget_breaks(tiny_model: Path, tmp_path: Path) -> None:
+    worker = Worker(settings(tiny_model, "privacy.epsilon=4.0", "rounds=50"))
+    answers = []
+    for number in range(1, 30):
+        answers.append(worker.train(site(tmp_path, rows(40)), number, payload(worker)))
+        if isinstance(answers[-1], Decline):
+            break
+    assert answers[-1] == Decline("s", "budget") and len(answers) > 2
+    spent = [answer.spent for answer in answers if isinstance(answer, Visit)]
+    assert all(a.epsilon < b.epsilon <= 4.0 for a, b in pairwise(spent) if a and b)
+    assert len(charges(tmp_path)) == len(spent)
+    # The next visit would have been too much, and only just.
+    history = [h._replace(steps=2) for h in draws.histories(worker.config, [40], 1.0)[0]]
+    assert epsilon(history[: len(spent)], 1e-5) <= 4.0 < epsilon(history[: len(spent) + 1], 1e-5)
+
+
+def test_an_answer_tells_nothing_of_the_rows_but_how_many_they_are(tiny_model: Path, tmp_path: Path) -> None:
+    """All that a server sees beside the noisy adapter is the same for any rows of that number."""
+    worker = Worker(settings(tiny_model, 'curate.steps=[{name="length", max=5}]'))
+    seen = []
+    half = (*rows(20), *rows(20, "a much longer story about honey that goes on"))
+    for number, data in enumerate([rows(40), half]):
+        where = site(tmp_path / str(number), data)
+        answer = worker.train(where, 1, payload(worker))
+        assert isinstance(answer, Visit)
+        report = answer.report._replace(seconds=0.0)
+        assert math.isnan(report.loss) and answer.curated is None
+        seen.append((worker.hello(where), report._replace(loss=0.0), answer.update.weight, answer.spent))
+    assert seen[0] == seen[1]
+    assert seen[0][0].tokens == seen[0][0].examples == 40
+
+
+def test_stages_charge_each_cohort_for_what_it_met(tiny_model: Path, tmp_path: Path) -> None:
+    worker = Worker(settings(tiny_model, *STAGES))
+    data = (*rows(30, "a", "a"), *rows(20, "b", "b"), *rows(40, "c", "c"))
+    for number in range(1, 7):
+        last = worker.train(site(tmp_path, data), number, payload(worker))
+    # By hand: 8 expected rows a step; from the second stage on half of them from a buffer of half of the earlier rows.
+    rates = [{"0": 8 / 30}, {"0": 4 / 15, "1": 4 / 20}, {"0": 4 / 25, "1": 4 / 25, "2": 4 / 40}]
+    for entry, wanted in zip(
+        charges(tmp_path), [rates[0], rates[0], rates[1], rates[1], rates[2], rates[2]], strict=True
+    ):
+        assert entry["rates"] == pytest.approx(wanted)
+    assert isinstance(last, Visit) and last.spent is not None
+    planned = max(epsilon(history, 1e-5) for history in draws.histories(worker.config, [30, 20, 40], 1.0))
+    assert last.spent.epsilon == pytest.approx(planned, rel=1e-9)
+
+
+def test_a_stage_without_rows_costs_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    worker = Worker(settings(tiny_model, *STAGES))
+    assert worker.train(site(tmp_path, rows(30, skill="c")), 1, payload(worker)) == Decline("s", "idle")
+    assert not (tmp_path / "ledger.json").exists()
+
+
+@pytest.mark.parametrize("stages", [[], STAGES])
+def test_the_noise_found_keeps_every_cohort_to_the_budget_and_is_the_least(stages: list[str], tiny_model: Path) -> None:
+    run = settings(tiny_model, "privacy.epsilon=4.0", "rounds=6", *stages)
+    run = run.model_copy(update={"privacy": run.privacy.model_copy(update={"noise_multiplier": None})})
+    counts = [60, 80, 50] if stages else [60]
+    noise = draws.noise_multiplier(run, counts)
+    costs = [max(epsilon(h, 1e-5) for h in draws.histories(run, counts, z)) for z in (noise, 0.99 * noise)]
+    assert costs[0] <= 4.0 < costs[1]
+
+
+def test_more_rows_in_a_step_than_there_are_is_refused(tiny_model: Path) -> None:
+    with pytest.raises(UserError, match=r"privacy\.batch_rows = 8: at most the 7 rows"):
+        draws.draw(settings(tiny_model), [7], 1)

@@ -1,0 +1,168 @@
+"""`apiary curate`: from file to file, with a page beside it."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner, Result
+
+from apiary import config as configs
+from apiary import models, results
+from apiary.cli import app
+from apiary.config import UserError
+from apiary.examples import Example, Turn, read
+from client.curation.standalone import as_rows, curate_file
+
+LONG = " ".join(f"word{i}" for i in range(30))
+ROWS = [
+    {"instruction": "Write to ann@x.example", "input": "now", "output": "Done, ann@x.example", "skill": "mail"},
+    {"instruction": "Say  yes", "input": "", "output": "yes", "skill": "say"},
+    {"instruction": "say YES", "input": "", "output": "Yes", "skill": "say"},
+    {"instruction": LONG, "input": "", "output": "fine", "skill": "long"},
+    {"instruction": f"{LONG} please", "input": "", "output": "fine", "skill": "long"},
+    {"instruction": "<script>alert(1)</script>", "input": "", "output": "...", "skill": "say"},
+    {"instruction": "What is held out?", "input": "", "output": "this", "skill": "say"},
+]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write(tmp_path / "rows.jsonl", ROWS)
+
+
+def run(*args: object) -> Result:
+    return CliRunner().invoke(app, ["curate", *map(str, args)])
+
+
+def test_the_default_steps_from_file_to_file(data: Path, tmp_path: Path) -> None:
+    apart = write(tmp_path / "apart.jsonl", [{"instruction": "what is held out", "output": "other"}])
+    done = run(data, "--out", tmp_path / "kept.jsonl", "--held-out", apart)
+    assert done.exit_code == 0, done.output
+    kept = [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert kept == [
+        {"instruction": "Write to <EMAIL_1>\n\nnow", "output": "Done, <EMAIL_1>", "skill": "mail"},
+        {"instruction": "Say  yes", "output": "yes", "skill": "say"},
+        {"instruction": f"{LONG} please", "output": "fine", "skill": "long"},
+    ]
+    lines = {line.split()[0]: line.split()[1:3] for line in done.output.splitlines() if line}
+    expected = {"mask": 7, "duplicates": 6, "near_duplicates": 5, "length": 4, "held_out": 3}
+    assert {name: int(lines[name][0]) for name in expected} == expected
+    assert "1 same question as a held-out row" in done.output
+    assert "ifd is left out" in done.output
+
+
+class Page(HTMLParser):
+    """The tags and the text of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attributes if name in ("src", "href")]
+
+
+def test_the_page_is_whole_private_and_harmless(data: Path, tmp_path: Path) -> None:
+    run(data, "--out", tmp_path / "kept.jsonl")
+    text = (tmp_path / "kept.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert "script" not in page.tags and set(page.links) == {"data:,"}
+    assert "&lt;script&gt;alert(1)" in text
+    assert "default-src &#39;none&#39;" in text or "default-src 'none'" in text
+    assert "private" in text and "4 of 7 rows are kept" in text
+
+
+def test_the_page_shows_scores(data: Path, tmp_path: Path, small_run: list[str]) -> None:
+    overrides = [*small_run, 'curate.steps=[{ name = "ifd", rows = 3, threshold = 1e9 }]', "prompt.max_tokens=200"]
+    done = curate_file(str(data), None, tmp_path / "kept.jsonl", overrides, report=tmp_path / "other.html")
+    assert len(done.curation.rows) == 3
+    text = (tmp_path / "other.html").read_text(encoding="utf-8")
+    assert "Scores of ifd" in text and "7 rows by score" in text and text.count("· score") == 3
+    assert not (tmp_path / "kept.html").exists()
+
+
+def test_nothing_is_overwritten(data: Path, tmp_path: Path) -> None:
+    before = data.read_bytes()
+    for out, report in ((data, tmp_path / "a.html"), (tmp_path / "a.jsonl", data)):
+        with pytest.raises(UserError, match="is there already"):
+            curate_file(str(data), None, out, report=report)
+    assert data.read_bytes() == before and not (tmp_path / "a.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (['curate.steps=["masc"]'], "did you mean 'mask'"),
+        (['curate.steps=[{ name = "mask", regions = ["XX"] }]'], "'XX' is no country code"),
+        (['curate.steps=[{ name = "length", min = 1000 }]'], "nothing left"),
+        (['curate.steps=[{ name = "ifd", keep = 0.5, rows = 2 }]'], "one of keep, rows and tokens"),
+    ],
+)
+def test_wrong_input_is_one_line_and_writes_nothing(
+    data: Path, tmp_path: Path, overrides: list[str], told: str
+) -> None:
+    with pytest.raises(UserError, match=told):
+        curate_file(str(data), None, tmp_path / "kept.jsonl", overrides)
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_columns_and_steps_come_from_the_configuration(tmp_path: Path) -> None:
+    data = write(tmp_path / "rows.jsonl", [{"text": "a b", "label": "ham"}, {"text": "A  b", "label": "HAM"}])
+    toml = tmp_path / "c.toml"
+    toml.write_text('[data]\ncolumns = { instruction = "text", output = "label" }\n[curate]\nsteps = ["duplicates"]\n')
+    curate_file(str(data), toml, tmp_path / "kept.jsonl")
+    assert [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text().splitlines()] == [
+        {"instruction": "a b", "output": "ham"}
+    ]
+
+
+def test_a_tuned_adapter_judges(data: Path, tmp_path: Path, small_run: list[str]) -> None:
+    settings = configs.load(None, small_run)
+    lm = models.load(settings.model, settings.adapter)
+    adapter = {name: tensor + 0.3 for name, tensor in models.fresh_adapter(lm, 0).items()}
+    results.save_adapter_folder(lm, adapter, tmp_path / "adapter", settings)
+    steps = ['curate.steps=[{ name = "ifd", threshold = 1e9 }]']
+    untuned = curate_file(str(data), None, tmp_path / "a.jsonl", [*small_run, *steps]).curation
+    tuned = curate_file(str(data), None, tmp_path / "b.jsonl", steps, adapter=tmp_path / "adapter").curation
+    assert untuned.scores["ifd"].keys() == tuned.scores["ifd"].keys()
+    assert untuned.scores["ifd"] != tuned.scores["ifd"]
+    by_default = curate_file(str(data), None, tmp_path / "c.jsonl", adapter=tmp_path / "adapter").curation
+    assert [report.name for report in by_default.reports][-1] == "ifd"
+
+
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\r"), min_size=1, max_size=12).filter(
+    lambda text: bool(text.strip())
+)
+SPOKEN = st.builds(str.strip, TEXT)
+PAIRS = st.builds(lambda a, b: (Turn("user", a), Turn("assistant", b)), SPOKEN, SPOKEN)
+SYSTEM = st.builds(lambda s, pair: (Turn("system", s), *pair), SPOKEN, PAIRS)
+CHATS = PAIRS | SYSTEM | st.builds(lambda a, b: (*a, *b), PAIRS, PAIRS)
+TAGS = st.dictionaries(st.sampled_from(["skill", "source", "prompt", "question", "answer"]), SPOKEN, max_size=3)
+
+
+@settings(max_examples=80, deadline=None)
+@given(rows=st.lists(st.builds(Example, CHATS, TAGS), min_size=1, max_size=5))
+def test_what_is_written_reads_back(rows: list[Example], tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = write(tmp_path_factory.mktemp("back") / "rows.jsonl", list(as_rows(rows)))
+    assert read(str(path)).examples == tuple(rows)
+
+
+def test_tags_that_look_like_text_are_renamed(tmp_path: Path) -> None:
+    rows = [Example((Turn("user", "q"), Turn("assistant", "a")), {"output": "x", "messages": "y", "input": "z"})]
+    (back,) = read(str(write(tmp_path / "rows.jsonl", list(as_rows(rows))))).examples
+    assert back.turns == rows[0].turns
+    assert back.tags == {"tag_output": "x", "tag_messages": "y", "tag_input": "z"}

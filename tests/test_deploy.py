@@ -1,0 +1,377 @@
+"""Deployment: kits, what is sent to the sites, processes that are kept, and the front door."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import io
+import ipaddress
+import os
+import stat
+import subprocess
+import sys
+import threading
+import warnings
+import zipfile
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
+from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
+from deployment import descendants
+from starlette.testclient import TestClient
+
+from apiary import config
+from apiary.config import UserError
+from apiary.runlog import RunLog
+from client import remote, service
+from client.service import Facts
+from deploy import bundle, kits, processes, submit
+from deploy import server as deployed_server
+from deploy.door import make_door
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# -- kits ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("kits") / "federation"
+    kits.init(folder, "fl.example.org:8443", ["north", "south"])
+    return folder
+
+
+def _certificate(path: Path) -> x509.Certificate:
+    return x509.load_pem_x509_certificate(path.read_bytes())
+
+
+@pytest.mark.parametrize("name", ["fl.example.org", "localhost", "127.0.0.1"])
+def test_the_server_is_certified_for_its_name_and_this_machine(made: Path, name: str) -> None:
+    subject: Any = x509.IPAddress(ipaddress.ip_address(name)) if name[0].isdigit() else x509.DNSName(name)
+    trust = PolicyBuilder().store(Store([_certificate(made / "north" / "ca.crt")]))
+    trust.build_server_verifier(subject).verify(_certificate(made / "server" / "server.crt"), [])
+
+
+def test_another_name_and_another_authority_are_not_certified(made: Path, tmp_path: Path) -> None:
+    leaf = _certificate(made / "server" / "server.crt")
+    ours = PolicyBuilder().store(Store([_certificate(made / "ca" / "ca.crt")]))
+    with pytest.raises(VerificationError):
+        ours.build_server_verifier(x509.DNSName("elsewhere.example.org")).verify(leaf, [])
+    kits.init(tmp_path / "other", "fl.example.org:8443", ["north"])
+    theirs = PolicyBuilder().store(Store([_certificate(tmp_path / "other" / "ca" / "ca.crt")]))
+    with pytest.raises(VerificationError):
+        theirs.build_server_verifier(x509.DNSName("fl.example.org")).verify(leaf, [])
+
+
+def test_the_authority_signs_certificates_and_the_server_none(made: Path) -> None:
+    authority, leaf = (_certificate(made / folder / f"{name}.crt") for folder, name in (("ca", "ca"), ("server",) * 2))
+    uses = [c.extensions.get_extension_for_class(x509.KeyUsage) for c in (authority, leaf)]
+    assert all(use.critical for use in uses)
+    assert (uses[0].value.key_cert_sign, uses[0].value.digital_signature) == (True, False)
+    assert (uses[1].value.key_cert_sign, uses[1].value.digital_signature) == (False, True)
+    assert leaf.extensions.get_extension_for_class(x509.BasicConstraints).value.ca is False
+    assert leaf.not_valid_after_utc > datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=365)
+
+
+def test_private_keys_are_for_their_owner_alone_and_nowhere_else(made: Path) -> None:
+    private = {path for path in made.rglob("*") if path.is_file() and b"PRIVATE KEY" in path.read_bytes()}
+    assert private == {made / "ca" / "ca.key", made / "server" / "server.key", *(made.glob("*/site.key"))}
+    assert len(private) == 4
+    assert {stat.S_IMODE(path.stat().st_mode) for path in private} == {0o600}
+    folders = [made, *(path for path in made.rglob("*") if path.is_dir())]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folders} == {0o700}
+
+
+def test_the_server_knows_each_site_by_its_own_key(made: Path) -> None:
+    known = {name: load_ssh_public_key(path.read_bytes()) for name, path in kits.public_keys(_server(made)).items()}
+    assert set(known) == {"north", "south"}
+    for name, public in known.items():
+        assert load_ssh_private_key((made / name / "site.key").read_bytes(), None).public_key() == public
+    assert known["north"] != known["south"]
+
+
+def _server(folder: Path) -> kits.Kit:
+    return kits.read(folder / "server", "server")
+
+
+def test_a_site_comes_later_without_the_authority(made: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "federation"
+    kits.init(folder, "10.0.0.7:8443", ["north"])
+    (folder / "ca" / "ca.key").rename(tmp_path / "safe.key")
+    kits.add(folder, ["east"])
+    assert set(kits.public_keys(_server(folder))) == {"north", "east"}
+    assert kits.read(folder / "east", "site") == kits.Kit(
+        (folder / "east").resolve(), "site", kits.Address("10.0.0.7", 8443), "east"
+    )
+    with pytest.raises(UserError, match="there is one of this name already"):
+        kits.add(folder, ["East"])
+    with pytest.raises(UserError, match=r"ca\.key.*bring it back"):
+        kits.renew(folder)
+    (tmp_path / "safe.key").rename(folder / "ca" / "ca.key")
+    before = _certificate(folder / "server" / "server.crt")
+    kits.renew(folder)
+    after = _certificate(folder / "server" / "server.crt")
+    assert after.serial_number != before.serial_number
+    PolicyBuilder().store(Store([_certificate(folder / "north" / "ca.crt")])).build_server_verifier(
+        x509.IPAddress(ipaddress.ip_address("10.0.0.7"))
+    ).verify(after, [])
+
+
+@pytest.mark.parametrize(
+    ("address", "sites", "line"),
+    [
+        ("fl.example.org", ["a"], "expected HOST:PORT"),
+        ("fl.example.org:0", ["a"], "expected HOST:PORT"),
+        ("https://fl.example.org:8443", ["a"], "expected HOST:PORT"),
+        ("::1:8443", ["a"], "expected HOST:PORT"),
+        ("fl.example.org:8443", [], "name at least one"),
+        ("fl.example.org:8443", ["a", "a"], "there is one of this name already"),
+        ("fl.example.org:8443", ["../a"], "letters, digits"),
+        ("fl.example.org:8443", [".a"], "letters, digits"),
+        ("fl.example.org:8443", ["a b"], "letters, digits"),
+        ("fl.example.org:8443", ["Server"], "kept for a folder of ours"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(
+    address: str, sites: list[str], line: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=line) as caught:
+        kits.init(tmp_path / "new", address, sites)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not empty"):
+        kits.init(tmp_path, "[::1]:8443", ["a"])
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_kit_of_the_wrong_kind_is_told(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="a site's kit"):
+        kits.read(made / "north", "server")
+    with pytest.raises(UserError, match="the server's kit"):
+        kits.read(made / "server", "site")
+    with pytest.raises(UserError, match=r"holds no kit\.toml"):
+        kits.read(tmp_path, "site")
+
+
+def test_without_a_running_server_nothing_is_submitted(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no server is running"):
+        submit.start(tmp_path, config.load(), tmp_path / "run")
+    with pytest.raises(UserError, match="no server is running"):
+        deployed_server.port_of(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["../../etc", "..", "a b", ".hidden", "ä", "x" * 300, "", "runs/7", "plain-1.0"])
+def test_every_site_takes_the_name_of_a_run(text: str, tmp_path: Path) -> None:
+    name = submit.run_name(text)
+    call = remote.Envelope({"kind": "train", "round": "1", "config": "{", "name": name})
+    answer = service.Service(Facts("a", tmp_path, tmp_path)).answer(call)
+    assert "name" not in str(answer.header["error"])  # it is the configuration that cannot be read
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_directory_is_not_mixed_up_with_another(resume: bool, tmp_path: Path) -> None:
+    run = config.load()
+    submit.check_folder(run, tmp_path / "new", resume=False)
+    (tmp_path / "config.toml").write_text(run.to_toml())
+    if resume:
+        submit.check_folder(run, tmp_path, resume=True)
+        with pytest.raises(UserError, match="holds no run"):
+            submit.check_folder(run, tmp_path / "new", resume=True)
+    other = config.load(None, ["seed=1"])
+    with pytest.raises(UserError, match="differs from the run's own" if resume else "is not empty"):
+        submit.check_folder(other, tmp_path, resume=resume)
+
+
+def test_a_run_is_followed_to_its_end(tmp_path: Path) -> None:
+    def follow(*kinds: str) -> tuple[str | None, list[str]]:
+        seen: list[str] = []
+        log = RunLog(tmp_path / "-".join(kinds))
+        late = threading.Timer(0.2, lambda: [log.event(kind, message="too few") for kind in kinds])
+        late.start()
+        end = submit.follow(tmp_path, "1", tmp_path / "-".join(kinds), [lambda event: seen.append(event["event"])])
+        log.close()
+        return end, seen
+
+    assert follow("start", "finish") == (None, ["start", "finish"])
+    assert follow("start", "failed") == ("too few", ["start", "failed"])
+
+
+# -- processes -----------------------------------------------------------------------------------
+
+
+def test_processes_die_with_the_one_that_keeps_them_even_by_kill_9(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, time; from pathlib import Path; from deploy.processes import Kept;"
+        "kept = Kept([sys.executable, '-c', 'import time; time.sleep(600)'], os.environ, Path('.'));"
+        "kept.look(); print(kept.process.pid, flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as keeper:
+        assert keeper.stdout is not None
+        child = int(keeper.stdout.readline())
+        assert child in descendants(keeper.pid)
+        keeper.kill()
+    deadline = threading.Event()
+    for _ in range(100):
+        state = Path(f"/proc/{child}/stat")
+        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
+            break
+        deadline.wait(0.1)
+    else:
+        pytest.fail("the child lives on")
+
+
+def test_pauses_grow_to_a_bound() -> None:
+    pauses = [processes.pause(failures) for failures in range(8)]
+    assert pauses == sorted(pauses)
+    assert pauses[0] >= 2 and pauses[-1] == pauses[-2] <= 60
+
+
+def test_a_state_folder_has_one_user(tmp_path: Path) -> None:
+    with processes.hold(tmp_path / "state"), pytest.raises(UserError, match="another `apiary deploy`"):
+        processes.hold(tmp_path / "state")
+    processes.hold(tmp_path / "state").close()
+
+
+# -- what is sent --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bundled(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The bundle as Flower itself makes it."""
+    folder = bundle.write(tmp_path_factory.mktemp("bundle") / "apiary-run")
+    environment = {**os.environ, "FLWR_HOME": str(folder.parent), "FLWR_TELEMETRY_ENABLED": "0"}
+    environment["FLWR_DISABLE_UPDATE_CHECK"] = "1"
+    subprocess.run([processes.program("flwr"), "build"], cwd=folder, env=environment, capture_output=True, check=True)
+    (built,) = folder.glob("*.fab")
+    return built.read_bytes()
+
+
+def test_our_bundle_passes_and_carries_no_code_of_ours(bundled: bytes) -> None:
+    bundle.check(bundled)
+    assert len(bundled) < 5_000
+
+
+def _changed(fab: bytes, change: dict[str, str], twice: str = "") -> bytes:
+    with zipfile.ZipFile(io.BytesIO(fab)) as archive:
+        files = {name: archive.read(name).decode() for name in archive.namelist()}
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about a name that stands there twice
+        if twice:
+            archive.writestr(twice, "import os")
+        for name, text in {**files, **change}.items():
+            archive.writestr(name, text)
+    return made.getvalue()
+
+
+def test_every_other_bundle_is_refused(bundled: bytes) -> None:
+    with zipfile.ZipFile(io.BytesIO(bundled)) as archive:
+        project = archive.read("pyproject.toml").decode()
+    bundle.check(_changed(bundled, {}))
+    foreign = [
+        _changed(bundled, {"extra.py": ""}),
+        _changed(bundled, {"client/app.py": ""}),
+        _changed(bundled, {"../outside.py": ""}),
+        _changed(bundled, {".info/more.py": ""}),
+        _changed(bundled, {"run_client.py": "import os\n"}),
+        _changed(bundled, {"pyproject.toml": project.replace("run_client:app", "os:app")}),
+        _changed(bundled, {"pyproject.toml": project + "[tool.other]\n"}),
+        _changed(bundled, {}, twice="run_client.py"),
+        b"no archive",
+        b"",
+    ]
+    for fab in foreign:
+        with pytest.raises(bundle.ForeignCode):
+            bundle.check(fab)
+
+
+# -- the front door ------------------------------------------------------------------------------
+
+
+class _Behind(ThreadingHTTPServer):
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, str, str]] = []
+        super().__init__(("127.0.0.1", 0), _Echo)
+
+
+class _Echo(BaseHTTPRequestHandler):
+    server: _Behind
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["content-length"]))
+        self.server.seen.append((self.path, hashlib.sha256(body).hexdigest(), self.headers["x-signed"] or ""))
+        self.send_response(401 if self.path.endswith("activate-node") else 200)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        self.server.seen.append((self.path, "", ""))
+        self.send_response(200)
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def behind() -> Iterator[_Behind]:
+    with _Behind() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def test_the_door_passes_a_sites_call_on_as_it_is(behind: _Behind) -> None:
+    body = torch.arange(3 * 2**20, dtype=torch.int64).numpy().tobytes()  # 24 MiB
+    with TestClient(make_door(f"http://127.0.0.1:{behind.server_port}")) as outside:
+        reply = outside.post("/v1/fleet/push-object", content=body, headers={"x-signed": "by-north"})
+        assert reply.status_code == 200 and reply.content == body
+        assert behind.seen == [("/v1/fleet/push-object", hashlib.sha256(body).hexdigest(), "by-north")]
+        assert outside.post("/v1/fleet/activate-node", content=b"x").status_code == 401
+        assert outside.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/control/list-runs",
+        "/v1/control/start-run",
+        "/v1/runtime/acquire-task",
+        "/v1/fleet/../control/start-run",
+        "/v1/fleet/%2e%2e/control/start-run",
+        "/v1/fleet/%2e%2e%2fcontrol%2fstart-run",
+        "/v1/fleet//v1/control/start-run",
+        "/v1/fleet/",
+        "/openapi.json",
+        "/docs",
+        "/",
+        "//v1/control/start-run",
+        "/health/../v1/control/start-run",
+    ],
+)
+def test_the_door_lets_nothing_else_through(behind: _Behind, method: str, path: str) -> None:
+    with TestClient(make_door(f"http://127.0.0.1:{behind.server_port}")) as outside:
+        url = httpx.URL("http://testserver").copy_with(raw_path=path.encode())
+        assert outside.request(method, url, content=b"x").status_code in (404, 405)
+    assert behind.seen == []
+
+
+def test_a_server_that_starts_again_is_told_as_such(behind: _Behind) -> None:
+    """SuperNodes try again after 502; other errors end them."""
+    port = processes.free_port()
+    with TestClient(make_door(f"http://127.0.0.1:{port}")) as outside:
+        assert outside.post("/v1/fleet/pull-messages", content=b"x").status_code == 502
