@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check setup clean
+.PHONY: demo test test-long check setup clean
 
 demo: setup
 	$(BIN)/apiary simulate
 
 test: check
 	$(BIN)/python -m pytest
+
+# Separate sites as real processes: minutes of waiting for Flower's heartbeats.
+test-long: setup
+	$(BIN)/python -m pytest -m long
 
 check: setup
 	$(BIN)/ruff check .

@@ -113,7 +113,8 @@ def _read_spent(content: RecordDict) -> Spent | None:
     if _SPENT not in content:
         return None
     values = _numbers(content, _SPENT)
-    return Spent(**{**values, "steps": int(values["steps"])})
+    steps = int(values.pop("steps"))
+    return Spent(**values, steps=steps)
 
 
 def hello_reply(hello: Hello) -> RecordDict:

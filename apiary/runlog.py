@@ -242,6 +242,14 @@ def rounds_table(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [rounds[number] for number in sorted(rounds)]
 
 
+def curation_counts(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The `curation` part of metrics.json: rows, kept and dropped by step, by client, as each last told them."""
+    newest = {
+        event["client"]: event["curated"] for event in events if event["event"] == "client" and "curated" in event
+    }
+    return {name: newest[name] for name in sorted(newest)}
+
+
 def start_fields(config: RunConfig) -> dict[str, Any]:
     """What the first line of a log says: versions, commit, config digest, seed, machine.
 

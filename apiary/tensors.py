@@ -40,14 +40,17 @@ def is_finite(state: StateDict) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in state.values())
 
 
-def digest(state: StateDict) -> str:
-    """A SHA-256 over names, dtypes, shapes and bytes, independent of the order of names (16 hex digits)."""
+def digest(state: StateDict, digits: int = 16) -> str:
+    """A SHA-256 over names, dtypes, shapes and bytes, independent of the order of names.
+
+    The first 16 of its hex digits tell accidents; against somebody who looks for two states of one digest, take all 64.
+    """
     hasher = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
         hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         hasher.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.ndim else repr(tensor.item()).encode())
-    return hasher.hexdigest()[:16]
+    return hasher.hexdigest()[:digits]
 
 
 def derive_seed(seed: int, *path: int | str) -> int:

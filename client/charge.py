@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from apiary import draws, privacy
 from apiary.batches import Corpus
@@ -79,7 +80,8 @@ def visit(
     rates = np.full(len(work.corpus), plan.old)
     rates[: work.new] = plan.new
     key = privacy.open_key(ledger)
-    inputs = (digest(payload.adapter), _corpus_digest(work.corpus, rates), _config_digest(config))
+    received = digest(payload.adapter, digits=64)
+    inputs = (received, _corpus_digest(work.corpus, rates), _config_digest(config), _machine(lm, config))
     request = request_digest(key, folder.name, number, *inputs)
     entry = Entry(
         folder.name, number, request, noise_multiplier, plan.steps, draws.rates(plan), draws.partition(config)
@@ -109,6 +111,12 @@ def _corpus_digest(corpus: Corpus, rates: np.ndarray) -> str:
     for part in (corpus.ids, corpus.trained, corpus.offsets, rates):
         hasher.update(np.ascontiguousarray(part).tobytes())
     return hasher.hexdigest()
+
+
+def _machine(lm: LanguageModel, config: RunConfig) -> str:
+    """What decides the last bits of the same sum: another answer to the same request needs noise of its own."""
+    threads = config.train.threads or torch.get_num_threads()
+    return json.dumps([torch.__version__, str(lm.device), str(lm.dtype), threads])
 
 
 def _config_digest(config: RunConfig) -> str:

@@ -35,6 +35,8 @@ def choose(
     folder: Path,
     number: int,
     known: Choice | None = None,
+    *,
+    empty_ok: bool = False,
 ) -> Choice:
     """The choice for a round: the stored one, or a new one where none is there or `curate.every` rounds are over.
 
@@ -45,6 +47,7 @@ def choose(
         folder: the client's own folder of this run.
         number: the round, from 1.
         known: the choice of an earlier call for the same rows, which spares making it again from the file.
+        empty_ok: whether nothing may be left; see `curation.curate`.
 
     Raises:
         UserError: unknown steps or options, or nothing is left.
@@ -62,7 +65,7 @@ def choose(
             again = curation.restore(rows, config.steps, stored["kept"], context)
             counts = Curated(len(rows), len(again), stored["dropped"])
             return Choice(tuple(example for _, example in again), counts, max(made))
-    new = curation.curate(rows, config.steps, context)
+    new = curation.curate(rows, config.steps, context, empty_ok=empty_ok)
     folder.mkdir(parents=True, exist_ok=True)
     values = {"digest": digest, "kept": new.kept, "dropped": new.dropped}
     write_atomic(_path(folder, number), json.dumps(values))

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from apiary.runlog import write_atomic
+from apiary.runlog import finite, write_atomic
 from client.trainer import Cursor, Observer, StepRecord
 
 
@@ -63,7 +63,7 @@ def step_log(folder: Path, number: int) -> Observer:
 
     def observe(record: StepRecord) -> None:
         with (folder / "steps.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"round": number, **record._asdict()}) + "\n")
+            file.write(json.dumps(finite({"round": number, **record._asdict()})) + "\n")
 
     return observe
 

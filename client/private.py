@@ -33,7 +33,7 @@ from apiary.probe import to_device
 from apiary.runlog import write_atomic
 from apiary.tensors import StateDict, generator, subtract
 from client.objectives import OBJECTIVES, Objective, Penalty, finite
-from client.trainer import Cursor, FitResult, Observer, StepRecord, _threads, learning_rate, make_optimizer
+from client.trainer import Cursor, FitResult, Observer, StepRecord, learning_rate, make_optimizer, threads
 
 _ROOM = 1 << 28  # numbers in the gradients of single rows held at a time: 1 GiB in float32
 _SLACK = 1 - 1e-6  # of the clipping norm; more than what float32 can err in a norm's last place
@@ -103,7 +103,7 @@ def fit_private(
     received = get_adapter(lm)
     objective = OBJECTIVES.build(train.objective)
     optimizer = make_optimizer(list(lm.adapter.values()), train, lm.device)
-    with _threads(train.threads), row_gradients(lm):
+    with threads(train.threads), row_gradients(lm):
         for step in range(steps):
             rows = sampling.chosen(rates)
             total = clipped_sum(lm, objective, corpus, rows, privacy.clip, train.batch_tokens)

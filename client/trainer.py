@@ -135,7 +135,7 @@ def fit(
         old = _Walk(replay.corpus, old_budget, functools.partial(generator, seed, client, "replay"), replay.cursor)
     loop = _Loop(lm, config, OBJECTIVES.build(config.objective), tuple(penalties))
     nats, tokens, examples, replayed = 0.0, 0, 0, 0
-    with _threads(config.threads), _training(lm, derive_seed(seed, client, "dropout", *cursor)):
+    with threads(config.threads), _training(lm, derive_seed(seed, client, "dropout", *cursor)):
         for step in range(steps):
             batches = walk.take(config.accumulate, lm)
             again = old.take(config.accumulate, lm) if old else ()
@@ -247,7 +247,8 @@ class _Loop:
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def threads(count: int | None) -> Iterator[None]:
+    """Within it torch computes with so many threads; with as many as before where None."""
     before = torch.get_num_threads()
     if count is not None:
         torch.set_num_threads(count)

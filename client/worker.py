@@ -160,8 +160,15 @@ class Worker:
         """The rows that curation leaves for a round, and what it did; all of them where nothing is configured."""
         if not self.config.curate.steps:
             return tuple(site.train), None
-        known = self._choices.get(site.client)
-        made = choice.choose(site.train, self.config.curate, self._context(site, payload), site.folder, number, known)
+        made = choice.choose(
+            site.train,
+            self.config.curate,
+            self._context(site, payload),
+            site.folder,
+            number,
+            self._choices.get(site.client),
+            empty_ok=self.config.privacy.unit == "record",
+        )
         self._choices[site.client] = made
         return made.examples, made
 

@@ -67,7 +67,7 @@ def save(folder: Path, config: RunConfig, state: ServerState, progress: Progress
     """Write a round's checkpoint, and the account of the privacy spent."""
     plain = {"best": dict(progress.best), "last_round": dict(progress.last_round), "spent": dict(progress.spent)}
     checkpoint.save(folder / "checkpoints", state, {**progress._asdict(), **plain})
-    claims.write(folder, config, {client: Spent(*values) for client, values in progress.spent.items()})
+    claims.write(folder, config, {client: Spent._make(values) for client, values in progress.spent.items()})
 
 
 def make_app(log: RunLog | None = None, held_out: HeldOut | None = None) -> ServerApp:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from apiary import claims, evaluate, examples, models, prompts, runlog, trackers
+from apiary import claims, continual, evaluate, examples, models, prompts, runlog, trackers
 from apiary.config import RunConfig, UserError
 from apiary.evaluate import HeldOut
 from apiary.models import LanguageModel
@@ -88,11 +88,13 @@ def _summarise(config: RunConfig, folder: Path, adapter: StateDict, held_out: He
     events = runlog.read_events(folder)
     clients = {e["client"]: e for e in events if e["event"] == "handshake"}
     table: list[dict[str, Any]] = []
+    stages: dict[str, Any] = {}
     if held_out is not None:
         rows = evaluate.compare(_model(config)[0], held_out, config, adapter, {}, None).rows
         steps = sum(event["steps"] for event in events if event["event"] == "client")
         made = {"base": 0, "federated": steps}
         table = [{**evaluate.table_row(name, row, config.seed), "steps": made[name]} for name, row in rows.items()]
+        stages = continual.results(events, rows, held_out, config)
     return {
         "schema": runlog.SCHEMA,
         "run": folder.name,
@@ -100,6 +102,8 @@ def _summarise(config: RunConfig, folder: Path, adapter: StateDict, held_out: He
         "table": table,
         "clients": [_client(name, clients[name]) for name in sorted(clients)],
         "rounds": runlog.rounds_table(events),
+        **stages,
+        "curation": runlog.curation_counts(events),
         "privacy": claims.read(folder),
         **{key: value for key, value in runlog.start_fields(config).items() if key in ("machine", "versions")},
     }

@@ -73,6 +73,7 @@ def summarise(prepared: Plan, adapter: StateDict, folder: Path, log: RunLog) -> 
         "rounds": runlog.rounds_table(events),
         "samples": _samples(prepared, runs, kind),
         **continual.results(events, runs, held_out, config),
+        "curation": runlog.curation_counts(events),
         "privacy": claims.read(folder),
         **{key: value for key, value in runlog.start_fields(config).items() if key in ("machine", "versions")},
     }

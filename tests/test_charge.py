@@ -115,6 +115,13 @@ def test_an_answer_tells_nothing_of_the_rows_but_how_many_they_are(tiny_model: P
     assert seen[0][0].tokens == seen[0][0].examples == 40
 
 
+def test_a_client_whose_every_row_curation_drops_answers_like_any_other(tiny_model: Path, tmp_path: Path) -> None:
+    worker = Worker(settings(tiny_model, 'curate.steps=[{name="length", min=9}]'))
+    answer = worker.train(site(tmp_path, rows(40)), 1, payload(worker))
+    assert isinstance(answer, Visit) and answer.report.examples == 16
+    assert all(float(t.abs().max()) > 0 for t in answer.update.delta.values())
+
+
 def test_stages_charge_each_cohort_for_what_it_met(tiny_model: Path, tmp_path: Path) -> None:
     worker = Worker(settings(tiny_model, *STAGES))
     data = (*rows(30, "a", "a"), *rows(20, "b", "b"), *rows(40, "c", "c"))

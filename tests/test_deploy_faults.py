@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from deployment import SITES, Deployment, descendants, events_of, overrides, write_rows
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 _SILENT_S = 60.0  # Flower: two missed heartbeats of 30 s
 
 

@@ -159,7 +159,7 @@ def test_status_names_the_sites(federation: Deployment) -> None:
     assert "finished:completed" in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_unknown_key_is_refused(federation: Deployment, tmp_path: Path) -> None:
     kits.init(tmp_path / "other", f"127.0.0.1:{federation.port}", ["stranger"])
     kit, rows = tmp_path / "other" / "stranger", federation.folder / "rows"

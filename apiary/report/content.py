@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from apiary import claims, units
@@ -13,6 +13,7 @@ from apiary.report.data import (
     MEANING,
     METHODS,
     Client,
+    Curated,
     Gain,
     Metrics,
     Row,
@@ -53,6 +54,8 @@ def page_content(metrics: Metrics, events: Sequence[Event], config: str) -> dict
         "gain_chart": plots.gain_chart(own) if own and len(own.gains) > _NAMED_CLIENTS else None,
         "skills": _skills(metrics),
         "mix": _mix(metrics.clients),
+        "curation": _curation(metrics.curation),
+        "promise": _promise(metrics.privacy),
         "stages": stages_content(metrics.continual),
         "samples": _samples(metrics),
         "before": any(sample.base is not None for sample in metrics.samples),
@@ -269,6 +272,26 @@ def _troubles(events: Iterable[Event]) -> dict[str, Any]:
             case "stop":
                 rows.append((where, "Stopped", "", str(event.get("reason", ""))))
     return {"rows": rows[:_TROUBLES], "left_out": max(0, len(rows) - _TROUBLES)}
+
+
+def _curation(curation: Mapping[str, Curated]) -> dict[str, Any] | None:
+    """Rows that each step dropped at each client; of many clients all are summed up in the last row."""
+    if not curation:
+        return None
+    steps = list(dict.fromkeys(step for client in curation.values() for step in client.dropped))
+    rows = [(name, c.rows, [c.dropped.get(step, 0) for step in steps], c.kept) for name, c in curation.items()]
+    totals = [sum(c.dropped.get(step, 0) for c in curation.values()) for step in steps]
+    everything, kept = (sum(values) for values in zip(*((c.rows, c.kept) for c in curation.values()), strict=True))
+    return {"steps": steps, "rows": rows[:_NAMED_CLIENTS], "total": ("All", everything, totals, kept)}
+
+
+def _promise(privacy: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The account of a private run, client by client, the worst-off first."""
+    clients = privacy.get("clients")
+    if privacy.get("unit", "none") == "none" or not clients:
+        return None
+    worst_first = sorted(clients.items(), key=lambda item: (-item[1]["epsilon"], item[0]))
+    return {**privacy, "clients": worst_first[:_NAMED_CLIENTS]}
 
 
 def _facts(metrics: Metrics, start: Event) -> list[tuple[str, str]]:

@@ -123,6 +123,14 @@ class Continual(_Part):
         return self
 
 
+class Curated(_Part):
+    """What curation left of a client's rows, and what each step dropped."""
+
+    rows: int
+    kept: int
+    dropped: Mapping[str, int] = Field(default_factory=dict)
+
+
 class Metrics(_Part):
     """A run's results."""
 
@@ -134,6 +142,7 @@ class Metrics(_Part):
     rounds: tuple[Round, ...] = ()
     samples: tuple[Sample, ...] = ()
     continual: Continual | None = None
+    curation: Mapping[str, Curated] = Field(default_factory=dict)
     privacy: Mapping[str, Any] = Field(default_factory=dict)
     seconds: float | None = None
     machine: Mapping[str, Any] = Field(default_factory=dict)

@@ -289,6 +289,41 @@ surprise). Lower is better and 0 is certainty.{% if probability is not none %} {
 </section>
 {% endif %}
 
+{% if promise %}
+<section>
+<h2>What is promised to each row</h2>
+<p class="note">{{ privacy }}</p>
+<div class="panel scroll">
+<table>
+<thead><tr><th scope="col">Client</th><th scope="col" class="num">Epsilon</th><th scope="col" class="num">By Rényi</th><th scope="col" class="num">Noise over clip</th><th scope="col" class="num">Chance of a row in a step</th><th scope="col" class="num">Steps</th></tr></thead>
+<tbody>
+{% for name, spent in promise.clients %}
+<tr><th scope="row">{{ name }}</th><td class="num">{{ "%.3f" | format(spent.epsilon) }}</td><td class="num">{{ "%.3f" | format(spent.epsilon_rdp) }}</td><td class="num">{{ "%.3f" | format(spent.noise_multiplier) }}</td><td class="num">{{ (spent.sample_rate) | share(1) }}</td><td class="num">{{ spent.steps | count }}</td></tr>
+{% endfor %}
+</tbody>
+</table>
+<p class="note" style="margin:12px 0 0">Budget: epsilon {{ promise.budget }} at delta {{ promise.delta }}; the gradient of each row is clipped to {{ promise.clip }}. Clients hold different rows, so the run's claim is that of its worst-off client. {% if metrics.row("local") or metrics.row("central") %}Training alone and all data pooled were trained without noise, for comparison: their adapters are not protected.{% endif %}</p>
+</div>
+</section>
+{% endif %}
+
+{% if curation %}
+<section>
+<h2>What the clients left out</h2>
+<p class="note">{{ curation.total[1] - curation.total[3] }} of {{ curation.total[1] | count }} training rows were dropped before training, at the clients themselves; only these counts left them.</p>
+<div class="panel scroll">
+<table>
+<thead><tr><th scope="col">Client</th><th scope="col" class="num">Rows</th>{% for step in curation.steps %}<th scope="col" class="num">{{ step }}</th>{% endfor %}<th scope="col" class="num">Kept</th></tr></thead>
+<tbody>
+{% for name, rows, dropped, kept in curation.rows + [curation.total] %}
+<tr><th scope="row">{{ name }}</th><td class="num">{{ rows | count }}</td>{% for count in dropped %}<td class="num">{{ count | count }}</td>{% endfor %}<td class="num">{{ kept | count }}</td></tr>
+{% endfor %}
+</tbody>
+</table>
+</div>
+</section>
+{% endif %}
+
 {% if mix %}
 <section>
 <h2>Who holds what</h2>

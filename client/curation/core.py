@@ -128,13 +128,16 @@ def build_steps(methods: Sequence[Method]) -> tuple[tuple[str, Step], ...]:
     return tuple((method.name, STEPS.build(method.name, method.options)) for method in methods)
 
 
-def curate(examples: Sequence[Example], methods: Sequence[Method], context: Context = Context()) -> Curation:
+def curate(
+    examples: Sequence[Example], methods: Sequence[Method], context: Context = Context(), *, empty_ok: bool = False
+) -> Curation:
     """Run the steps of a configuration over a client's rows, one after the other.
 
     Args:
         examples: the client's training rows; they are not changed.
         methods: `curate.steps`.
         context: held-out rows, seed, and the model where a step needs one.
+        empty_ok: whether nothing may be left. Under differential privacy it may: an error would tell of the last row.
 
     Raises:
         UserError: an unknown step or option, a step without the model it needs, or nothing is left.
@@ -152,7 +155,7 @@ def curate(examples: Sequence[Example], methods: Sequence[Method], context: Cont
         if kept.scores:
             scores[name] = kept.scores
         rows = kept.rows
-        if not rows:
+        if not rows and not empty_ok:
             raise UserError(f"curate.steps: nothing left: {_told(report)}; loosen it or leave it out")
     return Curation(rows, tuple(reports), fates, scores, tuple(_warnings(reports)))
 
