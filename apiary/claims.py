@@ -30,7 +30,7 @@ def account(config: RunConfig, spent: Mapping[str, Spent]) -> dict[str, Any]:
         "delta": privacy.delta,
         "clip": privacy.clip,
         "adjacency": "add or remove one row of one client",
-        "sampler": "Poisson, each row by itself",
+        "sampler": "Poisson sampling, each row by itself",
         "accountant": privacy.accountant,
         "clients": {name: spent[name]._asdict() for name in sorted(spent)},
     }

@@ -89,17 +89,111 @@ def base(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def continual(results: dict[str, Any]) -> str:
+    """One stage after the other, with replay, and all tasks at once."""
+    names = {
+        "sequential": "one stage after the other",
+        "replay": "with a tenth of the rows kept and replayed",
+        "joint": "all tasks at once",
+    }
+    lines = [
+        "| | exact match, all tasks | loss | backward transfer, points | forgetting, points |",
+        "|---|---|---|---|---|",
+    ]
+    for way, label in names.items():
+        runs = [run for run in results["runs"] if run["way"] == way]
+        right, loss = ([run["federated"][key] for run in runs] for key in ("accuracy", "loss"))
+        parts = [
+            _spread([run[key]["accuracy"] for run in runs], 100, 0) if key in runs[0] else ""
+            for key in ("stage_backward_transfer", "stage_forgetting")
+        ]
+        lines.append(f"| {label} | {_spread(right, 100, 0)}% | {_spread(loss, 1, 2)} | {' | '.join(parts)} |")
+    return _noted(lines, results, "Every way makes the same number of steps of the same number of tokens.")
+
+
+def curation(results: dict[str, Any]) -> str:
+    """What a federation is worth on clean, spoiled and curated rows."""
+    names = {
+        "clean": "the rows as they were",
+        "spoiled": "two fifths of them spoiled",
+        "random": "spoiled, then as many rows at random as curation keeps",
+        "curated": "spoiled, then curated",
+        "oracle": "spoiled, then all bad rows taken out by who knows them",
+    }
+    lines = ["| | held-out loss | exact match |", "|---|---|---|"]
+    for name, label in names.items():
+        rows = [run["runs"][name] for run in results["runs"]]
+        loss, right = ([row[key] for row in rows] for key in ("loss", "accuracy"))
+        lines.append(f"| {label} | {_spread(loss, 1, 2)} | {_spread(right, 100, 0)}% |")
+    again = results["runs"][0]["every"]
+    return _noted(lines, results, f"All in the same number of steps; curated again every {again} rounds.")
+
+
+def judges(results: dict[str, Any]) -> str:
+    """Which bad rows curation finds, by who judges."""
+    kinds = {
+        "shuffled": "another row's answer",
+        "duplicate": "copy",
+        "near_duplicate": "near copy",
+        "truncated": "half the answer",
+    }
+    lines = [
+        f"| the judge | {' | '.join(kinds.values())} | of what is dropped, bad | clean rows lost |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    names = {"untuned": "the untuned base", "tuned": "after a run on the spoiled rows"}
+    for judge, label in names.items():
+        found = [run["caught"][judge] for run in results["runs"]]
+        cells = [_spread([f["recall"][kind] for f in found], 100, 0) for kind in kinds]
+        cells += [_spread([f[key] for f in found], 100, 0) for key in ("precision", "clean_lost")]
+        lines.append(f"| {label} | {' | '.join(f'{cell}%' for cell in cells)} |")
+    return _noted(lines, results)
+
+
+def privacy(results: dict[str, Any]) -> str:
+    """What a promise costs in loss, in answers and in time."""
+    methods = dict.fromkeys(run["method"] for run in results["runs"])
+    names = {"base": "untuned", "not private": "no privacy", "no noise": "drawn and clipped, but no noise"}
+    lines = ["| | held-out loss | exact match | noise over clip | ms a step |", "|---|---|---|---|---|"]
+    for method in methods:
+        runs = [run for run in results["runs"] if run["method"] == method]
+        right = [run["accuracy"] for run in runs if run["accuracy"] is not None]
+        cells = [_spread([run["loss"] for run in runs], 1, 2), f"{_spread(right, 100, 0)}%" if right else ""]
+        for key, scale, digits in (("noise_multiplier", 1, 2), ("seconds_per_step", 1000, 0)):
+            known = [run[key] for run in runs if run.get(key) is not None]
+            cells.append(f"{scale * statistics.mean(known):.{digits}f}" if known else "")
+        lines.append(f"| {names.get(method, method)} | {' | '.join(cells)} |")
+    set_to, private = results["settings"], results["settings"]["privacy"]
+    return _noted(
+        lines,
+        results,
+        f"{set_to['clients']} clients, {set_to['rounds']} rounds, {private['batch_rows']} rows expected in a step, "
+        f"delta {private['delta']:g}.",
+    )
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo": demo,
     "training": training,
     "clients": clients,
     "base": base,
+    "continual": continual,
+    "curation": curation,
+    "judges": judges,
+    "privacy": privacy,
 }
+_FROM = {"judges": "curation"}  # tables that have no file of results of their own
 
 
 def _fill(text: str, name: str, body: str) -> str:
     pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
     return re.sub(pattern, lambda m: f"{m[1]}{body}\n{m[2]}", text, flags=re.DOTALL)
+
+
+def _noted(lines: list[str], results: dict[str, Any], note: str = "") -> str:
+    """A table with the seeds, the note and the machine below it."""
+    seeds = len({run["seed"] for run in results["runs"]})
+    return "\n".join([*lines, "", " ".join(filter(None, [_seeds(seeds), note, f"On {_machine(results)}."]))])
 
 
 def _seeds(count: int) -> str:
@@ -121,7 +215,7 @@ def _machine(results: dict[str, Any]) -> str:
 def render(text: str) -> str:
     """A page with every table made anew."""
     for name, table in TABLES.items():
-        path = RESULTS / f"{name}.json"
+        path = RESULTS / f"{_FROM.get(name, name)}.json"
         body = table(json.loads(path.read_text())) if path.exists() else "*No measurement is committed yet.*"
         text = _fill(text, name, body)
     return _fill(text, "together", together.table())

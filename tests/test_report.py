@@ -12,11 +12,13 @@ import pytest
 from fake_run import fake_events, fake_metrics, fake_run
 from rich.console import Console
 
-from apiary import units
+from apiary import claims, config, units
 from apiary.config import UserError
+from apiary.exchange import Spent
 from apiary.report import headline, render, table_plain, table_text, write_report
 from apiary.report.data import gain_on_all, gain_on_own, parse_metrics
 from apiary.report.plots import spread
+from apiary.results import card
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 
@@ -311,3 +313,39 @@ def test_bytes_in_words(value: float | None, expected: str) -> None:
 )  # fmt: skip
 def test_seconds_in_words(value: float, expected: str) -> None:
     assert units.seconds_text(value) == expected
+
+
+def test_what_was_promised_is_told_client_by_client_and_not_overstated() -> None:
+    metrics = table(local=1.0, federated=1.5)
+    spent = {"epsilon": 3.25, "epsilon_rdp": 3.75, "noise_multiplier": 1.5, "sample_rate": 0.125, "steps": 36}
+    clients = {"a": Spent(**spent, delta=1e-5), "b": Spent(**{**spent, "epsilon": 6.5}, delta=1e-5)}
+    run = config.load(None, ["privacy.unit=record"])
+    text = Page(page({**metrics, "privacy": claims.account(run, clients)})).text
+    assert "Joining forces privately did not help" in text and "1.00 (training alone, without privacy)" in text
+    # The worst-off client's epsilon is the claim, and stands first.
+    assert "protected by differential privacy: epsilon = 6.5 at delta = 1e-05" in text
+    assert text.index("b 6.500 3.750 1.500 12.5% 36") < text.index("a 3.250")
+    assert "Held-out rows, and baselines trained beside the federation, are not protected" in text
+    assert "curious server" not in text
+
+
+def test_rows_that_curation_dropped_are_counted_by_step_and_client() -> None:
+    counts = {
+        "a": {"rows": 100, "kept": 60, "dropped": {"duplicates": 30, "ifd": 10}},
+        "b": {"rows": 50, "kept": 45, "dropped": {"duplicates": 0, "ifd": 5}},
+    }
+    text = Page(page({**table(federated=1.5), "curation": counts})).text
+    assert "45 of 150 training rows were dropped" in text
+    assert "Client Rows duplicates ifd Kept a 100 30 10 60 b 50 0 5 45 All 150 30 15 105" in text
+
+
+def test_a_run_says_of_privacy_what_stands_in_its_ledger(tmp_path: Path) -> None:
+    run = config.load(None, ["privacy.unit=record", "privacy.epsilon=5.0"])
+    assert claims.read(tmp_path) == {"unit": "none"}
+    claims.write(tmp_path, config.load(None, []), {})
+    assert not (tmp_path / "ledger.json").exists()  # nothing promised, nothing claimed
+    claims.write(tmp_path, run, {"a": Spent(1.0, 1.5, 1e-5, 2.0, 0.1, 10), "b": Spent(4.0, 4.5, 1e-5, 1.0, 0.2, 10)})
+    told = claims.read(tmp_path)
+    assert (told["epsilon"], told["epsilon_rdp"], told["budget"], told["unit"]) == (4.0, 4.5, 5.0, "record")
+    assert card(run, None, told).count("epsilon = 4 at delta = 1e-05") == 1
+    assert "not protected by differential privacy" in card(run, None, {"unit": "none"})

@@ -73,7 +73,11 @@ def headline(metrics: Metrics) -> str:
     if joint is None:
         return "Held-out loss of this run"
     who = "Federated training" if len(metrics.clients) == 1 else "Joining forces"
-    other, name = (alone, "training alone") if alone else (metrics.row("base"), "the untuned model")
+    # Who trains alone shows its adapter to nobody, and so needs no noise.
+    private = metrics.privacy.get("unit", "none") != "none"
+    who += " privately" if private else ""
+    name = "training alone, without privacy" if private else "training alone"
+    other, name = (alone, name) if alone else (metrics.row("base"), "the untuned model")
     if other is None:
         return f"Federated training reached a held-out loss of {_nats(joint)} nats per token"
     now, then = f"{_nats(joint)} nats per token", f"{_nats(other)} ({name})"

@@ -344,7 +344,7 @@ surprise). Lower is better and 0 is certainty.{% if probability is not none %} {
 
 <section>
 <h2>What left the clients</h2>
-<p class="note">{% if sent[0] or sent[1] %}{{ sent[0] | bytes }} went from clients to the server and {{ sent[1] | bytes }} back, all rounds and evaluations together: weights of the adapter and counts, never text. {% endif %}{{ privacy }}</p>
+<p class="note">{% if sent[0] or sent[1] %}{{ sent[0] | bytes }} went from clients to the server and {{ sent[1] | bytes }} back, all rounds and evaluations together: weights of the adapter and counts, never text. {% endif %}{% if not promise %}{{ privacy }}{% endif %}</p>
 {% if cost_chart %}<div class="panel">{{ cost_chart }}</div>{% endif %}
 </section>
 
