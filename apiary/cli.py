@@ -248,6 +248,10 @@ def deploy_client(
     model: Annotated[str | None, typer.Option(help="this site's place of the base; default: as the run says")] = None,
     device: Annotated[str | None, typer.Option(help="such as cuda:1; default: as the run says")] = None,
     port: Annotated[int | None, typer.Option(help="of 127.0.0.1, for its own processes; default: a free one")] = None,
+    max_epsilon: Annotated[
+        float | None,
+        typer.Option(help="refuse every run without record-level privacy of this epsilon or less", min=0.0),
+    ] = None,
     state: State = None,
 ) -> None:
     """Take part as one site until SIGTERM or Ctrl-C."""
@@ -255,7 +259,7 @@ def deploy_client(
 
     opened = kits.read(kit, "site")
     where = (state or opened.folder / "state").resolve()
-    raise typer.Exit(site.run(opened, where, site.Options(data, model, device, port)))
+    raise typer.Exit(site.run(opened, where, site.Options(data, model, device, port, max_epsilon)))
 
 
 @deploy_app.command("submit")

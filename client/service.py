@@ -46,6 +46,7 @@ class Facts(NamedTuple):
     state: Path  # memory of runs, the ledger, errors in full
     model: str | None = None  # the site's own place of the base
     device: str | None = None
+    max_epsilon: float | None = None  # train only under record-level privacy, and within this budget
 
 
 class _Job(NamedTuple):
@@ -116,6 +117,7 @@ class Service:
                 self._job = None
                 config = at_home(configs.from_json(text), self._facts)
                 _refuse_foreign_code(config)
+                _refuse_less_privacy(config, self._facts.max_epsilon)
                 site = _read_site(config, self._facts, name)
                 self._job = _Job(name, text, Worker(config), site)
             return self._job
@@ -145,6 +147,20 @@ def _refuse_foreign_code(config: RunConfig) -> None:
     methods = (*config.train.penalties, *config.curate.steps)
     if any(":" in name for name in (config.train.objective, *(method.name for method in methods))):
         raise answers.Refusal("the run names code by module:function, which this site does not load")
+
+
+def _refuse_less_privacy(config: RunConfig, limit: float | None) -> None:
+    """Check that the run promises the site's rows what its operator asks for.
+
+    Raises:
+        Refusal: it promises less, or nothing.
+    """
+    privacy = config.privacy
+    if limit is not None and (privacy.unit != "record" or privacy.epsilon > limit):
+        promised = f"epsilon = {privacy.epsilon:g}" if privacy.unit == "record" else "nothing"
+        raise answers.Refusal(
+            f'this site asks for privacy.unit = "record" with epsilon <= {limit:g}; the run promises {promised}'
+        )
 
 
 def _read_site(config: RunConfig, facts: Facts, run: str) -> Site:
@@ -192,6 +208,7 @@ def _arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--state", required=True, type=Path, help="folder of what the site remembers")
     parser.add_argument("--model", help="the site's own place of the base model")
     parser.add_argument("--device", help="the site's own device")
+    parser.add_argument("--max-epsilon", type=float, help="refuse runs that promise the rows less privacy")
     return parser.parse_args(words)
 
 
@@ -200,7 +217,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)  # at once: nothing is half-written, and a message is asked again
     given = _arguments()
-    facts = Facts(given.site, given.data, given.state, given.model, given.device)
+    facts = Facts(given.site, given.data, given.state, given.model, given.device, given.max_epsilon)
     logging.basicConfig(
         level=logging.INFO, stream=sys.stdout, format=f"%(asctime)s {given.site}: %(message)s", force=True
     )

@@ -32,6 +32,7 @@ class Options(NamedTuple):
     model: str | None = None
     device: str | None = None
     port: int | None = None  # of 127.0.0.1, where the SuperNode's own processes reach it; None: a free one
+    max_epsilon: float | None = None  # take part only in runs that promise each row this much privacy
 
 
 class _Line(NamedTuple):
@@ -91,6 +92,8 @@ def _worker(kit: Kit, state: Path, options: Options, address: str) -> Kept:
         command += ["--model", str(local.resolve()) if local.is_dir() else options.model]
     if options.device:
         command += ["--device", options.device]
+    if options.max_epsilon is not None:
+        command += ["--max-epsilon", str(options.max_epsilon)]
     return Kept(command, processes.environment(state), state)
 
 

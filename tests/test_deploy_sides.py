@@ -16,7 +16,8 @@ from flwr.clientapp.typing import ClientAppCallable, Mod
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from apiary import config, examples, models, records
-from apiary.batches import Corpus
+from apiary.evaluate import HeldOut
+from apiary.exchange import Decline, Visit
 from apiary.runlog import RunLog, read_events, read_metrics
 from apiary.tensors import StateDict
 from client import answers, remote, service
@@ -132,6 +133,39 @@ def test_a_run_cannot_name_code_for_the_site_to_load(site: Site, tmp_path: Path)
     assert "module:function" in site.ask("train", config=run.to_json()).error.reason
 
 
+def _private(run: config.RunConfig, **privacy: object) -> config.RunConfig:
+    changed = {"unit": "record", "batch_rows": 8, "noise_multiplier": 1.0, "epsilon": 8.0, **privacy}
+    return config.parse({**run.model_dump(mode="json"), "privacy": {**run.privacy.model_dump(), **changed}})
+
+
+@pytest.mark.parametrize("epsilon", [None, 8.5, 8.0])
+def test_a_site_may_insist_on_privacy(site: Site, epsilon: float | None) -> None:
+    site.server.stop(None)
+    facts = site.facts._replace(max_epsilon=8.0)
+    site.server = service.make_server(service.Service(facts), site.address)
+    site.server.start()
+    run = site.run if epsilon is None else _private(site.run, epsilon=epsilon)
+    reply = site.ask("train", config=run.to_json())
+    if epsilon == 8.0:
+        assert not reply.has_error()
+    else:
+        assert "asks for privacy.unit" in reply.error.reason and "epsilon <= 8" in reply.error.reason
+        assert not (site.state / "ledger.json").exists()
+
+
+def test_what_one_run_spent_the_next_run_finds_spent(site: Site) -> None:
+    """The ledger is of the site's rows, not of a run: a server cannot start anew by starting a new run."""
+    run = _private(site.run, epsilon=5.0)
+    spent = []
+    for name in ("first", "second", "third"):
+        answer = records.read_train_reply(site.ask("train", config=run.to_json(), name=name).content)
+        spent.append(answer.spent.epsilon if isinstance(answer, Visit) and answer.spent else None)
+    assert spent[0] is not None and spent[1] is not None and spent[0] < spent[1] <= 5.0
+    for name in map(str, range(20)):
+        answer = records.read_train_reply(site.ask("train", config=run.to_json(), name=name).content)
+    assert answer == Decline("ant", "budget")
+
+
 def test_a_worker_that_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(remote.Unanswered, match="did not come up"):
         remote.ask(f"unix:{tmp_path / 'nobody.sock'}", remote.Envelope({}), ready_s=0.3)
@@ -166,9 +200,9 @@ def test_the_server_app_keeps_the_run_directory(tmp_path: Path, tiny_model: Path
     tuned = {name: tensor + 0.1 for name, tensor in models.fresh_adapter(lm, run.seed).items()}
     measured: list[int] = []
 
-    def federate(log: RunLog, held_out: Corpus | None) -> StateDict:
+    def federate(log: RunLog, held_out: HeldOut | None) -> StateDict:
         assert held_out is not None
-        measured.append(len(held_out))
+        measured.append(len(held_out.examples))
         log.event("handshake", client="ant", examples=3, tokens=9)
         return tuned
 
@@ -186,7 +220,7 @@ def test_the_server_app_keeps_the_run_directory(tmp_path: Path, tiny_model: Path
 def test_without_held_out_rows_the_server_measures_nothing(tmp_path: Path, tiny_model: Path, rows: Path) -> None:
     run = config.load(None, overrides(tiny_model, rows))
 
-    def federate(log: RunLog, held_out: Corpus | None) -> StateDict:
+    def federate(log: RunLog, held_out: HeldOut | None) -> StateDict:
         assert held_out is None
         return models.fresh_adapter(models.load(run.model, run.adapter), 0)
 
@@ -196,7 +230,7 @@ def test_without_held_out_rows_the_server_measures_nothing(tmp_path: Path, tiny_
 
 
 def test_a_failed_run_says_so_and_fails_in_flower_too(tmp_path: Path, tiny_model: Path, rows: Path) -> None:
-    def federate(log: RunLog, held_out: Corpus | None) -> StateDict:
+    def federate(log: RunLog, held_out: HeldOut | None) -> StateDict:
         raise RunFailed("round 1: too few")
 
     with pytest.raises(RunFailed):
