@@ -10,12 +10,12 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from apiary.config import RunConfig, UserError
 from apiary.privacy import Accountant, Mechanism, calibrate, sample_rate
-from apiary.stages import rounds_of, stage_of
+from apiary.stages import stage_of
 
 
 class Draw(NamedTuple):
@@ -88,6 +88,21 @@ def histories(config: RunConfig, rows: Sequence[int], noise: float, rounds: int 
     return [[one[cohort] for one in met if cohort in one] for cohort in cohorts]
 
 
+def check(config: RunConfig, clients: Iterable[Sequence[int]]) -> None:
+    """Check that every client has the rows that the promise of a run needs.
+
+    Args:
+        config: the run.
+        clients: the rows of each client in each stage.
+
+    Raises:
+        UserError: the first client that has not.
+    """
+    if config.privacy.unit == "record":
+        for rows in clients:
+            histories(config, rows, noise=1.0)
+
+
 def noise_multiplier(config: RunConfig, rows: Sequence[int]) -> float:
     """The noise of every step: as set, or the least that keeps each row to `privacy.epsilon` over all rounds planned.
 
@@ -117,9 +132,3 @@ def _least(steps: tuple[tuple[float, int], ...], target: float, delta: float, ac
         return [Mechanism(noise, rate, count) for rate, count in steps]
 
     return calibrate(history, target, delta, accountant)
-
-
-def rounds_in(config: RunConfig, stage: int) -> int:
-    """The rounds of a stage; all of them without stages."""
-    stages = len(config.continual.stages)
-    return len(rounds_of(stage, config.rounds, stages)) if stages else config.rounds

@@ -63,18 +63,14 @@ def cost(
 
 def _worst_client(config: RunConfig) -> tuple[str, tuple[int, ...]]:
     """The client whose rows are drawn most often, with its rows by stage: without stages the one with the fewest."""
-    from apiary.continual import stage_numbers, within
+    from apiary.continual import rows_by_stage, within
     from apiary.examples import federate
 
     try:
         clients = within(federate(config.data, config.seed), config).clients
     except UserError as error:
         raise UserError(f"{error.problems[0]}; or give the rows of the smallest client with --rows N") from None
-    stages = range(len(config.continual.stages) or 1)
-    found = []
-    for client, train, _ in clients:
-        numbers = stage_numbers(train, config).tolist() if config.continual.stages else [0] * len(train)
-        found.append((client, tuple(numbers.count(stage) for stage in stages)))
+    found = [(client, tuple(rows_by_stage(train, config))) for client, train, _ in clients]
     return max(found, key=lambda pair: cost(config, pair[1], 1.0, "rdp"))
 
 

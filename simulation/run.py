@@ -64,9 +64,7 @@ def plan(config: RunConfig) -> Plan:
             f"strategy.min_clients = {config.strategy.min_clients}: there are {len(federation.clients)} clients; "
             "lower it or raise data.clients"
         )
-    if config.privacy.unit == "record":
-        for client in federation.clients:
-            draws.histories(config, continual.rows_by_stage(client.train, config), noise=1.0)
+    draws.check(config, (continual.rows_by_stage(client.train, config) for client in federation.clients))
     if not federation.test:
         raise UserError("no held-out examples: set data.test_fraction above 0, or data.test to a held-out source")
     lm = models.load(config.model, config.adapter)

@@ -18,6 +18,7 @@ from apiary import config as configs
 from apiary import examples, models, prompts
 from apiary.config import RunConfig, UserError
 from apiary.doctor import examine, forecast
+from apiary.privacy import Mechanism, epsilon
 from apiary.tensors import digest
 from client import trainer
 
@@ -265,3 +266,19 @@ def test_the_base_is_counted_once(small_run: list[str], tiny_model: Path) -> Non
     entries = sum(t.numel() for t in load_file(tiny_model / "model.safetensors").values())
     held = forecast.base_bytes(models.load(config.model, config.adapter))
     assert 4 * entries <= held < 4 * entries + 10_000  # and a few buffers of rotary angles
+
+
+def test_what_a_private_run_costs_is_told_before_it_starts(small_run: list[str]) -> None:
+    good, text = _doctor([*small_run, "privacy.unit=record", "privacy.batch_rows=8", "privacy.noise_multiplier=1.0"])
+    assert good, text
+    # 8 rows expected of the smallest client's, 2 steps a round: the last line of the table is the whole run.
+    rows = min(len(c.train) for c in examples.federate(configs.load(None, small_run).data, 0).clients)
+    (last,) = re.findall(r"^ +3 +6 +([0-9.]+) ", text, re.MULTILINE)
+    assert float(last) == pytest.approx(epsilon([Mechanism(1.0, 8 / rows, 6)], 1e-5), abs=1e-3)
+
+
+def test_promises_and_stages_that_the_data_cannot_keep_are_problems(small_run: list[str]) -> None:
+    good, text = _doctor([*small_run, "privacy.unit=record", "privacy.batch_rows=1000"])
+    assert not good and any("privacy.batch_rows = 1000" in line for line in _problems(text))
+    good, text = _doctor([*small_run, 'continual.stages=[["first"], ["lost"]]'])
+    assert not good and any("continual.stages names 'lost'" in line for line in _problems(text))

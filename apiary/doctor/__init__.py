@@ -68,12 +68,12 @@ def _attempt(problems: list[str], action: Callable[[], T]) -> T | None:
 def _examine_parts(config: RunConfig, problems: list[str], console: Console) -> None:
     """Print what can be told of a run, and add all that is wrong with it to `problems`."""
     # Here and not above: what is wrong with the file itself is told without waiting for torch.
-    from apiary import bases, evaluate, examples, trackers
+    from apiary import bases, continual, evaluate, examples, trackers
     from apiary.doctor import plan
 
     _attempt(problems, lambda: trackers.check(config))
     device = _attempt(problems, lambda: bases.resolve_device(config.model))
-    federation = _attempt(problems, lambda: examples.federate(config.data, config.seed))
+    federation = _attempt(problems, lambda: continual.within(examples.federate(config.data, config.seed), config))
     if device is not None:
         plan.print_machine(config, device, console)
     lm = _load(config, device, problems)
@@ -82,6 +82,8 @@ def _examine_parts(config: RunConfig, problems: list[str], console: Console) -> 
         _attempt(problems, lambda: evaluate.check_positions(lm, config))
     if federation is None:
         return
+    if config.privacy.unit != "none":
+        _attempt(problems, lambda: _print_privacy(config, federation, console))
     plan.print_rows(federation, console)
     problems += _federation_problems(config, federation)
     if lm is None or template is None:
@@ -188,6 +190,20 @@ def _warnings(config: RunConfig, federation: Federation, lm: LanguageModel, temp
 
 
 # --- what is said
+
+
+def _print_privacy(config: RunConfig, federation: Federation, console: Console) -> None:
+    """Print what the run would cost each row, from the client whose rows pay most.
+
+    Raises:
+        UserError: some client has too few rows for the promise.
+    """
+    from apiary import continual, draws, privacy_plan
+
+    draws.check(config, (continual.rows_by_stage(client.train, config) for client in federation.clients))
+    console.print(Text("\nprivacy", style="bold"))
+    for line in privacy_plan.describe(config, privacy_plan.plan(config)):
+        console.print(Text(f"  {line}"))
 
 
 def _print_problems(problems: Sequence[str], console: Console) -> bool:
