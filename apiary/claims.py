@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def account(config: RunConfig, spent: Mapping[str, Spent]) -> dict[str, Any]:
         "budget": privacy.epsilon,
         "delta": privacy.delta,
         "clip": privacy.clip,
-        "adjacency": "add or remove one row of one client",
+        "adjacency": "one row of one client blanked",
         "sampler": "Poisson sampling, each row by itself",
         "accountant": privacy.accountant,
         "clients": {name: spent[name]._asdict() for name in sorted(spent)},
@@ -51,6 +52,11 @@ def read(folder: Path) -> dict[str, Any]:
     return values
 
 
+def rounded_up(epsilon: float, digits: int = 2) -> str:
+    """An epsilon for people, never below the true one."""
+    return f"{math.ceil(epsilon * 10**digits - 1e-9) / 10**digits:.{digits}f}"
+
+
 def sentence(privacy: Mapping[str, Any]) -> str:
     """What protects the updates, without promising more than was done."""
     if privacy.get("unit", "none") == "none":
@@ -58,10 +64,10 @@ def sentence(privacy: Mapping[str, Any]) -> str:
             "Examples stayed with their clients. The updates themselves were not protected by differential privacy, "
             "and a curious server might learn something about the data from them."
         )
-    epsilon, delta, rdp = (privacy[key] for key in ("epsilon", "delta", "epsilon_rdp"))
+    epsilon, rdp = (rounded_up(privacy[key]) for key in ("epsilon", "epsilon_rdp"))
     return (
-        f"Each row that a client trained on is protected by differential privacy: epsilon = {epsilon:.3g} at delta = "
-        f"{delta:g} ({privacy['accountant'].upper()} accountant; {rdp:.3g} by Rényi). The unit is one row, neighbours "
-        f"differ by adding or removing it, and rows are drawn by {privacy['sampler']}. The number of rows is taken as "
+        f"Each row that a client trained on is protected by differential privacy: epsilon = {epsilon} at delta = "
+        f"{privacy['delta']:g} ({privacy['accountant'].upper()}; {rdp} by Rényi). The unit is one row, neighbours "
+        f"differ by blanking it, and rows are drawn by {privacy['sampler']}. How many rows a client has is taken to be "
         "public. Held-out rows, and baselines trained beside the federation, are not protected."
     )

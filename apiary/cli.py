@@ -252,6 +252,7 @@ def deploy_client(
         float | None,
         typer.Option(help="refuse every run without record-level privacy of this epsilon or less", min=0.0),
     ] = None,
+    max_delta: Annotated[float, typer.Option(help="likewise, beside --max-epsilon", min=0.0, max=1.0)] = 1e-5,
     state: State = None,
 ) -> None:
     """Take part as one site until SIGTERM or Ctrl-C."""
@@ -259,7 +260,7 @@ def deploy_client(
 
     opened = kits.read(kit, "site")
     where = (state or opened.folder / "state").resolve()
-    raise typer.Exit(site.run(opened, where, site.Options(data, model, device, port, max_epsilon)))
+    raise typer.Exit(site.run(opened, where, site.Options(data, model, device, port, max_epsilon, max_delta)))
 
 
 @deploy_app.command("submit")

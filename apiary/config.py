@@ -208,7 +208,7 @@ class PrivacyConfig(_Section):
     clip: float = Field(1.0, gt=0, description="L2 norm that each row's gradient is clipped to")
     batch_rows: int = Field(64, ge=1, description="expected rows of a step; each row is drawn by itself (Poisson)")
     noise_multiplier: float | None = Field(
-        None, gt=0, description="noise over clip; unset: the least that keeps to epsilon for the rounds planned"
+        None, ge=0.01, description="noise over clip; unset: the least that keeps to epsilon for the rounds planned"
     )
     accountant: Literal["pld", "rdp"] = Field("pld", description="pld: tight; rdp: looser, and always told beside it")
 

@@ -46,18 +46,12 @@ def draw(config: RunConfig, rows: Sequence[int], number: int) -> Draw | None:
     if not rows[stage]:
         return None
     whole = sample_rate(privacy, rows[stage])
-    kept = _kept_share(config, sum(rows)) * sum(rows[:stage])  # expected rows of the buffer
+    kept = config.continual.buffer * sum(rows[:stage])  # expected rows of the buffer; a share, see apiary.together
     share = config.continual.replay if kept else 0.0
     new = (1 - share) * whole
     old = min(1.0, share * privacy.batch_rows / kept) if kept else 0.0
-    steps = train.steps or 1 if train.epochs is None else math.ceil(round(train.epochs / new, 6))
+    steps = train.steps or 1 if train.epochs is None else max(1, math.ceil(round(train.epochs / new, 6)))
     return Draw(steps, new, old, stage)
-
-
-def _kept_share(config: RunConfig, rows: int) -> float:
-    """The chance of a row to stay in the buffer when its stage is over."""
-    buffer = config.continual.buffer
-    return buffer if buffer < 1 else min(1.0, int(buffer) / max(rows, 1))
 
 
 def rates(made: Draw) -> dict[str, float]:

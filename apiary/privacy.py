@@ -257,11 +257,6 @@ def spent(ledger: Ledger, delta: float) -> Spent:
     )
 
 
-def would_spend(ledger: Ledger, entry: Entry, delta: float) -> Spent:
-    """What will be spent once `entry` is charged."""
-    return spent(charge(ledger, entry), delta)
-
-
 def pay(path: Path, entry: Entry, privacy: PrivacyConfig) -> Spent:
     """Charges a visit on disk, before any of it is trained: a visit that dies later has been paid for all the same.
 

@@ -86,12 +86,14 @@ def describe(config: RunConfig, made: Plan) -> Iterator[str]:
     whose = f"{made.client}, whose rows pay most" if made.client else "as given"
     origin = "as set" if privacy.noise_multiplier else f"the least that keeps to epsilon {privacy.epsilon:g}"
     yield "unit         one row of one client's data"
-    yield "adjacency    one row added or removed; how many rows a client has is taken to be public"
+    yield "adjacency    one row blanked; how many rows a client has is taken to be public"
     yield f"sampler      Poisson: each row is in a step by itself, with chance {_chances(made)}"
     yield f"accountant   {privacy.accountant}, at delta {privacy.delta:g}"
     yield f"rows         {' + '.join(map(str, made.rows))} ({whose}); {privacy.batch_rows} expected in a step"
     yield f"steps        {made.lines[-1].steps} in {config.rounds} rounds"
     yield f"noise        {made.noise_multiplier:.4f} x clip {privacy.clip:g} ({origin})"
+    if any(made_round and made_round.old > made_round.new for made_round in made.rounds):
+        yield "buffer       its few rows are drawn more often than new ones, and set the noise: a larger one costs less"
     yield ""
     yield "round   steps   epsilon (pld)   epsilon (rdp)"
     for line in made.lines:

@@ -28,7 +28,7 @@ def _private_curation(config: RunConfig) -> Iterator[str]:
         return
     if coupled := [repr(step.name) for step in config.curate.steps if step.name not in POINTWISE]:
         yield (
-            f"curate.steps: {', '.join(coupled)} {'lets' if len(coupled) == 1 else 'let'} one row decide about "
+            f"curate.steps: {', '.join(coupled)} may let one row decide about "
             f'another, which breaks privacy.unit = "record"; allowed with it are {", ".join(POINTWISE)}'
         )
 
@@ -39,6 +39,32 @@ def _private_buffer(config: RunConfig) -> Iterator[str]:
         yield (
             'continual.policy = "reservoir": a row that comes in drives another out, which breaks privacy.unit = '
             '"record"; set continual.policy = "poisson"'
+        )
+
+
+def _private_buffer_size(config: RunConfig) -> Iterator[str]:
+    """A number of rows makes the chance of each depend on how many others there are."""
+    if config.privacy.unit == "record" and config.continual.buffer >= 1:
+        yield (
+            f"continual.buffer = {config.continual.buffer:g}: a number of rows makes one row's chance depend on the "
+            'others, which breaks privacy.unit = "record"; give a share below 1'
+        )
+
+
+def _private_thinning(config: RunConfig) -> Iterator[str]:
+    if config.privacy.unit == "record" and config.data.max_rows is not None:
+        yield (
+            f"data.max_rows = {config.data.max_rows}: which rows are taken depends on how many there are, which breaks "
+            'privacy.unit = "record"; make a smaller file, or lower rounds'
+        )
+
+
+def _masked_tasks(config: RunConfig) -> Iterator[str]:
+    by, answer = config.continual.by, config.data.columns.get("output")
+    if config.continual.stages and by == answer and any(step.name == "mask" for step in config.curate.steps):
+        yield (
+            f"continual.by = {by!r} is the answer itself, which the curation step 'mask' may rewrite; name another "
+            "column, or leave 'mask' out"
         )
 
 
@@ -91,6 +117,9 @@ def _stopped_before_the_last_task(config: RunConfig) -> Iterator[str]:
 _RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _private_curation,
     _private_buffer,
+    _private_buffer_size,
+    _private_thinning,
+    _masked_tasks,
     _private_scores,
     _private_dropout,
     _private_accumulation,

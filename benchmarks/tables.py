@@ -203,8 +203,11 @@ def _seeds(count: int) -> str:
 def _spread(values: list[float], scale: float, digits: int) -> str:
     if len(values) == 1:
         return f"{scale * values[0]:.{digits}f}"
-    low, high = scale * min(values), scale * max(values)
-    return f"{scale * statistics.mean(values):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+    shown = [
+        f"{round(scale * value, digits) + 0.0:.{digits}f}"
+        for value in (statistics.mean(values), min(values), max(values))
+    ]
+    return f"{shown[0]} ({shown[1]} to {shown[2]})"
 
 
 def _machine(results: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from flwr.common.constant import NUM_PARTITIONS_KEY, PARTITION_ID_KEY
 
 from apiary import config as configs
 from apiary import continual, examples, records
+from client import memory
 from client.worker import Site, Worker
 
 _log = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ def _write_down(error: Exception, folder: Path | None) -> bool:
     if folder is None:
         return False
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        memory.own(folder)
         with (folder / "errors.log").open("a", encoding="utf-8", errors="replace") as log:
             log.write("".join(traceback.format_exception(error)) + "\n")
     except OSError:

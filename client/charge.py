@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.metadata
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from apiary.noise import SecretNoise, request_digest
 from apiary.privacy import Entry
 from apiary.tensors import digest
 from client.objectives import Penalty
-from client.private import fit_private, released
+from client.private import fit_private, released, unanswered
 from client.trainer import FitResult, Observer
 
 _NOT_THE_RUNS = {"simulate", "log", "evaluate", "strategy"}  # they change nothing of what a client releases
@@ -80,9 +81,14 @@ def visit(
     rates = np.full(len(work.corpus), plan.old)
     rates[: work.new] = plan.new
     key = privacy.open_key(ledger)
-    received = digest(payload.adapter, digits=64)
-    inputs = (received, _corpus_digest(work.corpus, rates), _config_digest(config), _machine(lm, config))
-    request = request_digest(key, folder.name, number, *inputs)
+    inputs = (
+        digest(payload.adapter, digits=64),
+        _corpus_digest(work.corpus, rates),
+        _config_digest(config),
+        _machine(lm, config),
+        json.dumps([noise_multiplier, *plan]),
+    )
+    request = unanswered(folder, number, lambda again: request_digest(key, folder.name, number, *inputs, *again))
     entry = Entry(
         folder.name, number, request, noise_multiplier, plan.steps, draws.rates(plan), draws.partition(config)
     )
@@ -103,7 +109,11 @@ def visit(
         penalties=penalties,
         observers=observers,
     )
-    return released(folder, number, request, make), spent
+    result = released(folder, number, request, make)
+    # Expected numbers, and so public; only new rows give an update its weight.
+    expected = plan.steps * config.privacy.batch_rows
+    new = max(1, round(plan.steps * plan.new * work.rows[plan.stage]))
+    return result._replace(report=result.report._replace(tokens=new, replayed=expected - new)), spent
 
 
 def _corpus_digest(corpus: Corpus, rates: np.ndarray) -> str:
@@ -116,7 +126,9 @@ def _corpus_digest(corpus: Corpus, rates: np.ndarray) -> str:
 def _machine(lm: LanguageModel, config: RunConfig) -> str:
     """What decides the last bits of the same sum: another answer to the same request needs noise of its own."""
     threads = config.train.threads or torch.get_num_threads()
-    return json.dumps([torch.__version__, str(lm.device), str(lm.dtype), threads])
+    gpu = torch.cuda.get_device_name(lm.device) if lm.device.type == "cuda" else ""
+    versions = [importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "opacus")]
+    return json.dumps([lm.digest, str(lm.device), gpu, str(lm.dtype), threads, *versions])
 
 
 def _config_digest(config: RunConfig) -> str:

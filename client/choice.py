@@ -7,6 +7,7 @@ an earlier round finds the choice of that moment. What steps rewrote is not stor
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from apiary.exchange import Curated
 from apiary.runlog import write_atomic
 from client import curation
 
+_log = logging.getLogger(__name__)
 _KEPT = 3  # choices; a run that was killed goes back a round or two
 
 
@@ -66,6 +68,8 @@ def choose(
             counts = Curated(len(rows), len(again), stored["dropped"])
             return Choice(tuple(example for _, example in again), counts, max(made))
     new = curation.curate(rows, config.steps, context, empty_ok=empty_ok)
+    for line in new.warnings:  # for the owner: what a client logs stays on its machine
+        _log.warning("%s: %s", context.client, line)
     folder.mkdir(parents=True, exist_ok=True)
     values = {"digest": digest, "kept": new.kept, "dropped": new.dropped}
     write_atomic(_path(folder, number), json.dumps(values))

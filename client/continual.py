@@ -55,7 +55,6 @@ class StageData(NamedTuple):
     stage: int  # from 0
     new: tuple[Example, ...]
     replay: tuple[Kept, ...]
-    left_out: int  # rows whose task is in no stage
     cursor: Cursor  # in the new rows
     replay_cursor: Cursor
     rounds_before: int  # rounds of this stage that are over
@@ -195,7 +194,7 @@ def prepare(
     """
     stages = config.continual.stages
     if not stages:
-        return StageData(0, tuple(rows), (), 0, past.cursor, Cursor(), number - 1, config.rounds)
+        return StageData(0, tuple(rows), (), past.cursor, Cursor(), number - 1, config.rounds)
     stage = stage_of(number, config.rounds, len(stages))
     of = stage_numbers(rows, config)
     parts = [tuple(row for row, at in zip(rows, of, strict=True) if at == s) for s in range(len(stages))]
@@ -203,9 +202,7 @@ def prepare(
     kept = _kept(folder, rule(config.continual, config.seed, client, int((of >= 0).sum())), parts, stage, entered)
     cursor, replay = (past.cursor, past.replay) if entered else (Cursor(), Cursor())
     planned = rounds_of(stage, config.rounds, len(stages))
-    return StageData(
-        stage, parts[stage], kept, int((of < 0).sum()), cursor, replay, number - planned.start, len(planned)
-    )
+    return StageData(stage, parts[stage], kept, cursor, replay, number - planned.start, len(planned))
 
 
 def _kept(folder: Path, rule: Rule, parts: Sequence[Sequence[Example]], stage: int, entered: bool) -> tuple[Kept, ...]:

@@ -24,6 +24,12 @@ class Memory(NamedTuple):
     choice: int = 0  # the round in which the rows were chosen that the cursor walks through
 
 
+def own(folder: Path) -> None:
+    """Make a client's folder, for the eyes of its owner alone: what is kept in it tells of the rows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+
+
 def load(folder: Path, before: int) -> Memory:
     """The newest memory of a round earlier than `before`; a blank one when there is none."""
     for number in sorted(_rounds(folder), reverse=True):

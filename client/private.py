@@ -8,6 +8,7 @@ leaves, but through the adapter.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -37,7 +38,7 @@ from client.trainer import Cursor, FitResult, Observer, StepRecord, learning_rat
 
 _ROOM = 1 << 28  # numbers in the gradients of single rows held at a time: 1 GiB in float32
 _SLACK = 1 - 1e-6  # of the clipping norm; more than what float32 can err in a norm's last place
-_KEPT = 3  # releases
+_KEPT, _ANSWERED = 3, "released.txt"  # releases kept, and the names of all that ever left
 
 
 class Sum(NamedTuple):
@@ -273,19 +274,45 @@ def released(folder: Path, number: int, request: str, make: Callable[[], FitResu
     last place, and two noisy values with the same noise tell their difference.
 
     Args:
-        folder: the client's own; the newest three answers are kept in it.
+        folder: the client's own; the newest three answers are kept in it, and the names of all.
         number: the round.
-        request: the release's name, from `apiary.noise.request_digest`.
+        request: the release's name, from `unanswered`.
     """
-    path = folder / f"release-{number:04d}-{request}.safetensors"
+    path = _release(folder, number, request)
     if not path.exists():
         result = make()
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(path, pack(dict(result.delta), {"report": json.dumps(result.report._asdict())}))
-        for old in sorted(folder.glob("release-*.safetensors"))[:-_KEPT]:
+        write_atomic(folder / _ANSWERED, "".join(f"{name}\n" for name in [*_answered(folder), request]))
+        by_age = sorted(folder.glob("release-*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
+        for old in by_age[:-_KEPT]:
             old.unlink(missing_ok=True)
         return result
     with safe_open(path, "pt") as file:
         delta = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
         values: dict[str, Any] = json.loads(file.metadata()["report"])
     return FitResult(delta, Cursor(), FitReport(**values))
+
+
+def unanswered(folder: Path, number: int, name: Callable[[Sequence[str]], str]) -> str:
+    """A request's name, under which no answer ever left that is no longer kept.
+
+    Such an answer is not made again under its own noise: it gets another name, and so noise and a charge of its own.
+
+    Args:
+        folder: as in `released`.
+        number: the round.
+        name: makes the name from what tells repetitions apart; nothing for the first.
+    """
+    gone = {request for request in _answered(folder) if not _release(folder, number, request).exists()}
+    names = (name(again) for again in itertools.chain([()], ([f"again {n}"] for n in itertools.count(1))))
+    return next(request for request in names if request not in gone)
+
+
+def _release(folder: Path, number: int, request: str) -> Path:
+    return folder / f"release-{number:04d}-{request}.safetensors"
+
+
+def _answered(folder: Path) -> list[str]:
+    path = folder / _ANSWERED
+    return path.read_text(encoding="utf-8").split() if path.exists() else []

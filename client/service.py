@@ -47,6 +47,7 @@ class Facts(NamedTuple):
     model: str | None = None  # the site's own place of the base
     device: str | None = None
     max_epsilon: float | None = None  # train only under record-level privacy, and within this budget
+    max_delta: float = 1e-5  # likewise, where there is a `max_epsilon`
 
 
 class _Job(NamedTuple):
@@ -117,7 +118,7 @@ class Service:
                 self._job = None
                 config = at_home(configs.from_json(text), self._facts)
                 _refuse_foreign_code(config)
-                _refuse_less_privacy(config, self._facts.max_epsilon)
+                _refuse_less_privacy(config, self._facts)
                 site = _read_site(config, self._facts, name)
                 self._job = _Job(name, text, Worker(config), site)
             return self._job
@@ -149,17 +150,27 @@ def _refuse_foreign_code(config: RunConfig) -> None:
         raise answers.Refusal("the run names code by module:function, which this site does not load")
 
 
-def _refuse_less_privacy(config: RunConfig, limit: float | None) -> None:
+def _refuse_less_privacy(config: RunConfig, facts: Facts) -> None:
     """Check that the run promises the site's rows what its operator asks for.
 
+    Which rows make a stage, and which columns hold them, are then not for the server to say: how many rows there are
+    is taken to be public, so each choice of theirs would be a question about the rows that costs nothing.
+
     Raises:
-        Refusal: it promises less, or nothing.
+        Refusal: it promises less, or nothing, or names stages or columns.
     """
-    privacy = config.privacy
-    if limit is not None and (privacy.unit != "record" or privacy.epsilon > limit):
-        promised = f"epsilon = {privacy.epsilon:g}" if privacy.unit == "record" else "nothing"
+    privacy, limit = config.privacy, facts.max_epsilon
+    if limit is None:
+        return
+    if privacy.unit != "record" or privacy.epsilon > limit or privacy.delta > facts.max_delta:
+        told = f"epsilon = {privacy.epsilon:g}, delta = {privacy.delta:g}" if privacy.unit == "record" else "nothing"
         raise answers.Refusal(
-            f'this site asks for privacy.unit = "record" with epsilon <= {limit:g}; the run promises {promised}'
+            f'this site asks for privacy.unit = "record", epsilon <= {limit:g} and delta <= {facts.max_delta:g}; '
+            f"the run promises {told}"
+        )
+    if config.continual.stages or config.data.columns:
+        raise answers.Refusal(
+            "this site insists on privacy, so it takes no continual.stages or data.columns from a run"
         )
 
 
@@ -209,6 +220,7 @@ def _arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", help="the site's own place of the base model")
     parser.add_argument("--device", help="the site's own device")
     parser.add_argument("--max-epsilon", type=float, help="refuse runs that promise the rows less privacy")
+    parser.add_argument("--max-delta", type=float, default=Facts._field_defaults["max_delta"], help="likewise")
     return parser.parse_args(words)
 
 
@@ -217,7 +229,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)  # at once: nothing is half-written, and a message is asked again
     given = _arguments()
-    facts = Facts(given.site, given.data, given.state, given.model, given.device, given.max_epsilon)
+    facts = Facts(given.site, given.data, given.state, given.model, given.device, given.max_epsilon, given.max_delta)
     logging.basicConfig(
         level=logging.INFO, stream=sys.stdout, format=f"%(asctime)s {given.site}: %(message)s", force=True
     )

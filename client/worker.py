@@ -57,11 +57,11 @@ class Worker:
 
         Under differential privacy the tokens stay untold, and the rows stand in for them.
         """
-        stats = self._corpus(site, "train", site.train).stats
         fingerprint = models.fingerprint(self.lm, self.template)
         if self.config.privacy.unit == "record":
             rows = len(site.train)
             return Hello(site.client, fingerprint, self.config.adapter.rank, rows, rows)
+        stats = self._corpus(site, "train", tuple(site.train)).stats
         return Hello(site.client, fingerprint, self.config.adapter.rank, stats.examples, stats.response_tokens)
 
     def train(self, site: Site, number: int, payload: Payload) -> Visit | Decline:
@@ -78,6 +78,7 @@ class Worker:
             The change of the adapter with its weight (new tokens trained), and counts; or why there is none.
         """
         _refuse_base_delta(payload)
+        memory.own(site.folder)
         memory.forget_from(site.folder, number)
         past = memory.load(site.folder, before=number)
         rows, chosen = self._chosen(site, number, payload)
@@ -146,8 +147,11 @@ class Worker:
     def evaluate(self, site: Site, payload: Payload) -> Score:
         """The received adapter's loss on the site's held-out examples, as sums.
 
-        Below `_FEWEST` examples nothing is told: the sum would say too much of each.
+        Below `_FEWEST` examples nothing is told: the sum would say too much of each. Under differential privacy
+        nothing is told at all, whatever the server asks: a loss without noise would be a way around it.
         """
+        if self.config.privacy.unit == "record":
+            return Score(0.0, 0, 0)
         corpus = self._corpus(site, "test", site.test)
         _refuse_base_delta(payload)
         if len(corpus) < _FEWEST:

@@ -33,6 +33,7 @@ class Options(NamedTuple):
     device: str | None = None
     port: int | None = None  # of 127.0.0.1, where the SuperNode's own processes reach it; None: a free one
     max_epsilon: float | None = None  # take part only in runs that promise each row this much privacy
+    max_delta: float = 1e-5  # likewise, where there is a `max_epsilon`
 
 
 class _Line(NamedTuple):
@@ -93,7 +94,7 @@ def _worker(kit: Kit, state: Path, options: Options, address: str) -> Kept:
     if options.device:
         command += ["--device", options.device]
     if options.max_epsilon is not None:
-        command += ["--max-epsilon", str(options.max_epsilon)]
+        command += ["--max-epsilon", str(options.max_epsilon), "--max-delta", str(options.max_delta)]
     return Kept(command, processes.environment(state), state)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from apiary.config import RunConfig
-from apiary.exchange import Curated, FitReport, Score, Spent, Visit
+from apiary.exchange import Curated, Decline, FitReport, Score, Spent, Visit
 from apiary.records import WireError
 from apiary.tensors import StateDict, add, is_finite
 
@@ -75,7 +75,7 @@ def check_score(score: Score, config: RunConfig) -> None:
 
 
 def _check_report(report: FitReport, config: RunConfig, examples: int, private: bool) -> None:
-    steps = _most_steps(config, examples)
+    steps = _most_steps(config, examples, private)
     tokens = min(MOST, steps * _most_tokens(config, private))
     if not (report.tokens > 0 and report.tokens + report.replayed <= tokens and 0 < report.steps <= steps):
         raise WireError(
@@ -90,11 +90,14 @@ def _check_report(report: FitReport, config: RunConfig, examples: int, private: 
         raise WireError(f"its loss is {report.loss}")
 
 
-def _most_steps(config: RunConfig, examples: int) -> int:
+def _most_steps(config: RunConfig, examples: int, private: bool) -> int:
     """Optimizer steps in a round, at most."""
     train = config.train
     if train.epochs is None:
         return train.steps or 1
+    if private:
+        new = config.privacy.batch_rows * (1 - config.continual.replay if config.continual.buffer else 1)
+        return max(1, math.ceil(round(train.epochs * examples / new, 6)))
     return max(1, math.ceil(train.epochs * examples / train.accumulate))  # with a batch for each example
 
 
@@ -106,13 +109,25 @@ def _most_tokens(config: RunConfig, private: bool) -> int:
     return batches * max(config.train.batch_tokens, config.prompt.max_tokens)
 
 
+def check_decline(decline: Decline, config: RunConfig) -> None:
+    """Check that a client's reason not to train can be one in this run.
+
+    Raises:
+        WireError: it cannot.
+    """
+    if decline.reason == "budget" and config.privacy.unit == "none":
+        raise WireError("it says that its privacy budget is spent, but privacy.unit is none")
+    if decline.reason == "idle" and not config.continual.stages:
+        raise WireError("it says that it has no rows for this stage, but there are no stages")
+
+
 def _check_curated(curated: Curated | None, config: RunConfig, private: bool) -> None:
     if curated is None:
         return
     if private:
         raise WireError("it tells what its curation dropped, which differential privacy withholds")
     dropped = sum(curated.dropped.values())
-    if min(curated.kept, *curated.dropped.values(), MOST) < 0 or curated.kept + dropped != curated.rows:
+    if min(curated.kept, *curated.dropped.values(), MOST) < 0 or not curated.kept + dropped == curated.rows <= MOST:
         raise WireError(
             f"its curation kept {curated.kept} and dropped {dropped} of {curated.rows} rows; that cannot be"
         )

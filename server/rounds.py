@@ -106,6 +106,7 @@ class Rounds(Strategy):
         self._members: dict[str, _Member] = {}
         self._refused: dict[int, _Refusal] = {}  # at the handshake
         self._greeted: dict[str, int] = {}  # hellos without an answer yet: message id -> node
+        self._spent_out: set[str] = set()  # clients whose privacy budget is spent; they are not asked again
         self._cohort: list[str] = []
         self._sent: Payload | None = None
         self._arrays: tuple[ArrayRecord, ...] = ()  # its records, shared by all clients that get the same payload
@@ -131,7 +132,14 @@ class Rounds(Strategy):
             if self.progress.stopped:
                 break
             self._round(number, grid)
+            self._stop_if_spent(number)
         return self.state
+
+    def _stop_if_spent(self, number: int) -> None:
+        if self._members and self._members.keys() <= self._spent_out:
+            self.progress = self.progress._replace(stopped=True)
+            self._log.event("stop", round=number, reason="all clients' privacy budgets are spent (privacy.epsilon)")
+            self._on_round(self.state, self.progress)
 
     def start(
         self,
@@ -274,7 +282,7 @@ class Rounds(Strategy):
         """The round's cohort and its train messages; clients with the same payload share one record."""
         strategy = self.config.strategy
         self._cohort = choose(
-            self._members,
+            self._members.keys() - self._spent_out,
             fraction=strategy.fraction,
             minimum=strategy.min_clients,
             seed=self.config.seed,
@@ -366,7 +374,7 @@ class Rounds(Strategy):
         reducer = self.aggregator.reduce
         acc = reducer.start(self.state)
         good: list[FitReport] = []
-        declined: list[str] = []
+        declined = 0
         up = 0
         for message in replies:
             try:
@@ -375,19 +383,20 @@ class Rounds(Strategy):
                 self._refuse(self._client_of(message), str(error), server_round)
                 continue
             if isinstance(answer, Decline):
-                declined.append(answer.reason)
+                declined += 1
+                self._spent_out |= {answer.client} if answer.reason == "budget" else set()
                 self._log.event("declined", round=server_round, **answer._asdict())
                 continue
             size = records.array_bytes(message.content)
             acc = reducer.add(acc, answer.update)
             good.append(answer.report)
             up += size
-            self._note_visit(answer, server_round)
+            self._note_visit(answer.update.client, server_round)
             self._log_visit(answer, server_round, size)
-        if declined and not good and len(declined) == len(self._cohort):
-            self._rest(server_round, declined)
+        if declined == len(self._cohort):  # all of them rightly
+            self.state = self.state._replace(round=server_round)
         else:
-            self._check_quorum(server_round, len(good), len(self._cohort) - len(declined))
+            self._check_quorum(server_round, len(good), len(self._cohort) - declined)
             self._step(server_round, reducer.finish(self.state, acc, self._generator(server_round)))
         return None, MetricRecord({**_summed(good), "bytes_up": up})
 
@@ -400,8 +409,10 @@ class Rounds(Strategy):
         answer = records.read_train_reply(message.content)
         if isinstance(answer, Decline):
             self._check_sender(answer.client, message)
+            checks.check_decline(answer, self.config)
             return answer
         self._check_sender(answer.update.client, message)
+        self._note_spent(answer)  # whatever else is wrong with it: it was sent
         examples = self._members[answer.update.client].examples
         checks.check_visit(answer, self.config, examples, self.state.adapter)
         return answer
@@ -423,20 +434,16 @@ class Rounds(Strategy):
             )
         self.state = state
 
-    def _rest(self, number: int, declined: Sequence[str]) -> None:
-        """A round in which everybody rightly declined: the state stays, and the run ends if privacy is why."""
-        self.state = self.state._replace(round=number)
-        if "budget" in declined:
-            self.progress = self.progress._replace(stopped=True)
-            self._log.event("stop", round=number, reason="the clients' privacy budgets are spent (privacy.epsilon)")
-
-    def _note_visit(self, visit: Visit, number: int) -> None:
-        client, last, spent = visit.update.client, self.progress.last_round, self.progress.spent
+    def _note_visit(self, client: str, number: int) -> None:
         member = self._members[client]
         self._members[client] = member._replace(info=member.info._replace(last_round=number))
-        if visit.spent is not None:
-            spent = {**spent, client: list(visit.spent)}
-        self.progress = self.progress._replace(last_round={**last, client: number}, spent=spent)
+        self.progress = self.progress._replace(last_round={**self.progress.last_round, client: number})
+
+    def _note_spent(self, visit: Visit) -> None:
+        if visit.spent is not None and self.config.privacy.unit != "none" and all(map(math.isfinite, visit.spent)):
+            self.progress = self.progress._replace(
+                spent={**self.progress.spent, visit.update.client: list(visit.spent)}
+            )
 
     def _check_sender(self, client: str, message: Message) -> None:
         if client not in self._members or self._members[client].node != message.metadata.src_node_id:

@@ -55,8 +55,8 @@ def test_the_same_request_is_the_same_release_and_costs_once(tiny_model: Path, t
     worker = Worker(settings(tiny_model))
     first = worker.train(site(tmp_path, rows(40)), 1, payload(worker))
     assert len(charges(tmp_path)) == 1
-    # Another process, after a crash that lost the release itself.
-    for kept in (tmp_path / "run").glob("release-*"):
+    # Another process, after a crash between the charge and the release.
+    for kept in (tmp_path / "run").glob("release*"):
         kept.unlink()
     again = Worker(settings(tiny_model)).train(site(tmp_path, rows(40)), 1, payload(worker))
     assert same(first, again) and len(charges(tmp_path)) == 1
@@ -120,6 +120,46 @@ def test_a_client_whose_every_row_curation_drops_answers_like_any_other(tiny_mod
     answer = worker.train(site(tmp_path, rows(40)), 1, payload(worker))
     assert isinstance(answer, Visit) and answer.report.examples == 16
     assert all(float(t.abs().max()) > 0 for t in answer.update.delta.values())
+
+
+def test_an_answer_that_left_and_was_dropped_is_not_made_again_under_its_own_noise(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    worker = Worker(settings(tiny_model))
+    first = worker.train(site(tmp_path, rows(40)), 1, payload(worker))
+    for number in (2, 3, 4):  # of four answers three are kept
+        worker.train(site(tmp_path, rows(40)), number, payload(worker))
+    again = worker.train(site(tmp_path, rows(40)), 1, payload(worker))
+    assert not same(first, again) and len(charges(tmp_path)) == 5
+    # That one is kept, however old its round: asked once more, it is the same and free.
+    assert same(again, worker.train(site(tmp_path, rows(40)), 1, payload(worker))) and len(charges(tmp_path)) == 5
+
+
+def test_a_private_client_tells_no_loss_whoever_asks(tiny_model: Path, tmp_path: Path) -> None:
+    """The server's own switch is not what a client relies on."""
+    held_out = Site("s", rows(40), rows(20, "wax"), tmp_path / "run", tmp_path / "ledger.json")
+    worker = Worker(settings(tiny_model))
+    assert worker.evaluate(held_out, payload(worker)) == (0.0, 0, 0)
+    plain = Worker(settings(tiny_model, "privacy.unit=none"))
+    assert plain.evaluate(held_out, payload(plain)).examples == 20
+
+
+def test_replayed_rows_give_a_private_update_no_weight(tiny_model: Path, tmp_path: Path) -> None:
+    worker = Worker(settings(tiny_model, *STAGES, "continual.replay=0.75"))
+    data = (*rows(30, "a", "a"), *rows(40, "b", "b"))
+    weights = [
+        (a.update.weight, a.report.replayed)
+        for n in (1, 3)
+        if isinstance(a := worker.train(site(tmp_path, data), n, payload(worker)), Visit)
+    ]
+    assert weights == [(16.0, 0), (4.0, 12)]  # 2 steps of 8 expected rows, a quarter of them new once there is a buffer
+
+
+def test_what_a_client_keeps_is_for_its_owner(tiny_model: Path, tmp_path: Path) -> None:
+    worker = Worker(settings(tiny_model))
+    worker.train(site(tmp_path, rows(40)), 1, payload(worker))
+    assert (tmp_path / "run").stat().st_mode & 0o077 == 0
+    assert (tmp_path / "privacy.key").stat().st_mode & 0o077 == 0
 
 
 def test_stages_charge_each_cohort_for_what_it_met(tiny_model: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from apiary import config
-from apiary.exchange import Curated, FitReport, Score, Spent, Update, Visit
+from apiary.exchange import Curated, Decline, FitReport, Score, Spent, Update, Visit
 from apiary.records import WireError
 from server import checks
 
@@ -78,6 +78,25 @@ def test_what_cannot_be_is_refused(changes: dict[str, Any], overrides: list[str]
         check(visit(**changes), *overrides)
     assert why in str(told.value)
     assert "the text of a row" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("reason", "good", "bad", "why"),
+    [("budget", PRIVATE, [], "privacy.unit is none"), ("idle", REPLAYING, [], "there are no stages")],
+)
+def test_a_decline_must_be_possible_in_this_run(reason: Any, good: list[str], bad: list[str], why: str) -> None:
+    checks.check_decline(Decline("c", reason), config.load(None, good))
+    with pytest.raises(WireError, match=why):
+        checks.check_decline(Decline("c", reason), config.load(None, bad))
+
+
+def test_as_many_private_steps_as_the_epochs_ask_for_are_believed() -> None:
+    """Half of the four expected rows are replayed: one epoch of 100 new rows takes 50 steps."""
+    epochs = [*PRIVATE[:1], "privacy.batch_rows=4", "train.epochs=1", *REPLAYING, "continual.policy=poisson"]
+    told = {"loss": math.nan, "spent": SPENT, "tokens": 100, "replayed": 100}
+    check(visit(**told, steps=50), *epochs)
+    with pytest.raises(WireError, match="in 51 steps"):
+        check(visit(**told, steps=51), *epochs)
 
 
 def test_a_weight_that_is_not_the_tokens_is_refused() -> None:

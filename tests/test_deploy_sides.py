@@ -138,19 +138,27 @@ def _private(run: config.RunConfig, **privacy: object) -> config.RunConfig:
     return config.parse({**run.model_dump(mode="json"), "privacy": {**run.privacy.model_dump(), **changed}})
 
 
-@pytest.mark.parametrize("epsilon", [None, 8.5, 8.0])
-def test_a_site_may_insist_on_privacy(site: Site, epsilon: float | None) -> None:
-    site.server.stop(None)
+def test_a_site_may_insist_on_privacy(site: Site) -> None:
     facts = site.facts._replace(max_epsilon=8.0)
+    site.server.stop(None)
     site.server = service.make_server(service.Service(facts), site.address)
     site.server.start()
-    run = site.run if epsilon is None else _private(site.run, epsilon=epsilon)
-    reply = site.ask("train", config=run.to_json())
-    if epsilon == 8.0:
-        assert not reply.has_error()
-    else:
-        assert "asks for privacy.unit" in reply.error.reason and "epsilon <= 8" in reply.error.reason
-        assert not (site.state / "ledger.json").exists()
+    private = _private(site.run)
+    stages = config.parse({**private.model_dump(mode="json"), "rounds": 3, "continual": {"stages": [["first"]]}})
+    columns = private.model_copy(update={"data": private.data.model_copy(update={"columns": {"output": "skill"}})})
+    for run, why in (
+        (site.run, "the run promises nothing"),
+        (_private(site.run, epsilon=8.5), "epsilon <= 8"),
+        (_private(site.run, delta=1e-3), "delta <= 1e-05"),
+        (stages, "takes no continual.stages"),
+        (columns, "data.columns"),
+    ):
+        assert why in site.ask("train", config=run.to_json()).error.reason
+    assert not (site.state / "ledger.json").exists()
+    assert not site.ask("train", config=private.to_json()).has_error()
+    # And no loss of its held-out rows, though the server asks.
+    _, score = records.read_score_reply(site.ask("evaluate", config=private.to_json()).content)
+    assert score == (0.0, 0, 0)
 
 
 def test_what_one_run_spent_the_next_run_finds_spent(site: Site) -> None:

@@ -24,7 +24,7 @@ from test_cli import apiary, assert_refused, with_overrides
 from apiary import privacy
 from apiary.config import PrivacyConfig, RunConfig, UserError, parse
 from apiary.noise import KEY_FILE, SecretNoise, load_key, request_digest
-from apiary.privacy import BudgetSpent, Entry, Ledger, Mechanism, charge, epsilon, pay, spent, would_spend
+from apiary.privacy import BudgetSpent, Entry, Ledger, Mechanism, charge, epsilon, pay, spent
 from apiary.privacy_plan import plan
 
 DELTA = 1e-5
@@ -212,7 +212,7 @@ def test_an_empty_ledger_has_spent_nothing() -> None:
 def test_a_client_stops_before_its_budget_breaks(tmp_path: Path) -> None:
     path, settings_ = tmp_path / "ledger.json", PrivacyConfig(epsilon=3.5)
     paid = 0
-    while would_spend(privacy.load_ledger(path), entry(paid + 1), DELTA).epsilon <= 3.5:
+    while spent(charge(privacy.load_ledger(path), entry(paid + 1)), DELTA).epsilon <= 3.5:
         bill = pay(path, entry(paid + 1), settings_)
         paid += 1
         assert bill.epsilon == pytest.approx(directly([Mechanism(1.0, 0.05, 30 * paid)]), rel=2e-3)

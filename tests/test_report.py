@@ -323,8 +323,8 @@ def test_what_was_promised_is_told_client_by_client_and_not_overstated() -> None
     text = Page(page({**metrics, "privacy": claims.account(run, clients)})).text
     assert "Joining forces privately did not help" in text and "1.00 (training alone, without privacy)" in text
     # The worst-off client's epsilon is the claim, and stands first.
-    assert "protected by differential privacy: epsilon = 6.5 at delta = 1e-05" in text
-    assert text.index("b 6.500 3.750 1.500 12.5% 36") < text.index("a 3.250")
+    assert "protected by differential privacy: epsilon = 6.50 at delta = 1e-05" in text
+    assert text.index("b 6.50 3.75 1.500 12.5% 36") < text.index("a 3.25")
     assert "Held-out rows, and baselines trained beside the federation, are not protected" in text
     assert "curious server" not in text
 
@@ -347,5 +347,5 @@ def test_a_run_says_of_privacy_what_stands_in_its_ledger(tmp_path: Path) -> None
     claims.write(tmp_path, run, {"a": Spent(1.0, 1.5, 1e-5, 2.0, 0.1, 10), "b": Spent(4.0, 4.5, 1e-5, 1.0, 0.2, 10)})
     told = claims.read(tmp_path)
     assert (told["epsilon"], told["epsilon_rdp"], told["budget"], told["unit"]) == (4.0, 4.5, 5.0, "record")
-    assert card(run, None, told).count("epsilon = 4 at delta = 1e-05") == 1
+    assert card(run, None, told).count("epsilon = 4.00 at delta = 1e-05") == 1
     assert "not protected by differential privacy" in card(run, None, {"unit": "none"})

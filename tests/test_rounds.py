@@ -16,7 +16,7 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
 from apiary import config, records
-from apiary.exchange import Decline, Fingerprint, FitReport, Hello, Score, Update, Visit
+from apiary.exchange import Decline, Fingerprint, FitReport, Hello, Score, Spent, Update, Visit
 from apiary.tensors import is_finite
 from server import checkpoint
 from server import rounds as server_rounds
@@ -52,6 +52,7 @@ def clients(
     deltas: dict[int, Any] | None = None,
     prints: dict[int, Fingerprint] | None = None,
     loss: Callable[[int, int], float] = lambda i, number: 1.0,
+    private: bool = False,
 ) -> ClientApp:
     """An app whose node i returns `deltas[i](i, adapter)`, or raises it, or declines for it, or is well-behaved.
 
@@ -75,7 +76,9 @@ def clients(
         if act in ("idle", "budget"):
             return Message(records.train_reply(Decline(f"c{i}", act)), reply_to=message)
         update = Update(f"c{i}", act(i, dict(payload.adapter)), 10.0 * (i + 1), 4)
-        return Message(records.train_reply(Visit(update, FitReport(10 * (i + 1), 5, 1, 2.0, 0.1))), reply_to=message)
+        report = FitReport(10 * (i + 1), 5, 1, math.nan if private else 2.0, 0.1)
+        spent = Spent(1.0 + i, 2.0 + i, 1e-5, 1.0, 0.1, 3) if private else None
+        return Message(records.train_reply(Visit(update, report, spent=spent)), reply_to=message)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
@@ -172,17 +175,23 @@ def test_too_few_good_replies_fail_the_run() -> None:
         made.run(LocalGrid(clients({0: broken, 1: broken}), 3), 3)
 
 
+DECLINING = {
+    "idle": ['continual.stages=[["a"], ["b"]]', "rounds=2"],
+    "budget": ["privacy.unit=record"],
+}
+
+
 @pytest.mark.parametrize("reason", ["idle", "budget"])
 def test_who_declines_rightly_does_not_count_against_the_quorum(reason: str) -> None:
-    made, log = rounds(["rounds=1", "strategy.quorum=1.0"])
-    state = made.run(LocalGrid(clients({0: reason, 2: reason}), 3), 3)
-    torch.testing.assert_close(state.adapter["a"], torch.full((2, 3), 2.0))
-    assert [(e["client"], e["reason"]) for e in log.of("declined")] == [("c0", reason), ("c2", reason)]
+    made, log = rounds(["rounds=1", "strategy.quorum=1.0", *DECLINING[reason]])
+    state = made.run(LocalGrid(clients({0: reason, 2: reason}, private=reason == "budget"), 3), 3)
+    torch.testing.assert_close(state.adapter["a"], torch.full((2, 3), 2.0 * made.config.rounds))
+    assert [(e["client"], e["reason"]) for e in log.of("declined")][:2] == [("c0", reason), ("c2", reason)]
     assert log.of("refused") == []
 
 
 def test_a_round_without_work_for_anybody_keeps_the_state() -> None:
-    made, log = rounds([])
+    made, log = rounds(DECLINING["idle"])
     state = made.run(LocalGrid(clients(dict.fromkeys(range(3), "idle")), 3), 3)
     assert state.round == 2 and torch.equal(state.adapter["a"], START["a"])
     assert [e["clients"] for e in log.of("round")] == [0, 0] and log.of("stop") == []
@@ -196,13 +205,37 @@ def test_spent_budgets_end_the_run_and_keep_what_was_learnt() -> None:
         kept.append((state, progress))
         acts.update(dict.fromkeys(range(3), "budget"))
 
-    made, log = rounds(["rounds=5"], on_round=on_round)
+    made, log = rounds(["rounds=5", *DECLINING["budget"]], on_round=on_round)
     acts[0] = add_one
-    state = made.run(LocalGrid(clients(acts), 3), 3)
+    state = made.run(LocalGrid(clients(acts, private=True), 3), 3)
     torch.testing.assert_close(state.adapter["a"], torch.full((2, 3), (10 + 40 + 90) / 60))
     assert [e["round"] for e in log.of("round")] == [1, 2]
     assert "privacy.epsilon" in log.of("stop")[0]["reason"]
     assert kept[-1][1].stopped and kept[-1][0].round == 2
+    assert kept[-1][1].spent == {f"c{i}": [1.0 + i, 2.0 + i, 1e-5, 1.0, 0.1, 3] for i in range(3)}
+
+
+def test_who_has_spent_its_budget_is_left_in_peace_and_the_others_go_on() -> None:
+    """A cohort that is spent does not end a run in which others still have something to give."""
+    made, log = rounds(["rounds=12", "strategy.fraction=0.25", "strategy.min_clients=2", *DECLINING["budget"]])
+    made.run(LocalGrid(clients({0: "budget", 1: "budget", 2: "budget"}, private=True), 8), 8)
+    assert len(log.of("round")) == 12 and log.of("stop") == []
+    declined = [e["client"] for e in log.of("declined")]
+    assert sorted(declined) == sorted(set(declined)) == ["c0", "c1", "c2"]
+
+
+def test_a_decline_that_cannot_be_is_a_refusal() -> None:
+    made, log = rounds(["rounds=1"])
+    made.run(LocalGrid(clients({1: "budget"}), 3), 3)
+    assert "privacy.unit is none" in log.of("refused")[0]["reason"] and log.of("declined") == []
+
+
+def test_what_a_refused_client_spent_is_in_the_account_all_the_same() -> None:
+    """Its update came over the wire, whether it was used or not."""
+    made, log = rounds(["rounds=1", *DECLINING["budget"]])
+    made.run(LocalGrid(clients({1: _with("a", math.nan)}, private=True), 3), 3)
+    assert [r["client"] for r in log.of("refused")] == ["c1"]
+    assert made.progress.spent["c1"][0] == 2.0
 
 
 @pytest.mark.parametrize("part", Fingerprint._fields)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from apiary import config, together
 from apiary.config import UserError
+from apiary.runlog import read_events
 
 ROOT = Path(__file__).resolve().parents[1]
 PAIRS = list(together.pairs())
@@ -27,13 +29,29 @@ def test_every_feature_works_by_itself() -> None:
 @pytest.mark.parametrize(
     ("settings", "why", "way_out"),
     [
-        (["privacy.unit=record", 'curate.steps=["ifd"]'], "'ifd' lets one row decide about another", "mask, length"),
-        (["privacy.unit=record", 'curate.steps=["mine:step"]'], "'mine:step' lets one row", "mask, length"),
+        (["privacy.unit=record", 'curate.steps=["ifd"]'], "'ifd' may let one row decide", "mask, length"),
+        (["privacy.unit=record", 'curate.steps=["mine:step"]'], "'mine:step' may let one row", "mask, length"),
         (["privacy.unit=record", STAGES, "continual.buffer=0.1"], "drives another out", '"poisson"'),
         (["privacy.unit=record", "evaluate.clients=true"], "would leave without noise", "leave the key out"),
         (["privacy.unit=record", "adapter.dropout=0.1"], "masks are drawn for a whole batch", "set 0"),
         (["privacy.unit=record", "train.accumulate=2"], "one random draw", "privacy.batch_rows"),
         ([STAGES, "rounds=1"], "names 2 stages", "a round at least"),
+        (
+            ["privacy.unit=record", STAGES, "continual.buffer=20.0", "continual.policy=poisson"],
+            "depend on the",
+            "below 1",
+        ),
+        (["privacy.unit=record", "data.max_rows=50"], "depends on how many", "smaller file"),
+        (
+            [
+                STAGES,
+                "continual.by=label",
+                'data.columns={instruction="text", output="label"}',
+                'curate.steps=["mask"]',
+            ],
+            "may rewrite",
+            "another column",
+        ),
         (["continual.buffer=0.1"], "nothing to replay", "name the stages"),
         ([STAGES, "evaluate.patience=2"], "leave out the later", "set 0"),
     ],
@@ -65,6 +83,7 @@ def _small(settings: tuple[str, ...]) -> list[str]:
     return [STAGES if setting.startswith("continual.stages") else setting for setting in settings]
 
 
+PRIVATE = "record-level privacy"
 WORKING = [
     pytest.param(one, other, id=f"{one.name} with {other.name}")
     for one, other, reasons in PAIRS
@@ -78,10 +97,19 @@ def test_a_pair_that_is_allowed_runs_and_learns(
 ) -> None:
     metrics = _run([*small_run, *_small(one.settings), *_small(other.settings)], tmp_path)
     assert [entry["round"] for entry in metrics["rounds"]] == [0, 1, 2, 3]
-    # Under noise a run this short may not learn; all others do.
-    private = any("privacy" in setting for feature in (one, other) for setting in feature.settings)
+    names = (one.name, other.name)
+    # Each method did what it is for.
+    assert bool(metrics["curation"]) == (any("curation" in name for name in names) and PRIVATE not in names)
+    assert ("continual" in metrics) == any("stage" in name or "replay" in name for name in names)
+    assert metrics["privacy"]["unit"] == ("record" if PRIVATE in names else "none")
+    events = [event for event in read_events(tmp_path / "run") if event["event"] == "client"]
+    assert any(event["replayed"] > 0 for event in events) == any("replay," in name for name in names)
     losses = [entry["loss"] for entry in metrics["rounds"]]
-    assert private or losses[-1] < losses[0]
+    if PRIVATE in names:  # under noise a run this short may not learn
+        assert 0 < metrics["privacy"]["epsilon"] <= metrics["privacy"]["budget"]
+        assert all(entry["rates"] for entry in _charges(tmp_path / "run"))
+    else:
+        assert losses[-1] < losses[0]
 
 
 @pytest.mark.slow
@@ -93,6 +121,12 @@ def test_curation_replay_privacy_and_ray_in_one(small_run: list[str], tmp_path: 
     assert len(metrics["continual"]["loss"]) == 3
     assert 0 < metrics["privacy"]["epsilon"] <= metrics["privacy"]["budget"]
     assert len(metrics["privacy"]["clients"]) == 3
+
+
+def _charges(folder: Path) -> list[dict[str, Any]]:
+    ledgers = [json.loads(path.read_text()) for path in (folder / "clients").glob("*/ledger.json")]
+    assert len(ledgers) == 3
+    return [entry for ledger in ledgers for entry in ledger["entries"]]
 
 
 def _run(settings: list[str], folder: Path) -> dict[str, Any]:

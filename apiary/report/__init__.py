@@ -14,7 +14,7 @@ from jinja2 import Environment, StrictUndefined
 from rich.table import Table
 from rich.text import Text
 
-from apiary import units
+from apiary import claims, units
 from apiary.report.content import headline, page_content, plural
 from apiary.report.data import Interval, Metrics, Row, gain_on_all, gain_on_own, parse_metrics
 from apiary.report.page import PAGE
@@ -53,6 +53,7 @@ def render(metrics: Metrics, events: Sequence[Event] = (), config: str = "") -> 
         "change_text",
     ):
         environment.filters[name.removesuffix("_text")] = getattr(units, name)
+    environment.filters["up"] = claims.rounded_up
     return environment.from_string(PAGE).render(**page_content(metrics, events, config))
 
 

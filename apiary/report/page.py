@@ -298,11 +298,11 @@ surprise). Lower is better and 0 is certainty.{% if probability is not none %} {
 <thead><tr><th scope="col">Client</th><th scope="col" class="num">Epsilon</th><th scope="col" class="num">By Rényi</th><th scope="col" class="num">Noise over clip</th><th scope="col" class="num">Chance of a row in a step</th><th scope="col" class="num">Steps</th></tr></thead>
 <tbody>
 {% for name, spent in promise.clients %}
-<tr><th scope="row">{{ name }}</th><td class="num">{{ "%.3f" | format(spent.epsilon) }}</td><td class="num">{{ "%.3f" | format(spent.epsilon_rdp) }}</td><td class="num">{{ "%.3f" | format(spent.noise_multiplier) }}</td><td class="num">{{ (spent.sample_rate) | share(1) }}</td><td class="num">{{ spent.steps | count }}</td></tr>
+<tr><th scope="row">{{ name }}</th><td class="num">{{ spent.epsilon | up }}</td><td class="num">{{ spent.epsilon_rdp | up }}</td><td class="num">{{ "%.3f" | format(spent.noise_multiplier) }}</td><td class="num">{{ (spent.sample_rate) | share(1) }}</td><td class="num">{{ spent.steps | count }}</td></tr>
 {% endfor %}
 </tbody>
 </table>
-<p class="note" style="margin:12px 0 0">Budget: epsilon {{ promise.budget }} at delta {{ promise.delta }}; the gradient of each row is clipped to {{ promise.clip }}. Clients hold different rows, so the run's claim is that of its worst-off client. {% if metrics.row("local") or metrics.row("central") %}Training alone and all data pooled were trained without noise, for comparison: their adapters are not protected.{% endif %}</p>
+<p class="note" style="margin:12px 0 0">Budget: epsilon {{ promise.budget }} at delta {{ promise.delta }}; the gradient of each row is clipped to {{ promise.clip }}. Clients hold different rows, so the run's claim is that of its worst-off client. {% if metrics.row("local") or metrics.row("central") %}Training alone and all data pooled were trained without noise, for comparison: their adapters are not protected, and the run's learning rate may suit them less than it suits noise.{% endif %}</p>
 </div>
 </section>
 {% endif %}
