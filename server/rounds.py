@@ -121,7 +121,7 @@ class Rounds(Strategy):
             expected: clients to wait for before the first round.
 
         Raises:
-            RunFailed: too few clients joined, or too few answered well.
+            RunFailed: too few clients joined, too few answered well, or nobody ever trained.
         """
         self._wait_for(grid, expected)
         if self.state.round == 0:
@@ -133,6 +133,8 @@ class Rounds(Strategy):
                 break
             self._round(number, grid)
             self._stop_if_spent(number)
+        if not self.progress.last_round:
+            raise RunFailed(f"no client trained in any of {self.state.round} rounds; the lines above say why")
         return self.state
 
     def _stop_if_spent(self, number: int) -> None:

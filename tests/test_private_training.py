@@ -299,7 +299,7 @@ def test_an_answer_given_once_is_given_again(lm: models.LanguageModel, tmp_path:
     assert not same(private.released(tmp_path, 1, "b", make).delta, first.delta)
     for number in (2, 3):
         private.released(tmp_path, number, "c", make)
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.glob("release-*"))) == 3
 
 
 def with_row(row: Encoded) -> Corpus:

@@ -191,10 +191,25 @@ def test_who_declines_rightly_does_not_count_against_the_quorum(reason: str) -> 
 
 
 def test_a_round_without_work_for_anybody_keeps_the_state() -> None:
-    made, log = rounds(DECLINING["idle"])
-    state = made.run(LocalGrid(clients(dict.fromkeys(range(3), "idle")), 3), 3)
-    assert state.round == 2 and torch.equal(state.adapter["a"], START["a"])
-    assert [e["clients"] for e in log.of("round")] == [0, 0] and log.of("stop") == []
+    acts: dict[int, Any] = dict.fromkeys(range(3), "idle")
+    kept: list[torch.Tensor] = []
+
+    def on_round(state: ServerState, progress: Progress) -> None:
+        kept.append(state.adapter["a"])
+        acts.update(dict.fromkeys(range(3), add_one))
+
+    made, log = rounds(DECLINING["idle"], on_round=on_round)
+    state = made.run(LocalGrid(clients(acts), 3), 3)
+    assert torch.equal(kept[0], START["a"]) and state.round == 2 and not torch.equal(state.adapter["a"], START["a"])
+    assert [e["clients"] for e in log.of("round")] == [0, 3] and log.of("stop") == []
+
+
+@pytest.mark.parametrize("reason", ["idle", "budget"])
+def test_a_run_in_which_nobody_ever_trains_fails(reason: str) -> None:
+    made, log = rounds(DECLINING[reason])
+    with pytest.raises(RunFailed, match="no client trained in any of"):
+        made.run(LocalGrid(clients(dict.fromkeys(range(3), reason)), 3), 3)
+    assert log.of("refused") == []
 
 
 def test_spent_budgets_end_the_run_and_keep_what_was_learnt() -> None:
