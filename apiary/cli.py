@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import sys
 import time
@@ -245,17 +246,21 @@ def deploy_server(
 def deploy_client(
     kit: Annotated[Path, typer.Argument(metavar="KIT", help="the site's folder, made by `apiary deploy init`")],
     data: Annotated[Path, typer.Option(help="the site's rows: a file, or a folder of files")],
-    model: Annotated[str | None, typer.Option(help="this site's place of the base; default: as the run says")] = None,
+    model: Annotated[str | None, typer.Option(help="this site's place of the base; needed unless the run's is built in")] = None,
     device: Annotated[str | None, typer.Option(help="such as cuda:1; default: as the run says")] = None,
     port: Annotated[int | None, typer.Option(help="of 127.0.0.1, for its own processes; default: a free one")] = None,
     max_epsilon: Annotated[
         float | None,
-        typer.Option(help="refuse every run without record-level privacy of this epsilon or less", min=0.0),
+        typer.Option(help="refuse every run without record-level privacy of this epsilon or less"),
     ] = None,
-    max_delta: Annotated[float, typer.Option(help="likewise, beside --max-epsilon", min=0.0, max=1.0)] = 1e-5,
+    max_delta: Annotated[float, typer.Option(help="likewise, beside --max-epsilon")] = 1e-5,
     state: State = None,
 ) -> None:
     """Take part as one site until SIGTERM or Ctrl-C."""
+    if max_epsilon is not None and not 0.0 < max_epsilon < math.inf:
+        raise UserError(f"--max-epsilon {max_epsilon:g}: expected a number above 0, such as 8")
+    if not 0.0 < max_delta < 1.0:
+        raise UserError(f"--max-delta {max_delta:g}: expected a number between 0 and 1, such as 1e-5")
     from deploy import kits, site
 
     opened = kits.read(kit, "site")
@@ -276,10 +281,14 @@ def deploy_submit(
 ) -> None:
     """Start a run on the server of this machine, and follow it to its end."""
     settings, folder = _settings(config, overrides, out, resume)
+    from apiary import trackers
     from deploy import flower, kits, submit
     from simulation.run import check_names
 
     check_names(settings)
+    trackers.check(settings)
+    for line in submit.remarks(settings):
+        typer.echo(f"warning: {line}", err=True)
     opened = kits.read(kit, "server")
     where = (state or opened.folder / "state").resolve()
     try:
@@ -298,6 +307,9 @@ def deploy_submit(
     except KeyboardInterrupt:
         typer.echo("apiary: no longer followed; the run goes on: apiary deploy status KIT", err=True)
         raise typer.Exit(130) from None
+    except flower.FlowerError as error:
+        typer.echo(f"apiary: {error}", err=True)
+        raise typer.Exit(1) from None
     if failure:
         typer.echo(f"apiary: the run failed: {failure}", err=True)
         raise typer.Exit(1)

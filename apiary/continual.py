@@ -49,34 +49,46 @@ def rows_by_stage(rows: Sequence[Example], config: RunConfig) -> list[int]:
     return [int((of == stage).sum()) for stage in range(len(config.continual.stages))]
 
 
-def within(federation: Federation, config: RunConfig) -> Federation:
+def within(federation: Federation, config: RunConfig, *, whole: bool = True) -> Federation:
     """The federation without the rows that are in no stage, with a report on them; as it was where there are no stages.
+
+    Args:
+        federation: the clients' rows and the held-out set.
+        config: the run.
+        whole: these are all clients, so every task that the stages name must be there; False for one site of several.
 
     Raises:
         UserError: the stages do not fit the data, or a client has no row in any of them.
     """
     if not config.continual.stages:
         return federation
-    _check(federation, config)
-
-    def inside(rows: Sequence[Example]) -> tuple[Example, ...]:
-        return tuple(row for row, n in zip(rows, stage_numbers(rows, config), strict=True) if n >= 0)
-
-    clients = tuple(c._replace(train=inside(c.train), test=inside(c.test)) for c in federation.clients)
+    _check(federation, config, whole)
+    clients = tuple(
+        c._replace(train=inside(c.train, config), test=inside(c.test, config)) for c in federation.clients
+    )
     if empty := next((client.name for client in clients if not client.train), None):
         raise UserError(f"continual.stages: client {empty!r} has no row of any stage; name its tasks too")
     before, after = (sum(len(c.train) + len(c.test) for c in cs) for cs in (federation.clients, clients))
     lost = {f"their {config.continual.by} is in no stage of continual.stages": (before - after, ())}
     report = FileReport("all clients", before, after, lost)
     reports = (*federation.reports, report) if after < before else federation.reports
-    return Federation(clients, inside(federation.test), reports)
+    return Federation(clients, inside(federation.test, config), reports)
 
 
-def _check(federation: Federation, config: RunConfig) -> None:
+def inside(rows: Sequence[Example], config: RunConfig) -> tuple[Example, ...]:
+    """The rows that are in a stage; all of them where there are no stages."""
+    if not config.continual.stages:
+        return tuple(rows)
+    return tuple(row for row, n in zip(rows, stage_numbers(rows, config), strict=True) if n >= 0)
+
+
+def _check(federation: Federation, config: RunConfig, whole: bool) -> None:
     stages, by = config.continual.stages, config.continual.by
     found = {task_of(example, config) for client in federation.clients for example in client.train} - {""}
     if not found:
         raise UserError(f"continual.by = {by!r}: no row has that column; name one that says what task a row is")
+    if not whole:
+        return
     if unknown := next((task for tasks in stages for task in tasks if task not in found), None):
         some = ", ".join(sorted(found)[:_SHOWN]) + (", ..." if len(found) > _SHOWN else "")
         raise UserError(f"continual.stages names {unknown!r}: no training row has that {by}; there are {some}")

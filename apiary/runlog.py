@@ -14,10 +14,12 @@ import logging
 import math
 import os
 import platform
+import shutil
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -165,6 +167,26 @@ def truncate_after(folder: Path, last_round: int) -> None:
             kept.append(event)
     lines = (json.dumps(event, ensure_ascii=False, separators=(",", ":")) + "\n" for event in kept)
     write_atomic(folder / LOG_FILE, "".join(lines))
+
+
+def spent_before(folder: Path) -> float:
+    """Seconds between starts and last events of the earlier parts of a resumed run."""
+    events = read_events(folder)
+    starts = [i for i, event in enumerate(events) if event["event"] == "start"]
+    return float(sum(events[b - 1]["time"] - events[a]["time"] for a, b in pairwise(starts)))
+
+
+def is_draft(path: Path) -> bool:
+    """Whether it is an unfinished file or adapter folder of ours; other names with a dot in front are the user's."""
+    return path.name.startswith(".") and (path.name.endswith(".tmp") or path.name.startswith(".adapter-"))
+
+
+def sweep(folder: Path) -> None:
+    """Remove drafts that a killed run left in its run directory."""
+    made_by_us = (folder / "checkpoints", folder / "baselines", folder / "baselines" / "local")
+    drafts = [path for path in folder.iterdir() if is_draft(path)]
+    for draft in [*drafts, *(path for place in made_by_us for path in place.glob(".*"))]:
+        shutil.rmtree(draft, ignore_errors=True) if draft.is_dir() else draft.unlink()
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

@@ -32,6 +32,7 @@ _ALPACA = (  # Taori et al., "Stanford Alpaca", 2023: the prompt for an instruct
     "### Instruction:\n{instruction}\n\n### Response:{response}\n\n"
 )
 _PLAIN = "User: {instruction}\n\nAssistant:\n{response}\n\n"
+BUILTIN = ("chat", "alpaca", "plain")  # what `prompt.template` names without a file
 _OTHERS = 'use prompt.template = "alpaca" or "plain"'
 
 

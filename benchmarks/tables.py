@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))
+sys.path.insert(0, str(ROOT))  # another package is called benchmarks too
 
-from apiary import together  # noqa: E402
+from benchmarks import together  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "apiary" / "builtin" / "tiny" / "README.md", *sorted((ROOT / "docs").glob("*.md")))

@@ -81,7 +81,7 @@ def _reason(error: Exception, folder: Path | None) -> str:
     """A text that says little; all of it stays on this machine."""
     written = _write_down(error, folder)
     # A traceback that stands in a file is not for everybody's terminal.
-    _log.log(logging.INFO if written else logging.ERROR, "a message could not be answered", exc_info=error)
+    _log.log(logging.DEBUG if written else logging.ERROR, "a message could not be answered", exc_info=error)
     return f"{_safe(error)}; {'its own errors.log' if written else 'the log on its machine'} says more"
 
 
@@ -91,7 +91,9 @@ def _write_down(error: Exception, folder: Path | None) -> bool:
         return False
     try:
         memory.own(folder)
-        with (folder / "errors.log").open("a", encoding="utf-8", errors="replace") as log:
+        handle = os.open(folder / "errors.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        with os.fdopen(handle, "a", encoding="utf-8", errors="replace") as log:
+            os.fchmod(handle, 0o600)  # of an older one too: a traceback can quote a row
             log.write("".join(traceback.format_exception(error)) + "\n")
     except OSError:
         return False

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import re
 import signal
 import sys
@@ -25,7 +26,7 @@ from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from apiary import config as configs
-from apiary import examples, models
+from apiary import continual, examples, models, templates
 from apiary.config import Method, RunConfig, UserError
 from apiary.examples import sources
 from client import answers, remote
@@ -116,7 +117,9 @@ class Service:
         def make() -> _Job:
             if self._job is None or (self._job.name, self._job.text) != (name, text):
                 self._job = None
-                config = at_home(configs.from_json(text), self._facts)
+                sent = configs.from_json(text)
+                _refuse_foreign_places(sent, self._facts)
+                config = at_home(sent, self._facts)
                 _refuse_foreign_code(config)
                 _refuse_less_privacy(config, self._facts)
                 site = _read_site(config, self._facts, name)
@@ -137,6 +140,22 @@ def at_home(config: RunConfig, facts: Facts) -> RunConfig:
             "data": config.data.model_copy(update=data),
         }
     )
+
+
+def _refuse_foreign_places(config: RunConfig, facts: Facts) -> None:
+    """Check that the server names no file of this site, and nothing to download; looks at no path.
+
+    Raises:
+        Refusal: it does.
+    """
+    if config.prompt.template not in templates.BUILTIN:
+        raise answers.Refusal(
+            f"prompt.template names a file: this site takes the built-in templates alone ({', '.join(templates.BUILTIN)})"
+        )
+    if facts.model is None and not config.model.name.startswith("builtin:"):
+        raise answers.Refusal(
+            "the run's base model is not built in, and this site was started without --model, its own place of it"
+        )
 
 
 def _refuse_foreign_code(config: RunConfig) -> None:
@@ -162,7 +181,8 @@ def _refuse_less_privacy(config: RunConfig, facts: Facts) -> None:
     privacy, limit = config.privacy, facts.max_epsilon
     if limit is None:
         return
-    if privacy.unit != "record" or privacy.epsilon > limit or privacy.delta > facts.max_delta:
+    kept = privacy.epsilon <= limit and privacy.delta <= facts.max_delta  # so written, NaN is refused
+    if privacy.unit != "record" or not kept:
         told = f"epsilon = {privacy.epsilon:g}, delta = {privacy.delta:g}" if privacy.unit == "record" else "nothing"
         raise answers.Refusal(
             f'this site asks for privacy.unit = "record", epsilon <= {limit:g} and delta <= {facts.max_delta:g}; '
@@ -175,8 +195,8 @@ def _refuse_less_privacy(config: RunConfig, facts: Facts) -> None:
 
 
 def _read_site(config: RunConfig, facts: Facts, run: str) -> Site:
-    """The site's rows, as one client; which are held out is decided by the same hash as in a simulation."""
-    federation = examples.federate(config.data, config.seed)
+    """The site's rows, as one client; which are held out, and which are in a stage, is decided as in a simulation."""
+    federation = continual.within(examples.federate(config.data, config.seed), config, whole=False)
     for report in federation.reports:
         for line in report.lines():
             _log.warning("%s", line)
@@ -189,8 +209,12 @@ def check(facts: Facts) -> int:
     """The rows found in the site's data.
 
     Raises:
-        UserError: nothing there, or nothing that can be read.
+        UserError: nothing there, or nothing that can be read; or limits that limit nothing.
     """
+    if facts.max_epsilon is not None and not 0.0 < facts.max_epsilon < math.inf:
+        raise UserError(f"--max-epsilon {facts.max_epsilon:g}: expected a number above 0, such as 8")
+    if not 0.0 < facts.max_delta < 1.0:
+        raise UserError(f"--max-delta {facts.max_delta:g}: expected a number between 0 and 1, such as 1e-5")
     return sum(len(file.rows) for file in sources.load(str(facts.data), key="--data"))
 
 

@@ -6,6 +6,7 @@ import datetime
 import ipaddress
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
@@ -14,6 +15,8 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     PublicFormat,
     load_pem_private_key,
+    load_ssh_private_key,
+    load_ssh_public_key,
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
@@ -68,6 +71,81 @@ def site_keys() -> tuple[bytes, bytes]:
     key = ec.generate_private_key(ec.SECP384R1())
     private = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
     return private, key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+
+
+def check_server(ca: bytes, certificate: bytes, key: bytes) -> None:
+    """Check that a server may be started with these files.
+
+    Args:
+        ca: the authority's certificate.
+        certificate: the server's, with those between it and the authority after it.
+        key: the server's key.
+
+    Raises:
+        ValueError: one cannot be read, they do not fit each other, or a time is over; the message says which.
+    """
+    authorities = _certificates(ca, "ca.crt")
+    chain, now = _certificates(certificate, "server.crt"), datetime.datetime.now(datetime.UTC)
+    try:
+        private = load_pem_private_key(key, password=None)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        raise ValueError("server.key is no private key without a password") from None
+    if private.public_key() != chain[0].public_key():
+        raise ValueError("server.key is not the key of server.crt; copy both")
+    if not chain[0].not_valid_before_utc <= now <= chain[0].not_valid_after_utc:
+        raise ValueError(
+            f"server.crt holds from {chain[0].not_valid_before_utc:%Y-%m-%d} to {chain[0].not_valid_after_utc:%Y-%m-%d}"
+            ": `apiary deploy renew`"
+        )
+    if not any(_issued(chain[-1], authority) for authority in authorities):
+        raise ValueError("server.crt was not signed by the authority of ca.crt; are they of one federation?")
+
+
+def _certificates(pem: bytes, name: str) -> list[x509.Certificate]:
+    try:
+        return x509.load_pem_x509_certificates(pem)
+    except ValueError:
+        raise ValueError(f"{name} is no certificate") from None
+
+
+def _issued(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except (ValueError, TypeError, InvalidSignature):
+        return certificate == authority
+    return True
+
+
+def check_site_key(key: bytes) -> None:
+    """Check that Flower can sign with a site's key.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    try:
+        private = load_ssh_private_key(key, password=None)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        raise ValueError("no private key in OpenSSH form without a password") from None
+    if not isinstance(private, ec.EllipticCurvePrivateKey):
+        raise ValueError("not an elliptic curve key")
+
+
+def public_pem(key: str) -> bytes:
+    """A site's public key in the form in which Flower keeps it.
+
+    Args:
+        key: in OpenSSH form.
+
+    Raises:
+        ValueError: it is not one that Flower takes.
+    """
+    try:
+        public = load_ssh_public_key(key.encode())
+    except (ValueError, UnsupportedAlgorithm):
+        raise ValueError("no public key in OpenSSH form") from None
+    if not isinstance(public, ec.EllipticCurvePublicKey):
+        raise ValueError("not an elliptic curve key")
+    return public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
 def is_ip(text: str) -> bool:

@@ -19,6 +19,7 @@ from deploy import certificates
 
 _SITE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?")
+_PORT = re.compile(r"[0-9]{1,5}")
 _OWN = ("server", "ca")  # folders beside those of the sites
 FILE, CA, CA_KEY, CERTIFICATE, SERVER_KEY = "kit.toml", "ca.crt", "ca.key", "server.crt", "server.key"
 SITE_KEY, SITES = "site.key", "sites"
@@ -76,7 +77,7 @@ def add(folder: Path, sites: Sequence[str]) -> list[Path]:
     Raises:
         UserError: no federation in `folder`, or a name that cannot be or is taken.
     """
-    ours = read(folder / "server", "server")
+    ours = _read(folder / "server", "server", (CA, SITES))  # the server's key may be with the server alone by now
     _check_names(sites, [path.stem for path in (ours.folder / SITES).glob("*.pub")])
     return [_make_site(folder / name, name, ours) for name in sites]
 
@@ -87,11 +88,14 @@ def renew(folder: Path, address: Address | None = None) -> Path:
     Raises:
         UserError: no authority in `folder`: its key may lie elsewhere.
     """
-    where = address or read(folder / "server", "server").server
+    where = address or _read(folder / "server", "server", ()).server
     authority = folder / "ca" / CA_KEY
     if not authority.exists():
         raise UserError(f"{str(authority)!r} is not there: bring it back from where it is kept, to sign")
-    key, certificate = certificates.server((folder / "ca" / CA).read_bytes(), authority.read_bytes(), where.host)
+    try:
+        key, certificate = certificates.server((folder / "ca" / CA).read_bytes(), authority.read_bytes(), where.host)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{str(folder / 'ca')!r}: the authority's files cannot be read: {error}") from None
     path = folder / "server" / CERTIFICATE
     write(folder / "server" / SERVER_KEY, key, 0o600)
     write(path, certificate)
@@ -104,8 +108,14 @@ def read(folder: Path, role: Literal["server", "site"]) -> Kit:
     Raises:
         UserError: none there, another one's, or an incomplete one.
     """
+    return _read(folder, role, (CA, CERTIFICATE, SERVER_KEY, SITES) if role == "server" else (CA, SITE_KEY))
+
+
+def _read(folder: Path, role: Literal["server", "site"], needed: Sequence[str]) -> Kit:
     try:
         values = tomllib.loads((folder / FILE).read_text(encoding="utf-8"))
+        if wrong := [key for key in ("role", "server", "site") if not isinstance(values.get(key, ""), str)]:
+            raise UserError(f"{str(folder / FILE)!r}: {wrong[0]} = {values[wrong[0]]!r}: expected a text in quotes")
         kit = Kit(folder.resolve(), values["role"], parse_address(values["server"]), values.get("site", ""))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{str(folder)!r} holds no {FILE}: is it the folder that `apiary deploy init` made?") from None
@@ -114,7 +124,8 @@ def read(folder: Path, role: Literal["server", "site"]) -> Kit:
     if kit.role != role:
         theirs, wanted = ("the server's", "a site's") if role == "site" else ("a site's", "the server's")
         raise UserError(f"{str(folder)!r} is {theirs} kit; give {wanted}")
-    needed = (CA, CERTIFICATE, SERVER_KEY, SITES) if role == "server" else (CA, SITE_KEY)
+    if role == "site" and not _SITE.fullmatch(kit.site):
+        raise UserError(f"{str(folder / FILE)!r}: site = {kit.site!r}: not a name that `apiary deploy` gives")
     if missing := [name for name in needed if not (folder / name).exists()]:
         raise UserError(f"{str(folder)!r} lacks {missing[0]}; copy the whole folder")
     return kit
@@ -123,6 +134,24 @@ def read(folder: Path, role: Literal["server", "site"]) -> Kit:
 def public_keys(kit: Kit) -> dict[str, Path]:
     """The sites that the server knows: the file of each one's public key, by name."""
     return {path.stem: path for path in sorted((kit.folder / SITES).glob("*.pub")) if _SITE.fullmatch(path.stem)}
+
+
+def public_key(path: Path) -> str:
+    """The public key in a file, without its comment.
+
+    Raises:
+        UserError: it cannot be read, or holds none (yet, where it is being copied).
+    """
+    try:
+        text = " ".join(path.read_text(encoding="utf-8").split()[:2])
+        certificates.public_pem(text)
+    except OSError as error:
+        raise UserError(f"{path.name} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path.name} cannot be read: not a text") from None
+    except ValueError as error:
+        raise UserError(f"{path.name}: {error}") from None
+    return text
 
 
 def parse_address(text: str) -> Address:
@@ -134,7 +163,7 @@ def parse_address(text: str) -> Address:
     host, colon, port = text.rpartition(":")
     bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     known = _HOST.fullmatch(bare) is not None if bare == host else certificates.is_ip(bare)
-    if not colon or not known or not port.isdigit() or not 0 < int(port) < 65536:
+    if not colon or not known or not _PORT.fullmatch(port) or not 0 < int(port) < 65536:
         raise UserError(f"--server {text!r}: expected HOST:PORT as the sites reach it, such as fl.example.org:8443")
     return Address(bare, int(port))
 

@@ -22,6 +22,7 @@ _GRACE_S = 10.0  # from asking a process to end to ending it
 _STEADY_S = 60.0  # a process that lived so long is not held to have failed at its start
 _LONGEST_PAUSE_S = 15.0
 _LOG_BYTES = 20_000_000  # a log larger than this is begun anew at the next start; one older part is kept
+_LAST_BYTES = 65_536  # of a log, when an ended process is asked for its last words
 _DEATH_SIGNAL, _ADOPT_ORPHANS = 1, 36  # of prctl(2): PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -43,12 +44,17 @@ class Kept:
         self._process: subprocess.Popen[bytes] | None = None
         self._began = self._again = 0.0  # monotonic seconds
         self._failures = 0
-        self._offset = 0  # in the log, where the present process began
+        self._offset = self._read = 0  # in the log: where the present process began, and how far it was searched
 
     @property
     def process(self) -> subprocess.Popen[bytes] | None:
         """The process while it runs."""
         return self._process
+
+    @property
+    def failures(self) -> int:
+        """How often in a row it ended soon after its start."""
+        return self._failures
 
     def look(self) -> int | None:
         """Start the process if it is due; its exit code if it has ended since the last look (negative: signal)."""
@@ -64,17 +70,27 @@ class Kept:
             self._again = now + pause(self._failures)
         return code
 
-    def said(self) -> str:
-        """What the present or last process wrote to its log."""
+    def said(self, most: int = _LAST_BYTES) -> str:
+        """What the present or last process wrote to its log, the last `most` bytes of it."""
         if self._log is None or not self._log.exists():
             return ""
         with self._log.open("rb") as file:
-            file.seek(self._offset)
+            file.seek(max(self._offset, file.seek(0, os.SEEK_END) - most))
             return file.read().decode(errors="replace")
+
+    def has_said(self, text: str) -> bool:
+        """Whether the present process wrote `text`, in what no earlier call has read."""
+        if self._log is None or not self._log.exists():
+            return False
+        with self._log.open("rb") as file:
+            file.seek(max(self._offset, self._read - len(text.encode())))
+            found = text.encode() in file.read()
+            self._read = file.tell()
+        return found
 
     def _start(self) -> subprocess.Popen[bytes]:
         with _open_log(self._log) as log:
-            self._offset = log.tell() if log else 0
+            self._offset = self._read = log.tell() if log else 0
             return subprocess.Popen(
                 self._command,
                 cwd=self._folder,
@@ -194,6 +210,23 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
+
+
+def check_port(bind: str, port: int, what: str) -> None:
+    """Check that a process may listen there.
+
+    Raises:
+        UserError: it may not; the line begins with `what`.
+    """
+    if not 0 < port < 65536:
+        raise UserError(f"{what}: a port is a number from 1 to 65535")
+    family = socket.AF_INET6 if ":" in bind else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((bind, port))
+        except OSError as error:
+            raise UserError(f"{what}: {error.strerror}; does another process listen there?") from None
 
 
 def wait_for_end() -> threading.Event:

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import fcntl
+import os
 import re
+import secrets
+import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from apiary import config as configs
-from apiary import runlog
+from apiary import runlog, templates
 from apiary.config import RunConfig, UserError
 from apiary.runlog import Event, Observer
 from deploy import bundle, flower, kits, server
 
 _LOOK_S, _ASK_S = 0.5, 20.0  # how often the run's log is read, and Flower is asked whether the run is alive
+_LOST_S = 60.0  # how long the server may give no answer
 _SHOWN = 20  # runs
 _APP = "apiary-run"  # the folder that Flower bundles
+_ID = "run-id"  # in a run directory: what tells it from others of its name
+_STARTED = "started"  # folder of the server's state: the newest of Flower's runs for each run directory
+_GOING = ("pending", "starting", "running")  # as Flower calls it
 _NAME = re.compile(r"[^A-Za-z0-9._-]+")
+_LONGEST = 90  # characters of a run's name; sites take 100, and the id follows
 
 
 def start(state: Path, config: RunConfig, out: Path, *, resume: bool = False) -> str:
@@ -32,24 +40,106 @@ def start(state: Path, config: RunConfig, out: Path, *, resume: bool = False) ->
         resume: go on after the last finished round in `out`.
 
     Raises:
-        UserError: no server is running, no site is online, or `out` does not fit.
+        UserError: no server is running, no site is online, `out` does not fit, or a run still writes it.
         flower.FlowerError: the SuperLink refused the run.
     """
     server.port_of(state)
+    check(config)
     check_folder(config, out, resume)
     online = [name for name, status in sites(state).items() if status == "online"]
     if not online:
         raise UserError("no site is online: start `apiary deploy client` there first")
-    values = {
-        "config": config.to_json(),
-        "out": str(out),
-        "name": run_name(out.name),
-        "expected": max(config.strategy.min_clients, len(online)),
-    }
-    app = bundle.write(state / _APP)
-    given = state / "run-config.toml"
-    kits.write(given, "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()), 0o600)
-    return str(flower.call(state, "run", str(app), options=("--run-config", str(given)))["run-id"])
+    with _reserved(out) as number:
+        known = state / _STARTED / number
+        if known.exists() and status_of(state, earlier := known.read_text().strip()).startswith(_GOING):
+            raise _still_going(out, f"run {earlier}")
+        values = {
+            "config": config.to_json(),
+            "out": str(out),
+            "name": f"{run_name(out.name)}-{number}",
+            "expected": max(config.strategy.min_clients, len(online)),
+        }
+        run = _start(state, values)
+        known.parent.mkdir(mode=0o700, exist_ok=True)
+        runlog.write_atomic(known, run)
+    return run
+
+
+def _start(state: Path, values: dict[str, str | int]) -> str:
+    with tempfile.TemporaryDirectory(dir=state, prefix=".submit-") as own:  # others may submit at this moment
+        app, given = bundle.write(Path(own) / _APP), Path(own) / "run-config.toml"
+        kits.write(given, "".join(f"{key} = {flower.toml(value)}\n" for key, value in values.items()), 0o600)
+        return str(flower.call(state, "run", str(app), options=("--run-config", str(given)))["run-id"])
+
+
+@contextlib.contextmanager
+def _reserved(out: Path) -> Iterator[str]:
+    """The id of a run directory, made where there is none; held, so that nobody else starts a run in it meanwhile.
+
+    Raises:
+        UserError: somebody does, or a run still writes it.
+    """
+    made = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    path, done = out / _ID, False
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            with _held(os.open(out, os.O_RDONLY)):
+                pass  # the server's process holds the folder as long as it works
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _still_going(out, "a run") from None
+        file.seek(0)
+        number = file.read().strip()
+        new = not re.fullmatch("[0-9a-f]{8}", number)
+        if new:
+            number = secrets.token_hex(4)
+            file.truncate(0)
+            file.write(f"{number}\n")
+            file.flush()
+        try:
+            yield number
+            done = True
+        finally:
+            if new and not done:
+                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    if made:
+                        out.rmdir()
+
+
+@contextlib.contextmanager
+def _held(handle: int) -> Iterator[None]:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _still_going(out: Path, which: str) -> UserError:
+    return UserError(f"{str(out)!r}: {which} still goes on in it; wait for its end, or choose another --out")
+
+
+def check(config: RunConfig) -> None:
+    """Check that sites can take this run.
+
+    Raises:
+        UserError: it names a template file, which no site would open.
+    """
+    if config.prompt.template not in templates.BUILTIN:
+        known = ", ".join(templates.BUILTIN)
+        raise UserError(f"prompt.template = {config.prompt.template!r}: sites take the built-in ones alone ({known})")
+
+
+def remarks(config: RunConfig) -> list[str]:
+    """What means something else than in a simulation, or may hurt; a line for each."""
+    lines = []
+    if config.data.max_rows is not None:
+        lines.append(f"data.max_rows = {config.data.max_rows} is for each site here; in a simulation, for all together")
+    if config.strategy.deadline_s == 0:
+        lines.append("strategy.deadline_s = 0: a round waits without end for a site that is alive but stuck; set it")
+    return lines
 
 
 def check_folder(config: RunConfig, out: Path, resume: bool) -> None:
@@ -60,7 +150,7 @@ def check_folder(config: RunConfig, out: Path, resume: bool) -> None:
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"{str(out)!r} is a file; choose another --out")
-    if not resume and out.exists() and any(out.iterdir()):
+    if not resume and out.exists() and any(path.name != _ID for path in out.iterdir()):
         raise UserError(f"{str(out)!r} is not empty: add --resume to go on with that run, or choose another --out")
     if resume:
         if not (out / "config.toml").exists():
@@ -71,13 +161,17 @@ def check_folder(config: RunConfig, out: Path, resume: bool) -> None:
 
 def run_name(text: str) -> str:
     """A name that every site takes: letters, digits, '.', '_' and '-', without a dot in front."""
-    return _NAME.sub("-", text).lstrip(".")[:100] or "run"
+    return _NAME.sub("-", text).lstrip(".")[:_LONGEST] or "run"
 
 
 def follow(state: Path, run: str, out: Path, observers: Iterable[Observer]) -> str | None:
-    """Tell the observers what the run logs, until it ends; None when it went well, else the reason in one line."""
+    """Tell the observers what the run logs, until it ends; None when it went well, else the reason in one line.
+
+    Raises:
+        flower.FlowerError: the server has not answered for a minute, and the log tells no end.
+    """
     known = sum(1 for _ in _events(out))  # of the part before, in a resumed run
-    asked = time.monotonic()
+    asked = answered = time.monotonic()
     failure: str | None = None
     while True:
         events = _events(out)
@@ -93,8 +187,14 @@ def follow(state: Path, run: str, out: Path, observers: Iterable[Observer]) -> s
         if failure is not None:
             return failure
         if time.monotonic() - asked > _ASK_S:
-            asked = time.monotonic()
             status = status_of(state, run)
+            asked = time.monotonic()
+            if status != "unknown":
+                answered = asked
+            elif asked - answered > _LOST_S and not _events(out)[known:]:
+                raise flower.FlowerError(
+                    f"the server cannot be asked for {_LOST_S:g} s: is it gone? Once it is back, go on with --resume"
+                )
             if status.startswith("finished") and not any(e["event"] == "finish" for e in _events(out)[known:]):
                 return f"the server's process ended ({status}); superlink.log in the state folder says more"
         time.sleep(_LOOK_S)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
+import contextlib
+import fcntl
+import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from apiary import claims, continual, evaluate, examples, models, prompts, runlog, trackers
 from apiary.config import RunConfig, UserError
 from apiary.evaluate import HeldOut
+from apiary.examples import Federation
 from apiary.models import LanguageModel
 from apiary.report import write_report
 from apiary.results import public_name
@@ -32,15 +35,38 @@ def run(config: RunConfig, folder: Path, expected: int, federate: Federate) -> N
             returns the final adapter.
 
     Raises:
+        UserError: another process still writes the folder; nothing in it was touched.
         Exception: whatever ended the run; its line stands in the log as a `failed` event.
     """
     began = time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        _run(config, folder, expected, federate, began)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Holds the run directory, for two processes in it would write over each other."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"run folder {folder.name!r}: another process still writes it; wait for its end") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(handle)
+
+
+def _run(config: RunConfig, folder: Path, expected: int, federate: Federate, began: float) -> None:
     log = _open(config, folder, expected)
     try:
-        held_out = _held_out(config)
+        held_out = _held_out(config, log)
         adapter = federate(log, held_out)
         metrics = _summarise(config, folder, adapter, held_out)
-        metrics["seconds"] = round(time.monotonic() - began, 1)
+        metrics["seconds"] = round(runlog.spent_before(folder) + time.monotonic() - began, 1)
         runlog.write_metrics(folder, metrics)
         write_report(folder)
         log.event("finish", seconds=metrics["seconds"])  # last: who follows the log then finds everything there
@@ -52,9 +78,7 @@ def run(config: RunConfig, folder: Path, expected: int, federate: Federate) -> N
 
 
 def _open(config: RunConfig, folder: Path, expected: int) -> RunLog:
-    folder.mkdir(parents=True, exist_ok=True)
-    for draft in [*folder.glob(".adapter-*"), *(folder / "checkpoints").glob(".*")]:  # of a run that was killed
-        shutil.rmtree(draft, ignore_errors=True)
+    runlog.sweep(folder)
     runlog.write_atomic(folder / "config.toml", config.to_toml())
     found = checkpoint.load(folder / "checkpoints")
     done = found[0].round if found else 0
@@ -65,16 +89,22 @@ def _open(config: RunConfig, folder: Path, expected: int) -> RunLog:
     return log
 
 
-def _held_out(config: RunConfig) -> HeldOut | None:
-    """The server's own examples to measure on, where `data.test` names some."""
+def _held_out(config: RunConfig, log: RunLog) -> HeldOut | None:
+    """The server's own examples to measure on, where `data.test` names some; the log is told what they lack."""
     if config.data.test is None:
         return None
     source = examples.read(config.data.test, split="test", columns=config.data.columns, key="data.test")
-    rows = source.examples if source.test is None else source.test
+    rows = continual.inside(source.examples if source.test is None else source.test, config)
     lm, template = _model(config)
     prepared = evaluate.prepare(rows, template, lm, config)
     if not prepared.examples:
         raise UserError(f"data.test = {config.data.test!r}: no example fits prompt.max_tokens and prompt.template")
+    here = config.data.model_copy(update={"source": config.data.test, "split": "test", "test": None, "max_rows": None})
+    own = config.model_copy(update={"data": here})  # of the sites' data nothing is here to be read again
+    lines = [line for report in source.reports for line in report.lines()]
+    lines += evaluate.data_warnings(Federation((), rows, source.reports), prepared, template, lm, own)
+    for line in [*lines, *continual.unmeasured(prepared, config)]:
+        log.event("warning", message=line)
     return prepared
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +96,7 @@ def simulate(
         observer({"event": "phase", "name": "loading"})
     prepared = plan(config)
     folder.mkdir(parents=True, exist_ok=True)
-    _sweep(folder)
+    runlog.sweep(folder)
     runlog.write_atomic(folder / "config.toml", config.to_toml())
     log = _open_log(config, folder, observers, len(prepared.federation.clients))
     try:
@@ -107,7 +105,7 @@ def simulate(
         ENGINES.build(config.simulate.engine, config=config)(app, config, len(prepared.federation.clients), folder)
         adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
         metrics = summarise(prepared, adapter, folder, log)
-        metrics["seconds"] = round(_spent_before(folder) + time.monotonic() - began, 1)
+        metrics["seconds"] = round(runlog.spent_before(folder) + time.monotonic() - began, 1)
         log.event("finish", seconds=metrics["seconds"])
         runlog.write_metrics(folder, metrics)
         write_report(folder)
@@ -119,7 +117,7 @@ def simulate(
 def _check_folder(config: RunConfig, folder: Path, resume: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{str(folder)!r} is a file; choose another --out")
-    used = folder.exists() and any(not _is_draft(path) for path in folder.iterdir())
+    used = folder.exists() and any(not runlog.is_draft(path) for path in folder.iterdir())
     if not resume and used:
         raise UserError(f"{str(folder)!r} is not empty: add --resume to go on with that run, or choose another --out")
     if resume:
@@ -130,19 +128,6 @@ def _check_folder(config: RunConfig, folder: Path, resume: bool) -> None:
             raise UserError(
                 f"--resume: the configuration differs from the run's own in {', '.join(_differences(stored, config))}"
             )
-
-
-def _is_draft(path: Path) -> bool:
-    """Whether it is an unfinished file or adapter folder of ours; other names with a dot in front are the user's."""
-    return path.name.startswith(".") and (path.name.endswith(".tmp") or path.name.startswith(".adapter-"))
-
-
-def _sweep(folder: Path) -> None:
-    """Remove drafts that a killed run left."""
-    made_by_us = (folder / "checkpoints", folder / "baselines", folder / "baselines" / "local")
-    drafts = [path for path in folder.iterdir() if _is_draft(path)]
-    for draft in [*drafts, *(path for place in made_by_us for path in place.glob(".*"))]:
-        shutil.rmtree(draft, ignore_errors=True) if draft.is_dir() else draft.unlink()
 
 
 def _differences(a: RunConfig, b: RunConfig) -> list[str]:
@@ -174,10 +159,3 @@ def _report_rows(log: RunLog, prepared: Plan) -> None:
     lines = evaluate.data_warnings(federation, held_out, template, lm, config)
     for line in [*lines, *continual.unmeasured(held_out, config)]:
         log.event("warning", message=line)
-
-
-def _spent_before(folder: Path) -> float:
-    """Seconds between starts and last events of the earlier parts of a resumed run."""
-    events = runlog.read_events(folder)
-    starts = [i for i, event in enumerate(events) if event["event"] == "start"]
-    return float(sum(events[b - 1]["time"] - events[a]["time"] for a, b in pairwise(starts)))

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
-from apiary import config, together
+from apiary import config
 from apiary.config import UserError
 from apiary.runlog import read_events
+from apiary.together import POINTWISE
+from benchmarks import together
 
 ROOT = Path(__file__).resolve().parents[1]
 PAIRS = list(together.pairs())
@@ -141,4 +143,4 @@ def test_the_steps_allowed_under_privacy_are_those_that_look_at_one_row() -> Non
 
     needed = {"random": {"keep": 0.5}}
     flags = {name: build_steps([Method(name=name, **needed.get(name, {}))])[0][1].pointwise for name in STEPS}
-    assert {name for name, pointwise in flags.items() if pointwise} == set(together.POINTWISE)
+    assert {name for name, pointwise in flags.items() if pointwise} == set(POINTWISE)
