@@ -246,7 +246,9 @@ def deploy_server(
 def deploy_client(
     kit: Annotated[Path, typer.Argument(metavar="KIT", help="the site's folder, made by `apiary deploy init`")],
     data: Annotated[Path, typer.Option(help="the site's rows: a file, or a folder of files")],
-    model: Annotated[str | None, typer.Option(help="this site's place of the base; needed unless the run's is built in")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="this site's place of the base; needed unless the run's is built in")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="such as cuda:1; default: as the run says")] = None,
     port: Annotated[int | None, typer.Option(help="of 127.0.0.1, for its own processes; default: a free one")] = None,
     max_epsilon: Annotated[
@@ -287,7 +289,7 @@ def deploy_submit(
 
     check_names(settings)
     trackers.check(settings)
-    for line in submit.remarks(settings):
+    for line in () if quiet else submit.remarks(settings):
         typer.echo(f"warning: {line}", err=True)
     opened = kits.read(kit, "server")
     where = (state or opened.folder / "state").resolve()

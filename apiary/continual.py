@@ -63,9 +63,7 @@ def within(federation: Federation, config: RunConfig, *, whole: bool = True) -> 
     if not config.continual.stages:
         return federation
     _check(federation, config, whole)
-    clients = tuple(
-        c._replace(train=inside(c.train, config), test=inside(c.test, config)) for c in federation.clients
-    )
+    clients = tuple(c._replace(train=inside(c.train, config), test=inside(c.test, config)) for c in federation.clients)
     if empty := next((client.name for client in clients if not client.train), None):
         raise UserError(f"continual.stages: client {empty!r} has no row of any stage; name its tasks too")
     before, after = (sum(len(c.train) + len(c.test) for c in cs) for cs in (federation.clients, clients))

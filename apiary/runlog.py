@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -174,6 +174,28 @@ def spent_before(folder: Path) -> float:
     events = read_events(folder)
     starts = [i for i, event in enumerate(events) if event["event"] == "start"]
     return float(sum(events[b - 1]["time"] - events[a]["time"] for a, b in pairwise(starts)))
+
+
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Holds a run directory for one process, until the end or the process's death; no file is written for it.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    import fcntl  # not on every system that simulates
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:  # a file system without locks
+            _logger.debug("%s cannot be locked", folder)
+        yield
+    finally:
+        os.close(handle)
 
 
 def is_draft(path: Path) -> bool:

@@ -32,6 +32,15 @@ def _private_curation(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _warmup_for_ever(config: RunConfig) -> Iterator[str]:
+    for step in config.curate.steps:
+        if step.options.get("warmup") and not config.curate.every:
+            yield (
+                f"curate.steps: {step.name!r} waits for {step.options['warmup']} rounds, but rows are chosen once, "
+                "before the first; set curate.every"
+            )
+
+
 def _private_buffer(config: RunConfig) -> Iterator[str]:
     """In a full reservoir a row that comes in drives another out."""
     if config.privacy.unit == "record" and config.continual.buffer and config.continual.policy == "reservoir":
@@ -115,6 +124,7 @@ def _stopped_before_the_last_task(config: RunConfig) -> Iterator[str]:
 
 _RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _private_curation,
+    _warmup_for_ever,
     _private_buffer,
     _private_buffer_size,
     _private_thinning,

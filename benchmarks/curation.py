@@ -3,7 +3,8 @@
 python benchmarks/curation.py [--seeds 3] [--share 0.4] [--every 3] [--keep DIR] [--out FILE]
 
 The built-in corpus is spread over clients, a share of each client's rows is spoiled, and the same federation runs on
-the rows as they were, spoiled, spoiled and curated, and spoiled and cut at random to as many rows as curation keeps.
+the rows as they were, spoiled, spoiled and curated (with IFD from the first round on, or once the model has trained for
+some), and spoiled and cut at random to as many rows as curation keeps.
 Every run makes the same number of steps of about the same number of tokens.
 """
 
@@ -153,7 +154,7 @@ def one(seed: int, share: float, every: int, folder: Path) -> dict[str, Any]:
         "clean": write(folder / "clean", clean, federation.test),
         "spoiled": write(folder / "spoiled", rows, federation.test),
     }
-    steps = json.dumps([{"name": name} for name in STEPS]).replace(":", " =").replace('"name"', "name")
+    at_once, later = (_settings(every, warmup) for warmup in (0, every))
     runs = {name: simulate(source, folder / f"run-{name}", seed) for name, source in sources.items()}
     found = {
         "untuned": _caught_by(spoiled, None),
@@ -161,7 +162,8 @@ def one(seed: int, share: float, every: int, folder: Path) -> dict[str, Any]:
     }
     keep = found["tuned"]["kept"] / found["tuned"]["rows"]
     more = {
-        "curated": (f"curate.steps={steps}", f"curate.every={every}"),
+        "curated": later,
+        "curated at once": at_once,
         "random": (f'curate.steps=[{{ name = "random", keep = {keep:.3f} }}]',),
         "oracle": (),
     }
@@ -171,6 +173,12 @@ def one(seed: int, share: float, every: int, folder: Path) -> dict[str, Any]:
         source = sources.get(name, sources["spoiled"])
         runs[name] = simulate(source, folder / f"run-{name}", seed, *settings)
     return {"seed": seed, "share": share, "every": every, "caught": found, "runs": runs}
+
+
+def _settings(every: int, warmup: int) -> tuple[str, ...]:
+    """Curation of a federation; the model is asked for the first time after `warmup` rounds."""
+    asked = f'{{ name = "ifd", warmup = {warmup} }}' if warmup else '"ifd"'
+    return f"curate.steps=[{', '.join(json.dumps(name) for name in STEPS[:-1])}, {asked}]", f"curate.every={every}"
 
 
 def _caught_by(spoiled: Mapping[str, Spoiled], adapter: Path | None) -> dict[str, Any]:

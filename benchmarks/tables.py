@@ -117,7 +117,8 @@ def curation(results: dict[str, Any]) -> str:
         "clean": "the rows as they were",
         "spoiled": "two fifths of them spoiled",
         "random": "spoiled, then as many rows at random as curation keeps",
-        "curated": "spoiled, then curated",
+        "curated at once": "spoiled, then curated, from the first round on",
+        "curated": "spoiled, then curated, IFD after three rounds",
         "oracle": "spoiled, then all bad rows taken out by who knows them",
     }
     lines = ["| | held-out loss | exact match |", "|---|---|---|"]
@@ -151,17 +152,16 @@ def judges(results: dict[str, Any]) -> str:
 
 
 def privacy(results: dict[str, Any]) -> str:
-    """What a promise costs in loss, in answers and in time."""
+    """What a promise costs in loss and in answers."""
     methods = dict.fromkeys(run["method"] for run in results["runs"])
     names = {"base": "untuned", "not private": "no privacy", "no noise": "drawn and clipped, but no noise"}
-    lines = ["| | held-out loss | exact match | noise over clip | ms a step |", "|---|---|---|---|---|"]
+    lines = ["| | held-out loss | exact match | noise over clip |", "|---|---|---|---|"]
     for method in methods:
         runs = [run for run in results["runs"] if run["method"] == method]
         right = [run["accuracy"] for run in runs if run["accuracy"] is not None]
         cells = [_spread([run["loss"] for run in runs], 1, 2), f"{_spread(right, 100, 0)}%" if right else ""]
-        for key, scale, digits in (("noise_multiplier", 1, 2), ("seconds_per_step", 1000, 0)):
-            known = [run[key] for run in runs if run.get(key) is not None]
-            cells.append(f"{scale * statistics.mean(known):.{digits}f}" if known else "")
+        known = [run["noise_multiplier"] for run in runs if run.get("noise_multiplier") is not None]
+        cells.append(f"{statistics.mean(known):.2f}" if known else "")
         lines.append(f"| {names.get(method, method)} | {' | '.join(cells)} |")
     set_to, private = results["settings"], results["settings"]["privacy"]
     return _noted(

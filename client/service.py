@@ -150,7 +150,7 @@ def _refuse_foreign_places(config: RunConfig, facts: Facts) -> None:
     """
     if config.prompt.template not in templates.BUILTIN:
         raise answers.Refusal(
-            f"prompt.template names a file: this site takes the built-in templates alone ({', '.join(templates.BUILTIN)})"
+            f"prompt.template names a file: this site takes built-in templates alone ({', '.join(templates.BUILTIN)})"
         )
     if facts.model is None and not config.model.name.startswith("builtin:"):
         raise answers.Refusal(

@@ -167,7 +167,7 @@ class Worker:
         made = choice.choose(
             site.train,
             self.config.curate,
-            self._context(site, payload),
+            self._context(site, payload, number),
             site.folder,
             number,
             self._choices.get(site.client),
@@ -176,13 +176,13 @@ class Worker:
         self._choices[site.client] = made
         return made.examples, made
 
-    def _context(self, site: Site, payload: Payload) -> Context:
+    def _context(self, site: Site, payload: Payload, number: int) -> Context:
         def probe() -> ModelProbe:
             models.set_adapter(self.lm, payload.adapter)
             return ModelProbe(self.lm)
 
         reader = Reader(self.template, self.lm.tokenizer, self.config.prompt, probe)
-        return Context(self.config.seed, site.client, site.test, reader)
+        return Context(self.config.seed, site.client, site.test, reader, trained=number - 1)
 
     def _corpus(self, site: Site, part: str, examples: Sequence[Example]) -> Corpus:
         """The tokens of a part of the site's rows; made again where it has come to hold others."""

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import json
-import socket
+import math
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from apiary.config import UserError
 from apiary.runlog import write_atomic
-from deploy import flower, kits, processes
+from deploy import certificates, flower, kits, processes
 from deploy.kits import Kit
 from deploy.processes import Kept
 
 _RUNNING, _NODES = "running.json", "nodes.json"
-_KEY_IS_KNOWN = "[code: 23]"
+_KEY_IS_KNOWN, _NODE_IS_GONE = "[code: 23]", "[code: 24]"
 _START_S = 120.0
 _KEYS_S = 5.0  # how often the folder of public keys is looked at
+_AGAIN_S = 30.0  # until what Flower refused is tried again: each try is a process
+
+_Failures = dict[tuple[str, str], tuple[str, float]]  # by site and key: the line, and when (monotonic seconds)
 
 
 def run(kit: Kit, state: Path, bind: str = "0.0.0.0") -> int:
@@ -32,9 +35,10 @@ def run(kit: Kit, state: Path, bind: str = "0.0.0.0") -> int:
         bind: address of this machine that the door listens on, at the kit's port.
 
     Raises:
-        UserError: the port is taken, or another server runs with this state.
+        UserError: the port is taken, the kit's files do not fit, or another server runs with this state.
     """
-    _check_port(bind, kit.server.port)
+    _check(kit)
+    processes.check_port(bind, kit.server.port, f"--bind {bind}, port {kit.server.port} of the kit")
     with processes.hold(state):
         end = processes.wait_for_end()
         processes.adopt_orphans()
@@ -44,10 +48,11 @@ def run(kit: Kit, state: Path, bind: str = "0.0.0.0") -> int:
         try:
             if not _wait_until_up(kit, kept, port, end):
                 return 0 if end.is_set() else 1
-            known = _register(kit, state)
+            failures: _Failures = {}
+            known = register(kit, state, failures)
             write_atomic(state / _RUNNING, json.dumps({"port": port}))
             _say(f"server ready at {kit.server}; sites: {', '.join(known)}")
-            _watch(kit, state, kept, end)
+            _watch(kit, state, kept, end, known, failures)
         finally:
             (state / _RUNNING).unlink(missing_ok=True)
             processes.end_all(reversed(kept))
@@ -70,11 +75,17 @@ def port_of(state: Path) -> int:
 
 def site_nodes(state: Path) -> dict[str, str]:
     """The node id of each site that was registered, by name."""
+    return {name: entry["node"] for name, entry in _nodes(state).items()}
+
+
+def _nodes(state: Path) -> dict[str, dict[str, str]]:
     try:
-        values: dict[str, dict[str, Any]] = json.loads((state / _NODES).read_text(encoding="utf-8"))
+        values: dict[str, dict[str, str]] = json.loads((state / _NODES).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    return {name: str(value["node"]) for name, value in values.items()}
+    # Without the comment, for one key is one node; without a node there is nothing to remember.
+    keys = {name: " ".join(entry["key"].split()[:2]) for name, entry in values.items()}
+    return {name: {"node": entry["node"], "key": keys[name]} for name, entry in values.items() if entry["node"]}
 
 
 def _superlink(kit: Kit, state: Path, port: int) -> Kept:
@@ -84,7 +95,7 @@ def _superlink(kit: Kit, state: Path, port: int) -> Kept:
         *("--ssl-certfile", str(kit.folder / kits.CERTIFICATE), "--ssl-keyfile", str(kit.folder / kits.SERVER_KEY)),
         *("--ssl-ca-certfile", str(kit.folder / kits.CA)),
         "--enable-supernode-auth",
-        *("--database", str(state / "superlink.db")),
+        *("--database", str(state / flower.DATABASE)),
         "--disable-runtime-dependency-installation",
     ]
     return Kept(command, processes.environment(state), state, state / "superlink.log")
@@ -101,16 +112,14 @@ def _door(kit: Kit, state: Path, port: int, bind: str) -> Kept:
     return Kept(command, processes.environment(state), state, state / "door.log")
 
 
-def _check_port(bind: str, port: int) -> None:
-    family = socket.AF_INET6 if ":" in bind else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((bind, port))
-        except OSError as error:
-            raise UserError(
-                f"--bind {bind}, port {port} of the kit: {error.strerror}; is a server running already?"
-            ) from None
+def _check(kit: Kit) -> None:
+    files = [kit.folder / name for name in (kits.CA, kits.CERTIFICATE, kits.SERVER_KEY)]
+    try:
+        certificates.check_server(*(file.read_bytes() for file in files))
+    except OSError as error:
+        raise UserError(f"{str(kit.folder)!r}: {error.filename} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{str(kit.folder)!r}: {error}") from None
 
 
 def _wait_until_up(kit: Kit, kept: list[Kept], port: int, end: threading.Event) -> bool:
@@ -126,8 +135,10 @@ def _wait_until_up(kit: Kit, kept: list[Kept], port: int, end: threading.Event) 
     return False
 
 
-def _watch(kit: Kit, state: Path, kept: list[Kept], end: threading.Event) -> None:
-    looked, seen = time.monotonic(), kits.public_keys(kit)
+def _watch(
+    kit: Kit, state: Path, kept: list[Kept], end: threading.Event, known: list[str], failures: _Failures
+) -> None:
+    looked = time.monotonic()
     while not end.wait(0.3):
         for name, each in zip(("SuperLink", "door"), kept, strict=True):
             code = each.look()
@@ -135,39 +146,107 @@ def _watch(kit: Kit, state: Path, kept: list[Kept], end: threading.Event) -> Non
                 _say(f"the {name} ended (exit code {code}) and is started again")
         processes.reap(kept)
         if time.monotonic() - looked > _KEYS_S:
-            looked, now = time.monotonic(), kits.public_keys(kit)
-            if now != seen:
-                seen = now
-                _say(f"sites: {', '.join(_register(kit, state))}")
+            before, known = known, register(kit, state, failures)
+            looked = time.monotonic()
+            if known != before:
+                _say(f"sites: {', '.join(known)}")
 
 
-def _register(kit: Kit, state: Path) -> list[str]:
-    """Make Flower's list of keys that of the kit: new ones are registered, those taken away are struck off."""
-    path = state / _NODES
-    known: dict[str, dict[str, str]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    keys = {name: (file, file.read_text(encoding="utf-8").strip()) for name, file in kits.public_keys(kit).items()}
-    for name in [n for n, entry in known.items() if n not in keys or keys[n][1] != entry["key"]]:
-        if _tell(state, name, "unregister", known[name]["node"]) is not None:
+def register(kit: Kit, state: Path, failures: _Failures) -> list[str]:
+    """Make Flower's list of keys that of the kit: new ones are registered, those taken away are struck off.
+
+    Args:
+        kit: the server's.
+        state: where it is remembered which site is which node; what failed is not, and so tried again.
+        failures: of earlier calls; each is said once.
+
+    Returns:
+        The names of the sites that are registered.
+    """
+    known, before = _nodes(state), site_nodes(state)
+    files = kits.public_keys(kit)
+    keys = {name: key for name, file in files.items() if (key := _key(name, file, failures))}
+    for name, entry in list(known.items()):
+        # A file that cannot be read (it may just be being copied) strikes nobody off: Flower takes no key twice.
+        gone = name not in files or keys.get(name, entry["key"]) != entry["key"]
+        if gone and _try(name, entry["key"], failures, partial(_strike_off, state, entry["node"])):
             del known[name]
-    for name, (file, key) in keys.items():
+            _remember(state, known)
+    for name, key in keys.items():
         if name not in known:
-            answer = _tell(state, name, "register", str(file), options=("--name", name))
-            if answer is not None:
-                known[name] = {"node": str(answer.get("node-id", "")), "key": key}
-                write_atomic(path, json.dumps(known, indent=1))
-    write_atomic(path, json.dumps(known, indent=1))
-    return list(known)
+            others = {entry["node"]: other for other, entry in known.items()}
+            node = _try(name, key, failures, partial(_enter, state, files[name], name, key, others))
+            if node:
+                known[name] = {"node": node, "key": key}
+                _remember(state, known)
+    if before != site_nodes(state):
+        _remember(state, known)
+    return sorted(known)
 
 
-def _tell(state: Path, site: str, *words: str, options: Sequence[str] = ()) -> dict[str, Any] | None:
-    """Flower's answer about a site; None where it refused, which is said."""
+def _remember(state: Path, known: dict[str, dict[str, str]]) -> None:
+    write_atomic(state / _NODES, json.dumps(known, indent=1))
+
+
+def _key(name: str, file: Path, failures: _Failures) -> str | None:
     try:
-        return flower.call(state, "supernode", *words, options=options)
-    except flower.FlowerError as error:
-        if _KEY_IS_KNOWN in str(error):  # registered by a server that was killed before it wrote it down
-            return {}
-        _say(f"site {site}: {error}")
+        key = kits.public_key(file)
+    except UserError as error:
+        _fail(name, "", str(error), failures)
         return None
+    failures.pop((name, ""), None)
+    return key
+
+
+def _try(name: str, key: str, failures: _Failures, act: Callable[[], str]) -> str | None:
+    """What `act` returns; None where it failed, which is said, or failed a moment ago."""
+    if time.monotonic() - failures.get((name, key), ("", -math.inf))[1] < _AGAIN_S:
+        return None
+    try:
+        answer = act()
+    except flower.FlowerError as error:
+        _fail(name, key, str(error), failures)
+        return None
+    failures.pop((name, key), None)
+    return answer
+
+
+def _fail(name: str, key: str, line: str, failures: _Failures) -> None:
+    if failures.get((name, key), ("", 0.0))[0] != line:
+        _say(f"site {name}: {line}")
+    failures[name, key] = line, time.monotonic()
+
+
+def _strike_off(state: Path, node: str) -> str:
+    try:
+        flower.call(state, "supernode", "unregister", node)
+    except flower.FlowerError as error:
+        if _NODE_IS_GONE not in str(error):  # by a server that was killed before it wrote it down
+            raise
+    return node
+
+
+def _enter(state: Path, file: Path, name: str, key: str, others: dict[str, str]) -> str:
+    """The node that Flower now knows by this key; `others` names the sites of the other nodes.
+
+    Raises:
+        flower.FlowerError: it refused; or the key is that of another site, or of one that was struck off.
+    """
+    try:
+        return str(flower.call(state, "supernode", "register", str(file), options=("--name", name))["node-id"])
+    except flower.FlowerError as error:
+        if _KEY_IS_KNOWN not in str(error):
+            raise
+        # Registered by a server that was killed before it wrote it down, or used up.
+        found = flower.node_of(state, certificates.public_pem(key))
+        if found is None:
+            raise
+    node, struck_off = found
+    if struck_off:
+        raise flower.FlowerError("this key was struck off and cannot come back: make new ones by `apiary deploy add`")
+    if node in others:
+        raise flower.FlowerError(f"{file.name} is the key of site {others[node]} as well: each site needs its own")
+    return node
 
 
 def _say(line: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import socket
 import ssl
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from apiary.config import UserError
-from deploy import flower, guard, kits, processes
+from deploy import certificates, flower, guard, kits, processes
 from deploy.kits import Kit
 from deploy.processes import Kept
 
@@ -23,6 +24,10 @@ _REFUSED = ("[code: 2004]", "[code: 2001]", "Invalid SuperNode authentication")
 _NOT_TRUSTED = ("CERTIFICATE_VERIFY_FAILED", "certificate verify failed")
 _CONNECTED = "SuperNode ID:"
 _WRONG_DATA = 2  # the worker's exit code
+_TRIES = 10  # of a SuperNode that ends soon after its start and never once was connected
+_HEALTH_S = 60.0  # how often the server is asked whether it is there
+_SOCKET, _TEMPORARY = "worker.sock", "apiary-"
+_PLAIN = re.compile(r"[A-Za-z0-9/._-]{1,100}")  # a path that Flower and gRPC take as it is; 107 bytes at most
 
 
 class Options(NamedTuple):
@@ -41,6 +46,9 @@ class _Line(NamedTuple):
 
     connected: bool = False
     refused_since: float | None = None  # monotonic seconds
+    ever: bool = False  # connected, since this program began
+    asked: float = 0.0  # monotonic seconds, when the server's health was last asked
+    there: bool = True
 
 
 def run(kit: Kit, state: Path, options: Options) -> int:
@@ -52,16 +60,15 @@ def run(kit: Kit, state: Path, options: Options) -> int:
         options: where its data and model are.
 
     Raises:
-        UserError: no such data or model, or another process runs with this state.
+        UserError: no such data or model, a defective kit, a port that is taken, or another process with this state.
     """
-    _check(options)
+    _check(kit, options)
     with processes.hold(state):
         end = processes.wait_for_end()
         processes.adopt_orphans()
         (state / "flwr").mkdir(mode=0o700, exist_ok=True)
-        # Short, for the path of a socket has 107 bytes at most; made for the owner alone.
-        sockets = Path(tempfile.mkdtemp(prefix="apiary-"))
-        path = sockets / "worker.sock"
+        sockets = socket_folder(state)
+        path = sockets / _SOCKET
         worker = _worker(kit, state, options, f"unix:{path}")
         supernode = _supernode(kit, state, f"unix:{path}", options.port)
         try:
@@ -74,7 +81,41 @@ def run(kit: Kit, state: Path, options: Options) -> int:
             shutil.rmtree(sockets, ignore_errors=True)
 
 
-def _check(options: Options) -> None:
+def socket_folder(state: Path) -> Path:
+    """A folder for the owner alone, without anything in it, for the worker's socket.
+
+    It is in the state folder, where the path is short and plain enough; else in the temporary one, and noted in the
+    state folder so that the next start clears it away if this one cannot.
+    """
+    note = state / "socket-folder"
+    if note.exists():
+        left = Path(note.read_text(encoding="utf-8"))
+        if left.parent == Path(tempfile.gettempdir()) and left.name.startswith(_TEMPORARY) and not left.is_symlink():
+            (left / _SOCKET).unlink(missing_ok=True)
+            shutil.rmtree(left, ignore_errors=True)
+        note.unlink()
+    folder = state / "socket"
+    if _PLAIN.fullmatch(str(folder / _SOCKET)):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        folder.chmod(0o700)
+        (folder / _SOCKET).unlink(missing_ok=True)
+        return folder
+    folder = Path(tempfile.mkdtemp(prefix=_TEMPORARY))
+    kits.write(note, str(folder), 0o600)
+    return folder
+
+
+def _check(kit: Kit, options: Options) -> None:
+    key = kit.folder / kits.SITE_KEY
+    try:
+        certificates.check_site_key(key.read_bytes())
+    except OSError as error:
+        raise UserError(f"{str(key)!r} cannot be read: {error.strerror}; it is for its owner alone") from None
+    except ValueError as error:
+        raise UserError(f"{str(key)!r}: {error}; copy it anew, or make another site") from None
+    flower.check_trust(kit.folder / kits.CA)
+    if options.port is not None:
+        processes.check_port("127.0.0.1", options.port, f"--port {options.port}")
     if not options.data.exists():
         raise UserError(f"--data {str(options.data)!r}: no such file or folder")
     model = options.model
@@ -160,24 +201,40 @@ def _watch(kit: Kit, worker: Kept, supernode: Kept, end: threading.Event) -> int
                 return _failed(
                     f"the server at {kit.server} refuses the key of site {kit.site}: is it registered there?"
                 )
-        elif not line.connected and _CONNECTED in supernode.said():
-            line = _Line(connected=True)
+            if not line.ever and supernode.failures >= _TRIES:
+                return _failed(f"the SuperNode ended {_TRIES} times at its start; supernode.log in the state says why")
+        elif not line.connected and supernode.has_said(_CONNECTED):
+            line = _Line(connected=True, ever=True, asked=time.monotonic())
             _say(kit, f"connected to {kit.server}")
+        line = _ask_health(kit, line)
         processes.reap([worker, supernode])
     return None
 
 
+def _ask_health(kit: Kit, line: _Line) -> _Line:
+    """Ask now and then whether the server is there, for Flower tries again in silence; a change is said."""
+    if not line.connected or time.monotonic() - line.asked < _HEALTH_S:
+        return line
+    try:
+        there, why = flower.healthy(str(kit.server), kit.folder / kits.CA), "does not answer"
+    except ssl.SSLCertVerificationError as error:
+        there, why = False, f"is not this federation's any more ({error.verify_message})"
+    if there != line.there:
+        _say(kit, f"the server at {kit.server} " + ("answers again" if there else f"{why}; trying again and again"))
+    return line._replace(asked=time.monotonic(), there=there)
+
+
 def _after_end(kit: Kit, line: _Line, code: int, said: str) -> _Line:
-    if any(text in said for text in _REFUSED) and _CONNECTED not in said:
+    if any(text in said for text in _REFUSED) and not line.connected and _CONNECTED not in said:
         if line.refused_since is None:
             _say(
                 kit,
                 f"the server refuses the key of site {kit.site}: unknown there, or still online from before or "
                 f"elsewhere; trying for {_GIVE_UP_S:g} s",
             )
-        return _Line(refused_since=line.refused_since or time.monotonic())
+        return _Line(refused_since=line.refused_since or time.monotonic(), ever=line.ever)
     _say(kit, f"the SuperNode ended (exit code {code}) and is started again; supernode.log says more")
-    return _Line()
+    return _Line(ever=line.ever)
 
 
 def _failed(line: str) -> int:

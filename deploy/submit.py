@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import re
 import secrets
 import tempfile
@@ -14,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from apiary import config as configs
-from apiary import runlog, templates
+from apiary import runlog
 from apiary.config import RunConfig, UserError
 from apiary.runlog import Event, Observer
 from deploy import bundle, flower, kits, server
 
 _LOOK_S, _ASK_S = 0.5, 20.0  # how often the run's log is read, and Flower is asked whether the run is alive
+_PATIENCE_S = 15.0  # an earlier run has said its last word, and its process is about to end
 _LOST_S = 60.0  # how long the server may give no answer
 _SHOWN = 20  # runs
 _APP = "apiary-run"  # the folder that Flower bundles
@@ -49,20 +48,49 @@ def start(state: Path, config: RunConfig, out: Path, *, resume: bool = False) ->
     online = [name for name, status in sites(state).items() if status == "online"]
     if not online:
         raise UserError("no site is online: start `apiary deploy client` there first")
+    expected = max(config.strategy.min_clients, len(online))
+    deadline = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            return _start_alone(state, config, out, expected)
+        except StillGoing:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_LOOK_S)
+
+
+class StillGoing(UserError):
+    """A run in the same directory has not ended."""
+
+
+def _start_alone(state: Path, config: RunConfig, out: Path, expected: int) -> str:
     with _reserved(out) as number:
         known = state / _STARTED / number
-        if known.exists() and status_of(state, earlier := known.read_text().strip()).startswith(_GOING):
-            raise _still_going(out, f"run {earlier}")
-        values = {
+        _check_earlier(state, known, out)
+        values: dict[str, str | int] = {
             "config": config.to_json(),
             "out": str(out),
             "name": f"{run_name(out.name)}-{number}",
-            "expected": max(config.strategy.min_clients, len(online)),
+            "expected": expected,
         }
         run = _start(state, values)
         known.parent.mkdir(mode=0o700, exist_ok=True)
-        runlog.write_atomic(known, run)
+        runlog.write_atomic(known, f"{run} {server.port_of(state)}\n")
     return run
+
+
+def _check_earlier(state: Path, known: Path, out: Path) -> None:
+    """Check that the run started before in `out` has ended; until its process is up, nobody but Flower knows of it.
+
+    Raises:
+        StillGoing: it has not.
+    """
+    if not known.exists():
+        return
+    run, port = known.read_text(encoding="utf-8").split()
+    # A server that was started anew since has another port; its Flower takes an old run for alive for a while.
+    if int(port) == server.port_of(state) and status_of(state, run).startswith(_GOING):
+        raise _still_going(out, f"run {run}")
 
 
 def _start(state: Path, values: dict[str, str | int]) -> str:
@@ -77,48 +105,33 @@ def _reserved(out: Path) -> Iterator[str]:
     """The id of a run directory, made where there is none; held, so that nobody else starts a run in it meanwhile.
 
     Raises:
-        UserError: somebody does, or a run still writes it.
+        StillGoing: somebody does, or a run still writes it.
     """
     made = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
-    path, done = out / _ID, False
-    with path.open("a+", encoding="utf-8") as file:
+    path = out / _ID
+    with contextlib.ExitStack() as stack:
         try:
-            with _held(os.open(out, os.O_RDONLY)):
-                pass  # the server's process holds the folder as long as it works
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with runlog.hold(out):  # which the server's process does as long as it works
+                new = not path.exists()
+                if new:
+                    runlog.write_atomic(path, f"{secrets.token_hex(4)}\n")
+            stack.enter_context(runlog.hold(path))
         except BlockingIOError:
             raise _still_going(out, "a run") from None
-        file.seek(0)
-        number = file.read().strip()
-        new = not re.fullmatch("[0-9a-f]{8}", number)
-        if new:
-            number = secrets.token_hex(4)
-            file.truncate(0)
-            file.write(f"{number}\n")
-            file.flush()
         try:
-            yield number
-            done = True
-        finally:
-            if new and not done:
+            yield path.read_text(encoding="utf-8").strip()
+        except BaseException:
+            if new:
                 path.unlink(missing_ok=True)
+            if made:
                 with contextlib.suppress(OSError):
-                    if made:
-                        out.rmdir()
+                    out.rmdir()
+            raise
 
 
-@contextlib.contextmanager
-def _held(handle: int) -> Iterator[None]:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _still_going(out: Path, which: str) -> UserError:
-    return UserError(f"{str(out)!r}: {which} still goes on in it; wait for its end, or choose another --out")
+def _still_going(out: Path, which: str) -> StillGoing:
+    return StillGoing(f"{str(out)!r}: {which} still goes on in it; wait for its end, or choose another --out")
 
 
 def check(config: RunConfig) -> None:
@@ -127,6 +140,8 @@ def check(config: RunConfig) -> None:
     Raises:
         UserError: it names a template file, which no site would open.
     """
+    from apiary import templates  # here, for `status` needs no torch
+
     if config.prompt.template not in templates.BUILTIN:
         known = ", ".join(templates.BUILTIN)
         raise UserError(f"prompt.template = {config.prompt.template!r}: sites take the built-in ones alone ({known})")
@@ -183,6 +198,8 @@ def follow(state: Path, run: str, out: Path, observers: Iterable[Observer]) -> s
                 return None
             if event["event"] == "failed":
                 failure = str(event["message"])
+        if len(events) > known:
+            answered = time.monotonic()  # in its way
         known = len(events)
         if failure is not None:
             return failure

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,24 +38,12 @@ def run(config: RunConfig, folder: Path, expected: int, federate: Federate) -> N
     """
     began = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
-        _run(config, folder, expected, federate, began)
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Holds the run directory, for two processes in it would write over each other."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(runlog.hold(folder))
         except BlockingIOError:
             raise UserError(f"run folder {folder.name!r}: another process still writes it; wait for its end") from None
-        except OSError:
-            pass  # a file system without locks
-        yield
-    finally:
-        os.close(handle)
+        _run(config, folder, expected, federate, began)
 
 
 def _run(config: RunConfig, folder: Path, expected: int, federate: Federate, began: float) -> None:
@@ -95,6 +81,8 @@ def _held_out(config: RunConfig, log: RunLog) -> HeldOut | None:
         return None
     source = examples.read(config.data.test, split="test", columns=config.data.columns, key="data.test")
     rows = continual.inside(source.examples if source.test is None else source.test, config)
+    if not rows and config.continual.stages:
+        raise UserError(f"data.test = {config.data.test!r}: no row of it is in a stage of continual.stages")
     lm, template = _model(config)
     prepared = evaluate.prepare(rows, template, lm, config)
     if not prepared.examples:

@@ -48,8 +48,8 @@ def overrides(model: Path, rows: Path) -> list[str]:
 class Deployment:
     """A server and sites, as the command line starts them."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, free_port()
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.folder, self.model, self.port = folder, model, free_port()
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         kit = ["--server", f"127.0.0.1:{self.port}", *(word for site in SITES for word in ("--site", site))]
         assert self.call("deploy", "init", str(folder / "kits"), *kit).returncode == 0
@@ -77,7 +77,8 @@ class Deployment:
         self.wait_for("server", "server ready")
 
     def join(self, site: str, rows: Path) -> None:
-        self.start(site, "deploy", "client", str(self.kits / site), "--data", str(rows / f"{site}.jsonl"))
+        own = ("--data", str(rows / f"{site}.jsonl"), "--model", str(self.model))
+        self.start(site, "deploy", "client", str(self.kits / site), *own)
 
     def said(self, name: str) -> str:
         return (self.folder / f"{name}.out").read_text(errors="replace")

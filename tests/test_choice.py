@@ -8,8 +8,9 @@ import pytest
 
 from apiary.config import CurateConfig, Method
 from apiary.examples import Example, Turn
+from apiary.probe import ModelProbe
 from client import choice
-from client.curation import Context
+from client.curation import Context, Reader
 
 RANDOM = Method(name="random", keep=0.5, floor=0)
 
@@ -70,3 +71,18 @@ def test_a_choice_in_hand_is_used_only_for_its_own_round(tmp_path: Path, number:
     marked = first._replace(examples=first.examples[:1])
     again = choice.choose(rows(40), config, Context(seed=5), tmp_path, number + 1, marked)
     assert (again is marked) == (number == 1)
+
+
+def test_a_judge_that_has_yet_to_learn_is_not_asked(tmp_path: Path) -> None:
+    """Until the warm-up is over every row stays, and no model is needed."""
+
+    def no_model() -> ModelProbe:
+        raise AssertionError("asked before its time")
+
+    config = CurateConfig(steps=(Method(name="ifd", warmup=2),), every=1)
+    reader = Reader(None, None, None, no_model)  # type: ignore[arg-type]
+    for number in (1, 2):
+        made = choice.choose(rows(40), config, Context(reader=reader, trained=number - 1), tmp_path, number)
+        assert made.counts == (40, 40, {"ifd": 0})
+    with pytest.raises(AssertionError, match="before its time"):
+        choice.choose(rows(40), config, Context(reader=reader, trained=2), tmp_path, 3)

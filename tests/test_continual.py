@@ -290,7 +290,7 @@ def test_no_buffer_is_no_file_and_no_stages_are_all_rows(tmp_path: Path) -> None
     assert [none.visit(number).replay for number in range(1, 7)] == [()] * 6
     assert not list(none.folder.glob("*buffer*"))
     data = continual.prepare(ROWS, tmp_path, "a", configs.load(), 4, memory.Memory(3, Cursor(1, 2)))
-    assert data == (0, tuple(ROWS), (), 0, Cursor(1, 2), Cursor(), 3, configs.load().rounds)
+    assert data == (0, tuple(ROWS), (), Cursor(1, 2), Cursor(), 3, configs.load().rounds)
 
 
 def test_rows_of_no_stage_are_left_out_and_told() -> None:

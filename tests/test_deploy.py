@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import hashlib
 import io
 import ipaddress
+import json
 import os
+import socket
+import sqlite3
 import stat
 import subprocess
 import sys
 import threading
+import time
 import warnings
 import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import pytest
 import torch
+import uvicorn
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
@@ -32,7 +38,7 @@ from apiary.config import UserError
 from apiary.runlog import RunLog
 from client import remote, service
 from client.service import Facts
-from deploy import bundle, kits, processes, submit
+from deploy import bundle, certificates, flower, guard, kits, processes, site, submit
 from deploy import server as deployed_server
 from deploy.door import make_door
 
@@ -164,6 +170,218 @@ def test_a_kit_of_the_wrong_kind_is_told(made: Path, tmp_path: Path) -> None:
         kits.read(tmp_path, "site")
 
 
+def test_a_site_is_added_where_the_servers_key_no_longer_lies(tmp_path: Path) -> None:
+    folder = tmp_path / "federation"
+    kits.init(folder, "10.0.0.7:8443", ["north"])
+    (folder / "server" / "server.key").unlink()
+    kits.add(folder, ["east"])
+    assert kits.read(folder / "east", "site").site == "east"
+    with pytest.raises(UserError, match=r"lacks server\.key"):
+        _server(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ('role = "site"\nsite = "a"\nserver = 8443', "server = 8443: expected a text"),
+        ('role = "site"\nsite = "a"\nserver = "host:\u00b2"', "expected HOST:PORT"),
+        ('role = "site"\nsite = 7\nserver = "host:1"', "site = 7"),
+        ('role = "site"\nserver = "host:1"', "site = ''"),
+        ('role = "site"', "cannot be read"),
+    ],
+)
+def test_a_defective_kit_is_told_in_a_line(text: str, line: str, tmp_path: Path) -> None:
+    (tmp_path / "kit.toml").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=line) as caught:
+        kits.read(tmp_path, "site")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_server_does_not_start_with_files_that_do_not_fit(made: Path, tmp_path: Path) -> None:
+    ca, leaf, key = ((made / "server" / name).read_bytes() for name in ("ca.crt", "server.crt", "server.key"))
+    kits.init(tmp_path / "other", "fl.example.org:8443", ["a"])
+    other = tmp_path / "other" / "server"
+    certificates.check_server(ca, leaf, key)
+    for files, line in (
+        (((other / "ca.crt").read_bytes(), leaf, key), "not signed by the authority"),
+        ((ca, leaf, (other / "server.key").read_bytes()), "not the key"),
+        ((b"garbage", leaf, key), "ca.crt is no certificate"),
+        ((ca, leaf, b"garbage"), "no private key"),
+    ):
+        with pytest.raises(ValueError, match=line):
+            certificates.check_server(*files)
+    (other / "ca.crt").write_bytes(ca)
+    with pytest.raises(UserError, match="not signed"):
+        deployed_server.run(_server(tmp_path / "other"), tmp_path / "state")
+
+
+def test_an_expired_certificate_is_told(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(certificates, "_SERVER_DAYS", -1)
+    ca, ca_key = ((made / "ca" / name).read_bytes() for name in ("ca.crt", "ca.key"))
+    builder = x509.CertificateBuilder.not_valid_before
+    monkeypatch.setattr(
+        x509.CertificateBuilder, "not_valid_before", lambda self, time: builder(self, time - datetime.timedelta(days=9))
+    )
+    key, leaf = certificates.server(ca, ca_key, "localhost")
+    with pytest.raises(ValueError, match="renew"):
+        certificates.check_server(ca, leaf, key)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        ("site.key", b"garbage", "no private key"),
+        ("site.key", b"", "no private key"),
+        ("ca.crt", b"garbage", "is no certificate"),
+    ],
+)
+def test_a_site_does_not_start_with_a_defective_file(name: str, content: bytes, line: str, tmp_path: Path) -> None:
+    kits.init(tmp_path / "f", "localhost:8443", ["a"])
+    (tmp_path / "f" / "a" / name).write_bytes(content)
+    with pytest.raises(UserError, match=line):
+        site.run(kits.read(tmp_path / "f" / "a", "site"), tmp_path / "state", site.Options(tmp_path))
+
+
+def test_a_site_does_not_start_on_a_port_that_is_taken(made: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"--port {port}"):
+            site.run(kits.read(made / "north", "site"), tmp_path / "state", site.Options(tmp_path, port=port))
+    with pytest.raises(UserError, match="from 1 to 65535"):
+        site.run(kits.read(made / "north", "site"), tmp_path / "state", site.Options(tmp_path, port=70_000))
+
+
+# -- the list of sites ---------------------------------------------------------------------------
+
+
+class _Flower:
+    """The SuperLink's list of keys: a key is taken once and never again, as in Flower's own database."""
+
+    def __init__(self, state: Path) -> None:
+        self.down, self.asked = False, 0
+        self.database = sqlite3.connect(state / flower.DATABASE)
+        self.database.execute("CREATE TABLE node (node_id INTEGER, status TEXT, public_key BLOB UNIQUE)")
+
+    def call(self, state: Path, *words: str, options: tuple[str, ...] = ()) -> dict[str, Any]:
+        self.asked += 1
+        if self.down:
+            raise flower.FlowerError("not now")
+        if words[1] == "unregister":
+            sql = "UPDATE node SET status = 'unregistered' WHERE node_id = ? AND status != 'unregistered'"
+            if not self.database.execute(sql, (_signed(int(words[2])),)).rowcount:
+                raise flower.FlowerError("[code: 24] not found")
+            self.database.commit()
+            return {}
+        node = 2**64 - 1 - self.asked
+        try:
+            pem = certificates.public_pem(Path(words[2]).read_text())
+            self.database.execute("INSERT INTO node VALUES (?, 'registered', ?)", (_signed(node), pem))
+        except sqlite3.IntegrityError:
+            raise flower.FlowerError("[code: 23] in use") from None
+        self.database.commit()
+        return {"node-id": node}
+
+    def active(self) -> set[str]:
+        found = self.database.execute("SELECT node_id FROM node WHERE status != 'unregistered'")
+        return {str(node % 2**64) for (node,) in found}
+
+
+def _signed(node: int) -> int:
+    return node - 2**64 if node >= 2**63 else node
+
+
+class _List(NamedTuple):
+    folder: Path
+    state: Path
+    flower: _Flower
+    failures: dict[tuple[str, str], tuple[str, float]]
+
+    def look(self) -> list[str]:
+        return deployed_server.register(_server(self.folder), self.state, self.failures)
+
+    def file(self, name: str) -> Path:
+        return self.folder / "server" / "sites" / f"{name}.pub"
+
+
+@pytest.fixture
+def listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> _List:
+    kits.init(tmp_path / "f", "localhost:8443", ["a", "b"])
+    (tmp_path / "state").mkdir()
+    made = _List(tmp_path / "f", tmp_path / "state", _Flower(tmp_path / "state"), {})
+    monkeypatch.setattr(flower, "call", made.flower.call)
+    monkeypatch.setattr(deployed_server, "_AGAIN_S", 0.0)
+    return made
+
+
+def test_a_key_that_was_written_over_is_taken_up_and_the_old_one_struck_off(listed: _List) -> None:
+    assert listed.look() == ["a", "b"]
+    before = deployed_server.site_nodes(listed.state)
+    listed.file("a").write_bytes(certificates.site_keys()[1])
+    assert listed.look() == ["a", "b"]
+    after = deployed_server.site_nodes(listed.state)
+    assert after["a"] != before["a"] and after["b"] == before["b"]
+    assert listed.flower.active() == set(after.values())
+    listed.file("a").unlink()
+    assert listed.look() == ["b"]
+    assert listed.flower.active() == {after["b"]}
+
+
+def test_another_comment_is_no_other_key(listed: _List) -> None:
+    listed.look()
+    asked = listed.flower.asked
+    listed.file("a").write_text(" ".join(listed.file("a").read_text().split()[:2]) + " somebody else\n")
+    assert listed.look() == ["a", "b"]
+    assert listed.flower.asked == asked
+
+
+@pytest.mark.parametrize("forgotten", ["all", "node"])
+def test_a_site_that_flower_knows_already_can_be_struck_off(listed: _List, forgotten: str) -> None:
+    listed.look()
+    nodes, file = deployed_server.site_nodes(listed.state), listed.state / "nodes.json"
+    entries = json.loads(file.read_text())
+    file.write_text(json.dumps({} if forgotten == "all" else {n: {**e, "node": ""} for n, e in entries.items()}))
+    assert listed.look() == ["a", "b"]
+    assert deployed_server.site_nodes(listed.state) == nodes
+    listed.file("a").unlink()
+    listed.look()
+    assert listed.flower.active() == {nodes["b"]}
+
+
+def test_what_failed_is_tried_again_and_said_once(listed: _List, capsys: pytest.CaptureFixture[str]) -> None:
+    listed.flower.down = True
+    assert listed.look() == listed.look() == []
+    assert capsys.readouterr().out.count("site a: not now") == 1
+    listed.flower.down = False
+    assert listed.look() == ["a", "b"]
+    listed.flower.down = True
+    listed.file("a").unlink()
+    assert listed.look() == ["a", "b"]
+    listed.flower.down = False
+    assert listed.look() == ["b"]
+    assert listed.flower.active() == set(deployed_server.site_nodes(listed.state).values())
+
+
+def test_a_key_that_cannot_be_used_is_told_and_the_others_stay(
+    listed: _List, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = listed.file("a").read_text()
+    listed.file("c").write_bytes(b"\xff\xfe")
+    listed.file("d").symlink_to("nowhere")
+    listed.file("e").mkdir()
+    listed.file("g").write_text(text)
+    assert listed.look() == listed.look() == ["a", "b"]
+    said = capsys.readouterr().out
+    assert all(said.count(f"site {name}: {name}.pub") == 1 for name in "cdeg") and "key of site a" in said
+    listed.file("a").write_text("")  # it is just being copied
+    assert listed.look() == ["a", "b"]
+    listed.file("a").unlink()
+    listed.file("g").unlink()
+    assert listed.look() == ["b"]
+    listed.file("a").write_text(text)
+    assert listed.look() == ["b"]
+    assert "cannot come back" in capsys.readouterr().out
+
+
 def test_without_a_running_server_nothing_is_submitted(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no server is running"):
         submit.start(tmp_path, config.load(), tmp_path / "run")
@@ -237,6 +455,45 @@ def test_pauses_grow_to_a_bound() -> None:
     assert pauses[0] >= 2 and pauses[-1] == pauses[-2] <= 60
 
 
+def test_a_log_is_searched_for_what_the_present_process_wrote(tmp_path: Path) -> None:
+    log = tmp_path / "its.log"
+    log.write_text("connected\n")
+    code = (
+        "import pathlib, time\nprint('conn', end='', flush=True)\n"
+        "while not pathlib.Path('go').exists(): time.sleep(0.01)\nprint('ected')"
+    )
+    kept = processes.Kept([sys.executable, "-c", code], os.environ, tmp_path, log)
+    assert kept.look() is None and kept.process is not None
+    while not log.read_text().endswith("conn"):
+        time.sleep(0.01)
+    assert not kept.has_said("connected")
+    (tmp_path / "go").touch()
+    kept.process.wait()
+    assert kept.has_said("connected") and not kept.has_said("connected")
+    assert kept.look() == 0 and kept.failures == 1
+    assert kept.said().strip() == "connected" and kept.said(most=5).strip() == "cted"
+
+
+def test_the_workers_socket_is_for_its_owner_and_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = tmp_path / "t"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    state, odd = tmp_path / "s", tmp_path / "with space"
+    state.mkdir()
+    folder = site.socket_folder(state)
+    (folder / "worker.sock").touch()  # left by kill -9
+    assert site.socket_folder(state) == folder and not list(folder.iterdir())
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    odd.mkdir()
+    first = site.socket_folder(odd)
+    (first / "worker.sock").touch()
+    second = site.socket_folder(odd)
+    assert stat.S_IMODE(second.stat().st_mode) == 0o700
+    assert first != second and list(temporary.glob("apiary-*")) == [second]
+
+
 def test_a_state_folder_has_one_user(tmp_path: Path) -> None:
     with processes.hold(tmp_path / "state"), pytest.raises(UserError, match="another `apiary deploy`"):
         processes.hold(tmp_path / "state")
@@ -294,6 +551,53 @@ def test_every_other_bundle_is_refused(bundled: bytes) -> None:
     for fab in foreign:
         with pytest.raises(bundle.ForeignCode):
             bundle.check(fab)
+
+
+def test_no_name_that_the_server_gives_leads_to_other_code(
+    bundled: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flwr.cli.config_utils import get_fab_metadata
+    from flwr.clientapp.client_app import LoadClientAppError
+    from flwr.supernode.runtime import run_clientapp as runtime
+
+    foreign, trace = tmp_path / "foreign", tmp_path / "foreign-code-ran"
+    foreign.mkdir()
+    (tmp_path / "home" / "apps" / "a.b.").mkdir(parents=True)
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "home"))
+    (foreign / "pyproject.toml").write_text(
+        '[project]\nname = "foreign"\nversion = "1"\nlicense = { text = "-" }\n[tool.flwr.app]\npublisher = "a"\n'
+        '[tool.flwr.app.components]\nserverapp = "run_foreign:app"\nclientapp = "run_foreign:app"\n'
+    )
+    (foreign / "run_foreign.py").write_text(f"open({str(trace)!r}, 'w').close()\napp = None\n")
+    names = ("a/b", "/../../../foreign/", "/")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(LoadClientAppError):
+        runtime.get_load_client_app_fn("", None, True)(*names)
+    assert trace.exists()  # Flower itself would run it
+    trace.unlink()
+    sys.modules.pop("run_foreign", None)
+
+    for name in ("install_from_fab", "get_project_dir", "get_load_client_app_fn", "install_app_dependencies"):
+        monkeypatch.setattr(runtime, name, getattr(runtime, name))  # put back at the end
+    guard.seal(runtime)
+    load = runtime.get_load_client_app_fn(default_app_ref="", app_path=None, multi_app=True)
+    fab_id, version = get_fab_metadata(bundled)
+    digest = hashlib.sha256(bundled).hexdigest()
+    runtime.install_from_fab(bundled, skip_prompt=True)
+    runtime.get_project_dir(fab_id, version, digest)
+    from client.app import app
+
+    assert load(fab_id, version, digest) is app
+    for wrong in (names, ("apiary/../../foreign", version, digest), (fab_id, "../x", digest), (fab_id, version, "../")):
+        with pytest.raises(bundle.ForeignCode):
+            load(*wrong)
+        with pytest.raises(bundle.ForeignCode):
+            runtime.get_project_dir(*wrong)
+    with pytest.raises(bundle.ForeignCode):
+        runtime.install_from_fab(_changed(bundled, {"extra.py": ""}), skip_prompt=True)
+    with pytest.raises(bundle.ForeignCode):
+        runtime.install_app_dependencies(foreign)
+    assert not trace.exists() and not list((tmp_path / "home" / "apps").glob("apiary*"))
 
 
 # -- the front door ------------------------------------------------------------------------------
@@ -375,3 +679,61 @@ def test_a_server_that_starts_again_is_told_as_such(behind: _Behind) -> None:
     port = processes.free_port()
     with TestClient(make_door(f"http://127.0.0.1:{port}")) as outside:
         assert outside.post("/v1/fleet/pull-messages", content=b"x").status_code == 502
+
+
+async def _served(app: Any, talk: Any) -> Any:
+    """What `talk(port)` returns while uvicorn serves the app."""
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=processes.free_port(), log_level="error"))
+    serving = asyncio.create_task(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    try:
+        return await talk(server.config.port)
+    finally:
+        server.should_exit = server.force_exit = True
+        await serving
+
+
+async def _send(port: int, body: bytes, header: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(f"POST /v1/fleet/push-object HTTP/1.1\r\nhost: x\r\n{header}\r\n\r\n".encode() + body)
+    await writer.drain()
+    return reader, writer
+
+
+def test_a_body_that_hides_its_size_is_counted(behind: _Behind) -> None:
+    async def talk(port: int) -> tuple[bytes, bytes]:
+        told, _ = await _send(port, b"", "content-length: 2000")
+        hidden, _ = await _send(
+            port, b"1f4\r\n" + b"x" * 500 + b"\r\n" + b"1f5\r\n" + b"x" * 501, "transfer-encoding: chunked"
+        )
+        return await told.readline(), await hidden.readline()
+
+    told, hidden = asyncio.run(_served(make_door(f"http://127.0.0.1:{behind.server_port}", most=1000), talk))
+    assert b" 413 " in told and b" 413 " in hidden
+    assert behind.seen == []
+
+
+def test_who_sends_nothing_more_shuts_nobody_out(behind: _Behind) -> None:
+    async def talk(port: int) -> list[int]:
+        idle = [await _send(port, b"x", "content-length: 100") for _ in range(150)]
+        async with httpx.AsyncClient(trust_env=False, timeout=20) as outside:
+            answers = [
+                await outside.post(f"http://127.0.0.1:{port}/v1/fleet/pull-messages", content=b"y"),
+                await outside.get(f"http://127.0.0.1:{port}/health"),
+            ]
+        for _, writer in idle:
+            writer.close()
+        return [answer.status_code for answer in answers]
+
+    door = make_door(f"http://127.0.0.1:{behind.server_port}", idle_s=600.0)
+    assert asyncio.run(_served(door, talk)) == [200, 200]
+
+
+def test_who_sends_nothing_more_is_sent_away(behind: _Behind) -> None:
+    async def talk(port: int) -> bytes:
+        reader, _ = await _send(port, b"x", "content-length: 100")
+        return await asyncio.wait_for(reader.readline(), 20)
+
+    door = make_door(f"http://127.0.0.1:{behind.server_port}", idle_s=0.2)
+    assert b" 408 " in asyncio.run(_served(door, talk))

@@ -17,8 +17,8 @@ _SILENT_S = 60.0  # Flower: two missed heartbeats of 30 s
 
 
 @pytest.fixture
-def federation(tmp_path: Path) -> Iterator[Deployment]:
-    made = Deployment(tmp_path)
+def federation(tmp_path: Path, tiny_model: Path) -> Iterator[Deployment]:
+    made = Deployment(tmp_path, tiny_model)
     rows = write_rows(tmp_path / "rows")
     try:
         made.serve()

@@ -24,7 +24,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> It
     """A server and three sites as real processes, after a run of three rounds in `run`."""
     folder = tmp_path_factory.mktemp("federation")
     rows = write_rows(folder / "rows")
-    made = Deployment(folder)
+    made = Deployment(folder, tiny_model)
     try:
         made.serve()
         for site in SITES:

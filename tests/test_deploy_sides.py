@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import math
+import os
+import stat
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
 import pytest
 import torch
+from conftest import instruction_rows
 from deployment import SITES, overrides, write_rows
 from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp.typing import ClientAppCallable, Mod
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from typer.testing import CliRunner
 
-from apiary import config, examples, models, records
+from apiary import cli, config, continual, examples, models, records, runlog
+from apiary.config import UserError
 from apiary.evaluate import HeldOut
 from apiary.exchange import Decline, Visit
 from apiary.runlog import RunLog, read_events, read_metrics
@@ -23,6 +32,7 @@ from apiary.tensors import StateDict
 from client import answers, remote, service
 from client import app as client_app
 from client.service import Facts
+from deploy import flower, submit
 from server import deployed
 from server.rounds import RunFailed
 from simulation import engines
@@ -54,11 +64,15 @@ class Site:
     def __init__(self, folder: Path, overrides: list[str], rows: Path) -> None:
         self.state, self.socket = folder / "state", folder / "w.sock"
         self.run = config.load(None, overrides)
-        self.facts = Facts("ant", rows / "ant.jsonl", self.state)
-        self.server = service.make_server(service.Service(self.facts), self.address)
-        self.server.start()
+        self.facts = Facts("ant", rows / "ant.jsonl", self.state, self.run.model.name)
+        self.server = self.serve(self.facts)
         adapter = records.to_arrays(models.fresh_adapter(models.load(self.run.model, self.run.adapter), 0))
         self.content = records.request(1, adapter, ArrayRecord())
+
+    def serve(self, facts: Facts) -> grpc.Server:
+        server = service.make_server(service.Service(facts), self.address)
+        server.start()
+        return server
 
     @property
     def address(self) -> str:
@@ -114,12 +128,18 @@ def test_the_worker_is_healthy_and_reads_its_base_once(site: Site, caplog: pytes
     assert all("round 1 train" in line and "0 base loads" in line for line in lines[1:])
 
 
-def test_what_goes_wrong_at_a_site_stays_there(site: Site, rows: Path) -> None:
+def test_what_goes_wrong_at_a_site_stays_there(site: Site, rows: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    site.state.mkdir()
+    (site.state / "errors.log").touch(0o644)
     (rows / "ant.jsonl").write_text('{"instruction": "the queen is in hive 9"}\n')
     reply = site.ask("train")
     assert reply.has_error() and "UserError" in reply.error.reason and "errors.log" in reply.error.reason
     assert "hive" not in reply.error.reason and "jsonl" not in reply.error.reason
-    assert "ant.jsonl" in (site.state / "errors.log").read_text()
+    log = site.state / "errors.log"
+    assert "ant.jsonl" in log.read_text() and stat.S_IMODE(log.stat().st_mode) == 0o600
+    # Nor is it on the site's terminal, where its service tells of what goes on.
+    assert not [r for r in caplog.records if r.exc_info and r.levelno >= logging.INFO]
 
 
 @pytest.mark.parametrize("name", ["../out", "a/b", "..", ".x", "a\nb", ""])
@@ -133,6 +153,64 @@ def test_a_run_cannot_name_code_for_the_site_to_load(site: Site, tmp_path: Path)
     assert "module:function" in site.ask("train", config=run.to_json()).error.reason
 
 
+def test_a_run_cannot_make_the_site_open_a_file_of_its_choice(site: Site, tmp_path: Path) -> None:
+    pipe, file = tmp_path / "pipe", tmp_path / "honest.txt"
+    os.mkfifo(pipe)  # a site that opens it waits without end
+    file.write_text("{instruction}\n{response}")
+    told = set()
+    for template in (pipe, file, tmp_path / "nothing.txt"):
+        prompt = site.run.prompt.model_copy(update={"template": str(template)})
+        reply = site.ask("train", config=site.run.model_copy(update={"prompt": prompt}).to_json())
+        told.add(reply.error.reason)
+    assert len(told) == 1 and "built-in templates alone" in told.pop()
+
+
+@pytest.mark.parametrize("name", ["some-org/some-model", "../elsewhere", "here"])
+def test_without_a_model_of_its_own_a_site_takes_none_but_the_built_in(site: Site, name: str) -> None:
+    site.server.stop(None)
+    site.server = site.serve(site.facts._replace(model=None))
+    loads = models.base_loads()
+    run = site.run.model_copy(update={"model": site.run.model.model_copy(update={"name": name})})
+    assert "without --model" in site.ask(records.HELLO, config=run.to_json()).error.reason
+    assert models.base_loads() == loads
+    built_in = run.model_copy(update={"model": run.model.model_copy(update={"name": "builtin:tiny"})})
+    assert not site.ask(records.HELLO, config=built_in.to_json()).has_error()
+
+
+@pytest.mark.parametrize(
+    ("limits", "option"),
+    [
+        *(({"max_epsilon": value}, "--max-epsilon") for value in (math.nan, math.inf, 0.0, -1.0)),
+        *(({"max_delta": value}, "--max-delta") for value in (math.nan, 0.0, 1.0)),
+    ],
+)
+def test_limits_that_limit_nothing_are_refused(
+    limits: dict[str, float], option: str, tmp_path: Path, rows: Path
+) -> None:
+    facts = Facts("ant", rows / "ant.jsonl", tmp_path, max_epsilon=8.0)._replace(**limits)
+    with pytest.raises(UserError, match=option):
+        service.check(facts)
+    words = ["deploy", "client", str(tmp_path), "--data", str(rows), option, str(next(iter(limits.values())))]
+    done = CliRunner().invoke(cli.app, words)
+    assert isinstance(done.exception, UserError) and option in str(done.exception)
+
+
+def test_a_site_leaves_out_the_rows_of_no_stage_as_a_simulation_does(tmp_path: Path, tiny_model: Path) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for site, skills in (("ant", ("first", "other")), ("bee", ("second", "other", "first"))):
+        rows = [{**row, "skill": skills[i % len(skills)]} for i, row in enumerate(instruction_rows(60))]
+        (folder / f"{site}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = [*overrides(tiny_model, folder), "rounds=2", 'continual.stages=[["first"], ["second"]]']
+    run = config.load(None, [*given, "strategy.min_clients=2"])
+    simulated = continual.within(examples.federate(run.data, run.seed), run)
+    for client in simulated.clients:
+        facts = Facts(client.name, folder / f"{client.name}.jsonl", tmp_path / "state")
+        site = service._read_site(service.at_home(run, facts), facts, "first")
+        assert (site.train, site.test) == (client.train, client.test)
+        assert 0 < len(site.train) + len(site.test) < 60
+
+
 def _private(run: config.RunConfig, **privacy: object) -> config.RunConfig:
     changed = {"unit": "record", "batch_rows": 8, "noise_multiplier": 1.0, "epsilon": 8.0, **privacy}
     return config.parse({**run.model_dump(mode="json"), "privacy": {**run.privacy.model_dump(), **changed}})
@@ -141,8 +219,7 @@ def _private(run: config.RunConfig, **privacy: object) -> config.RunConfig:
 def test_a_site_may_insist_on_privacy(site: Site) -> None:
     facts = site.facts._replace(max_epsilon=8.0)
     site.server.stop(None)
-    site.server = service.make_server(service.Service(facts), site.address)
-    site.server.start()
+    site.server = site.serve(facts)
     private = _private(site.run)
     stages = config.parse({**private.model_dump(mode="json"), "rounds": 3, "continual": {"stages": [["first"]]}})
     columns = private.model_copy(update={"data": private.data.model_copy(update={"columns": {"output": "skill"}})})
@@ -245,3 +322,168 @@ def test_a_failed_run_says_so_and_fails_in_flower_too(tmp_path: Path, tiny_model
         deployed.run(config.load(None, overrides(tiny_model, rows)), tmp_path / "run", 1, federate)
     assert read_events(tmp_path / "run")[-1]["message"] == "round 1: too few"
     assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_a_second_process_leaves_a_run_directory_alone(tmp_path: Path, tiny_model: Path, rows: Path) -> None:
+    run = config.load(None, overrides(tiny_model, rows))
+
+    def federate(log: RunLog, held_out: HeldOut | None) -> StateDict:
+        before = _files(tmp_path / "run")
+        with pytest.raises(UserError, match="another process still writes it"):
+            deployed.run(run, tmp_path / "run", 1, federate)
+        assert _files(tmp_path / "run") == before
+        raise RunFailed("enough")
+
+    for _ in range(2):  # what has ended holds nothing
+        with pytest.raises(RunFailed):
+            deployed.run(run, tmp_path / "run", 1, federate)
+
+
+def _files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_resumed_run_sweeps_and_counts_all_its_seconds(tmp_path: Path, tiny_model: Path, rows: Path) -> None:
+    run = config.load(None, overrides(tiny_model, rows))
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    earlier = [{"event": "start", "time": 1000.0}, {"event": "phase", "time": 1600.0}]
+    (folder / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in earlier))
+    drafts = [folder / ".metrics.json.tmp", folder / "checkpoints" / ".round-0001.tmp", folder / ".adapter-1" / "part"]
+    for draft in drafts:
+        draft.parent.mkdir(exist_ok=True)
+        draft.touch()
+    (folder / ".mine").touch()
+
+    def federate(log: RunLog, held_out: HeldOut | None) -> StateDict:
+        assert not [draft for draft in drafts if draft.exists()] and (folder / ".mine").exists()
+        return models.fresh_adapter(models.load(run.model, run.adapter), 0)
+
+    deployed.run(run, folder, 1, federate)
+    assert 600 <= read_metrics(folder)["seconds"] < 700
+
+
+def test_the_server_measures_on_rows_of_a_stage_and_tells_what_is_not_measured(
+    tmp_path: Path, tiny_model: Path, rows: Path
+) -> None:
+    tests = [{**row, "skill": "first" if i < 6 else "other"} for i, row in enumerate(instruction_rows(10))]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*tests, {"instruction": "no"}]))
+    more = [f"data.test={tmp_path / 'test.jsonl'}", "rounds=2", 'continual.stages=[["first"], ["second"]]']
+    run = config.load(None, [*overrides(tiny_model, rows), *more])
+    measured: list[int] = []
+
+    def federate(log: RunLog, held_out: HeldOut | None) -> StateDict:
+        assert held_out is not None
+        measured.append(len(held_out.examples))
+        raise RunFailed("enough")
+
+    with pytest.raises(RunFailed):
+        deployed.run(run, tmp_path / "run", 1, federate)
+    assert measured == [6]
+    told = [event["message"] for event in read_events(tmp_path / "run") if event["event"] == "warning"]
+    assert any("stage 2 has no held-out example" in line for line in told)
+    assert any("test.jsonl" in line for line in told)  # its row without an answer
+
+
+# -- starting a run ------------------------------------------------------------------------------
+
+
+class SuperLink:
+    """Stands in for Flower's command line: takes runs, and says of each what it is told to say."""
+
+    def __init__(self, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.given: list[dict[str, object]] = []
+        self.status = "running"
+        state.mkdir()
+        (state / "nodes.json").write_text(json.dumps({"ant": {"node": "7", "key": ""}}))
+        self.up(state, 4000)
+        monkeypatch.setattr(flower, "call", self.call)
+        monkeypatch.setattr(submit, "_PATIENCE_S", 0.0)
+
+    def up(self, state: Path, port: int) -> None:
+        (state / "running.json").write_text(json.dumps({"port": port}))
+
+    def call(self, state: Path, *words: str, options: tuple[str, ...] = ()) -> dict[str, object]:
+        if words[0] == "supernode":
+            return {"nodes": [{"node-id": "7", "status": "online"}]}
+        if words[0] == "list":
+            if self.status == "gone":
+                raise flower.FlowerError("no answer")
+            return {"runs": [{"run-id": options[1], "status": self.status}]}
+        assert Path(words[1], "pyproject.toml").exists()
+        self.given.append(tomllib.loads(Path(options[1]).read_text(encoding="utf-8")))
+        if self.status == "refused":
+            raise flower.FlowerError("no")
+        return {"run-id": len(self.given)}
+
+
+@pytest.fixture
+def superlink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SuperLink:
+    return SuperLink(tmp_path / "state", monkeypatch)
+
+
+def test_a_run_gets_a_name_of_its_own_and_keeps_it(superlink: SuperLink, tmp_path: Path) -> None:
+    run, state = config.load(), tmp_path / "state"
+    for folder in ("exp1", "exp2"):
+        submit.start(state, run, tmp_path / folder / "first")
+    superlink.status = "finished:failed"
+    (tmp_path / "exp1" / "first" / "config.toml").write_text(run.to_toml())
+    submit.start(state, run, tmp_path / "exp1" / "first", resume=True)
+    one, two, again = (str(values["name"]) for values in superlink.given)
+    assert one == again != two and one.startswith("first-") and two.startswith("first-")
+    assert all(service._RUN_NAME.fullmatch(name) for name in (one, two))
+    assert sorted(path.name for path in state.iterdir()) == ["nodes.json", "running.json", "started"]  # no drafts
+
+
+def test_a_configuration_of_any_characters_arrives(superlink: SuperLink, tmp_path: Path) -> None:
+    run = config.load(None, ['prompt.system=be kind \U0001f41d\x7f\\ "quoted"'])
+    submit.start(tmp_path / "state", run, tmp_path / "\U0001f41d")
+    (values,) = superlink.given
+    assert config.from_json(str(values["config"])) == run
+    assert values["out"] == str(tmp_path / "\U0001f41d") and values["expected"] == run.strategy.min_clients
+
+
+def test_a_directory_takes_no_second_run_while_one_goes_on(superlink: SuperLink, tmp_path: Path) -> None:
+    run, state, out = config.load(), tmp_path / "state", tmp_path / "run"
+    submit.start(state, run, out)
+    with pytest.raises(UserError, match="run 1 still goes on"):  # its process is not up yet
+        submit.start(state, run, out)
+    superlink.status = "finished:failed"
+    (out / "config.toml").write_text(run.to_toml())
+    with runlog.hold(out), pytest.raises(UserError, match="still goes on"):  # Flower has lost it, but it works
+        submit.start(state, run, out, resume=True)
+    assert len(superlink.given) == 1
+    submit.start(state, run, out, resume=True)
+    superlink.status = "running"
+    superlink.up(state, 4001)  # a server that was killed: Flower's database still has the run alive
+    submit.start(state, run, out, resume=True)
+    assert len(superlink.given) == 3
+
+
+def test_a_run_that_is_not_started_leaves_no_trace(superlink: SuperLink, tmp_path: Path) -> None:
+    superlink.status = "refused"
+    with pytest.raises(flower.FlowerError):
+        submit.start(tmp_path / "state", config.load(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "own.txt").write_text("{instruction}{response}")
+    with pytest.raises(UserError, match=r"prompt\.template.*built-in"):
+        submit.start(
+            tmp_path / "state", config.load(None, [f"prompt.template={tmp_path / 'own.txt'}"]), tmp_path / "run"
+        )
+    assert len(superlink.given) == 1
+
+
+def test_who_follows_is_told_that_the_server_is_gone(
+    superlink: SuperLink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, seconds in (("_LOOK_S", 0.01), ("_ASK_S", 0.02), ("_LOST_S", 0.1)):
+        monkeypatch.setattr(submit, name, seconds)
+    superlink.status = "gone"
+    with pytest.raises(flower.FlowerError, match=r"cannot be asked.*--resume"):
+        submit.follow(tmp_path / "state", "1", tmp_path / "run", [])
+
+
+def test_what_differs_from_a_simulation_is_said_before_the_start() -> None:
+    lines = submit.remarks(config.load(None, ["data.max_rows=7"]))
+    assert [line.partition(" =")[0] for line in lines] == ["data.max_rows", "strategy.deadline_s"]
+    assert submit.remarks(config.load(None, ["strategy.deadline_s=60"])) == []

@@ -34,6 +34,7 @@ def test_every_feature_works_by_itself() -> None:
         (["privacy.unit=record", 'curate.steps=["ifd"]'], "'ifd' may let one row decide", "mask, length"),
         (["privacy.unit=record", 'curate.steps=["mine:step"]'], "'mine:step' may let one row", "mask, length"),
         (["privacy.unit=record", STAGES, "continual.buffer=0.1"], "drives another out", '"poisson"'),
+        (['curate.steps=[{ name = "ifd", warmup = 3 }]'], "waits for 3 rounds", "set curate.every"),
         (["privacy.unit=record", "evaluate.clients=true"], "would leave without noise", "leave the key out"),
         (["privacy.unit=record", "adapter.dropout=0.1"], "masks are drawn for a whole batch", "set 0"),
         (["privacy.unit=record", "train.accumulate=2"], "one random draw", "privacy.batch_rows"),

@@ -44,6 +44,7 @@ class Context(NamedTuple):
     client: str = ""
     held_out: Sequence[Example] = ()  # the client's own
     reader: Reader | None = None  # None: no model at hand
+    trained: int | None = None  # rounds that the model has been trained for; None: not a run, it is what it is
 
 
 class Kept(NamedTuple):

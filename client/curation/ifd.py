@@ -46,6 +46,7 @@ def ifd(
     order: Literal["highest", "lowest"] = "highest",
     ratio: Literal["loss", "perplexity"] = "loss",
     alone: bool = False,
+    warmup: Count | None = None,
 ) -> Step:
     """Drops rows whose question does not help with the answer, and keeps the best of the others.
 
@@ -66,6 +67,8 @@ def ifd(
         ratio: of losses (the paper), or of perplexities (Li et al. 2024, "Superfiltering"), which ranks differently.
         alone: score each row in a batch of its own. Slower; only then does no row change the last digits of another's
             score, which differential privacy asks for.
+        warmup: rounds of training before the model is asked at all; until then every row stays. An untuned model takes
+            what it cannot do yet for noise (the paper first gives it a "brief experience"). Needs `curate.every`.
 
     Raises:
         UserError: more than one budget, a floor without `keep`, or a band that is none.
@@ -77,6 +80,8 @@ def ifd(
     def apply(given: Sequence[Row], context: Context) -> Kept:
         if context.reader is None:
             raise ValueError("IFD needs Context.reader")
+        if warmup is not None and context.trained is not None and context.trained < warmup:
+            return Kept(tuple(given))
         nats = answer_nats(given, context.reader, one_by_one=alone)
         scores = dict(zip(nats.rows, _ratio(nats, ratio).tolist(), strict=True))
         reasons = {**nats.lost, **_beyond(scores, threshold)}
