@@ -123,6 +123,8 @@ def curation(results: dict[str, Any]) -> str:
     }
     lines = ["| | held-out loss | exact match |", "|---|---|---|"]
     for name, label in names.items():
+        if not all(name in run["runs"] for run in results["runs"]):
+            continue
         rows = [run["runs"][name] for run in results["runs"]]
         loss, right = ([row[key] for row in rows] for key in ("loss", "accuracy"))
         lines.append(f"| {label} | {_spread(loss, 1, 2)} | {_spread(right, 100, 0)}% |")
