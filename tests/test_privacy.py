@@ -415,7 +415,7 @@ def test_the_plan_of_a_run_is_printed(small_run: list[str]) -> None:
     done = apiary("privacy", "plan", *keys)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert any("Poisson" in line for line in lines) and any("one row added or removed" in line for line in lines)
+    assert any("Poisson" in line for line in lines) and any("one row blanked" in line for line in lines)
     rows = int(next(line for line in lines if line.startswith("rows")).split()[1])
     noise = float(next(line for line in lines if line.startswith("noise")).split()[1])
     last = lines[-1].split()
