@@ -120,7 +120,7 @@ def test_a_pair_that_is_allowed_runs_and_learns(
 def test_curation_replay_privacy_and_ray_in_one(small_run: list[str], tmp_path: Path) -> None:
     wanted = ("curation, row by row", "replay, poisson", "record-level privacy", "FedProx", "Ray engine")
     settings = [s for feature in together.FEATURES if feature.name in wanted for s in _small(feature.settings)]
-    metrics = _run([*small_run, *settings], tmp_path)
+    metrics = _run([*small_run, *settings, "strategy.join_timeout_s=400.0"], tmp_path)  # Ray may be slow to start
     assert len(metrics["continual"]["loss"]) == 3
     assert 0 < metrics["privacy"]["epsilon"] <= metrics["privacy"]["budget"]
     assert len(metrics["privacy"]["clients"]) == 3
