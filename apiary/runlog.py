@@ -211,8 +211,13 @@ def sweep(folder: Path) -> None:
         shutil.rmtree(draft, ignore_errors=True) if draft.is_dir() else draft.unlink()
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
+def write_atomic(path: Path, content: str | bytes, *, private: bool = False) -> None:
     """Writes a file whole or not at all: a temporary file beside it, fsync, rename.
+
+    Args:
+        path: the file.
+        content: all of it.
+        private: for its owner's eyes only, at every moment.
 
     Raises:
         OSError: the disk is full or the folder read-only; an older file stays as it was and nothing
@@ -220,8 +225,10 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     """
     body = content.encode() if isinstance(content, str) else content
     beside = path.with_name(f".{path.name}.tmp")
+    if private:
+        beside.unlink(missing_ok=True)  # an old draft would keep its own permissions
     try:
-        with beside.open("wb") as file:
+        with open(beside, "wb", opener=_private if private else None) as file:
             file.write(body)
             file.flush()
             os.fsync(file.fileno())
@@ -231,6 +238,10 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             beside.unlink()
         raise
     _sync_folder(path.parent)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_EXCL, 0o600)
 
 
 def _sync_folder(folder: Path) -> None:

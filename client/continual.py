@@ -7,10 +7,8 @@ of the buffer is sent anywhere.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +16,7 @@ from typing import NamedTuple
 from apiary.config import ContinualConfig, RunConfig
 from apiary.continual import stage_numbers
 from apiary.examples import Example, Turn
+from apiary.runlog import write_atomic
 from apiary.stages import rounds_of, stage_of
 from apiary.tensors import derive_seed
 from client.memory import Memory
@@ -149,19 +148,7 @@ def _line(row: Kept) -> str:
 
 
 def _write(path: Path, rows: Iterable[Kept]) -> None:
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.unlink(missing_ok=True)  # an old draft would keep its own permissions
-    try:
-        handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.writelines(map(_line, rows))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        raise
+    write_atomic(path, "".join(map(_line, rows)), private=True)
 
 
 def _path(folder: Path, stages: int) -> Path:

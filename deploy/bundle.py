@@ -11,15 +11,16 @@ import tomllib
 import zipfile
 from pathlib import Path
 
-_PROJECT = """[project]
-name = "apiary-run"
-version = "1.0.0"
+PUBLISHER, NAME, VERSION = "apiary", "apiary-run", "1.0.0"
+_PROJECT = f"""[project]
+name = "{NAME}"
+version = "{VERSION}"
 description = "Runs what is installed at each site"
-license = { file = "LICENSE" }
+license = {{ file = "LICENSE" }}
 dependencies = ["flwr>=1.41.0"]
 
 [tool.flwr.app]
-publisher = "apiary"
+publisher = "{PUBLISHER}"
 fab-format-version = 1
 flwr-version-target = "1.41.0"
 

@@ -19,7 +19,8 @@ from deploy import bundle
 
 _CLIENT = "flwr-clientapp"
 _OTHERS = ("flwr-agentapp", "flwr-connector", "flwr-model", "flwr-serverapp", "flwr-simulation")
-_ID, _VERSION, _HASH = "apiary/apiary-run", "1.0.0", re.compile(r"[0-9a-f]{64}")  # what Flower calls our bundle
+_ID = f"{bundle.PUBLISHER}/{bundle.NAME}"  # what Flower calls our bundle
+_HASH = re.compile(r"[0-9a-f]{64}")
 _INSTALLED = "client.app"
 
 
@@ -40,7 +41,7 @@ def check_names(fab_id: str, fab_version: str, fab_hash: str) -> None:
     Raises:
         bundle.ForeignCode: it is not the name of ours.
     """
-    if (fab_id, fab_version) != (_ID, _VERSION) or not _HASH.fullmatch(fab_hash):
+    if (fab_id, fab_version) != (_ID, bundle.VERSION) or not _HASH.fullmatch(fab_hash):
         raise bundle.ForeignCode("this site runs what is installed there, and no other app; do the versions differ?")
 
 
