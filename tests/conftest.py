@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -12,9 +13,13 @@ import torch
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+def pytest_configure() -> None:
+    """Processes that tests start compute with one thread, as the tests themselves do: sums keep one order."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
-    """Tests share two cores with each other; one thread each also keeps sums in one order."""
     torch.set_num_threads(1)
 
 

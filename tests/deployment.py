@@ -56,16 +56,13 @@ class Deployment:
         self.kits = folder / "kits"
 
     def call(self, *words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [str(APIARY), *words], cwd=self.folder, env=_environment(), capture_output=True, text=True, timeout=600
-        )
+        return subprocess.run([str(APIARY), *words], cwd=self.folder, capture_output=True, text=True, timeout=600)
 
     def start(self, name: str, *words: str) -> None:
         with (self.folder / f"{name}.out").open("ab") as out:
             self.running[name] = subprocess.Popen(
                 [str(APIARY), *words],
                 cwd=self.folder,
-                env=_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
@@ -124,7 +121,3 @@ def descendants(pid: int) -> list[int]:
 def events_of(folder: Path, kind: str) -> list[dict[str, Any]]:
     lines = (folder / "log.jsonl").read_text().splitlines()
     return [event for event in map(json.loads, lines) if event["event"] == kind]
-
-
-def _environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
