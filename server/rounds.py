@@ -24,7 +24,7 @@ from apiary.stages import rounds_of, stage_of
 from apiary.tensors import StateDict, generator, is_finite
 from server import checks
 from server.sampling import choose, panel
-from strategies import Aggregator, ServerState
+from strategies import Aggregator, Gradient, ServerState
 
 logger = logging.getLogger(__name__)
 _POLL_S, _POLL_MOST_S = 0.05, 1.0  # between looks for something new: first, and while nothing comes
@@ -427,7 +427,7 @@ class Rounds(Strategy):
     def _generator(self, number: int) -> Generator:
         return generator(self.config.seed, number, "aggregate")
 
-    def _step(self, number: int, gradient: StateDict) -> None:
+    def _step(self, number: int, gradient: Gradient) -> None:
         state = self.aggregator.step(self.state, gradient)
         if not all(is_finite(part) for part in (state.adapter, state.base_delta, state.memory)):
             raise RunFailed(

@@ -8,9 +8,9 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from strategies.core import AGGREGATORS, Aggregator, Reducer, ServerState
+from strategies.core import AGGREGATORS, Aggregator, Gradient, Reducer, ServerState
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["AGGREGATORS", "Aggregator", "Reducer", "ServerState"]
+__all__ = ["AGGREGATORS", "Aggregator", "Gradient", "Reducer", "ServerState"]

@@ -8,8 +8,8 @@ import torch
 from torch import Generator, Tensor
 
 from apiary.exchange import Update
-from apiary.tensors import StateDict, zeros_like
-from strategies.core import AGGREGATORS, Aggregator, Reducer, ServerState, plain_step, same_payload
+from apiary.tensors import zeros_like
+from strategies.core import AGGREGATORS, Aggregator, Gradient, Reducer, ServerState, plain_step, same_payload
 
 
 class _Sum(NamedTuple):
@@ -47,10 +47,10 @@ def fedavg(weighting: Literal["tokens", "uniform"] = "tokens") -> Aggregator:
             _add(total, acc.rest[name], update.delta[name].double() * weight)
         return acc._replace(weight=acc.weight + weight)
 
-    def finish(state: ServerState, acc: _Sum, rng: Generator) -> StateDict:
+    def finish(state: ServerState, acc: _Sum, rng: Generator) -> Gradient:
         if acc.weight <= 0:
             raise ValueError(f"the weights of the round sum to {acc.weight}; at least one must be positive")
-        return {name: ((total + acc.rest[name]) / acc.weight).float() for name, total in acc.total.items()}
+        return Gradient({name: ((total + acc.rest[name]) / acc.weight).float() for name, total in acc.total.items()})
 
     return Aggregator(Reducer(start, add, finish), plain_step, same_payload, needs="sum")
 

@@ -2,18 +2,27 @@
 
 A method is a value: a `Reducer` that folds the cohort's updates into one pseudo-gradient as they arrive, a `step` that
 applies it to the server's state, and a `payload` that says what a client receives. Nothing here knows Flower.
+
+The model that a state stands for is W + D + s_R B A, with B A the adapter of rank R, s_R its scale, and D the product
+of `base_delta`, whose scale is 1. Clients may have lower ranks: what they hold is `of_rank` of the state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-from torch import Generator
+from torch import Generator, Tensor
 
+from apiary import lora
 from apiary.exchange import ClientInfo, Payload, Update
+from apiary.lora import Factors, Scaling
 from apiary.registry import Registry
 from apiary.tensors import StateDict, add
+
+_NOTHING: StateDict = MappingProxyType({})
+_FLOOR = 3**-0.5  # the expected norm of a row of a Kaiming-uniform A, whatever its length
 
 
 class ServerState(NamedTuple):
@@ -21,43 +30,89 @@ class ServerState(NamedTuple):
 
     round: int  # finished rounds
     adapter: StateDict
-    base_delta: StateDict  # low-rank factors to fold into the base; empty for most methods
+    base_delta: StateDict  # low-rank factors to fold into the base, of scale 1; empty for most methods
     memory: StateDict  # a method's own tensors, such as momentum
 
 
-class Reducer(NamedTuple):
-    """A fold over the updates of one round.
+class Gradient(NamedTuple):
+    """What a round would change (with step size 1), CPU float32.
 
-    The accumulator belongs to the fold, so `add` may work in place; `finish` returns the pseudo-gradient, named and
-    shaped like the adapter (CPU float32).
+    For a method in the space of factors `adapter` has the adapter's shapes and is added to it. For one in the space of
+    products it holds factors of any rank, whose product is added to the adapter's (both in units of s_R).
     """
+
+    adapter: StateDict
+    base_delta: StateDict = _NOTHING  # factors whose product is added to that of the state's `base_delta`
+
+
+class Reducer(NamedTuple):
+    """A fold over the updates of one round; the accumulator belongs to it, so `add` may work in place."""
 
     start: Callable[[ServerState], Any]
     add: Callable[[Any, Update], Any]
-    finish: Callable[[ServerState, Any, Generator], StateDict]
+    finish: Callable[[ServerState, Any, Generator], Gradient]
 
 
 class Aggregator(NamedTuple):
     """An aggregation method.
 
     `needs` says whether the sum of the updates is enough ("sum", which secure aggregation can give and which keeps
-    server memory constant in the number of clients) or each one must be seen ("each").
+    server memory constant in the number of clients) or each one must be seen ("each"). `space` says what its gradients
+    are; server optimisers with a memory need "factors", for a product's factors have another basis each round.
     """
 
     reduce: Reducer
-    step: Callable[[ServerState, StateDict], ServerState]
+    step: Callable[[ServerState, Gradient], ServerState]
     payload: Callable[[ServerState, ClientInfo], Payload]
     needs: Literal["sum", "each"]
+    space: Literal["factors", "products"] = "factors"
 
 
 AGGREGATORS: Registry[Aggregator] = Registry("strategy.name", "strategy.options")
 
 
-def plain_step(state: ServerState, gradient: StateDict) -> ServerState:
-    """The next state: the pseudo-gradient added to the adapter with step size 1."""
-    return state._replace(round=state.round + 1, adapter=add(state.adapter, gradient))
+def plain_step(state: ServerState, gradient: Gradient) -> ServerState:
+    """The next state: the pseudo-gradient added to the factors with step size 1."""
+    return state._replace(round=state.round + 1, adapter=add(state.adapter, gradient.adapter))
+
+
+def product_step(state: ServerState, gradient: Gradient) -> ServerState:
+    """The next state: the pseudo-gradient added to the product, and the best factors of the adapter's rank for it."""
+    change = lora.split(gradient.adapter)
+    made = {
+        module: lora.balanced(lora.svd(lora.stack([held, change[module]])), held.rank, _FLOOR)
+        for module, held in lora.split(state.adapter).items()
+    }
+    return state._replace(round=state.round + 1, adapter=lora.join(made))
 
 
 def same_payload(state: ServerState, client: ClientInfo) -> Payload:
     """The server's adapter as it is, whoever the client is."""
     return Payload(state.adapter, state.base_delta)
+
+
+def of_rank(adapter: StateDict, rank: int, scaling: Scaling) -> dict[str, Tensor]:
+    """What a client of a lower rank holds of the server's adapter: leading rows of A and columns of B.
+
+    B is rescaled so that s_r B_r A_r is s_R times the product of the slices; A keeps the size that it begins with.
+
+    Args:
+        adapter: the server's, of rank R.
+        rank: the client's, r <= R.
+        scaling: the scale of a product by its rank.
+    """
+    made = {}
+    for module, whole in lora.split(adapter).items():
+        part = lora.resize(whole, min(rank, whole.rank))
+        made[module] = Factors(part.b * (scaling(whole.rank) / scaling(part.rank)), part.a)
+    return lora.join(made)
+
+
+def contribution(start: Mapping[str, Factors], update: Update) -> dict[str, Factors]:
+    """The change that a client made to each product, B_k A_k - B_0 A_0, as factors of rank 2 r_k.
+
+    Args:
+        start: the factors that the client received.
+        update: its answer.
+    """
+    return {module: lora.change(start[module], delta) for module, delta in lora.split(update.delta).items()}

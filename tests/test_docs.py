@@ -54,7 +54,9 @@ def test_the_example_of_a_new_method_works() -> None:
         half = AGGREGATORS.build("half", {"share": 0.25}, weighting="tokens")
         state = ServerState(0, {"w": torch.zeros(3)}, {}, {})
         acc = half.reduce.add(half.reduce.start(state), Update("c", {"w": torch.full((3,), 8.0)}, 5.0, 1))
-        torch.testing.assert_close(half.reduce.finish(state, acc, torch.Generator())["w"], torch.full((3,), 2.0))
+        torch.testing.assert_close(
+            half.reduce.finish(state, acc, torch.Generator()).adapter["w"], torch.full((3,), 2.0)
+        )
     finally:
         AGGREGATORS._builders.pop("half", None)
 

@@ -16,7 +16,7 @@ from reference.averaging import weighted_mean
 from apiary.config import UserError
 from apiary.exchange import Update
 from apiary.tensors import StateDict, digest
-from strategies import AGGREGATORS, Aggregator, ServerState
+from strategies import AGGREGATORS, Aggregator, Gradient, ServerState
 
 SHAPES = {"x.lora_A.weight": (2, 5), "x.lora_B.weight": (3, 2)}
 
@@ -42,7 +42,7 @@ def _reduce(method: Aggregator, updates: Sequence[Update], state: ServerState) -
     acc = method.reduce.start(state)
     for update in updates:
         acc = method.reduce.add(acc, update)
-    return method.reduce.finish(state, acc, torch.Generator().manual_seed(0))
+    return method.reduce.finish(state, acc, torch.Generator().manual_seed(0)).adapter
 
 
 _weights = st.lists(st.floats(1e-3, 1e9), min_size=1, max_size=12)
@@ -75,7 +75,7 @@ def test_fedavg_by_hand() -> None:
         Update("b", {"w": torch.tensor([0.0, 4.0])}, 3.0, 1),
     ]
     method = AGGREGATORS.build("fedavg")
-    after = method.step(state, _reduce(method, updates, state))
+    after = method.step(state, Gradient(_reduce(method, updates, state)))
     assert after.adapter["w"].tolist() == [2.0, 4.0]  # 1 + 4 * 1/4 and 1 + 4 * 3/4
     assert after.round == 5
 
