@@ -92,6 +92,27 @@ class AdapterConfig(_Section):
     targets: str | tuple[str, ...] = Field(
         "all-linear", description="all-linear, or a list of module name endings such as q_proj"
     )
+    train: Literal["both", "b", "a", "alternate"] = Field(
+        "both", description="factors that clients train: both, b (FFA-LoRA), a, or b and a in turns (RoLoRA)"
+    )
+    init: Literal["kaiming", "orthonormal"] = Field(
+        "kaiming", description="A at the start; orthonormal rows lose least where A is never trained (train = b)"
+    )
+
+    ranks: tuple[int, ...] = Field(
+        (),
+        description="ranks of the clients in turn, each at most `rank`; none: all have `rank` (a site may say its own)",
+    )
+
+    def of_rank(self, rank: int) -> AdapterConfig:
+        """The adapter of a client of this rank."""
+        return self.model_copy(update={"rank": rank, "ranks": ()})
+
+    def trained(self, round_number: int) -> Literal["both", "b", "a"]:
+        """The factors that are trained in a round, from 1; b comes first, for while it is zero, a gets no gradient."""
+        if self.train == "alternate":
+            return "b" if round_number % 2 else "a"
+        return self.train
 
 
 class DataConfig(_Section):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
+from apiary import lora
 from apiary.tensors import StateDict
 
 
@@ -40,7 +41,12 @@ class Payload(NamedTuple):
     """What the server sends to one client."""
 
     adapter: StateDict
-    base_delta: StateDict  # low-rank factors to fold into the base; may be empty
+    base_delta: StateDict  # low-rank factors to add to the base, of scale 1; may be empty
+
+    @property
+    def model(self) -> StateDict:
+        """Both as one state, as `apiary.models.set_adapter` takes it."""
+        return lora.whole(self.adapter, self.base_delta)
 
 
 class Update(NamedTuple):

@@ -24,6 +24,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from apiary.attention import rotary_forward, use_on
+from apiary.lora import Factors
+
+_BASE_DELTA, _HOOK = "apiary_base_delta", "apiary_hook"
 
 
 def slim(model: PeftModel, device: torch.device) -> None:
@@ -48,9 +51,9 @@ class LeanLinear(LoraLinear):
     as_peft = False  # see the function of that name
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The layer's x W^T + bias + s (x A^T) B^T, in the dtype of W."""
+        """The layer's x W^T + bias + s (x A^T) B^T, in the dtype of W, and what `add_to_base` adds."""
         if args or kwargs or not self.is_plain():
-            return super().forward(x, *args, **kwargs)
+            return _with_base_delta(self, x, super().forward(x, *args, **kwargs))
         return _project(x, [self])[0]
 
     def is_plain(self) -> bool:
@@ -60,6 +63,30 @@ class LeanLinear(LoraLinear):
             return False
         dropout = self.lora_dropout[names[0]]
         return isinstance(dropout, nn.Identity) or not dropout.training
+
+
+def add_to_base(layer: nn.Module, factors: Factors | None) -> None:
+    """Let a LoRA layer compute as if the product of `factors`, of scale 1, were added to its frozen weight.
+
+    The weight itself stays as it is: it may be quantised, and other adapters share it. None takes the addition back.
+    """
+    if factors is None:
+        vars(layer).pop(_BASE_DELTA, None)
+        return
+    own: Any = layer
+    here, weight = next(iter(own.lora_A.values())).weight, own.get_base_layer().weight
+    dtype = weight.dtype if weight.is_floating_point() else here.dtype  # not that of a quantised weight
+    vars(layer)[_BASE_DELTA] = factors.a.to(here.device, dtype), factors.b.to(here.device, dtype)
+    if not isinstance(layer, LeanLinear) and _HOOK not in vars(layer):
+        vars(layer)[_HOOK] = layer.register_forward_hook(lambda own, args, out: _with_base_delta(own, args[0], out))
+
+
+def _with_base_delta(layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
+    factors = vars(layer).get(_BASE_DELTA)
+    if factors is None:
+        return out
+    a, b = factors
+    return out + nn.functional.linear(nn.functional.linear(x.to(a.dtype), a), b).to(out.dtype)
 
 
 @contextmanager
@@ -94,7 +121,8 @@ def _project(x: Tensor, layers: list[LeanLinear]) -> list[Tensor]:
         scales.append(layer.scaling[name])
     dtype = tensors[0].dtype
     outs = _LowRank.apply(x.reshape(-1, x.shape[-1]).to(dtype), scales, *tensors)  # type: ignore[no-untyped-call]
-    return [out.view(*x.shape[:-1], out.shape[-1]) for out in outs]
+    shaped = (out.view(*x.shape[:-1], out.shape[-1]) for out in outs)
+    return [_with_base_delta(layer, x, out) for layer, out in zip(layers, shaped, strict=True)]
 
 
 class _LowRank(torch.autograd.Function):
@@ -131,9 +159,11 @@ class _LowRank(torch.autograd.Function):
             for grad, weight in zip(grads[1:], weights[1:], strict=True):
                 x_grad.addmm_(grad, weight)
         result: list[Any] = [x_grad, None]
-        down_grads = (inner_grad.t() @ x).float().split(ctx.sizes)
-        for grad, down_grad, part, scale in zip(grads, down_grads, inner.split(ctx.sizes, 1), ctx.scales, strict=True):
-            result += [None, None, down_grad, (grad.t() @ part).float().mul_(scale)]
+        needs_downs, needs_ups = ctx.needs_input_grad[4::4], ctx.needs_input_grad[5::4]  # half of them may be frozen
+        down_grads: Any = (inner_grad.t() @ x).float().split(ctx.sizes) if any(needs_downs) else [None] * len(grads)
+        halves = zip(grads, down_grads, inner.split(ctx.sizes, 1), ctx.scales, needs_ups, strict=True)
+        for grad, down_grad, part, scale, needs_up in halves:
+            result += [None, None, down_grad, (grad.t() @ part).float().mul_(scale) if needs_up else None]
         return tuple(result)
 
 

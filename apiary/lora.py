@@ -18,6 +18,7 @@ from apiary.tensors import StateDict
 
 Scaling: TypeAlias = Callable[[int], float]  # by rank: the s in W + s B A
 _A, _B = ".lora_A.weight", ".lora_B.weight"
+_BASE = "base_delta."
 
 
 class Factors(NamedTuple):
@@ -71,6 +72,17 @@ def _other(name: str) -> str:
 def join(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
     """The adapter that `split` gives these factors of."""
     return {name: tensor for module, f in factors.items() for name, tensor in ((module + _A, f.a), (module + _B, f.b))}
+
+
+def whole(adapter: StateDict, base_delta: StateDict) -> dict[str, Tensor]:
+    """Both as one state, for whoever takes a model as one; `parts` takes it apart."""
+    return {**adapter, **{_BASE + name: tensor for name, tensor in base_delta.items()}}
+
+
+def parts(state: StateDict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The adapter and the base delta (maybe empty) that `whole` put together."""
+    base_delta = {name.removeprefix(_BASE): tensor for name, tensor in state.items() if name.startswith(_BASE)}
+    return {name: tensor for name, tensor in state.items() if not name.startswith(_BASE)}, base_delta
 
 
 def is_b(name: str) -> bool:

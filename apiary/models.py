@@ -17,20 +17,24 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from safetensors.torch import save as pack
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
+from apiary import lora
 from apiary.bases import base_digest, read, resolve_device, resolve_dtype
 from apiary.config import AdapterConfig, ModelConfig, UserError
 from apiary.exchange import Fingerprint
-from apiary.lean import slim
+from apiary.lean import add_to_base, slim
+from apiary.lora import Factors, is_b
 from apiary.tensors import StateDict, generator
 
 _LOCK = threading.RLock()
@@ -67,6 +71,9 @@ class LanguageModel:
     digest: str
     name: str
     adapter: Mapping[str, nn.Parameter]
+    rank: int
+    scale: float  # the s in W + s B A
+    init: Literal["kaiming", "orthonormal"]
 
 
 class HasDigest(Protocol):
@@ -83,6 +90,7 @@ def load(model: ModelConfig, adapter: AdapterConfig) -> LanguageModel:
     Raises:
         UserError: the base cannot be had, or the adapter's targets are not in it.
     """
+    adapter = adapter.of_rank(adapter.rank)  # the ranks of others make no difference
     key = (model, adapter)
     with _LOCK:
         if key not in _models:
@@ -144,6 +152,9 @@ def _adapt(base: _Base, config: ModelConfig, adapter: AdapterConfig) -> Language
         digest=base.digest,
         name=config.name,
         adapter=live,
+        rank=adapter.rank,
+        scale=lora.scaling(adapter.alpha, adapter.scaling)(adapter.rank),
+        init=adapter.init,
     )
 
 
@@ -183,10 +194,16 @@ def get_adapter(lm: LanguageModel) -> dict[str, Tensor]:
 def set_adapter(lm: LanguageModel, state: StateDict) -> None:
     """Writes `state` into the live adapter, in place.
 
+    Args:
+        state: an adapter, or an adapter and what it adds to the base (`lora.whole`); without that the base is as it
+            was read.
+
     Raises:
         ValueError: a name is missing or unknown, or a shape differs; the live adapter is then
             untouched.
     """
+    state, base_delta = lora.parts(state)
+    added = _added(lm, base_delta)
     missing = [name for name in lm.adapter if name not in state]
     unknown = [name for name in state if name not in lm.adapter]
     if missing or unknown:
@@ -198,21 +215,59 @@ def set_adapter(lm: LanguageModel, state: StateDict) -> None:
     with torch.no_grad():
         for name, parameter in lm.adapter.items():
             parameter.copy_(state[name])
+    for module in {name.partition(".lora_")[0] for name in lm.adapter}:
+        add_to_base(lm.model.get_submodule(module), added.get(module))
+
+
+def _added(lm: LanguageModel, base_delta: StateDict) -> dict[str, Factors]:
+    own = lora.split({name: p.detach() for name, p in lm.adapter.items()}) if base_delta else {}
+    added = lora.split(base_delta)
+    for module, (b, a) in added.items():
+        if module not in own or (len(b), a.shape[1]) != (len(own[module].b), own[module].a.shape[1]):
+            raise ValueError(f"base delta for {module!r} of {len(b)} x {a.shape[1]} does not fit the adapter's modules")
+    return added
+
+
+@contextmanager
+def training(lm: LanguageModel, factors: Literal["both", "b", "a"]) -> Iterator[LanguageModel]:
+    """Within it only these factors get gradients; it yields the model with them alone as its adapter."""
+    frozen = [p for name, p in lm.adapter.items() if factors != "both" and is_b(name) != (factors == "b")]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        yield replace(lm, adapter={name: p for name, p in lm.adapter.items() if p.requires_grad})
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
 
 
 def fresh_adapter(lm: LanguageModel, seed: int) -> dict[str, Tensor]:
-    """A new adapter that changes nothing yet: A Kaiming-uniform, B zero (Hu et al. 2021, section 4.1).
+    """A new adapter that changes nothing yet: A random as `adapter.init` says, B zero (Hu et al. 2021, section 4.1).
 
-    Each A has a CPU generator of its own, derived from `seed` and its name: the same values on every
-    machine.
+    Each A has a CPU generator of its own, derived from `seed` and its name. Kaiming-uniform gives the same values on
+    every machine. Orthonormal rows, scaled to the length that Kaiming's have on average, waste none of the rank on
+    directions that A has already, and so let least noise through where A stays as it is (Sun et al. 2024).
     """
     state = {}
     for name, parameter in lm.adapter.items():
         state[name] = torch.zeros(parameter.shape)
         if "lora_A" in name:
-            bound = parameter.shape[1] ** -0.5  # Kaiming-uniform with a = sqrt(5), as peft and nn.Linear have it
-            state[name].uniform_(-bound, bound, generator=generator(seed, "adapter", name))
+            rng, bound = generator(seed, "adapter", name), parameter.shape[1] ** -0.5
+            if lm.init == "orthonormal":
+                state[name] = _orthonormal_rows(parameter.shape, rng) * 3**-0.5
+            else:
+                state[name].uniform_(-bound, bound, generator=rng)  # with a = sqrt(5), as peft and nn.Linear have it
     return state
+
+
+def _orthonormal_rows(shape: torch.Size, rng: torch.Generator) -> Tensor:
+    """As many orthonormal rows as fit, uniformly distributed; unit rows if there are more of them than columns."""
+    rows, columns = shape
+    noise = torch.randn(max(rows, columns), min(rows, columns), generator=rng, dtype=torch.float64)
+    q, r = torch.linalg.qr(noise)
+    q *= r.diagonal().sign()  # else the distribution depends on the routine's choice of signs
+    made: Tensor = q.T if rows <= columns else q / q.norm(dim=1, keepdim=True)
+    return made.float()
 
 
 @contextmanager
@@ -226,7 +281,8 @@ def fingerprint(lm: LanguageModel, template: HasDigest) -> Fingerprint:
     """What the handshake compares."""
     from apiary.prompts import tokenizer_digest
 
-    shapes = json.dumps(sorted((name, list(p.shape)) for name, p in lm.adapter.items()))
+    # Without the ranks, which may differ between clients.
+    shapes = json.dumps(sorted((name, len(p) if is_b(name) else p.shape[1]) for name, p in lm.adapter.items()))
     return Fingerprint(
         base=lm.digest,
         tokenizer=tokenizer_digest(lm.tokenizer),
@@ -236,12 +292,16 @@ def fingerprint(lm: LanguageModel, template: HasDigest) -> Fingerprint:
 
 
 def merged(lm: LanguageModel, state: StateDict) -> PreTrainedModel:
-    """A copy of the base, on the CPU in float32, with the adapter `state` folded into its weights."""
+    """A copy of the base, on the CPU in float32, with the state (as for `set_adapter`) folded into its weights."""
     whole = copy.deepcopy(lm.model).to("cpu", torch.float32)
+    adapter, base_delta = lora.parts(state)
     with torch.no_grad():
         for name, parameter in whole.named_parameters():
-            if (key := name.replace(".default.", ".")) in state:
-                parameter.copy_(state[key])
+            if (key := name.replace(".default.", ".")) in adapter:
+                parameter.copy_(adapter[key])
+        for module, (b, a) in lora.split(base_delta).items():
+            layer = whole.get_submodule(module).get_base_layer()  # type: ignore[operator]
+            layer.weight += (b @ a).T if isinstance(layer, Conv1D) else b @ a
     merged_model: PreTrainedModel = whole.merge_and_unload(safe_merge=True)
     return merged_model
 
@@ -249,8 +309,9 @@ def merged(lm: LanguageModel, state: StateDict) -> PreTrainedModel:
 def save_adapter(lm: LanguageModel, state: StateDict, folder: str | Path, card: str | None = None) -> None:
     """Writes a PEFT folder that `peft.PeftModel.from_pretrained(base, folder)` loads.
 
-    It is written beside its place and moved there whole: at any moment the folder is absent, the old
-    one, or the new one.
+    What the state adds to the base becomes further rows and columns of one adapter of a larger rank: `read_adapter`
+    takes it apart again. It is written beside its place and moved there whole: at any moment the folder is absent, the
+    old one, or the new one.
 
     Args:
         card: text of the folder's README.md.
@@ -262,10 +323,13 @@ def save_adapter(lm: LanguageModel, state: StateDict, folder: str | Path, card: 
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        written = copy.copy(lm.model.peft_config["default"])
+        one, rank = _as_one(lm, state)
+        written: Any = copy.copy(lm.model.peft_config["default"])
         written.inference_mode = True  # what peft itself writes: the folder is loaded frozen
+        written.lora_alpha *= (rank / written.r) ** (0.5 if written.use_rslora else 1.0)  # the scale stays
+        written.r = rank
         written.save_pretrained(str(work))
-        tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in state.items()}
+        tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in one.items()}
         # As bytes: safetensors' own writer hides a full disk behind an error type of its own.
         (work / "adapter_model.safetensors").write_bytes(pack(tensors, metadata={"format": "pt"}))
         if card is not None:
@@ -275,6 +339,32 @@ def save_adapter(lm: LanguageModel, state: StateDict, folder: str | Path, card: 
         _swap(work, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def read_adapter(lm: LanguageModel, file: Path) -> dict[str, Tensor]:
+    """The state in the weights of a folder that `save_adapter` wrote, as `set_adapter` takes it."""
+    found = load_file(file)
+    if not any(is_b(name) and tensor.shape[1] > lm.rank for name, tensor in found.items()):
+        return found
+    adapter, base_delta = {}, {}
+    for module, factors in lora.split(found).items():
+        adapter[module] = lora.resize(factors, lm.rank)
+        base_delta[module] = Factors(factors.b[:, lm.rank :] * lm.scale, factors.a[lm.rank :])
+    return lora.whole(lora.join(adapter), lora.join(base_delta))
+
+
+def _as_one(lm: LanguageModel, state: StateDict) -> tuple[StateDict, int]:
+    """An adapter, of the scale of `lm`, for all of `state`, and its rank."""
+    adapter, base_delta = lora.parts(state)
+    if not base_delta:
+        return adapter, lm.rank
+    added = lora.split(base_delta)
+    wide = max(factors.rank for factors in added.values())  # modules may differ; a PEFT folder has one rank
+    made = {}
+    for module, factors in lora.split(adapter).items():
+        more = added.get(module) or Factors(factors.b[:, :0], factors.a[:0])
+        made[module] = lora.stack([factors, lora.resize(Factors(more.b / lm.scale, more.a), wide)])
+    return lora.join(made), lm.rank + wide
 
 
 def _sync(folder: Path) -> None:

@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors.torch import load_file
-
 from apiary import claims, evaluate, examples, models, prompts, runlog
 from apiary import config as configs
 from apiary.config import RunConfig, UserError
@@ -70,8 +68,8 @@ def open_tuned(path: Path, overrides: Sequence[str] = ()) -> Tuned:
     config = configs.load(stored, [*_settings_of(folder, stored), *overrides])
     lm = models.load(config.model, config.adapter)
     template = prompts.make_template(config.prompt, lm.tokenizer)
-    adapter = load_file(folder / _WEIGHTS)
     try:
+        adapter = models.read_adapter(lm, folder / _WEIGHTS)
         models.set_adapter(lm, adapter)
     except ValueError as error:
         raise UserError(f"{str(path)!r} does not fit the base {config.model.name!r}: {error}") from None
@@ -122,8 +120,8 @@ def score(tuned: Tuned, source: str) -> tuple[dict[str, Measured], list[str]]:
     if run:
         places = kept_in(run)
         # A name with a dot in front is what a kill left of a folder under way.
-        alone = {f.parent.name: load_file(f) for f in sorted(places.alone.glob(f"[!.]*/{_WEIGHTS}"))}
-        central = load_file(places.central / _WEIGHTS) if (places.central / _WEIGHTS).exists() else None
+        alone = {f.parent.name: models.read_adapter(lm, f) for f in sorted(places.alone.glob(f"[!.]*/{_WEIGHTS}"))}
+        central = models.read_adapter(lm, places.central / _WEIGHTS) if (places.central / _WEIGHTS).exists() else None
     remarks = [line for report in data.reports for line in report.lines()]
     everything = len(data.test or data.examples)
     if (measured := len(held_out.examples)) < everything:

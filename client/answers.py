@@ -145,4 +145,6 @@ def _site(config: str, context: Context) -> Site:
         raise ValueError(f"{context.node_config[NUM_PARTITIONS_KEY]} nodes for {len(clients)} clients")
     name, train, test = clients[index]
     folder = Path(str(context.node_config["state-path"])) / name
-    return Site(name, train, test, folder, folder / "ledger.json")
+    adapter = configs.from_json(config).adapter
+    rank = adapter.ranks[index % len(adapter.ranks)] if adapter.ranks else adapter.rank
+    return Site(name, train, test, folder, folder / "ledger.json", rank)

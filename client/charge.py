@@ -82,7 +82,7 @@ def visit(
     rates[: work.new] = plan.new
     key = privacy.open_key(ledger)
     inputs = (
-        digest(payload.adapter, digits=64),
+        digest(payload.model, digits=64),
         _corpus_digest(work.corpus, rates),
         _config_digest(config),
         _machine(lm, config),
@@ -96,7 +96,7 @@ def visit(
     make = functools.partial(
         fit_private,
         lm,
-        payload.adapter,
+        payload.model,
         work.corpus,
         config,
         rates=rates,
@@ -108,6 +108,7 @@ def visit(
         total_steps=work.rounds * plan.steps,
         penalties=penalties,
         observers=observers,
+        factors=config.adapter.trained(number),
     )
     result = released(folder, number, request, make)
     # Expected numbers, and so public; only new rows give an update its weight.

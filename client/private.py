@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from apiary.batches import Batch, Corpus, collate, plan_batches
 from apiary.config import RunConfig, UserError
 from apiary.exchange import FitReport
 from apiary.lean import as_peft
-from apiary.models import LanguageModel, autocast, get_adapter, pad_id, set_adapter
+from apiary.models import LanguageModel, autocast, get_adapter, pad_id, set_adapter, training
 from apiary.noise import SecretNoise
 from apiary.probe import to_device
 from apiary.runlog import write_atomic
@@ -64,6 +64,7 @@ def fit_private(
     total_steps: int,
     penalties: Sequence[Penalty] = (),
     observers: Sequence[Observer] = (),
+    factors: Literal["both", "b", "a"] = "both",
 ) -> FitResult:
     """The change that `steps` private steps make to the adapter `start` (Abadi et al. 2016, algorithm 1).
 
@@ -81,6 +82,7 @@ def fit_private(
             does not know which rows were drawn.
         first_step: steps made before this visit, of `total_steps` in the run.
         observers: told the loss of the drawn rows, so they must stay with the client.
+        factors: which of the adapter's factors are trained, clipped and noised; the change of the others is zero.
 
     Returns:
         The change, an empty cursor, and a report of public numbers: the expected rows as tokens and examples, no loss.
@@ -103,14 +105,14 @@ def fit_private(
     set_adapter(lm, start)
     received = get_adapter(lm)
     objective = OBJECTIVES.build(train.objective)
-    optimizer = make_optimizer(list(lm.adapter.values()), train, lm.device)
-    with threads(train.threads), row_gradients(lm):
+    with threads(train.threads), training(lm, factors) as moving, row_gradients(moving):
+        optimizer = make_optimizer(list(moving.adapter.values()), train, lm.device)
         for step in range(steps):
             rows = sampling.chosen(rates)
-            total = clipped_sum(lm, objective, corpus, rows, privacy.clip, train.batch_tokens)
+            total = clipped_sum(moving, objective, corpus, rows, privacy.clip, train.batch_tokens)
             gradients = privatised(total.gradients, noise, noise_multiplier * privacy.clip, privacy.batch_rows)
             lr = learning_rate(first_step + step, total_steps, train)
-            _take(lm, optimizer, gradients, penalties, lr)
+            _take(moving, optimizer, gradients, penalties, lr)
             if step == 0 and (noise_multiplier or len(rows)):
                 _refuse_standstill(lm, received)
             record = _record(step, total, gradients, lr)

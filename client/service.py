@@ -47,6 +47,7 @@ class Facts(NamedTuple):
     state: Path  # memory of runs, the ledger, errors in full
     model: str | None = None  # the site's own place of the base
     device: str | None = None
+    rank: int | None = None  # of its adapter; the run's where it is None
     max_epsilon: float | None = None  # train only under record-level privacy, and within this budget
     max_delta: float = 1e-5  # likewise, where there is a `max_epsilon`
 
@@ -202,7 +203,8 @@ def _read_site(config: RunConfig, facts: Facts, run: str) -> Site:
             _log.warning("%s", line)
     (client,) = federation.clients
     folder = facts.state / "runs" / run
-    return Site(facts.client, client.train, client.test, folder, facts.state / "ledger.json")
+    rank = facts.rank or config.adapter.rank
+    return Site(facts.client, client.train, client.test, folder, facts.state / "ledger.json", rank)
 
 
 def check(facts: Facts) -> int:

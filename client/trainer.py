@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from apiary.batches import Batch, Corpus, collate, plan_batches
 from apiary.config import TrainConfig
 from apiary.exchange import FitReport
-from apiary.models import LanguageModel, autocast, get_adapter, pad_id, set_adapter
+from apiary.models import LanguageModel, autocast, get_adapter, pad_id, set_adapter, training
 from apiary.probe import to_device
 from apiary.tensors import StateDict, derive_seed, generator, subtract
 from client.objectives import OBJECTIVES, Objective, Penalty, Projection, finite
@@ -103,6 +103,7 @@ def fit(
     penalties: Sequence[Penalty] = (),
     projections: Sequence[Projection] = (),
     observers: Sequence[Observer] = (),
+    factors: Literal["both", "b", "a"] = "both",
 ) -> FitResult:
     """The change that `steps` optimizer steps make to the adapter `start`, and where they ended in the data.
 
@@ -118,6 +119,7 @@ def fit(
         first_step: steps made before this visit, of `total_steps` in the run (or in its stage); they place it on the
             schedule.
         replay: None, or an empty corpus in it, is training on new rows alone.
+        factors: which of the adapter's factors are trained; the change of the others is zero.
 
     Raises:
         FloatingPointError: the loss or a gradient became NaN or infinite.
@@ -133,9 +135,13 @@ def fit(
     old = None
     if replay and old_budget:
         old = _Walk(replay.corpus, old_budget, functools.partial(generator, seed, client, "replay"), replay.cursor)
-    loop = _Loop(lm, config, OBJECTIVES.build(config.objective), tuple(penalties))
     nats, tokens, examples, replayed = 0.0, 0, 0, 0
-    with threads(config.threads), _training(lm, derive_seed(seed, client, "dropout", *cursor)):
+    with (
+        threads(config.threads),
+        _training(lm, derive_seed(seed, client, "dropout", *cursor)),
+        training(lm, factors) as moving,
+    ):
+        loop = _Loop(moving, config, OBJECTIVES.build(config.objective), tuple(penalties))
         for step in range(steps):
             batches = walk.take(config.accumulate, lm)
             again = old.take(config.accumulate, lm) if old else ()

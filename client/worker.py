@@ -17,6 +17,7 @@ from apiary.config import RunConfig
 from apiary.continual import rows_by_stage
 from apiary.examples import Example
 from apiary.exchange import Curated, Decline, Hello, Payload, Score, Spent, Update, Visit
+from apiary.models import LanguageModel
 from apiary.privacy import BudgetSpent
 from apiary.probe import ModelProbe
 from client import charge, choice, continual, memory, trainer
@@ -40,6 +41,7 @@ class Site(NamedTuple):
     test: Sequence[Example]
     folder: Path  # of this run
     ledger: Path  # of all runs on these data
+    rank: int  # of its adapter
 
 
 class Worker:
@@ -47,22 +49,26 @@ class Worker:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self.lm = models.load(config.model, config.adapter)
-        self.template = prompts.make_template(config.prompt, self.lm.tokenizer)
+        self.tokenizer = models.load_base(config.model)[1]
+        self.template = prompts.make_template(config.prompt, self.tokenizer)
         self._corpora: OrderedDict[tuple[str, str], tuple[object, Corpus]] = OrderedDict()
         self._choices: dict[str, Choice] = {}
+
+    def _model(self, site: Site) -> LanguageModel:
+        """The model with an adapter of the site's rank; all ranks share one base."""
+        return models.load(self.config.model, self.config.adapter.of_rank(site.rank))
 
     def hello(self, site: Site) -> Hello:
         """Who the site is, what it runs, and how much it has to train on.
 
         Under differential privacy the tokens stay untold, and the rows stand in for them.
         """
-        fingerprint = models.fingerprint(self.lm, self.template)
+        fingerprint = models.fingerprint(self._model(site), self.template)
         if self.config.privacy.unit == "record":
             rows = len(site.train)
-            return Hello(site.client, fingerprint, self.config.adapter.rank, rows, rows)
+            return Hello(site.client, fingerprint, site.rank, rows, rows)
         stats = self._corpus(site, "train", tuple(site.train)).stats
-        return Hello(site.client, fingerprint, self.config.adapter.rank, stats.examples, stats.response_tokens)
+        return Hello(site.client, fingerprint, site.rank, stats.examples, stats.response_tokens)
 
     def train(self, site: Site, number: int, payload: Payload) -> Visit | Decline:
         """Train from the received adapter on the next part of the site's data.
@@ -77,7 +83,6 @@ class Worker:
         Returns:
             The change of the adapter with its weight (new tokens trained), and counts; or why there is none.
         """
-        _refuse_base_delta(payload)
         memory.own(site.folder)
         memory.forget_from(site.folder, number)
         past = memory.load(site.folder, before=number)
@@ -95,8 +100,8 @@ class Worker:
         replay = Replay(old, data.replay_cursor, self.config.continual.replay)
         steps = trainer.steps_per_round(config, corpus, replay)
         result = trainer.fit(
-            self.lm,
-            payload.adapter,
+            self._model(site),
+            payload.model,
             corpus,
             config,
             seed=self.config.seed,
@@ -108,6 +113,7 @@ class Worker:
             replay=replay,
             penalties=build_penalties(config.penalties, payload.adapter),
             observers=[memory.step_log(site.folder, number)],
+            factors=self.config.adapter.trained(number),
         )
         at = Memory(number, result.cursor, data.stage, result.replay, chosen.round if chosen else 0)
         return self._visit(site, at, result, chosen.counts if chosen else None)
@@ -120,7 +126,7 @@ class Worker:
         rows = rows_by_stage(site.train, self.config)
         try:
             paid = charge.visit(
-                self.lm,
+                self._model(site),
                 self.config,
                 Work(corpus, new, rows, data.rounds_before, data.rounds),
                 payload,
@@ -141,7 +147,7 @@ class Worker:
         self, site: Site, at: Memory, result: FitResult, curated: Curated | None = None, spent: Spent | None = None
     ) -> Visit:
         memory.save(site.folder, at)
-        update = Update(site.client, result.delta, float(result.report.tokens), self.config.adapter.rank)
+        update = Update(site.client, result.delta, float(result.report.tokens), site.rank)
         return Visit(update, result.report, curated, spent)
 
     def evaluate(self, site: Site, payload: Payload) -> Score:
@@ -153,11 +159,11 @@ class Worker:
         if self.config.privacy.unit == "record":
             return Score(0.0, 0, 0)
         corpus = self._corpus(site, "test", site.test)
-        _refuse_base_delta(payload)
         if len(corpus) < _FEWEST:
             return Score(0.0, 0, 0)
-        models.set_adapter(self.lm, payload.adapter)
-        nats, tokens = ModelProbe(self.lm).losses(corpus)
+        lm = self._model(site)
+        models.set_adapter(lm, payload.model)
+        nats, tokens = ModelProbe(lm).losses(corpus)
         return Score(float(nats.sum()), int(tokens.sum()), len(nats))
 
     def _chosen(self, site: Site, number: int, payload: Payload) -> tuple[Sequence[Example], Choice | None]:
@@ -178,24 +184,20 @@ class Worker:
 
     def _context(self, site: Site, payload: Payload, number: int) -> Context:
         def probe() -> ModelProbe:
-            models.set_adapter(self.lm, payload.adapter)
-            return ModelProbe(self.lm)
+            lm = self._model(site)
+            models.set_adapter(lm, payload.model)
+            return ModelProbe(lm)
 
-        reader = Reader(self.template, self.lm.tokenizer, self.config.prompt, probe)
+        reader = Reader(self.template, self.tokenizer, self.config.prompt, probe)
         return Context(self.config.seed, site.client, site.test, reader, trained=number - 1)
 
     def _corpus(self, site: Site, part: str, examples: Sequence[Example]) -> Corpus:
         """The tokens of a part of the site's rows; made again where it has come to hold others."""
         key = (site.client, part)
         if key not in self._corpora or self._corpora[key][0] != examples:
-            made = prompts.encode_all(examples, self.template, self.lm.tokenizer, self.config.prompt)
+            made = prompts.encode_all(examples, self.template, self.tokenizer, self.config.prompt)
             self._corpora[key] = (examples, made)
             while len(self._corpora) > 1 and sum(c.stats.tokens for _, c in self._corpora.values()) > _HELD_TOKENS:
                 self._corpora.popitem(last=False)
         self._corpora.move_to_end(key)
         return self._corpora[key][1]
-
-
-def _refuse_base_delta(payload: Payload) -> None:
-    if payload.base_delta:
-        raise ValueError("this version folds no base delta into its base")

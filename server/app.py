@@ -87,7 +87,7 @@ def make_app(log: RunLog | None = None, held_out: HeldOut | None = None) -> Serv
 
         def federate(log: RunLog, held_out: HeldOut | None) -> StateDict:
             rounds = prepare(config, folder, log, held_out)
-            adapter = rounds.run(grid, expected).adapter
+            adapter = rounds.run(grid, expected).model
             lm = models.load(config.model, config.adapter)
             results.save_adapter_folder(lm, adapter, folder / "adapter", config)
             return adapter

@@ -38,6 +38,21 @@ def check_visit(visit: Visit, config: RunConfig, examples: int, adapter: StateDi
     check_delta(visit.update.delta, adapter)
 
 
+def wrong_rank(rank: int, config: RunConfig, mixed: bool) -> str:
+    """Why a client cannot take part with an adapter of this rank; nothing where it can.
+
+    Args:
+        rank: the client's.
+        config: the run.
+        mixed: whether the aggregation method takes clients of lower ranks than the run's.
+    """
+    most = config.adapter.rank
+    if rank == most or (mixed and 0 < rank < most):
+        return ""
+    allowed = f"1 to {most}" if mixed else f"{most} alone, for strategy.name = {config.strategy.name!r} takes one rank"
+    return f"its adapter has rank {rank}; this run allows {allowed}"
+
+
 def possible(tokens: int, examples: int, config: RunConfig) -> bool:
     """Whether so many examples can hold so many tokens."""
     return 0 <= tokens <= examples * config.prompt.max_tokens <= MOST

@@ -108,8 +108,7 @@ class Rounds(Strategy):
         self._greeted: dict[str, int] = {}  # hellos without an answer yet: message id -> node
         self._spent_out: set[str] = set()  # clients whose privacy budget is spent; they are not asked again
         self._cohort: list[str] = []
-        self._sent: Payload | None = None
-        self._arrays: tuple[ArrayRecord, ...] = ()  # its records, shared by all clients that get the same payload
+        self._sent: dict[tuple[int, int], tuple[Payload, tuple[ArrayRecord, ...]]] = {}  # by round and rank
 
     # -- the run --------------------------------------------------------------------------------
 
@@ -256,6 +255,8 @@ class Rounds(Strategy):
             self._turn_away(node, hello.client, "another client of this name is still there", for_s=_AGAIN_S)
         elif hello.tokens == 0:
             self._turn_away(node, hello.client, "it has nothing to train on")
+        elif reason := checks.wrong_rank(hello.rank, self.config, self.aggregator.ranks == "mixed"):
+            self._turn_away(node, hello.client, reason)
         elif not checks.possible(hello.tokens, hello.examples, self.config):
             self._turn_away(
                 node, hello.client, f"it claims {hello.tokens:g} tokens in {hello.examples:g} examples; that cannot be"
@@ -303,15 +304,17 @@ class Rounds(Strategy):
 
     def _message(self, kind: str, client: str, number: int) -> Message:
         member = self._members[client]
-        payload = self.aggregator.payload(self.state, member.info)
-        if (
-            self._sent is None
-            or self._sent.adapter is not payload.adapter
-            or self._sent.base_delta is not payload.base_delta
-        ):
-            self._sent, self._arrays = payload, tuple(records.to_arrays(part) for part in payload)
-        content = records.request(number, *self._arrays)
+        content = records.request(number, *self._payload(member.info)[1])
         return Message(content, member.node, kind, group_id=str(number))
+
+    def _payload(self, client: ClientInfo) -> tuple[Payload, tuple[ArrayRecord, ...]]:
+        """What a client receives now, and its records, which all clients of its rank share."""
+        key = (self.state.round, client.rank)
+        if key not in self._sent:
+            self._sent = {old: sent for old, sent in self._sent.items() if old[0] == key[0]}
+            payload = self.aggregator.payload(self.state, client)
+            self._sent[key] = payload, tuple(records.to_arrays(part) for part in payload)
+        return self._sent[key]
 
     # -- exchange -------------------------------------------------------------------------------
 
@@ -415,8 +418,10 @@ class Rounds(Strategy):
             return answer
         self._check_sender(answer.update.client, message)
         self._note_spent(answer)  # whatever else is wrong with it: it was sent
-        examples = self._members[answer.update.client].examples
-        checks.check_visit(answer, self.config, examples, self.state.adapter)
+        member = self._members[answer.update.client]
+        checks.check_visit(answer, self.config, member.examples, self._payload(member.info)[0].adapter)
+        if answer.update.rank != member.info.rank:
+            raise records.WireError(f"its update has rank {answer.update.rank}, at the handshake {member.info.rank}")
         return answer
 
     def _log_visit(self, visit: Visit, number: int, size: int) -> None:
@@ -469,7 +474,7 @@ class Rounds(Strategy):
         fields: dict[str, Any] = {}
         scores: dict[str, Score] = {}
         if self._evaluate is not None:
-            score, interval = self._evaluate(self.state.adapter)
+            score, interval = self._evaluate(self.state.model)
             scores = {"": score}
             fields = {"loss": score.loss, "ci95": list(interval), "n": score.examples}
         if self.config.scores_from_clients:
@@ -492,7 +497,7 @@ class Rounds(Strategy):
             return
         finished = stage_of(number, self.config.rounds, stages) + 1 if number else 0
         if number == 0 or number == rounds_of(finished - 1, self.config.rounds, stages)[-1]:
-            self._log.event("stage", round=number, stage=finished, **self._score_stages(self.state.adapter))
+            self._log.event("stage", round=number, stage=finished, **self._score_stages(self.state.model))
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """The `Score` on its own held-out rows of each client that has enough of them, as a list of its three sums."""

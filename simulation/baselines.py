@@ -98,6 +98,7 @@ def _adapter(
         first_step=0,
         total_steps=steps,
         steps=steps,
+        factors="both" if config.adapter.train == "alternate" else config.adapter.trained(1),
     )
     adapter = add(start, result.delta)
     models.save_adapter(lm, adapter, folder)

@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-
 from apiary import config as configs
 from apiary import continual, draws, evaluate, models, prompts, runlog, trackers
 from apiary.config import RunConfig, UserError
@@ -103,7 +101,7 @@ def simulate(
         _report_rows(log, prepared)
         app = make_app(log, prepared.held_out)
         ENGINES.build(config.simulate.engine, config=config)(app, config, len(prepared.federation.clients), folder)
-        adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
+        adapter = models.read_adapter(prepared.lm, folder / "adapter" / "adapter_model.safetensors")
         metrics = summarise(prepared, adapter, folder, log)
         metrics["seconds"] = round(runlog.spent_before(folder) + time.monotonic() - began, 1)
         log.event("finish", seconds=metrics["seconds"])

@@ -21,6 +21,7 @@ from apiary.lora import Factors, Scaling
 from apiary.registry import Registry
 from apiary.tensors import StateDict, add
 
+ROOT = "server/root"  # the client name of the server's own update; no file and no site can have it
 _NOTHING: StateDict = MappingProxyType({})
 _FLOOR = 3**-0.5  # the expected norm of a row of a Kaiming-uniform A, whatever its length
 
@@ -33,6 +34,11 @@ class ServerState(NamedTuple):
     base_delta: StateDict  # low-rank factors to fold into the base, of scale 1; empty for most methods
     memory: StateDict  # a method's own tensors, such as momentum
 
+    @property
+    def model(self) -> StateDict:
+        """Adapter and base delta as one state, as `apiary.models.set_adapter` takes it."""
+        return lora.whole(self.adapter, self.base_delta)
+
 
 class Gradient(NamedTuple):
     """What a round would change (with step size 1), CPU float32.
@@ -43,6 +49,8 @@ class Gradient(NamedTuple):
 
     adapter: StateDict
     base_delta: StateDict = _NOTHING  # factors whose product is added to that of the state's `base_delta`
+    shares: Mapping[str, float] = MappingProxyType({})  # by client, the factor that its change got; empty: not told
+    notes: Mapping[str, str] = MappingProxyType({})  # by client, why it was cut or counts for less than half
 
 
 class Reducer(NamedTuple):
@@ -58,7 +66,8 @@ class Aggregator(NamedTuple):
 
     `needs` says whether the sum of the updates is enough ("sum", which secure aggregation can give and which keeps
     server memory constant in the number of clients) or each one must be seen ("each"). `space` says what its gradients
-    are; server optimisers with a memory need "factors", for a product's factors have another basis each round.
+    are; server optimisers with a memory need "factors", for a product's factors have another basis each round. `ranks`
+    says whether clients may have lower ranks than the server ("mixed").
     """
 
     reduce: Reducer
@@ -66,6 +75,9 @@ class Aggregator(NamedTuple):
     payload: Callable[[ServerState, ClientInfo], Payload]
     needs: Literal["sum", "each"]
     space: Literal["factors", "products"] = "factors"
+    ranks: Literal["one", "mixed"] = "one"
+    root: bool = False  # whether each fold must also get the server's own update, in the name of `ROOT`
+    base: bool = False  # whether its gradients have a `base_delta` beside factors, which no server optimiser may scale
 
 
 AGGREGATORS: Registry[Aggregator] = Registry("strategy.name", "strategy.options")

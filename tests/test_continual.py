@@ -473,7 +473,7 @@ def test_replayed_tokens_do_not_weigh(tmp_path: Path, tiny_model: Path, rows_fil
     """A client rich in kept rows must not outweigh the others: only new tokens count."""
     worker = Worker(configs.load(None, staged(tiny_model, rows_file)))
     site = site_of(tmp_path, rows_file)
-    adapter = models.fresh_adapter(worker.lm, 0)
+    adapter = models.fresh_adapter(models.load(worker.config.model, worker.config.adapter), 0)
     visits = [worker.train(site, number, Payload(adapter, {})) for number in (1, 2, 3)]
     last = visits[-1]
     assert isinstance(last, Visit)
@@ -489,13 +489,13 @@ def test_replayed_tokens_do_not_weigh(tmp_path: Path, tiny_model: Path, rows_fil
 
 def site_of(folder: Path, rows_file: Path) -> Site:
     rows = read(str(rows_file)).examples
-    return Site("a", rows[:60], rows[60:70], folder, folder / "ledger.json")
+    return Site("a", rows[:60], rows[60:70], folder, folder / "ledger.json", 4)
 
 
 def test_nothing_of_the_buffer_is_in_a_reply(tmp_path: Path, tiny_model: Path, rows_file: Path) -> None:
     worker = Worker(configs.load(None, staged(tiny_model, rows_file)))
     site = site_of(tmp_path, rows_file)
-    adapter = models.fresh_adapter(worker.lm, 0)
+    adapter = models.fresh_adapter(models.load(worker.config.model, worker.config.adapter), 0)
     for number in (1, 3):
         answer = worker.train(site, number, Payload(adapter, {}))
     sent = records.train_reply(answer)

@@ -91,7 +91,7 @@ def clients(
 
 def rounds(overrides: list[str], **kwargs: Any) -> tuple[Rounds, Log]:
     log = Log()
-    run = config.load(None, ["rounds=2", *overrides])
+    run = config.load(None, ["rounds=2", "adapter.rank=4", *overrides])
     made = Rounds(
         run,
         AGGREGATORS.build("fedavg", {}, weighting=run.strategy.weighting),

@@ -13,9 +13,12 @@ from apiary.exchange import ClientInfo, Update
 from apiary.lora import is_b, scaling, split
 from apiary.tensors import digest
 from strategies import AGGREGATORS, Aggregator, Gradient, ServerState
+from strategies.core import ROOT
 
 # Options for the methods that cannot be built without any.
-OPTIONS: Mapping[str, Mapping[str, Any]] = {}
+OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    name: {"byzantine": 1} for name in ("krum", "multi_krum", "trimmed_mean", "bulyan")
+}
 
 SHAPES = {
     "model.layers.0.q_proj.lora_A.weight": (4, 6),
@@ -64,12 +67,18 @@ def _products(state: ServerState, scale: float) -> dict[str, Tensor]:
 
 def _fold(method: Aggregator, state: ServerState, updates: Sequence[Update], seed: int = 0) -> Gradient:
     acc = method.reduce.start(state)
-    for update in updates:
+    for update in _answers(method, updates):
         acc = method.reduce.add(acc, update)
     return method.reduce.finish(state, acc, torch.Generator().manual_seed(seed))
 
 
-def _cohort(n: int = 5) -> list[Update]:
+def _answers(method: Aggregator, updates: Sequence[Update]) -> list[Update]:
+    """All that a round folds in: with the server's own update for a method that asks for it."""
+    own = min(updates, key=lambda update: update.client)._replace(client=ROOT)
+    return [own, *updates] if method.root else [*updates]
+
+
+def _cohort(n: int = 7) -> list[Update]:
     return [Update(f"client-{i}", _tensors(i), float(10 + 7 * i), 4) for i in range(n)]
 
 
@@ -90,7 +99,7 @@ def test_names_are_registered() -> None:
 
 def test_identical_clients_move_the_model_as_one_of_them_did(method: Aggregator, fresh: ServerState) -> None:
     """From a new adapter what they made has the adapter's rank, so that every method can hold it."""
-    updates = [Update(f"c{i}", _tensors(7), float(1 + i), 4) for i in range(5)]
+    updates = [Update(f"c{i}", _tensors(7), float(1 + i), 4) for i in range(7)]
     after = method.step(fresh, _fold(method, fresh, updates))
     scale = scaling(16.0, "rslora")(4)
     for module, moved in _products(after, scale).items():
@@ -134,9 +143,10 @@ def test_state_and_updates_are_never_changed(method: Aggregator, state: ServerSt
 
 def test_two_folds_do_not_meet(method: Aggregator, state: ServerState) -> None:
     one, two = method.reduce.start(state), method.reduce.start(state)
-    for a, b in zip(_cohort(), reversed(_cohort(3)), strict=False):
+    ours, others = _answers(method, _cohort()), _answers(method, _cohort(3))
+    for a, b in zip(ours, reversed(others), strict=False):
         one, two = method.reduce.add(one, a), method.reduce.add(two, b)
-    for update in _cohort()[3:]:
+    for update in ours[len(others) :]:
         one = method.reduce.add(one, update)
     rng = torch.Generator().manual_seed(0)
     assert _digest(method.reduce.finish(state, one, rng)) == _digest(_fold(method, state, _cohort()))
@@ -149,7 +159,7 @@ def test_the_same_generator_gives_the_same_round(method: Aggregator, state: Serv
 
 def test_no_change_keeps_the_model(method: Aggregator, state: ServerState) -> None:
     """Methods that factor anew may change the factors, never the product."""
-    updates = [Update(f"c{i}", _zeros(), float(1 + i), 4) for i in range(3)]
+    updates = [Update(f"c{i}", _zeros(), float(1 + i), 4) for i in range(7)]
     scale = scaling(16.0, "rslora")(4)
     after = _products(method.step(state, _fold(method, state, updates)), scale)
     for module, before in _products(state, scale).items():
