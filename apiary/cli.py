@@ -73,13 +73,15 @@ def evaluate(
 ) -> None:
     """Print the table (base, federated, and the run's baselines) for other data."""
     from apiary import results
-    from apiary.evaluate import table_row
+    from apiary.evaluate import differences, table_row
 
     opened = results.open_tuned(tuned, overrides or [])
     rows, remarks = results.score(opened, data)
     for line in remarks:
         typer.echo(f"warning: {line}", err=True)
-    print_table({"table": [table_row(method, run, opened.config.seed) for method, run in rows.items()]})
+    seed = opened.config.seed
+    table = [table_row(method, run, seed) for method, run in rows.items()]
+    print_table({"table": table, "paired": differences(rows, seed)})
 
 
 @app.command()

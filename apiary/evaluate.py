@@ -122,10 +122,9 @@ def _evenly(examples: Sequence[Example], config: RunConfig) -> list[Example]:
     return [examples[i] for i in sorted(rng.choice(len(examples), limit, replace=False))]
 
 
-def measure(lm: LanguageModel, adapter: StateDict | None, held_out: HeldOut, config: RunConfig) -> Measured:
-    """Loss, and with `evaluate.generate` exact-match accuracy, of an adapter (None: as the model now stands)."""
-    if adapter is not None:
-        set_adapter(lm, adapter)
+def measure(lm: LanguageModel, adapter: StateDict, held_out: HeldOut, config: RunConfig) -> Measured:
+    """Loss, and with `evaluate.generate` exact-match accuracy, of an adapter, which the model holds from then on."""
+    set_adapter(lm, adapter)
     nats, tokens = ModelProbe(lm).losses(held_out.corpus)
     if not config.evaluate.generate:
         return Measured(nats, tokens.astype(np.float64), None)

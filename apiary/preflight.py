@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from apiary import examples
-from apiary.bases import BUILTIN, resolve_device
+from apiary.bases import BUILTIN, ask_hub, first_line, resolve_device
 from apiary.config import ModelConfig, UserError
 from apiary.examples import sources
 from apiary.examples.columns import is_absent, scalar_text
@@ -114,12 +114,17 @@ def check_model(name: str, key: str, revision: str | None = None) -> None:
 
     source = str(Path(name).expanduser()) if local else name
     if not local:
-        _ask_hub(name, key, revision)
+        try:
+            ask_hub(name, revision)
+        except Exception as error:  # the hub's errors share no other base
+            told = f"no such folder here, and the hub does not give it ({first_line(error)})"
+            raise UserError(f"{key} {name!r}: {told}") from error
     for part, reader in (("configuration", AutoConfig), ("tokenizer", AutoTokenizer)):
         try:
             reader.from_pretrained(source, revision=revision)
         except Exception as error:  # the model classes' errors share no other base
-            raise UserError(f"{key} {name!r}: has no {part} that Transformers can read ({_line(error)})") from error
+            told = f"has no {part} that Transformers can read ({first_line(error)})"
+            raise UserError(f"{key} {name!r}: {told}") from error
 
 
 def is_folder(name: str) -> bool:
@@ -128,22 +133,3 @@ def is_folder(name: str) -> bool:
         return Path(name).expanduser().is_dir()
     except (OSError, RuntimeError):  # a name that no file system takes, or of nobody's home
         return False
-
-
-def _ask_hub(name: str, key: str, revision: str | None) -> None:
-    """As `apiary.bases` does: one short question fails at once where the hub's client would try for a minute."""
-    from huggingface_hub import HfApi, constants, try_to_load_from_cache
-
-    try:
-        cached = try_to_load_from_cache(name, "config.json", revision=revision)
-        if not constants.HF_HUB_OFFLINE and not isinstance(cached, str):
-            HfApi().model_info(name, revision=revision, timeout=10)
-    except Exception as error:  # as above
-        raise UserError(
-            f"{key} {name!r}: no such folder here, and the hub does not give it ({_line(error)})"
-        ) from error
-
-
-def _line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:200].rstrip(".")

@@ -27,12 +27,14 @@ _NODES = "APIARY_NODES"  # in the environment: the file in which `apiary deploy 
 
 
 def site_name(node: int) -> str | None:
-    """The name under which a site's key was registered; None outside a deployment, or of a node without one."""
+    """The name under which a site's key was registered: empty for a node without one, None outside a deployment."""
+    if _NODES not in os.environ:
+        return None
     try:
         sites = json.loads(Path(os.environ[_NODES]).read_text(encoding="utf-8"))
-    except (KeyError, OSError, ValueError):
-        return None
-    return next((name for name, entry in sites.items() if entry["node"] == str(node % 2**64)), None)
+    except (OSError, ValueError):
+        return ""
+    return next((name for name, entry in sites.items() if entry["node"] == str(node % 2**64)), "")
 
 
 def run(config: RunConfig, folder: Path, expected: int, federate: Federate, number: int = 0) -> None:

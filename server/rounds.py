@@ -85,7 +85,8 @@ class Rounds(Strategy):
         evaluate: the loss of an adapter on the server's own held-out examples; None when the server has none.
         score_stages: an adapter's scores on the held-out examples of each stage, for a `stage` event before the first
             round and after the last one of each stage; None where that is not measured.
-        name_of: the name under which the server knows a node before it has told its own; None where it knows none.
+        name_of: the name that a node's key is registered under, which it must then tell as its own; empty where a key
+            has none, and None where there are no keys, as in a simulation.
     """
 
     def __init__(
@@ -251,7 +252,12 @@ class Rounds(Strategy):
             for part, ours, theirs in zip(Fingerprint._fields, self.fingerprint, hello.fingerprint, strict=True)
             if ours != theirs
         ]
-        if wrong:
+        registered = self._name_of(node)
+        if registered is not None and registered != hello.client:
+            # Before all else: nothing that it says in another's name may count. Not for good: it may be mended.
+            told = f"it calls itself {hello.client[:64]!r}, which is not the name that its key is registered under"
+            self._turn_away(node, self._called(node), told, for_s=_AGAIN_S)
+        elif wrong:
             reason = f"it holds another {' and '.join(wrong)} than the server (fingerprints differ)"
             self._turn_away(node, hello.client, reason)
         elif (other := self._members.get(hello.client)) and other.node != node:

@@ -415,9 +415,9 @@ def test_a_run_knows_a_site_by_its_key(listed: _List, monkeypatch: pytest.Monkey
     for name, value in started._environment.items():
         monkeypatch.setenv(name, value)
     assert [deployed.site_name(node) for node in (nodes["a"], nodes["b"], _signed(nodes["b"]))] == ["a", "b", "b"]
-    assert deployed.site_name(7) is None
+    assert deployed.site_name(7) == ""
     (listed.state / "nodes.json").unlink()
-    assert deployed.site_name(nodes["a"]) is None
+    assert deployed.site_name(nodes["a"]) == ""
 
 
 def test_without_a_running_server_nothing_is_submitted(tmp_path: Path) -> None:

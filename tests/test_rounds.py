@@ -485,6 +485,17 @@ def test_a_site_that_fails_at_the_handshake_is_named_where_the_server_knows_it()
     assert [(r["client"], r["reason"]) for r in log.of("refused")] == [("bee", "OutOfMemoryError")]
 
 
+@pytest.mark.parametrize("registered", ["bee", ""])
+def test_no_site_joins_under_another_name_than_its_keys(registered: str) -> None:
+    """Not even one that nobody else bears: what the server says of a site, it says by its key."""
+    made, log = rounds(["rounds=2"], name_of={1000: "c0", 1001: "c1", 1002: registered}.get)
+    made.run(LocalGrid(clients(), 3), 3)
+    assert all(e["clients"] == ["c0", "c1"] for e in log.of("asked"))
+    [told] = log.of("refused")
+    assert told["client"] == (registered or "a site that did not tell its name (node 1002)")
+    assert "calls itself 'c2'" in told["reason"] and "its key is registered under" in told["reason"]
+
+
 def test_a_node_that_keeps_failing_is_not_asked_all_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even while the server waits for clients and looks every few hundredths of a second."""
     monkeypatch.setattr(server_rounds, "_AGAIN_S", 0.25)
