@@ -95,7 +95,7 @@ def _read_pretrained(
     options: dict[str, Any] = {"dtype": dtype, **_quantized(config, device)}
     try:
         if not path.is_dir():
-            _ask_hub(config)
+            ask_hub(config.name, config.revision)
         with _quiet_if(path.is_dir()):
             tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision)
             model = AutoModelForCausalLM.from_pretrained(source, revision=config.revision, **options)
@@ -106,13 +106,22 @@ def _read_pretrained(
     return model, tokenizer
 
 
-def _ask_hub(config: ModelConfig) -> None:
-    """One short question about what is not cached: it fails at once where the hub's client would try for a minute."""
+def ask_hub(name: str, revision: str | None) -> None:
+    """One short question about a model that is not cached.
+
+    It fails at once where the hub's own client would try for a minute, with whichever error that client raises.
+    """
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
-    cached = try_to_load_from_cache(config.name, "config.json", revision=config.revision)
+    cached = try_to_load_from_cache(name, "config.json", revision=revision)
     if not constants.HF_HUB_OFFLINE and not isinstance(cached, str):
-        HfApi().model_info(config.name, revision=config.revision, timeout=10)
+        HfApi().model_info(name, revision=revision, timeout=10)
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says first, short enough to stand inside a line of ours."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:200].rstrip(".")
 
 
 @contextmanager
@@ -163,8 +172,7 @@ def _quantized(config: ModelConfig, device: torch.device) -> dict[str, Any]:
 
 
 def _unreachable(config: ModelConfig, is_folder: bool, error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = (lines[0] if lines else type(error).__name__)[:200].rstrip(".")
+    reason = first_line(error)
     name = f"model.name = {config.name!r}" + (f" (revision {config.revision!r})" if config.revision else "")
     if is_folder:
         return f"{name}: not a causal language model that Transformers can read ({reason})"

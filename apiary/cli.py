@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import errno
 import logging
-import math
 import os
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +20,9 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
+from apiary import cli_deploy
 from apiary import config as configs
+from apiary.cli_shared import ConfigFile, Overrides, print_table, settings_of, shown
 from apiary.config import UserError
 
 app = typer.Typer(
@@ -33,10 +33,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-ConfigFile = Annotated[Path | None, typer.Argument(help="a TOML file; none = the built-in demo", show_default=False)]
-Overrides = Annotated[
-    list[str] | None, typer.Option("-s", metavar="KEY=VALUE", help="set one key, e.g. -s train.lr=1e-4")
-]
 Tuned = Annotated[Path, typer.Argument(metavar="RUN|ADAPTER", help="a run directory or a PEFT adapter folder")]
 
 
@@ -49,7 +45,7 @@ def simulate(
     quiet: Annotated[bool, typer.Option("--quiet", help="print only errors and the final table")] = False,
 ) -> None:
     """Run clients and server on this machine, compare with the baselines, and write a report."""
-    settings, folder = _settings(config, overrides, out, resume)
+    settings, folder = settings_of(config, overrides, out, resume)
     # Only now: what is wrong with the file is told without waiting for torch.
     from apiary.progress import make_progress
     from simulation.run import simulate as run
@@ -59,14 +55,14 @@ def simulate(
             metrics = run(settings, folder, resume=resume, observers=[observer])
     except KeyboardInterrupt:
         again = (
-            f"go on with: apiary simulate --out {_shown(folder)} --resume"
+            f"go on with: apiary simulate --out {shown(folder)} --resume"
             if (folder / "config.toml").exists()
             else "nothing was written"
         )
         typer.echo(f"apiary: interrupted; {again}", err=True)
         raise typer.Exit(130) from None
-    _print_table(metrics)
-    typer.echo(f"report: {_shown(folder / 'report.html')}   adapter: {_shown(folder / 'adapter')}")
+    print_table(metrics)
+    typer.echo(f"report: {shown(folder / 'report.html')}   adapter: {shown(folder / 'adapter')}")
 
 
 @app.command()
@@ -77,13 +73,15 @@ def evaluate(
 ) -> None:
     """Print the table (base, federated, and the run's baselines) for other data."""
     from apiary import results
-    from apiary.evaluate import table_row
+    from apiary.evaluate import differences, table_row
 
     opened = results.open_tuned(tuned, overrides or [])
     rows, remarks = results.score(opened, data)
     for line in remarks:
         typer.echo(f"warning: {line}", err=True)
-    _print_table({"table": [table_row(method, run, opened.config.seed) for method, run in rows.items()]})
+    seed = opened.config.seed
+    table = [table_row(method, run, seed) for method, run in rows.items()]
+    print_table({"table": table, "paired": differences(rows, seed)})
 
 
 @app.command()
@@ -127,7 +125,7 @@ def export(
     """Write the adapter, or the merged model, as a folder that other tools load."""
     from apiary import results
 
-    typer.echo(f"written: {_shown(results.export(run, to.resolve(), merge=merge))}")
+    typer.echo(f"written: {shown(results.export(run, to.resolve(), merge=merge))}")
 
 
 @app.command()
@@ -135,7 +133,7 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="a run direct
     """Write report.html of a run again, from its log and metrics."""
     from apiary.report import write_report
 
-    typer.echo(f"report: {_shown(write_report(run))}")
+    typer.echo(f"report: {shown(write_report(run))}")
 
 
 @app.command()
@@ -169,11 +167,12 @@ def curate(
     for line in done.remarks:
         typer.echo(f"warning: {line}", err=True)
     typer.echo(standalone.table(done.curation))
-    typer.echo(f"written: {_shown(done.out.resolve())}   private page: {_shown(done.report.resolve())}")
+    typer.echo(f"written: {shown(done.out.resolve())}   private page: {shown(done.report.resolve())}")
 
 
 privacy_app = typer.Typer(help="Differential privacy: what a run would cost.", no_args_is_help=True)
 app.add_typer(privacy_app, name="privacy")
+app.add_typer(cli_deploy.app, name="deploy")
 
 
 @privacy_app.command("plan")
@@ -190,188 +189,11 @@ def privacy_plan(
         typer.echo(line)
 
 
-deploy_app = typer.Typer(help="Run a federation between machines: kits, processes, runs.", no_args_is_help=True)
-app.add_typer(deploy_app, name="deploy")
-
-ServerKit = Annotated[Path, typer.Argument(metavar="KIT", help="the server's folder, made by `apiary deploy init`")]
-State = Annotated[Path | None, typer.Option(help="folder of what must survive a restart; default KIT/state")]
-Sites = Annotated[list[str] | None, typer.Option("--site", help="name of a site; once for each")]
-
-
-@deploy_app.command("init")
-def deploy_init(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="new: will hold a folder for each")],
-    server: Annotated[str, typer.Option(metavar="HOST:PORT", help="where the sites reach the server")],
-    site: Sites = None,
-) -> None:
-    """Make the kits of a federation: certificates, keys, a folder for the server and for each site."""
-    from deploy import kits
-
-    for path in kits.init(folder, server, site or []):
-        typer.echo(f"written: {_shown(path.resolve())}")
-    typer.echo(f"keep {_shown((folder / 'ca' / 'ca.key').resolve())} offline: it signs servers of this federation")
-
-
-@deploy_app.command("add")
-def deploy_add(folder: Annotated[Path, typer.Argument(metavar="DIR")], site: Sites = None) -> None:
-    """Make the kits of further sites; a running server takes them up from its folder `sites`."""
-    from deploy import kits
-
-    for path in kits.add(folder, site or []):
-        typer.echo(f"written: {_shown(path.resolve())}")
-
-
-@deploy_app.command("renew")
-def deploy_renew(folder: Annotated[Path, typer.Argument(metavar="DIR")]) -> None:
-    """Write the server's certificate anew, for three years; needs the authority's key."""
-    from deploy import kits
-
-    typer.echo(f"written: {_shown(kits.renew(folder).resolve())}")
-
-
-@deploy_app.command("server")
-def deploy_server(
-    kit: ServerKit,
-    state: State = None,
-    bind: Annotated[str, typer.Option(help="this machine's address to listen on, at the kit's port")] = "0.0.0.0",
-) -> None:
-    """Serve a federation until SIGTERM or Ctrl-C."""
-    from deploy import kits, server
-
-    opened = kits.read(kit, "server")
-    raise typer.Exit(server.run(opened, (state or opened.folder / "state").resolve(), bind))
-
-
-@deploy_app.command("client")
-def deploy_client(
-    kit: Annotated[Path, typer.Argument(metavar="KIT", help="the site's folder, made by `apiary deploy init`")],
-    data: Annotated[Path, typer.Option(help="the site's rows: a file, or a folder of files")],
-    model: Annotated[
-        str | None, typer.Option(help="this site's place of the base; needed unless the run's is built in")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="such as cuda:1; default: as the run says")] = None,
-    port: Annotated[int | None, typer.Option(help="of 127.0.0.1, for its own processes; default: a free one")] = None,
-    max_epsilon: Annotated[
-        float | None,
-        typer.Option(help="refuse every run without record-level privacy of this epsilon or less"),
-    ] = None,
-    max_delta: Annotated[float, typer.Option(help="likewise, beside --max-epsilon")] = 1e-5,
-    state: State = None,
-) -> None:
-    """Take part as one site until SIGTERM or Ctrl-C."""
-    if max_epsilon is not None and not 0.0 < max_epsilon < math.inf:
-        raise UserError(f"--max-epsilon {max_epsilon:g}: expected a number above 0, such as 8")
-    if not 0.0 < max_delta < 1.0:
-        raise UserError(f"--max-delta {max_delta:g}: expected a number between 0 and 1, such as 1e-5")
-    from deploy import kits, site
-
-    opened = kits.read(kit, "site")
-    where = (state or opened.folder / "state").resolve()
-    raise typer.Exit(site.run(opened, where, site.Options(data, model, device, port, max_epsilon, max_delta)))
-
-
-@deploy_app.command("submit")
-def deploy_submit(
-    kit: ServerKit,
-    config: ConfigFile = None,
-    overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="the run directory; default runs/NAME-TIME")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on after the last finished round of --out")] = False,
-    detach: Annotated[bool, typer.Option("--detach", help="do not follow the run")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="print only errors and the final table")] = False,
-    state: State = None,
-) -> None:
-    """Start a run on the server of this machine, and follow it to its end."""
-    settings, folder = _settings(config, overrides, out, resume)
-    from apiary import trackers
-    from deploy import flower, kits, submit
-    from simulation.run import check_names
-
-    check_names(settings)
-    trackers.check(settings)
-    for line in () if quiet else submit.remarks(settings):
-        typer.echo(f"warning: {line}", err=True)
-    opened = kits.read(kit, "server")
-    where = (state or opened.folder / "state").resolve()
-    try:
-        run = submit.start(where, settings, folder, resume=resume)
-    except flower.FlowerError as error:
-        typer.echo(f"apiary: the run could not be started: {error}", err=True)
-        raise typer.Exit(1) from None
-    typer.echo(f"run {run} started: {_shown(folder)}")
-    if detach:
-        return
-    from apiary.progress import make_progress
-
-    try:
-        with make_progress(quiet) as observer:
-            failure = submit.follow(where, run, folder, [observer])
-    except KeyboardInterrupt:
-        typer.echo("apiary: no longer followed; the run goes on: apiary deploy status KIT", err=True)
-        raise typer.Exit(130) from None
-    except flower.FlowerError as error:
-        typer.echo(f"apiary: {error}", err=True)
-        raise typer.Exit(1) from None
-    if failure:
-        typer.echo(f"apiary: the run failed: {failure}", err=True)
-        raise typer.Exit(1)
-    from apiary.runlog import read_metrics
-
-    if (metrics := read_metrics(folder))["table"]:
-        _print_table(metrics)
-    typer.echo(f"report: {_shown(folder / 'report.html')}   adapter: {_shown(folder / 'adapter')}")
-
-
-@deploy_app.command("status")
-def deploy_status(kit: ServerKit, state: State = None) -> None:
-    """Print the sites, online or not, and the runs."""
-    from deploy import flower, kits, submit
-
-    opened = kits.read(kit, "server")
-    try:
-        for line in submit.describe((state or opened.folder / "state").resolve()):
-            typer.echo(line)
-    except flower.FlowerError as error:
-        typer.echo(f"apiary: the server cannot be asked: {error}", err=True)
-        raise typer.Exit(1) from None
-
-
 @app.command("config")
 def show_config() -> None:
     """Print every configuration key with its default and what it means."""
     for key, default, description in configs.describe():
         typer.echo(f"{key} = {default}\n    {description}")
-
-
-def _settings(
-    config: Path | None, overrides: list[str] | None, out: Path | None, resume: bool
-) -> tuple[configs.RunConfig, Path]:
-    """The configuration of a run, and its directory; of a run that goes on without a file, its own one."""
-    if resume and out is None:
-        raise UserError("--resume needs --out DIR: the run to go on with")
-    name = config.stem if config else "demo"
-    folder = (out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
-    stored = folder / "config.toml" if resume and config is None and (folder / "config.toml").exists() else config
-    return configs.load(stored, overrides or []), folder
-
-
-def _print_table(metrics: Mapping[str, Any]) -> None:
-    from apiary.report import table_plain, table_text
-
-    if sys.stdout.isatty():
-        from rich.console import Console
-
-        Console().print(table_text(metrics))
-    else:
-        typer.echo(table_plain(metrics))
-
-
-def _shown(path: Path) -> str:
-    """The path relative to here where it lies below, for shorter lines."""
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
 
 
 def main() -> None:

@@ -80,6 +80,29 @@ def inside(rows: Sequence[Example], config: RunConfig) -> tuple[Example, ...]:
     return tuple(row for row, n in zip(rows, stage_numbers(rows, config), strict=True) if n >= 0)
 
 
+def unlimited_buffers(clients: Iterable[Sequence[int]], config: RunConfig) -> list[str]:
+    """A warning where `continual.buffer` is a number of rows that most clients do not have: it then limits nothing.
+
+    Args:
+        clients: the rows of each client in each stage.
+        config: the run.
+    """
+    buffer = config.continual.buffer
+    if buffer < 1:
+        return []
+    # Under "poisson" the chance is that number over all rows; a reservoir only ever holds those of earlier stages.
+    last = None if config.continual.policy == "poisson" else -1
+    rows = [sum(counts[:last]) for counts in clients]
+    free = [n for n in rows if n <= int(buffer)]
+    if len(free) <= len(rows) / 2:  # a limit for the larger ones
+        return []
+    who = "every client" if len(free) == len(rows) else f"{len(free)} of {len(rows)} clients"
+    return [
+        f"continual.buffer = {buffer:g}: {who} would keep all rows of earlier stages, {max(free):,} at most, so it "
+        "is no limit; lower it, or give a share below 1, such as 0.1"
+    ]
+
+
 def _check(federation: Federation, config: RunConfig, whole: bool) -> None:
     stages, by = config.continual.stages, config.continual.by
     found = {task_of(example, config) for client in federation.clients for example in client.train} - {""}

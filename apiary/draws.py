@@ -14,8 +14,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from apiary.config import RunConfig, UserError
-from apiary.privacy import Accountant, Mechanism, calibrate, sample_rate
+from apiary.privacy import Accountant, Mechanism, calibrate, epsilon, sample_rate
 from apiary.stages import stage_of
+
+_LIKELY = 3  # clients that the accountant compares
 
 
 class Draw(NamedTuple):
@@ -82,19 +84,100 @@ def histories(config: RunConfig, rows: Sequence[int], noise: float, rounds: int 
     return [[one[cohort] for one in met if cohort in one] for cohort in cohorts]
 
 
+def cost(
+    config: RunConfig, rows: Sequence[int], noise: float, accountant: Accountant, rounds: int | None = None
+) -> float:
+    """The epsilon of a client's worst-off rows after so many rounds (all of them where None).
+
+    Raises:
+        UserError: as `draw`.
+    """
+    found = histories(config, rows, noise, rounds)
+    return max((epsilon(history, config.privacy.delta, accountant) for history in found), default=0.0)
+
+
 def check(config: RunConfig, clients: Iterable[Sequence[int]]) -> None:
-    """Check that every client has the rows that the promise of a run needs.
+    """Check that every client has the rows that the promise of a run needs, and can train a round at least.
 
     Args:
         config: the run.
         clients: the rows of each client in each stage.
 
     Raises:
-        UserError: the first client that has not.
+        UserError: the first client that has not, or noise that breaks the budget before anything is trained.
     """
-    if config.privacy.unit == "record":
-        for rows in clients:
-            histories(config, rows, noise=1.0)
+    if config.privacy.unit != "record":
+        return
+    each = list(clients)
+    for rows in each:
+        histories(config, rows, noise=1.0)
+    noise, privacy = config.privacy.noise_multiplier, config.privacy
+    if noise is None or not each:
+        return
+    rows = each[worst(config, each, first=True)]
+    first = _first_round(config, rows)
+    after = cost(config, rows, noise, privacy.accountant, first)
+    if after > privacy.epsilon:
+        raise UserError(
+            f"privacy.noise_multiplier = {noise:g}: epsilon after round {first} would be {after:.3g}, above "
+            f"privacy.epsilon = {privacy.epsilon:g}; {_enough(config, each)}"
+        )
+
+
+def short_budget(config: RunConfig, clients: Sequence[Sequence[int]]) -> list[str]:
+    """A warning where the noise that is set lasts some clients for fewer rounds than are planned.
+
+    Args:
+        config: the run, which `check` has passed.
+        clients: the rows of each client in each stage.
+    """
+    noise, privacy = config.privacy.noise_multiplier, config.privacy
+    if privacy.unit != "record" or noise is None or not clients:
+        return []
+    rows = clients[worst(config, clients)]
+    within, beyond = 0, config.rounds + 1
+    while beyond - within > 1:
+        middle = (within + beyond) // 2
+        kept = cost(config, rows, noise, privacy.accountant, middle) <= privacy.epsilon
+        within, beyond = (middle, beyond) if kept else (within, middle)
+    if within == config.rounds:
+        return []
+    return [
+        f"privacy.noise_multiplier = {noise:g}: privacy.epsilon = {privacy.epsilon:g} lasts for {within} of "
+        f"{config.rounds} rounds at a client of {sum(rows):,} rows, which then stops; {_enough(config, clients)}"
+    ]
+
+
+def worst(config: RunConfig, clients: Sequence[Sequence[int]], *, first: bool = False) -> int:
+    """Which client's rows pay most for the same noise, in all rounds or in the `first` that it has rows for.
+
+    Raises:
+        UserError: as `draw`.
+    """
+    rounds = [_first_round(config, rows) if first else config.rounds for rows in clients]
+
+    def rough(client: int) -> float:
+        """About what epsilon is the root of, for nothing; the accountant then judges the nearest few."""
+        found = histories(config, clients[client], 1.0, rounds[client])
+        return max((sum(run.sample_rate**2 * run.steps for run in history) for history in found), default=0.0)
+
+    likely = sorted(range(len(clients)), key=rough, reverse=True)[:_LIKELY]
+    if len(likely) == 1:
+        return likely[0]
+    return max(likely, key=lambda client: cost(config, clients[client], 1.0, "rdp", rounds[client]))
+
+
+def _first_round(config: RunConfig, rows: Sequence[int]) -> int:
+    """The first round for which a client has rows; the last where it has none."""
+    numbers = range(1, config.rounds + 1)
+    return next((number for number in numbers if draw(config, rows, number)), config.rounds)
+
+
+def _enough(config: RunConfig, clients: Sequence[Sequence[int]]) -> str:
+    """What noise keeps all clients to the budget, rounded up."""
+    needed = least_noise(config, clients[worst(config, clients)])
+    digits = 2 - math.floor(math.log10(needed))
+    return f"at least {math.ceil(needed * 10**digits) / 10**digits:g} keeps it for all {config.rounds} rounds"
 
 
 def noise_multiplier(config: RunConfig, rows: Sequence[int]) -> float:
@@ -103,9 +186,16 @@ def noise_multiplier(config: RunConfig, rows: Sequence[int]) -> float:
     Raises:
         UserError: as `draw`, or no noise keeps to the budget.
     """
+    return least_noise(config, rows) if config.privacy.noise_multiplier is None else config.privacy.noise_multiplier
+
+
+def least_noise(config: RunConfig, rows: Sequence[int]) -> float:
+    """The least noise that keeps each row to `privacy.epsilon` over all rounds planned, whatever is set.
+
+    Raises:
+        UserError: as `draw`, or no noise keeps to the budget.
+    """
     privacy = config.privacy
-    if privacy.noise_multiplier is not None:
-        return privacy.noise_multiplier
     found = [_merged(history) for history in histories(config, rows, 1.0)]
     if not found:
         raise UserError("privacy.unit = 'record': there are no rows to protect in any stage")

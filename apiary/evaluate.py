@@ -19,6 +19,7 @@ from apiary.prompts import Template
 from apiary.tensors import StateDict, derive_seed
 
 Floats = NDArray[np.float64]
+_FEWEST_PAIRS = 10  # examples: of fewer a bootstrap interval is too narrow to rest a claim on
 
 
 class HeldOut(NamedTuple):
@@ -121,10 +122,9 @@ def _evenly(examples: Sequence[Example], config: RunConfig) -> list[Example]:
     return [examples[i] for i in sorted(rng.choice(len(examples), limit, replace=False))]
 
 
-def measure(lm: LanguageModel, adapter: StateDict | None, held_out: HeldOut, config: RunConfig) -> Measured:
-    """Loss, and with `evaluate.generate` exact-match accuracy, of an adapter (None: as the model now stands)."""
-    if adapter is not None:
-        set_adapter(lm, adapter)
+def measure(lm: LanguageModel, adapter: StateDict, held_out: HeldOut, config: RunConfig) -> Measured:
+    """Loss, and with `evaluate.generate` exact-match accuracy, of an adapter, which the model holds from then on."""
+    set_adapter(lm, adapter)
     nats, tokens = ModelProbe(lm).losses(held_out.corpus)
     if not config.evaluate.generate:
         return Measured(nats, tokens.astype(np.float64), None)
@@ -229,6 +229,36 @@ def table_row(method: str, run: Measured, seed: int) -> dict[str, Any]:
         "n": len(run.nats),
         "ci95": {"loss": list(interval(run.nats, run.tokens, seed=seed)), "accuracy": hits},
     }
+
+
+def differences(runs: Mapping[str, Measured], seed: int, method: str = "federated") -> dict[str, dict[str, Any]]:
+    """How far the loss of a method lies from each other one's, example by example: the `paired` part of metrics.json.
+
+    Whole examples are drawn, each with both of its losses, so that what makes one hard for both models cancels out
+    (paired bootstrap, Koehn 2004). Two intervals that overlap may well hide a difference that this one shows.
+
+    Args:
+        runs: every method on the same held-out examples.
+        seed: of the resampling.
+        method: the one that is compared.
+
+    Returns:
+        By other method `difference` (nats per response token, below 0 where `method` is better), its 95% interval
+        `ci95` (None for fewer than 10 examples, or a loss that is not a number) and `n`.
+    """
+    ours = runs[method]
+    found = {}
+    for name, run in runs.items():
+        if name == method:
+            continue
+        values = ours.nats - run.nats
+        sound = len(values) >= _FEWEST_PAIRS and bool(np.isfinite(values).all())
+        found[name] = {
+            "difference": ours.loss - run.loss,
+            "ci95": list(interval(values, ours.tokens, seed=seed)) if sound else None,
+            "n": len(values),
+        }
+    return found
 
 
 def by_kind(

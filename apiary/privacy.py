@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from apiary.config import PrivacyConfig, UserError
 from apiary.noise import KEY_FILE, load_key
-from apiary.runlog import write_atomic
+from apiary.runlog import for_owner, write_atomic
 
 if TYPE_CHECKING:
     from apiary.exchange import Spent
@@ -304,7 +304,7 @@ def _locked(path: Path) -> Iterator[None]:
     import fcntl
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{path.name}.lock").open("w") as file:
+    with open(path.with_name(f".{path.name}.lock"), "w", opener=for_owner) as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # ends with the file, or the process
         yield
 
@@ -352,4 +352,4 @@ def save_ledger(path: Path, ledger: Ledger) -> None:
         OSError: the disk is full or the folder read-only; the older ledger stays.
     """
     entries = [{**entry._asdict(), "rates": dict(entry.rates)} for entry in ledger.entries]
-    write_atomic(path, json.dumps({"schema": SCHEMA, "entries": entries}, indent=1) + "\n")
+    write_atomic(path, json.dumps({"schema": SCHEMA, "entries": entries}, indent=1) + "\n", private=True)

@@ -44,7 +44,9 @@ class State:
     round_tokens: float = 0.0
     rate: float | None = None  # trained tokens per second
     train_loss: float | None = None
-    losses: tuple[float, ...] = ()  # held-out, in order
+    losses: tuple[float, ...] = ()  # held-out, in order: the last one, and the one before if the rows are the same
+    own: tuple[str, ...] = ()  # sites on whose own rows the loss is measured; none where it is on the server's
+    first: tuple[int, float] | None = None  # round and loss of the first measurement on these rows
     bytes_up: int = 0
     bytes_down: int = 0
     ends: tuple[float, ...] = ()  # when rounds began or ended, newest last
@@ -114,10 +116,18 @@ def _round(state: State, event: Event) -> dict[str, Any]:
 
 
 def _evaluate(state: State, event: Event) -> dict[str, Any]:
+    changes: dict[str, Any] = {"bytes_down": state.bytes_down + (event.get("bytes_evaluate") or 0)}
     loss = event.get("loss")
-    return {
-        "losses": state.losses if loss is None else (*state.losses, loss)[-2:],
-        "bytes_down": state.bytes_down + (event.get("bytes_evaluate") or 0),
+    own: tuple[str, ...] = ()
+    if loss is None and event.get("clients"):
+        loss, own = event.get("clients_loss"), tuple(sorted(map(clean, event["clients"])))
+    if loss is None:
+        return changes
+    same = own == state.own  # other sites, other rows: a change of the loss would tell nothing
+    return changes | {
+        "losses": (*(state.losses if same else ()), loss)[-2:],
+        "own": own,
+        "first": state.first if same and state.first else (event["round"], loss),
     }
 
 
@@ -224,8 +234,21 @@ def _refusals(state: State) -> str:
 def _held_out(state: State) -> str:
     if not state.losses:
         return "not measured yet"
-    change = f" ({change_text(state.losses[-1] - state.losses[-2])})" if len(state.losses) > 1 else ""
-    return f"{loss_text(state.losses[-1])}{change} nats per token"
+    where = " on each site's own held-out rows" if state.own else ""
+    return f"{loss_text(state.losses[-1])}{_change(state)} nats per token{where}{_since_first(state)}"
+
+
+def _change(state: State) -> str:
+    return f" ({change_text(state.losses[-1] - state.losses[-2])})" if len(state.losses) > 1 else ""
+
+
+def _since_first(state: State) -> str:
+    """By how much the loss on the sites' rows fell in all; the table says it of the server's."""
+    if not state.own or state.first is None or len(state.losses) < 2:
+        return ""
+    number, loss = state.first
+    since = f"round {number}" if number else "before training"
+    return f", {change_text(state.losses[-1] - loss)} since {since}"
 
 
 def _clock(state: State, now: float) -> str:
@@ -262,7 +285,7 @@ def line(state: State, event: Event) -> str | None:
         case "stop":
             return f"stopped after round {event['round']}: {clean(event['reason'])}"
         case "finish":
-            return f"finished in {seconds_text(event.get('seconds'))}"
+            return f"finished in {seconds_text(event.get('seconds'))}" + _result(state)
     return None
 
 
@@ -280,12 +303,35 @@ def _round_line(state: State, event: Event) -> str:
     return f"round {event['round']}/{state.rounds}: " + ", ".join(parts)
 
 
-def _evaluate_line(state: State, event: Event) -> str:
+def _evaluate_line(state: State, event: Event) -> str | None:
     where = f"round {event['round']}/{state.rounds}" if event["round"] else "before training"
-    change = f" ({change_text(state.losses[-1] - state.losses[-2])})" if len(state.losses) > 1 else ""
+    if event.get("loss") is None and "clients" in event:
+        return f"{where}: {_own_rows(state, event)}"
+    if "loss" not in event:
+        why = "the server has no data.test, and sites are not asked for theirs"
+        return None if event["round"] else f"{where}: held-out loss not measured: {why}"
     low, high = event.get("ci95") or (None, None)
     interval = f", 95% interval {loss_text(low)} to {loss_text(high)}" if low is not None else ""
-    return f"{where}: held-out loss {loss_text(event.get('loss'))}{change} nats per token{interval}"
+    return f"{where}: held-out loss {loss_text(event.get('loss'))}{_change(state)} nats per token{interval}"
+
+
+def _own_rows(state: State, event: Event) -> str:
+    """What the sites tell of their own held-out rows: the loss over all of them, and of each site if these are few."""
+    losses = {clean(name): loss for name, loss in event["clients"].items()}
+    few = tuple(clean(name) for name in event.get("clients_few") or ())
+    parts = [f"too few held-out rows to tell a loss: {_names(few)}"] if few else []
+    if losses:
+        each = ", ".join(f"{name} {loss_text(loss)}" for name, loss in losses.items())
+        told = f": {each}" if len(losses) <= _NAMED else f" at {len(losses)} sites"
+        loss = f"{loss_text(event.get('clients_loss'))}{_change(state)} nats per token"
+        parts.insert(0, f"loss on each site's own held-out rows {loss}{told}")
+    return "; ".join(parts) or "no site told a loss on its own held-out rows"
+
+
+def _result(state: State) -> str:
+    if not state.own or not state.losses:
+        return ""
+    return f"; loss on each site's own held-out rows {loss_text(state.losses[-1])} nats per token{_since_first(state)}"
 
 
 class Lines:

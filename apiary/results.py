@@ -15,6 +15,8 @@ from apiary.evaluate import Measured
 from apiary.examples import Example, Turn
 from apiary.models import LanguageModel
 from apiary.prompts import Template
+from apiary.report import sites, verdict
+from apiary.report.data import parse_metrics
 from apiary.tensors import StateDict
 
 _WEIGHTS = "adapter_model.safetensors"
@@ -129,6 +131,8 @@ def score(tuned: Tuned, source: str) -> tuple[dict[str, Measured], list[str]]:
             f"{measured} of {everything} examples are measured: evaluate.max_examples = "
             f"{config.evaluate.max_examples}, and {held_out.left_out} that do not fit prompt.max_tokens are left out"
         )
+    if config.privacy.unit != "none" and (alone or central is not None):
+        remarks.append("local and central were trained without noise, federated with it: not like with like")
     return evaluate.compare(lm, held_out, config, adapter, alone, central).rows, remarks
 
 
@@ -269,8 +273,13 @@ def _base_path(name: str) -> str:
 def _card_table(metrics: Mapping[str, Any] | None) -> list[str]:
     if not metrics:
         return []
+    parsed = parse_metrics(metrics)
+    remarks = [line for line in (verdict.not_alike(parsed), sites.how_far(parsed)) if line]
+    below = ["", " ".join(remarks)] if remarks else []
+    if not metrics["table"]:
+        return below
     rows = ["", "| | held-out loss (nats per response token) | exact match |", "|---|---|---|"]
     for row in metrics["table"]:
         accuracy = "" if row["accuracy"] is None else f"{100 * row['accuracy']:.1f}%"
         rows.append(f"| {row['method']} | {row['loss']:.3f} | {accuracy} |")
-    return rows
+    return rows + below

@@ -240,8 +240,13 @@ def write_atomic(path: Path, content: str | bytes, *, private: bool = False) -> 
     _sync_folder(path.parent)
 
 
+def for_owner(path: str, flags: int) -> int:
+    """An opener for `open` whose new files are for their owner's eyes only."""
+    return os.open(path, flags, 0o600)
+
+
 def _private(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_EXCL, 0o600)
+    return for_owner(path, flags | os.O_EXCL)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -142,7 +142,8 @@ def row(setting: Setting, name: str, visit: Visit, **more: float) -> dict[str, A
 def compare(config: RunConfig, epsilons: list[float]) -> list[dict[str, Any]]:
     """All rows of one seed: untuned, not private, no noise, and each epsilon."""
     setting = open_setting(config)
-    base = evaluate.measure(setting.lm, None, setting.held_out, config)
+    untuned = models.fresh_adapter(setting.lm, config.seed)  # not None: the model still holds the last seed's
+    base = evaluate.measure(setting.lm, untuned, setting.held_out, config)
     rows: list[dict[str, Any]] = [
         {"seed": config.seed, "method": "base", "loss": round(base.loss, 4), "accuracy": base.accuracy}
     ]

@@ -18,7 +18,8 @@ from flwr.app import Context, RecordDict
 from flwr.common.constant import NUM_PARTITIONS_KEY, PARTITION_ID_KEY
 
 from apiary import config as configs
-from apiary import continual, examples, records
+from apiary import continual, draws, examples, records
+from apiary.config import UserError
 from client import memory
 from client.worker import Site, Worker
 
@@ -68,6 +69,7 @@ def answer(
 
 def _ask(worker: Worker, site: Site, kind: str, content: RecordDict) -> RecordDict:
     if kind == records.HELLO:
+        _check_promise(worker, site)
         return records.hello_reply(worker.hello(site))
     number, payload = records.read_request(content)
     if kind == "train":
@@ -75,6 +77,18 @@ def _ask(worker: Worker, site: Site, kind: str, content: RecordDict) -> RecordDi
     if kind == "evaluate":
         return records.score_reply(site.client, worker.evaluate(site, payload))
     raise ValueError(f"no answer to messages of type {kind!r}")
+
+
+def _check_promise(worker: Worker, site: Site) -> None:
+    """Check that the run can keep its promise to the site's rows; what else would be said follows from public numbers.
+
+    Raises:
+        Refusal: it cannot, or not for a single round.
+    """
+    try:
+        draws.check(worker.config, [continual.rows_by_stage(site.train, worker.config)])
+    except UserError as error:
+        raise Refusal(str(error)) from None
 
 
 def _reason(error: Exception, folder: Path | None) -> str:

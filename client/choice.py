@@ -72,7 +72,7 @@ def choose(
         _log.warning("%s: %s", context.client, line)
     folder.mkdir(parents=True, exist_ok=True)
     values = {"digest": digest, "kept": new.kept, "dropped": new.dropped}
-    write_atomic(_path(folder, number), json.dumps(values))
+    write_atomic(_path(folder, number), json.dumps(values), private=True)
     for old in sorted([*made, number])[:-_KEPT]:
         _path(folder, old).unlink(missing_ok=True)
     return Choice(new.examples, Curated(len(rows), len(new.rows), new.dropped), number)

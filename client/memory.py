@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from apiary.runlog import finite, write_atomic
+from apiary.runlog import finite, for_owner, write_atomic
 from client.trainer import Cursor, Observer, StepRecord
 
 
@@ -55,7 +55,7 @@ def save(folder: Path, memory: Memory, keep: int = 3) -> None:
     if any(number > memory.round for number in _rounds(folder)):
         return
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(_path(folder, memory.round), json.dumps(memory._asdict()))
+    write_atomic(_path(folder, memory.round), json.dumps(memory._asdict()), private=True)
     for old in sorted(_rounds(folder))[:-keep]:
         _path(folder, old).unlink(missing_ok=True)
 
@@ -68,7 +68,7 @@ def step_log(folder: Path, number: int) -> Observer:
     folder.mkdir(parents=True, exist_ok=True)
 
     def observe(record: StepRecord) -> None:
-        with (folder / "steps.jsonl").open("a", encoding="utf-8") as file:
+        with open(folder / "steps.jsonl", "a", encoding="utf-8", opener=for_owner) as file:
             file.write(json.dumps(finite({"round": number, **record._asdict()})) + "\n")
 
     return observe

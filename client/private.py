@@ -284,8 +284,9 @@ def released(folder: Path, number: int, request: str, make: Callable[[], FitResu
     if not path.exists():
         result = make()
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, pack(dict(result.delta), {"report": json.dumps(result.report._asdict())}))
-        write_atomic(folder / _ANSWERED, "".join(f"{name}\n" for name in [*_answered(folder), request]))
+        write_atomic(path, pack(dict(result.delta), {"report": json.dumps(result.report._asdict())}), private=True)
+        names = "".join(f"{name}\n" for name in [*_answered(folder), request])
+        write_atomic(folder / _ANSWERED, names, private=True)
         by_age = sorted(folder.glob("release-*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
         for old in by_age[:-_KEPT]:
             old.unlink(missing_ok=True)

@@ -26,9 +26,9 @@ from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from apiary import config as configs
-from apiary import continual, examples, models, templates
+from apiary import continual, examples, models, preflight, templates
 from apiary.config import Method, RunConfig, UserError
-from apiary.examples import sources
+from apiary.preflight import Rows
 from client import answers, remote
 from client.remote import Envelope
 from client.worker import Site, Worker
@@ -207,17 +207,22 @@ def _read_site(config: RunConfig, facts: Facts, run: str) -> Site:
     return Site(facts.client, client.train, client.test, folder, facts.state / "ledger.json", rank)
 
 
-def check(facts: Facts) -> int:
-    """The rows found in the site's data.
+def check(facts: Facts) -> Rows:
+    """What was found of the site's rows, once all that its operator says is known to be usable.
 
     Raises:
-        UserError: nothing there, or nothing that can be read; or limits that limit nothing.
+        UserError: no run could use the data, the model or the device; or limits that limit nothing.
     """
     if facts.max_epsilon is not None and not 0.0 < facts.max_epsilon < math.inf:
         raise UserError(f"--max-epsilon {facts.max_epsilon:g}: expected a number above 0, such as 8")
     if not 0.0 < facts.max_delta < 1.0:
         raise UserError(f"--max-delta {facts.max_delta:g}: expected a number between 0 and 1, such as 1e-5")
-    return sum(len(file.rows) for file in sources.load(str(facts.data), key="--data"))
+    if facts.device:
+        preflight.check_device(facts.device, "--device")
+    if facts.model:
+        preflight.check_model(facts.model, "--model")
+    # A site that insists on privacy takes no `data.columns` from a run.
+    return preflight.check_rows(str(facts.data), "--data", columns_may_be_named=facts.max_epsilon is None)
 
 
 def make_server(service: Service, address: str) -> grpc.Server:
@@ -251,7 +256,7 @@ def _arguments(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Serve until the process is ended; exit code 2 with one line where the data cannot be read."""
+    """Serve until the process is ended; exit code 2 with one line where data, model or device cannot be used."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)  # at once: nothing is half-written, and a message is asked again
     given = _arguments()
@@ -268,7 +273,9 @@ def main() -> None:
         sys.exit(2)
     server = make_server(Service(facts), given.address)
     server.start()
-    _log.info("worker ready, %d rows", rows)
+    for line in rows.warnings:
+        _log.warning("warning: %s", line)
+    _log.info("worker ready, %d rows", rows.total)
     server.wait_for_termination()
 
 

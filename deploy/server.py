@@ -18,6 +18,7 @@ from deploy.kits import Kit
 from deploy.processes import Kept
 
 _RUNNING, _NODES = "running.json", "nodes.json"
+_NODES_VARIABLE = "APIARY_NODES"  # tells the runs' own processes where the latter is: they name a site by it
 _KEY_IS_KNOWN, _NODE_IS_GONE = "[code: 23]", "[code: 24]"
 _START_S = 120.0
 _KEYS_S = 5.0  # how often the folder of public keys is looked at
@@ -98,7 +99,8 @@ def _superlink(kit: Kit, state: Path, port: int) -> Kept:
         *("--database", str(state / flower.DATABASE)),
         "--disable-runtime-dependency-installation",
     ]
-    return Kept(command, processes.environment(state), state, state / "superlink.log")
+    environment = {**processes.environment(state), _NODES_VARIABLE: str(state / _NODES)}
+    return Kept(command, environment, state, state / "superlink.log")
 
 
 def _door(kit: Kit, state: Path, port: int, bind: str) -> Kept:

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -116,22 +117,29 @@ def _check(kit: Kit, options: Options) -> None:
     flower.check_trust(kit.folder / kits.CA)
     if options.port is not None:
         processes.check_port("127.0.0.1", options.port, f"--port {options.port}")
-    if not options.data.exists():
+    if not _is_there(options.data, Path.exists):
         raise UserError(f"--data {str(options.data)!r}: no such file or folder")
     model = options.model
-    if model and (model.startswith(("/", ".", "~"))) and not Path(model).expanduser().is_dir():
+    if model and (model.startswith(("/", ".", "~"))) and not _is_there(Path(model), Path.is_dir):
         raise UserError(f"--model {model!r}: no such folder")
+
+
+def _is_there(path: Path, kind: Callable[[Path], bool]) -> bool:
+    try:
+        return kind(path.expanduser())
+    except (OSError, RuntimeError):  # in a folder closed to us, a name that no file system takes, of nobody's home
+        return False
 
 
 def _worker(kit: Kit, state: Path, options: Options, address: str) -> Kept:
     command = [
         *(sys.executable, "-P", "-m", "client.service"),
         *("--address", address, "--site", kit.site),
-        *("--data", str(options.data.resolve()), "--state", str(state)),
+        *("--data", str(options.data.expanduser().resolve()), "--state", str(state)),
     ]
     if options.model:
-        local = Path(options.model).expanduser()
-        command += ["--model", str(local.resolve()) if local.is_dir() else options.model]
+        local = _is_there(Path(options.model), Path.is_dir)
+        command += ["--model", str(Path(options.model).expanduser().resolve()) if local else options.model]
     if options.device:
         command += ["--device", options.device]
     if options.max_epsilon is not None:

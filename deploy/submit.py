@@ -7,7 +7,7 @@ import re
 import secrets
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from apiary import config as configs
 from apiary import runlog
 from apiary.config import RunConfig, UserError
 from apiary.runlog import Event, Observer
+from apiary.units import seconds_text
 from deploy import bundle, flower, kits, server
 
 _LOOK_S, _ASK_S = 0.5, 20.0  # how often the run's log is read, and Flower is asked whether the run is alive
@@ -23,7 +24,9 @@ _LOST_S = 60.0  # how long the server may give no answer
 _SHOWN = 20  # runs
 _APP = "apiary-run"  # the folder that Flower bundles
 _ID = "run-id"  # in a run directory: what tells it from others of its name
+_FIRST = (_ID, "config.toml", runlog.LOG_FILE)  # all that is in a run directory before the first checkpoint
 _STARTED = "started"  # folder of the server's state: the newest of Flower's runs for each run directory
+_DIRECTORIES = "directories"  # folder of the server's state: where each of Flower's runs writes
 _GOING = ("pending", "starting", "running")  # as Flower calls it
 _NAME = re.compile(r"[^A-Za-z0-9._-]+")
 _LONGEST = 90  # characters of a run's name; sites take 100, and the id follows
@@ -39,12 +42,13 @@ def start(state: Path, config: RunConfig, out: Path, *, resume: bool = False) ->
         resume: go on after the last finished round in `out`.
 
     Raises:
-        UserError: no server is running, no site is online, `out` does not fit, or a run still writes it.
+        UserError: no server is running, no site is online, the configuration cannot be run here, `out` does not fit,
+            or a run still writes it.
         flower.FlowerError: the SuperLink refused the run.
     """
     server.port_of(state)
-    check(config)
     check_folder(config, out, resume)
+    check(config)
     online = [name for name, status in sites(state).items() if status == "online"]
     if not online:
         raise UserError("no site is online: start `apiary deploy client` there first")
@@ -52,7 +56,7 @@ def start(state: Path, config: RunConfig, out: Path, *, resume: bool = False) ->
     deadline = time.monotonic() + _PATIENCE_S
     while True:
         try:
-            return _start_alone(state, config, out, expected)
+            return _start_alone(state, config, out, expected, resume)
         except StillGoing:
             if time.monotonic() > deadline:
                 raise
@@ -63,7 +67,9 @@ class StillGoing(UserError):
     """A run in the same directory has not ended."""
 
 
-def _start_alone(state: Path, config: RunConfig, out: Path, expected: int) -> str:
+def _start_alone(state: Path, config: RunConfig, out: Path, expected: int, resume: bool) -> str:
+    if not resume and _failed_at_once(out):
+        _clear(state, out)
     with _reserved(out) as number:
         known = state / _STARTED / number
         _check_earlier(state, known, out)
@@ -74,9 +80,23 @@ def _start_alone(state: Path, config: RunConfig, out: Path, expected: int) -> st
             "expected": expected,
         }
         run = _start(state, values)
-        known.parent.mkdir(mode=0o700, exist_ok=True)
-        runlog.write_atomic(known, f"{run} {server.port_of(state)}\n")
+        where = state / _DIRECTORIES / run
+        for path, text in ((known, f"{run} {server.port_of(state)}\n"), (where, f"{out}\n")):
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            runlog.write_atomic(path, text)
     return run
+
+
+def _clear(state: Path, out: Path) -> None:
+    """Take away what a run left that failed before its first checkpoint, with its id: the next is another to sites.
+
+    Raises:
+        StillGoing: somebody goes on with it.
+    """
+    with _reserved(out) as number:
+        _check_earlier(state, state / _STARTED / number, out)
+        for name in _FIRST:
+            (out / name).unlink(missing_ok=True)
 
 
 def _check_earlier(state: Path, known: Path, out: Path) -> None:
@@ -135,16 +155,21 @@ def _still_going(out: Path, which: str) -> StillGoing:
 
 
 def check(config: RunConfig) -> None:
-    """Check that sites can take this run.
+    """Check that sites can take this run, and that this machine can.
 
     Raises:
-        UserError: it names a template file, which no site would open.
+        UserError: it names a template file, which no site would open; or the server has not the model, the device or
+            the held-out rows.
     """
-    from apiary import templates  # here, for `status` needs no torch
+    from apiary import examples, preflight, templates  # here, for `status` needs no torch
 
     if config.prompt.template not in templates.BUILTIN:
         known = ", ".join(templates.BUILTIN)
         raise UserError(f"prompt.template = {config.prompt.template!r}: sites take the built-in ones alone ({known})")
+    preflight.check_device(config.model.device, "model.device =")
+    preflight.check_model(config.model.name, "model.name =", config.model.revision)
+    if config.data.test is not None:
+        examples.read(config.data.test, split="test", columns=config.data.columns, key="data.test")
 
 
 def remarks(config: RunConfig) -> list[str]:
@@ -165,13 +190,23 @@ def check_folder(config: RunConfig, out: Path, resume: bool) -> None:
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"{str(out)!r} is a file; choose another --out")
-    if not resume and out.exists() and any(path.name != _ID for path in out.iterdir()):
+    if not resume and out.exists() and not (_names(out) <= {_ID} or _failed_at_once(out)):
         raise UserError(f"{str(out)!r} is not empty: add --resume to go on with that run, or choose another --out")
     if resume:
         if not (out / "config.toml").exists():
             raise UserError(f"--resume: {str(out)!r} holds no run (no config.toml)")
         if configs.load(out / "config.toml") != config:
             raise UserError("--resume: the configuration differs from the run's own; leave CONFIG and -s away")
+
+
+def _names(out: Path) -> set[str]:
+    return {path.name for path in out.iterdir() if not runlog.is_draft(path)}
+
+
+def _failed_at_once(out: Path) -> bool:
+    """Whether all that is in a run directory is a run that failed before its first checkpoint."""
+    events = _events(out)
+    return bool(events) and events[-1]["event"] == "failed" and _names(out) <= set(_FIRST)
 
 
 def run_name(text: str) -> str:
@@ -185,12 +220,11 @@ def follow(state: Path, run: str, out: Path, observers: Iterable[Observer]) -> s
     Raises:
         flower.FlowerError: the server has not answered for a minute, and the log tells no end.
     """
-    known = sum(1 for _ in _events(out))  # of the part before, in a resumed run
     asked = answered = time.monotonic()
     failure: str | None = None
+    known = 0
     while True:
-        events = _events(out)
-        known = min(known, len(events))  # a resumed run cuts what it tells again
+        events = _events_of(out, run)
         for event in events[known:]:
             for observer in observers:
                 observer(event)
@@ -208,13 +242,20 @@ def follow(state: Path, run: str, out: Path, observers: Iterable[Observer]) -> s
             asked = time.monotonic()
             if status != "unknown":
                 answered = asked
-            elif asked - answered > _LOST_S and not _events(out)[known:]:
+            elif asked - answered > _LOST_S and not _events_of(out, run)[known:]:
                 raise flower.FlowerError(
                     f"the server cannot be asked for {_LOST_S:g} s: is it gone? Once it is back, go on with --resume"
                 )
-            if status.startswith("finished") and not any(e["event"] == "finish" for e in _events(out)[known:]):
+            if status.startswith("finished") and not any(e["event"] == "finish" for e in _events_of(out, run)[known:]):
                 return f"the server's process ended ({status}); superlink.log in the state folder says more"
         time.sleep(_LOOK_S)
+
+
+def _events_of(out: Path, run: str) -> list[Event]:
+    """What one of Flower's runs has logged; its part begins with its start, wherever a resumed run has cut the log."""
+    events = _events(out)
+    starts = [i for i, event in enumerate(events) if event["event"] == "start" and event.get("run") == run]
+    return events[starts[-1] :] if starts else []
 
 
 def _events(out: Path) -> list[Event]:
@@ -261,7 +302,24 @@ def describe(state: Path) -> list[str]:
         flower.FlowerError: Flower cannot be asked.
     """
     server.port_of(state)
-    lines = [f"site {name}: {status}" for name, status in sites(state).items()]
-    for run in runs(state)[:_SHOWN]:
-        lines.append(f"run {run.get('run-id')}: {run.get('status')}, {run.get('elapsed', '')}".rstrip(", "))
-    return lines
+    there = sites(state)
+    online = sum(status == "online" for status in there.values())
+    lines = [f"{online} of {len(there)} sites online", *(f"site {name}: {status}" for name, status in there.items())]
+    found = runs(state)
+    if not found:
+        return [*lines, "no run yet"]
+    if len(found) > _SHOWN:
+        lines.append(f"{len(found)} runs; the newest {_SHOWN}:")
+    rows = [("run", "status", "time", "run directory"), *(_row(state, run) for run in found[:_SHOWN])]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return lines + ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
+def _row(state: Path, run: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    number, elapsed = str(run.get("run-id")), run.get("elapsed")
+    taken = seconds_text(float(elapsed) if isinstance(elapsed, int | float) else None)
+    try:
+        where = (state / _DIRECTORIES / number).read_text(encoding="utf-8").strip()
+    except OSError:
+        where = "not known"  # started by an earlier version, or by hand
+    return number, str(run.get("status")), taken, where

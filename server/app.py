@@ -24,7 +24,13 @@ from server.rounds import Evaluation, Progress, Rounds
 from strategies import AGGREGATORS, ServerState
 
 
-def prepare(config: RunConfig, folder: Path, log: RunLog, held_out: HeldOut | None) -> Rounds:
+def prepare(
+    config: RunConfig,
+    folder: Path,
+    log: RunLog,
+    held_out: HeldOut | None,
+    name_of: Callable[[int], str | None] = lambda node: None,
+) -> Rounds:
     """The rounds of a run, from its newest checkpoint in `folder` or from the start.
 
     Args:
@@ -32,6 +38,7 @@ def prepare(config: RunConfig, folder: Path, log: RunLog, held_out: HeldOut | No
         folder: the run directory.
         log: receives the events.
         held_out: the server's own held-out examples; None when it has none.
+        name_of: the name under which the server knows a node, where it knows one.
     """
     lm = models.load(config.model, config.adapter)
     template = prompts.make_template(config.prompt, lm.tokenizer)
@@ -50,6 +57,7 @@ def prepare(config: RunConfig, folder: Path, log: RunLog, held_out: HeldOut | No
         on_round=lambda state, progress: save(folder, config, state, progress),
         evaluate=_measure(lm, held_out.corpus, config.seed) if held_out else None,
         score_stages=continual.scorer(lm, held_out, config) if held_out else None,
+        name_of=name_of,
     )
 
 
@@ -86,7 +94,7 @@ def make_app(log: RunLog | None = None, held_out: HeldOut | None = None) -> Serv
         expected = int(values.get("expected", config.strategy.min_clients))
 
         def federate(log: RunLog, held_out: HeldOut | None) -> StateDict:
-            rounds = prepare(config, folder, log, held_out)
+            rounds = prepare(config, folder, log, held_out, deployed.site_name)
             adapter = rounds.run(grid, expected).model
             lm = models.load(config.model, config.adapter)
             results.save_adapter_folder(lm, adapter, folder / "adapter", config)
@@ -95,7 +103,7 @@ def make_app(log: RunLog | None = None, held_out: HeldOut | None = None) -> Serv
         if log is not None:
             federate(log, held_out)
         else:
-            deployed.run(config, folder, expected, federate)
+            deployed.run(config, folder, expected, federate, number=context.run_id)
 
     return app
 

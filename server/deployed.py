@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,15 +16,28 @@ from apiary.evaluate import HeldOut
 from apiary.examples import Federation
 from apiary.models import LanguageModel
 from apiary.report import write_report
+from apiary.report.sites import own_rounds
 from apiary.results import public_name
 from apiary.runlog import RunLog
 from apiary.tensors import StateDict
 from server import checkpoint
 
 Federate = Callable[[RunLog, HeldOut | None], StateDict]
+_NODES = "APIARY_NODES"  # in the environment: the file in which `apiary deploy server` keeps which site is which node
 
 
-def run(config: RunConfig, folder: Path, expected: int, federate: Federate) -> None:
+def site_name(node: int) -> str | None:
+    """The name under which a site's key was registered: empty for a node without one, None outside a deployment."""
+    if _NODES not in os.environ:
+        return None
+    try:
+        sites = json.loads(Path(os.environ[_NODES]).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    return next((name for name, entry in sites.items() if entry["node"] == str(node % 2**64)), "")
+
+
+def run(config: RunConfig, folder: Path, expected: int, federate: Federate, number: int = 0) -> None:
     """A whole run on the server of a deployment, from its newest checkpoint in `folder` or from the start.
 
     Args:
@@ -31,6 +46,7 @@ def run(config: RunConfig, folder: Path, expected: int, federate: Federate) -> N
         expected: clients that the first round waits for.
         federate: does the rounds, given the log and the server's held-out examples (None without `data.test`), and
             returns the final adapter.
+        number: Flower's own of the run, by which whoever follows it finds its part of the log.
 
     Raises:
         UserError: another process still writes the folder; nothing in it was touched.
@@ -43,11 +59,11 @@ def run(config: RunConfig, folder: Path, expected: int, federate: Federate) -> N
             stack.enter_context(runlog.hold(folder))
         except BlockingIOError:
             raise UserError(f"run folder {folder.name!r}: another process still writes it; wait for its end") from None
-        _run(config, folder, expected, federate, began)
+        _run(config, folder, expected, federate, number, began)
 
 
-def _run(config: RunConfig, folder: Path, expected: int, federate: Federate, began: float) -> None:
-    log = _open(config, folder, expected)
+def _run(config: RunConfig, folder: Path, expected: int, federate: Federate, number: int, began: float) -> None:
+    log = _open(config, folder, expected, number)
     try:
         held_out = _held_out(config, log)
         adapter = federate(log, held_out)
@@ -63,7 +79,7 @@ def _run(config: RunConfig, folder: Path, expected: int, federate: Federate, beg
         log.close()
 
 
-def _open(config: RunConfig, folder: Path, expected: int) -> RunLog:
+def _open(config: RunConfig, folder: Path, expected: int, number: int) -> RunLog:
     runlog.sweep(folder)
     runlog.write_atomic(folder / "config.toml", config.to_toml())
     found = checkpoint.load(folder / "checkpoints")
@@ -71,7 +87,8 @@ def _open(config: RunConfig, folder: Path, expected: int) -> RunLog:
     if (folder / runlog.LOG_FILE).exists():
         runlog.truncate_after(folder, done)
     log = RunLog(folder, [trackers.tracker(config, folder)] if config.log.trackers else [])
-    log.event("start", **runlog.start_fields(config), rounds=config.rounds, clients=expected, resumed=done)
+    start = runlog.start_fields(config)
+    log.event("start", **start, rounds=config.rounds, clients=expected, resumed=done, run=str(number))
     return log
 
 
@@ -106,13 +123,13 @@ def _summarise(config: RunConfig, folder: Path, adapter: StateDict, held_out: He
     events = runlog.read_events(folder)
     clients = {e["client"]: e for e in events if e["event"] == "handshake"}
     table: list[dict[str, Any]] = []
-    stages: dict[str, Any] = {}
+    more: dict[str, Any] = {}
     if held_out is not None:
         rows = evaluate.compare(_model(config)[0], held_out, config, adapter, {}, None).rows
         steps = sum(event["steps"] for event in events if event["event"] == "client")
         made = {"base": 0, "federated": steps}
         table = [{**evaluate.table_row(name, row, config.seed), "steps": made[name]} for name, row in rows.items()]
-        stages = continual.results(events, rows, held_out, config)
+        more = {"paired": evaluate.differences(rows, config.seed), **continual.results(events, rows, held_out, config)}
     return {
         "schema": runlog.SCHEMA,
         "run": folder.name,
@@ -120,7 +137,8 @@ def _summarise(config: RunConfig, folder: Path, adapter: StateDict, held_out: He
         "table": table,
         "clients": [_client(name, clients[name]) for name in sorted(clients)],
         "rounds": runlog.rounds_table(events),
-        **stages,
+        "sites": own_rounds(events),
+        **more,
         "curation": runlog.curation_counts(events),
         "privacy": claims.read(folder),
         **{key: value for key, value in runlog.start_fields(config).items() if key in ("machine", "versions")},

@@ -85,6 +85,8 @@ class Rounds(Strategy):
         evaluate: the loss of an adapter on the server's own held-out examples; None when the server has none.
         score_stages: an adapter's scores on the held-out examples of each stage, for a `stage` event before the first
             round and after the last one of each stage; None where that is not measured.
+        name_of: the name that a node's key is registered under, which it must then tell as its own; empty where a key
+            has none, and None where there are no keys, as in a simulation.
     """
 
     def __init__(
@@ -99,10 +101,12 @@ class Rounds(Strategy):
         on_round: Callable[[ServerState, Progress], None] = lambda state, progress: None,
         evaluate: Callable[[StateDict], Evaluation] | None = None,
         score_stages: Callable[[StateDict], Mapping[str, Any]] | None = None,
+        name_of: Callable[[int], str | None] = lambda node: None,
     ) -> None:
         self.config, self.aggregator, self.fingerprint, self.state = config, aggregator, fingerprint, state
         self.progress = progress or Progress()
         self._log, self._on_round, self._evaluate, self._score_stages = log, on_round, evaluate, score_stages
+        self._name_of = name_of
         self._members: dict[str, _Member] = {}
         self._refused: dict[int, _Refusal] = {}  # at the handshake
         self._greeted: dict[str, int] = {}  # hellos without an answer yet: message id -> node
@@ -234,12 +238,12 @@ class Rounds(Strategy):
     def _meet(self, node: int, reply: Message) -> None:
         if reply.has_error():
             reason = reply.error.reason or "it failed without a reason"
-            self._turn_away(node, f"node {node}", reason, for_s=_AGAIN_S)
+            self._turn_away(node, self._called(node), reason, for_s=_AGAIN_S)
             return
         try:
             self._admit(node, records.read_hello_reply(reply.content))
         except records.WireError as error:
-            self._turn_away(node, f"node {node}", str(error))
+            self._turn_away(node, self._called(node), str(error))
 
     def _admit(self, node: int, hello: Hello) -> None:
         wrong = [
@@ -247,7 +251,12 @@ class Rounds(Strategy):
             for part, ours, theirs in zip(Fingerprint._fields, self.fingerprint, hello.fingerprint, strict=True)
             if ours != theirs
         ]
-        if wrong:
+        registered = self._name_of(node)
+        if registered is not None and registered != hello.client:
+            # Before all else: nothing that it says in another's name may count. Not for good: it may be mended.
+            told = f"it calls itself {hello.client[:64]!r}, which is not the name that its key is registered under"
+            self._turn_away(node, self._called(node), told, for_s=_AGAIN_S)
+        elif wrong:
             reason = f"it holds another {' and '.join(wrong)} than the server (fingerprints differ)"
             self._turn_away(node, hello.client, reason)
         elif (other := self._members.get(hello.client)) and other.node != node:
@@ -466,7 +475,10 @@ class Rounds(Strategy):
 
     def _client_of(self, message: Message) -> str:
         node = message.metadata.src_node_id
-        return next((name for name, m in self._members.items() if m.node == node), f"node {node}")
+        return next((name for name, m in self._members.items() if m.node == node), None) or self._called(node)
+
+    def _called(self, node: int) -> str:
+        return self._name_of(node) or f"a site that did not tell its name (node {node})"
 
     # -- measure --------------------------------------------------------------------------------
 
@@ -481,10 +493,13 @@ class Rounds(Strategy):
             messages = list(self.configure_evaluate(number, ArrayRecord(), ConfigRecord(), grid))
             metrics = self.aggregate_evaluate(number, self._exchange(grid, messages, number))
             # Stopping early on the examples of the final table would flatter it.
-            scores = {name: _total([sums]) for name, sums in (metrics or {}).items()}  # type: ignore[list-item]
+            told = {name: _total([sums]) for name, sums in (metrics or {}).items()}  # type: ignore[list-item]
+            scores = {name: score for name, score in told.items() if score.tokens}
             fields |= {
                 "clients": {name: score.loss for name, score in scores.items()},
                 "clients_loss": _total(scores.values()).loss,
+                "clients_rows": {name: [score.examples, score.tokens] for name, score in scores.items()},
+                "clients_few": [name for name in told if name not in scores],
                 "bytes_evaluate": sum(records.array_bytes(message.content) for message in messages),
             }
         self._log.event("evaluate", round=number, **fields)
@@ -500,7 +515,7 @@ class Rounds(Strategy):
             self._log.event("stage", round=number, stage=finished, **self._score_stages(self.state.model))
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """The `Score` on its own held-out rows of each client that has enough of them, as a list of its three sums."""
+        """The `Score` of each client on its own held-out rows, a list of its three sums: zeros if they are too few."""
         scores: dict[str, list[float]] = {}
         for message in replies:
             try:
@@ -510,8 +525,7 @@ class Rounds(Strategy):
             except records.WireError as error:
                 self._refuse(self._client_of(message), str(error), server_round)
                 continue
-            if score.tokens:
-                scores[client] = [float(value) for value in score]
+            scores[client] = [float(value) for value in score]
         return MetricRecord({name: scores[name] for name in sorted(scores)})
 
     def _note_scores(self, number: int, scores: Mapping[str, Score]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from apiary import config as configs
-from apiary import continual, draws, evaluate, models, prompts, runlog, trackers
+from apiary import continual, draws, evaluate, examples, models, privacy_plan, prompts, runlog, trackers
 from apiary.config import RunConfig, UserError
 from apiary.report import write_report
 from apiary.runlog import RunLog
@@ -55,12 +55,12 @@ def plan(config: RunConfig) -> Plan:
     trackers.check(config)
     answers.forget()  # the files may have changed since an earlier run in this process
     federation = answers.federation(config.to_json())
-    if config.strategy.min_clients > len(federation.clients):
-        raise UserError(
-            f"strategy.min_clients = {config.strategy.min_clients}: there are {len(federation.clients)} clients; "
-            "lower it or raise data.clients"
-        )
-    draws.check(config, (continual.rows_by_stage(client.train, config) for client in federation.clients))
+    if few := examples.too_few_clients(config, len(federation.clients)):
+        raise UserError(*few)
+    if config.privacy.unit == "record":
+        rows = [continual.rows_by_stage(client.train, config) for client in federation.clients]
+        draws.check(config, rows)
+        draws.noise_multiplier(config, rows[draws.worst(config, rows)])  # there may be none that is enough
     if not federation.test:
         raise UserError("no held-out examples: set data.test_fraction above 0, or data.test to a held-out source")
     lm = models.load(config.model, config.adapter)
@@ -155,5 +155,9 @@ def _report_rows(log: RunLog, prepared: Plan) -> None:
             log.event("warning", message=line)
     config, federation, lm, template, held_out = prepared
     lines = evaluate.data_warnings(federation, held_out, template, lm, config)
+    stages = [continual.rows_by_stage(client.train, config) for client in federation.clients]
+    lines += continual.unlimited_buffers(stages, config)
+    if config.privacy.unit == "record":
+        lines += privacy_plan.remarks(config, stages)
     for line in [*lines, *continual.unmeasured(held_out, config)]:
         log.event("warning", message=line)

@@ -67,6 +67,7 @@ def summarise(prepared: Plan, adapter: StateDict, folder: Path, log: RunLog) -> 
         "table": [
             {**evaluate.table_row(method, run, config.seed), "steps": made[method]} for method, run in runs.items()
         ],
+        "paired": evaluate.differences(runs, config.seed),
         "clients": clients,
         "gain": _gain(clients),
         "skills": evaluate.by_kind(kind, runs, held_out) if kind and config.evaluate.generate else {},

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,22 @@ class Deployment:
                 os.kill(pid, signal.SIGKILL)
         for process in self.running.values():
             process.wait()
+
+
+@contextlib.contextmanager
+def running(folder: Path, model: Path) -> Iterator[Deployment]:
+    """A server and its sites, all connected, with a folder `rows` of what is theirs."""
+    rows = write_rows(folder / "rows")
+    made = Deployment(folder, model)
+    try:
+        made.serve()
+        for site in SITES:
+            made.join(site, rows)
+        for site in SITES:
+            made.wait_for(site, "connected to")
+        yield made
+    finally:
+        made.end()
 
 
 def descendants(pid: int) -> list[int]:

@@ -38,6 +38,30 @@ def fake_metrics(clients: int = 8, rounds: int = 10, *, baselines: bool = True) 
     }  # fmt: skip
 
 
+def fake_deployment(names: tuple[str, ...] = ("ant", "bee"), rounds: int = 3) -> dict[str, Any]:
+    """Results of a deployment whose server has no held-out rows; `cricket` has too few of its own to tell a loss.
+
+    Site i has 10 (i + 1) held-out rows of 4 response tokens; its loss before training is 3 + i, and halves by the end.
+    """
+    found = fake_metrics(1, rounds)
+    measured = []
+    for number in range(rounds + 1):
+        losses = {name: (3.0 + i) * (1 - 0.5 * number / rounds) for i, name in enumerate(names)}
+        counts = {name: (10 * (i + 1), 40 * (i + 1)) for i, name in enumerate(names)}
+        total = sum(tokens for _, tokens in counts.values())
+        loss = sum(losses[name] * counts[name][1] for name in names) / total
+        few = ["cricket"]
+        measured.append({"round": number, "loss": loss, "sites": losses, "rows": counts, "few": few})
+    return {
+        **{key: found[key] for key in ("schema", "run", "privacy", "seconds", "machine", "versions")},
+        "task": f"{len(names) + 1} sites, builtin:tiny",
+        "table": [],
+        "clients": [{"client": n, "examples": 100 + i, "tokens": 900} for i, n in enumerate([*names, "cricket"])],
+        "rounds": [{k: v for k, v in r.items() if k not in ("loss", "ci95")} for r in found["rounds"]],
+        "sites": measured,
+    }
+
+
 def _row(method: str, rounds: int) -> dict[str, Any]:
     loss, accuracy = (
         LOSSES[method],
@@ -148,7 +172,7 @@ _SAMPLES = (
 def fake_events(metrics: dict[str, Any]) -> list[dict[str, Any]]:
     """The log of such a run: three refusals and a warning on the way."""
     events: list[dict[str, Any]] = [
-        {"event": "start", "seed": 0, "rounds": len(metrics["rounds"]) - 1, "clients": len(metrics["clients"]),
+        {"event": "start", "seed": 0, "rounds": len(metrics.get("rounds", [])) - 1, "clients": len(metrics["clients"]),
          "commit": "0" * 40, "config_digest": "a1b2c3d4e5f60718"},
         {"event": "refused", "client": "client-09", "reason": "uses another tokenizer (fingerprints differ)"},
         {"event": "refused", "client": "client-03", "reason": "no answer within 60 s", "round": 0},

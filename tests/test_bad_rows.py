@@ -180,7 +180,7 @@ def test_answers_end_at_the_models_last_position(small_run: list[str], gpt2: Pat
     short = talk("Who?", "bee")
     held_out = evaluate.prepare([near, short], template, lm, run)
     assert len(held_out.examples) == 2
-    measured = evaluate.measure(lm, None, held_out, run)
+    measured = evaluate.measure(lm, models.fresh_adapter(lm, run.seed), held_out, run)
 
     def greedy(ids: list[int], steps: int) -> list[int]:
         made = list(ids)

@@ -156,10 +156,17 @@ def test_replayed_rows_give_a_private_update_no_weight(tiny_model: Path, tmp_pat
 
 
 def test_what_a_client_keeps_is_for_its_owner(tiny_model: Path, tmp_path: Path) -> None:
-    worker = Worker(settings(tiny_model))
-    worker.train(site(tmp_path, rows(40)), 1, payload(worker))
+    steps = 'curate.steps=["mask"]'
+    for unit in ("record", "none"):
+        worker = Worker(settings(tiny_model, f"privacy.unit={unit}", *STAGES, steps))
+        for number in (1, 3):
+            worker.train(site(tmp_path, (*rows(30), *rows(30, "wax", "b"))), number, payload(worker))
     assert (tmp_path / "run").stat().st_mode & 0o077 == 0
-    assert (tmp_path / "privacy.key").stat().st_mode & 0o077 == 0
+    kept = [path for path in tmp_path.rglob("*") if path.is_file()]
+    kinds = ("ledger.json", ".ledger.json.lock", "privacy.key", "released.txt", "steps.jsonl")
+    numbered = ("release-0003-*", "curated-*", "buffer-*", "round-*")
+    assert all(any(path.match(name) for path in kept) for name in (*kinds, *numbered))
+    assert {path.name for path in kept if path.stat().st_mode & 0o077} == set()
 
 
 def test_stages_charge_each_cohort_for_what_it_met(tiny_model: Path, tmp_path: Path) -> None:

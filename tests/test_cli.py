@@ -129,6 +129,7 @@ def test_results_can_be_used(tmp_path: Path, small_run: list[str], rows_file: Pa
     table = apiary("evaluate", out, "--data", rows_file)
     assert table.returncode == 0, table.stderr
     assert all(word in table.stdout for word in ("base", "local", "federated", "central"))
+    assert "federated minus training alone is" in table.stdout or "too few to tell" in table.stdout
     assert apiary("evaluate", out / "adapter", "--data", rows_file).returncode == 0
 
     said = apiary("chat", out, "--prompt", "Say the last word: bee hive wax", "--max-new-tokens", "4")

@@ -61,6 +61,24 @@ def test_an_error_leaves_its_text_at_home(asked: Asked, monkeypatch: pytest.Monk
     assert f"{PLACE}: {SECRET}" in kept and "Traceback" in kept
 
 
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [
+        ("privacy.noise_multiplier=0.1", "privacy.noise_multiplier = 0.1: epsilon after round 1 would be"),
+        ("privacy.batch_rows=5000", "privacy.batch_rows = 5000: at most the"),
+    ],
+)
+def test_a_promise_that_cannot_be_kept_is_refused_at_the_handshake(
+    key: str, told: str, small_run: list[str], tmp_path: Path
+) -> None:
+    """In the words that the site's own plan has: they follow from public numbers."""
+    answers.forget()
+    private = ["privacy.unit=record", "privacy.batch_rows=8"]
+    assert not Asked([*small_run, *private], tmp_path).ask(records.HELLO, RecordDict()).has_error()
+    reply = Asked([*small_run, *private, key], tmp_path).ask(records.HELLO, RecordDict())
+    assert reply.error.reason.startswith(told)
+
+
 def test_a_log_that_cannot_be_written_is_not_promised(
     asked: Asked, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -28,6 +28,7 @@ from apiary.examples import ClientData, Example, Federation, Turn, read
 from apiary.exchange import Payload, Visit
 from apiary.report import render
 from apiary.report.data import parse_metrics
+from apiary.report.stages import stages_content
 from apiary.runlog import read_events
 from client import continual, memory
 from client.continual import Buffer
@@ -325,6 +326,30 @@ def test_a_stage_that_cannot_be_measured_is_told() -> None:
     assert measures.unmeasured(held_out, configs.load()) == []
 
 
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"buffer": 110.0}, "buffer = 110: every client would keep all rows of earlier stages, 110 at most"),
+        ({"buffer": 109.0}, None),  # limits one of two
+        ({"buffer": 99.0}, None),
+        ({"buffer": 0.9}, None),
+        ({"buffer": 0.0}, None),
+        ({"buffer": 110.0, "policy": "poisson"}, None),  # of 130 and 120 rows a share stays away
+        ({"buffer": 5000.0, "policy": "poisson"}, "buffer = 5000: every client would keep all rows"),
+    ],
+)
+def test_a_buffer_that_holds_everything_is_no_limit_and_told(keys: dict[str, Any], told: str | None) -> None:
+    """Of 60 + 50 + 20 rows in three stages only the first 110 ever stand in a buffer that is replayed."""
+    lines = measures.unlimited_buffers([[60, 50, 20], [60, 40, 20]], run_config(**keys))
+    assert lines == [] if told is None else told in lines[0]
+    assert len(lines) == (told is not None)
+
+
+def test_a_buffer_too_large_for_most_clients_is_told_with_how_many() -> None:
+    (line,) = measures.unlimited_buffers([[30, 9], [20, 9], [500, 9]], run_config(buffer=100.0))
+    assert "2 of 3 clients would keep all rows of earlier stages, 30 at most" in line
+
+
 def test_a_class_label_may_be_the_task() -> None:
     settings = configs.parse(
         {"data": {"columns": {"instruction": "text", "output": "label"}}, "continual": {"by": "label"}}
@@ -399,7 +424,7 @@ def test_the_heat_map_shows_every_score_with_what_it_means() -> None:
     assert "--share:0.8" in section
     assert (
         "was forgotten most: its answers exactly right fell from 80% just after its training to 20% at the end; on "
-        "average, earlier stages ended 25 points worse than they began." in section
+        "average, earlier stages ended 25 points worse than at their best before." in section
     )
     assert "see all stages at once" in section
     assert "-16.7%" in section
@@ -420,6 +445,47 @@ def test_the_heat_map_falls_back_on_losses_and_says_when_nothing_was_lost() -> N
     metrics["continual"]["loss"] = [[1.0, 2.0]]
     with pytest.raises(UserError, match="a column for each of 3 stages"):
         parse_metrics(metrics)
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "loss", "said"),
+    [
+        # By hand, forgetting: 0 by accuracy, 1.2 - 1.0 = 0.2 by loss.
+        (
+            [[0, 0], [0.5, 0], [0.5, 0.9]],
+            [[2, 2], [1.0, 2], [1.2, 0.5]],
+            "No stage has fewer answers exactly right at the end than at its best before, but by loss, stage 1 (sort) "
+            "was forgotten most: its held-out loss rose from 1.00 just after its training to 1.20 at the end; on "
+            "average, earlier stages ended 0.20 nats per token worse than at their best before.",
+        ),
+        # Stage 1 ends as it was just after its training, yet fell from its best, after stage 2: 0.9 to 0.5.
+        (
+            [[0, 0, 0], [0.5, 0, 0], [0.9, 0.5, 0], [0.5, 0.5, 1]],
+            None,
+            "Stage 1 (sort) was forgotten most: its answers exactly right fell from 90% after stage 2 to 50% at the "
+            "end; on average, earlier stages ended 20 points worse than at their best before.",
+        ),
+        # Too small for the sentence's usual digits, not for the figure's.
+        (
+            [[0, 0], [0.804, 0], [0.8, 0.9]],
+            [[2, 2], [1, 2], [1, 0.5]],
+            "fell from 80.4% just after its training to 80.0% at the end",
+        ),
+        ([[0, 0], [0.5, 0], [0.5, 0.9]], [[2, 2], [1, 2], [1, 0.5]], "Nothing was forgotten"),
+    ],
+)
+def test_what_was_forgotten_agrees_with_the_figures(accuracy: Any, loss: Any, said: str) -> None:
+    loss = loss or (2 - np.array(accuracy)).tolist()
+    part = {
+        "stages": [["sort"], ["count"], ["dates"]][: len(accuracy[0])],
+        "accuracy": accuracy,
+        "loss": loss,
+        "forgetting": {"accuracy": measures.forgetting(accuracy), "loss": measures.forgetting(loss, "lower")},
+    }
+    shown = stages_content(parse_metrics({**fake_metrics(), "continual": part}).continual)
+    assert shown is not None and said in shown["sentence"]
+    figures = [value for name, value in shown["figures"] if name.startswith("Forgetting")]
+    assert ("Nothing" in shown["sentence"]) == (figures == ["0.0%", "0.000"])
 
 
 # -- end to end -------------------------------------------------------------------------------------

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+from datetime import date
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +22,7 @@ from apiary import models, results
 from apiary.cli import app
 from apiary.config import UserError
 from apiary.examples import Example, Turn, read
+from apiary.examples.columns import Columns, with_turns
 from client.curation.standalone import as_rows, curate_file
 
 LONG = " ".join(f"word{i}" for i in range(30))
@@ -51,9 +57,9 @@ def test_the_default_steps_from_file_to_file(data: Path, tmp_path: Path) -> None
     assert done.exit_code == 0, done.output
     kept = [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text(encoding="utf-8").splitlines()]
     assert kept == [
-        {"instruction": "Write to <EMAIL_1>\n\nnow", "output": "Done, <EMAIL_1>", "skill": "mail"},
-        {"instruction": "Say  yes", "output": "yes", "skill": "say"},
-        {"instruction": f"{LONG} please", "output": "fine", "skill": "long"},
+        {"instruction": "Write to <EMAIL_1>", "input": "now", "output": "Done, <EMAIL_1>", "skill": "mail"},
+        ROWS[1],
+        ROWS[4],
     ]
     lines = {line.split()[0]: line.split()[1:3] for line in done.output.splitlines() if line}
     expected = {"mask": 7, "duplicates": 6, "near_duplicates": 5, "length": 4, "held_out": 3}
@@ -126,8 +132,109 @@ def test_columns_and_steps_come_from_the_configuration(tmp_path: Path) -> None:
     toml.write_text('[data]\ncolumns = { instruction = "text", output = "label" }\n[curate]\nsteps = ["duplicates"]\n')
     curate_file(str(data), toml, tmp_path / "kept.jsonl")
     assert [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text().splitlines()] == [
-        {"instruction": "a b", "output": "ham"}
+        {"text": "a b", "label": "ham"}
     ]
+
+
+MAIL = ["Ask <EMAIL_7>, then bob@y.example\n\nnot ann@x.example", "ann@x.example\n\n\nand so on"]
+FORMS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    (  # in whichever field, one number for one address; paragraphs stay in the field that they were in
+        {"instruction": f"  {MAIL[0]} ", "input": MAIL[1], "output": 7, "id": 3, "tags": ["a", {"b": None}]},
+        {
+            "instruction": "Ask <EMAIL_7>, then <EMAIL_8>\n\nnot <EMAIL_9>",
+            "input": "<EMAIL_9>\n\n\nand so on",
+            "output": 7,
+            "id": 3,
+            "tags": ["a", {"b": None}],
+        },
+    ),
+    (
+        {"prompt": " Who? ", "context": "bob@y.example", "completion": " He. ", "date": "2024-01-01"},
+        {"prompt": "Who?", "context": "<EMAIL_1>", "completion": " He. ", "date": "2024-01-01"},
+    ),
+    (
+        {"conversations": [{"from": "human", "value": " hi "}, {"from": "gpt", "value": "bob@y.example", "w": 1}]},
+        {"conversations": [{"from": "human", "value": " hi "}, {"from": "gpt", "value": "<EMAIL_1>", "w": 1}]},
+    ),
+    (
+        {
+            "prompt": [{"role": "system", "content": "of a@b.example"}, {"role": "user", "content": "x"}],
+            "completion": [{"role": "assistant", "content": "a@b.example"}],
+        },
+        {
+            "prompt": [{"role": "system", "content": "of <EMAIL_1>"}, {"role": "user", "content": "x"}],
+            "completion": [{"role": "assistant", "content": "<EMAIL_1>"}],
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "expected"), FORMS, ids=lambda row: next(iter(row)))
+def test_a_row_keeps_its_columns_and_only_masked_text_changes(
+    row: dict[str, Any], expected: dict[str, Any], tmp_path: Path
+) -> None:
+    data = write(tmp_path / "rows.jsonl", [row])
+    curate_file(str(data), None, tmp_path / "kept.jsonl", ['curate.steps=["mask"]'])
+    (kept,) = [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
+    assert kept == expected
+    assert list(kept) == list(row)
+
+
+def test_a_detail_that_runs_on_into_the_input_is_masked_all_the_same(tmp_path: Path) -> None:
+    """By a step from outside: where instruction and input can no longer be told apart, nothing comes back."""
+    row: dict[str, object] = {"instruction": "Call 030", "input": "123 now", "output": "ok", "id": 1}
+    said = (Turn("user", "Call <PHONE_1> now"), Turn("assistant", "ok"))
+    columns = Columns("instruction", "input", "output")
+    assert with_turns(row, columns, said) == {
+        "instruction": "Call <PHONE_1> now",
+        "input": "",
+        "output": "ok",
+        "id": 1,
+    }
+    assert row["input"] == "123 now"
+    with pytest.raises(ValueError, match="turns"):
+        with_turns(row, columns, said[:1])
+
+
+def test_files_of_different_columns_are_written_in_one_form(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write(folder / "north.jsonl", [{"instruction": "Say a", "input": "b", "output": "c"}])
+    write(folder / "south.jsonl", [{"question": "Say d", "answer": "e"}])
+    done = curate_file(str(folder), None, tmp_path / "kept.jsonl", ['curate.steps=["mask"]'])
+    assert any("written in one form" in line for line in done.remarks)
+    assert read(str(tmp_path / "kept.jsonl")).examples == read(str(folder)).examples
+
+
+def test_what_json_cannot_say_is_said_as_nearly_as_it_can(tmp_path: Path) -> None:
+    values = {"instruction": ["q"], "output": ["a"], "day": [date(2024, 2, 3)], "score": [math.nan], "raw": [b"\xff"]}
+    pq.write_table(pa.table(values), tmp_path / "rows.parquet")
+    curate_file(str(tmp_path / "rows.parquet"), None, tmp_path / "kept.jsonl", ['curate.steps=["mask"]'])
+    (kept,) = [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
+    assert kept == {"instruction": "q", "output": "a", "day": "2024-02-03", "score": None, "raw": "b'\\xff'"}
+
+
+def test_the_page_numbers_rows_as_the_warnings_do(tmp_path: Path) -> None:
+    """Blank and broken lines count: what the page calls row 5 stands in line 5 of the file."""
+    lines = ["", "not JSON", json.dumps(ROWS[1]), json.dumps({"instruction": "x"}), json.dumps(ROWS[2]), "{}"]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    done = curate_file(str(data), None, tmp_path / "kept.jsonl", ['curate.steps=["duplicates"]'])
+    assert "rows.jsonl: 1 of 5 rows left out: bad JSON (rows 2)" in done.remarks
+    text = (tmp_path / "kept.html").read_text(encoding="utf-8")
+    assert "1 of 5 rows are kept" in text and ">Row 5<" in text
+    assert re.search(r"reading</th><td[^>]*>5</td><td[^>]*>3</td>.*1 bad JSON", text)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("north", "south"):
+        (folder / f"{name}.jsonl").write_text("\n".join(lines[2:3]) + "\n", encoding="utf-8")
+    curate_file(str(folder), None, tmp_path / "both.jsonl", ['curate.steps=["duplicates"]'])
+    assert ">south.jsonl, row 1<" in (tmp_path / "both.html").read_text(encoding="utf-8")
+
+
+def test_the_page_is_for_its_owner(data: Path, tmp_path: Path) -> None:
+    run(data, "--out", tmp_path / "kept.jsonl")
+    assert (tmp_path / "kept.html").stat().st_mode & 0o077 == 0
 
 
 def test_a_tuned_adapter_judges(data: Path, tmp_path: Path, small_run: list[str]) -> None:

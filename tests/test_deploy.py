@@ -35,12 +35,14 @@ from starlette.testclient import TestClient
 
 from apiary import config
 from apiary.config import UserError
-from apiary.runlog import RunLog
+from apiary.progress import Lines
+from apiary.runlog import RunLog, truncate_after
 from client import remote, service
 from client.service import Facts
 from deploy import bundle, certificates, flower, guard, kits, processes, site, submit
 from deploy import server as deployed_server
 from deploy.door import make_door
+from server import deployed
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -228,6 +230,28 @@ def test_an_expired_certificate_is_told(made: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--data", "nothing.jsonl"], "no such file or folder"),
+        (["--data", "x" * 300], "no such file or folder"),
+        (["--data", "empty.jsonl"], "empty.jsonl is empty"),
+        (["--data", "rows.jsonl", "--model", "./base"], "no such folder"),
+    ],
+)
+def test_a_site_that_could_take_no_part_ends_before_it_connects(
+    options: list[str], line: str, made: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
+    words = ["deploy", "client", str(made / "north"), "--state", "state", *options]
+    command = [sys.executable, "-m", "apiary.cli", *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert line in done.stderr and len(done.stderr.splitlines()) == 1
+    assert "answers" not in done.stdout and "connected" not in done.stdout  # the server was not even looked for
+
+
+@pytest.mark.parametrize(
     ("name", "content", "line"),
     [
         ("site.key", b"garbage", "no private key"),
@@ -382,6 +406,20 @@ def test_a_key_that_cannot_be_used_is_told_and_the_others_stay(
     assert "cannot come back" in capsys.readouterr().out
 
 
+def test_a_run_knows_a_site_by_its_key(listed: _List, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the site has told its name, which one that refuses the handshake never does."""
+    listed.look()
+    nodes = {name: int(node) for name, node in deployed_server.site_nodes(listed.state).items()}
+    assert deployed.site_name(nodes["a"]) is None  # in a simulation
+    started = deployed_server._superlink(_server(listed.folder), listed.state, 4000)
+    for name, value in started._environment.items():
+        monkeypatch.setenv(name, value)
+    assert [deployed.site_name(node) for node in (nodes["a"], nodes["b"], _signed(nodes["b"]))] == ["a", "b", "b"]
+    assert deployed.site_name(7) == ""
+    (listed.state / "nodes.json").unlink()
+    assert deployed.site_name(nodes["a"]) == ""
+
+
 def test_without_a_running_server_nothing_is_submitted(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no server is running"):
         submit.start(tmp_path, config.load(), tmp_path / "run")
@@ -415,7 +453,7 @@ def test_a_run_is_followed_to_its_end(tmp_path: Path) -> None:
     def follow(*kinds: str) -> tuple[str | None, list[str]]:
         seen: list[str] = []
         log = RunLog(tmp_path / "-".join(kinds))
-        late = threading.Timer(0.2, lambda: [log.event(kind, message="too few") for kind in kinds])
+        late = threading.Timer(0.2, lambda: [log.event(kind, message="too few", run="1") for kind in kinds])
         late.start()
         end = submit.follow(tmp_path, "1", tmp_path / "-".join(kinds), [lambda event: seen.append(event["event"])])
         log.close()
@@ -423,6 +461,33 @@ def test_a_run_is_followed_to_its_end(tmp_path: Path) -> None:
 
     assert follow("start", "finish") == (None, ["start", "finish"])
     assert follow("start", "failed") == ("too few", ["start", "failed"])
+
+
+@pytest.mark.parametrize("checkpoint", [0, 1])
+def test_a_resumed_run_is_followed_from_its_start(checkpoint: int, tmp_path: Path) -> None:
+    """Though the log, cut back to the checkpoint, is no longer than it was."""
+    out, shown = tmp_path / "run", io.StringIO()
+
+    def write(run: str, *rounds: int) -> None:
+        log = RunLog(out)
+        log.event("start", rounds=3, clients=2, seed=0, run=run)
+        log.event("evaluate", round=0, loss=2.0)
+        for number in rounds:
+            log.event("asked", round=number, clients=["ant"])
+            log.event("round", round=number, clients=1, asked=1, tokens=9, seconds=1.0)
+        log.event("failed" if run == "1" else "finish", message="the power went")
+        log.close()
+
+    def resume() -> None:
+        truncate_after(out, checkpoint)
+        write("2", *range(checkpoint + 1, 4))
+
+    write("1", *range(1, checkpoint + 1))
+    late = threading.Timer(0.2, resume)
+    late.start()
+    assert submit.follow(tmp_path, "2", out, [Lines(shown)]) is None
+    assert "run: 2 clients, 3 rounds" in shown.getvalue() and "round 3/3" in shown.getvalue()
+    assert f"round {checkpoint}/3" not in shown.getvalue() and "/0" not in shown.getvalue()
 
 
 # -- processes -----------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from deployment import SITES, Deployment, descendants, events_of, overrides, write_rows
+from deployment import SITES, Deployment, descendants, events_of, overrides, running
 
 pytestmark = pytest.mark.long
 _SILENT_S = 60.0  # Flower: two missed heartbeats of 30 s
@@ -18,17 +18,8 @@ _SILENT_S = 60.0  # Flower: two missed heartbeats of 30 s
 
 @pytest.fixture
 def federation(tmp_path: Path, tiny_model: Path) -> Iterator[Deployment]:
-    made = Deployment(tmp_path, tiny_model)
-    rows = write_rows(tmp_path / "rows")
-    try:
-        made.serve()
-        for site in SITES:
-            made.join(site, rows)
-        for site in SITES:
-            made.wait_for(site, "connected to")
+    with running(tmp_path, tiny_model) as made:
         yield made
-    finally:
-        made.end()
 
 
 def _submit(made: Deployment, model: Path, *more: str) -> None:
@@ -104,6 +95,7 @@ def test_a_run_in_which_nothing_usable_arrives_fails_and_goes_on_later(
     assert "the run failed" in federation.said("submit") and "Traceback" not in federation.said("submit")
     (failed,) = events_of(federation.folder / "run", "failed")
     assert "handshake" in failed["message"]
+    assert {event["client"] for event in events_of(federation.folder / "run", "refused")} == set(SITES)
     status = federation.call("deploy", "status", str(federation.kits / "server"))
     assert "finished:failed" in status.stdout
     for site in SITES:

@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from deployment import SITES, Deployment, events_of, overrides, write_rows
+from deployment import SITES, Deployment, events_of, overrides, running
 from safetensors.torch import load_file
 
 from apiary import config
@@ -23,24 +23,12 @@ ROOT = Path(__file__).resolve().parents[1]
 def federation(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Deployment]:
     """A server and three sites as real processes, after a run of three rounds in `run`."""
     folder = tmp_path_factory.mktemp("federation")
-    rows = write_rows(folder / "rows")
-    made = Deployment(folder, tiny_model)
-    try:
-        made.serve()
-        for site in SITES:
-            made.join(site, rows)
-        for site in SITES:
-            made.wait_for(site, "connected to")
-        words = [word for text in overrides(tiny_model, rows) for word in ("-s", text)]
-        done = made.call(
-            *("deploy", "submit", str(made.kits / "server"), "--out", "run"),
-            *words,
-            *("-s", f"data.test={rows / 'ant.jsonl'}"),
-        )
+    with running(folder, tiny_model) as made:
+        words = [word for text in overrides(tiny_model, folder / "rows") for word in ("-s", text)]
+        words += ["-s", "data.test=rows/ant.jsonl"]
+        done = made.call("deploy", "submit", str(made.kits / "server"), "--out", "run", *words)
         (folder / "submit.out").write_text(f"{done.stdout}\n{done.stderr}\nexit code {done.returncode}\n")
         yield made
-    finally:
-        made.end()
 
 
 @pytest.mark.slow
@@ -80,6 +68,7 @@ def test_the_server_keeps_a_whole_run_directory(federation: Deployment) -> None:
     measured = [event["loss"] for event in events_of(folder, "evaluate")]
     assert len(measured) == 4 and measured[-1] < measured[0]
     assert "federated" in federation.said("submit") and "base" in federation.said("submit")
+    assert all(f"round {number}/3: 3 of 3 clients" in federation.said("submit") for number in (1, 2, 3))
     private = str(federation.folder / "rows")
     assert private not in (folder / "log.jsonl").read_text()
 
@@ -156,7 +145,18 @@ def test_status_names_the_sites(federation: Deployment) -> None:
     assert done.returncode == 0, done.stderr
     for site in SITES:
         assert f"site {site}: online" in done.stdout
-    assert "finished:completed" in done.stdout
+    assert "finished:completed" in done.stdout and str(federation.folder / "run") in done.stdout
+
+
+@pytest.mark.slow
+def test_sites_that_refuse_a_run_are_named(federation: Deployment, tiny_model: Path) -> None:
+    other = 'data.columns={instruction="text", output="label"}'  # which no row of theirs has
+    words = [word for text in [*overrides(tiny_model, federation.folder / "rows"), other] for word in ("-s", text)]
+    done = federation.call("deploy", "submit", str(federation.kits / "server"), "--out", "refused", *words)
+    assert done.returncode == 1, done.stderr
+    refused = events_of(federation.folder / "refused", "refused")
+    assert sorted(event["client"] for event in refused) == sorted(SITES)
+    assert all("UserError" in event["reason"] for event in refused)
 
 
 @pytest.mark.long

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -193,6 +194,83 @@ def test_limits_that_limit_nothing_are_refused(
     words = ["deploy", "client", str(tmp_path), "--data", str(rows), option, str(next(iter(limits.values())))]
     done = CliRunner().invoke(cli.app, words)
     assert isinstance(done.exception, UserError) and option in str(done.exception)
+
+
+GOOD = '{"instruction": "a", "output": "b"}\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("", "is empty"),
+        ("not json\n", "row 1: bad JSON"),
+        ("[1, 2]\n", "not an object"),
+        ('{"instruction": "a"}\n', "both a question and an answer"),
+        ('{"instruction": "a", "output": " "}\n', "both a question and an answer"),
+    ],
+)
+def test_rows_that_no_run_could_use_are_told_at_once(text: str, line: str, tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / "good.jsonl").write_text(GOOD)
+    (folder / "odd.jsonl").write_text(text)
+    for place in (folder, folder / "odd.jsonl"):
+        with pytest.raises(UserError, match=f"--data.*odd.jsonl.*{line}") as caught:
+            service.check(Facts("ant", place, tmp_path))
+        assert "\n" not in str(caught.value)
+    assert service.check(Facts("ant", folder / "good.jsonl", tmp_path)) == (1, ())
+
+
+def test_rows_whose_columns_a_run_may_name_are_a_warning(tmp_path: Path) -> None:
+    odd, partly = tmp_path / "odd.jsonl", tmp_path / "partly.jsonl"
+    odd.write_text('{"text": "a", "label": "b"}\n{"text": "c"}\n')
+    partly.write_text(GOOD + '{"instruction": "a"}\n')
+    count, (line,) = service.check(Facts("ant", odd, tmp_path))
+    assert count == 2 and "odd.jsonl" in line and "text, label" in line and "data.columns" in line
+    with pytest.raises(UserError, match=r"text, label.*takes no names from a run"):
+        service.check(Facts("ant", odd, tmp_path, max_epsilon=8.0))
+    assert service.check(Facts("ant", partly, tmp_path)).warnings == (
+        "partly.jsonl: 1 of 2 rows left out: missing field 'output' (rows 2)",
+    )
+
+
+@pytest.mark.parametrize(
+    ("missing", "line"),
+    [
+        (["config.json"], "has no configuration"),
+        (["tokenizer.json", "tokenizer_config.json"], "has no tokenizer"),
+        (["model.safetensors"], None),  # no weight is read
+    ],
+)
+def test_a_model_is_looked_at_before_the_site_connects(
+    missing: list[str], line: str | None, tmp_path: Path, tiny_model: Path, rows: Path
+) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns(*missing))
+    facts = Facts("ant", rows / "ant.jsonl", tmp_path, str(folder))
+    if line is None:
+        service.check(facts)
+        return
+    with pytest.raises(UserError, match=rf"--model .*{line}") as caught:
+        service.check(facts)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"model": "./nowhere"}, "--model './nowhere': no such folder"),
+        ({"model": "builtin:large"}, "--model 'builtin:large'"),
+        ({"model": "x" * 300}, "--model 'x+': no such folder here"),
+        ({"device": "gpu0"}, "--device 'gpu0': allowed are"),
+        ({"device": "cuda:99"}, "--device 'cuda:99'"),
+    ],
+)
+def test_a_model_or_device_that_is_not_here_is_told_at_once(
+    given: dict[str, str], line: str, tmp_path: Path, rows: Path
+) -> None:
+    with pytest.raises(UserError, match=line):
+        service.check(Facts("ant", rows / "ant.jsonl", tmp_path)._replace(**given))  # type: ignore[arg-type]
 
 
 def test_a_site_leaves_out_the_rows_of_no_stage_as_a_simulation_does(tmp_path: Path, tiny_model: Path) -> None:
@@ -393,6 +471,7 @@ class SuperLink:
 
     def __init__(self, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.given: list[dict[str, object]] = []
+        self.runs: list[dict[str, object]] = []
         self.status = "running"
         state.mkdir()
         (state / "nodes.json").write_text(json.dumps({"ant": {"node": "7", "key": ""}}))
@@ -409,7 +488,7 @@ class SuperLink:
         if words[0] == "list":
             if self.status == "gone":
                 raise flower.FlowerError("no answer")
-            return {"runs": [{"run-id": options[1], "status": self.status}]}
+            return {"runs": [{"run-id": options[1], "status": self.status}] if options else self.runs}
         assert Path(words[1], "pyproject.toml").exists()
         self.given.append(tomllib.loads(Path(options[1]).read_text(encoding="utf-8")))
         if self.status == "refused":
@@ -432,7 +511,8 @@ def test_a_run_gets_a_name_of_its_own_and_keeps_it(superlink: SuperLink, tmp_pat
     one, two, again = (str(values["name"]) for values in superlink.given)
     assert one == again != two and one.startswith("first-") and two.startswith("first-")
     assert all(service._RUN_NAME.fullmatch(name) for name in (one, two))
-    assert sorted(path.name for path in state.iterdir()) == ["nodes.json", "running.json", "started"]  # no drafts
+    kept = ["directories", "nodes.json", "running.json", "started"]  # no drafts
+    assert sorted(path.name for path in state.iterdir()) == kept
 
 
 def test_a_configuration_of_any_characters_arrives(superlink: SuperLink, tmp_path: Path) -> None:
@@ -471,6 +551,73 @@ def test_a_run_that_is_not_started_leaves_no_trace(superlink: SuperLink, tmp_pat
             tmp_path / "state", config.load(None, [f"prompt.template={tmp_path / 'own.txt'}"]), tmp_path / "run"
         )
     assert len(superlink.given) == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("model.name=./nowhere", "model.name = './nowhere': no such folder"),
+        ("model.name=builtin:large", "model.name = 'builtin:large'"),
+        ("model.name={folder}", "model.name = .*: has no configuration"),
+        ("model.device=cuda:99", "model.device = 'cuda:99'"),
+        ("data.test={folder}/none.jsonl", "data.test = .*none.jsonl': no such file"),
+        ("data.test={folder}/odd.jsonl", "odd.jsonl: no columns known .*text, label"),
+    ],
+)
+def test_what_the_server_has_not_is_told_before_the_start(
+    superlink: SuperLink, tmp_path: Path, override: str, line: str
+) -> None:
+    (tmp_path / "odd.jsonl").write_text('{"text": "a", "label": "b"}\n')
+    run = config.load(None, [override.format(folder=tmp_path)])
+    with pytest.raises(UserError, match=line) as caught:
+        submit.start(tmp_path / "state", run, tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert superlink.given == [] and not (tmp_path / "run").exists()
+
+
+def test_a_run_that_failed_at_once_may_be_started_again_in_its_directory(
+    superlink: SuperLink, tmp_path: Path, tiny_model: Path, rows: Path
+) -> None:
+    run, state, out = config.load(None, overrides(tiny_model, rows)), tmp_path / "state", tmp_path / "run"
+    number = []
+
+    def federate(log: RunLog, held_out: HeldOut | None) -> StateDict:
+        raise RunFailed("0 of 3 clients joined")
+
+    for seed in (1, 2):  # what was wrong with the configuration may be mended
+        submit.start(state, run.model_copy(update={"seed": seed}), out)
+        number.append((out / "run-id").read_text())
+        assert [path.name for path in out.iterdir()] == ["run-id"]
+        with pytest.raises(RunFailed):
+            deployed.run(run, out, 1, federate)
+        superlink.status = "finished:failed"
+    assert number[0] != number[1]
+    submit.start(state, run, out, resume=True)
+    superlink.status = "running"  # and its process is not up yet
+    with pytest.raises(UserError, match="still goes on"):
+        submit.start(state, run, out)
+    assert (out / "log.jsonl").exists()
+    superlink.status = "finished:failed"
+    (out / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="is not empty"):
+        submit.start(state, run, out)
+    assert (out / "log.jsonl").exists()
+
+
+def test_status_tells_where_each_run_writes_and_how_long_it_took(superlink: SuperLink, tmp_path: Path) -> None:
+    submit.start(tmp_path / "state", config.load(), tmp_path / "first")
+    superlink.runs = [
+        {"run-id": "2", "status": "running", "elapsed": 7500.0},
+        {"run-id": "1", "status": "finished:completed", "elapsed": 185.2},
+    ]
+    sites, site, header, *rows = submit.describe(tmp_path / "state")
+    assert (sites, site) == ("1 of 1 sites online", "site ant: online")
+    assert header.split("  ")[0].strip() == "run" and header.endswith("run directory")
+    assert rows[0].split("  ")[0].strip() == "2" and "2 h 05 min" in rows[0] and rows[0].endswith("not known")
+    assert "finished:completed" in rows[1] and "3 min 05 s" in rows[1] and rows[1].endswith(str(tmp_path / "first"))
+    assert len({line.index(word) for line, word in zip([header, *rows], ("time", "2 h", "3 min"), strict=True)}) == 1
+    superlink.runs = []
+    assert submit.describe(tmp_path / "state")[-1] == "no run yet"
 
 
 def test_who_follows_is_told_that_the_server_is_gone(

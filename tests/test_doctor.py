@@ -277,6 +277,17 @@ def test_what_a_private_run_costs_is_told_before_it_starts(small_run: list[str])
     assert float(last) == pytest.approx(epsilon([Mechanism(1.0, 8 / rows, 6)], 1e-5), abs=1e-3)
 
 
+def test_settings_that_hold_nothing_back_or_teach_nothing_are_warned_of(small_run: list[str]) -> None:
+    good, text = _doctor([*small_run, 'continual.stages=[["first"], ["last"]]', "continual.buffer=5000"])
+    assert good, text
+    assert text.count("warning: continual.buffer = 5000: every client would keep all rows") == 1
+    private = [*small_run, "privacy.unit=record", "privacy.batch_rows=8"]
+    good, text = _doctor([*private, "privacy.noise_multiplier=20.0"])
+    assert good and text.count("warning: noise drowns what the rows say") == 1
+    good, text = _doctor([*private, "privacy.noise_multiplier=0.05"])
+    assert not good and any("epsilon after round 1 would be" in line for line in _problems(text))
+
+
 def test_promises_and_stages_that_the_data_cannot_keep_are_problems(small_run: list[str]) -> None:
     good, text = _doctor([*small_run, "privacy.unit=record", "privacy.batch_rows=1000"])
     assert not good and any("privacy.batch_rows = 1000" in line for line in _problems(text))

@@ -38,6 +38,44 @@ def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     assert hits / 200 > 0.88  # nominal 0.95, binomial error 0.015, and the percentile method runs a little short
 
 
+def test_a_difference_is_found_where_two_intervals_overlap() -> None:
+    """Examples differ more from each other than the models do on any of them; scipy draws pairs in its own way."""
+    rng = np.random.default_rng(5)
+    tokens = rng.integers(1, 30, 200).astype(float)
+    theirs = tokens * rng.gamma(2.0, 0.5, 200)
+    ours = theirs + tokens * rng.normal(0.05, 0.1, 200)
+    runs = {"local": Measured(theirs, tokens, None), "federated": Measured(ours, tokens, None)}
+    found = evaluate.differences(runs, seed=1)
+    assert list(found) == ["local"] and found["local"]["n"] == 200
+    assert found["local"]["difference"] == pytest.approx((ours - theirs).sum() / tokens.sum())
+    low, high = found["local"]["ci95"]
+    reference = stats.bootstrap(
+        (ours, theirs, tokens),
+        lambda a, b, t, axis: (a.sum(axis) - b.sum(axis)) / t.sum(axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=8000,
+        method="percentile",
+        rng=rng,
+    ).confidence_interval
+    assert low == pytest.approx(reference.low, rel=0.1) and high == pytest.approx(reference.high, rel=0.1)
+    assert low > 0
+    one, two = (evaluate.interval(values, tokens, seed=1) for values in (ours, theirs))
+    assert one[0] < two[1]  # each by itself they overlap
+    assert evaluate.differences(runs, seed=1) == found
+
+
+def test_no_interval_of_a_difference_where_it_would_mean_nothing() -> None:
+    def pair(theirs: list[float]) -> dict[str, object]:
+        ones = np.ones(len(theirs))
+        runs = {"federated": Measured(ones, ones, None), "base": Measured(np.array(theirs), ones, None)}
+        return evaluate.differences(runs, seed=0)["base"]
+
+    assert pair([2.0] * 9) == {"difference": -1.0, "ci95": None, "n": 9}
+    assert pair([2.0] * 10)["ci95"] == [-1.0, -1.0]
+    assert pair([2.0] * 19 + [float("nan")])["ci95"] is None
+
+
 def test_loss_is_per_token_not_per_example() -> None:
     run = Measured(np.array([2.0, 30.0]), np.array([1.0, 10.0]), np.array([1.0, 0.0]))
     assert run.loss == pytest.approx(32 / 11) and run.accuracy == 0.5

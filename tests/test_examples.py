@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import logging
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apiary.config import DataConfig, UserError, load
-from apiary.examples import Example, Turn, answer, federate, is_held_out, read
+from apiary.examples import Example, Turn, answer, federate, is_held_out, read, too_few_clients
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -315,11 +317,20 @@ def test_wrong_column_names_are_told(tmp_path, columns, words):
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
-@pytest.mark.parametrize("source", ["nowhere/d.jsonl", "./nowhere", "/nowhere/at/all", "d.csv", "../x"])
+@pytest.mark.parametrize(
+    "source", ["nowhere/d.jsonl", "./nowhere", "/nowhere/at/all", "d.csv", "../x", "~/nowhere", "a/b/c", "rows/"]
+)
 def test_a_missing_file_is_told_as_given(source):
-    with pytest.raises(UserError, match="does not exist") as error:
+    with pytest.raises(UserError, match="no such file or folder; relative paths") as error:
         read(source)
     assert f"data.source = {source!r}" in str(error.value)
+
+
+@pytest.mark.parametrize("source", ["rowz", "squad", "glue:mrpc", "rows.v2"])
+def test_a_name_without_a_slash_is_no_hub_id_and_nobody_is_asked(source, monkeypatch):
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: pytest.fail("the hub was asked"))
+    with pytest.raises(UserError, match="no such file or folder; a hub id is owner/name"):
+        read(source)
 
 
 def test_an_unknown_builtin_is_told():
@@ -327,7 +338,12 @@ def test_an_unknown_builtin_is_told():
         read("builtin:skill")
 
 
-def test_a_hub_set_that_cannot_be_had_is_told(monkeypatch):
+@pytest.fixture
+def hub_is_there(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, name, timeout: None)
+
+
+def test_a_hub_set_that_cannot_be_had_is_told(hub_is_there, monkeypatch):
     import datasets
 
     def unreachable(*args: object, **kwargs: object) -> None:
@@ -341,7 +357,40 @@ def test_a_hub_set_that_cannot_be_had_is_told(monkeypatch):
     assert "\n" not in str(error.value)
 
 
-def test_a_hub_set_is_read_like_a_file(monkeypatch):
+def test_a_hub_that_does_not_answer_is_asked_once_and_without_noise(monkeypatch, capfd, caplog):
+    import datasets
+    import httpx
+
+    asked = []
+
+    def unreachable(self, name, **options):
+        asked.append(name)
+        raise httpx.ConnectError("no route to the hub")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreachable)
+    monkeypatch.setattr("huggingface_hub.HfApi.hf_hub_download", unreachable)
+    with pytest.raises(UserError, match=r"does not answer \(no route to the hub\), and no copy of it is here"):
+        read("someone/no-such-data")
+    assert asked == ["someone/no-such-data"]
+    assert capfd.readouterr() == ("", "") and not caplog.records
+    assert not datasets.config.HF_HUB_OFFLINE
+
+
+def test_what_the_hubs_client_says_while_it_tries_is_not_shown(hub_is_there, monkeypatch, caplog):
+    import datasets
+
+    def stubborn(*args: object, **kwargs: object) -> None:
+        for name in ("huggingface_hub.utils._http", "datasets.load"):
+            logging.getLogger(name).warning("Retrying in 1s [Retry 1/5].")
+        raise ConnectionError("gone")
+
+    monkeypatch.setattr(datasets, "load_dataset", stubborn)
+    with pytest.raises(UserError, match="gone"):
+        read("someone/some-data")
+    assert not caplog.records
+
+
+def test_a_hub_set_is_read_like_a_file(hub_is_there, monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split: datasets.Dataset.from_list(ROWS))
@@ -483,8 +532,34 @@ def test_a_separate_test_set_is_kept_out_of_training(tmp_path):
 
 def test_a_missing_test_set_is_told_under_its_own_key(tmp_path):
     path = write_lines(tmp_path / "d.jsonl", many(9))
-    with pytest.raises(UserError, match=r"data\.test = 'no\.jsonl' does not exist"):
+    with pytest.raises(UserError, match=r"data\.test = 'no\.jsonl': no such file"):
         federate(DataConfig(source=path, test="no.jsonl", partition="iid"), 0)
+
+
+@pytest.mark.parametrize(
+    ("partition", "clients", "helps"),
+    [
+        ("iid", 1, "there is 1 client; lower it or raise data.clients"),
+        ("natural", 2, "there are 2 clients, for .* one of each file; lower it, or put more files into data.source"),
+        ("natural", 1, "there is 1 client, for .* let data.source be a folder with a file for each client, or"),
+    ],
+)
+def test_what_helps_against_too_few_clients_is_what_the_partition_looks_at(partition, clients, helps):
+    config = load(None, [f"data.partition={partition}", "strategy.min_clients=3"])
+    (line,) = too_few_clients(config, clients)
+    assert re.match(f"strategy.min_clients = 3: {helps}", line)
+    assert ("data.clients" in line) == (partition != "natural")
+    assert too_few_clients(config, 3) == []
+
+
+def test_a_file_of_held_out_rows_alone_is_not_told_to_lower_the_clients(tmp_path):
+    for name in ("a", "b"):
+        write_lines(tmp_path / f"{name}.jsonl", many(2))
+    with pytest.raises(
+        UserError, match=r"client 'a' has no training row left of 2.*lower data\.test_fraction"
+    ) as error:
+        federate(DataConfig(source=str(tmp_path), partition="natural", test_fraction=0.999999), 0)
+    assert "data.clients" not in str(error.value) and "dirichlet" not in str(error.value)
 
 
 def test_a_client_without_training_rows_is_named(tmp_path):

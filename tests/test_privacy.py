@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from scipy import optimize, stats
 from test_cli import apiary, assert_refused, with_overrides
 
-from apiary import privacy
+from apiary import draws, privacy
 from apiary.config import PrivacyConfig, RunConfig, UserError, parse
 from apiary.noise import KEY_FILE, SecretNoise, load_key, request_digest
 from apiary.privacy import BudgetSpent, Entry, Ledger, Mechanism, charge, epsilon, pay, spent
@@ -156,6 +157,52 @@ def test_settings_that_cannot_keep_the_promise_are_refused() -> None:
     with pytest.raises(UserError, match=r"privacy\.batch_rows = 101.*100 rows"):
         privacy.sample_rate(PrivacyConfig(batch_rows=101), 100)
     assert privacy.sample_rate(PrivacyConfig(batch_rows=100), 100) == 1
+
+
+def test_noise_that_breaks_the_budget_in_its_first_round_is_refused_with_what_would_do() -> None:
+    run = config(rounds=8, batch_rows=50, noise_multiplier=0.3)
+    with pytest.raises(UserError) as error:
+        draws.check(run, [[4000], [500], [1000]])
+    said = re.fullmatch(
+        r"privacy\.noise_multiplier = 0\.3: epsilon after round 1 would be (\S+), above privacy\.epsilon = 8; "
+        r"at least (\S+) keeps it for all 8 rounds",
+        str(error.value),
+    )
+    assert said, str(error.value)
+    assert float(said[1]) == pytest.approx(directly([Mechanism(0.3, 0.1, 3)]), rel=5e-3)  # the client of 500 rows
+    enough = float(said[2])
+    assert directly([Mechanism(enough, 0.1, 24)]) <= 8.0 < directly([Mechanism(0.98 * enough, 0.1, 24)])
+    draws.check(config(rounds=8, batch_rows=50, noise_multiplier=enough), [[4000], [500], [1000]])
+    draws.check(config(rounds=8, batch_rows=50), [[500]])  # noise that is found is enough
+
+
+def test_the_round_that_is_named_is_the_first_that_a_client_has_rows_for() -> None:
+    stages = {"stages": [["a"], ["b"]]}
+    keys = {"unit": "record", "batch_rows": 50, "noise_multiplier": 0.2}
+    run = parse({"rounds": 6, "train": {"steps": 3}, "privacy": keys, "continual": stages})
+    with pytest.raises(UserError, match="epsilon after round 4 would be"):
+        draws.check(run, [[0, 100]])
+
+
+def test_noise_that_does_not_last_is_a_warning_that_says_how_long() -> None:
+    run = config(rounds=8, batch_rows=50, noise_multiplier=0.6)
+    clients = [[4000], [500]]
+    draws.check(run, clients)
+    (line,) = draws.short_budget(run, clients)
+    said = re.search(r"lasts for (\d) of 8 rounds at a client of 500 rows, which then stops; at least (\S+) ", line)
+    assert said, line
+    spent_after = [directly([Mechanism(0.6, 0.1, 3 * rounds)]) for rounds in (int(said[1]), int(said[1]) + 1)]
+    assert spent_after[0] <= 8.0 < spent_after[1]
+    assert draws.short_budget(config(rounds=8, batch_rows=50, noise_multiplier=float(said[2])), clients) == []
+    assert draws.short_budget(config(rounds=8, batch_rows=50), clients) == []
+
+
+def test_whose_rows_pay_most_is_found_among_many() -> None:
+    """Over epochs fewer rows are not always dearer: 65 rows take two steps of 64, and 64 rows one."""
+    run = parse({"rounds": 2, "train": {"epochs": 1.0}, "privacy": {"unit": "record", "batch_rows": 64}})
+    clients = [[rows] for rows in (900, 64, 300, 65, 100, 500, 64)]
+    costs = [directly([Mechanism(1.0, 64 / rows, 2 * math.ceil(rows / 64))]) for (rows,) in clients]
+    assert draws.worst(run, clients) == int(np.argmax(costs)) == 3
 
 
 # -- the ledger -------------------------------------------------------------------------------------

@@ -130,9 +130,57 @@ def test_plain_lines_are_one_a_round_and_one_an_evaluation() -> None:
     ]
 
 
+def own(number: int, few: tuple[str, ...] = (), **losses: float) -> dict[str, Any]:
+    """An evaluation on the sites' own rows; the loss over all is their mean here, as if each had as many tokens."""
+    told = {"clients": losses, "clients_loss": sum(losses.values()) / len(losses) if losses else None}
+    return {"event": "evaluate", "round": number, "time": 100.0 + number, **told, "clients_few": list(few)}
+
+
+def test_without_rows_on_the_server_the_sites_own_losses_are_told() -> None:
+    events = [
+        {"event": "start", "clients": 3, "rounds": 3, "seed": 0, "time": 100.0},
+        own(0, ("cricket",), ant=3.0, bee=4.0),
+        own(1, ("cricket",), ant=2.0, bee=3.0),
+        own(2, ("cricket",), ant=1.5),
+        own(3, ("cricket",), ant=1.25),
+        {"event": "finish", "seconds": 43.0, "time": 143.0},
+    ]
+    out = io.StringIO()
+    observe = Lines(out)
+    for event in events:
+        observe(event)
+    few = "; too few held-out rows to tell a loss: cricket"
+    whose = "loss on each site's own held-out rows"
+    assert out.getvalue().splitlines() == [
+        "run: 3 clients, 3 rounds, seed 0",
+        f"before training: {whose} 3.500 nats per token: ant 3.000, bee 4.000{few}",
+        f"round 1/3: {whose} 2.500 (−1.000) nats per token: ant 2.000, bee 3.000{few}",
+        f"round 2/3: {whose} 1.500 nats per token: ant 1.500{few}",  # other rows: no change is told
+        f"round 3/3: {whose} 1.250 (−0.250) nats per token: ant 1.250{few}",
+        f"finished in 43 s; {whose} 1.250 nats per token, −0.250 since round 2",
+    ]
+    text = shown(told([*story()[:1], own(0, ant=3.0), own(1, ant=2.0)]), 122.0, 120)
+    assert "2.000 (−1.000) nats per token on each site's own held-out rows, −1.000 since before" in text
+
+
+def test_many_sites_are_not_listed_and_their_names_cannot_drive_the_terminal() -> None:
+    state, event = State(), own(1, ("\x1b[2J",), **{f"s{i}": 1.0 for i in range(7)})
+    text = line(fold(state, event), event)
+    assert text is not None and "1.000 nats per token at 7 sites; too few" in text and "\x1b" not in text
+    event = own(1, **{"\x1b[2J": 1.0})
+    assert "\x1b" not in (line(fold(state, event), event) or "\x1b")
+
+
 @pytest.mark.parametrize(
     ("event", "expected"),
     [
+        (
+            {"event": "evaluate", "round": 0},
+            "before training: held-out loss not measured: the server has no data.test, and sites are not asked for "
+            "theirs",
+        ),
+        ({"event": "evaluate", "round": 1}, None),
+        ({"event": "evaluate", "round": 1, "clients": {}}, "round 1/0: no site told a loss on its own held-out rows"),
         ({"event": "refused", "client": "a", "reason": "other base"}, "refused: a (handshake): other base"),
         (
             {"event": "refused", "client": "a", "reason": "no answer", "round": 0},

@@ -93,6 +93,77 @@ def test_the_headline_is_honest(losses: dict[str, float], expected: str) -> None
     assert headline(parse_metrics(table(**losses))) == expected
 
 
+def compared(low: float, high: float, privacy: str = "none", **losses: float) -> dict[str, Any]:
+    """A table with wide intervals, and the interval of federated minus alone; client a loses 0.1, client b 0.2."""
+    rows = [{"method": m, "loss": v, "ci95": {"loss": [v - 0.5, v + 0.5]}} for m, v in losses.items()]
+    pair = {"difference": losses["federated"] - losses["local"], "ci95": [low, high], "n": 240}
+    own = [{"client": c, "own": {"local": 1.0, "federated": 1.0 + d}} for c, d in (("a", 0.1), ("b", 0.2))]
+    promise = {"unit": privacy, "epsilon": 8.0, "epsilon_rdp": 9.0, "delta": 1e-5, "accountant": "pld", "sampler": "p"}
+    return {"schema": 1, "table": rows, "paired": {"local": pair}, "clients": own, "privacy": promise}
+
+
+def test_the_headline_goes_by_the_comparison_row_by_row() -> None:
+    """The intervals of the two losses overlap in all of these; the difference tells."""
+    losses = {"local": 1.0, "federated": 1.1}
+    worse, better, open_ = (
+        headline(parse_metrics(compared(*ends, **values)))
+        for ends, values in (
+            ((0.05, 0.15), losses),
+            ((-0.15, -0.05), {"local": 1.1, "federated": 1.0}),
+            ((-0.05, 0.25), losses),
+        )
+    )
+    assert worse == (
+        "Joining forces did not help: it raised the held-out loss from 1.00 (training alone) to 1.10 nats per token"
+    )
+    assert better == (
+        "Joining forces cut the held-out loss from 1.10 (training alone) to 1.00 nats per token, though on their own "
+        "rows both clients do worse than alone"
+    )
+    assert open_ == (
+        "Joining forces made no clear difference: a held-out loss of 1.10 nats per token against 1.00 (training "
+        "alone); on their own rows both clients do worse than alone"
+    )
+    text = Page(page(compared(0.05, 0.15, **losses))).text
+    said = "federated minus training alone is +0.100 nats per token (95% interval +0.050 to +0.150)"
+    assert said in text and said in table_plain(compared(0.05, 0.15, **losses))
+
+
+def test_a_small_but_clear_difference_is_not_printed_as_none() -> None:
+    text = headline(parse_metrics(compared(-0.004, -0.002, local=1.001, federated=0.998)))
+    assert "from 1.001 (training alone) to 0.998 nats per token" in text
+
+
+def test_of_few_rows_nothing_is_claimed() -> None:
+    metrics = compared(0.05, 0.15, local=1.0, federated=1.1)
+    metrics["paired"]["local"] |= {"ci95": None, "n": 4}
+    assert headline(parse_metrics(metrics)) == (
+        "Joining forces led to a held-out loss of 1.10 nats per token against 1.00 (training alone), on too few "
+        "examples to rule out chance; on their own rows both clients do worse than alone"
+    )
+    assert "4 held-out examples are too few to tell a difference from chance" in Page(page(metrics)).text
+
+
+def test_a_run_of_an_earlier_version_is_read_and_says_what_its_clients_saw(tmp_path: Path) -> None:
+    metrics = compared(0, 0, "record", local=1.0, federated=1.1)
+    del metrics["paired"]
+    text = Page(write_report(fake_run(tmp_path, metrics)).read_text(encoding="utf-8")).text
+    assert "on their own rows both clients do worse than alone" in text
+    assert "these results hold no comparison row by row" in text
+
+
+def test_a_private_run_says_that_what_it_is_held_against_had_no_noise() -> None:
+    metrics = compared(0.05, 0.15, "record", base=2.5, local=1.0, federated=1.1, central=0.5)
+    text = Page(page(metrics)).text
+    assert "1.00 (training alone, without noise) to 1.10 nats per token; pooling all data, also without noise," in text
+    note = "Not like with like: training alone (local) and on all data pooled (central) went without noise, federated"
+    assert note in text and note in table_plain(metrics)
+    assert "Against the untuned model: 2.50 before, 1.10 after." in text
+    assert "average over clients; without noise" in text and "after; without noise" not in text
+    metrics["privacy"] = {"unit": "none"}
+    assert "without noise" not in Page(page(metrics)).text + table_plain(metrics)
+
+
 @pytest.mark.parametrize(
     ("losses", "expected"),
     [
@@ -321,7 +392,7 @@ def test_what_was_promised_is_told_client_by_client_and_not_overstated() -> None
     clients = {"a": Spent(**spent, delta=1e-5), "b": Spent(**{**spent, "epsilon": 6.5}, delta=1e-5)}
     run = config.load(None, ["privacy.unit=record"])
     text = Page(page({**metrics, "privacy": claims.account(run, clients)})).text
-    assert "Joining forces privately did not help" in text and "1.00 (training alone, without privacy)" in text
+    assert "Joining forces privately did not help" in text and "1.00 (training alone, without noise)" in text
     # The worst-off client's epsilon is the claim, and stands first.
     assert "protected by differential privacy: epsilon = 6.50 at delta = 1e-05" in text
     assert text.index("b 6.50 3.75 1.500 12.5% 36") < text.index("a 3.25")

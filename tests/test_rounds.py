@@ -475,7 +475,25 @@ def test_who_only_had_a_hiccup_at_the_handshake_is_asked_again(monkeypatch: pyte
     made, log = rounds(["rounds=4"])
     made.run(Hiccup(failures=3), 3)
     assert [len(e["clients"]) for e in log.of("asked")] == [2, 2, 3, 3]
-    assert [(r["client"], r["reason"]) for r in log.of("refused")] == [("node 1002", "OutOfMemoryError")]
+    told = [(r["client"], r["reason"]) for r in log.of("refused")]
+    assert told == [("a site that did not tell its name (node 1002)", "OutOfMemoryError")]
+
+
+def test_a_site_that_fails_at_the_handshake_is_named_where_the_server_knows_it() -> None:
+    made, log = rounds(["rounds=1"], name_of={1002: "bee"}.get)
+    made.run(Hiccup(failures=math.inf), 3)
+    assert [(r["client"], r["reason"]) for r in log.of("refused")] == [("bee", "OutOfMemoryError")]
+
+
+@pytest.mark.parametrize("registered", ["bee", ""])
+def test_no_site_joins_under_another_name_than_its_keys(registered: str) -> None:
+    """Not even one that nobody else bears: what the server says of a site, it says by its key."""
+    made, log = rounds(["rounds=2"], name_of={1000: "c0", 1001: "c1", 1002: registered}.get)
+    made.run(LocalGrid(clients(), 3), 3)
+    assert all(e["clients"] == ["c0", "c1"] for e in log.of("asked"))
+    [told] = log.of("refused")
+    assert told["client"] == (registered or "a site that did not tell its name (node 1002)")
+    assert "calls itself 'c2'" in told["reason"] and "its key is registered under" in told["reason"]
 
 
 def test_a_node_that_keeps_failing_is_not_asked_all_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -640,6 +658,15 @@ def test_client_losses_add_up_by_tokens() -> None:
     last = log.of("evaluate")[-1]
     assert last["clients"] == {"c0": 0.1, "c1": 0.7, "c2": 2.5}
     assert last["clients_loss"] == pytest.approx((0.1 * 10 + 0.7 * 20 + 2.5 * 30) / 60)
+    assert last["clients_rows"] == {"c0": [3, 10], "c1": [3, 20], "c2": [3, 30]} and last["clients_few"] == []
+
+
+def test_clients_with_too_few_rows_to_tell_a_loss_are_named() -> None:
+    made, log = rounds(["rounds=1"])
+    made.run(Spoiler(clients(loss=lambda i, number: 1.0), 3, "evaluate", _set(nats=0.0, tokens=0, examples=0)), 3)
+    for event in log.of("evaluate"):
+        assert (event["clients"], event["clients_few"]) == ({"c0": 1.0, "c2": 1.0}, ["c1"])
+    assert log.of("refused") == []
 
 
 def test_one_reply_alive_at_a_time() -> None:

@@ -17,8 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from apiary import config, models
+from apiary import config, models, results
 from apiary.config import UserError
+from apiary.report import table_plain
 from simulation.run import simulate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,6 +73,31 @@ def test_last_round_in_log_is_the_federated_row(finished: tuple[Path, dict[str, 
     _, metrics = finished
     assert metrics["rounds"][-1]["loss"] == pytest.approx(metrics["table"][2]["loss"], rel=1e-6)
     assert metrics["rounds"][0]["loss"] == pytest.approx(metrics["table"][0]["loss"], rel=1e-6)
+
+
+def test_methods_are_compared_row_by_row(finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, metrics = finished
+    losses = {row["method"]: row["loss"] for row in metrics["table"]}
+    paired = json.loads((folder / "metrics.json").read_text())["paired"]
+    assert set(paired) == {"base", "local", "central"}
+    for method, pair in paired.items():
+        assert pair["difference"] == pytest.approx(losses["federated"] - losses[method])
+        assert pair["n"] == 8 and pair["ci95"] is None  # too few rows for one
+
+
+def test_a_private_run_says_that_its_baselines_had_no_noise(tmp_path: Path, tiny_model: Path, rows_file: Path) -> None:
+    from conftest import overrides_for
+
+    private = ["privacy.unit=record", "privacy.batch_rows=8", "rounds=1", "evaluate.baselines=['base', 'local']"]
+    more = ["evaluate.max_examples=20", "evaluate.generate=false", "data.test_fraction=0.3"]
+    metrics = run(tmp_path / "run", [*overrides_for(tiny_model, rows_file), *private, *more])
+    low, high = metrics["paired"]["base"]["ci95"]
+    assert low <= metrics["paired"]["base"]["difference"] <= high
+    note = "training alone (local) went without noise, federated training with it"
+    assert note in (tmp_path / "run" / "report.html").read_text() and note in table_plain(metrics)
+    _, remarks = results.score(results.open_tuned(tmp_path / "run"), str(rows_file))
+    assert any("trained without noise" in line for line in remarks)
+    assert note in results.card(config.load(tmp_path / "run" / "config.toml"), metrics, {})
 
 
 def test_training_lowers_the_loss(finished: tuple[Path, dict[str, Any]]) -> None:

@@ -85,6 +85,8 @@ def _examine_parts(config: RunConfig, problems: list[str], console: Console) -> 
     if config.privacy.unit != "none":
         _attempt(problems, lambda: _print_privacy(config, federation, console))
     plan.print_rows(federation, console)
+    stages = [continual.rows_by_stage(client.train, config) for client in federation.clients]
+    plan.print_warnings(continual.unlimited_buffers(stages, config), console)
     problems += _federation_problems(config, federation)
     if lm is None or template is None:
         return
@@ -142,9 +144,9 @@ def _template(config: RunConfig, lm: LanguageModel | None) -> Template | None:
 
 
 def _federation_problems(config: RunConfig, federation: Federation) -> Iterator[str]:
-    minimum, n = config.strategy.min_clients, len(federation.clients)
-    if minimum > n:
-        yield (f"strategy.min_clients = {minimum}: there are {n} clients; lower it or raise data.clients")
+    from apiary import examples
+
+    yield from examples.too_few_clients(config, len(federation.clients))
     if not federation.test:
         yield (
             f"data.test_fraction = {config.data.test_fraction}: leaves no held-out example; raise "
@@ -200,10 +202,11 @@ def _print_privacy(config: RunConfig, federation: Federation, console: Console) 
     """
     from apiary import continual, draws, privacy_plan
 
-    draws.check(config, (continual.rows_by_stage(client.train, config) for client in federation.clients))
+    clients = [(client.name, continual.rows_by_stage(client.train, config)) for client in federation.clients]
+    draws.check(config, (rows for _, rows in clients))
     console.print(Text("\nprivacy", style="bold"))
-    for line in privacy_plan.describe(config, privacy_plan.plan(config)):
-        console.print(Text(f"  {line}"))
+    for line in privacy_plan.describe(config, privacy_plan.plan_for(config, clients)):
+        console.print(Text(f"  {line}", style="yellow" if line.startswith("warning") else ""))
 
 
 def _print_problems(problems: Sequence[str], console: Console) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
-from apiary.config import DataConfig, UserError
+from apiary.config import DataConfig, RunConfig, UserError
 from apiary.examples.columns import (
     Columns,
     RowProblem,
@@ -22,6 +22,7 @@ from apiary.examples.columns import (
     is_absent,
     scalar_text,
     turns_of,
+    with_turns,
 )
 from apiary.examples.partitions import PARTITIONS, Table
 from apiary.examples.sources import RawFile, Unreadable, load
@@ -35,9 +36,12 @@ __all__ = [
     "Source",
     "Turn",
     "answer",
+    "as_read",
+    "check",
     "federate",
     "is_held_out",
     "read",
+    "too_few_clients",
 ]
 
 OVER_MAX_ROWS = "left out by data.max_rows"
@@ -128,11 +132,18 @@ def read(
     Raises:
         UserError: nothing there, unknown format, or a file without a usable row.
     """
+    return check(load(source, split, key), columns=columns, max_rows=max_rows)
+
+
+def check(
+    files: Sequence[RawFile], *, columns: Mapping[str, str] = MappingProxyType({}), max_rows: int | None = None
+) -> Source:
+    """As `read`, of files that were loaded before."""
     given = given_columns(columns)
     rows: list[tuple[Example, str, Place]] = []
     reports: list[FileReport] = []
     test: list[Example] | None = None
-    for index, file in enumerate(load(source, split, key)):
+    for index, file in enumerate(files):
         checked, report = _check_file(file, given)
         reports.append(report)
         if file.held_out:
@@ -191,8 +202,7 @@ def _check_file(file: RawFile, given: Columns | None) -> tuple[list[tuple[int, E
     """
     if not file.rows:
         raise UserError(f"{file.name}: empty, it holds no rows; remove it or fill it")
-    objects = [row for _, row in file.rows if isinstance(row, Mapping)]
-    columns = choose_columns(file.name, objects, given) if objects else Columns()
+    columns = _columns(file, given)
     usable: list[tuple[int, Example]] = []
     found: dict[str, list[int]] = {}
     for number, row in file.rows:
@@ -208,6 +218,39 @@ def _check_file(file: RawFile, given: Columns | None) -> tuple[list[tuple[int, E
         )
     problems = {reason: (len(rows), tuple(rows[:_FIRST_ROWS])) for reason, rows in found.items()}
     return usable, FileReport(file.name, len(file.rows), len(usable), problems)
+
+
+def _columns(file: RawFile, given: Columns | None) -> Columns:
+    objects = [row for _, row in file.rows if isinstance(row, Mapping)]
+    return choose_columns(file.name, objects, given) if objects else Columns()
+
+
+def as_read(
+    files: Sequence[RawFile],
+    rows: Iterable[tuple[Place, Example]],
+    *,
+    columns: Mapping[str, str] = MappingProxyType({}),
+) -> list[dict[str, object]]:
+    """Rows as they stand in their files, with what the examples now say in the fields that they came from.
+
+    Args:
+        files: what the examples were made of by `check`.
+        rows: where each example came from, and what it says now.
+        columns: as for `check`.
+
+    Raises:
+        ValueError: an example has other turns than its row.
+    """
+    given = given_columns(columns)
+    chosen = [_columns(file, given) for file in files]
+    found = [dict(file.rows) for file in files]
+    made = []
+    for place, example in rows:
+        row = found[place.file][place.row]
+        if not isinstance(row, Mapping):
+            raise ValueError(f"row {place.row} of {files[place.file].name} is no row of these files")
+        made.append(with_turns(row, chosen[place.file], example.turns))
+    return made
 
 
 def _fix(reason: str) -> str:
@@ -305,14 +348,32 @@ def _clients(
             tuple(source.examples[i] for i in share if held_out[i]),
         )
         if not client.train:
+            fix = (
+                "lower data.test_fraction, or put more rows in its file"
+                if natural
+                else "lower data.clients or data.test_fraction, or give it more rows (dirichlet: min_rows)"
+            )
             raise UserError(
-                f"client {client.name!r} has no training row left of {len(share)} (the others "
-                "are held out); "
-                "lower data.clients or data.test_fraction, or give it more rows (dirichlet: "
-                "min_rows)"
+                f"client {client.name!r} has no training row left of {len(share)} (the others are held out); {fix}"
             )
         clients.append(client)
     return tuple(clients)
+
+
+def too_few_clients(config: RunConfig, clients: int) -> list[str]:
+    """A line that says so where a round needs more clients than there are, and what helps."""
+    minimum = config.strategy.min_clients
+    if minimum <= clients:
+        return []
+    there = "there is 1 client" if clients == 1 else f"there are {clients} clients"
+    if config.data.partition.name != "natural":
+        return [f"strategy.min_clients = {minimum}: {there}; lower it or raise data.clients"]
+    fix = (
+        "lower it, or put more files into data.source"
+        if clients > 1
+        else 'let data.source be a folder with a file for each client, or set data.partition = "iid"'
+    )
+    return [f'strategy.min_clients = {minimum}: {there}, for data.partition = "natural" makes one of each file; {fix}']
 
 
 def _table(source: Source, config: DataConfig) -> Table:

@@ -55,6 +55,9 @@ _KNOWN = (
 )
 
 
+_BORDER = "\n\n"  # between an instruction and its input
+
+
 class RowProblem(Exception):
     """The reason why a row cannot be used; never a part of its text."""
 
@@ -135,9 +138,66 @@ def turns_of(row: Mapping[str, object], columns: Columns) -> tuple[Turn, ...]:
     user = _field(row, columns.instruction, may_be_number=False)
     extra = _optional_field(row, columns.input) if columns.input else ""
     return (
-        Turn("user", f"{user}\n\n{extra}" if extra else user),
+        Turn("user", f"{user}{_BORDER}{extra}" if extra else user),
         Turn("assistant", _field(row, columns.output)),
     )
+
+
+def with_turns(row: Mapping[str, object], columns: Columns, turns: Sequence[Turn]) -> dict[str, object]:
+    """The row with what `turns` now say in the fields that they came from; the other fields are left as they were.
+
+    Where a rewritten question no longer shows where the input begins, all of it becomes the instruction.
+
+    Args:
+        row: one that `turns_of` takes.
+        columns: as there.
+        turns: the row's own, some of them rewritten.
+
+    Raises:
+        ValueError: they are not of the same number or roles.
+    """
+    before = turns_of(row, columns)
+    if [turn.role for turn in turns] != [turn.role for turn in before]:
+        raise ValueError("the turns are not those of the row")
+    new = [None if now == was else now.text for was, now in zip(before, turns, strict=True)]
+    made = dict(row)
+    if columns.messages:
+        made[columns.messages] = _rewritten(_list_field(row, columns.messages), new)
+    elif _is_chat(row[columns.instruction]):
+        prompt = _list_field(row, columns.instruction)
+        made[columns.instruction] = _rewritten(prompt, new[: len(prompt)])
+        made[columns.output] = _rewritten(_list_field(row, columns.output), new[len(prompt) :])
+    else:
+        question, answer = new
+        if answer is not None:
+            made[columns.output] = answer
+        if question is not None:
+            made |= _parted(row, columns, question)
+            if turns_of(made, columns) != tuple(turns):
+                made |= {columns.instruction: question, columns.input: ""}
+    return made
+
+
+def _rewritten(messages: Sequence[object], texts: Sequence[str | None]) -> list[object]:
+    """The messages with the texts that are not None."""
+    made: list[object] = []
+    for message, text in zip(messages, texts, strict=True):
+        if text is not None and isinstance(message, Mapping):
+            made.append({**message, "content" if message.get("role") is not None else "value": text})
+        else:
+            made.append(message)
+    return made
+
+
+def _parted(row: Mapping[str, object], columns: Columns, text: str) -> dict[str, object]:
+    """A rewritten question as instruction and input, told apart by how many blank lines stood in each."""
+    if not (columns.input and _optional_field(row, columns.input)):
+        return {columns.instruction: text}
+    parts = text.split(_BORDER)
+    first = _field(row, columns.instruction).count(_BORDER) + 1
+    if len(parts) <= first or len(parts) - first != _optional_field(row, columns.input).count(_BORDER) + 1:
+        return {columns.instruction: text, columns.input: ""}
+    return {columns.instruction: _BORDER.join(parts[:first]), columns.input: _BORDER.join(parts[first:])}
 
 
 def _is_chat(value: object) -> bool:

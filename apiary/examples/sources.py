@@ -13,6 +13,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,8 @@ from apiary.config import UserError
 log = logging.getLogger(__name__)
 
 _LIST_KEYS = ("data", "rows", "train", "examples")
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")
+_HUB_PATIENCE_S = 10.0  # for its first answer
 
 
 class Unreadable(NamedTuple):
@@ -59,9 +61,10 @@ def load(source: str, split: str = "train", key: str = "data.source") -> list[Ra
         if reader is None:
             raise UserError(f"{key} = {source!r}: the extension must be one of {_allowed()}, or give a folder")
         return [RawFile(path.name, path.stem, list(_guarded(path, reader)))]
-    in_hub_form = _HUB_ID.fullmatch(source) and path.suffix.lower() not in _READERS
-    if not in_hub_form or ("/" not in source and "." in source):
-        raise UserError(f"{key} = {source!r} does not exist; relative paths start from the current folder")
+    if path.suffix.lower() in _READERS or not _HUB_ID.fullmatch(source):
+        is_path = path.suffix.lower() in _READERS or "/" in source
+        hint = "relative paths start from the current folder" if is_path else "a hub id is owner/name"
+        raise UserError(f"{key} = {source!r}: no such file or folder; {hint}")
     return [_hub(source, split, key)]
 
 
@@ -266,15 +269,54 @@ def _hub(source: str, split: str, key: str) -> RawFile:
 
     name, _, configuration = source.partition(":")
     log.info("%s = %r is no file or folder here; asking the hub", key, source)
+    away = _unreachable(name)
     try:
-        data = datasets.load_dataset(name, configuration or None, split=split)
+        with _hub_client(offline=away is not None):
+            data = datasets.load_dataset(name, configuration or None, split=split)
     except Exception as error:  # the hub client raises a dozen unrelated types
+        why = _line(error) if away is None else f"the hub does not answer ({_line(away)}), and no copy of it is here"
         raise UserError(
             f"{key} = {source!r}: no file or folder of that name here, and as a hub data set "
             f"(split {split!r}) "
-            f"it cannot be loaded: {_line(error)}"
+            f"it cannot be loaded: {why}"
         ) from None
+    if away is not None:
+        log.warning("%s = %r: the hub does not answer; this is the copy that was loaded before", key, source)
     return RawFile(source, name.rpartition("/")[2], list(enumerate(data, 1)))
+
+
+def _unreachable(name: str) -> Exception | None:
+    """What keeps the hub from answering one short question; its own client would try on for half a minute."""
+    from huggingface_hub import HfApi, constants, errors
+
+    if constants.HF_HUB_OFFLINE:
+        return None
+    try:
+        HfApi().dataset_info(name, timeout=_HUB_PATIENCE_S)
+    except errors.HfHubHTTPError:  # an answer too; `datasets` words it better
+        return None
+    except Exception as error:
+        return error
+    return None
+
+
+@contextmanager
+def _hub_client(*, offline: bool) -> Iterator[None]:
+    """Within it the hub's libraries log errors alone, and where `offline` they look only into their cache."""
+    import datasets.config
+
+    # Each sets its level when it is imported, whatever the command line asked for before.
+    loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
+    levels, was_offline = [logger.level for logger in loggers], datasets.config.HF_HUB_OFFLINE
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    datasets.config.HF_HUB_OFFLINE = offline or was_offline
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = was_offline
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _line(error: Exception) -> str:

@@ -11,18 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from apiary import claims, units
-from apiary.report.content import headline, page_content, plural
+from apiary.progress import clean
+from apiary.report import sites
+from apiary.report.content import page_content, plural
 from apiary.report.data import Interval, Metrics, Row, gain_on_all, gain_on_own, parse_metrics
 from apiary.report.page import PAGE
+from apiary.report.verdict import headline, not_alike, row_by_row
 from apiary.runlog import Event, read_events, read_metrics, write_atomic
 
 __all__ = ["headline", "render", "table_plain", "table_text", "write_report"]
 
 REPORT_FILE = "report.html"
+_BOLD = ("federated", sites.TOGETHER)
 
 
 def write_report(folder: Path) -> Path:
@@ -57,30 +62,59 @@ def render(metrics: Metrics, events: Sequence[Event] = (), config: str = "") -> 
     return environment.from_string(PAGE).render(**page_content(metrics, events, config))
 
 
-def table_text(metrics: Mapping[str, Any]) -> Table:
-    """The table for a terminal; works on `{"table": [...]}` alone.
+def table_text(metrics: Mapping[str, Any]) -> RenderableType:
+    """The table for a terminal, and what sites of a deployment tell; works on `{"table": [...]}` alone.
 
     Raises:
         UserError: the rows have another shape than `metrics.json`.
     """
     parsed = parse_metrics(metrics)
-    table = Table(title=_title(parsed), title_justify="left", caption=_caption(parsed), caption_justify="left")
-    table.add_column("method")
-    for name in _columns(parsed):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in parsed.table:
-        style = "bold" if row.method == "federated" else ""
-        table.add_row(*(Text(cell) for cell in _cells(row, parsed)), style=style)
+    parts = [
+        _table(grid, caption, title=_title(parsed) if number == 0 else None)
+        for number, (grid, caption) in enumerate(_parts(parsed))
+    ]
+    return parts[0] if len(parts) == 1 else Group(*parts)
+
+
+def _table(grid: Sequence[Sequence[str]], caption: str, title: str | None) -> Table:
+    """A table whose first line is its head; all text stands as it is, for names come from other machines."""
+    table = Table(
+        title=Text(title) if title else None,
+        title_justify="left",
+        caption=Text(caption) if caption else None,
+        caption_justify="left",
+    )
+    head, *rows = grid
+    for number, name in enumerate(head):
+        table.add_column(Text(name), justify="right" if number else "left", no_wrap=number > 0)
+    for cells in rows:
+        table.add_row(*map(Text, cells), style="bold" if cells[0] in _BOLD else "")
     return table
 
 
 def table_plain(metrics: Mapping[str, Any]) -> str:
-    """The table as aligned plain lines, for a pipe or a file."""
-    parsed = parse_metrics(metrics)
-    grid = [("method", *_columns(parsed)), *(_cells(row, parsed) for row in parsed.table)]
+    """The same as aligned plain lines, for a pipe or a file."""
+    return "\n".join(_plain(grid, caption) for grid, caption in _parts(parse_metrics(metrics)))
+
+
+def _plain(grid: Sequence[Sequence[str]], caption: str) -> str:
     widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
     lines = ["  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]).rstrip() for cells in grid]
-    return "\n".join([*lines, *filter(None, [_caption(parsed)])]) + "\n"
+    return "\n".join([*lines, *filter(None, [caption])]) + "\n"
+
+
+def _parts(metrics: Metrics) -> list[tuple[Sequence[Sequence[str]], str]]:
+    """What is shown at the end of a run, each with the lines below it: the table, and the sites of a deployment."""
+    parts: list[tuple[Sequence[Sequence[str]], str]] = []
+    found = sites.grid(metrics)
+    if metrics.table or found is None:
+        rows = [("method", *_columns(metrics)), *(_cells(row, metrics) for row in metrics.table)]
+        parts.append((rows, _caption(metrics)))
+    if found is not None:
+        more = [f"{found.left_out:,} more sites are in metrics.json."] if found.left_out else []
+        lines = map(clean, [*more, *sites.sentences(metrics)])
+        parts.append(([found.columns, *(tuple(map(clean, row)) for row in found.rows)], "\n".join(lines)))
+    return parts
 
 
 def _columns(metrics: Metrics) -> list[str]:
@@ -117,6 +151,9 @@ def _title(metrics: Metrics) -> str | None:
 def _caption(metrics: Metrics) -> str:
     count = max((row.n or 0 for row in metrics.table), default=0)
     notes = [f"loss in nats per response token, on {plural(count, 'held-out example')}"]
+    other = metrics.row("local") or metrics.row("base")
+    notes += filter(None, [row_by_row(metrics, other) if other and metrics.paired else "", not_alike(metrics)])
+    noise = "without noise, " if "local" in metrics.noiseless else ""
     for gain, where in (
         (gain_on_own(metrics), "on its own data"),
         (gain_on_all(metrics), "on everyone's"),
@@ -124,7 +161,7 @@ def _caption(metrics: Metrics) -> str:
         if gain is not None:
             name, least = gain.worst
             notes.append(
-                f"{gain.improved} of {plural(len(gain.gains), 'client')} better off than alone "
-                f"{where}; mean gain {units.change_text(gain.mean)}, least {units.change_text(least)} ({name})"
+                f"{gain.improved} of {plural(len(gain.gains), 'client')} better off than alone {noise}{where}; "
+                f"mean gain {units.change_text(gain.mean)}, least {units.change_text(least)} ({clean(name)})"
             )
     return "\n".join(notes)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from apiary import claims, units
-from apiary.report import plots
+from apiary.report import plots, sites
 from apiary.report.data import (
     MEANING,
     METHODS,
@@ -21,6 +21,7 @@ from apiary.report.data import (
     gain_on_own,
 )
 from apiary.report.stages import stages_content
+from apiary.report.verdict import headline, nats, not_alike, row_by_row, second, value
 from apiary.runlog import Event
 
 _NAMED_CLIENTS = 24  # more are summed up in a chart, and only those that gain least are named
@@ -31,11 +32,13 @@ _ABSOLUTE = re.compile(r'"(?:/|[A-Za-z]:\\\\)[^"]*?([^"/\\]+)[/\\]*"')
 def page_content(metrics: Metrics, events: Sequence[Event], config: str) -> dict[str, Any]:
     """All that the page shows, by the names its template uses."""
     start = next((event for event in events if event["event"] == "start"), {})
+    metrics = sites.with_sites(metrics, events)
     own, everyone = gain_on_own(metrics), gain_on_all(metrics)
+    lead = metrics.row("local") or metrics.row("base")
     return {
         "metrics": metrics,
         "headline": headline(metrics),
-        "second": _second(metrics),
+        "second": second(metrics),
         "tiles": _tiles(metrics, own, everyone),
         "rows": [_row(row, metrics.table) for row in metrics.table],
         "meaning": MEANING,
@@ -43,10 +46,15 @@ def page_content(metrics: Metrics, events: Sequence[Event], config: str) -> dict
         "has_steps": any(row.steps is not None for row in metrics.table),
         "has_tokens": any(row.tokens is not None for row in metrics.table),
         "federated": metrics.row("federated"),
+        "paired": [row_by_row(metrics, row) for row in metrics.table if row.method in metrics.paired and row != lead],
+        "not_alike": not_alike(metrics),
         "probability": _probability(metrics),
         "n": max((row.n or 0 for row in metrics.table), default=0),
         "loss_chart": plots.loss_chart(metrics),
         "cost_chart": plots.cost_chart(metrics),
+        "sites": sites.grid(metrics),
+        "sites_said": sites.sentences(metrics),
+        "sites_chart": plots.sites_chart(sites.told(metrics)),
         "sent": _sent(metrics),
         "own": own,
         "everyone": everyone,
@@ -67,68 +75,10 @@ def page_content(metrics: Metrics, events: Sequence[Event], config: str) -> dict
     }
 
 
-def headline(metrics: Metrics) -> str:
-    """The result in one sentence, as plainly when joining forces hurts as when it helps."""
-    joint, alone = metrics.row("federated"), metrics.row("local")
-    if joint is None:
-        return "Held-out loss of this run"
-    who = "Federated training" if len(metrics.clients) == 1 else "Joining forces"
-    # Who trains alone shows its adapter to nobody, and so needs no noise.
-    private = metrics.privacy.get("unit", "none") != "none"
-    who += " privately" if private else ""
-    name = "training alone, without privacy" if private else "training alone"
-    other, name = (alone, name) if alone else (metrics.row("base"), "the untuned model")
-    if other is None:
-        return f"Federated training reached a held-out loss of {_nats(joint)} nats per token"
-    now, then = f"{_nats(joint)} nats per token", f"{_nats(other)} ({name})"
-    if _overlap(joint, other):
-        start = f"{who} made no clear difference: a held-out loss of {now} against {then}"
-    elif _value(joint) < _value(other):
-        start = f"{who} cut the held-out loss from {then} to {now}"
-    else:
-        start = f"{who} did not help: it raised the held-out loss from {then} to {now}"
-    pooled = metrics.row("central")
-    return f"{start}; pooling all data reaches {_nats(pooled)}" if pooled else start
-
-
-def _second(metrics: Metrics) -> str:
-    """What the numbers mean for someone who decides: how much of the gap to pooling is closed."""
-    joint, alone, pooled = (metrics.row(method) for method in ("federated", "local", "central"))
-    if joint is None:
-        return ""
-    unclear = alone is not None and _overlap(joint, alone)
-    if unclear or alone is None or pooled is None or _value(alone) <= _value(pooled):
-        return "Every client kept its data; only changes to a small adapter of the model travelled."
-    share = (_value(alone) - _value(joint)) / (_value(alone) - _value(pooled))
-    if share <= 0:
-        return "Federated training does not come closer to pooled training than training alone does."
-    if share >= 1:
-        return "Federated training is as good as copying all data to one place, and no data moved."
-    return (
-        f"That is {100 * share:.0f}% of what copying all data to one place would gain over "
-        "training alone, and no data moved: only changes to a small adapter of the model travelled."
-    )
-
-
-def _value(row: Row) -> float:
-    return math.inf if row.loss is None else row.loss
-
-
-def _nats(row: Row) -> str:
-    return units.loss_text(row.loss, 2)
-
-
-def _overlap(a: Row, b: Row) -> bool:
-    """Whether two 95% intervals overlap; without intervals, whether the losses print the same."""
-    if a.ci95.loss is None or b.ci95.loss is None:
-        return _nats(a) == _nats(b)
-    return a.ci95.loss[0] <= b.ci95.loss[1] and b.ci95.loss[0] <= a.ci95.loss[1]
-
-
 def _probability(metrics: Metrics) -> float | None:
     """The probability the federated model gives the right token (geometric mean): exp(-loss)."""
     row = metrics.row("federated")
-    return None if row is None else math.exp(-_value(row))
+    return None if row is None else math.exp(-value(row))
 
 
 def _sent(metrics: Metrics) -> tuple[int, int]:
@@ -141,13 +91,15 @@ def _tiles(metrics: Metrics, own: Gain | None, everyone: Gain | None) -> list[tu
     tiles: list[tuple[str, str, str]] = []
     joint, alone = metrics.row("federated"), metrics.row("local") or metrics.row("base")
     versus = "training alone" if metrics.row("local") else "the untuned model"
+    versus += ", without noise" if alone and alone.method in metrics.noiseless else ""
     if joint is not None:
-        remark = f"{_nats(alone)} by {versus}; lower is better" if alone else "nats per token; lower is better"
-        tiles.append(("Held-out loss", _nats(joint), remark))
+        remark = f"{nats(alone)} by {versus}; lower is better" if alone else "nats per token; lower is better"
+        tiles.append(("Held-out loss", nats(joint), remark))
         if joint.accuracy is not None:
             before = units.share_text(alone.accuracy, 0) if alone and alone.accuracy is not None else None
             remark = f"{before} by {versus}" if before else "word for word"
             tiles.append(("Answers exactly right", units.share_text(joint.accuracy, 0), remark))
+    tiles += _site_tiles(metrics)
     if gain := everyone or own:
         where = "on the tasks of all" if everyone else "on their own tasks"
         if everyone and own:
@@ -165,6 +117,25 @@ def _tiles(metrics: Metrics, own: Gain | None, everyone: Gain | None) -> list[tu
     return tiles
 
 
+def _site_tiles(metrics: Metrics) -> list[tuple[str, str, str]]:
+    """Of a deployment: the loss on the sites' own rows, at how many it fell, and how many rows they train on."""
+    tiles: list[tuple[str, str, str]] = []
+    rounds, moved = sites.told(metrics), sites.change(metrics)
+    if rounds and not metrics.row("federated"):
+        loss = rounds[-1].loss if moved is None else moved.now
+        remark = "nats per token; lower is better"
+        if moved is not None and moved.before is not None:
+            remark = f"{units.loss_text(moved.before, 2)} {sites.when(moved.first)}; lower is better"
+        tiles.append(("Loss on the sites' own held-out rows", units.loss_text(loss, 2), remark))
+    if moved is not None:
+        remark = "each on its own held-out rows"
+        tiles.append(("Sites whose loss fell", f"{moved.fell} of {len(moved.by_site)}", remark))
+    examples = [client.examples for client in metrics.clients if client.examples is not None]
+    if metrics.sites is not None and examples:
+        tiles.append(("Rows to train on", units.count_text(sum(examples)), f"at {plural(len(examples), 'site')}"))
+    return tiles
+
+
 def plural(count: int, noun: str) -> str:
     """`1 client`, `2 clients`."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
@@ -172,7 +143,7 @@ def plural(count: int, noun: str) -> str:
 
 def _row(row: Row, table: Sequence[Row]) -> dict[str, Any]:
     """A row of the table with its interval's place on a common axis from zero, in percent."""
-    ends = [_value(r) for r in table if r.loss is not None] + [r.ci95.loss[1] for r in table if r.ci95.loss]
+    ends = [value(r) for r in table if r.loss is not None] + [r.ci95.loss[1] for r in table if r.ci95.loss]
     top = max(ends, default=1.0) * 1.04 or 1.0
     low, high = row.ci95.loss or (row.loss, row.loss)
     place = [None if v is None else round(100 * v / top, 2) for v in (low, row.loss, high)]

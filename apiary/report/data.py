@@ -60,6 +60,24 @@ class Client(_Part):
     mix_loss: Mapping[MethodName, float | None] = Field(default_factory=dict)
 
 
+class Difference(_Part):
+    """The federated loss minus another method's, example by example; below 0 where federated is better."""
+
+    difference: float | None = None
+    ci95: Interval | None = None  # paired bootstrap; None where there are too few examples for one
+    n: int | None = None
+
+
+class OwnRound(_Part):
+    """The shared model on each site's own held-out rows after a round; round 0 is before training."""
+
+    round: int
+    loss: float | None = None  # of all these rows together, each response token counting once
+    sites: Mapping[str, float | None] = Field(default_factory=dict)
+    rows: Mapping[str, tuple[int, int]] = Field(default_factory=dict)  # held-out rows, and response tokens in them
+    few: tuple[str, ...] = ()  # sites with too few rows to tell a loss
+
+
 class Round(_Part):
     """One federated round; round 0 is the state before training."""
 
@@ -139,7 +157,9 @@ class Metrics(_Part):
     table: tuple[Row, ...]
     clients: tuple[Client, ...] = ()
     skills: Mapping[str, Mapping[MethodName, float | None]] = Field(default_factory=dict)
+    paired: Mapping[MethodName, Difference] = Field(default_factory=dict)
     rounds: tuple[Round, ...] = ()
+    sites: tuple[OwnRound, ...] | None = None  # None where it is no deployment
     samples: tuple[Sample, ...] = ()
     continual: Continual | None = None
     curation: Mapping[str, Curated] = Field(default_factory=dict)
@@ -151,6 +171,16 @@ class Metrics(_Part):
     def row(self, method: MethodName) -> Row | None:
         """The row of a method that has a loss, or None."""
         return next((r for r in self.table if r.method == method and r.loss is not None), None)
+
+    @property
+    def private(self) -> bool:
+        """Whether the federation trained under differential privacy."""
+        return bool(self.privacy.get("unit", "none") != "none")
+
+    @property
+    def noiseless(self) -> tuple[MethodName, ...]:
+        """Methods of a private run that trained without its noise: nobody is shown what they make."""
+        return tuple(m for m in ("local", "central") if self.private and self.row(m))
 
 
 class Gain(_Part):

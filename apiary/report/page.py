@@ -198,7 +198,7 @@ PAGE: Final = (
 <tbody>
 {% for item in rows %}
 {% set row = item.row %}
-<tr class="{{ row.method }}"><th scope="row"><span class="key"></span>{{ meaning[row.method][0] }}<small class="note">{{ meaning[row.method][1] }}</small></th>
+<tr class="{{ row.method }}"><th scope="row"><span class="key"></span>{{ meaning[row.method][0] }}<small class="note">{{ meaning[row.method][1] }}{{ "; without noise" if row.method in metrics.noiseless else "" }}</small></th>
 <td class="num">{{ row.loss | loss }}{% if row.ci95.loss %}<small>{{ row.ci95.loss[0] | loss }} to {{ row.ci95.loss[1] | loss }}</small>{% endif %}</td>
 <td class="graph" aria-hidden="true">{% if item.place %}<div class="track"><i class="fill" style="width:{{ item.place[1] }}%"></i><i class="range" style="left:{{ item.place[0] }}%;width:{{ (item.place[2] - item.place[0]) | round(2) }}%"></i><i class="dot" style="left:{{ item.place[1] }}%"></i></div>{% endif %}</td>
 {% if has_accuracy %}<td class="num">{{ row.accuracy | share }}{% if row.ci95.accuracy %}<small>{{ row.ci95.accuracy[0] | share }} to {{ row.ci95.accuracy[1] | share }}</small>{% endif %}</td>{% endif %}
@@ -211,7 +211,8 @@ PAGE: Final = (
 </div>
 <p class="note" style="margin-top:14px">
 <b>Loss</b> says how much the right answer surprises the model, in nats per token (a token is a piece of a word; a nat is a unit of
-surprise). Lower is better and 0 is certainty.{% if probability is not none %} {{ federated.loss | loss(2) }} nats mean that the federated model gives the right token a probability of {{ probability | share(0) }} (geometric mean).{% endif %}{% if has_accuracy %} <b>Exactly right</b> is the share of answers that match the reference in every character, white space aside.{% endif %} The small numbers are 95% intervals from resampling the held-out examples; they do not cover the luck of another seed.
+surprise). Lower is better and 0 is certainty.{% if probability is not none %} {{ federated.loss | loss(2) }} nats mean that the federated model gives the right token a probability of {{ probability | share(0) }} (geometric mean).{% endif %}{% if has_accuracy %} <b>Exactly right</b> is the share of answers that match the reference in every character, white space aside.{% endif %} The small numbers are 95% intervals from resampling the held-out examples; they do not cover the luck of another seed.{% for line in paired %} {{ line }}{% endfor %}
+
 </p>
 </section>
 {% endif %}
@@ -224,10 +225,31 @@ surprise). Lower is better and 0 is certainty.{% if probability is not none %} {
 </section>
 {% endif %}
 
+{% if sites %}
+<section>
+<h2>At the sites</h2>
+<p class="note">{% if federated and sites_said %}{{ sites_said | join(" ") }} {% endif %}{% if sites_chart %}The curves: the loss of the shared model on each site's own held-out rows after each round (lower is better); the thick line is all sites together, each response token counting once, and a round is over the sites that told a loss in it. These rows stay at their sites, nobody trains on them, and they differ from site to site. The server gets their sum alone, so there is no interval.{% endif %}</p>
+<div class="panel">
+{% if sites_chart %}{{ sites_chart }}{% endif %}
+<div class="scroll">
+<table>
+<thead><tr>{% for name in sites.columns %}<th scope="col"{% if not loop.first %} class="num"{% endif %}>{{ name | capitalize }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for row in sites.rows %}
+<tr><th scope="row">{{ row[0] }}</th>{% for cell in row[1:] %}<td class="num">{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody>
+</table>
+</div>
+{% if sites.left_out %}<p class="note" style="margin:12px 0 0">{{ sites.left_out | count }} more sites are in metrics.json.</p>{% endif %}
+</div>
+</section>
+{% endif %}
+
 {% if clients %}
 <section>
 <h2>What each client gains</h2>
-<p class="note">Loss on the client's own held-out examples, the kind of work it does itself: {{ own.improved }} of {{ own.gains | length }} {{ "is" if own.improved == 1 else "are" }} better off with the shared model than alone; the mean gain is {{ own.mean | change }}, the least {{ own.worst[1] | change }} nats per token ({{ own.worst[0] }}).{% if everyone %} On the held-out examples of all clients, {{ everyone.improved }} of {{ everyone.gains | length }} {{ "is" if everyone.improved == 1 else "are" }} better off.{% endif %}</p>
+<p class="note">Loss on the client's own held-out examples, the kind of work it does itself: {{ own.improved }} of {{ own.gains | length }} {{ "is" if own.improved == 1 else "are" }} better off with the shared model than alone{{ " without noise" if "local" in metrics.noiseless else "" }}; the mean gain is {{ own.mean | change }}, the least {{ own.worst[1] | change }} nats per token ({{ own.worst[0] }}).{% if everyone %} On the held-out examples of all clients, {{ everyone.improved }} of {{ everyone.gains | length }} {{ "is" if everyone.improved == 1 else "are" }} better off.{% endif %}</p>
 <div class="panel">
 {% if gain_chart %}
 {{ gain_chart }}
@@ -302,7 +324,7 @@ surprise). Lower is better and 0 is certainty.{% if probability is not none %} {
 {% endfor %}
 </tbody>
 </table>
-<p class="note" style="margin:12px 0 0">Budget: epsilon {{ promise.budget }} at delta {{ promise.delta }}; the gradient of each row is clipped to {{ promise.clip }}. Clients hold different rows, so the run's claim is that of its worst-off client. {% if metrics.row("local") or metrics.row("central") %}Training alone and all data pooled were trained without noise, for comparison: their adapters are not protected, and the run's learning rate may suit them less than it suits noise.{% endif %}</p>
+<p class="note" style="margin:12px 0 0">Budget: epsilon {{ promise.budget }} at delta {{ promise.delta }}; the gradient of each row is clipped to {{ promise.clip }}. Clients hold different rows, so the run's claim is that of its worst-off client. {% if not_alike %}{{ not_alike }} Their adapters are not protected, and the run's learning rate may suit them less than it suits noise.{% endif %}</p>
 </div>
 </section>
 {% endif %}

@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from apiary.report.data import METHODS, Gain, MethodName, Metrics, Round
+from apiary.report.data import METHODS, Gain, MethodName, Metrics, OwnRound, Round
 from apiary.units import bytes_text, loss_text
 
 SHORT: dict[MethodName, str] = {
@@ -59,6 +59,7 @@ _STYLE: dict[Any, Any] = {
     "ytick.major.size": 0,
     "figure.facecolor": "none",
 }
+_CURVES, _LABELS, _LONGEST_NAME = 40, 8, 13  # sites drawn, sites named, letters of a name
 Draw = Callable[[Figure, bool], None]  # (figure, narrow)
 
 
@@ -71,11 +72,16 @@ def loss_chart(metrics: Metrics) -> Markup | None:
     return _chart(lambda figure, narrow: _draw_loss(figure, narrow, metrics, points), 360, 320, label)
 
 
-def _draw_loss(figure: Figure, narrow: bool, metrics: Metrics, points: Sequence[Round]) -> None:
+def _line_axes(figure: Figure) -> Axes:
+    """Axes with room for names at their right."""
     width = figure.get_figwidth() * 72
-    room = 112 / width  # for the names at the right
+    room = 112 / width
     bottom = 52 / (figure.get_figheight() * 72)
-    axes = figure.add_axes((44 / width, bottom, 1 - 44 / width - room, 0.98 - bottom))
+    return figure.add_axes((44 / width, bottom, 1 - 44 / width - room, 0.98 - bottom))
+
+
+def _draw_loss(figure: Figure, narrow: bool, metrics: Metrics, points: Sequence[Round]) -> None:
+    axes = _line_axes(figure)
     x, y = [r.round for r in points], [r.loss or 0.0 for r in points]
     _band(axes, points)
     marks = "o" if len(points) <= (12 if narrow else 40) else ""
@@ -93,7 +99,51 @@ def _draw_loss(figure: Figure, narrow: bool, metrics: Metrics, points: Sequence[
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6 if narrow else 12))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
     axes.set_xlabel("round")
-    _end_labels(axes, ends, gap=(high - low) * 0.075)
+    labels = [(f"{SHORT[method]} {loss_text(loss, 2)}", loss, method, method == "federated") for method, loss in ends]
+    _end_labels(axes, labels, gap=(high - low) * 0.075)
+
+
+def sites_chart(rounds: Sequence[OwnRound]) -> Markup | None:
+    """Loss on the sites' own held-out rows by round, all together and site by site; None without two rounds."""
+    points = [measured for measured in rounds if measured.loss is not None]
+    if len(points) < 2:
+        return None
+    label = f"Loss on the sites' own held-out rows by round, from {_first_and_last(points)}"
+    return _chart(lambda figure, narrow: _draw_sites(figure, narrow, points), 320, 300, label)
+
+
+def _first_and_last(points: Sequence[OwnRound]) -> str:
+    return f"{loss_text(points[0].loss)} to {loss_text(points[-1].loss)}"
+
+
+def _draw_sites(figure: Figure, narrow: bool, points: Sequence[OwnRound]) -> None:
+    names = sorted({name for measured in points for name in measured.sites})
+    curves = {
+        name: [(measured.round, loss) for measured in points if (loss := measured.sites.get(name)) is not None]
+        for name in names[:_CURVES]
+    }
+    together = [(measured.round, measured.loss or 0.0) for measured in points]
+    axes = _line_axes(figure)
+    for curve in curves.values():
+        axes.plot(*zip(*curve, strict=True), color=_STAND_IN["muted"], lw=1.2, alpha=0.8)
+    axes.plot(*zip(*together, strict=True), color=_STAND_IN["federated"], lw=2.4, marker="o", ms=5, clip_on=False)
+    axes.set_xlim(together[0][0], together[-1][0])
+    low, high = _limits([loss for curve in (together, *curves.values()) for _, loss in curve])
+    axes.set_ylim(low, high)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6 if narrow else 12))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+    axes.set_xlabel("round")
+    ends = [(f"All {loss_text(together[-1][1], 2)}", together[-1][1], "federated", True)]
+    if len(curves) <= _LABELS:
+        ends += [(_short(name), curve[-1][1], "muted", False) for name, curve in curves.items() if curve]
+    _end_labels(axes, ends, gap=(high - low) * 0.085)
+
+
+def _short(name: str) -> str:
+    """A name that fits beside a chart; matplotlib takes dollars for mathematics."""
+    name = " ".join(name.split())
+    text = name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
+    return text.replace("$", r"\$")
 
 
 def _edges(points: Sequence[Round]) -> list[float]:
@@ -118,20 +168,20 @@ def _limits(values: Sequence[float]) -> tuple[float, float]:
     return (0.0 if 0 <= low < 0.4 * high else low - room), high + room
 
 
-def _end_labels(axes: Axes, ends: Sequence[tuple[MethodName, float]], gap: float) -> None:
-    """Names each line at its right end, pushed apart where they would overlap."""
+def _end_labels(axes: Axes, ends: Sequence[tuple[str, float, str, bool]], gap: float) -> None:
+    """Names each line (text, height, colour, bold) at its right end, pushed apart where they would overlap."""
     ordered = sorted(ends, key=lambda end: end[1])
-    heights = spread([value for _, value in ordered], gap, *axes.get_ylim())
-    for (method, value), height in zip(ordered, heights, strict=True):
+    heights = spread([value for _, value, _, _ in ordered], gap, *axes.get_ylim())
+    for (text, _, color, bold), height in zip(ordered, heights, strict=True):
         axes.annotate(
-            f"{SHORT[method]} {loss_text(value, 2)}",
+            text,
             xy=(1, height),
             xycoords=("axes fraction", "data"),
             xytext=(10, 0),
             textcoords="offset points",
             va="center",
-            color=_STAND_IN[method],
-            fontweight="bold" if method == "federated" else "normal",
+            color=_STAND_IN[color],
+            fontweight="bold" if bold else "normal",
             annotation_clip=False,
         )
 

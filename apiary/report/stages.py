@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from apiary import units
-from apiary.report.data import Continual, MethodName, StageScores
+from apiary.report.data import Continual, Matrix, MethodName, StageScores
 
 _JOINT: Mapping[MethodName, str] = {
     "central": "All stages at once, pooled",
@@ -58,33 +58,64 @@ def _cell(scores: StageScores, stage: int, worst: float, state: str) -> Cell:
     return Cell(units.share_text(right, 0), units.loss_text(loss, 2), right or 0.0, state)
 
 
-def _sentence(continual: Continual) -> str:
-    """What was forgotten, in one sentence: each stage just after its training against the end."""
-    accuracy = continual.accuracy is not None
-    matrix = continual.accuracy or continual.loss
+class _Fall(NamedTuple):
+    """How far a stage ended from its best after any stage before the last, as `apiary.continual.forgetting` has it."""
+
+    stage: int  # from 1
+    after: int  # the stage after which it was at its best
+    best: float
+    now: float
+    lost: float  # above 0 where it is worse now
+
+
+def _falls(matrix: Matrix, *, higher: bool) -> list[_Fall]:
+    """The fall of each stage but the last finished one; a stage that was not measured every time has none."""
     last = len(matrix) - 1
-    pairs = [(matrix[i][i - 1], matrix[last][i - 1], i) for i in range(1, last)]
-    known = [(then, now, i) for then, now, i in pairs if then is not None and now is not None]
-    if not known:
+    found = []
+    for stage in range(1, last):
+        scores = [score for after in range(1, last) if (score := matrix[after][stage - 1]) is not None]
+        now = matrix[last][stage - 1]
+        if now is None or len(scores) < last - 1:
+            continue
+        best = max(scores) if higher else min(scores)
+        after = stage if scores[stage - 1] == best else 1 + scores.index(best)
+        found.append(_Fall(stage, after, best, now, best - now if higher else now - best))
+    return found
+
+
+def _sentence(continual: Continual) -> str:
+    """What was forgotten, in one sentence. Nothing was only if none of the figures below it says otherwise."""
+    right = _falls(continual.accuracy or (), higher=True)
+    loss = _falls(continual.loss, higher=False)
+    if not right and not loss:
         return "There was no earlier stage to forget."
+    if _forgotten(right):
+        return f"{_most(continual, right, accuracy=True)}."
+    if not _forgotten(loss):
+        return "Nothing was forgotten: no stage does worse at the end than at its best before."
+    but = "No stage has fewer answers exactly right at the end than at its best before, but by loss, " if right else ""
+    told = _most(continual, loss, accuracy=False)
+    return f"{but}{told[0].lower() + told[1:] if but else told}."
 
-    def lost(then: float, now: float) -> float:
-        return then - now if accuracy else now - then
 
-    def words(value: float) -> str:
-        return units.share_text(value, 0) if accuracy else units.loss_text(value, 2)
+def _forgotten(falls: Sequence[_Fall]) -> bool:
+    """Whether a stage fell by as much as the figures show: a tenth of a point, or 0.001 nats."""
+    return any(round(fall.lost, 3) > 0 for fall in falls)
 
-    then, now, stage = max(known, key=lambda item: lost(*item[:2]))
-    if lost(then, now) <= 0 or words(then) == words(now):
-        return "Nothing was forgotten: no stage does worse at the end than just after its own training."
-    mean = sum(lost(*item[:2]) for item in known) / len(known)
+
+def _most(continual: Continual, falls: Sequence[_Fall], *, accuracy: bool) -> str:
+    worst = max(falls, key=lambda fall: fall.lost)
+    text = units.share_text if accuracy else units.loss_text
+    fewest = 0 if accuracy else 2
+    digits = next((n for n in range(fewest, 6) if text(worst.best, n) != text(worst.now, n)), fewest)
+    began = "just after its training" if worst.after == worst.stage else f"after stage {worst.after}"
+    what = "answers exactly right fell" if accuracy else "held-out loss rose"
+    mean = sum(fall.lost for fall in falls) / len(falls)
     change = f"{100 * abs(mean):.0f} points" if accuracy else f"{abs(mean):.2f} nats per token"
-    verb, what = ("fell", "answers exactly right") if accuracy else ("rose", "held-out loss")
-    mood = "worse" if mean > 0 else "better"
     return (
-        f"Stage {stage} ({', '.join(continual.stages[stage - 1])}) was forgotten most: its {what} {verb} from "
-        f"{words(then)} just after its training to {words(now)} at the end; on average, earlier stages ended {change} "
-        f"{mood} than they began."
+        f"Stage {worst.stage} ({', '.join(continual.stages[worst.stage - 1])}) was forgotten most: its {what} from "
+        f"{text(worst.best, digits)} {began} to {text(worst.now, digits)} at the end; on average, earlier stages "
+        f"ended {change} {'worse' if mean > 0 else 'better'} than at their best before"
     )
 
 

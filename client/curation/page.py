@@ -4,13 +4,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from apiary.config import Method
-from apiary.examples import Example
+from apiary.examples import FileReport, Source, answer
 from apiary.report.page import STYLE
 from client.curation.core import Curation
 
@@ -44,6 +45,7 @@ PAGE: Final = (
 <div class="brand"><b>Apiary</b> · curation</div>
 <h1>{{ kept }} of {{ total }} rows are kept.</h1>
 <p class="lead">This page is private: it shows rows of the data word for word. It belongs where the data is.</p>
+<p class="note">Rows are numbered as they stand in {{ "the file" if files == 1 else "their files" }}: by line in JSON Lines, by data row elsewhere. Rows that could not be used count too.</p>
 </header>
 <section>
 <h2>Step by step</h2>
@@ -51,6 +53,7 @@ PAGE: Final = (
 <table>
 <thead><tr><th scope="col">Step</th><th scope="col" class="num">Rows in</th><th scope="col" class="num">Dropped</th><th scope="col" class="num">Rewritten</th><th scope="col">Reasons</th><th scope="col" class="num">Seconds</th></tr></thead>
 <tbody>
+{% if unusable %}<tr><th scope="row">reading</th><td class="num">{{ total }}</td><td class="num">{{ total - usable }}</td><td class="num">0</td><td>{% for reason, count in unusable.items() %}{{ count }} {{ reason }}<br>{% endfor %}</td><td class="num"></td></tr>{% endif %}
 {% for step in steps %}
 <tr><th scope="row">{{ step.name }}{% if step.options %}<br><small>{{ step.options }}</small>{% endif %}</th><td class="num">{{ step.report.rows_in }}</td><td class="num">{{ step.report.rows_in - step.report.rows_out }}</td><td class="num">{{ step.report.rewritten }}</td><td>{% for reason, count in step.report.reasons.items() %}{{ count }} {{ reason }}<br>{% endfor %}</td><td class="num">{{ "%.1f" | format(step.report.seconds) }}</td></tr>
 {% endfor %}
@@ -76,7 +79,7 @@ PAGE: Final = (
 <div class="samples">
 {% for row in group.rows %}
 <article class="panel sample">
-<div class="asked"><span class="label">Example {{ row.number }}{% if row.score is not none %} · score {{ "%.3f" | format(row.score) }}{% endif %}</span><p class="text">{{ row.question }}</p></div>
+<div class="asked"><span class="label">{{ row.place }}{% if row.score is not none %} · score {{ "%.3f" | format(row.score) }}{% endif %}</span><p class="text">{{ row.question }}</p></div>
 <div class="answers"><span class="label">Answer</span><p class="text">{{ row.answer }}</p></div>
 </article>
 {% endfor %}
@@ -101,27 +104,34 @@ class Chart(NamedTuple):
     beyond: int
 
 
-def render(curation: Curation, examples: Sequence[Example], methods: Sequence[Method]) -> str:
+def render(curation: Curation, source: Source, reports: Sequence[FileReport], methods: Sequence[Method]) -> str:
     """The page as one HTML text; rows are untrusted text, so it is escaped and forbids itself every request.
 
     Args:
         curation: what happened.
-        examples: the rows as they came in.
+        source: the rows as they came in.
+        reports: of the files that they came from.
         methods: the steps with their options.
     """
+    unusable = Counter[str]()
+    for report in reports:
+        unusable.update({reason: count for reason, (count, _) in report.problems.items()})
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(PAGE).render(
         kept=len(curation.rows),
-        total=len(examples),
+        total=sum(report.rows for report in reports),
+        usable=len(source.examples),
+        unusable=unusable,
+        files=len(reports),
         steps=[
             {"name": report.name, "options": _options(method), "report": report}
             for report, method in zip(curation.reports, methods, strict=False)
         ],
         warnings=curation.warnings,
         charts=[chart for name, scores in curation.scores.items() if (chart := _chart(name, scores, curation))],
-        groups=_groups(curation, examples),
+        groups=_groups(curation, source, several=len(reports) > 1),
     )
 
 
@@ -143,7 +153,7 @@ def _chart(name: str, scores: Mapping[int, float], curation: Curation) -> Chart 
     return Chart(name, len(finite), bars, low, float(edges[-1]), int((values > edges[-1]).sum()))
 
 
-def _groups(curation: Curation, examples: Sequence[Example]) -> list[dict[str, Any]]:
+def _groups(curation: Curation, source: Source, *, several: bool) -> list[dict[str, Any]]:
     found: dict[tuple[str, str], list[int]] = {}
     for index, fate in sorted(curation.fates.items()):
         found.setdefault(fate, []).append(index)
@@ -154,13 +164,18 @@ def _groups(curation: Curation, examples: Sequence[Example]) -> list[dict[str, A
             "count": len(indices),
             "rows": [
                 {
-                    "number": index + 1,
+                    "place": _place(source, index, several),
                     "score": curation.scores.get(step, {}).get(index),
-                    "question": "\n\n".join(turn.text for turn in examples[index].turns[:-1]),
-                    "answer": examples[index].turns[-1].text,
+                    "question": "\n\n".join(turn.text for turn in source.examples[index].turns[:-1]),
+                    "answer": answer(source.examples[index]),
                 }
                 for index in indices[:_SHOWN]
             ],
         }
         for (step, reason), indices in found.items()
     ]
+
+
+def _place(source: Source, index: int, several: bool) -> str:
+    file, row = source.places[index]
+    return f"{source.reports[file].name}, row {row}" if several else f"Row {row}"

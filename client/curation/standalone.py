@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import date, time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from apiary import config as configs
 from apiary import models, prompts, results
 from apiary.config import Method, RunConfig, UserError
-from apiary.examples import Example, read
+from apiary.examples import Example, Source, as_read, check, read
+from apiary.examples.sources import RawFile, load
 from apiary.probe import ModelProbe
-from apiary.runlog import write_atomic
+from apiary.runlog import finite, write_atomic
 from client.curation.core import Context, Curation, Reader, build_steps, curate
 
 _OURS = ("messages", "conversations", "instruction", "input", "output")  # columns that a reader would take for text
@@ -60,9 +62,8 @@ def curate_file(
     if page == out:
         raise UserError("--out and --report name the same file")
     settings = _settings(config, adapter, overrides)
-    source = read(
-        data, split=settings.data.split, columns=settings.data.columns, max_rows=settings.data.max_rows, key="DATA"
-    )
+    files = load(data, settings.data.split, "DATA")
+    source = check(files, columns=settings.data.columns, max_rows=settings.data.max_rows)
     apart = read(held_out, split="test", columns=settings.data.columns, key="--held-out") if held_out else None
     against = (apart.test or apart.examples) if apart else (source.test or ())
     methods, remarks = _methods(settings, bool(against), adapter is not None)
@@ -70,11 +71,35 @@ def curate_file(
     reader = _reader(settings, adapter, overrides) if needs_model else None
     made = curate(source.examples, methods, Context(settings.seed, "", against, reader))
     lines = [line for part in (source, apart) if part for file in part.reports for line in file.lines()]
-    write_atomic(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in as_rows(made.examples)))
+    written = _as_read(made, source, files, settings.data.columns)
+    if written is None:
+        written = "".join(map(_line, as_rows(made.examples)))
+        remarks.append("the files have different columns, which one file cannot have: the rows are written in one form")
+    write_atomic(out, written)
     from client.curation.page import render  # Jinja is not needed where a worker curates
 
-    write_atomic(page, render(made, source.examples, methods))
+    trained = [report for report, file in zip(source.reports, files, strict=True) if not file.held_out]
+    write_atomic(page, render(made, source, trained, methods), private=True)
     return Curated(made, (*lines, *remarks, *made.warnings), out, page)
+
+
+def _as_read(made: Curation, source: Source, files: Sequence[RawFile], columns: Mapping[str, str]) -> str | None:
+    """The kept rows with the columns that they came with, as JSON Lines; None where that would be read otherwise."""
+    try:
+        kept = as_read(files, ((source.places[index], example) for index, example in made.rows), columns=columns)
+        lines = "".join(map(_line, kept))
+        again = [(number, json.loads(line)) for number, line in enumerate(lines.split("\n")[:-1], 1)]
+        back = check([RawFile("", "", again)], columns=columns)
+    except (ValueError, UserError):
+        return None
+    return lines if [row.turns for row in back.examples] == [row.turns for row in made.examples] else None
+
+
+def _line(row: Mapping[str, object]) -> str:
+    """A line of JSON; dates as text, and what neither JSON nor UTF-8 can say as the nearest that they can."""
+    plain = {name: value.isoformat() if isinstance(value, date | time) else value for name, value in row.items()}
+    text = json.dumps(finite(plain), ensure_ascii=False)
+    return text.encode("utf-8", "replace").decode("utf-8") + "\n"
 
 
 def _settings(config: Path | None, adapter: Path | None, overrides: Sequence[str]) -> RunConfig:
