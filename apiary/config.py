@@ -239,6 +239,11 @@ class StrategyConfig(_Section):
 
     name: str = Field("fedavg", description="aggregation method: fedavg, or module:function of your own")
     options: Mapping[str, Any] = Field(default_factory=dict, description="options of the method")
+    server_optimizer: MethodField = Field(
+        Method(name="none"),
+        description="what becomes of a round's change: none, plain, momentum, nesterov, adam, yogi or adagrad, with "
+        "options",
+    )
     weighting: Literal["tokens", "uniform"] = Field(
         "tokens", description="weight of a client's update: its trained tokens, or the same for all"
     )

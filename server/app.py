@@ -9,6 +9,7 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+import strategies
 from apiary import claims, continual, evaluate, models, prompts, results
 from apiary import config as configs
 from apiary.batches import Corpus
@@ -21,7 +22,7 @@ from apiary.runlog import RunLog
 from apiary.tensors import StateDict
 from server import checkpoint, deployed
 from server.rounds import Evaluation, Progress, Rounds
-from strategies import AGGREGATORS, ServerState
+from strategies import ServerState
 
 
 def prepare(
@@ -49,7 +50,7 @@ def prepare(
         state, progress = found[0], Progress(**found[1])
     return Rounds(
         config,
-        AGGREGATORS.build(config.strategy.name, config.strategy.options, weighting=config.strategy.weighting),
+        strategies.from_config(config),
         models.fingerprint(lm, template),
         state,
         log=log,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import strategies
 from apiary import config as configs
 from apiary import continual, draws, evaluate, examples, models, privacy_plan, prompts, runlog, trackers
 from apiary.config import RunConfig, UserError
@@ -17,7 +18,6 @@ from server import checkpoint
 from server.app import make_app
 from simulation.engines import ENGINES
 from simulation.summary import Plan, summarise
-from strategies import AGGREGATORS
 
 Observer = Callable[[dict[str, Any]], None]
 
@@ -29,7 +29,7 @@ def check_names(config: RunConfig) -> None:
         UserError: all problems found.
     """
     checks: list[Callable[[], object]] = [
-        lambda: AGGREGATORS.build(config.strategy.name, config.strategy.options, weighting=config.strategy.weighting),
+        lambda: strategies.from_config(config),
         lambda: ENGINES.build(config.simulate.engine, config=config),
         lambda: objectives.OBJECTIVES.build(config.train.objective),
         lambda: objectives.build_penalties(config.train.penalties, {}),

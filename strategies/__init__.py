@@ -13,4 +13,6 @@ from strategies.core import AGGREGATORS, Aggregator, Gradient, Reducer, ServerSt
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["AGGREGATORS", "Aggregator", "Gradient", "Reducer", "ServerState"]
+from strategies.configured import from_config  # noqa: E402 (it builds what the others register)
+
+__all__ = ["AGGREGATORS", "Aggregator", "Gradient", "Reducer", "ServerState", "from_config"]

@@ -149,7 +149,8 @@ def _entrywise(
             notes=before.notes(clients, shares, reasons),
         )
 
-    return Aggregator(each(name, "one", finish), plain_step, same_payload, needs="each")
+    reduce = each(name, "one", finish)
+    return Aggregator(reduce, plain_step, same_payload, needs="each", fewest=rules.fewest(name, byzantine))
 
 
 def _inner_products(deltas: Sequence[Mapping[str, Tensor]]) -> Tensor:

@@ -76,6 +76,9 @@ class Aggregator(NamedTuple):
     needs: Literal["sum", "each"]
     space: Literal["factors", "products"] = "factors"
     ranks: Literal["one", "mixed"] = "one"
+    trains: tuple[str, ...] = ("both", "b", "a", "alternate")  # the values of `adapter.train` that it goes with
+    renews: bool = False  # whether A is drawn anew in every round
+    fewest: int = 1  # answers of a round without which its promise means nothing
     root: bool = False  # whether each fold must also get the server's own update, in the name of `ROOT`
     base: bool = False  # whether its gradients have a `base_delta` beside factors, which no server optimiser may scale
 

@@ -222,7 +222,16 @@ def flora(scaling: Scaling, seed: int, weighting: Weighting = "tokens", base_ran
         )
 
     reduce = _product_reducer("flora", scaling, weighting)
-    return Aggregator(reduce, step, payload_of_rank(scaling), needs="each", space="products", ranks="mixed")
+    return Aggregator(
+        reduce,
+        step,
+        payload_of_rank(scaling),
+        needs="each",
+        space="products",
+        ranks="mixed",
+        trains=("both", "b"),  # in an adapter whose B is zero, a round of A alone learns nothing
+        renews=True,
+    )
 
 
 def _renewed(adapter: StateDict, seed: int, number: int) -> dict[str, Tensor]:
@@ -255,7 +264,15 @@ def flexlora(
         form: what is averaged: changes, or whole products as in the paper.
     """
     reduce = _product_reducer("flexlora", scaling, weighting, form == "absolute")
-    return Aggregator(reduce, product_step, payload_of_rank(scaling), needs="each", space="products", ranks="mixed")
+    return Aggregator(
+        reduce,
+        product_step,
+        payload_of_rank(scaling),
+        needs="each",
+        space="products",
+        ranks="mixed",
+        trains=("both",),
+    )
 
 
 @AGGREGATORS.register("hetlora")

@@ -71,7 +71,7 @@ def fedex(scaling: Scaling, weighting: Weighting = "tokens", rank: Rank = 0, bas
     def step(state: ServerState, gradient: Gradient) -> ServerState:
         return add_to_base(plain_step(state, gradient), lora.split(gradient.base_delta), base_rank)
 
-    return Aggregator(each("fedex", "one", finish), step, same_payload, needs="each")
+    return Aggregator(each("fedex", "one", finish), step, same_payload, needs="each", base=True)
 
 
 def _residual(parts: Sequence[float], deltas: Sequence[Factors], mean: Factors) -> Factors | None:
@@ -179,7 +179,7 @@ def fedrot(
     def finish(state: ServerState, acc: _Aligned, rng: Generator) -> Gradient:
         return whole.finish(state, acc.mean, rng)
 
-    return Aggregator(Reducer(start, add, finish), plain_step, same_payload, needs="each")
+    return Aggregator(Reducer(start, add, finish), plain_step, same_payload, needs="each", trains=("both",))
 
 
 def _rotation(inner: Tensor, strength: float, reflections: bool) -> Tensor:

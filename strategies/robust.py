@@ -147,7 +147,16 @@ def _robust(method: _Method, scaling: Scaling, root: bool = False) -> Aggregator
         )
 
     reduce = each(method.name, "mixed", finish)
-    return Aggregator(reduce, step, payload_of_rank(scaling), needs="each", space="products", ranks="mixed", root=root)
+    return Aggregator(
+        reduce,
+        step,
+        payload_of_rank(scaling),
+        needs="each",
+        space="products",
+        ranks="mixed",
+        fewest=rules.fewest(method.name, method.byzantine),
+        root=root,
+    )
 
 
 def step(state: ServerState, gradient: Gradient) -> ServerState:
