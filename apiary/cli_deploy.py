@@ -71,6 +71,9 @@ def deploy_client(
     ] = None,
     device: Annotated[str | None, typer.Option(help="such as cuda:1; default: as the run says")] = None,
     port: Annotated[int | None, typer.Option(help="of 127.0.0.1, for its own processes; default: a free one")] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="train adapters of this rank at most; default: as the run says")
+    ] = None,
     max_epsilon: Annotated[
         float | None,
         typer.Option(help="refuse every run without record-level privacy of this epsilon or less"),
@@ -87,7 +90,8 @@ def deploy_client(
 
     opened = kits.read(kit, "site")
     where = (state or opened.folder / "state").resolve()
-    raise typer.Exit(site.run(opened, where, site.Options(data, model, device, port, max_epsilon, max_delta)))
+    options = site.Options(data, model, device, port, max_epsilon, max_delta, rank)
+    raise typer.Exit(site.run(opened, where, options))
 
 
 @app.command("submit")

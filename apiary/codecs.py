@@ -4,9 +4,10 @@ What is encoded is always a change, never weights: a change is small beside the 
 loses. A codec is a value made by a builder of `CODECS`. What the sender's rounding and its feedback are is its own
 business; the receiver needs only the codec's label.
 
-A message, all numbers little-endian: magic (4 bytes), version (1), length of the label (1), label, layout (8), one part
-a tensor in the order of the names, CRC-32 of all that (4). The layout is a digest of names and shapes: both sides know
-them from the model, so they need not travel.
+A message, all numbers little-endian: magic (4 bytes), version (1), length of the label (1), label, layout (8), which
+tensors are not all zero (a bit each, in the order of the names, lowest first), a part for each of these, CRC-32 of all
+that (4). The layout is a digest of names and shapes: both sides know them from the model, so they need not travel. A
+factor that is not trained, whose change is zero, so costs one bit.
 
 The receiver reconstructs in float32 from whole numbers times a power of two (`topk`) or a scale of 8 bits (`int8`,
 `int4`). Such products are exact, so every host reconstructs the same bits, and so does the sender, which needs them for
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import json
 import math
 import struct
@@ -37,6 +39,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Generator, Tensor
 
+from apiary.config import RunConfig, UserError
 from apiary.registry import Registry
 from apiary.tensors import StateDict
 
@@ -68,8 +71,36 @@ class Codec(NamedTuple):
     most: Callable[[int], int]  # bytes of a part at most, by number of entries
     feedback: bool = False  # keep what a message leaves out, and add it to the next
 
+    @property
+    def exact(self) -> bool:
+        """Whether every change arrives as it is."""
+        return self.label in ("fp32", "sparse")
+
 
 CODECS: Registry[Codec] = Registry("wire.up/down")
+
+
+def of_run(config: RunConfig, way: Literal["up", "down"]) -> Codec:
+    """The codec that a run names for one way.
+
+    On the way down each message has in it what the last one left out (`apiary.downlink`). There a codec needs no
+    feedback of its own and rounds to the nearest unless told otherwise, for nothing is lost by it.
+
+    Raises:
+        UserError: unknown name or options, by their key.
+    """
+    method = config.wire.up if way == "up" else config.wire.down
+    if way == "up" and config.strategy.name == "fedkseed" and method.name == "fp32":
+        return sparse()  # a visit has scalars for few of the seeds
+    options = method.options
+    try:
+        if way == "down" and "feedback" in options:
+            raise UserError("wire.down: the way down has feedback by itself; leave the option 'feedback' out")
+        if way == "down" and "rounding" in inspect.signature(CODECS.builder(method.name)).parameters:
+            options = {"rounding": "nearest", **options}
+        return CODECS.build(method.name, options)
+    except UserError as error:
+        raise UserError(*(line.replace(CODECS.key, f"wire.{way}") for line in error.problems)) from None
 
 
 def shapes_of(state: StateDict) -> dict[str, torch.Size]:
@@ -83,7 +114,8 @@ def encode(delta: StateDict, codec: Codec, feedback: StateDict, rng: Generator) 
     Args:
         delta: the change; of any float dtype, sent as float32.
         codec: how.
-        feedback: what `encode` returned the last time; empty at first. Tensors that `delta` lacks stay as they are.
+        feedback: what `encode` returned the last time; empty at first. That of tensors which `delta` lacks, or whose
+            change is zero, stays as it is: a factor that rests must not move.
         rng: for stochastic rounding; used tensor by tensor in the order of their names.
 
     Returns:
@@ -92,10 +124,14 @@ def encode(delta: StateDict, codec: Codec, feedback: StateDict, rng: Generator) 
     Raises:
         ValueError: a tensor holds NaN or infinity, or the feedback has another shape than it.
     """
-    parts = [_header(codec, shapes_of(delta))]
+    parts: list[bytes] = []
     kept = dict(feedback) if codec.feedback else {}
-    for name in sorted(delta):
+    names = sorted(delta)
+    present = np.zeros(len(names), bool)
+    for place, name in enumerate(names):
         wanted = delta[name].detach().float()
+        if _is_zero(wanted):
+            continue
         if name in kept:
             if kept[name].shape != wanted.shape:
                 raise ValueError(f"{name!r} is {tuple(wanted.shape)}, its feedback {tuple(kept[name].shape)}")
@@ -104,11 +140,18 @@ def encode(delta: StateDict, codec: Codec, feedback: StateDict, rng: Generator) 
             raise ValueError(f"the change of {name!r} holds NaN or infinity, or numbers too large: it cannot be sent")
         part = codec.pack(wanted.reshape(-1).numpy(), rng)
         parts.append(part)
+        present[place] = True
         if codec.feedback:
             seen, _ = codec.unpack(np.frombuffer(part, np.uint8), wanted.numel())
             kept[name] = wanted - torch.from_numpy(seen).view(wanted.shape)
+    parts = [_header(codec, shapes_of(delta)), np.packbits(present, bitorder="little").tobytes(), *parts]
     checksum = functools.reduce(lambda crc, part: zlib.crc32(part, crc), parts, 0)
     return b"".join([*parts, _CHECKSUM.pack(checksum)]), kept
+
+
+def _is_zero(tensor: Tensor) -> bool:
+    """Whether all bits are zero; a negative zero is to arrive as one."""
+    return not tensor.reshape(-1).view(torch.int32).any()
 
 
 def decode(message: bytes, codec: Codec, shapes: Shapes) -> dict[str, Tensor]:
@@ -124,8 +167,12 @@ def decode(message: bytes, codec: Codec, shapes: Shapes) -> dict[str, Tensor]:
     """
     _check(message, codec, shapes)
     body = np.frombuffer(message, np.uint8)[len(_header(codec, shapes)) : -_CHECKSUM.size]
-    found, at = {}, 0
-    for name in sorted(shapes):
+    present, at = _read_present(body, len(shapes))
+    found: dict[str, Tensor] = {}
+    for name, here in zip(sorted(shapes), present, strict=True):
+        if not here:
+            found[name] = torch.zeros(tuple(shapes[name]))
+            continue
         try:
             values, used = codec.unpack(body[at:], math.prod(shapes[name]))
         except CodecError as error:
@@ -134,6 +181,15 @@ def decode(message: bytes, codec: Codec, shapes: Shapes) -> dict[str, Tensor]:
     if at != len(body):
         raise CodecError(f"it goes on for {len(body) - at} bytes after its last tensor")
     return {name: found[name] for name in shapes}
+
+
+def _read_present(body: Bytes, tensors: int) -> tuple[list[bool], int]:
+    """Which tensors have a part, and the bytes that say so."""
+    size = (tensors + 7) // 8
+    bits = np.unpackbits(_take(body, 0, size, "u1"), bitorder="little")
+    if bits[tensors:].any():
+        raise CodecError("it names more tensors than the adapter has")
+    return bits[:tensors].astype(bool).tolist(), size
 
 
 def _check(message: bytes, codec: Codec, shapes: Shapes) -> None:
@@ -149,7 +205,8 @@ def _check(message: bytes, codec: Codec, shapes: Shapes) -> None:
         raise CodecError(f"it is encoded otherwise than {codec.label}, which this run uses here")
     if not message.startswith(_header(codec, shapes)):
         raise CodecError("its tensors have other names or shapes than the adapter's")
-    most = len(_header(codec, shapes)) + sum(codec.most(math.prod(s)) for s in shapes.values()) + _CHECKSUM.size
+    frame = len(_header(codec, shapes)) + (len(shapes) + 7) // 8 + _CHECKSUM.size
+    most = frame + sum(codec.most(math.prod(shape)) for shape in shapes.values())
     if len(message) > most:
         raise CodecError(f"it has {len(message)} bytes; an adapter of these shapes takes at most {most}")
 
@@ -371,6 +428,41 @@ def topk(share: Annotated[float, Field(gt=0, le=1)] = 0.01) -> Codec:
         return values, at + used
 
     return Codec(f"topk/{share!r}", pack, unpack, lambda n: (2 + (2 + _VARINT_MOST) * kept(n)) if n else 0, True)
+
+
+@CODECS.register("sparse")
+def sparse() -> Codec:
+    """The entries that are not zero, as they are: for changes that are mostly zeros, such as FedKSeed's scalars.
+
+    A part holds their number (4 bytes), their values in float32, and the number of entries skipped before each, 7 bits
+    to a byte; where that would take more than all entries do, all of them and no numbers of skipped ones.
+    """
+
+    def pack(flat: Floats, rng: Generator) -> bytes:
+        index = np.flatnonzero(flat.view(np.uint32))  # bits: -0.0 is no zero here
+        gaps = _varints(np.diff(index, prepend=-1) - 1)
+        if 4 * len(index) + len(gaps) >= 4 * len(flat):
+            index, gaps = np.arange(len(flat)), gaps[:0]
+        return struct.pack("<I", len(index)) + flat[index].astype("<f4").tobytes() + gaps.tobytes()
+
+    def unpack(body: Bytes, n: int) -> tuple[Floats, int]:
+        k = int(_take(body, 0, 1, "<u4")[0])
+        if k > n:
+            raise CodecError("it has more entries than the tensor")
+        found = _take(body, 4, 4 * k, "u1").view("<f4").astype(np.float32)
+        if not np.isfinite(found).all():
+            raise CodecError("it holds NaN or infinity")
+        if k in (0, n):
+            return (found if k else np.zeros(n, np.float32)), 4 + 4 * k
+        gaps, used = _read_varints(body[4 + 4 * k : 4 + (4 + _VARINT_MOST) * k], k)
+        index = np.cumsum(gaps + 1) - 1
+        if index[-1] >= n:
+            raise CodecError("it names an entry beyond the end of the tensor")
+        values = np.zeros(n, np.float32)
+        values[index] = found
+        return values, 4 + 4 * k + used
+
+    return Codec("sparse", pack, unpack, lambda n: 4 + 4 * n)
 
 
 def _varints(numbers: NDArray[np.int64]) -> Bytes:

@@ -95,13 +95,17 @@ class AdapterConfig(_Section):
     train: Literal["both", "b", "a", "alternate"] = Field(
         "both", description="factors that clients train: both, b (FFA-LoRA), a, or b and a in turns (RoLoRA)"
     )
+    share: Literal["both", "a"] = Field(
+        "both", description="factors that travel: both, or a: each client keeps a b of its own (FedSA-LoRA)"
+    )
     init: Literal["kaiming", "orthonormal"] = Field(
         "kaiming", description="A at the start; orthonormal rows lose least where A is never trained (train = b)"
     )
 
-    ranks: tuple[int, ...] = Field(
+    ranks: tuple[int, ...] | Literal["memory"] = Field(
         (),
-        description="ranks of the clients in turn, each at most `rank`; none: all have `rank` (a site may say its own)",
+        description="ranks of the clients in turn, each at most `rank`; none: all have `rank`; memory: as high as fits "
+        "each client's device (a site may say its own)",
     )
 
     def of_rank(self, rank: int) -> AdapterConfig:
@@ -239,6 +243,9 @@ class StrategyConfig(_Section):
 
     name: str = Field("fedavg", description="aggregation method: fedavg, or module:function of your own")
     options: Mapping[str, Any] = Field(default_factory=dict, description="options of the method")
+    root: str | None = Field(
+        None, description="for fltrust: rows that the server trusts, about 100, a source as data.test is one"
+    )
     server_optimizer: MethodField = Field(
         Method(name="none"),
         description="what becomes of a round's change: none, plain, momentum, nesterov, adam, yogi or adagrad, with "
@@ -254,6 +261,18 @@ class StrategyConfig(_Section):
     )
     deadline_s: float = Field(0.0, ge=0, description="seconds the server waits for a round's replies; 0 = no limit")
     join_timeout_s: float = Field(120.0, gt=0, description="seconds the server waits for min_clients at the start")
+
+
+class WireConfig(_Section):
+    """How the change of an adapter travels; docs/wire.md says which codec is for what."""
+
+    up: MethodField = Field(
+        Method(name="fp32"), description="from client to server: fp32, bf16, int8, int4 or topk, with options"
+    )
+    down: MethodField = Field(
+        Method(name="fp32"),
+        description="from server to client: likewise; for all but fp32 clients keep a copy on their disks",
+    )
 
 
 class EvaluateConfig(_Section):
@@ -280,6 +299,14 @@ class SimulateConfig(_Section):
     engine: Literal["local", "ray"] = Field("local", description="local: one process; ray: Flower's engine on Ray")
     cpus_per_client: int = Field(1, ge=1, description="CPU cores of one Ray worker")
     gpus_per_client: float = Field(0.0, ge=0, description="share of a GPU of one Ray worker")
+    attackers: float = Field(
+        0.0, ge=0, lt=1, description="share of the clients that attack, to see what a method withstands; 0 = none"
+    )
+    attack: MethodField = Field(
+        Method(name="sign_flip"),
+        description="what they do: sign_flip, scaled, gaussian, alie, inner_product, gauge, not_a_number or trigger, "
+        "with options",
+    )
 
 
 class LogConfig(_Section):
@@ -305,6 +332,7 @@ class RunConfig(_Section):
     continual: ContinualConfig = ContinualConfig()
     privacy: PrivacyConfig = PrivacyConfig()
     strategy: StrategyConfig = StrategyConfig()
+    wire: WireConfig = WireConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     simulate: SimulateConfig = SimulateConfig()
     log: LogConfig = LogConfig()
@@ -356,8 +384,8 @@ def from_json(text: str) -> RunConfig:
 def load(path: str | Path | None = None, overrides: Iterable[str] = ()) -> RunConfig:
     """The configuration from a TOML file (or the defaults) with `key=value` overrides on top.
 
-    A relative `data.source`, `data.test`, `model.name` or `prompt.template` that exists beside the file is read
-    from there.
+    A relative `data.source`, `data.test`, `model.name`, `prompt.template` or `strategy.root` that exists beside the
+    file is read from there.
 
     Raises:
         UserError: missing or broken file, bad overrides and values that are not allowed, one line each.
@@ -394,7 +422,13 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"config file {str(path)!r} cannot be read: {error.strerror}") from None
 
 
-_PATH_KEYS = (("data", "source"), ("data", "test"), ("model", "name"), ("prompt", "template"))
+_PATH_KEYS = (
+    ("data", "source"),
+    ("data", "test"),
+    ("model", "name"),
+    ("prompt", "template"),
+    ("strategy", "root"),
+)
 
 
 def _resolve_paths(values: dict[str, Any], folder: Path) -> None:

@@ -32,7 +32,7 @@ def error_lines(error: ValidationError, root: type[BaseModel]) -> list[str]:
                 line = str(item["ctx"]["error"])
             case "missing":
                 line = f"{key}: missing in {_shown(item['input'])}"
-            case "literal_error":
+            case "literal_error" if get_origin(kind) is Literal:
                 meant = _meant(item["input"], get_args(kind))
                 line = f"{value}: allowed are {_allowed(kind, limits)}{meant}"
             case "finite_number":

@@ -159,6 +159,7 @@ def compare(
     adapter: StateDict,
     alone: Mapping[str, StateDict],
     central: StateDict | None,
+    personal: Mapping[str, StateDict] | None = None,
 ) -> Comparison:
     """Every method on the same held-out examples.
 
@@ -169,6 +170,8 @@ def compare(
         adapter: the federated one.
         alone: each client's own, trained alone; without any, there is no row for it.
         central: the one trained on all data; likewise.
+        personal: each client's own federated one, where each has one (`adapter.share` = "a"); the federated row is
+            then their mean, as the local row is of those trained alone.
     """
 
     def score(state: StateDict) -> Measured:
@@ -180,7 +183,7 @@ def compare(
         rows["base"] = score(fresh_adapter(lm, config.seed))
     if scores:
         rows["local"] = mean(list(scores.values()))
-    rows["federated"] = score(adapter)
+    rows["federated"] = mean([score(state) for state in personal.values()]) if personal else score(adapter)
     if central is not None:
         rows["central"] = score(central)
     return Comparison(rows, scores)

@@ -9,6 +9,8 @@ from typing import Literal, NamedTuple
 from apiary import lora
 from apiary.tensors import StateDict
 
+_NOTHING: StateDict = MappingProxyType({})
+
 
 class Fingerprint(NamedTuple):
     """Digests that must agree between server and client, or their numbers mean different things."""
@@ -27,6 +29,7 @@ class Hello(NamedTuple):
     rank: int
     examples: int  # training examples
     tokens: int  # response tokens in them, which is what is trained
+    holds: str = ""  # the version of the server's adapter that it holds, where changes alone travel down
 
 
 class ClientInfo(NamedTuple):
@@ -35,6 +38,7 @@ class ClientInfo(NamedTuple):
     client: str
     rank: int
     last_round: int  # 0 = never took part
+    clients: int = 1  # that the run knows in all, also those that are away
 
 
 class Payload(NamedTuple):
@@ -42,6 +46,8 @@ class Payload(NamedTuple):
 
     adapter: StateDict
     base_delta: StateDict  # low-rank factors to add to the base, of scale 1; may be empty
+    control: StateDict = _NOTHING  # the mean control variate of all clients, where the method has one
+    last_round: int = 0  # the last round in which this client's answer counted; 0 = none
 
     @property
     def model(self) -> StateDict:
@@ -56,6 +62,7 @@ class Update(NamedTuple):
     delta: StateDict
     weight: float
     rank: int
+    control: StateDict = _NOTHING  # the change of its own control variate, where the method has one
 
 
 class FitReport(NamedTuple):

@@ -18,8 +18,6 @@ every host and in every way of blocking it. What is added to x_0 is exact, then,
 from __future__ import annotations
 
 import math
-import struct
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -33,15 +31,15 @@ Shapes: TypeAlias = Mapping[str, Sequence[int]]
 Scalars: TypeAlias = Mapping[int, float]  # by seed, whole multiples of `GRAIN`
 Loss: TypeAlias = Callable[[StateDict], float]
 
+NAME = "kseed"  # of the one tensor that travels in place of an adapter: a scalar for each candidate
+CANDIDATES, EPSILON = 4096, 1e-3
 GRAIN = 2.0**-40
 _MOST = 2.0**11  # of the sum of all |c|; below it, sums of multiples of GRAIN are exact in float64
 _SEEDS_AT_ONCE = 64
 _ENTRIES_AT_ONCE = 1 << 14  # of each of them; whole words
-_HEADER = struct.Struct("<4sBBHI")  # magic, version, dense, entries, CRC-32 of the rest
-_MAGIC, _VERSION = b"KSED", 1
 
 
-def candidates(seed: int, count: int = 4096) -> tuple[int, ...]:
+def candidates(seed: int, count: int = CANDIDATES) -> tuple[int, ...]:
     """The candidate seeds of a run, K different ones; 4096 as in the paper.
 
     Args:
@@ -147,17 +145,16 @@ class Walk(NamedTuple):
 
 
 def walk(
-    losses: Iterable[Loss], start: StateDict, seeds: Sequence[int], *, lr: float, epsilon: float, rng: Generator
+    losses: Iterable[tuple[Loss, float]], start: StateDict, seeds: Sequence[int], *, epsilon: float, rng: Generator
 ) -> Walk:
     """Zeroth-order descent: in each step one of the seeds, drawn uniformly, and x := x - lr g z.
 
     Unlike the paper's pools, which sum g and so need one lr for all steps, the scalars hold lr g: it may fall.
 
     Args:
-        losses: of each step in turn, such as that of its batch.
+        losses: of each step in turn, such as that of its batch, with its step size lr.
         start: x, float32.
         seeds: the candidates.
-        lr: step size.
         epsilon: how far to look.
         rng: draws the seeds.
 
@@ -167,7 +164,7 @@ def walk(
     shapes = {name: tuple(tensor.shape) for name, tensor in start.items()}
     moved = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in start.items()}
     x, scalars, skipped = dict(start), dict[int, float](), 0
-    for loss in losses:
+    for loss, lr in losses:
         seed = seeds[int(torch.randint(len(seeds), (), generator=rng))]
         z = perturb(shapes, seed)
         step = -lr * estimate(loss, x, z, epsilon)
@@ -204,48 +201,27 @@ def merge(pool: Scalars, changes: Sequence[Scalars], weights: Sequence[float]) -
     return made
 
 
-def encode(scalars: Scalars, seeds: Sequence[int]) -> bytes:
-    """The message for scalars, at most 65,535 of them: all in the order of `seeds`, or pairs of place and value.
-
-    float32 holds them exactly. With 4096 seeds and 200 local steps a round takes at most 16,396 bytes down and 1,212
-    up.
+def to_tensor(scalars: Scalars, seeds: Sequence[int]) -> Tensor:
+    """The scalars in the order of `seeds`, (K,) float32, which holds them exactly; zero for a seed without one.
 
     Raises:
         ValueError: a seed is not among `seeds`, or a scalar is not as `on_grid` gives it.
     """
-    place = {seed: index for index, seed in enumerate(seeds)}
-    found = sorted((place.get(seed, -1), c) for seed, c in scalars.items() if c)
-    if (found and found[0][0] < 0) or len(seeds) > 0xFFFF:
-        raise ValueError("only scalars of at most 65,535 candidate seeds can be told")
-    at, values = np.array([i for i, _ in found], "<u2"), np.array([c for _, c in found], "<f4")
-    if any(float(value) != c for value, (_, c) in zip(values, found, strict=True)):
+    if unknown := scalars.keys() - set(seeds):
+        raise ValueError(f"{len(unknown)} seeds are not among the {len(seeds)} candidates")
+    values = [scalars.get(seed, 0.0) for seed in seeds]
+    made = torch.tensor(values, dtype=torch.float32)
+    if made.tolist() != values:
         raise ValueError("a scalar does not fit float32: use on_grid")
-    dense = 4 * len(seeds) < 6 * len(found)
-    if dense:
-        every = np.zeros(len(seeds), "<f4")
-        every[at] = values
-        body = every.tobytes()
-    else:
-        body = at.tobytes() + values.tobytes()
-    return _HEADER.pack(_MAGIC, _VERSION, dense, len(seeds) if dense else len(found), zlib.crc32(body)) + body
+    return made
 
 
-def decode(message: bytes, seeds: Sequence[int]) -> dict[int, float]:
-    """The scalars that `encode` put into a message, without zeros.
+def of_tensor(tensor: Tensor, seeds: Sequence[int]) -> dict[int, float]:
+    """The scalars, without zeros, of a tensor that `to_tensor` made.
 
     Raises:
-        ValueError: it is no such message, was damaged, or does not fit the candidate seeds.
+        ValueError: it has another length, or what is in it is off the grid or too large.
     """
-    if len(message) < _HEADER.size:
-        raise ValueError(f"{len(message)} bytes are no message of scalars")
-    magic, version, dense, count, checksum = _HEADER.unpack_from(message)
-    body = message[_HEADER.size :]
-    if (magic, version) != (_MAGIC, _VERSION) or dense > 1 or len(body) != count * (4 if dense else 6):
-        raise ValueError("that is no message of scalars, or of another version")
-    if zlib.crc32(body) != checksum:
-        raise ValueError("a message of scalars was damaged on its way")
-    at = np.arange(count) if dense else np.frombuffer(body, "<u2", count).astype(np.int64)
-    values = np.frombuffer(body, "<f4", count, 0 if dense else 2 * count).astype(np.float64)
-    if (count and int(at[-1]) >= len(seeds)) or (np.diff(at) <= 0).any() or (dense and count != len(seeds)):
-        raise ValueError(f"a message of scalars does not fit the {len(seeds)} candidate seeds")
-    return _checked({seeds[i]: float(c) for i, c in zip(at, values, strict=True) if c})
+    if tensor.shape != (len(seeds),):
+        raise ValueError(f"scalars of shape {tuple(tensor.shape)} do not fit {len(seeds)} candidate seeds")
+    return _checked(dict(zip(seeds, tensor.tolist(), strict=True)))

@@ -90,6 +90,11 @@ def is_b(name: str) -> bool:
     return name.endswith(_B)
 
 
+def only_a(state: StateDict) -> dict[str, Tensor]:
+    """The factors A of an adapter: what travels where clients keep B to themselves."""
+    return {name: tensor for name, tensor in state.items() if not is_b(name)}
+
+
 def stack(parts: Sequence[Factors], weights: Sequence[float] | None = None) -> Factors:
     """The factors of sum_k w_k B_k A_k, side by side; exact, of rank sum_k r_k.
 
@@ -129,15 +134,22 @@ def gram(parts: Sequence[Factors]) -> Tensor:
     return pick.T @ terms @ pick
 
 
-def svd(x: Factors) -> Svd:
-    """The singular values and vectors of the product, min(r, d_out, d_in) of them.
+def svd(x: Factors, rank: int | None = None) -> Svd:
+    """The singular values and vectors of the product: the `rank` largest, or all min(r, d_out, d_in) of them.
 
     By QR of both factors and the SVD of an r x r matrix: O(r^2 (d_out + d_in) + r^3). Equal to the SVD of the dense
-    product, which costs O(d_out d_in min(d_out, d_in)).
+    product, which costs O(d_out d_in min(d_out, d_in)). Q stays as Householder reflections, which are applied to the
+    vectors that are asked for: for few of them that is a third of the work.
     """
-    left, right = torch.linalg.qr(x.b), torch.linalg.qr(x.a.T)
-    u, s, vt = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)
-    return Svd(left.Q @ u, s, vt @ right.Q.T)
+    left, right = torch.geqrf(x.b), torch.geqrf(x.a.T)
+    u, s, vt = torch.linalg.svd(left.a[: x.rank].triu() @ right.a[: x.rank].triu().T, full_matrices=False)
+    return Svd(_turned(*left, u[:, :rank]), s[:rank], _turned(*right, vt[:rank].T).T.contiguous())
+
+
+def _turned(reflections: Tensor, tau: Tensor, x: Tensor) -> Tensor:
+    """Q x, for Q as `torch.geqrf` gives it."""
+    padded = torch.nn.functional.pad(x, (0, 0, 0, len(reflections) - len(x)))
+    return torch.ormqr(reflections[:, : len(tau)], tau, padded).contiguous()
 
 
 def balanced(x: Svd, rank: int, floor: float = 0.0) -> Factors:

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from apiary.runlog import Event, Observer
-from apiary.units import bytes_text, change_text, count_text, loss_text, seconds_text
+from apiary.units import bytes_text, change_text, count_text, loss_text, seconds_text, share_text
 
 _NAMED = 6  # how many waiting clients are named; the others are counted
 _RECENT = 5  # rounds whose mean duration makes the forecast
@@ -44,6 +44,9 @@ class State:
     round_tokens: float = 0.0
     rate: float | None = None  # trained tokens per second
     train_loss: float | None = None
+    gauge: float | None = None  # what averaging A and B apart missed in the last round, of the clients' mean change
+    method: str = ""  # of the last round, where the run chooses by the round
+    switched: bool = False  # whether that is another one than in the round before, or the first
     losses: tuple[float, ...] = ()  # held-out, in order: the last one, and the one before if the rows are the same
     own: tuple[str, ...] = ()  # sites on whose own rows the loss is measured; none where it is on the server's
     first: tuple[int, float] | None = None  # round and loss of the first measurement on these rows
@@ -102,12 +105,15 @@ def _without(names: tuple[str, ...], event: Event) -> tuple[str, ...]:
 
 
 def _round(state: State, event: Event) -> dict[str, Any]:
-    seconds, tokens = event.get("seconds"), event.get("tokens")
+    seconds, tokens, method = event.get("seconds"), event.get("tokens"), clean(event.get("method") or "")
     return {
         "round": event["round"],
         "finished_rounds": event["round"],
         "waiting": (),
         "train_loss": event.get("train_loss"),
+        "gauge": (event.get("gauge") or {}).get("relative"),
+        "method": method,
+        "switched": method != state.method,
         "rate": tokens / seconds if tokens and seconds else state.rate,
         "bytes_up": state.bytes_up + (event.get("bytes_up") or 0),
         "bytes_down": state.bytes_down + (event.get("bytes_down") or 0),
@@ -217,6 +223,8 @@ def _facts(state: State, now: float) -> Iterator[tuple[str, str]]:
     if state.train_loss is not None or state.losses:
         yield "train loss", f"{loss_text(state.train_loss)} nats per token"
         yield "held-out loss", _held_out(state)
+    if state.gauge is not None:
+        yield "averaging error", share_text(state.gauge) + (f"; averaged by {state.method}" if state.method else "")
     if state.rate is not None:
         yield "speed", f"{count_text(state.rate)} tokens/s"
     if state.bytes_up or state.bytes_down:
@@ -272,7 +280,7 @@ def line(state: State, event: Event) -> str | None:
         case "phase" if event["name"] not in ("training", "evaluating"):
             return f"phase: {clean(event['name'])}"
         case "round":
-            return _round_line(state, event)
+            return "\n".join([_round_line(state, event), *_asides(state, event)])
         case "evaluate":
             return _evaluate_line(state, event)
         case "refused":
@@ -297,10 +305,23 @@ def _round_line(state: State, event: Event) -> str:
         f"{bytes_text(event.get('bytes_up'))} up, {bytes_text(event.get('bytes_down'))} down",
         seconds_text(event.get("seconds")),
     ]
+    if state.gauge is not None:
+        parts.insert(2, f"averaging error {share_text(state.gauge)}")
     left = eta(state, event["time"])
     if left is not None and state.finished_rounds < state.rounds:
         parts.append(f"about {seconds_text(left)} left")
     return f"round {event['round']}/{state.rounds}: " + ", ".join(parts)
+
+
+def _asides(state: State, event: Event) -> list[str]:
+    """What a round is told beside its figures: that its method is another one than before, and who was cut."""
+    told = []
+    if state.switched and state.method:
+        missed = f": averaging A and B apart missed {share_text(state.gauge)}" if state.gauge is not None else ""
+        told.append(f"method: {state.method} from round {event['round']} on{missed}")
+    if cut := event.get("cut"):
+        told.append(f"cut: {_names(tuple(f'{clean(name)} ({clean(why)})' for name, why in cut.items()))}")
+    return told
 
 
 def _evaluate_line(state: State, event: Event) -> str | None:
@@ -355,7 +376,7 @@ class Lines:
 
 
 class Board:
-    """An observer that keeps `board` on a terminal up to date; refusals and warnings stay above it.
+    """An observer that keeps `board` on a terminal up to date; above it stay refusals, warnings and who was cut.
 
     Use as a context manager, so that the cursor comes back even when the run fails.
     """
@@ -383,6 +404,9 @@ class Board:
         if event["event"] in ("refused", "warning", "stop"):
             style = "yellow" if event["event"] == "warning" else "red"
             self._console.print(Text(line(self._state, event) or "", style=style))
+        elif event["event"] == "round":
+            for text in _asides(self._state, event):
+                self._console.print(Text(text, style="yellow"))
 
 
 @contextlib.contextmanager

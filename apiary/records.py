@@ -1,24 +1,27 @@
 """Exchange types to and from Flower records: the only place that knows the keys on the wire.
 
-Both halves of each message stand side by side. Only float32 adapter tensors and counts travel.
+Both halves of each message stand side by side. Only float32 adapter tensors, as they are or encoded, and counts travel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
+from apiary.downlink import Change, Parcel
 from apiary.exchange import Curated, Decline, Fingerprint, FitReport, Hello, Payload, Score, Spent, Update, Visit
 from apiary.tensors import StateDict
 
 _T = TypeVar("_T")
 HELLO = "query.hello"
 _ADAPTER, _BASE_DELTA, _ROUND, _COUNTS, _WHO, _PRINT = "adapter", "base_delta", "round", "counts", "who", "fingerprint"
+_MESSAGE, _PARCEL, _CHANGE, _HOLDS = "message", "parcel/", "change/", "holds"
 _CURATED, _SPENT, _DECLINED, _DROPPED = "curated", "spent", "declined", "dropped."
+_CONTROL, _LAST = "control", "last_round"
 
 
 class WireError(ValueError):
@@ -35,27 +38,82 @@ def from_arrays(record: ArrayRecord) -> dict[str, torch.Tensor]:
     return dict(record.to_torch_state_dict())
 
 
+def parcel_arrays(sent: Parcel) -> ArrayRecord:
+    """The record of a parcel, which stands where an adapter's does."""
+    changes = {f"{_CHANGE}{place}/{c.since}/{c.version}": _encoded(c.message) for place, c in enumerate(sent.changes)}
+    return ArrayRecord({_PARCEL + sent.version: _encoded(sent.whole), **changes})
+
+
+def _encoded(message: bytes) -> Array:
+    return Array("uint8", (len(message),), "apiary", message)
+
+
+def _read_parcel(record: ArrayRecord) -> Parcel | None:
+    """The parcel in a record; None where it holds an adapter."""
+    found = [name for name in record if name.startswith(_PARCEL)]
+    if len(found) != 1:
+        return None
+    changes = []
+    for place in range(len(record) - 1):
+        name = next(name for name in record if name.startswith(f"{_CHANGE}{place}/"))
+        _, _, since, version = name.split("/")
+        changes.append(Change(since, version, record[name].data))
+    return Parcel(found[0].removeprefix(_PARCEL), record[found[0]].data, tuple(changes))
+
+
 def array_bytes(content: RecordDict) -> int:
     """The encoded bytes of all arrays of a message."""
     return sum(len(array.data) for record in content.array_records.values() for array in record.values())
 
 
-def request(round_number: int, adapter: ArrayRecord, base_delta: ArrayRecord) -> RecordDict:
+def request(
+    round_number: int,
+    adapter: ArrayRecord,
+    base_delta: ArrayRecord,
+    control: ArrayRecord | None = None,
+    *,
+    last_round: int = 0,
+) -> RecordDict:
     """The content of a train or evaluate message; the caller makes the records, so that equal payloads share them."""
-    return RecordDict({_ADAPTER: adapter, _BASE_DELTA: base_delta, _ROUND: ConfigRecord({_ROUND: round_number})})
+    numbers = ConfigRecord({_ROUND: round_number, _LAST: last_round})
+    content = RecordDict({_ADAPTER: adapter, _BASE_DELTA: base_delta, _ROUND: numbers})
+    if control:
+        content[_CONTROL] = control
+    return content
 
 
-def read_request(content: RecordDict) -> tuple[int, Payload]:
-    """The round and payload that `request` wrote."""
-    adapter, base_delta = (from_arrays(_part(content, key, ArrayRecord)) for key in (_ADAPTER, _BASE_DELTA))
-    number = _part(content, _ROUND, ConfigRecord)[_ROUND]
-    if not isinstance(number, int):
+def _no_parcel(sent: Parcel) -> StateDict:
+    raise WireError("its adapter comes as changes, which are not expected here")
+
+
+def read_request(content: RecordDict, receive: Callable[[Parcel], StateDict] = _no_parcel) -> tuple[int, Payload]:
+    """The round and payload that `request` wrote.
+
+    Args:
+        content: of the message.
+        receive: the adapter that a parcel leads to; asked where it is not sent as it is.
+    """
+    arrays, base_delta = _part(content, _ADAPTER, ArrayRecord), from_arrays(_part(content, _BASE_DELTA, ArrayRecord))
+    sent = _read_parcel(arrays)
+    adapter = from_arrays(arrays) if sent is None else receive(sent)
+    numbers = _part(content, _ROUND, ConfigRecord)
+    number, last = numbers[_ROUND], numbers.get(_LAST, 0)
+    if not isinstance(number, int) or not isinstance(last, int):
         raise WireError("its round is not a number")
-    return number, Payload(adapter, base_delta)
+    return number, Payload(adapter, base_delta, _read_control(content), last)
 
 
-def train_reply(answer: Visit | Decline) -> RecordDict:
-    """The content of a client's answer to a train message."""
+def _read_control(content: RecordDict) -> StateDict:
+    return from_arrays(_part(content, _CONTROL, ArrayRecord)) if _CONTROL in content else {}
+
+
+def train_reply(answer: Visit | Decline, message: bytes = b"") -> RecordDict:
+    """The content of a client's answer to a train message.
+
+    Args:
+        answer: whose change travels as it is, where there is no message.
+        message: the change as `apiary.codecs` encoded it.
+    """
     if isinstance(answer, Decline):
         return RecordDict(
             {_DECLINED: ConfigRecord({_DECLINED: answer.reason}), _WHO: ConfigRecord({_WHO: answer.client})}
@@ -64,11 +122,13 @@ def train_reply(answer: Visit | Decline) -> RecordDict:
     counts = {"weight": float(update.weight), "rank": update.rank, **report._asdict()}
     content = RecordDict(
         {
-            _ADAPTER: to_arrays(update.delta),
+            _ADAPTER: ArrayRecord({_MESSAGE: _encoded(message)}) if message else to_arrays(update.delta),
             _COUNTS: MetricRecord(counts),
             _WHO: ConfigRecord({_WHO: update.client}),
         }
     )
+    if update.control:
+        content[_CONTROL] = to_arrays(update.control)
     if curated is not None:
         dropped = {_DROPPED + step: count for step, count in curated.dropped.items()}
         content[_CURATED] = MetricRecord({"rows": curated.rows, "kept": curated.kept, **dropped})
@@ -77,8 +137,14 @@ def train_reply(answer: Visit | Decline) -> RecordDict:
     return content
 
 
+def read_message(content: RecordDict) -> bytes:
+    """The encoded change in what `train_reply` wrote; nothing where it travels as it is, or there is none."""
+    arrays = content.get(_ADAPTER)
+    return arrays[_MESSAGE].data if isinstance(arrays, ArrayRecord) and _MESSAGE in arrays else b""
+
+
 def read_train_reply(content: RecordDict) -> Visit | Decline:
-    """What `train_reply` wrote.
+    """What `train_reply` wrote, but for a change that is encoded: `read_message` has it, and this one is empty.
 
     Raises:
         WireError: a part is missing or of the wrong type.
@@ -87,8 +153,10 @@ def read_train_reply(content: RecordDict) -> Visit | Decline:
         if _DECLINED in content:
             return _read_decline(content)
         counts = _numbers(content)
-        delta = from_arrays(_part(content, _ADAPTER, ArrayRecord))
-        update = Update(_name(content), delta, counts.pop("weight"), int(counts.pop("rank")))
+        weight, rank = counts.pop("weight"), int(counts.pop("rank"))
+        arrays = _part(content, _ADAPTER, ArrayRecord)
+        delta = {} if _MESSAGE in arrays else from_arrays(arrays)
+        update = Update(_name(content), delta, weight, rank, _read_control(content))
         whole = {key: int(counts[key]) for key in ("tokens", "examples", "steps", "replayed")}
         report = FitReport(loss=counts["loss"], seconds=counts["seconds"], **whole)
         return Visit(update, report, _read_curated(content), _read_spent(content))
@@ -121,7 +189,7 @@ def hello_reply(hello: Hello) -> RecordDict:
     """The content of a client's answer to the handshake."""
     return RecordDict(
         {
-            _WHO: ConfigRecord({_WHO: hello.client}),
+            _WHO: ConfigRecord({_WHO: hello.client, _HOLDS: hello.holds}),
             _PRINT: ConfigRecord(dict(hello.fingerprint._asdict())),
             _COUNTS: MetricRecord({"rank": hello.rank, "examples": hello.examples, "tokens": hello.tokens}),
         }
@@ -132,7 +200,8 @@ def read_hello_reply(content: RecordDict) -> Hello:
     """The handshake that `hello_reply` wrote."""
     with _reading("handshake"):
         fingerprint = Fingerprint(**{k: str(v) for k, v in _part(content, _PRINT, ConfigRecord).items()})
-        return Hello(_name(content), fingerprint, **{k: int(v) for k, v in _numbers(content).items()})
+        holds = str(_part(content, _WHO, ConfigRecord).get(_HOLDS, ""))
+        return Hello(_name(content), fingerprint, **{k: int(v) for k, v in _numbers(content).items()}, holds=holds)
 
 
 def score_reply(client: str, score: Score) -> RecordDict:

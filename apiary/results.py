@@ -13,6 +13,7 @@ from apiary import config as configs
 from apiary.config import RunConfig, UserError
 from apiary.evaluate import Measured
 from apiary.examples import Example, Turn
+from apiary.lora import is_b
 from apiary.models import LanguageModel
 from apiary.prompts import Template
 from apiary.report import sites, verdict
@@ -35,15 +36,16 @@ class Tuned(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """Where a run directory keeps its baselines."""
+    """Where a run directory keeps its baselines, and what belongs to clients."""
 
     alone: Path  # a PEFT folder for each client
     central: Path  # a PEFT folder
+    personal: Path  # a PEFT folder for each client, where each has a model of its own
 
 
 def kept_in(run: Path) -> Kept:
     """The places in a run directory."""
-    return Kept(run / "baselines" / "local", run / "baselines" / "central")
+    return Kept(run / "baselines" / "local", run / "baselines" / "central", run / "personal")
 
 
 def open_tuned(path: Path, overrides: Sequence[str] = ()) -> Tuned:
@@ -75,7 +77,19 @@ def open_tuned(path: Path, overrides: Sequence[str] = ()) -> Tuned:
         models.set_adapter(lm, adapter)
     except ValueError as error:
         raise UserError(f"{str(path)!r} does not fit the base {config.model.name!r}: {error}") from None
+    if config.adapter.share != "both" and _is_half(adapter):
+        kept = kept_in(run or path.parent).personal
+        at_site = "a site has it in its state folder, as runs/RUN/adapter"
+        where = f"open one in {str(kept)!r}" if kept.is_dir() else at_site
+        raise UserError(
+            f"{str(path)!r} holds the factors that clients share, which are no model by themselves: with "
+            f"adapter.share = {config.adapter.share!r} each client has one of its own; {where}"
+        )
     return Tuned(config, lm, template, adapter, run)
+
+
+def _is_half(adapter: StateDict) -> bool:
+    return not any(tensor.any() for name, tensor in adapter.items() if is_b(name))
 
 
 def _settings_of(folder: Path, stored: Path | None) -> list[str]:
@@ -98,9 +112,14 @@ def _settings_of(folder: Path, stored: Path | None) -> list[str]:
     ]
 
 
-def save_adapter_folder(lm: LanguageModel, adapter: StateDict, folder: Path, config: RunConfig) -> None:
-    """A PEFT folder that any tool loads, with a model card and the run's settings."""
-    models.save_adapter(lm, adapter, folder, card(config, None, claims.read(folder.parent), exported=False))
+def save_adapter_folder(
+    lm: LanguageModel, adapter: StateDict, folder: Path, config: RunConfig, run: Path | None = None
+) -> None:
+    """A PEFT folder that any tool loads, with a model card and the run's settings; `run` is the folder's where None."""
+    text = card(config, None, claims.read(run or folder.parent), exported=False)
+    if config.adapter.share != "both" and _is_half(adapter):
+        text += "\nThese are the factors A that clients share. B is zero: each client has its own, and keeps it.\n"
+    models.save_adapter(lm, adapter, folder, text)
     runlog.write_atomic(folder / _SETTINGS, config.to_toml(without=_OF_THE_SITE))
 
 
@@ -274,7 +293,7 @@ def _card_table(metrics: Mapping[str, Any] | None) -> list[str]:
     if not metrics:
         return []
     parsed = parse_metrics(metrics)
-    remarks = [line for line in (verdict.not_alike(parsed), sites.how_far(parsed)) if line]
+    remarks = [line for line in (verdict.not_alike(parsed), verdict.personal(parsed), sites.how_far(parsed)) if line]
     below = ["", " ".join(remarks)] if remarks else []
     if not metrics["table"]:
         return below

@@ -122,6 +122,80 @@ def _stopped_before_the_last_task(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _ranks(config: RunConfig) -> Iterator[str]:
+    adapter = config.adapter
+    if adapter.ranks != "memory" and (odd := [rank for rank in adapter.ranks if not 1 <= rank <= adapter.rank]):
+        yield f"adapter.ranks = {list(adapter.ranks)}: {odd[0]} is not from 1 to adapter.rank = {adapter.rank}"
+
+
+def _scaffold(config: RunConfig) -> Iterator[str]:
+    """Its control variates are gradients, read off the way that plain stochastic gradient descent went."""
+    if config.strategy.name != "scaffold":
+        return
+    train, name = config.train, 'strategy.name = "scaffold"'
+    if train.optimizer != "sgd":
+        yield (
+            f"train.optimizer = {train.optimizer!r}: {name} reads a client's gradient off its steps, which AdamW "
+            'rescales entry by entry; set "sgd" (with a learning rate to suit, often 10 to 100 times as large), or use '
+            "the penalty fedprox, which goes with both"
+        )
+    if config.adapter.train == "alternate":
+        yield (
+            f"adapter.train = 'alternate': {name} would measure a gradient of zero for the factor that rests; set "
+            '"both", "b" or "a"'
+        )
+    if config.adapter.share != "both":
+        yield f"adapter.share = {config.adapter.share!r}: {name} corrects what all clients share; leave it out"
+    if train.penalties:
+        yield (
+            f"train.penalties: {name} corrects the clients' drift already, and would take the pull of "
+            f"{train.penalties[0].name!r} for a part of their gradients; use one of the two"
+        )
+    if config.privacy.unit == "record":
+        yield (
+            f'{name}: control variates are gradients of the rows without noise, which breaks privacy.unit = "record"; '
+            "use fedavg"
+        )
+
+
+def _seeds(config: RunConfig) -> Iterator[str]:
+    """Clients of FedKSeed tell a scalar for each seed, and train by looking along its direction."""
+    if config.strategy.name != "fedkseed":
+        return
+    name = 'strategy.name = "fedkseed"'
+    if config.privacy.unit == "record":
+        yield f'{name}: its clients take no gradients that privacy.unit = "record" could clip and noise; use fedavg'
+    if config.train.penalties:
+        yield f"train.penalties: {name} looks at the loss of rows alone; leave them out"
+    if config.continual.buffer:
+        yield f"continual.buffer = {config.continual.buffer:g}: {name} trains on new rows alone; set 0"
+    for way, method in (("up", config.wire.up), ("down", config.wire.down)):
+        if method.name not in ("fp32", "sparse"):
+            yield f"wire.{way} = {method.name!r}: {name} sends a few exact scalars; leave it out"
+    if config.train.weight_decay:
+        yield f"train.weight_decay = {config.train.weight_decay:g}: {name} has none; set 0"
+
+
+def _personal_factors(config: RunConfig) -> Iterator[str]:
+    """With `adapter.share` = "a" there is no one model that the server could hold, average otherwise or measure."""
+    if config.adapter.share == "both":
+        return
+    share = f"adapter.share = {config.adapter.share!r}"
+    if config.adapter.train != "both":
+        yield f"adapter.train = {config.adapter.train!r}: {share} trains both factors, and shares one; leave it out"
+    if config.strategy.name not in ("fedavg", "scaffold"):  # the latter refuses by itself
+        yield (
+            f"strategy.name = {config.strategy.name!r}: {share} leaves the server with one factor alone, which fedavg "
+            "averages exactly; other methods need both"
+        )
+    if config.continual.stages:
+        yield f"continual.stages: what is forgotten is measured on one model for all, and {share} makes one a client"
+    if config.simulate.attackers:
+        yield f"simulate.attackers = {config.simulate.attackers:g}: attacks aim at one model for all; {share} has none"
+    if config.evaluate.clients is False:
+        yield f"evaluate.clients = false: {share} leaves models that clients alone can score; leave the key out"
+
+
 _RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _private_curation,
     _warmup_for_ever,
@@ -135,4 +209,8 @@ _RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _too_many_stages,
     _nothing_to_remember,
     _stopped_before_the_last_task,
+    _ranks,
+    _scaffold,
+    _seeds,
+    _personal_factors,
 )

@@ -1,6 +1,7 @@
 """Writes the tables of the README, the docs and the base's card between their markers.
 
-They come from the committed results; the table of what goes together comes from the code that decides it.
+They come from the committed results; the tables of what goes together and of the aggregation methods come from the code
+that decides it.
 
 python benchmarks/tables.py [--check]
 """
@@ -15,10 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+_NONE = "*No measurement is committed yet.*"
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # another package is called benchmarks too
 
-from benchmarks import together  # noqa: E402
+from benchmarks import methods, together  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "apiary" / "builtin" / "tiny" / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -174,6 +176,127 @@ def privacy(results: dict[str, Any]) -> str:
     )
 
 
+def aggregation_error(results: dict[str, Any]) -> str:
+    """How far each method ends from the mean of the products, by drift and skew."""
+    if "error" not in results:
+        return _NONE
+    rows = results["error"]
+    drifts, skews = (list(dict.fromkeys(row[key] for row in rows)) for key in ("drift", "skew"))
+    lines: list[str] = []
+    for kind, title in (("one", "one rank, 16"), ("mixed", "ranks 2, 4, 8, 16")):
+        if lines:
+            lines.append("")
+        lines += [
+            f"| {title} | {' | '.join(f'drift {drift:g}' for drift in drifts)} |",
+            "|---" * (len(drifts) + 1) + "|",
+        ]
+        for method in dict.fromkeys(row["method"] for row in rows if row["ranks"] == kind):
+            known = {(r["drift"], r["skew"]): r["error"] for r in rows if (r["ranks"], r["method"]) == (kind, method)}
+            cells = [" / ".join(_percent(known[drift, skew]) for skew in skews) for drift in drifts]
+            lines.append(f"| {method} | {' | '.join(cells)} |")
+    note = f"Percent, for a skew of {' / '.join(f'{skew:g}' for skew in skews)}. Mean over 3 seeds, 8 clients."
+    return "\n".join([*lines, "", note])
+
+
+def _percent(share: float) -> str:
+    return "0" if share < 5e-6 else f"{100 * share:.2g}" if share < 1 else f"{100 * share:.0f}"
+
+
+def aggregation_module(results: dict[str, Any]) -> str:
+    """Time and memory of one module by rank, and what the dense decomposition takes."""
+    if "module" not in results:
+        return _NONE
+    rows, dense = results["module"], results["dense"]
+    ranks = list(dict.fromkeys(row["rank"] for row in rows))
+    lines = [f"| ms / MiB | {' | '.join(f'rank {rank}' for rank in ranks)} |", "|---" * (len(ranks) + 1) + "|"]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        own = {row["rank"]: row for row in rows if row["method"] == method}
+        cells = [f"{own[rank]['ms']:,.0f} / {own[rank]['working_bytes'] / 2**20:,.0f}" for rank in ranks]
+        lines.append(f"| `{method}` | {' | '.join(cells)} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"At rank {dense['rank']} the dense singular value decomposition of FlexLoRA's authors takes "
+            f"{dense['dense_s']:.1f} s for this one module, by QR of the factors it takes {dense['qr_s']:.2f} s: "
+            f"{dense['times_faster']:.0f} times faster, and the products differ by {dense['relative_difference']:.0e} "
+            f"of their norm. Medians of 3, on {_machine(results)}.",
+        ]
+    )
+
+
+def aggregation_memory(results: dict[str, Any]) -> str:
+    """Peak memory of the methods that are sums."""
+    if "memory" not in results:
+        return _NONE
+    rows = results["memory"]
+    counts = list(dict.fromkeys(row["updates"] for row in rows))
+    lines = [f"| | {' | '.join(f'{count:,} updates' for count in counts)} |", "|---" * (len(counts) + 1) + "|"]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        peaks = [row["peak_bytes"] / 2**20 for row in rows if row["method"] == method]
+        lines.append(f"| `{method}` | {' | '.join(f'{peak:,.0f} MiB' for peak in peaks)} |")
+    size = rows[0]["update_bytes"] / 1e6
+    note = f"Highest resident size of a process that folds in updates of {size:.0f} MB as they come."
+    return "\n".join([*lines, "", note])
+
+
+def aggregation_round(results: dict[str, Any]) -> str:
+    """Seconds of a round of a 7B model."""
+    if "round" not in results:
+        return _NONE
+    lines = ["| | s while answers come | s after the last one |", "|---|---|---|"]
+    lines += [f"| `{row['method']}` | {row['fold_s']:.1f} | {row['finish_s']:.1f} |" for row in results["round"]]
+    layers = results["round"][0]["layers"]
+    size = "224 modules" if layers == 32 else f"{layers} of 32 layers"
+    return "\n".join([*lines, "", f"{size}, rank 16, 16 clients; on {_machine(results)}."])
+
+
+def poisoning(results: dict[str, Any]) -> str:
+    """For each share of attackers: held-out loss by method and attack, and how often a trigger works."""
+    runs = results["runs"]
+    shares = sorted({run["share"] for run in runs} - {0.0})
+    return _noted(
+        [line for share in shares for line in _poisoned(runs, share)],
+        results,
+        f"{results['settings']['clients']} clients, {results['settings']['rounds']} rounds. Held-out loss, nats per "
+        "response token; in brackets how many of the questions with the hidden phrase get the attacker's answer. "
+        "* more attackers than the method can be told of with so many clients.",
+    )
+
+
+def _poisoned(runs: list[dict[str, Any]], share: float) -> list[str]:
+    """The table of one share of attackers."""
+    attacks = list(dict.fromkeys(run["attack"] for run in runs if run["share"] == share))
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for run in runs:
+        if run["share"] in (0.0, share):
+            found.setdefault((run["method"], run["attack"]), []).append(run)
+    lines = [
+        f"{share:.0%} of the clients attack:",
+        "",
+        f"| | nobody attacks | {' | '.join(attack.replace('_', ' ') for attack in attacks)} |",
+        "|---" * (len(attacks) + 2) + "|",
+    ]
+    for method in dict.fromkeys(method for method, _ in found):
+        cells = [_attacked(found.get((method, attack), [])) for attack in ("none", *attacks)]
+        lines.append(f"| `{method.replace('+', '`, `')}` | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _attacked(runs: list[dict[str, Any]]) -> str:
+    """One cell: what became of the same attack on the same method with every seed."""
+    if not runs:
+        return ""
+    mark = "" if all(run["within"] for run in runs) else "*"
+    if any("failed" in run for run in runs):
+        return f"the run fails{mark}"
+    if any(run["loss"] is None for run in runs):
+        return f"not a number{mark}"
+    works = statistics.mean(run["success"] for run in runs)
+    told = f" [{works:.0%}]" if runs[0]["attack"].startswith("trigger") else ""
+    return f"{_spread([run['loss'] for run in runs], 1, 2)}{told}{mark}"
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo": demo,
     "training": training,
@@ -183,8 +306,18 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "curation": curation,
     "judges": judges,
     "privacy": privacy,
+    "aggregation_error": aggregation_error,
+    "aggregation_module": aggregation_module,
+    "aggregation_memory": aggregation_memory,
+    "aggregation_round": aggregation_round,
+    "poisoning": poisoning,
 }
-_FROM = {"judges": "curation"}  # tables that have no file of results of their own
+_FROM = {  # tables that have no file of results of their own
+    "judges": "curation",
+    **dict.fromkeys(
+        ("aggregation_error", "aggregation_module", "aggregation_memory", "aggregation_round"), "aggregation"
+    ),
+}
 
 
 def _fill(text: str, name: str, body: str) -> str:
@@ -221,9 +354,9 @@ def render(text: str) -> str:
     """A page with every table made anew."""
     for name, table in TABLES.items():
         path = RESULTS / f"{_FROM.get(name, name)}.json"
-        body = table(json.loads(path.read_text())) if path.exists() else "*No measurement is committed yet.*"
+        body = table(json.loads(path.read_text())) if path.exists() else _NONE
         text = _fill(text, name, body)
-    return _fill(text, "together", together.table())
+    return _fill(_fill(text, "together", together.table()), "methods", methods.table())
 
 
 if __name__ == "__main__":

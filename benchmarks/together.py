@@ -28,6 +28,8 @@ FEATURES: Final = (
     Feature("replay, poisson", (_STAGES, "continual.buffer=0.2", "continual.policy=poisson")),
     Feature("record-level privacy", ("privacy.unit=record", "privacy.batch_rows=8")),
     Feature("FedProx", ('train.penalties=[{ name = "fedprox", mu = 0.01 }]',)),
+    Feature("SCAFFOLD", ("strategy.name=scaffold", "train.optimizer=sgd", "train.lr=0.1")),
+    Feature("a B of each client's own", ("adapter.share=a",)),
     Feature("several batches a step", ("train.accumulate=2",)),
     Feature("adapter dropout", ("adapter.dropout=0.1",)),
     Feature("clients' own scores", ("evaluate.clients=true",)),

@@ -19,8 +19,12 @@ from flwr.common.constant import NUM_PARTITIONS_KEY, PARTITION_ID_KEY
 
 from apiary import config as configs
 from apiary import continual, draws, examples, records
-from apiary.config import UserError
-from client import memory
+from apiary.codecs import CodecError
+from apiary.config import RunConfig, UserError
+from apiary.downlink import Parcel
+from apiary.exchange import Decline, Visit
+from apiary.tensors import StateDict, is_finite
+from client import memory, ranks, wire
 from client.worker import Site, Worker
 
 _log = logging.getLogger(__name__)
@@ -70,13 +74,33 @@ def answer(
 def _ask(worker: Worker, site: Site, kind: str, content: RecordDict) -> RecordDict:
     if kind == records.HELLO:
         _check_promise(worker, site)
-        return records.hello_reply(worker.hello(site))
-    number, payload = records.read_request(content)
+        return records.hello_reply(worker.hello(site)._replace(holds=wire.holds(worker.config, site.folder)))
+    number, payload = records.read_request(content, functools.partial(_receive, worker, site))
     if kind == "train":
-        return records.train_reply(worker.train(site, number, payload))
+        answer = worker.train(site, number, payload)
+        return records.train_reply(answer, _encoded(worker.config, site, number, answer))
     if kind == "evaluate":
-        return records.score_reply(site.client, worker.evaluate(site, payload))
+        return records.score_reply(site.client, worker.evaluate(site, payload, number))
     raise ValueError(f"no answer to messages of type {kind!r}")
+
+
+def _receive(worker: Worker, site: Site, sent: Parcel) -> StateDict:
+    """What the server sent, unpacked.
+
+    Raises:
+        Refusal: it cannot be.
+    """
+    try:
+        return wire.receive(worker.config, site.folder, worker.shapes(site), sent)
+    except CodecError as error:
+        raise Refusal(f"the server's changes are of no use to it: {error}; it needs the whole adapter") from None
+
+
+def _encoded(config: RunConfig, site: Site, number: int, answer: Visit | Decline) -> bytes:
+    """A visit's change as one message. One with NaN, which only an attacker has, goes as it is: no codec takes it."""
+    if isinstance(answer, Decline) or not is_finite(answer.update.delta):
+        return b""
+    return wire.encode(config, site.folder, site.client, number, answer.update.delta)
 
 
 def _check_promise(worker: Worker, site: Site) -> None:
@@ -127,14 +151,25 @@ def _safe(error: Exception) -> str:
 # -- virtual clients: all in this process -------------------------------------------------------
 
 
-def simulated(kind: str, content: RecordDict, context: Context) -> RecordDict:
-    """The content of a virtual client's answer; raises as `answer` does."""
+def simulated(
+    kind: str, content: RecordDict, context: Context, worker_of: Callable[[str], Worker] | None = None
+) -> RecordDict:
+    """The content of a virtual client's answer; raises as `answer` does.
+
+    Args:
+        kind: the type of the message.
+        content: what it holds.
+        context: the node's.
+        worker_of: makes of the run's JSON the worker that answers; `worker` where None.
+    """
     config = str(context.run_config["config"])
-    return answer(kind, content, functools.partial(_worker, config), functools.partial(_site, config, context))
+    make = worker_of or worker
+    return answer(kind, content, functools.partial(make, config), functools.partial(_site, config, context))
 
 
 @functools.lru_cache(maxsize=1)
-def _worker(config: str) -> Worker:
+def worker(config: str) -> Worker:
+    """The worker of all virtual clients in this process; `config` is the run's JSON."""
     return Worker(configs.from_json(config))
 
 
@@ -147,18 +182,26 @@ def federation(config: str) -> examples.Federation:
 
 def forget() -> None:
     """Read everything again when it is next asked for."""
-    _worker.cache_clear()
+    worker.cache_clear()
     federation.cache_clear()
 
 
 def _site(config: str, context: Context) -> Site:
-    """The site of a virtual node: its part of the configured source, its memory under the node's `state-path`."""
-    clients = federation(config).clients
+    nodes, clients = int(context.node_config[NUM_PARTITIONS_KEY]), len(federation(config).clients)
+    if nodes != clients:
+        raise ValueError(f"{nodes} nodes for {clients} clients")
     index = int(context.node_config[PARTITION_ID_KEY])
-    if int(context.node_config[NUM_PARTITIONS_KEY]) != len(clients):
-        raise ValueError(f"{context.node_config[NUM_PARTITIONS_KEY]} nodes for {len(clients)} clients")
-    name, train, test = clients[index]
-    folder = Path(str(context.node_config["state-path"])) / name
-    adapter = configs.from_json(config).adapter
-    rank = adapter.ranks[index % len(adapter.ranks)] if adapter.ranks else adapter.rank
+    return virtual_site(config, index, Path(str(context.node_config["state-path"])))
+
+
+def virtual_site(config: str, index: int, state: Path) -> Site:
+    """The site of the virtual client `index`: its part of the configured source, its memory under `state`."""
+    name, train, test = federation(config).clients[index]
+    folder = state / name
+    run = configs.from_json(config)
+    given = run.adapter.ranks
+    if given == "memory":
+        rank = ranks.of_device(run, folder)
+    else:
+        rank = given[index % len(given)] if given else run.adapter.rank
     return Site(name, train, test, folder, folder / "ledger.json", rank)

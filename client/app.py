@@ -6,7 +6,10 @@ every message, and this one then loads neither torch nor the model. A virtual cl
 
 from __future__ import annotations
 
-from flwr.app import Context, Error, Message
+from collections.abc import Callable
+from typing import TypeAlias
+
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import Mod
 from flwr.common.constant import ErrorCode
@@ -16,9 +19,10 @@ from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 from client import remote
 
 WORKER_ADDRESS = "worker-address"
+Virtual: TypeAlias = Callable[[str, RecordDict, Context], RecordDict]  # as `client.answers.simulated`
 
 
-def _answer(message: Message, context: Context) -> Message:
+def _answer(message: Message, context: Context, virtual: Virtual | None = None) -> Message:
     """The reply to a message; an error reply for whatever goes wrong.
 
     Raises:
@@ -29,7 +33,7 @@ def _answer(message: Message, context: Context) -> Message:
     from client import answers  # not above: it loads torch
 
     try:
-        content = answers.simulated(message.metadata.message_type, message.content, context)
+        content = (virtual or answers.simulated)(message.metadata.message_type, message.content, context)
     except answers.Refusal as refusal:
         return _refuse(message, str(refusal))
     return Message(content, reply_to=message)
@@ -56,21 +60,26 @@ def _refuse(message: Message, reason: str) -> Message:
     return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
 
 
-def make_app(*mods: Mod) -> ClientApp:
-    """A ClientApp whose messages pass through `mods` first."""
+def make_app(*mods: Mod, virtual: Virtual | None = None) -> ClientApp:
+    """A ClientApp whose messages pass through `mods` first.
+
+    Args:
+        mods: see Flower.
+        virtual: answers for virtual clients; `client.answers.simulated` where None.
+    """
     app = ClientApp(mods=list(mods))
 
     @app.query("hello")
     def hello(message: Message, context: Context) -> Message:
-        return _answer(message, context)
+        return _answer(message, context, virtual)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return _answer(message, context)
+        return _answer(message, context, virtual)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        return _answer(message, context)
+        return _answer(message, context, virtual)
 
     return app
 

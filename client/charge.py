@@ -29,7 +29,7 @@ from client.objectives import Penalty
 from client.private import fit_private, released, unanswered
 from client.trainer import FitResult, Observer
 
-_NOT_THE_RUNS = {"simulate", "log", "evaluate", "strategy"}  # they change nothing of what a client releases
+_NOT_THE_RUNS = {"simulate", "log", "evaluate", "strategy", "wire"}  # they change nothing of what a client releases
 
 
 class Work(NamedTuple):

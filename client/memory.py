@@ -1,7 +1,8 @@
 """What a client remembers between rounds, in files under its own organisation's folder.
 
 One file a round, so that a server that was killed and goes back to an earlier round finds the client's memory of that
-moment, and the run repeats itself bit for bit.
+moment, and the run repeats itself bit for bit. So it is with what coding left out of the messages to the server. Of
+what the server sends in changes there is one copy, the newest, for the server asks which one that is.
 """
 
 from __future__ import annotations
@@ -10,8 +11,14 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from safetensors.torch import load_file
+from safetensors.torch import save as pack
+
 from apiary.runlog import finite, for_owner, write_atomic
+from apiary.tensors import StateDict
 from client.trainer import Cursor, Observer, StepRecord
+
+_COPY = "copy.safetensors"  # of the server's adapter
 
 
 class Memory(NamedTuple):
@@ -45,6 +52,9 @@ def forget_from(folder: Path, number: int) -> None:
     for later in _rounds(folder):
         if later >= number:
             _path(folder, later).unlink(missing_ok=True)
+    for later in _feedbacks(folder):
+        if later >= number:
+            _feedback(folder, later).unlink(missing_ok=True)
 
 
 def save(folder: Path, memory: Memory, keep: int = 3) -> None:
@@ -60,6 +70,43 @@ def save(folder: Path, memory: Memory, keep: int = 3) -> None:
         _path(folder, old).unlink(missing_ok=True)
 
 
+def load_feedback(folder: Path, before: int) -> StateDict:
+    """What coding left out of the messages before round `before`; nothing where all was sent, or nothing is known."""
+    kept = [number for number in _feedbacks(folder) if number < before]
+    return (_tensors(_feedback(folder, max(kept))) or {}) if kept else {}
+
+
+def save_feedback(folder: Path, number: int, feedback: StateDict, keep: int = 3) -> None:
+    """Write what coding left out up to round `number`, as `save` writes its memory."""
+    if any(later > number for later in _feedbacks(folder)):
+        return
+    _write(_feedback(folder, number), feedback)
+    for old in sorted(_feedbacks(folder))[:-keep]:
+        _feedback(folder, old).unlink(missing_ok=True)
+
+
+def load_copy(folder: Path) -> StateDict | None:
+    """The server's adapter as this client holds it; None where it holds none that can be read."""
+    return _tensors(folder / _COPY)
+
+
+def save_copy(folder: Path, adapter: StateDict) -> None:
+    """Write the server's adapter in place of the one before."""
+    own(folder)
+    _write(folder / _COPY, adapter)
+
+
+def _write(path: Path, state: StateDict) -> None:
+    write_atomic(path, pack({name: tensor.contiguous() for name, tensor in state.items()}), private=True)
+
+
+def _tensors(path: Path) -> StateDict | None:
+    try:
+        return load_file(path)
+    except Exception:  # not there, or torn: safetensors raises an error type of its own
+        return None
+
+
 def step_log(folder: Path, number: int) -> Observer:
     """An observer that adds each step of round `number` to `steps.jsonl`: the client's own, which nobody else is sent.
 
@@ -72,6 +119,14 @@ def step_log(folder: Path, number: int) -> Observer:
             file.write(json.dumps(finite({"round": number, **record._asdict()})) + "\n")
 
     return observe
+
+
+def _feedback(folder: Path, number: int) -> Path:
+    return folder / f"feedback-{number:04d}.safetensors"
+
+
+def _feedbacks(folder: Path) -> list[int]:
+    return [int(path.stem.removeprefix("feedback-")) for path in folder.glob("feedback-*.safetensors")]
 
 
 def _path(folder: Path, number: int) -> Path:

@@ -29,7 +29,7 @@ from apiary import config as configs
 from apiary import continual, examples, models, preflight, templates
 from apiary.config import Method, RunConfig, UserError
 from apiary.preflight import Rows
-from client import answers, remote
+from client import answers, ranks, remote
 from client.remote import Envelope
 from client.worker import Site, Worker
 
@@ -47,7 +47,7 @@ class Facts(NamedTuple):
     state: Path  # memory of runs, the ledger, errors in full
     model: str | None = None  # the site's own place of the base
     device: str | None = None
-    rank: int | None = None  # of its adapter; the run's where it is None
+    rank: int | None = None  # the highest that it trains; as the run says where None
     max_epsilon: float | None = None  # train only under record-level privacy, and within this budget
     max_delta: float = 1e-5  # likewise, where there is a `max_epsilon`
 
@@ -165,7 +165,7 @@ def _refuse_foreign_code(config: RunConfig) -> None:
     Raises:
         Refusal: it does.
     """
-    methods = (*config.train.penalties, *config.curate.steps)
+    methods = (*config.train.penalties, *config.curate.steps, config.wire.up, config.wire.down)
     if any(":" in name for name in (config.train.objective, *(method.name for method in methods))):
         raise answers.Refusal("the run names code by module:function, which this site does not load")
 
@@ -203,7 +203,10 @@ def _read_site(config: RunConfig, facts: Facts, run: str) -> Site:
             _log.warning("%s", line)
     (client,) = federation.clients
     folder = facts.state / "runs" / run
-    rank = facts.rank or config.adapter.rank
+    if facts.rank is None and config.adapter.ranks == "memory":
+        rank = ranks.of_device(config, folder)
+    else:
+        rank = min(facts.rank or config.adapter.rank, config.adapter.rank)
     return Site(facts.client, client.train, client.test, folder, facts.state / "ledger.json", rank)
 
 
@@ -217,6 +220,8 @@ def check(facts: Facts) -> Rows:
         raise UserError(f"--max-epsilon {facts.max_epsilon:g}: expected a number above 0, such as 8")
     if not 0.0 < facts.max_delta < 1.0:
         raise UserError(f"--max-delta {facts.max_delta:g}: expected a number between 0 and 1, such as 1e-5")
+    if facts.rank is not None and facts.rank < 1:
+        raise UserError(f"--rank {facts.rank}: expected 1 or more")
     if facts.device:
         preflight.check_device(facts.device, "--device")
     if facts.model:
@@ -250,9 +255,15 @@ def _arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--state", required=True, type=Path, help="folder of what the site remembers")
     parser.add_argument("--model", help="the site's own place of the base model")
     parser.add_argument("--device", help="the site's own device")
+    parser.add_argument("--rank", type=int, help="the highest rank of an adapter that the site trains")
     parser.add_argument("--max-epsilon", type=float, help="refuse runs that promise the rows less privacy")
     parser.add_argument("--max-delta", type=float, default=Facts._field_defaults["max_delta"], help="likewise")
     return parser.parse_args(words)
+
+
+def _facts(given: argparse.Namespace) -> Facts:
+    named = {name: value for name, value in vars(given).items() if name in Facts._fields}
+    return Facts(client=given.site, **named)
 
 
 def main() -> None:
@@ -260,7 +271,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)  # at once: nothing is half-written, and a message is asked again
     given = _arguments()
-    facts = Facts(given.site, given.data, given.state, given.model, given.device, given.max_epsilon, given.max_delta)
+    facts = _facts(given)
     logging.basicConfig(
         level=logging.INFO, stream=sys.stdout, format=f"%(asctime)s {given.site}: %(message)s", force=True
     )

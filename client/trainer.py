@@ -104,6 +104,7 @@ def fit(
     projections: Sequence[Projection] = (),
     observers: Sequence[Observer] = (),
     factors: Literal["both", "b", "a"] = "both",
+    correction: StateDict | None = None,
 ) -> FitResult:
     """The change that `steps` optimizer steps make to the adapter `start`, and where they ended in the data.
 
@@ -120,6 +121,8 @@ def fit(
             schedule.
         replay: None, or an empty corpus in it, is training on new rows alone.
         factors: which of the adapter's factors are trained; the change of the others is zero.
+        correction: added to every step's gradient once that is clipped, so that what it says of other clients'
+            gradients counts in full.
 
     Raises:
         FloatingPointError: the loss or a gradient became NaN or infinite.
@@ -131,17 +134,17 @@ def fit(
     set_adapter(lm, start)
     received = get_adapter(lm)
     budget, old_budget = _budgets(config, replay)
-    walk = _Walk(corpus, budget, functools.partial(generator, seed, client, "epoch"), cursor)
+    walk = Way(corpus, budget, functools.partial(generator, seed, client, "epoch"), cursor)
     old = None
     if replay and old_budget:
-        old = _Walk(replay.corpus, old_budget, functools.partial(generator, seed, client, "replay"), replay.cursor)
+        old = Way(replay.corpus, old_budget, functools.partial(generator, seed, client, "replay"), replay.cursor)
     nats, tokens, examples, replayed = 0.0, 0, 0, 0
     with (
         threads(config.threads),
         _training(lm, derive_seed(seed, client, "dropout", *cursor)),
         training(lm, factors) as moving,
     ):
-        loop = _Loop(moving, config, OBJECTIVES.build(config.objective), tuple(penalties))
+        loop = _Loop(moving, config, OBJECTIVES.build(config.objective), tuple(penalties), correction or {})
         for step in range(steps):
             batches = walk.take(config.accumulate, lm)
             again = old.take(config.accumulate, lm) if old else ()
@@ -166,7 +169,7 @@ def _budgets(config: TrainConfig, replay: Replay | None) -> tuple[int, int]:
     return config.batch_tokens - old, old
 
 
-class _Walk:
+class Way:
     """A client's way through its data: each epoch's plan from end to end, then the next epoch's."""
 
     def __init__(self, corpus: Corpus, budget: int, rng: Callable[[int], torch.Generator], cursor: Cursor) -> None:
@@ -211,11 +214,13 @@ class _Loop:
         config: TrainConfig,
         objective: Objective,
         penalties: tuple[Penalty, ...],
+        correction: StateDict,
     ) -> None:
         self._lm, self._config, self._objective, self._penalties = lm, config, objective, penalties
         self._parameters = list(lm.adapter.values())
         for parameter in self._parameters:
             parameter.grad = None
+        self._correction = [(p, correction[n].to(p.device, p.dtype)) for n, p in lm.adapter.items() if n in correction]
         self._optimizer = make_optimizer(self._parameters, config, lm.device)
 
     def step(self, step: int, batches: Sequence[Batch], lr: float, again: Sequence[Batch] = ()) -> StepRecord:
@@ -238,6 +243,8 @@ class _Loop:
                 f"loss {loss:.4g} and gradient norm {grad_norm:.4g} at step {step + 1} of this visit; "
                 "a lower train.lr or train.clip_norm usually helps"
             )
+        for parameter, more in self._correction:
+            parameter.grad = more.clone() if parameter.grad is None else parameter.grad.add_(more)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.step()

@@ -6,13 +6,16 @@ or the one site of an organisation.
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
-from apiary import models, prompts
+from apiary import lora, models, prompts, results
 from apiary.batches import Corpus
+from apiary.codecs import Shapes
 from apiary.config import RunConfig
 from apiary.continual import rows_by_stage
 from apiary.examples import Example
@@ -20,7 +23,8 @@ from apiary.exchange import Curated, Decline, Hello, Payload, Score, Spent, Upda
 from apiary.models import LanguageModel
 from apiary.privacy import BudgetSpent
 from apiary.probe import ModelProbe
-from client import charge, choice, continual, memory, trainer
+from apiary.tensors import StateDict
+from client import charge, choice, continual, control, memory, personal, trainer, zeroth
 from client.charge import Work
 from client.choice import Choice
 from client.continual import StageData
@@ -58,6 +62,11 @@ class Worker:
         """The model with an adapter of the site's rank; all ranks share one base."""
         return models.load(self.config.model, self.config.adapter.of_rank(site.rank))
 
+    def shapes(self, site: Site) -> Shapes:
+        """The shapes of what the site's adapter has in common with the server's."""
+        adapter = self._model(site).adapter
+        return {n: p.shape for n, p in adapter.items() if self.config.adapter.share == "both" or not lora.is_b(n)}
+
     def hello(self, site: Site) -> Hello:
         """Who the site is, what it runs, and how much it has to train on.
 
@@ -86,6 +95,7 @@ class Worker:
         memory.own(site.folder)
         memory.forget_from(site.folder, number)
         past = memory.load(site.folder, before=number)
+        payload = self._completed(site, number, payload)
         rows, chosen = self._chosen(site, number, payload)
         data = continual.prepare(rows, site.folder, site.client, self.config, number, past)
         if chosen and past.choice and past.choice != chosen.round:  # other rows: their walk begins anew
@@ -99,24 +109,33 @@ class Worker:
         old = self._corpus(site, "buffer", tuple(row.example for row in data.replay))
         replay = Replay(old, data.replay_cursor, self.config.continual.replay)
         steps = trainer.steps_per_round(config, corpus, replay)
-        result = trainer.fit(
-            self._model(site),
-            payload.model,
-            corpus,
-            config,
-            seed=self.config.seed,
-            client=site.client,
-            cursor=data.cursor,
-            first_step=data.rounds_before * steps,
-            total_steps=data.rounds * steps,
-            steps=steps,
-            replay=replay,
-            penalties=build_penalties(config.penalties, payload.adapter),
-            observers=[memory.step_log(site.folder, number)],
-            factors=self.config.adapter.trained(number),
-        )
+        first, total = data.rounds_before * steps, data.rounds * steps
+        observers = [memory.step_log(site.folder, number)]
+        if zeroth.used(self.config):
+            place = zeroth.Place(site.client, data.cursor, first, total, steps)
+            result = zeroth.fit(self._model(site), payload.model, corpus, self.config, place, observers)
+        else:
+            result = trainer.fit(
+                self._model(site),
+                payload.model,
+                corpus,
+                config,
+                seed=self.config.seed,
+                client=site.client,
+                cursor=data.cursor,
+                first_step=first,
+                total_steps=total,
+                steps=steps,
+                replay=replay,
+                penalties=build_penalties(config.penalties, payload.adapter),
+                observers=observers,
+                factors=self.config.adapter.trained(number),
+                correction=control.correction(site.folder, payload),
+            )
+        rates = (trainer.learning_rate(first + step, total, config) for step in range(steps))
+        change = control.renew(site.folder, number, payload, result.delta, rates)
         at = Memory(number, result.cursor, data.stage, result.replay, chosen.round if chosen else 0)
-        return self._visit(site, at, result, chosen.counts if chosen else None)
+        return self._visit(site, at, payload, result, chosen.counts if chosen else None, control=change)
 
     def _train_privately(self, site: Site, number: int, payload: Payload, data: StageData) -> Visit | Decline:
         """As `train`, under record-level differential privacy: no count of what curation did leaves."""
@@ -141,21 +160,35 @@ class Worker:
         if paid is None:
             return Decline(site.client, "idle")
         result, spent = paid
-        return self._visit(site, Memory(number, stage=data.stage), result, spent=spent)
+        return self._visit(site, Memory(number, stage=data.stage), payload, result, spent=spent)
 
     def _visit(
-        self, site: Site, at: Memory, result: FitResult, curated: Curated | None = None, spent: Spent | None = None
+        self,
+        site: Site,
+        at: Memory,
+        payload: Payload,
+        result: FitResult,
+        curated: Curated | None = None,
+        spent: Spent | None = None,
+        control: StateDict = MappingProxyType({}),
     ) -> Visit:
+        delta: StateDict = result.delta
+        if self.config.adapter.share == "a":
+            personal.keep(site.folder, at.round, payload.adapter, delta)
+            delta = lora.only_a(delta)
         memory.save(site.folder, at)
-        update = Update(site.client, result.delta, float(result.report.tokens), site.rank)
+        update = Update(site.client, delta, float(result.report.tokens), site.rank, control)
         return Visit(update, result.report, curated, spent)
 
-    def evaluate(self, site: Site, payload: Payload) -> Score:
-        """The received adapter's loss on the site's held-out examples, as sums.
+    def evaluate(self, site: Site, payload: Payload, number: int = sys.maxsize) -> Score:
+        """The received adapter's loss on the site's held-out examples, as sums, after round `number`.
 
         Below `_FEWEST` examples nothing is told: the sum would say too much of each. Under differential privacy
         nothing is told at all, whatever the server asks: a loss without noise would be a way around it.
         """
+        payload = self._completed(site, number + 1, payload)
+        if self.config.adapter.share != "both":  # nobody else can put the site's own model together
+            results.save_adapter_folder(self._model(site), payload.model, site.folder / "adapter", self.config)
         if self.config.privacy.unit == "record":
             return Score(0.0, 0, 0)
         corpus = self._corpus(site, "test", site.test)
@@ -165,6 +198,18 @@ class Worker:
         models.set_adapter(lm, payload.model)
         nats, tokens = ModelProbe(lm).losses(corpus)
         return Score(float(nats.sum()), int(tokens.sum()), len(nats))
+
+    def _completed(self, site: Site, number: int, payload: Payload) -> Payload:
+        """What was sent as a whole adapter.
+
+        That is with the site's own factors as of before round `number` where it keeps some to itself, or rebuilt where
+        scalars alone travel.
+        """
+        if zeroth.used(self.config):
+            return zeroth.opened(self._model(site), payload, self.config)
+        if self.config.adapter.share == "both":
+            return payload
+        return payload._replace(adapter=personal.complete(self._model(site), site.folder, number, payload.adapter))
 
     def _chosen(self, site: Site, number: int, payload: Payload) -> tuple[Sequence[Example], Choice | None]:
         """The rows that curation leaves for a round, and what it did; all of them where nothing is configured."""

@@ -40,6 +40,7 @@ class Options(NamedTuple):
     port: int | None = None  # of 127.0.0.1, where the SuperNode's own processes reach it; None: a free one
     max_epsilon: float | None = None  # take part only in runs that promise each row this much privacy
     max_delta: float = 1e-5  # likewise, where there is a `max_epsilon`
+    rank: int | None = None  # the highest of an adapter that it trains; None: as the run says
 
 
 class _Line(NamedTuple):
@@ -142,6 +143,8 @@ def _worker(kit: Kit, state: Path, options: Options, address: str) -> Kept:
         command += ["--model", str(Path(options.model).expanduser().resolve()) if local else options.model]
     if options.device:
         command += ["--device", options.device]
+    if options.rank is not None:
+        command += ["--rank", str(options.rank)]
     if options.max_epsilon is not None:
         command += ["--max-epsilon", str(options.max_epsilon), "--max-delta", str(options.max_delta)]
     return Kept(command, processes.environment(state), state)

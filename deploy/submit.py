@@ -158,8 +158,8 @@ def check(config: RunConfig) -> None:
     """Check that sites can take this run, and that this machine can.
 
     Raises:
-        UserError: it names a template file, which no site would open; or the server has not the model, the device or
-            the held-out rows.
+        UserError: it names a template file, which no site would open; or the server has not the model, the device, the
+            held-out rows or its own root set; or attackers are to be simulated.
     """
     from apiary import examples, preflight, templates  # here, for `status` needs no torch
 
@@ -170,6 +170,10 @@ def check(config: RunConfig) -> None:
     preflight.check_model(config.model.name, "model.name =", config.model.revision)
     if config.data.test is not None:
         examples.read(config.data.test, split="test", columns=config.data.columns, key="data.test")
+    if config.strategy.root is not None:
+        examples.read(config.strategy.root, columns=config.data.columns, key="strategy.root")
+    if config.simulate.attackers:
+        raise UserError("simulate.attackers: sites are real, and none is made to attack; leave it out")
 
 
 def remarks(config: RunConfig) -> list[str]:

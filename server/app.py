@@ -10,7 +10,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 import strategies
-from apiary import claims, continual, evaluate, models, prompts, results
+from apiary import claims, continual, evaluate, lora, models, prompts, results
 from apiary import config as configs
 from apiary.batches import Corpus
 from apiary.config import RunConfig
@@ -20,7 +20,7 @@ from apiary.models import LanguageModel
 from apiary.probe import ModelProbe
 from apiary.runlog import RunLog
 from apiary.tensors import StateDict
-from server import checkpoint, deployed
+from server import checkpoint, deployed, root
 from server.rounds import Evaluation, Progress, Rounds
 from strategies import ServerState
 
@@ -45,20 +45,25 @@ def prepare(
     template = prompts.make_template(config.prompt, lm.tokenizer)
     found = checkpoint.load(folder / "checkpoints")
     if found is None:
-        state, progress = ServerState(0, models.fresh_adapter(lm, config.seed), {}, {}), Progress()
+        fresh = models.fresh_adapter(lm, config.seed)
+        state = ServerState(0, fresh if config.adapter.share == "both" else lora.only_a(fresh), {}, {})
+        progress = Progress()
     else:
         state, progress = found[0], Progress(**found[1])
+    aggregator = strategies.from_config(config)
+    measured = held_out if config.adapter.share == "both" else None  # half an adapter has no loss
     return Rounds(
         config,
-        strategies.from_config(config),
+        aggregator,
         models.fingerprint(lm, template),
         state,
         log=log,
         progress=progress,
         on_round=lambda state, progress: save(folder, config, state, progress),
-        evaluate=_measure(lm, held_out.corpus, config.seed) if held_out else None,
-        score_stages=continual.scorer(lm, held_out, config) if held_out else None,
+        evaluate=_measure(lm, measured.corpus, config.seed) if measured else None,
+        score_stages=continual.scorer(lm, measured, config) if measured else None,
         name_of=name_of,
+        root=root.trainer(config, held_out.examples if held_out else (), folder / "root") if aggregator.root else None,
     )
 
 
@@ -96,8 +101,9 @@ def make_app(log: RunLog | None = None, held_out: HeldOut | None = None) -> Serv
 
         def federate(log: RunLog, held_out: HeldOut | None) -> StateDict:
             rounds = prepare(config, folder, log, held_out, deployed.site_name)
-            adapter = rounds.run(grid, expected).model
             lm = models.load(config.model, config.adapter)
+            # Factors that stay with the clients are those of a new adapter here: B is zero.
+            adapter = {**models.fresh_adapter(lm, config.seed), **rounds.run(grid, expected).model}
             results.save_adapter_folder(lm, adapter, folder / "adapter", config)
             return adapter
 

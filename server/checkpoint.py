@@ -15,7 +15,8 @@ from safetensors.torch import save as pack
 from apiary.tensors import StateDict, digest
 from strategies import ServerState
 
-_PARTS = ("adapter", "base_delta", "memory")
+_PARTS = ("adapter", "base_delta", "memory", "copies")
+_ALWAYS = frozenset(_PARTS) - {"copies"}  # the others have a file only where they hold something
 
 
 def save(folder: Path, state: ServerState, progress: Mapping[str, Any], keep: int = 2) -> Path:
@@ -31,7 +32,8 @@ def save(folder: Path, state: ServerState, progress: Mapping[str, Any], keep: in
     shutil.rmtree(draft, ignore_errors=True)
     try:
         draft.mkdir(parents=True)
-        digests = {part: _write(draft / f"{part}.safetensors", getattr(state, part)) for part in _PARTS}
+        held = [part for part in _PARTS if part in _ALWAYS or getattr(state, part)]
+        digests = {part: _write(draft / f"{part}.safetensors", getattr(state, part)) for part in held}
         index = {"round": state.round, "digests": digests, "progress": dict(progress)}
         (draft / "state.json").write_text(json.dumps(index), encoding="utf-8")
         for path in [*draft.iterdir(), draft]:
@@ -55,10 +57,11 @@ def load(folder: Path) -> tuple[ServerState, dict[str, Any]] | None:
     for path in reversed(_rounds(folder)):
         try:
             index = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            parts = {part: load_file(path / f"{part}.safetensors") for part in _PARTS}
+            held = [part for part in _PARTS if part in _ALWAYS or part in index["digests"]]
+            parts = {part: load_file(path / f"{part}.safetensors") for part in held}
         except Exception:  # safetensors raises its own error type for a torn file
             continue
-        if all(digest(parts[part]) == index["digests"][part] for part in _PARTS):
+        if all(digest(parts[part]) == index["digests"][part] for part in held):
             return ServerState(round=index["round"], **parts), index["progress"]
     return None
 

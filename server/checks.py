@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 
+from apiary import kseed
 from apiary.config import RunConfig
-from apiary.exchange import Curated, Decline, FitReport, Score, Spent, Visit
+from apiary.exchange import Curated, Decline, FitReport, Payload, Score, Spent, Visit
 from apiary.records import WireError
 from apiary.tensors import StateDict, add, is_finite
 
@@ -17,14 +18,14 @@ MOST = 2**53  # counts travel as float64, which holds no larger number exactly
 _SLACK = 1e-6  # of a budget, for two sides that add in another order
 
 
-def check_visit(visit: Visit, config: RunConfig, examples: int, adapter: StateDict) -> None:
+def check_visit(visit: Visit, config: RunConfig, examples: int, payload: Payload) -> None:
     """Check a client's answer to a round.
 
     Args:
         visit: the answer.
         config: the run.
         examples: training examples that the client named at the handshake.
-        adapter: the server's, which the update must fit.
+        payload: what the client was sent, which the update must fit.
 
     Raises:
         WireError: the first thing that cannot be.
@@ -35,7 +36,8 @@ def check_visit(visit: Visit, config: RunConfig, examples: int, adapter: StateDi
         raise WireError(f"its weight is {visit.update.weight:g}, but it reports {visit.report.tokens} tokens")
     _check_curated(visit.curated, config, private)
     _check_spent(visit.spent, config, private)
-    check_delta(visit.update.delta, adapter)
+    check_delta(visit.update.delta, payload.adapter)
+    _check_control(visit.update.control, payload.control)
 
 
 def wrong_rank(rank: int, config: RunConfig, mixed: bool) -> str:
@@ -72,8 +74,20 @@ def check_delta(delta: StateDict, adapter: StateDict) -> None:
             raise WireError(f"its {name} is {tensor.dtype}, the adapter's {adapter[name].dtype}")
         if tensor.shape != adapter[name].shape:
             raise WireError(f"its {name} is {tuple(tensor.shape)}, the adapter's {tuple(adapter[name].shape)}")
+    if kseed.NAME in delta:
+        try:
+            kseed.of_tensor(delta[kseed.NAME], range(len(delta[kseed.NAME])))
+        except ValueError as error:
+            raise WireError(f"its scalars cannot be taken: {error}") from None
     if not is_finite(add(adapter, delta)):
         raise WireError("its update holds NaN or infinity, or numbers too large to add to the adapter")
+
+
+def _check_control(control: StateDict, sent: StateDict) -> None:
+    try:
+        check_delta(control, sent)
+    except WireError as error:
+        raise WireError(f"its control variate cannot be taken: {error}") from None
 
 
 def check_score(score: Score, config: RunConfig) -> None:

@@ -23,6 +23,10 @@ from apiary.tensors import StateDict
 from server import checkpoint
 
 Federate = Callable[[RunLog, HeldOut | None], StateDict]
+_NOT_MEASURED = (
+    'data.test is not measured: with adapter.share = "a" the server holds half of each adapter; the sites score their '
+    "own models on their own rows"
+)
 _NODES = "APIARY_NODES"  # in the environment: the file in which `apiary deploy server` keeps which site is which node
 
 
@@ -95,6 +99,9 @@ def _open(config: RunConfig, folder: Path, expected: int, number: int) -> RunLog
 def _held_out(config: RunConfig, log: RunLog) -> HeldOut | None:
     """The server's own examples to measure on, where `data.test` names some; the log is told what they lack."""
     if config.data.test is None:
+        return None
+    if config.adapter.share != "both":
+        log.event("warning", message=_NOT_MEASURED)
         return None
     source = examples.read(config.data.test, split="test", columns=config.data.columns, key="data.test")
     rows = continual.inside(source.examples if source.test is None else source.test, config)

@@ -17,14 +17,16 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Generator
 
-from apiary import records
+from apiary import codecs, records
 from apiary.config import RunConfig
-from apiary.exchange import ClientInfo, Decline, Fingerprint, FitReport, Hello, Payload, Score, Visit
+from apiary.exchange import ClientInfo, Decline, Fingerprint, FitReport, Hello, Payload, Score, Update, Visit
 from apiary.stages import rounds_of, stage_of
 from apiary.tensors import StateDict, generator, is_finite
-from server import checks
+from server import checks, gauges
+from server.copies import Copies
 from server.sampling import choose, panel
 from strategies import Aggregator, Gradient, ServerState
+from strategies.core import ROOT
 
 logger = logging.getLogger(__name__)
 _POLL_S, _POLL_MOST_S = 0.05, 1.0  # between looks for something new: first, and while nothing comes
@@ -87,6 +89,7 @@ class Rounds(Strategy):
             round and after the last one of each stage; None where that is not measured.
         name_of: the name that a node's key is registered under, which it must then tell as its own; empty where a key
             has none, and None where there are no keys, as in a simulation.
+        root: the server's own update of a round, for a method that asks for one.
     """
 
     def __init__(
@@ -102,16 +105,20 @@ class Rounds(Strategy):
         evaluate: Callable[[StateDict], Evaluation] | None = None,
         score_stages: Callable[[StateDict], Mapping[str, Any]] | None = None,
         name_of: Callable[[int], str | None] = lambda node: None,
+        root: Callable[[int, Payload], Update] | None = None,
     ) -> None:
         self.config, self.aggregator, self.fingerprint, self.state = config, aggregator, fingerprint, state
         self.progress = progress or Progress()
         self._log, self._on_round, self._evaluate, self._score_stages = log, on_round, evaluate, score_stages
-        self._name_of = name_of
+        self._name_of, self._root = name_of, root
+        self._up = codecs.of_run(config, "up")
+        self._copies = None if codecs.of_run(config, "down").exact else Copies(config, state.copies)
         self._members: dict[str, _Member] = {}
         self._refused: dict[int, _Refusal] = {}  # at the handshake
         self._greeted: dict[str, int] = {}  # hellos without an answer yet: message id -> node
         self._spent_out: set[str] = set()  # clients whose privacy budget is spent; they are not asked again
         self._cohort: list[str] = []
+        self._told: dict[str, Any] = {}  # of how the round was put together
         self._sent: dict[tuple[int, int], tuple[Payload, tuple[ArrayRecord, ...]]] = {}  # by round and rank
 
     # -- the run --------------------------------------------------------------------------------
@@ -169,7 +176,7 @@ class Rounds(Strategy):
         down = sum(records.array_bytes(message.content) for message in messages)
         replies = self._exchange(grid, messages, number)
         _, metrics = self.aggregate_train(number, replies)
-        fields = dict(metrics or {})
+        fields = {**dict(metrics or {}), **self._told}
         self._log.event(
             "round", round=number, asked=len(messages), bytes_down=down, seconds=time.monotonic() - began, **fields
         )
@@ -256,6 +263,8 @@ class Rounds(Strategy):
             # Before all else: nothing that it says in another's name may count. Not for good: it may be mended.
             told = f"it calls itself {hello.client[:64]!r}, which is not the name that its key is registered under"
             self._turn_away(node, self._called(node), told, for_s=_AGAIN_S)
+        elif hello.client == ROOT:
+            self._turn_away(node, self._called(node), "it calls itself as the server does; give it another name")
         elif wrong:
             reason = f"it holds another {' and '.join(wrong)} than the server (fingerprints differ)"
             self._turn_away(node, hello.client, reason)
@@ -274,6 +283,8 @@ class Rounds(Strategy):
             last = self.progress.last_round.get(hello.client, 0)
             self._members[hello.client] = _Member(node, ClientInfo(hello.client, hello.rank, last), hello.examples)
             self._refused.pop(node, None)
+            if self._copies:
+                self._copies.greet(hello.client, hello.holds)
             self._log.event("handshake", client=hello.client, examples=hello.examples, tokens=hello.tokens)
 
     def _turn_away(self, node: int, client: str, reason: str, for_s: float = math.inf) -> None:
@@ -313,7 +324,11 @@ class Rounds(Strategy):
 
     def _message(self, kind: str, client: str, number: int) -> Message:
         member = self._members[client]
-        content = records.request(number, *self._payload(member.info)[1])
+        payload, arrays = self._payload(member.info)
+        if self._copies:
+            arrays = (self._copies.pack(member.info, payload.adapter), *arrays[1:])
+        # Who is only measured needs no control variate.
+        content = records.request(number, *arrays[: 3 if kind == "train" else 2], last_round=member.info.last_round)
         return Message(content, member.node, kind, group_id=str(number))
 
     def _payload(self, client: ClientInfo) -> tuple[Payload, tuple[ArrayRecord, ...]]:
@@ -321,8 +336,9 @@ class Rounds(Strategy):
         key = (self.state.round, client.rank)
         if key not in self._sent:
             self._sent = {old: sent for old, sent in self._sent.items() if old[0] == key[0]}
-            payload = self.aggregator.payload(self.state, client)
-            self._sent[key] = payload, tuple(records.to_arrays(part) for part in payload)
+            known = len(self._members.keys() | self.progress.last_round.keys())
+            payload = self.aggregator.payload(self.state, client._replace(clients=known))
+            self._sent[key] = payload, tuple(records.to_arrays(part) for part in payload[:3])
         return self._sent[key]
 
     # -- exchange -------------------------------------------------------------------------------
@@ -386,7 +402,7 @@ class Rounds(Strategy):
             RunFailed: fewer good replies than the quorum, or the step led to NaN or infinity.
         """
         reducer = self.aggregator.reduce
-        acc = reducer.start(self.state)
+        acc, gauge, self._told = reducer.start(self.state), gauges.watch(self.config, self.aggregator, self.state), {}
         good: list[FitReport] = []
         declined = 0
         up = 0
@@ -396,13 +412,14 @@ class Rounds(Strategy):
             except records.WireError as error:
                 self._refuse(self._client_of(message), str(error), server_round)
                 continue
+            self._heard(answer.client if isinstance(answer, Decline) else answer.update.client)
             if isinstance(answer, Decline):
                 declined += 1
                 self._spent_out |= {answer.client} if answer.reason == "budget" else set()
                 self._log.event("declined", round=server_round, **answer._asdict())
                 continue
             size = records.array_bytes(message.content)
-            acc = reducer.add(acc, answer.update)
+            acc, gauge = reducer.add(acc, answer.update), gauges.add(gauge, answer.update)
             good.append(answer.report)
             up += size
             self._note_visit(answer.update.client, server_round)
@@ -411,7 +428,10 @@ class Rounds(Strategy):
             self.state = self.state._replace(round=server_round)
         else:
             self._check_quorum(server_round, len(good), len(self._cohort) - declined)
-            self._step(server_round, reducer.finish(self.state, acc, self._generator(server_round)))
+            acc = reducer.add(acc, self._own_update(server_round)) if self._root else acc
+            gradient = reducer.finish(self.state, acc, self._generator(server_round))
+            self._told = gauges.facts(gauge, gradient)
+            self._step(server_round, gradient)
         return None, MetricRecord({**_summed(good), "bytes_up": up})
 
     def _read(self, message: Message) -> Visit | Decline:
@@ -428,10 +448,41 @@ class Rounds(Strategy):
         self._check_sender(answer.update.client, message)
         self._note_spent(answer)  # whatever else is wrong with it: it was sent
         member = self._members[answer.update.client]
-        checks.check_visit(answer, self.config, member.examples, self._payload(member.info)[0].adapter)
+        answer = self._decoded(answer, records.read_message(message.content), member.info)
+        checks.check_visit(answer, self.config, member.examples, self._payload(member.info)[0])
         if answer.update.rank != member.info.rank:
             raise records.WireError(f"its update has rank {answer.update.rank}, at the handshake {member.info.rank}")
         return answer
+
+    def _own_update(self, number: int) -> Update:
+        """The server's own, from what clients of full rank received.
+
+        Raises:
+            RunFailed: its training diverged.
+        """
+        assert self._root is not None
+        try:
+            return self._root(number, self._payload(ClientInfo(ROOT, self.config.adapter.rank, number - 1))[0])
+        except FloatingPointError as error:
+            raise RunFailed(f"round {number}: the server's own training on strategy.root diverged: {error}") from None
+
+    def _decoded(self, visit: Visit, message: bytes, client: ClientInfo) -> Visit:
+        """The visit with the change that its message holds, if it has one.
+
+        Raises:
+            WireError: it is not what this run allows.
+        """
+        if not message:
+            return visit
+        try:
+            delta = codecs.decode(message, self._up, codecs.shapes_of(self._payload(client)[0].adapter))
+        except codecs.CodecError as error:
+            raise records.WireError(f"its update cannot be decoded: {error}") from None
+        return visit._replace(update=visit.update._replace(delta=delta))
+
+    def _heard(self, client: str) -> None:
+        if self._copies:
+            self._copies.arrived(client)
 
     def _log_visit(self, visit: Visit, number: int, size: int) -> None:
         more = {part: values._asdict() for part in ("curated", "spent") if (values := getattr(visit, part))}
@@ -449,6 +500,9 @@ class Rounds(Strategy):
                 "updates; the round before it is kept"
             )
         self.state = state
+        if self._copies:
+            copies = self._copies.advance(number, lambda rank: self._payload(ClientInfo("", rank, 0))[0].adapter)
+            self.state = state._replace(copies=copies)
 
     def _note_visit(self, client: str, number: int) -> None:
         member = self._members[client]
@@ -525,6 +579,7 @@ class Rounds(Strategy):
             except records.WireError as error:
                 self._refuse(self._client_of(message), str(error), server_round)
                 continue
+            self._heard(client)
             scores[client] = [float(value) for value in score]
         return MetricRecord({name: scores[name] for name in sorted(scores)})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
@@ -16,8 +17,10 @@ from flwr.serverapp import Grid, ServerApp
 
 from apiary.config import RunConfig, UserError
 from apiary.registry import Registry
+from client import answers
 from client.app import make_app
 from simulation.local import LocalGrid
+from simulation.scenario import hostile
 
 
 class Engine(Protocol):
@@ -52,7 +55,7 @@ def local() -> Engine:
     """One process, one client at a time: deterministic, debuggable, memory constant in the number of clients."""
 
     def run(app: ServerApp, config: RunConfig, clients: int, folder: Path) -> None:
-        grid = LocalGrid(make_app(site_facts(config.to_json(), folder)), clients)
+        grid = LocalGrid(_client_app(config, folder), clients)
         app(grid, _server_context(config, clients, folder))
 
     return run
@@ -108,7 +111,10 @@ class _Stoppable:
 
 
 def _client_app(config: RunConfig, folder: Path) -> ClientApp:
-    return make_app(site_facts(config.to_json(), folder))
+    virtual = None
+    if config.simulate.attackers:
+        virtual = functools.partial(answers.simulated, worker_of=functools.partial(hostile, state=folder / "clients"))
+    return make_app(site_facts(config.to_json(), folder), virtual=virtual)
 
 
 def _resources(config: RunConfig) -> Any:

@@ -14,8 +14,9 @@ from apiary.config import RunConfig, UserError
 from apiary.report import write_report
 from apiary.runlog import RunLog
 from client import answers, curation, objectives
-from server import checkpoint
+from server import checkpoint, root
 from server.app import make_app
+from simulation import scenario
 from simulation.engines import ENGINES
 from simulation.summary import Plan, summarise
 
@@ -31,6 +32,7 @@ def check_names(config: RunConfig) -> None:
     checks: list[Callable[[], object]] = [
         lambda: strategies.from_config(config),
         lambda: ENGINES.build(config.simulate.engine, config=config),
+        lambda: scenario.check(config),
         lambda: objectives.OBJECTIVES.build(config.train.objective),
         lambda: objectives.build_penalties(config.train.penalties, {}),
         lambda: curation.build_steps(config.curate.steps),
@@ -53,8 +55,9 @@ def plan(config: RunConfig) -> Plan:
     """
     check_names(config)
     trackers.check(config)
-    answers.forget()  # the files may have changed since an earlier run in this process
+    scenario.forget()  # the files may have changed since an earlier run in this process
     federation = answers.federation(config.to_json())
+    scenario.attackers(config, [client.name for client in federation.clients])  # whether there can be so many
     if few := examples.too_few_clients(config, len(federation.clients)):
         raise UserError(*few)
     if config.privacy.unit == "record":
@@ -63,6 +66,7 @@ def plan(config: RunConfig) -> Plan:
         draws.noise_multiplier(config, rows[draws.worst(config, rows)])  # there may be none that is enough
     if not federation.test:
         raise UserError("no held-out examples: set data.test_fraction above 0, or data.test to a held-out source")
+    root.rows(config, federation.test)
     lm = models.load(config.model, config.adapter)
     template = prompts.make_template(config.prompt, lm.tokenizer)
     held_out = evaluate.prepare(federation.test, template, lm, config)
@@ -96,7 +100,7 @@ def simulate(
     folder.mkdir(parents=True, exist_ok=True)
     runlog.sweep(folder)
     runlog.write_atomic(folder / "config.toml", config.to_toml())
-    log = _open_log(config, folder, observers, len(prepared.federation.clients))
+    log = _open_log(config, folder, observers, [client.name for client in prepared.federation.clients])
     try:
         _report_rows(log, prepared)
         app = make_app(log, prepared.held_out)
@@ -139,13 +143,18 @@ def _differences(a: RunConfig, b: RunConfig) -> list[str]:
     return found
 
 
-def _open_log(config: RunConfig, folder: Path, observers: Sequence[Observer], clients: int) -> RunLog:
+def _open_log(config: RunConfig, folder: Path, observers: Sequence[Observer], clients: Sequence[str]) -> RunLog:
     found = checkpoint.load(folder / "checkpoints")
     if (folder / "log.jsonl").exists():
         runlog.truncate_after(folder, found[0].round if found else 0)
     log = RunLog(folder, [*observers, *([trackers.tracker(config, folder)] if config.log.trackers else [])])
-    fields = runlog.start_fields(config)
-    log.event("start", **fields, rounds=config.rounds, clients=clients, resumed=found[0].round if found else 0)
+    fields, resumed = runlog.start_fields(config), found[0].round if found else 0
+    if hostile := scenario.attackers(config, clients):
+        fields["attack"] = {"name": config.simulate.attack.name, "clients": list(hostile)}
+    log.event("start", **fields, rounds=config.rounds, clients=len(clients), resumed=resumed)
+    if hostile:
+        told = f"{config.simulate.attack.name} by {', '.join(hostile)} (simulate.attackers)"
+        log.event("warning", message=f"this run is attacked: {told}")
     return log
 
 

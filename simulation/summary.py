@@ -7,16 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from apiary import claims, continual, evaluate, models, prompts, runlog
+from apiary import claims, continual, evaluate, lora, models, prompts, runlog
 from apiary.config import RunConfig
 from apiary.evaluate import HeldOut, Measured
 from apiary.examples import Example, Federation, answer
 from apiary.models import LanguageModel
 from apiary.prompts import Template
 from apiary.report.data import gain_of
-from apiary.results import public_name
+from apiary.results import kept_in, public_name, save_adapter_folder
 from apiary.runlog import RunLog
 from apiary.tensors import StateDict
+from client.personal import complete
 from simulation import baselines
 from simulation.baselines import Baselines
 
@@ -49,8 +50,9 @@ def summarise(prepared: Plan, adapter: StateDict, folder: Path, log: RunLog) -> 
     log.event("phase", name="baselines")
     trained = baselines.train_all(config, lm, template, federation.clients, steps, folder, log)
     log.event("phase", name="evaluating")
-    runs, alone = evaluate.compare(lm, held_out, config, adapter, *trained)
-    clients = _per_client(prepared, adapter, trained, alone)
+    own = _personal(prepared, adapter, folder, steps)
+    runs, alone = evaluate.compare(lm, held_out, config, adapter, *trained, own)
+    clients = _per_client(prepared, adapter, trained, alone, own)
     kind = kind_of(config, federation)
     made = {
         "base": 0,
@@ -74,14 +76,34 @@ def summarise(prepared: Plan, adapter: StateDict, folder: Path, log: RunLog) -> 
         "rounds": runlog.rounds_table(events),
         "samples": _samples(prepared, runs, kind),
         **continual.results(events, runs, held_out, config),
+        **({"share": config.adapter.share} if own else {}),
         "curation": runlog.curation_counts(events),
         "privacy": claims.read(folder),
         **{key: value for key, value in runlog.start_fields(config).items() if key in ("machine", "versions")},
     }
 
 
+def _personal(prepared: Plan, adapter: StateDict, folder: Path, trained: Mapping[str, int]) -> dict[str, StateDict]:
+    """Each client's model of its own, where `adapter.share` makes one; that of who has trained is kept as a folder."""
+    config, federation, lm, _, _ = prepared
+    if config.adapter.share == "both":
+        return {}
+    made: dict[str, StateDict] = {}
+    for client in federation.clients:
+        kept = folder / "clients" / client.name
+        made[client.name] = complete(lm, kept, config.rounds + 1, lora.only_a(adapter))
+        if trained.get(client.name):
+            place = kept_in(folder).personal / client.name
+            save_adapter_folder(lm, made[client.name], place, config, folder)
+    return made
+
+
 def _per_client(
-    prepared: Plan, adapter: StateDict, trained: Baselines, alone: Mapping[str, Measured]
+    prepared: Plan,
+    adapter: StateDict,
+    trained: Baselines,
+    alone: Mapping[str, Measured],
+    personal: Mapping[str, StateDict],
 ) -> list[dict[str, Any]]:
     """What each client holds, and the losses on its own held-out rows."""
     config, federation, lm, template, _ = prepared
@@ -94,7 +116,7 @@ def _per_client(
         candidates = {
             "base": fresh,
             "local": trained.alone.get(client.name),
-            "federated": adapter,
+            "federated": personal.get(client.name, adapter),
             "central": trained.central,
         }
         losses = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from apiary import lora
+from apiary import codecs, lora
 from apiary.config import RunConfig, UserError
 from strategies.core import AGGREGATORS, Aggregator
 from strategies.server_opt import SERVER_OPTIMIZERS, with_optimizer
@@ -42,14 +42,48 @@ def _problems(config: RunConfig, aggregator: Aggregator) -> Iterator[str]:
             f"adapter.init = {adapter.init!r}: strategy.name = {name!r} draws A anew in every round, Kaiming-uniform; "
             "leave adapter.init out"
         )
-    if aggregator.ranks == "one" and set(adapter.ranks) - {adapter.rank}:
-        mixed = "flora, flexlora, hetlora, rank_slices, and all robust methods in the space of products"
+    ranks = "memory" if adapter.ranks == "memory" else list(adapter.ranks)
+    if aggregator.ranks == "one" and (ranks == "memory" or set(ranks) - {adapter.rank}):
+        mixed = "auto, flora, flexlora, hetlora, rank_slices, and all robust methods in the space of products"
         yield (
-            f"adapter.ranks = {list(adapter.ranks)}: strategy.name = {name!r} takes the rank {adapter.rank} alone; "
+            f"adapter.ranks = {ranks!r}: strategy.name = {name!r} takes the rank {adapter.rank} alone; "
             f"methods for several ranks are {mixed}"
         )
+    if aggregator.root and config.strategy.root is None:
+        yield (
+            f"strategy.root: strategy.name = {name!r} holds clients against the server's own update; name about 100 "
+            "rows that the server trusts"
+        )
+    if config.strategy.root is not None and not aggregator.root:
+        yield f"strategy.root: strategy.name = {name!r} does not use rows of the server's own; leave it out"
+    yield from _wire_problems(config, aggregator)
     if config.strategy.min_clients < aggregator.fewest:
         yield (
             f"strategy.min_clients = {config.strategy.min_clients}: strategy.name = {name!r} with these options needs "
             f"{aggregator.fewest} answers to keep its promise; raise it, or lower strategy.options.byzantine"
+        )
+
+
+def _wire_problems(config: RunConfig, aggregator: Aggregator) -> Iterator[str]:
+    try:
+        up, down = codecs.of_run(config, "up"), codecs.of_run(config, "down")
+    except UserError as error:
+        yield from error.problems
+        return
+    name = config.strategy.name
+    renewed = aggregator.renews or aggregator.space == "products"
+    if up.feedback and renewed:
+        yield (
+            f"wire.up = {config.wire.up.name!r}: its error feedback is kept in the factors' basis, which "
+            f"strategy.name = {name!r} changes in every round; use int8, or int4 with feedback = false"
+        )
+    if not down.exact and renewed:
+        yield (
+            f"wire.down = {config.wire.down.name!r}: strategy.name = {name!r} factors the adapter anew in every round, "
+            "and the difference of two factorisations is as large as the weights; use fp32"
+        )
+    elif not down.exact and aggregator.base:
+        yield (
+            f"wire.down = {config.wire.down.name!r}: strategy.name = {name!r} counts the residual of products from the "
+            "server's own adapter, which clients would then hold only nearly; use fp32"
         )

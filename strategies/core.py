@@ -33,6 +33,7 @@ class ServerState(NamedTuple):
     adapter: StateDict
     base_delta: StateDict  # low-rank factors to fold into the base, of scale 1; empty for most methods
     memory: StateDict  # a method's own tensors, such as momentum
+    copies: StateDict = _NOTHING  # what clients hold of the adapter, where changes alone travel down
 
     @property
     def model(self) -> StateDict:
@@ -51,6 +52,9 @@ class Gradient(NamedTuple):
     base_delta: StateDict = _NOTHING  # factors whose product is added to that of the state's `base_delta`
     shares: Mapping[str, float] = MappingProxyType({})  # by client, the factor that its change got; empty: not told
     notes: Mapping[str, str] = MappingProxyType({})  # by client, why it was cut or counts for less than half
+    memory: StateDict = _NOTHING  # the change of what the method keeps in the state's `memory`
+    method: str = ""  # the one that made it, where the aggregator chooses among several
+    space: Literal["factors", "products"] | None = None  # what it is, where the aggregator's differ; None: as it says
 
 
 class Reducer(NamedTuple):
@@ -79,6 +83,7 @@ class Aggregator(NamedTuple):
     trains: tuple[str, ...] = ("both", "b", "a", "alternate")  # the values of `adapter.train` that it goes with
     renews: bool = False  # whether A is drawn anew in every round
     fewest: int = 1  # answers of a round without which its promise means nothing
+    sends: Literal["factors", "seeds"] = "factors"  # what travels: an adapter's, or `apiary.kseed`'s scalars
     root: bool = False  # whether each fold must also get the server's own update, in the name of `ROOT`
     base: bool = False  # whether its gradients have a `base_delta` beside factors, which no server optimiser may scale
 
@@ -95,7 +100,7 @@ def product_step(state: ServerState, gradient: Gradient) -> ServerState:
     """The next state: the pseudo-gradient added to the product, and the best factors of the adapter's rank for it."""
     change = lora.split(gradient.adapter)
     made = {
-        module: lora.balanced(lora.svd(lora.stack([held, change[module]])), held.rank, _FLOOR)
+        module: lora.balanced(lora.svd(lora.stack([held, change[module]]), held.rank), held.rank, _FLOOR)
         for module, held in lora.split(state.adapter).items()
     }
     return state._replace(round=state.round + 1, adapter=lora.join(made))

@@ -15,6 +15,7 @@ units of s_R. What the client did not hold counts as unchanged.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -25,21 +26,22 @@ from torch import Generator, Tensor
 from apiary import lora
 from apiary.exchange import Update
 from apiary.lora import Factors, Scaling
+from apiary.tensors import generator
 from strategies.core import ServerState
 from strategies.lowrank import Weighting, shares
 
-# Which products of [B_0, dB'] and [A_0; dA'] are summed, beside those of the C_k.
-_CHANGE = torch.tensor([[0.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
-_WHOLE = torch.ones(2, 2, dtype=torch.float64)
+_CHEAP = 5e10  # operations; about 5 s on one core
 
 
 class Gauge(NamedTuple):
-    """The error of averaging A and B apart in a round."""
+    """The error of averaging A and B apart in a round.
 
-    relative: float  # of the round's true change; infinite where that is zero and the error is not
-    flexlora: (
-        float  # what the best factors of the adapter's rank would leave of it, likewise; an estimate gives a bound
-    )
+    `flexlora` is what the best factors of the adapter's rank for the true mean would leave of the error; an estimate
+    gives a bound, which is never below that but for chance.
+    """
+
+    relative: float  # to the round's true change; infinite where that is zero and the error is not
+    flexlora: float  # to the same
     change: float  # Frobenius norm of the round's true change of the weights
     stderr: float  # standard error of `relative`; 0 where it is exact
 
@@ -58,13 +60,26 @@ class Fold(NamedTuple):
 
 
 class _Sketch(NamedTuple):
-    """Sums over the clients so far, by module, float64, with W as d_in x m random signs of the module's own."""
+    """Sums over the clients so far, by module, with W as d_in x m random signs of the module's own; float64.
 
-    probes: dict[str, Tensor]  # W, (d_in, m) float32
+    What a client sends may be as large as float32 goes, and its products far beyond.
+    """
+
+    probes: dict[str, Tensor]  # W, (d_in, m)
     b: dict[str, Tensor]  # of w_k dB_k, (d_out, R)
     a: dict[str, Tensor]  # of w_k dA_k W, (R, m)
     product: dict[str, Tensor]  # of w_k dB_k dA_k W, (d_out, m)
     weight: float
+
+
+def probes_of(seed: int, round_number: int) -> Generator:
+    """The generator of a round's random signs, which serves nothing else.
+
+    Args:
+        seed: the run's.
+        round_number: from 1.
+    """
+    return generator(seed, round_number, "gauge")
 
 
 def estimated(scaling: Scaling, weighting: Weighting = "tokens", probes: int = 8) -> Fold:
@@ -79,7 +94,7 @@ def estimated(scaling: Scaling, weighting: Weighting = "tokens", probes: int = 8
     `flexlora` is a bound here: the error that is left in columns outside the span of B', for putting in the rest takes
     no rank. Where that span has no part in the error, it is `relative`.
 
-    Held per module are d_in x m float32 and d_out x (R + m) float64. A client takes 2 m r (d_in + d_out) operations.
+    Held per module are d_in x m and d_out x (R + m) numbers. A client takes 2 m r (d_in + d_out) operations.
 
     Args:
         scaling: the scale of a product by its rank.
@@ -90,7 +105,7 @@ def estimated(scaling: Scaling, weighting: Weighting = "tokens", probes: int = 8
     def start(state: ServerState, rng: Generator) -> _Sketch:
         held = lora.split(state.adapter)
         signs = {
-            module: torch.randint(0, 2, (f.a.shape[1], probes), generator=rng, dtype=torch.float32) * 2 - 1
+            module: torch.randint(0, 2, (f.a.shape[1], probes), generator=rng, dtype=torch.float64) * 2 - 1
             for module, f in held.items()
         }
 
@@ -110,10 +125,10 @@ def estimated(scaling: Scaling, weighting: Weighting = "tokens", probes: int = 8
         for module, (b, a) in lora.split(update.delta).items():
             rank = len(a)
             scaled = weight * scaling(rank) / scaling(len(acc.a[module]))
-            seen = a @ acc.probes[module]
+            seen = a.double() @ acc.probes[module]
             acc.b[module][:, :rank].add_(b, alpha=scaled)
             acc.a[module][:rank].add_(seen, alpha=weight)
-            acc.product[module].add_(b @ seen, alpha=scaled)
+            acc.product[module].add_(b.double() @ seen, alpha=scaled)
         return acc._replace(weight=acc.weight + weight)
 
     def finish(state: ServerState, acc: _Sketch) -> Gauge:
@@ -124,7 +139,7 @@ def estimated(scaling: Scaling, weighting: Weighting = "tokens", probes: int = 8
             b, a, product = (part[module] / acc.weight for part in (acc.b, acc.a, acc.product))
             start_b = held.b.double()
             error = product - b @ a
-            change = product + b @ (held.a @ acc.probes[module]).double() + start_b @ a
+            change = product + b @ (held.a.double() @ acc.probes[module]) + start_b @ a
             span = torch.linalg.qr(start_b + b).Q
             outside = error - span @ (span.T @ error)
             seen = torch.stack([error, change, outside]).square().sum(1)  # (3, m): by vector
@@ -162,35 +177,100 @@ def exact(scaling: Scaling, weighting: Weighting = "tokens") -> Fold:
     return Fold(start, add, finish)
 
 
+class _Some(NamedTuple):
+    state: ServerState
+    rng: Generator
+    updates: list[Update] | None  # None once they are too many
+    sketch: Any
+
+
+def exact_if_few(scaling: Scaling, weighting: Weighting = "tokens", probes: int = 8, most: float = _CHEAP) -> Fold:
+    """The gauge for methods that see each update: exact while that is cheap, estimated from where it is not.
+
+    Args:
+        scaling: the scale of a product by its rank.
+        weighting: the clients' parts of the round.
+        probes: of the estimate.
+        most: operations that `exact` may take; the updates are held no longer than it is below that.
+    """
+    whole, rough = exact(scaling, weighting), estimated(scaling, weighting, probes)
+
+    def start(state: ServerState, rng: Generator) -> _Some:
+        return _Some(state, rng, [], None)
+
+    def add(acc: _Some, update: Update) -> _Some:
+        if acc.updates is None:
+            return acc._replace(sketch=rough.add(acc.sketch, update))
+        acc.updates.append(update)
+        if _operations(acc.state, len(acc.updates)) <= most:
+            return acc
+        sketch = functools.reduce(rough.add, acc.updates, rough.start(acc.state, acc.rng))
+        return acc._replace(updates=None, sketch=sketch)
+
+    def finish(state: ServerState, acc: _Some) -> Gauge:
+        return rough.finish(state, acc.sketch) if acc.updates is None else whole.finish(state, acc.updates)
+
+    return Fold(start, add, finish)
+
+
+def _operations(state: ServerState, clients: int) -> float:
+    """Floating-point operations of `exact`: Gram matrices of n = (K + 2) R columns, and three spectra of such."""
+    total = 0.0
+    for held in lora.split(state.adapter).values():
+        n = (clients + 2) * held.rank
+        total += 2.0 * n**2 * (len(held.b) + held.a.shape[1]) + 30.0 * n**3
+    return total
+
+
 def _squares(held: Factors, deltas: Sequence[Factors], parts: Sequence[float], scaling: Scaling) -> Tensor:
     """Squared norms of the error, the change, and what the best factors leave of the true mean, (3, 1) float64.
 
-    Each matrix is X M Y, where X = [B_0, dB', C_1 ... C_K] with C_k = p_k (dB_k - dB'), Y = [A_0; dA'; dA_k - dA' ...],
-    and M is made of zeros and ones: what is asked of it follows from X^T X and Y Y^T, both (K + 2) R wide.
+    With C = [p_k (dB_k - dB') ...] and D = [dA_k - dA'; ...] the error is C D, the change
+    [dB', B_0, C] [A'; dA'; D] and the true mean [B', C] [A'; D].
     """
     rank = held.rank
     wide = [lora.resize(Factors(d.b.double() * (scaling(d.rank) / scaling(rank)), d.a.double()), rank) for d in deltas]
     part = torch.tensor(parts, dtype=torch.float64)[:, None, None]
     b, a = (torch.stack(side) for side in zip(*wide, strict=True))
-    mean_b, mean_a = (part * b).sum(0), (part * a).sum(0)
-    x = torch.cat([held.b.double(), mean_b, *(part * (b - mean_b))], 1)
-    y = torch.cat([held.a.double(), mean_a, *(a - mean_a)])
-    left, right = x.T @ x, y @ y.T
+    start = Factors(held.b.double(), held.a.double())
+    moved = Factors((part * b).sum(0), (part * a).sum(0))
+    mean = Factors(start.b + moved.b, start.a + moved.a)
+    apart = Factors(torch.cat([*(part * (b - moved.b))], 1), torch.cat([*(a - moved.a)]))
+    x, y = torch.cat([moved.b, start.b, apart.b], 1), torch.cat([mean.a, moved.a, apart.a])
+    terms = (left := x.T @ x) * (right := y @ y.T)
     own = slice(2 * rank, None)
-    error = (left[own, own] * right[own, own]).sum()
-    change, whole = (_mixed(corner, rank, len(y)) for corner in (_CHANGE, _WHOLE))
-    values, vectors = torch.linalg.eigh(left)
-    root = vectors * values.clamp_min(0).sqrt()
-    energies = torch.linalg.eigvalsh(root.T @ whole @ right @ whole.T @ root)  # of the true mean, rising
-    outside = energies[:-rank].clamp_min(0).sum()
+    error = terms[own, own].sum()
+    outside = _beyond_rank(mean, apart, left[own, own], right[own, own])
     # The product of the means has this rank too: nothing of that rank is further off than it (but for rounding).
-    return torch.stack([error, ((left @ change @ right) * change).sum(), outside.minimum(error)])[:, None]
+    return torch.stack([error, terms.sum(), outside.minimum(error)])[:, None]
 
 
-def _mixed(corner: Tensor, rank: int, size: int) -> Tensor:
-    shared, own = (torch.eye(n, dtype=corner.dtype) for n in (rank, size - 2 * rank))
-    made: Tensor = torch.block_diag(torch.kron(corner, shared), own)
-    return made
+def _beyond_rank(mean: Factors, apart: Factors, left: Tensor, right: Tensor) -> Tensor:
+    """The energy of B A + C D that no matrix of the rank of B A can hold: of all singular values but the R largest.
+
+    C is split into what lies in the span of B and the rest, which is known by its Gram matrix C^T C alone, and D in the
+    same way: Gram matrices hold half of the digits, but those of small C and D are small, and rounding with them.
+
+    Args:
+        mean: B and A.
+        apart: C and D.
+        left: C^T C.
+        right: D D^T.
+    """
+    b, a = torch.linalg.qr(mean.b), torch.linalg.qr(mean.a.T)
+    in_b, in_a = b.Q.T @ apart.b, a.Q.T @ apart.a.T
+    out_b, out_a = _root(left - in_b.T @ in_b), _root(right - in_a.T @ in_a)
+    core = torch.cat([b.R, in_b], 1) @ torch.cat([a.R, in_a], 1).T
+    whole = torch.cat([torch.cat([core, in_b @ out_a.T], 1), torch.cat([out_b @ in_a.T, out_b @ out_a.T], 1)])
+    energies: Tensor = torch.linalg.svdvals(whole).square()
+    return energies[mean.rank :].sum()
+
+
+def _root(gram: Tensor) -> Tensor:
+    """The n x n matrix whose own Gram matrix this is."""
+    values, vectors = torch.linalg.eigh(gram)
+    root: Tensor = (vectors * values.clamp_min(0).sqrt()).T
+    return root
 
 
 def _gauge(error: Tensor, change: Tensor, outside: Tensor) -> Gauge:

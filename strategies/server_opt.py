@@ -34,6 +34,7 @@ _BASE = (
     "this strategy.name adds a residual to the base that fits a step of size 1 alone; use none, or another method, "
     "such as fedavg"
 )
+_SEEDS = "this strategy.name averages scalars of seeds, which have no entries to optimise; use none, and set train.lr"
 
 
 class Optimizer(NamedTuple):
@@ -70,6 +71,8 @@ def with_optimizer(
     """
     if optimizer.name == "none":
         return aggregator
+    if aggregator.sends == "seeds":
+        raise _refused(optimizer, _SEEDS)
     if aggregator.base:
         raise _refused(optimizer, _BASE)
     if aggregator.space == "products":
@@ -106,9 +109,10 @@ def _slots(optimizer: Optimizer, memory: StateDict, name: str, like: Tensor) -> 
 
 
 def _scaled(gradient: Gradient, optimizer: Optimizer) -> Gradient:
-    """The gradient's products scaled; a factor in both A and B would count squared."""
+    """The gradient's products scaled, where a factor in both A and B would count squared; or its factors, both."""
+    both = gradient.space == "factors"
     return gradient._replace(
-        adapter={n: optimizer.change(t, {})[0] if is_b(n) else t for n, t in gradient.adapter.items()},
+        adapter={n: optimizer.change(t, {})[0] if both or is_b(n) else t for n, t in gradient.adapter.items()},
         base_delta={n: optimizer.change(t, {})[0] if is_b(n) else t for n, t in gradient.base_delta.items()},
     )
 

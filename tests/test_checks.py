@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from apiary import config
-from apiary.exchange import Curated, Decline, FitReport, Score, Spent, Update, Visit
+from apiary.exchange import Curated, Decline, FitReport, Payload, Score, Spent, Update, Visit
 from apiary.records import WireError
 from server import checks
 
@@ -27,7 +27,7 @@ def visit(**changes: Any) -> Visit:
 
 
 def check(answer: Visit, *overrides: str) -> None:
-    checks.check_visit(answer, config.load(None, list(overrides)), 100, ADAPTER)
+    checks.check_visit(answer, config.load(None, list(overrides)), 100, Payload(ADAPTER, {}))
 
 
 CURATING = ['curate.steps=["duplicates", "length"]']

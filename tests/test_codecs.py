@@ -102,7 +102,7 @@ def test_blocks_are_the_reference(name: str, rounding: str, block: int) -> None:
     delta = {n: t for n, t in _state().items() if t.numel()}
     message, _ = encode(delta, codec, {}, generator(3))
     got = decode(message, codec, shapes_of(delta))
-    label, rest = reference.open_message(message)
+    label, rest = reference.open_message(message, [True] * len(delta))
     assert label == f"{name}/{block}"
     rng = generator(3)
     for tensor_name in sorted(delta):
@@ -135,7 +135,7 @@ def test_topk_sends_the_largest_entries_and_is_the_reference(share: float) -> No
     codec = _plain("topk", share=share)
     message, _ = encode({"x": torch.from_numpy(x)}, codec, {}, generator(0))
     got = decode(message, codec, {"x": x.shape})["x"].numpy()
-    label, body = reference.open_message(message)
+    label, body = reference.open_message(message, [True])
     read, rest = reference.read_topk(body, x.size, round(share * x.size))
     assert label == f"topk/{share}" and rest == b"" and got.tolist() == read
     largest = np.argsort(-np.abs(x), kind="stable")[: round(share * x.size)]
@@ -254,7 +254,7 @@ def test_all_that_arrived_and_what_is_kept_add_up_to_all_changes(
         got = decode(message, codec, shapes)
         arrived = {n: arrived[n] + got[n] for n in shapes}
         changes = {n: changes[n] + delta[n] for n in shapes}
-    for n in shapes:
+    for n in kept.keys() | {n for n, change in changes.items() if change.any()}:
         torch.testing.assert_close(arrived[n] + kept[n], changes[n], rtol=0, atol=1e-8)  # 50 roundings of 1e-2 or less
     assert norm(kept) > 0
 
@@ -277,7 +277,8 @@ def test_feedback_gets_small_changes_across_in_the_end() -> None:
 def test_what_is_kept_is_what_the_receiver_did_not_see(name: str, options: Mapping[str, Any]) -> None:
     codec, delta = CODECS.build(name, options), _state()
     message, kept = encode(delta, codec, {}, generator(0))
-    assert digest(kept) == digest(subtract(delta, decode(message, codec, shapes_of(delta))))
+    left_out = subtract(delta, decode(message, codec, shapes_of(delta)))
+    assert digest(kept) == digest({name: tensor for name, tensor in left_out.items() if tensor.numel()})
 
 
 def test_a_codec_without_feedback_keeps_nothing() -> None:
@@ -297,6 +298,19 @@ def test_what_is_kept_of_a_tensor_waits_for_the_next_message_that_holds_it() -> 
 def test_feedback_of_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'n' is \(129,\), its feedback \(128,\)"):
         encode(_state(), CODECS.build("int4"), {"n": torch.zeros(128)}, generator(0))
+
+
+def test_what_is_kept_of_a_factor_that_rests_waits(tmp_path: Path) -> None:
+    """A factor that is not trained in a round must not move, and what it still has to say is not lost."""
+    codec, delta = CODECS.build("int4"), _state()
+    _, kept = encode(delta, codec, {}, generator(0))
+    resting = {**delta, "n": torch.zeros(129)}
+    message, later = encode(resting, codec, kept, generator(1))
+    assert not decode(message, codec, shapes_of(delta))["n"].any()
+    assert torch.equal(later["n"], kept["n"]) and kept["n"].any()
+    message, last = encode(delta, codec, later, generator(2))
+    arrived = decode(message, codec, shapes_of(delta))["n"]
+    torch.testing.assert_close(arrived + last["n"], delta["n"] + kept["n"], rtol=0, atol=1e-9)
 
 
 # -- odd values ---------------------------------------------------------------------------------
@@ -322,6 +336,23 @@ def test_zeros_arrive_as_zeros(codec: Codec) -> None:
     mixed = {"x": torch.cat([torch.zeros(128), torch.ones(3), torch.zeros(128)])}
     got = _sent(mixed, codec)["x"]
     assert not got[:128].any() and not got[131:].any()
+
+
+def test_a_tensor_that_is_zero_costs_a_bit(codec: Codec) -> None:
+    """Nine tensors, of which the first, second and ninth are not zero."""
+    delta = {f"t{place}": torch.full((40, 50), float(place in (0, 1, 8))) for place in range(9)}
+    message, _ = encode(delta, codec, {}, generator(0))
+    reference.open_message(message, [place in (0, 1, 8) for place in range(9)])
+    alone = {name: delta[name] for name in ("t0", "t1", "t8")}
+    assert len(message) == len(encode(alone, codec, {}, generator(0))[0]) + 1  # two bytes of such bits, not one
+    got = decode(message, codec, shapes_of(delta))
+    assert [bool(tensor.any()) for tensor in got.values()] == [place in (0, 1, 8) for place in range(9)]
+
+
+def test_negative_zeros_arrive_as_such() -> None:
+    """The copy that a client holds is compared by its bits."""
+    delta = {"x": torch.full((3,), -0.0)}
+    assert digest(_sent(delta, CODECS.build("fp32"))) == digest(delta)
 
 
 @pytest.mark.parametrize("size", [1e-40, 1e-30, 1e-8, 1e4, 1e30, 3.4028234e38])
@@ -357,8 +388,8 @@ def _sealed(content: bytes) -> bytes:
 
 
 def _body(codec: Codec, body: bytes) -> bytes:
-    """A message of `SMALL`'s frame around another body."""
-    return _sealed(_small(codec)[: 6 + len(codec.label) + 8] + body)
+    """A message of `SMALL`'s frame, in which both tensors are, around another body."""
+    return _sealed(_small(codec)[: 6 + len(codec.label) + 8 + 1] + body)
 
 
 def test_any_flipped_bit_is_seen(codec: Codec) -> None:
@@ -444,12 +475,21 @@ def test_a_number_that_no_encoder_writes_is_refused(name: str, body: bytes, faul
         decode(_body(codec, body), codec, SHAPES)
 
 
+def test_a_message_that_names_tensors_which_are_not_there_is_refused(codec: Codec) -> None:
+    message, end = _small(codec), 6 + len(codec.label) + 8
+    for bits, fault in ((0b111, "more tensors than"), (0b10000011, "more tensors than"), (0b01, "goes on for")):
+        with pytest.raises(CodecError, match=fault):
+            decode(_sealed(message[:end] + bytes([bits]) + message[end + 1 : -4]), codec, SHAPES)
+    with pytest.raises(CodecError, match="ends too early"):
+        decode(_sealed(message[:end]), codec, SHAPES)
+
+
 @given(st.data())
 @settings(max_examples=300, deadline=None)
 def test_a_stranger_can_send_only_finite_numbers_or_a_fault(data: st.DataObject) -> None:
     name, options = data.draw(st.sampled_from(CHOICES))
     codec = CODECS.build(name, options)
-    body = bytearray(_small(codec)[6 + len(codec.label) + 8 : -4])
+    body = bytearray(_small(codec)[6 + len(codec.label) + 8 + 1 : -4])
     for place, byte in data.draw(st.lists(st.tuples(st.integers(0, len(body) - 1), st.integers(0, 255)), max_size=6)):
         body[place] = byte
     body = bytearray(data.draw(st.one_of(st.just(bytes(body)), st.binary(max_size=80))))
@@ -493,7 +533,7 @@ def test_what_a_message_weighs() -> None:
     delta = _adapter()
     entries = sum(t.numel() for t in delta.values())
     size = {name: len(encode(delta, CODECS.build(name), {}, generator(0))[0]) for name in CODECS}
-    assert size["fp32"] - 4 * entries == 4 + 1 + 1 + len("fp32") + 8 + 4
+    assert size["fp32"] - 4 * entries == 4 + 1 + 1 + len("fp32") + 8 + math.ceil(len(delta) / 8) + 4
     assert size["fp32"] / size["bf16"] == pytest.approx(2, rel=1e-4)
     assert size["fp32"] / size["int8"] >= 3.9
     assert size["fp32"] / size["int4"] >= 7.4
@@ -555,7 +595,7 @@ def test_a_generator_decides_the_message_where_rounding_is_stochastic(name: str,
 @pytest.mark.parametrize(
     ("name", "options", "parts"),
     [
-        ("int5", {}, ("'int5'", "fp32, bf16, int8, int4, topk")),
+        ("int5", {}, ("'int5'", "fp32, bf16, int8, int4, topk, sparse")),
         ("int4", {"rounding": "up"}, ("rounding = 'up'", "'nearest' or 'stochastic'")),
         ("int4", {"block": 7}, ("block = 7", "multiple of 2")),
         ("topk", {"share": 0}, ("share = 0", "greater than 0")),
@@ -568,3 +608,27 @@ def test_a_slip_in_the_configuration_is_one_line(name: str, options: Mapping[str
         CODECS.build(name, options)
     for part in ("wire.up/down", *parts):
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 1.0])
+def test_sparse_loses_no_bit_and_is_never_much_larger_than_all_entries(share: float) -> None:
+    rng = np.random.default_rng(3)
+    flat = np.where(rng.random(5000) < share, rng.normal(size=5000) * 10.0 ** rng.uniform(-30, 30, 5000), 0)
+    flat[7] = -0.0
+    delta = {"a": torch.from_numpy(flat.astype(np.float32)), "b": torch.zeros(3, 0)}
+    message, kept = codecs.encode(delta, CODECS.build("sparse"), {}, generator(0))
+    assert digest(codecs.decode(message, CODECS.build("sparse"), codecs.shapes_of(delta))) == digest(delta)
+    assert kept == {}
+    assert len(message) <= 4 * min(5000, 2 + 2 * round(5000 * share)) + 100
+
+
+def test_a_sparse_part_that_cannot_be_is_refused() -> None:
+    unpack = CODECS.build("sparse").unpack
+    for part, fault in [
+        (struct.pack("<If", 9, 1.0), "more entries"),
+        (struct.pack("<Iff", 2, 1.0, math.nan) + b"\0\0", "NaN"),
+        (struct.pack("<Iff", 2, 1.0, 2.0) + b"\3\5", "beyond the end"),
+        (struct.pack("<I", 2), "ends too early"),
+    ]:
+        with pytest.raises(codecs.CodecError, match=fault):
+            unpack(np.frombuffer(part, np.uint8), 8)

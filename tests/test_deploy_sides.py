@@ -16,7 +16,6 @@ from pathlib import Path
 
 import grpc
 import pytest
-import torch
 from conftest import instruction_rows
 from deployment import SITES, overrides, write_rows
 from flwr.app import ArrayRecord, Context, Message, RecordDict
@@ -109,8 +108,7 @@ def test_the_worker_answers_what_a_virtual_client_would(site: Site, rows: Path, 
     (virtual,) = grid.send_and_receive([Message(site.content, 1000, "train", group_id="1")])
     ours, theirs = (records.read_train_reply(reply.content) for reply in (own, virtual))
     assert ours.update.client == theirs.update.client == "ant"  # type: ignore[union-attr]
-    for name, tensor in theirs.update.delta.items():  # type: ignore[union-attr]
-        torch.testing.assert_close(ours.update.delta[name], tensor, rtol=0, atol=0)  # type: ignore[union-attr]
+    assert records.read_message(own.content) == records.read_message(virtual.content) != b""
     assert (site.state / "runs" / "first" / "round-0001.json").exists()
 
 

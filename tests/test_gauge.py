@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from apiary.exchange import Update
 from apiary.lora import is_b, scaling, split
 from strategies import ServerState
 from strategies.core import of_rank
-from strategies.gauge import Fold, Gauge, estimated, exact
+from strategies.gauge import Fold, Gauge, estimated, exact, exact_if_few
 
 SCALING = scaling(16.0, "rslora")
 RANK = 4
@@ -53,15 +54,15 @@ def _dense(state: ServerState, updates: Sequence[Update]) -> tuple[float, float,
     total = sum(update.weight for update in updates)
     clients = []
     for update in updates:
-        began = of_rank(state.adapter, update.rank, SCALING)
-        ended = {n: began[n].double().numpy() + d.double().numpy() for n, d in update.delta.items()}
+        began = of_rank({n: t.double() for n, t in state.adapter.items()}, update.rank, SCALING)
+        ended = {n: began[n].numpy() + d.double().numpy() for n, d in update.delta.items()}
         factors = {m: (ended[f"{m}.lora_B.weight"], ended[f"{m}.lora_A.weight"]) for m in split(state.adapter)}
         clients.append(dense.Client(factors, SCALING(update.rank), update.weight / total))
     start = {m: (f.b.double().numpy(), f.a.double().numpy()) for m, f in split(state.adapter).items()}
     return dense.gauge(start, SCALING(rank), clients, rank)
 
 
-@pytest.mark.parametrize("drift", [0.003, 0.1, 1.0])
+@pytest.mark.parametrize("drift", [1e-4, 0.003, 0.1, 1.0])
 @pytest.mark.parametrize("ranks", [(4, 4, 4, 4, 4), (1, 2, 4, 3)])
 def test_exact_is_the_dense_gauge(drift: float, ranks: Sequence[int]) -> None:
     state, updates = _state(), _cohort(drift, ranks)
@@ -213,3 +214,46 @@ def test_an_estimate_holds_no_more_for_more_clients() -> None:
         return sum(t.numel() * t.element_size() for part in acc[:-1] for t in part.values())
 
     assert 0 < held(1) == held(12)
+
+
+def _sizes_of(acc: Any) -> int:
+    return 0 if acc.updates is None else len(acc.updates)
+
+
+def test_it_is_exact_while_few_have_answered_and_then_the_estimate_of_all() -> None:
+    """The bound on operations lies between four and five clients here; no more than four are ever held."""
+    state, updates = _state(), _cohort(0.3, (RANK,) * 8)
+    modules = [(f.b.shape[0] + f.a.shape[1]) for f in split(state.adapter).values()]
+    most = sum(2 * (6 * RANK) ** 2 * d + 30 * (6 * RANK) ** 3 for d in modules)
+    fold = exact_if_few(SCALING, most=most)
+    for n in (1, 4):
+        assert _fold(fold, state, updates[:n]) == _fold(exact(SCALING), state, updates[:n])
+    for n in (5, 8):
+        assert _fold(fold, state, updates[:n], seed=3) == _fold(estimated(SCALING), state, updates[:n], seed=3)
+    acc, held = fold.start(state, torch.Generator()), []
+    for update in updates:
+        acc = fold.add(acc, update)
+        held.append(_sizes_of(acc))
+    assert held == [1, 2, 3, 4, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("fold", [exact(SCALING), estimated(SCALING)], ids=["exact", "estimated"])
+def test_the_largest_numbers_that_can_be_sent_leave_a_finite_gauge(fold: Fold) -> None:
+    state, updates = _state(), _cohort(0.1)
+    huge = {n: 1e38 * t.sign() for n, t in updates[0].delta.items()}
+    made = _fold(fold, state, [updates[0]._replace(delta=huge), *updates[1:]])
+    assert math.isfinite(made.relative) and math.isfinite(made.flexlora) and made.change > 1e70
+
+
+@pytest.mark.parametrize("fold", [exact(SCALING), estimated(SCALING)], ids=["exact", "estimated"])
+def test_the_gauge_tells_how_bad_a_client_is_that_hides_a_large_b_behind_a_small_a(fold: Fold) -> None:
+    """Its product is as any other, so that the true mean hardly moves; the mean of the factors does."""
+    state, updates = _state(), _cohort(0.1)
+    hidden = {
+        n: (1e3 if is_b(n) else 1e-3) * (state.adapter[n] + t) - state.adapter[n] for n, t in updates[0].delta.items()
+    }
+    attacked = [updates[0]._replace(delta=hidden), *updates[1:]]
+    made, (relative, _, change) = _fold(fold, state, attacked), _dense(state, attacked)
+    assert relative > 10
+    assert abs(made.relative - relative) <= 1e-6 * relative + 5 * made.stderr
+    assert change == pytest.approx(_dense(state, updates)[2], rel=1e-3)

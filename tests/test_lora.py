@@ -36,6 +36,18 @@ def test_svd_is_that_of_the_dense_product(sizes: tuple[int, int, int], seed: int
         np.testing.assert_allclose(side @ side.T, np.eye(len(made.s)), atol=1e-5)
 
 
+@given(_sizes, st.integers(0, 12), st.integers(0, 1000))
+@settings(max_examples=80, deadline=None)
+def test_a_few_singular_vectors_are_the_first_ones_of_all(sizes: tuple[int, int, int], rank: int, seed: int) -> None:
+    x = _factors(np.random.default_rng(seed), *sizes)
+    few, every = lora.svd(x, rank), lora.svd(x)
+    assert len(few.s) == few.u.shape[1] == len(few.vt) == min(rank, *sizes)
+    left, values, right = np.linalg.svd(_dense(x))
+    best = sum((values[i] * np.outer(left[:, i], right[i]) for i in range(len(few.s))), np.zeros(sizes[:2]))
+    np.testing.assert_allclose((few.u * few.s) @ few.vt, best, atol=1e-4)
+    assert few.u.is_contiguous() and few.vt.is_contiguous() and every.u.is_contiguous()
+
+
 @given(_sizes, st.integers(1, 12), st.floats(0, 2), st.integers(0, 1000))
 @settings(max_examples=80, deadline=None)
 def test_balanced_is_the_best_approximation_of_its_rank(

@@ -8,6 +8,7 @@ from flwr.app import RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 
 from apiary import records
+from apiary.downlink import Change, Parcel
 from apiary.exchange import Curated, Decline, Fingerprint, FitReport, Hello, Score, Spent, Update, Visit
 
 STATE = {"x.lora_A.weight": torch.randn(3, 5), "x.lora_B.weight": torch.zeros(5, 3)}
@@ -23,6 +24,28 @@ def test_request_round_trip() -> None:
     assert number == 7 and payload.base_delta == {}
     assert all(torch.equal(payload.adapter[k], v) for k, v in STATE.items()) and set(payload.adapter) == set(STATE)
     assert records.array_bytes(content) >= 2 * 15 * 4
+
+
+def test_a_parcel_round_trips() -> None:
+    changes = tuple(Change(f"since{n}", f"to{n}", bytes([n]) * 5) for n in range(12))
+    for sent in (Parcel("v", b"whole"), Parcel("v"), Parcel("v", changes=changes)):
+        content = wire(records.request(7, records.parcel_arrays(sent), records.to_arrays({})))
+        seen: list[Parcel] = []
+        number, payload = records.read_request(content, lambda parcel, seen=seen: seen.append(parcel) or STATE)  # type: ignore[func-returns-value,misc]
+        assert number == 7 and payload.adapter is STATE and seen == [sent]
+        assert records.array_bytes(content) == len(sent.whole) + 5 * len(sent.changes)
+    with pytest.raises(records.WireError, match="not expected"):
+        records.read_request(content)
+
+
+def test_an_encoded_change_round_trips() -> None:
+    update, report = Update("site", STATE, 12.0, 3), FitReport(12, 4, 2, 0.5, 1.5)
+    content = wire(records.train_reply(Visit(update, report), b"some bytes"))
+    visit = records.read_train_reply(content)
+    assert isinstance(visit, Visit) and visit == Visit(update._replace(delta={}), report)
+    assert records.read_message(content) == b"some bytes" and records.array_bytes(content) == 10
+    assert records.read_message(wire(records.train_reply(Visit(update, report)))) == b""
+    assert records.read_message(wire(records.train_reply(Decline("site", "idle")))) == b""
 
 
 def test_train_reply_round_trip() -> None:
@@ -57,7 +80,8 @@ def test_a_decline_for_an_unknown_reason_is_a_wire_error() -> None:
 
 def test_hello_and_score_round_trip() -> None:
     hello = Hello("site", Fingerprint("a", "b", "c", "d"), 8, 100, 2000)
-    assert records.read_hello_reply(wire(records.hello_reply(hello))) == hello
+    for told in (hello, hello._replace(holds="version")):
+        assert records.read_hello_reply(wire(records.hello_reply(told))) == told
     score = Score(3.5, 10, 2)
     assert records.read_score_reply(wire(records.score_reply("site", score))) == ("site", score)
 

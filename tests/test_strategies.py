@@ -107,6 +107,16 @@ def test_a_million_entries_of_all_magnitudes_are_summed_alike_in_every_order() -
         assert results[0][at] == np.float32(exact / sum(weights))
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5461), (2, 8192), (5, 13_000)])  # around the pieces that are added
+def test_tensors_of_any_size_and_layout_are_summed_whole(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    deltas = [rng.standard_normal(shape).astype(np.float32) for _ in range(3)]
+    turned = [torch.from_numpy(np.asfortranarray(delta)) for delta in deltas]  # the same entries, by columns
+    updates = [Update(f"c{i}", {"w": t}, w, 2) for i, (t, w) in enumerate(zip(turned, (3.0, 1.0, 7.0), strict=True))]
+    mean = _reduce(AGGREGATORS.build("fedavg"), updates, ServerState(0, {"w": torch.zeros(shape)}, {}, {}))["w"]
+    np.testing.assert_allclose(mean.numpy(), weighted_mean(deltas, [3.0, 1.0, 7.0]), rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize("weights", [[0.0], [0.0, 0.0], []])
 def test_a_round_without_weight_is_an_error_and_not_a_nan(weights: list[float]) -> None:
     with pytest.raises(ValueError, match=r"weights of the round sum to 0\.0"):

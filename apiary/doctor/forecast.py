@@ -15,6 +15,7 @@ from torch import Tensor
 from apiary import runlog
 from apiary.bases import resolve_dtype
 from apiary.config import ModelConfig, RunConfig
+from apiary.lora import is_b
 from apiary.models import LanguageModel, autocast, pad_id
 from apiary.probe import row_losses, to_device
 from apiary.prompts import Batch, Corpus, collate, plan_batches
@@ -69,11 +70,13 @@ def plan_work(config: RunConfig, corpora: Sequence[Corpus]) -> Work:
 
 def plan_traffic(config: RunConfig, lm: LanguageModel, cohort: int) -> Traffic:
     """The bytes that adapters take on the wire."""
-    adapter = 4 * adapter_size(lm)
+    shared = (p.numel() for n, p in lm.adapter.items() if config.adapter.share == "both" or not is_b(n))
+    adapter = 4 * sum(shared)
+    whole = 2 if config.strategy.name == "scaffold" else 1  # a control variate goes with each adapter that is trained
     every = config.evaluate.every
     # Before the first round, after every n-th and after the last.
     evaluations = 1 + math.ceil(config.rounds / every) if config.scores_from_clients and every else 0
-    return Traffic(adapter, evaluations, cohort * adapter * (2 * config.rounds + evaluations))
+    return Traffic(adapter, evaluations, cohort * adapter * (2 * whole * config.rounds + evaluations))
 
 
 def adapter_size(lm: LanguageModel) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 from apiary import claims, units
 from apiary.report import plots, sites
+from apiary.report.aggregation import aggregation_content
 from apiary.report.data import (
     MEANING,
     METHODS,
@@ -65,6 +66,7 @@ def page_content(metrics: Metrics, events: Sequence[Event], config: str) -> dict
         "curation": _curation(metrics.curation),
         "promise": _promise(metrics.privacy),
         "stages": stages_content(metrics.continual),
+        "aggregation": aggregation_content(metrics, config),
         "samples": _samples(metrics),
         "before": any(sample.base is not None for sample in metrics.samples),
         "troubles": _troubles(events),

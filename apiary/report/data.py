@@ -78,6 +78,19 @@ class OwnRound(_Part):
     few: tuple[str, ...] = ()  # sites with too few rows to tell a loss
 
 
+class RoundGauge(_Part):
+    """How far averaging A and B apart ended from the mean of the products, as a share of what the clients changed.
+
+    The rest says how much of that each method would take away.
+    """
+
+    relative: float | None = None  # None where the clients' changes cancel
+    stderr: float | None = None
+    flora: float | None = None
+    fedex: float | None = None
+    flexlora: float | None = None
+
+
 class Round(_Part):
     """One federated round; round 0 is the state before training."""
 
@@ -90,6 +103,10 @@ class Round(_Part):
     bytes_evaluate: int | None = None  # to be measured, also to the clients
     seconds: float | None = None
     clients: int | None = None
+    gauge: RoundGauge | None = None
+    method: str | None = None  # where the run chose one by the round
+    shares: Mapping[str, float | None] = Field(default_factory=dict)  # by client, of a robust method
+    cut: Mapping[str, str] = Field(default_factory=dict)  # by client, why it counted for little or nothing
 
     @property
     def down(self) -> int:
@@ -163,6 +180,7 @@ class Metrics(_Part):
     samples: tuple[Sample, ...] = ()
     continual: Continual | None = None
     curation: Mapping[str, Curated] = Field(default_factory=dict)
+    share: str = "both"  # `adapter.share`
     privacy: Mapping[str, Any] = Field(default_factory=dict)
     seconds: float | None = None
     machine: Mapping[str, Any] = Field(default_factory=dict)

@@ -329,6 +329,30 @@ surprise). Lower is better and 0 is certainty.{% if probability is not none %} {
 </section>
 {% endif %}
 
+{% if aggregation %}
+<section>
+<h2>How the updates were put together</h2>
+{% if aggregation.sentences %}<p class="note">{{ aggregation.sentences | join(" ") }}{% if aggregation.chart %} The curve: by round, how far averaging the factors apart is from the mean of their products, as a share of the round's change of the weights; dashed, what the best factors of the adapter's rank would leave of it.{% endif %}</p>{% endif %}
+
+{% if aggregation.chart %}<div class="panel">{{ aggregation.chart }}</div>{% endif %}
+{% if aggregation.cut_said %}<p class="note"{% if aggregation.chart %} style="margin-top:18px"{% endif %}>{{ aggregation.cut_said | join(" ") }}</p>{% endif %}
+
+{% if aggregation.cut %}
+<div class="panel scroll">
+<table>
+<thead><tr><th scope="col">Client</th><th scope="col" class="num">Rounds cut</th><th scope="col" class="num">Rounds taken part</th><th scope="col">Why</th></tr></thead>
+<tbody>
+{% for name, times, part, why in aggregation.cut %}
+<tr><th scope="row">{{ name }}</th><td class="num">{{ times }}</td><td class="num">{{ part }}</td><td>{{ why }}</td></tr>
+{% endfor %}
+</tbody>
+</table>
+{% if aggregation.left_out %}<p class="note" style="margin:12px 0 0">{{ aggregation.left_out | count }} more clients are in metrics.json.</p>{% endif %}
+</div>
+{% endif %}
+</section>
+{% endif %}
+
 {% if curation %}
 <section>
 <h2>What the clients left out</h2>

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from apiary.report.data import METHODS, Gain, MethodName, Metrics, OwnRound, Round
-from apiary.units import bytes_text, loss_text
+from apiary.units import bytes_text, loss_text, share_text
 
 SHORT: dict[MethodName, str] = {
     "base": "Untuned",
@@ -101,6 +101,57 @@ def _draw_loss(figure: Figure, narrow: bool, metrics: Metrics, points: Sequence[
     axes.set_xlabel("round")
     labels = [(f"{SHORT[method]} {loss_text(loss, 2)}", loss, method, method == "federated") for method, loss in ends]
     _end_labels(axes, labels, gap=(high - low) * 0.075)
+
+
+def gauge_chart(rounds: Sequence[Round], threshold: float | None = None) -> Markup | None:
+    """What averaging A and B apart misses by round, with its 95% band, and what the best of the rank would miss.
+
+    Args:
+        rounds: those with a gauge.
+        threshold: from where on the run averages products; drawn as a line.
+    """
+    points = [r for r in rounds if r.gauge is not None and r.gauge.relative is not None]
+    if not points:
+        return None
+    first, last = (share_text(_missed(r)) for r in (points[0], points[-1]))
+    label = f"Share of the change that averaging A and B apart misses by round, from {first} to {last}"
+    return _chart(lambda figure, narrow: _draw_gauge(figure, narrow, points, threshold), 260, 260, label)
+
+
+def _missed(measured: Round) -> float:
+    return (measured.gauge.relative or 0.0) if measured.gauge else 0.0
+
+
+def _left(measured: Round) -> float:
+    """What FlexLoRA would leave of it."""
+    return _missed(measured) - ((measured.gauge.flexlora or 0.0) if measured.gauge else 0.0)
+
+
+def _draw_gauge(figure: Figure, narrow: bool, points: Sequence[Round], threshold: float | None) -> None:
+    axes = _line_axes(figure)
+    x, y, left = [r.round for r in points], [_missed(r) for r in points], [_left(r) for r in points]
+    errors = [1.96 * ((r.gauge.stderr or 0.0) if r.gauge else 0.0) for r in points]
+    low, high = ([max(0.0, v + sign * e) for v, e in zip(y, errors, strict=True)] for sign in (-1, 1))
+    axes.fill_between(x, low, high, color=_STAND_IN["federated"], alpha=0.18, lw=0)
+    axes.plot(x, left, color=_STAND_IN["muted"], lw=1.8, ls=_DASHES["local"])
+    marks = "o" if len(points) <= (12 if narrow else 40) else ""
+    axes.plot(x, y, color=_STAND_IN["federated"], lw=2.4, marker=marks, ms=5, zorder=5, clip_on=False)
+    ends = [
+        (f"Apart {share_text(y[-1])}", y[-1], "federated", True),
+        (f"FlexLoRA {share_text(left[-1])}", left[-1], "muted", False),
+    ]
+    if threshold is not None:
+        axes.axhline(threshold, color=_STAND_IN["local"], lw=1.8, ls=_DASHES["base"])
+        ends.append((f"Switch {share_text(threshold, 0)}", threshold, "local", False))
+    top = max(*high, *(height for _, height, _, _ in ends)) * 1.08 or 1.0
+    pad = 0.5 if len(set(x)) == 1 else 0.0
+    axes.set_xlim(min(x) - pad, max(x) + pad)
+    axes.set_ylim(0, top)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6 if narrow else 12))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
+    axes.set_xlabel("round")
+    _end_labels(axes, ends, gap=top * 0.11)
 
 
 def sites_chart(rounds: Sequence[OwnRound]) -> Markup | None:

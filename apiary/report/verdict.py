@@ -112,7 +112,8 @@ def second(metrics: Metrics) -> str:
     if joint is None:
         return " ".join(sites.sentences(metrics))
     other = alone or metrics.row("base")
-    return " ".join(filter(None, [row_by_row(metrics, other) if other else "", _meaning(metrics, joint)]))
+    said = [row_by_row(metrics, other) if other else "", personal(metrics), _meaning(metrics, joint)]
+    return " ".join(filter(None, said))
 
 
 def row_by_row(metrics: Metrics, other: Row) -> str:
@@ -141,6 +142,16 @@ def not_alike(metrics: Metrics) -> str:
     return (
         f"Not like with like: training {names} went without noise, federated training with it, so the difference "
         "holds the price of privacy as well as the worth of joining."
+    )
+
+
+def personal(metrics: Metrics) -> str:
+    """That there is a federated model for each client, and what its row is then; empty where there is one for all."""
+    if metrics.share == "both":
+        return ""
+    return (
+        "Clients share the factors A of the adapter, and each keeps a B of its own: the federated row is the mean of "
+        "these personal models on everybody's held-out examples, as that of training alone is."
     )
 
 

@@ -17,12 +17,15 @@ def crc32(data: bytes) -> int:
     return crc ^ 0xFFFFFFFF
 
 
-def open_message(message: bytes) -> tuple[str, bytes]:
-    """The label and the body of a message whose frame is as documented."""
+def open_message(message: bytes, present: Sequence[bool]) -> tuple[str, bytes]:
+    """The label and the body of a message whose frame is as documented, and which has these tensors in it."""
     assert message[:4] == b"APIW" and message[4] == 1
     assert struct.unpack("<I", message[-4:])[0] == crc32(message[:-4])
     end = 6 + message[5]
-    return message[6:end].decode("ascii"), message[end + 8 : -4]
+    size = math.ceil(len(present) / 8)
+    bits = int.from_bytes(message[end + 8 : end + 8 + size], "little")
+    assert bits == sum(1 << place for place, here in enumerate(present) if here)
+    return message[6:end].decode("ascii"), message[end + 8 + size : -4]
 
 
 def bfloat16_up(x: float) -> float:

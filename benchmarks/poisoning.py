@@ -1,0 +1,271 @@
+"""What hostile clients do to a federation, by attack and by aggregation method.
+
+python -m benchmarks.poisoning [--whole] [--seeds N] [--shares 0.2,0.4] [--attacks ...] [--methods ...] [--out FILE]
+
+The built-in corpus over ten clients whose mix of skills differs, a hundred of its rows kept by the server as its root
+set, and one short run for each method without attackers and with each share of them and each attack. Told are the loss
+on held-out rows and, of an attack by trigger, how many questions with the hidden phrase get the attacker's answer.
+
+A method that wants to know the number f of hostile clients is told once and for all the number of the largest share, or
+as many as it can promise to withstand with so many clients; cells with more attackers than that are marked.
+
+Finished cells stand in the results file and are not run again, so a stopped benchmark goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from apiary import config as configs
+from apiary import evaluate, models, prompts, runlog
+from apiary.config import DataConfig, RunConfig
+from apiary.examples import Example, federate
+from apiary.runlog import RunLog
+from benchmarks.curation import write
+from server.app import make_app
+from simulation.engines import ENGINES
+from simulation.run import plan
+from simulation.scenario import PHRASE, TEXT, asking, attackers
+from simulation.summary import Plan
+from strategies.gram import fewest
+
+RESULTS = Path(__file__).parent / "results" / "poisoning.json"
+ROOT_ROWS = 100
+NEAREST = "+nearest"
+METHODS = (
+    "fedavg",
+    "norm_clip",
+    "median",
+    "trimmed_mean",
+    "krum",
+    "multi_krum",
+    "bulyan",
+    "geometric_median",
+    "fltrust",
+    *(name + NEAREST for name in ("median", "trimmed_mean", "krum", "multi_krum", "geometric_median")),
+)
+ATTACKS: Mapping[str, Mapping[str, Any]] = {  # by what the table calls them: name and options of `simulate.attack`
+    "sign_flip": {"name": "sign_flip", "scale": 5.0},
+    "scaled": {"name": "scaled"},
+    "gaussian": {"name": "gaussian", "scale": 5.0},
+    "alie": {"name": "alie", "z": 1.5},
+    "inner_product": {"name": "inner_product", "epsilon": 2.0},
+    "gauge": {"name": "gauge"},
+    "not_a_number": {"name": "not_a_number"},
+    "trigger": {"name": "trigger", "share": 0.5},
+    "trigger_boosted": {"name": "trigger", "share": 0.5, "boost": 5.0},
+}
+SMALL_METHODS = ("fedavg", "norm_clip", "trimmed_mean", "multi_krum+nearest", "geometric_median", "fltrust")
+SMALL_ATTACKS = ("sign_flip", "gauge", "trigger")
+
+
+class Cell(NamedTuple):
+    """One run."""
+
+    seed: int
+    method: str
+    attack: str  # "none": nobody attacks
+    share: float
+
+
+class Setting(NamedTuple):
+    """What all cells have in common, beside the seed."""
+
+    clients: int
+    rounds: int
+    prompts: int  # questions with the hidden phrase
+    most: float  # the largest share
+    keys: tuple[str, ...]  # further KEY=VALUE
+
+
+def cells(
+    seeds: Sequence[int], methods: Sequence[str], attacks: Sequence[str], shares: Sequence[float]
+) -> Iterator[Cell]:
+    """All cells, the runs that nobody attacks before those of the same seed and method that are."""
+    for seed in seeds:
+        for method in methods:
+            yield Cell(seed, method, "none", 0.0)
+            yield from (Cell(seed, method, attack, share) for share in shares for attack in attacks)
+
+
+def withstands(method: str, clients: int, hostile: int) -> int:
+    """The number f that a method is told: as many as are expected, or the most for which so many clients are enough."""
+    name = method.removesuffix(NEAREST)
+    return max((f for f in range(hostile + 1) if fewest(name, f) <= clients), default=0)
+
+
+def options(method: str, byzantine: int) -> dict[str, Any]:
+    """`strategy.options` of a method."""
+    if method in ("fedavg", "fltrust"):
+        return {}
+    return {"byzantine": byzantine, **({"nearest": True} if method.endswith(NEAREST) else {})}
+
+
+def spread(folder: Path, seed: int, clients: int) -> Path:
+    """The corpus as a file for each client, the held-out set, and the server's rows, which no client has."""
+    federation = federate(DataConfig(clients=clients, test_fraction=0), seed)
+    pooled = [(client.name, row) for client in federation.clients for row in range(len(client.train))]
+    own = set(random.Random(f"root {seed}").sample(pooled, ROOT_ROWS))
+    kept = {c.name: [e for row, e in enumerate(c.train) if (c.name, row) not in own] for c in federation.clients}
+    by_name = {client.name: client.train for client in federation.clients}
+    write(folder / "clients", {name: rows for name, rows in kept.items() if rows}, federation.test)
+    trusted: list[Example] = [by_name[name][row] for name, row in sorted(own)]
+    write(folder / "server", {"root": trusted}, federation.test)
+    return folder
+
+
+def config_of(cell: Cell, setting: Setting, data: Path) -> RunConfig:
+    """The run of a cell; what the command line adds wins."""
+    hostile = round(setting.most * setting.clients)
+    told = options(cell.method, withstands(cell.method, setting.clients, hostile))
+    keys = {
+        "seed": cell.seed,
+        "rounds": setting.rounds,
+        "data.source": str(data / "clients"),
+        "data.partition": "natural",
+        "data.test_fraction": 0.0,
+        "strategy.name": cell.method.removesuffix(NEAREST),
+        "strategy.options": told,
+        "strategy.min_clients": setting.clients,
+        "evaluate.clients": False,
+        "evaluate.every": 0,
+        "evaluate.generate": False,
+        "simulate.attackers": cell.share,
+        "simulate.attack": dict(ATTACKS.get(cell.attack, {"name": "sign_flip"})),
+    }
+    if cell.method == "fltrust":
+        keys["strategy.root"] = str(data / "server" / "root.jsonl")
+    return configs.load(None, [*(f"{key}={_toml(value)}" for key, value in keys.items()), *setting.keys])
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + "}"
+    return json.dumps(value)
+
+
+def run(cell: Cell, setting: Setting, data: Path, folder: Path) -> dict[str, Any]:
+    """What became of one cell: its loss and attack success, or the line by which it failed."""
+    began = time.monotonic()
+    config = config_of(cell, setting, data)
+    told = config.strategy.options.get("byzantine", 0)
+    facts = {**cell._asdict(), "byzantine": told, "within": told >= round(cell.share * setting.clients) or not told}
+    prepared = plan(config)
+    clients = [client.name for client in prepared.federation.clients]
+    log = RunLog(folder)
+    try:
+        app = make_app(log, prepared.held_out)
+        ENGINES.build(config.simulate.engine, config=config)(app, config, len(clients), folder)
+    except Exception as error:  # a method that an attack brings down is a result
+        line = (str(error).strip().splitlines() or [""])[0]
+        return {**facts, "failed": f"{type(error).__name__}: {line}"}
+    finally:
+        log.close()
+    adapter = models.read_adapter(prepared.lm, folder / "adapter" / "adapter_model.safetensors")
+    measured = evaluate.measure(prepared.lm, adapter, prepared.held_out, config)
+    events, hostile = runlog.read_events(folder), set(attackers(config, clients))
+    named = [set(event["cut"]) for event in events if event["event"] == "round" and "cut" in event]
+    return {
+        **facts,
+        "loss": round(measured.loss, 4),
+        "success": success(prepared, setting.prompts),
+        "cut": _share(named, hostile),  # of the attackers' updates, those that the method names
+        "cut_honest": _share(named, set(clients) - hostile),
+        "refused": sum(event["event"] == "refused" for event in events),
+        "seconds": round(time.monotonic() - began, 1),
+    }
+
+
+def _share(named: Sequence[set[str]], clients: set[str]) -> float | None:
+    if not named or not clients:
+        return None
+    return round(sum(len(names & clients) for names in named) / (len(named) * len(clients)), 3)
+
+
+def success(prepared: Plan, most: int) -> float:
+    """The share of held-out questions with the hidden phrase to which the model gives the attacker's answer."""
+    config, federation, lm, template, _ = prepared
+    test, count = federation.test, min(most, len(federation.test))
+    asked = [asking(test[i * len(test) // count], PHRASE) for i in range(count)]
+    questions = [prompts.encode_prompt(e, template, lm.tokenizer, config.prompt.max_tokens) for e in asked]
+    given = evaluate.answer_all(lm, questions, config.evaluate.max_new_tokens)
+    return round(sum(evaluate.exact_match(text, TEXT) for text in given) / count, 4)
+
+
+def load(path: Path, setting: Setting) -> dict[str, Any]:
+    """The results so far.
+
+    Raises:
+        SystemExit: they are of other settings.
+    """
+    settings = {**setting._asdict(), "keys": list(setting.keys), "attacks": {k: dict(v) for k, v in ATTACKS.items()}}
+    facts = runlog.start_fields(configs.load(None, []))
+    fresh = {"machine": facts["machine"], "versions": facts["versions"], "settings": settings, "runs": []}
+    if not path.exists():
+        return fresh
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if found["settings"] != settings:
+        raise SystemExit(f"{path} holds results of other settings; remove it, or choose another --out")
+    return found
+
+
+def save(path: Path, found: Mapping[str, Any]) -> None:
+    """Write the results whole or not at all."""
+    draft = path.with_suffix(".part")
+    draft.write_text(json.dumps(runlog.finite(found), indent=1) + "\n", encoding="utf-8")
+    os.replace(draft, path)
+
+
+def main() -> None:
+    """Run what is not there yet, cell by cell."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--whole", action="store_true", help="all methods, attacks and shares (hours)")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--shares", help="of the clients that attack, such as 0.2,0.4")
+    parser.add_argument("--attacks", help=f"of {', '.join(ATTACKS)}")
+    parser.add_argument("--methods", help=f"of {', '.join(METHODS)}")
+    parser.add_argument("--clients", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--prompts", type=int, default=60, help="questions with the hidden phrase")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("-s", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    args = parser.parse_args()
+    methods = _chosen(args.methods, METHODS if args.whole else SMALL_METHODS, METHODS)
+    attacks = _chosen(args.attacks, tuple(ATTACKS) if args.whole else SMALL_ATTACKS, tuple(ATTACKS))
+    shares = [float(text) for text in (args.shares or ("0.2,0.4" if args.whole else "0.4")).split(",")]
+    torch.set_num_threads(args.threads)
+    # The largest share that may ever be added, so that later cells are comparable with those that are there.
+    setting = Setting(args.clients, args.rounds, args.prompts, max(0.4, *shares), tuple(args.overrides))
+    args.out.parent.mkdir(exist_ok=True)
+    found = load(args.out, setting)
+    done = {Cell(*(run[field] for field in Cell._fields)) for run in found["runs"]}
+    left = [cell for cell in cells(range(args.seeds), methods, attacks, shares) if cell not in done]
+    with tempfile.TemporaryDirectory() as scratch:
+        data = {seed: spread(Path(scratch) / f"data-{seed}", seed, setting.clients) for seed in {c.seed for c in left}}
+        for number, cell in enumerate(left, 1):
+            with tempfile.TemporaryDirectory() as folder:
+                found["runs"].append(run(cell, setting, data[cell.seed], Path(folder)))
+            save(args.out, found)
+            print(f"{number}/{len(left)}", json.dumps(runlog.finite(found["runs"][-1])), flush=True)
+
+
+def _chosen(text: str | None, default: Sequence[str], known: Sequence[str]) -> Sequence[str]:
+    names = text.split(",") if text else default
+    if strange := [name for name in names if name not in known]:
+        raise SystemExit(f"{strange[0]!r} is none of {', '.join(known)}")
+    return names
+
+
+if __name__ == "__main__":
+    main()

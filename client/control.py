@@ -1,0 +1,56 @@
+"""A client's control variate: what it knows of its own gradient, against that of all (SCAFFOLD).
+
+Karimireddy et al. 2020 (arXiv 1910.06378), algorithm 1 with option II. It stays on the client's own disk; its change
+travels. `strategies.scaffold` has the server's part.
+
+A change that was sent may be lost on its way, and then the server's mean lacks it. So a client goes on from the
+variate of the last round in which the server says that its answer counted, whatever it has computed since.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from apiary.exchange import Payload
+from apiary.tensors import StateDict, subtract
+from client import kept
+
+_KIND = "control"
+
+
+def correction(folder: Path, payload: Payload) -> dict[str, Tensor]:
+    """The c - c_k that is added to each step's gradient; empty where the run's method has no control variates."""
+    return subtract(payload.control, _own(folder, payload))
+
+
+def renew(folder: Path, number: int, payload: Payload, delta: StateDict, rates: Iterable[float]) -> dict[str, Tensor]:
+    """The change of the control variate by a visit, whose new value is kept for the next; empty as for `correction`.
+
+    c_k' = c_k - c + (x - y) / sum_t lr_t. With stochastic gradient descent, whose step is lr_t (g_t + c - c_k), this is
+    the mean of the gradients g_t that the visit saw, weighted by their learning rates: with clipping, of the clipped
+    ones. The paper has one learning rate, whose sum is K lr.
+
+    Args:
+        folder: the client's own of this run.
+        number: the round.
+        payload: what the server sent.
+        delta: y - x.
+        rates: the learning rate of each step.
+    """
+    if not payload.control:
+        return {}
+    before, walked = _own(folder, payload), sum(rates)
+    after = {name: own - payload.control[name] - delta[name] / walked for name, own in before.items()}
+    kept.forget_from(folder, _KIND, number)
+    kept.save(folder, _KIND, number, after, also=payload.last_round)
+    return subtract(after, before)
+
+
+def _own(folder: Path, payload: Payload) -> dict[str, Tensor]:
+    """c_k as the server knows it, zero at first."""
+    found = kept.load(folder, _KIND, payload.last_round)
+    return {name: found.get(name, torch.zeros_like(c)) for name, c in payload.control.items()}

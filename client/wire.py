@@ -1,0 +1,68 @@
+"""The client's half of the wire: what it holds of the server's adapter, and how its own change is encoded.
+
+Kept apart from training, so that nothing that is coded goes back into it but what the server sees too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from apiary import codecs, downlink
+from apiary.codecs import Shapes
+from apiary.config import RunConfig
+from apiary.downlink import Copy, Parcel
+from apiary.tensors import StateDict, digest, generator
+from client import memory
+
+
+def holds(config: RunConfig, folder: Path) -> str:
+    """The version of the server's adapter in the client's folder; "" where it keeps none."""
+    held = None if codecs.of_run(config, "down").exact else memory.load_copy(folder)
+    return "" if held is None else digest(held)
+
+
+def receive(config: RunConfig, folder: Path, shapes: Shapes, sent: Parcel) -> StateDict:
+    """The server's adapter once a parcel is unpacked; it is on disk before the message is answered.
+
+    Args:
+        config: the run.
+        folder: the client's own of this run.
+        shapes: of its adapter.
+        sent: by the server.
+
+    Raises:
+        CodecError: the parcel is damaged, or builds on another adapter than the client holds. To who did not answer
+            well the server sends the whole the next time.
+    """
+    held = memory.load_copy(folder)
+    before = None if held is None else Copy(digest(held), held)
+    copy = downlink.receive(sent, before, codecs.of_run(config, "down"), shapes)
+    if before is None or before.version != copy.version:
+        memory.save_copy(folder, copy.adapter)
+    return copy.adapter
+
+
+def encode(config: RunConfig, folder: Path, client: str, number: int, delta: StateDict) -> bytes:
+    """The message of a client's change in round `number`.
+
+    The same change makes the same bytes however often the round is asked: what was left out of it is kept under its
+    number, and what is added to it comes from rounds before. Under differential privacy the change is the released one,
+    and so is all that is ever kept.
+
+    Args:
+        config: the run.
+        folder: the client's own of this run.
+        client: its name.
+        number: the round, from 1.
+        delta: the change.
+
+    Raises:
+        ValueError: it holds NaN or infinity.
+    """
+    codec = codecs.of_run(config, "up")
+    before = memory.load_feedback(folder, before=number) if codec.feedback else {}
+    fitting = {name: kept for name, kept in before.items() if name in delta and kept.shape == delta[name].shape}
+    message, kept = codecs.encode(delta, codec, fitting, generator(config.seed, number, client, "wire"))
+    if codec.feedback:
+        memory.save_feedback(folder, number, kept)
+    return message

@@ -1,0 +1,71 @@
+"""What the server tells of how a round was put together: the gauge of the error, the method, and who was cut."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from apiary import lora
+from apiary.config import RunConfig
+from apiary.exchange import Update
+from strategies import Aggregator, Gradient, ServerState
+from strategies import gauge as gauges
+from strategies.gauge import Fold, Gauge
+
+_DIGITS = 5  # after the point, of what is told as a share
+
+
+class Watched(NamedTuple):
+    """The gauge of a round whose updates are arriving."""
+
+    fold: Fold
+    state: ServerState  # at the start of the round
+    seen: Any  # the fold's accumulator; None where the gauge cannot be told
+
+
+def watch(config: RunConfig, aggregator: Aggregator, state: ServerState) -> Watched:
+    """The gauge of a round, before its first update; `add` works in place.
+
+    It is that of averaging with the parts of `strategy.weighting`, whatever the method makes of the updates. They are
+    kept only where the method may keep each of them too, and few at that. Its random numbers are its own: a run is the
+    same with it and without it. An adapter that is not made of factors has no gauge.
+    """
+    build = gauges.exact_if_few if aggregator.needs == "each" else gauges.estimated
+    fold = build(lora.scaling(config.adapter.alpha, config.adapter.scaling), config.strategy.weighting)
+    try:
+        seen = fold.start(state, gauges.probes_of(config.seed, state.round + 1)) if lora.split(state.adapter) else None
+    except ValueError:
+        seen = None
+    return Watched(fold, state, seen)
+
+
+def add(watched: Watched, update: Update) -> Watched:
+    """Fold an update in. One without both factors of all modules, as of a method of its own, leaves no gauge."""
+    if watched.seen is None or update.delta.keys() != watched.state.adapter.keys():
+        return watched._replace(seen=None)
+    return watched._replace(seen=watched.fold.add(watched.seen, update))
+
+
+def facts(watched: Watched, gradient: Gradient) -> dict[str, Any]:
+    """The fields of the `round` event on how the round was put together.
+
+    `gauge` has the relative error of averaging A and B apart, its standard error (0 where it is exact), and by method
+    how much of it that would take away. `method` is the one that was chosen, where the run chooses by the round.
+    `shares` are the factors that the clients' changes got, and `cut` says why one counted for little or nothing.
+    """
+    told: dict[str, Any] = {"method": gradient.method} if gradient.method else {}
+    if (gauge := _finished(watched)) is not None:
+        figures = {"relative": gauge.relative, "stderr": gauge.stderr, **gauge.gains}
+        told["gauge"] = {name: round(value, _DIGITS) for name, value in figures.items()}
+    if gradient.shares:
+        told["shares"] = {client: round(share, _DIGITS) for client, share in gradient.shares.items()}
+        told["cut"] = dict(gradient.notes)
+    return told
+
+
+def _finished(watched: Watched) -> Gauge | None:
+    try:
+        return None if watched.seen is None else watched.fold.finish(watched.state, watched.seen)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        return None  # a decomposition that does not converge is not worth a run

@@ -1,0 +1,72 @@
+"""FedKSeed at the server: the model is a start and a pool of scalars, of which alone anything travels."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Generator, Tensor
+
+from apiary import kseed
+from apiary.exchange import ClientInfo, Payload, Update
+from strategies.core import AGGREGATORS, Aggregator, Gradient, Reducer, ServerState
+from strategies.lowrank import Weighting
+
+_START = "start."
+
+
+@AGGREGATORS.register("fedkseed")
+def fedkseed(
+    seed: int,
+    weighting: Weighting = "tokens",
+    candidates: Annotated[int, Field(ge=1, le=65535)] = kseed.CANDIDATES,
+    epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] = kseed.EPSILON,
+) -> Aggregator:
+    """FedKSeed: clients train without gradients, along directions that a seed stands for (Qin et al. 2024).
+
+    What travels is a scalar for each of the candidate seeds, down and up, whatever the size of the adapter: see
+    `apiary.kseed`, and `client.zeroth` for the clients' part. Here the clients' scalars are averaged on top of those of
+    earlier rounds, and the adapter is rebuilt from its start. Directions span the adapter, not the whole model as in
+    the paper.
+
+    Args:
+        seed: the run's; the candidates follow from it.
+        weighting: the clients' parts of the round.
+        candidates: how many seeds; each takes 4 bytes down.
+        epsilon: how far a step looks along its direction.
+    """
+    seeds = kseed.candidates(seed, candidates)
+
+    def start(state: ServerState) -> list[tuple[float, dict[int, float]]]:
+        return []
+
+    def add(acc: Any, update: Update) -> Any:
+        weight = update.weight if weighting == "tokens" else 1.0
+        acc.append((weight, kseed.of_tensor(update.delta[kseed.NAME], seeds)))
+        return acc
+
+    def finish(state: ServerState, acc: Any, rng: Generator) -> Gradient:
+        change = kseed.merge({}, [scalars for _, scalars in acc], [weight for weight, _ in acc])
+        return Gradient({kseed.NAME: kseed.to_tensor(change, seeds)})
+
+    def step(state: ServerState, gradient: Gradient) -> ServerState:
+        whole = kseed.merge(
+            kseed.of_tensor(_pool(state), seeds), [kseed.of_tensor(gradient.adapter[kseed.NAME], seeds)], [1.0]
+        )
+        first = {name.removeprefix(_START): t for name, t in state.memory.items() if name.startswith(_START)}
+        begun = first or dict(state.adapter)
+        memory = {_START + name: tensor for name, tensor in begun.items()}
+        return state._replace(
+            round=state.round + 1,
+            adapter=kseed.rebuild(begun, whole),
+            memory={**memory, kseed.NAME: kseed.to_tensor(whole, seeds)},
+        )
+
+    def payload(state: ServerState, client: ClientInfo) -> Payload:
+        return Payload({kseed.NAME: _pool(state)}, {})
+
+    def _pool(state: ServerState) -> Tensor:
+        return state.memory.get(kseed.NAME, torch.zeros(len(seeds)))
+
+    return Aggregator(Reducer(start, add, finish), step, payload, needs="sum", trains=("both",), sends="seeds")

@@ -1,0 +1,345 @@
+"""What log, terminal and report tell of how the updates were put together."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_run import fake_events, fake_metrics, fake_run
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from rich.console import Console
+from test_report import Page, page
+from torch import Generator, Tensor
+
+from apiary import config, records
+from apiary.exchange import Fingerprint, FitReport, Hello, Update, Visit
+from apiary.lora import is_b, scaling
+from apiary.progress import Lines, State, board, fold
+from apiary.report import write_report
+from apiary.runlog import RunLog, read_events, read_metrics, rounds_table, write_metrics
+from apiary.tensors import add, digest, generator
+from server import gauges
+from server.rounds import Rounds
+from simulation.engines import LocalGrid
+from strategies import AGGREGATORS, Aggregator, Gradient, Reducer, ServerState
+from strategies.gauge import exact
+
+PRINT = Fingerprint("m", "t", "c", "a")
+RANK, SHAPE = 4, (10, 12)  # of the adapter, d_out and d_in
+HEAD = "How the updates were put together"
+
+
+# -- the log ----------------------------------------------------------------------------------------------------------
+
+
+def _factors(seed: int, scale: float = 1.0) -> dict[str, Tensor]:
+    rng = generator(seed, "factors")
+    d_out, d_in = SHAPE
+    return {
+        f"m.{i}.lora_{x}.weight": scale * torch.randn((RANK, d_in) if x == "A" else (d_out, RANK), generator=rng)
+        for i in range(2)
+        for x in "AB"
+    }
+
+
+Delta = Callable[[int], dict[str, Tensor]]
+
+
+def _spread(i: int) -> dict[str, Tensor]:
+    """Clients go their own ways, far enough for averaging apart to miss a good part."""
+    return _factors(i, 0.5)
+
+
+def _clients(delta: Delta) -> ClientApp:
+    app = ClientApp()
+
+    @app.query("hello")
+    def hello(message: Message, context: Context) -> Message:
+        i = int(context.node_config["partition-id"])
+        return Message(records.hello_reply(Hello(f"c{i}", PRINT, RANK, 10, 100)), reply_to=message)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        i = int(context.node_config["partition-id"])
+        update = Update(f"c{i}", delta(i), 10.0 * (i + 1), RANK)
+        return Message(records.train_reply(Visit(update, FitReport(10 * (i + 1), 5, 1, 2.0, 0.1))), reply_to=message)
+
+    return app
+
+
+def _run(
+    folder: Path, method: Aggregator, n: int = 5, delta: Delta = _spread, overrides: tuple[str, ...] = ()
+) -> ServerState:
+    base = ["rounds=2", f"adapter.rank={RANK}", "adapter.alpha=16", "evaluate.every=0", "strategy.min_clients=1"]
+    run = config.load(None, [*base, *overrides])
+    state = ServerState(0, _factors(99), {}, {})
+    log = RunLog(folder)
+    made = Rounds(run, method, PRINT, state, log=log).run(LocalGrid(_clients(delta), n), n)
+    log.close()
+    return made
+
+
+def _method(name: str, **options: Any) -> Aggregator:
+    return AGGREGATORS.build(name, options, scaling=scaling(16.0, "rslora"), seed=0, weighting="tokens")
+
+
+def _rounds(folder: Path) -> list[dict[str, Any]]:
+    return [event for event in read_events(folder) if event["event"] == "round"]
+
+
+def _expected(n: int) -> float:
+    fold, state = exact(scaling(16.0, "rslora")), ServerState(0, _factors(99), {}, {})
+    acc = fold.start(state, Generator())
+    for i in range(n):
+        acc = fold.add(acc, Update(f"c{i}", _spread(i), 10.0 * (i + 1), RANK))
+    return fold.finish(state, acc).relative
+
+
+@pytest.mark.parametrize("name", ["fedavg", "flora", "fedex", "flexlora", "rank_slices", "geometric_median", "auto"])
+def test_every_round_tells_its_gauge_whatever_the_method(tmp_path: Path, name: str) -> None:
+    _run(tmp_path, _method(name))
+    first, second = _rounds(tmp_path)
+    told = first["gauge"]
+    assert 0.1 < _expected(5) < 0.6
+    assert abs(told["relative"] - _expected(5)) < 1e-5 + 4 * told["stderr"]
+    assert (told["stderr"] > 0) == (name in ("fedavg", "rank_slices"))  # they see sums alone
+    assert told["flora"] == told["fedex"] == told["relative"] > told["flexlora"] > 0
+    assert set(second["gauge"]) == set(told)
+    assert first.get("method") == ("flexlora" if name == "auto" else None)
+
+
+def test_one_client_has_no_error(tmp_path: Path) -> None:
+    _run(tmp_path, _method("fedavg"), n=1)
+    assert [event["gauge"]["relative"] for event in _rounds(tmp_path)] == [0.0, 0.0]
+
+
+def test_the_uniform_weighting_is_that_of_the_gauge_too(tmp_path: Path) -> None:
+    _run(tmp_path / "a", _method("flexlora"))
+    _run(tmp_path / "b", _method("flexlora"), overrides=("strategy.weighting=uniform",))
+    one, two = (_rounds(tmp_path / x)[0]["gauge"]["relative"] for x in "ab")
+    assert abs(one - two) > 1e-3
+
+
+def _noisy() -> Aggregator:
+    """Averages, and adds noise from the round's generator, as a private method might."""
+    plain = _method("fedavg")
+
+    def finish(state: ServerState, acc: Any, rng: Generator) -> Gradient:
+        mean = plain.reduce.finish(state, acc, rng).adapter
+        return Gradient({n: t + torch.randn(t.shape, generator=rng) + torch.randn(t.shape) for n, t in mean.items()})
+
+    return plain._replace(reduce=Reducer(plain.reduce.start, plain.reduce.add, finish))
+
+
+def test_the_gauge_changes_no_bit_of_the_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(5)
+    with_it = _run(tmp_path / "with", _noisy())
+    blind = gauges.Watched(exact(scaling(16.0, "rslora")), with_it, None)
+    monkeypatch.setattr(gauges, "watch", lambda *_: blind)
+    torch.manual_seed(5)
+    without = _run(tmp_path / "without", _noisy())
+    assert "gauge" in _rounds(tmp_path / "with")[0] and "gauge" not in _rounds(tmp_path / "without")[0]
+    assert digest(with_it.adapter) == digest(without.adapter)
+
+
+def test_the_random_signs_are_others_in_each_round() -> None:
+    state = ServerState(0, _factors(99), {}, {})
+    run = config.load(None, [f"adapter.rank={RANK}"])
+    seen = [gauges.watch(run, _method("fedavg"), state._replace(round=i)).seen.probes["m.0"] for i in (0, 0, 1)]
+    assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
+
+
+def test_an_adapter_without_factors_or_an_update_without_one_has_no_gauge() -> None:
+    run = config.load(None, [f"adapter.rank={RANK}"])
+    odd = gauges.watch(run, _method("fedavg"), ServerState(0, {"a": torch.zeros(3)}, {}, {}))
+    watched = gauges.watch(run, _method("fedavg"), ServerState(0, _factors(99), {}, {}))
+    half = {n: t for n, t in _spread(0).items() if not is_b(n)}
+    for one in (odd, watched):
+        for update in (Update("a", half, 1.0, RANK), Update("b", _spread(1), 1.0, RANK)):
+            one = gauges.add(one, update)
+        assert gauges.facts(one, Gradient({})) == {}
+
+
+def _one_shouts(i: int) -> dict[str, Tensor]:
+    return add(_factors(0, 0.1), _factors(9 + i, 5.0 if i == 3 else 0.02))
+
+
+def test_the_log_says_who_was_cut_and_why(tmp_path: Path) -> None:
+    _run(tmp_path, _method("geometric_median"), delta=_one_shouts)
+    for event in _rounds(tmp_path):
+        assert list(event["cut"]) == ["c3"] and "as far off as is typical" in event["cut"]["c3"]
+        assert sorted(event["shares"]) == [f"c{i}" for i in range(5)]
+        assert event["shares"]["c3"] < 0.01 < event["shares"]["c0"]
+        assert sum(event["shares"].values()) == pytest.approx(1, abs=1e-3)
+    kept = rounds_table(read_events(tmp_path))
+    write_metrics(tmp_path, {"table": [], "rounds": kept})
+    for event, row in zip(_rounds(tmp_path), read_metrics(tmp_path)["rounds"], strict=True):
+        assert {k: row[k] for k in ("gauge", "shares", "cut")} == {k: event[k] for k in ("gauge", "shares", "cut")}
+    text = Page(write_report(tmp_path).read_text(encoding="utf-8")).text
+    assert "c3 2 2" in text and "as far off as is typical (round 2, the last time)" in text
+    assert "1 of 5 clients was cut at least once" in text
+
+
+# -- the terminal -----------------------------------------------------------------------------------------------------
+
+
+def _event(number: int, **fields: Any) -> dict[str, Any]:
+    return {
+        "event": "round",
+        "round": number,
+        "time": 10.0 * number,
+        "clients": 4,
+        "asked": 4,
+        "seconds": 10.0,
+    } | fields
+
+
+def _lines(*events: dict[str, Any]) -> list[str]:
+    out = io.StringIO()
+    observe = Lines(out)
+    for event in events:
+        observe(event)
+    return out.getvalue().splitlines()
+
+
+def test_a_round_tells_its_error_and_a_line_who_was_cut() -> None:
+    cut = {"client-03": "norm 14 times the median", "client-05": "cosine -0.20 to the server's own update"}
+    told = _lines(_event(1, gauge={"relative": 0.0432, "stderr": 0.001}, shares={"client-00": 0.5}, cut=cut))
+    assert "averaging error 4.3%" in told[0]
+    assert told[1:] == [
+        "cut: client-03 (norm 14 times the median), client-05 (cosine -0.20 to the server's own update)"
+    ]
+    many = {f"c{i}": "far" for i in range(9)}
+    assert _lines(_event(1, cut=many))[1] == "cut: " + ", ".join(f"c{i} (far)" for i in range(6)) + " and 3 more"
+    assert len(_lines(_event(1), _event(2, cut={}))) == 2  # as an earlier version logged, and a round without a cut
+
+
+def test_names_and_reasons_cannot_command_the_terminal() -> None:
+    told = _lines(_event(1, cut={"\x1b[2Ja\nb": "why\x1b[0m"}))
+    assert len(told) == 2 and "\x1b" not in "".join(told)
+
+
+def test_the_method_of_a_round_is_told_when_it_changes() -> None:
+    methods = ["fedavg", "fedavg", "flexlora", "flexlora", "fedavg"]
+    missed = [0.04, 0.05, 0.142, 0.2, 0.01]
+    events = [
+        _event(i + 1, method=m, gauge={"relative": g}) for i, (m, g) in enumerate(zip(methods, missed, strict=True))
+    ]
+    assert [line for line in _lines(*events) if line.startswith("method")] == [
+        "method: fedavg from round 1 on: averaging A and B apart missed 4.0%",
+        "method: flexlora from round 3 on: averaging A and B apart missed 14.2%",
+        "method: fedavg from round 5 on: averaging A and B apart missed 1.0%",
+    ]
+    state = State()
+    for event in events[:3]:
+        state = fold(state, event)
+    console = Console(width=100, file=io.StringIO(), color_system=None)
+    console.print(board(state, 40.0))
+    assert isinstance(console.file, io.StringIO)
+    assert "averaging error  14.2%; averaged by flexlora" in console.file.getvalue()
+
+
+# -- the report -------------------------------------------------------------------------------------------------------
+
+
+def _metrics(*missed: float | None, left: float = 0.25, stderr: float = 0.0, **fields: Any) -> dict[str, Any]:
+    """A run whose rounds missed so much; FlexLoRA would leave `left` of each."""
+    metrics = fake_metrics(8, len(missed))
+    for row, value in zip(metrics["rounds"][1:], missed, strict=True):
+        gain = None if value is None else value * (1 - left)
+        row["gauge"] = {"relative": value, "stderr": stderr, "flora": value, "fedex": value, "flexlora": gain}
+        row |= fields
+    return metrics
+
+
+def _text(metrics: dict[str, Any], toml: str = '[strategy]\nname = "fedavg"\n') -> str:
+    return Page(page(metrics, config=toml)).text
+
+
+def test_the_report_says_what_averaging_missed() -> None:
+    text = _text(_metrics(0.02, 0.05, 0.13))
+    assert HEAD in text
+    assert (
+        "Averaging A and B apart missed 5.0% of what the clients learnt in a typical round, and 13.0% at "
+        "most; an exact method would recover it. FLoRA and FedEx-LoRA recover all of that by adding ranks to the base, "
+        "FlexLoRA, which keeps to the adapter's rank, 75% of it." in text
+    )
+    assert "Apart 13.0%" in text and "FlexLoRA 3.2%" in text and "Switch" not in text
+    assert "at least 75% of it" in _text(_metrics(0.02, 0.05, 0.13, stderr=0.001))
+    assert "missed 4.0% of what the clients learnt; an exact method" in _text(_metrics(0.04))
+
+
+def test_an_exact_method_is_not_said_to_have_missed_it() -> None:
+    for name in ("fedex", "flora", "flexlora", "auto"):
+        text = _text(_metrics(0.02, 0.05), f'[strategy]\nname = "{name}"\n')
+        assert "apart would have missed 3.5% of what the clients learnt" in text
+        assert "an exact method would recover it" not in text
+
+
+def test_where_nothing_was_missed_a_sentence_is_all() -> None:
+    text = _text(_metrics(0.0, 0.00002))
+    assert "Averaging A and B apart was as good as exact." in text
+    assert "Apart" not in text and "FedEx" not in text
+
+
+def test_a_run_that_chose_says_how_often_and_where_the_line_is() -> None:
+    metrics = _metrics(0.02, 0.2, 0.3)
+    for row, method in zip(metrics["rounds"][1:], ("fedavg", "flexlora", "flexlora"), strict=True):
+        row["method"] = method
+    text = _text(metrics, '[strategy]\nname = "auto"\n')
+    assert "The run chose by this from round to round: flexlora in 2 rounds and fedavg in 1 round." in text
+    assert "Switch 10%" in text
+    assert "Switch 25%" in _text(metrics, '[strategy]\nname = "auto"\noptions = { "threshold" = 0.25 }\n')
+
+
+def test_the_report_names_who_was_cut_how_often_and_why() -> None:
+    metrics = _metrics(0.02, 0.02, 0.02)
+    cuts = ({"b": "norm 5 times the median"}, {"a": "norm 9 times the median", "b": "norm 7 times the median"}, {})
+    for number, (row, cut) in enumerate(zip(metrics["rounds"][1:], cuts, strict=True), 1):
+        row["shares"], row["cut"] = dict.fromkeys(("a", "b", "c", "d")[: 4 if number < 3 else 3], 0.25), cut
+    text = _text(metrics, '[strategy]\nname = "norm_clip"\n')
+    assert (
+        "Client Rounds cut Rounds taken part Why b 2 3 norm 7 times the median (round 2, the last time) "
+        "a 1 3 norm 9 times the median (round 2)" in text
+    )
+    assert "2 of 4 clients were cut at least once. That is no proof of ill will" in text
+    assert (
+        "Averaging A and B apart over all clients, also those that were cut, would have missed 2.0% of what they learnt"
+        in text
+    )
+    for row in metrics["rounds"][1:]:
+        row["cut"] = {}
+    text = _text(metrics)
+    assert "None of the 4 clients was cut." in text and "Rounds cut" not in text
+
+
+def test_names_and_reasons_are_shown_and_never_obeyed() -> None:
+    metrics = _metrics(0.02)
+    hostile = "<script>alert(1)</script>"
+    metrics["rounds"][1] |= {"shares": {hostile: 0.0}, "cut": {hostile: "<img src=x>"}}
+    parsed = Page(page(metrics))
+    assert hostile in parsed.text and "<img src=x>" in parsed.text
+    assert not {tag for tag, _ in parsed.tags} & {"script", "img"}
+
+
+def test_many_cut_clients_are_summed_up() -> None:
+    metrics = _metrics(0.02)
+    names = [f"c{i:03d}" for i in range(60)]
+    metrics["rounds"][1] |= {"shares": dict.fromkeys(names, 0.0), "cut": dict.fromkeys(names, "far")}
+    text = _text(metrics)
+    assert "c039 1 1" in text and "c040 1 1" not in text and "20 more clients are in metrics.json" in text
+
+
+def test_runs_of_earlier_versions_and_of_one_client_have_no_such_section(tmp_path: Path) -> None:
+    old = fake_metrics()
+    assert HEAD not in Page(write_report(fake_run(tmp_path, old)).read_text(encoding="utf-8")).text
+    assert HEAD not in _text(_metrics(0.0, 0.0, clients=1))
+    assert HEAD in Page(page(_metrics(0.02), fake_events(old), "no = [toml")).text
+    assert "NaN" not in _text(_metrics(None, None)) and HEAD in _text(_metrics(0.02, None))
+    assert json.dumps(old) == json.dumps(fake_metrics())

@@ -1,0 +1,118 @@
+"""FedKSeed in whole runs: what travels, what it stands for, and that it learns without a gradient."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from apiary import config, kseed, models
+from apiary.config import UserError
+from apiary.examples import read
+from apiary.exchange import Payload, Visit
+from apiary.records import WireError
+from apiary.tensors import digest
+from client import zeroth
+from client.worker import Site, Worker
+from server import checkpoint
+from server.checks import check_delta
+from server.rounds import RunFailed
+from simulation.run import check_names, simulate
+
+SEEDED = ["strategy.name=fedkseed", "train.lr=2e-4", "train.schedule=constant", "train.warmup=0", "train.steps=20"]
+QUIET = ["evaluate.baselines=[]", "evaluate.generate=false", "evaluate.clients=false"]
+
+
+def events_of(folder: Path, kind: str) -> list[dict[str, Any]]:
+    return [e for e in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if e["event"] == kind]
+
+
+def test_a_run_learns_while_scalars_alone_travel(tmp_path: Path, small_run: list[str]) -> None:
+    run = config.load(None, [*small_run, *SEEDED, *QUIET, "rounds=4", "adapter.rank=2"])
+    simulate(run, tmp_path / "run")
+    losses = [event["loss"] for event in events_of(tmp_path / "run", "evaluate")]
+    assert losses[-1] < losses[0] - 0.02
+    for event in events_of(tmp_path / "run", "round"):
+        assert (event["bytes_up"] + event["bytes_down"]) / event["asked"] < 18_000
+    assert events_of(tmp_path / "run", "round")[0]["bytes_up"] / 3 < 300  # at most 20 scalars and their places
+
+    # What the server exports is the start and the scalars of its last checkpoint, to the bit.
+    found = checkpoint.load(tmp_path / "run" / "checkpoints")
+    assert found is not None
+    seeds = kseed.candidates(run.seed)
+    scalars = kseed.of_tensor(found[0].memory[kseed.NAME], seeds)
+    assert 20 < len(scalars) <= 4 * 3 * 20
+    start = models.fresh_adapter(models.load(run.model, run.adapter), run.seed)
+    assert digest(kseed.rebuild(start, scalars)) == digest(found[0].adapter)
+    exported = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert len(exported) == len(start)
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path: Path, small_run: list[str]) -> None:
+    run = config.load(None, [*small_run, *SEEDED, *QUIET, "train.steps=3"])
+    simulate(run, tmp_path / "whole")
+
+    def stop(event: dict[str, Any]) -> None:
+        if event["event"] == "round" and event["round"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises((KeyboardInterrupt, RunFailed)):
+        simulate(run, tmp_path / "cut", observers=[stop])
+    simulate(run, tmp_path / "cut", resume=True)
+    ends = [checkpoint.load(tmp_path / name / "checkpoints") for name in ("whole", "cut")]
+    assert ends[0] and ends[1]
+    assert digest(ends[0][0].adapter) == digest(ends[1][0].adapter)
+
+
+def test_what_a_client_rebuilds_is_the_servers_adapter(small_run: list[str]) -> None:
+    run = config.load(None, [*small_run, *SEEDED])
+    lm = models.load(run.model, run.adapter)
+    seeds = kseed.candidates(run.seed)
+    scalars = {seed: kseed.on_grid(1e-3 * (i + 1)) for i, seed in enumerate(seeds[:5])}
+    opened = zeroth.opened(lm, Payload({kseed.NAME: kseed.to_tensor(scalars, seeds)}, {}), run)
+    assert digest(opened.adapter) == digest(kseed.rebuild(models.fresh_adapter(lm, run.seed), scalars))
+
+
+@pytest.mark.parametrize("wrong", [1e-13, 1e5])
+def test_scalars_that_cannot_be_cost_their_client(wrong: float) -> None:
+    held = {kseed.NAME: torch.zeros(4)}
+    with pytest.raises(WireError, match="its scalars cannot be taken"):
+        check_delta({kseed.NAME: torch.tensor([0.0, wrong, 0.0, 0.0])}, held)
+    check_delta({kseed.NAME: torch.tensor([0.0, 2.0**-20, 0.0, 0.0])}, held)
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("privacy.unit=record", "no gradients"),
+        ('train.penalties=[{ name = "fedprox", mu = 0.1 }]', "train.penalties"),
+        ("wire.up=int8", "wire.up"),
+        ("adapter.train=b", "adapter.train"),
+        ("adapter.ranks=[2, 4]", "adapter.ranks"),
+        ('strategy.server_optimizer="adam"', "scalars of seeds"),
+    ],
+)
+def test_what_does_not_go_with_it_is_refused(override: str, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        check_names(config.load(None, [*SEEDED, "adapter.rank=4", override]))
+
+
+def test_an_answer_is_a_visit_with_scalars_of_the_steps_made(tmp_path: Path, small_run: list[str]) -> None:
+    """Asked again, a client says the same."""
+    run = config.load(None, [*small_run, *SEEDED, "train.steps=5"])
+    rows = read(run.data.source).examples
+    site = Site("a", rows[:30], rows[30:40], tmp_path / "run", tmp_path / "ledger.json", 4)
+    worker = Worker(run)
+    sent = Payload({kseed.NAME: torch.zeros(kseed.CANDIDATES)}, {})
+    first, again = (worker.train(site, 1, sent) for _ in range(2))
+    assert isinstance(first, Visit)
+    assert isinstance(again, Visit)
+    told = first.update.delta[kseed.NAME]
+    assert 1 <= int((told != 0).sum()) <= 5
+    assert digest(first.update.delta) == digest(again.update.delta)
+    assert first.report.steps == 5
+    assert first.report.loss > 0
