@@ -8,8 +8,9 @@ BIN := $(VENV)/bin
 demo: setup
 	$(BIN)/apiary simulate
 
+# Whole files go to one process, for what they set up once (a deployment, say) is theirs.
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Separate sites as real processes: minutes of waiting for Flower's heartbeats.
 test-long: setup
