@@ -241,7 +241,10 @@ class PrivacyConfig(_Section):
 class StrategyConfig(_Section):
     """What the server does with a round."""
 
-    name: str = Field("fedavg", description="aggregation method: fedavg, or module:function of your own")
+    name: str = Field(
+        "fedavg",
+        description="aggregation method: fedavg, auto, ... (see docs/aggregation.md), or module:function of your own",
+    )
     options: Mapping[str, Any] = Field(default_factory=dict, description="options of the method")
     root: str | None = Field(
         None, description="for fltrust: rows that the server trusts, about 100, a source as data.test is one"

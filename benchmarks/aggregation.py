@@ -72,6 +72,11 @@ MEANS: Final[Mapping[str, tuple[str, Mapping[str, Any]]]] = {
 Shapes = Mapping[str, tuple[int, int]]  # d_out, d_in by module
 
 
+def methods() -> list[str]:
+    """Those that take changes of an adapter."""
+    return [name for name in AGGREGATORS if build(name).sends != "seeds"]
+
+
 class Done(NamedTuple):
     """A round, and the seconds it took."""
 
@@ -326,17 +331,17 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         made["error"] = errors(quick)
     if "module" in parts:
         ranks = [4, 8] if quick else [int(rank) for rank in options.ranks.split(",")]
-        tasks = [{"kind": "module", "name": name, "rank": rank, "repeats": 3} for name in AGGREGATORS for rank in ranks]
+        tasks = [{"kind": "module", "name": name, "rank": rank, "repeats": 3} for name in methods() for rank in ranks]
         made["module"] = [alone(task, threads) for task in tasks]
         widths = {"rank": 4, "width": 512} if quick else {"rank": 16, "width": 4096}
         made["dense"] = alone({"kind": "dense", **widths}, threads)
     if "memory" in parts:
-        sums = [name for name in AGGREGATORS if build(name).needs == "sum"]
+        sums = [name for name in methods() if build(name).needs == "sum"]
         task = {"kind": "memory", "updates": 20 if quick else options.updates, "entries": options.update_mb * 250_000}
         made["memory"] = [row for name in sums for row in alone({**task, "name": name}, threads)]
     if "round" in parts:
         made["round"] = []
-        for row in whole_rounds(1 if quick else options.layers, list(AGGREGATORS)):
+        for row in whole_rounds(1 if quick else options.layers, methods()):
             print(json.dumps(row), flush=True)
             made["round"].append(row)
     return made

@@ -86,6 +86,9 @@ def _least(name: str) -> str:
 def _wire(method: Aggregator) -> tuple[str, str]:
     """What one client receives and sends in the round after the first of 16 clients, in adapters of float32."""
     state = ServerState(0, {n: torch.zeros(s) if lora.is_b(n) else _draw(0)[n] for n, s in _SHAPES.items()}, {}, {})
+    if method.sends == "seeds":  # as large for every adapter
+        size = 4 * _entries(method.payload(state, ClientInfo("c01", 2, 0)).adapter) / 1000
+        return f"{size:.0f} kB", f"at most {size:.0f} kB"
     updates = [Update(ROOT if k == 0 and method.root else f"c{k:02}", _draw(k), 1.0, 2) for k in range(CLIENTS + 1)]
     acc = method.reduce.start(state)
     for update in updates[not method.root :]:

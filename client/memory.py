@@ -1,8 +1,8 @@
 """What a client remembers between rounds, in files under its own organisation's folder.
 
 One file a round, so that a server that was killed and goes back to an earlier round finds the client's memory of that
-moment, and the run repeats itself bit for bit. So it is with what coding left out of the messages to the server. Of
-what the server sends in changes there is one copy, the newest, for the server asks which one that is.
+moment, and the run repeats itself bit for bit. Of what the server sends in changes there is one copy, the newest, for
+the server asks which one that is.
 """
 
 from __future__ import annotations
@@ -52,9 +52,6 @@ def forget_from(folder: Path, number: int) -> None:
     for later in _rounds(folder):
         if later >= number:
             _path(folder, later).unlink(missing_ok=True)
-    for later in _feedbacks(folder):
-        if later >= number:
-            _feedback(folder, later).unlink(missing_ok=True)
 
 
 def save(folder: Path, memory: Memory, keep: int = 3) -> None:
@@ -70,41 +67,19 @@ def save(folder: Path, memory: Memory, keep: int = 3) -> None:
         _path(folder, old).unlink(missing_ok=True)
 
 
-def load_feedback(folder: Path, before: int) -> StateDict:
-    """What coding left out of the messages before round `before`; nothing where all was sent, or nothing is known."""
-    kept = [number for number in _feedbacks(folder) if number < before]
-    return (_tensors(_feedback(folder, max(kept))) or {}) if kept else {}
-
-
-def save_feedback(folder: Path, number: int, feedback: StateDict, keep: int = 3) -> None:
-    """Write what coding left out up to round `number`, as `save` writes its memory."""
-    if any(later > number for later in _feedbacks(folder)):
-        return
-    _write(_feedback(folder, number), feedback)
-    for old in sorted(_feedbacks(folder))[:-keep]:
-        _feedback(folder, old).unlink(missing_ok=True)
-
-
 def load_copy(folder: Path) -> StateDict | None:
     """The server's adapter as this client holds it; None where it holds none that can be read."""
-    return _tensors(folder / _COPY)
+    try:
+        return load_file(folder / _COPY)
+    except Exception:  # not there, or torn: safetensors raises an error type of its own
+        return None
 
 
 def save_copy(folder: Path, adapter: StateDict) -> None:
     """Write the server's adapter in place of the one before."""
     own(folder)
-    _write(folder / _COPY, adapter)
-
-
-def _write(path: Path, state: StateDict) -> None:
-    write_atomic(path, pack({name: tensor.contiguous() for name, tensor in state.items()}), private=True)
-
-
-def _tensors(path: Path) -> StateDict | None:
-    try:
-        return load_file(path)
-    except Exception:  # not there, or torn: safetensors raises an error type of its own
-        return None
+    body = pack({name: tensor.contiguous() for name, tensor in adapter.items()})
+    write_atomic(folder / _COPY, body, private=True)
 
 
 def step_log(folder: Path, number: int) -> Observer:
@@ -119,14 +94,6 @@ def step_log(folder: Path, number: int) -> Observer:
             file.write(json.dumps(finite({"round": number, **record._asdict()})) + "\n")
 
     return observe
-
-
-def _feedback(folder: Path, number: int) -> Path:
-    return folder / f"feedback-{number:04d}.safetensors"
-
-
-def _feedbacks(folder: Path) -> list[int]:
-    return [int(path.stem.removeprefix("feedback-")) for path in folder.glob("feedback-*.safetensors")]
 
 
 def _path(folder: Path, number: int) -> Path:

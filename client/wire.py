@@ -12,7 +12,9 @@ from apiary.codecs import Shapes
 from apiary.config import RunConfig
 from apiary.downlink import Copy, Parcel
 from apiary.tensors import StateDict, digest, generator
-from client import memory
+from client import kept, memory
+
+_KIND = "feedback"
 
 
 def holds(config: RunConfig, folder: Path) -> str:
@@ -60,9 +62,10 @@ def encode(config: RunConfig, folder: Path, client: str, number: int, delta: Sta
         ValueError: it holds NaN or infinity.
     """
     codec = codecs.of_run(config, "up")
-    before = memory.load_feedback(folder, before=number) if codec.feedback else {}
-    fitting = {name: kept for name, kept in before.items() if name in delta and kept.shape == delta[name].shape}
-    message, kept = codecs.encode(delta, codec, fitting, generator(config.seed, number, client, "wire"))
+    before = kept.newest(folder, _KIND, number) if codec.feedback else {}
+    fitting = {name: tensor for name, tensor in before.items() if name in delta and tensor.shape == delta[name].shape}
+    message, left_out = codecs.encode(delta, codec, fitting, generator(config.seed, number, client, "wire"))
     if codec.feedback:
-        memory.save_feedback(folder, number, kept)
+        kept.forget_from(folder, _KIND, number)
+        kept.save(folder, _KIND, number, left_out)
     return message

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from flwr.app import ArrayRecord
 from torch import Tensor
 
-from apiary import codecs, downlink, records
+from apiary import codecs, downlink
 from apiary.config import RunConfig
-from apiary.downlink import Downlink
+from apiary.downlink import Downlink, Parcel
 from apiary.exchange import ClientInfo
 from apiary.tensors import StateDict, generator
 
@@ -33,19 +32,19 @@ class Copies:
         self._links = _from_tensors(saved)  # by rank
         self._holds: dict[str, str] = {}  # by client
         self._sent: dict[str, str] = {}  # likewise, in the message that is under way
-        self._parcels: dict[tuple[int, str], ArrayRecord] = {}  # by rank and held version; equal ones share a record
+        self._parcels: dict[tuple[int, str], Parcel] = {}  # by rank and held version
 
     def greet(self, client: str, holds: str) -> None:
         """Note what a client says that it holds."""
         self._holds[client] = holds
 
-    def pack(self, client: ClientInfo, adapter: StateDict) -> ArrayRecord:
+    def pack(self, client: ClientInfo, adapter: StateDict) -> Parcel:
         """What a client is sent in place of `adapter`, which is what it would hold if all were sent as it is."""
         link = self._links.setdefault(client.rank, downlink.begin(adapter))
         held = self._holds.pop(client.client, "")
         self._sent[client.client] = link.copy.version
         if (key := (client.rank, held)) not in self._parcels:
-            self._parcels[key] = records.parcel_arrays(downlink.parcel(link, held))
+            self._parcels[key] = downlink.parcel(link, held)
         return self._parcels[key]
 
     def arrived(self, client: str) -> None:

@@ -326,7 +326,7 @@ class Rounds(Strategy):
         member = self._members[client]
         payload, arrays = self._payload(member.info)
         if self._copies:
-            arrays = (self._copies.pack(member.info, payload.adapter), *arrays[1:])
+            arrays = (records.parcel_arrays(self._copies.pack(member.info, payload.adapter)), *arrays[1:])
         # Who is only measured needs no control variate.
         content = records.request(number, *arrays[: 3 if kind == "train" else 2], last_round=member.info.last_round)
         return Message(content, member.node, kind, group_id=str(number))
@@ -411,6 +411,7 @@ class Rounds(Strategy):
                 answer = self._read(message)
             except records.WireError as error:
                 self._refuse(self._client_of(message), str(error), server_round)
+                acc = reducer.refused(acc)
                 continue
             self._heard(answer.client if isinstance(answer, Decline) else answer.update.client)
             if isinstance(answer, Decline):
@@ -429,7 +430,10 @@ class Rounds(Strategy):
         else:
             self._check_quorum(server_round, len(good), len(self._cohort) - declined)
             acc = reducer.add(acc, self._own_update(server_round)) if self._root else acc
-            gradient = reducer.finish(self.state, acc, self._generator(server_round))
+            try:
+                gradient = reducer.finish(self.state, acc, self._generator(server_round))
+            except ValueError as error:  # a robust method with too few answers to keep its promise, say
+                raise RunFailed(f"round {server_round}: {error}") from error
             self._told = gauges.facts(gauge, gradient)
             self._step(server_round, gradient)
         return None, MetricRecord({**_summed(good), "bytes_up": up})

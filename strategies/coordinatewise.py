@@ -23,7 +23,7 @@ from apiary.exchange import Update
 from strategies import gram as rules
 from strategies.core import AGGREGATORS, Aggregator, Gradient, ServerState, plain_step, same_payload
 from strategies.gram import Before, check_answers
-from strategies.lowrank import each
+from strategies.lowrank import each_and_refused
 
 
 class _Kept(NamedTuple):
@@ -125,9 +125,9 @@ def _entrywise(
 ) -> Aggregator:
     """The aggregator that chooses clients by the Gram matrix of the factors, then applies a rule to each entry."""
     before.check(byzantine)
-    hostile = byzantine or 0
 
-    def finish(state: ServerState, answers: Sequence[Update]) -> Gradient:
+    def finish(state: ServerState, answers: Sequence[Update], refused: int) -> Gradient:
+        hostile = max(0, (byzantine or 0) - refused)
         check_answers(name, hostile, len(answers))
         clients = [update.client for update in answers]
         gram = _inner_products([update.delta for update in answers])
@@ -149,7 +149,7 @@ def _entrywise(
             notes=before.notes(clients, shares, reasons),
         )
 
-    reduce = each(name, "one", finish)
+    reduce = each_and_refused(name, "one", finish)
     return Aggregator(reduce, plain_step, same_payload, needs="each", fewest=rules.fewest(name, byzantine))
 
 

@@ -63,6 +63,7 @@ class Reducer(NamedTuple):
     start: Callable[[ServerState], Any]
     add: Callable[[Any, Update], Any]
     finish: Callable[[ServerState, Any, Generator], Gradient]
+    refused: Callable[[Any], Any] = lambda acc: acc  # told of each answer whose content could not be taken
 
 
 class Aggregator(NamedTuple):

@@ -37,6 +37,7 @@ Weighting: TypeAlias = Literal["tokens", "uniform"]
 class _Held(NamedTuple):
     rank: int  # of the server's adapter
     updates: list[Update]  # as they came
+    refused: int = 0  # answers that held what cannot be taken
 
 
 def each(
@@ -50,6 +51,16 @@ def each(
         finish: the gradient of a state and the updates, in the order of the clients' names, so that the order in which
             they came does not show.
     """
+    return each_and_refused(method, ranks, lambda state, updates, refused: finish(state, updates))
+
+
+def each_and_refused(
+    method: str, ranks: Literal["one", "mixed"], finish: Callable[[ServerState, Sequence[Update], int], Gradient]
+) -> Reducer:
+    """As `each`, for methods that withstand some hostile clients: `finish` is also told how many answers were refused.
+
+    Whoever sends NaN is out before anything is folded, and is one hostile client less among the others.
+    """
 
     def start(state: ServerState) -> _Held:
         return _Held(rank_of(state), [])
@@ -60,9 +71,9 @@ def each(
         return held
 
     def end(state: ServerState, held: _Held, rng: Generator) -> Gradient:
-        return finish(state, sorted(held.updates, key=lambda update: update.client))
+        return finish(state, sorted(held.updates, key=lambda update: update.client), held.refused)
 
-    return Reducer(start, add, end)
+    return Reducer(start, add, end, lambda held: held._replace(refused=held.refused + 1))
 
 
 def rank_of(state: ServerState) -> int:
@@ -312,7 +323,9 @@ def hetlora(scaling: Scaling, form: Literal["absolute", "delta"] = "absolute") -
         return Gradient(lora.join({m: mean(factors, [deltas[m] for deltas in split]) for m, factors in held.items()}))
 
     reduce = each("hetlora", "mixed", finish)
-    return Aggregator(reduce, plain_step, payload_of_rank(scaling), needs="each", ranks="mixed")
+    made = Aggregator(reduce, plain_step, payload_of_rank(scaling), needs="each", ranks="mixed")
+    # Where padded zeros count, a factor that clients hold fixed would shrink all the same.
+    return made if form == "delta" else made._replace(trains=("both",))
 
 
 class _Slices(NamedTuple):

@@ -24,7 +24,7 @@ from apiary.lora import Factors, Scaling
 from strategies import gram as rules
 from strategies.core import AGGREGATORS, ROOT, Aggregator, Gradient, ServerState, plain_step, product_step
 from strategies.gram import Before, Rule, check_answers
-from strategies.lowrank import each, payload_of_rank
+from strategies.lowrank import each_and_refused, payload_of_rank
 
 _LOST = 0.01  # most that rounding may add in a client's name, relative to its norm or the median norm
 _EPS = torch.finfo(torch.float32).eps / 2
@@ -131,14 +131,14 @@ def _robust(method: _Method, scaling: Scaling, root: bool = False) -> Aggregator
     """The aggregator that applies a rule to the Gram matrix of the products; it holds all updates of a round."""
     method.before.check(method.byzantine)
 
-    def finish(state: ServerState, answers: Sequence[Update]) -> Gradient:
+    def finish(state: ServerState, answers: Sequence[Update], refused: int) -> Gradient:
         held = lora.split(state.adapter)
         own = _trusted(answers) if root else []
         answers = [update for update in answers if not own or update.client != ROOT]
         clients = [update.client for update in answers]
         deltas = [_in_units(held, update, scaling) for update in [*answers, *own]]
         gram, sizes = _inner_products(held, deltas, scaling)
-        shares, reasons = _judge(method, gram, sizes, len(own))
+        shares, reasons = _judge(_left(method, refused), gram, sizes, len(own))
         of_clients = deltas[: len(clients)]
         return Gradient(
             lora.join({module: _combine(f, [d[module] for d in of_clients], shares) for module, f in held.items()}),
@@ -146,7 +146,7 @@ def _robust(method: _Method, scaling: Scaling, root: bool = False) -> Aggregator
             notes=method.before.notes(clients, shares, reasons),
         )
 
-    reduce = each(method.name, "mixed", finish)
+    reduce = each_and_refused(method.name, "mixed", finish)
     return Aggregator(
         reduce,
         step,
@@ -172,6 +172,11 @@ def step(state: ServerState, gradient: Gradient) -> ServerState:
     else:
         return product_step(state, gradient)
     return plain_step(state, gradient._replace(adapter=lora.join(moved)))
+
+
+def _left(method: _Method, refused: int) -> _Method:
+    """The method with the hostile clients that may be left among the answers."""
+    return method if method.byzantine is None else method._replace(byzantine=max(0, method.byzantine - refused))
 
 
 def _trusted(answers: Sequence[Update]) -> list[Update]:

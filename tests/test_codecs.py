@@ -24,6 +24,7 @@ from reference import codecs as reference
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from apiary import codecs
 from apiary.codecs import CODECS, Codec, CodecError, decode, encode, shapes_of
 from apiary.config import UserError
 from apiary.tensors import digest, generator, norm, subtract

@@ -75,7 +75,7 @@ def test_the_copy_follows_the_adapter_and_falls_no_further_behind(codec: Codec) 
         assert off[-1] < 0.99 * norm(subtract(_adapter(30), _adapter(0)))
     else:
         assert max(off) < 0.25 * step
-        assert off[-1] < 1.5 * off[0]
+        assert off[-1] <= 1.5 * off[0]
 
 
 def test_topk_catches_up_when_the_adapter_rests() -> None:

@@ -31,7 +31,7 @@ def test_a_parcel_round_trips() -> None:
     for sent in (Parcel("v", b"whole"), Parcel("v"), Parcel("v", changes=changes)):
         content = wire(records.request(7, records.parcel_arrays(sent), records.to_arrays({})))
         seen: list[Parcel] = []
-        number, payload = records.read_request(content, lambda parcel, seen=seen: seen.append(parcel) or STATE)  # type: ignore[func-returns-value,misc]
+        number, payload = records.read_request(content, lambda parcel, seen=seen: seen.append(parcel) or STATE)  # type: ignore[misc]
         assert number == 7 and payload.adapter is STATE and seen == [sent]
         assert records.array_bytes(content) == len(sent.whole) + 5 * len(sent.changes)
     with pytest.raises(records.WireError, match="not expected"):

@@ -552,3 +552,20 @@ def test_the_number_of_hostile_clients_has_to_be_said(name: str) -> None:
 def test_mixing_has_to_know_how_many_are_not_near(name: str, options: Mapping[str, Any]) -> None:
     with pytest.raises(UserError, match=r"strategy\.options\.byzantine = 0: with nearest = true"):
         _build(name, nearest=True, **options)
+
+
+@pytest.mark.parametrize("name", ["trimmed_mean", "median", "multi_krum", "geometric_median", "norm_clip"])
+def test_whoever_sent_what_cannot_be_taken_is_one_hostile_client_less(name: str) -> None:
+    """Four attackers of ten that send NaN are refused before the fold; the six left are told to withstand none."""
+    state, honest = _state(), _honest(6)
+    method = _build(name, byzantine=3)
+    acc = method.reduce.start(state)
+    for update in honest:
+        acc = method.reduce.add(acc, update)
+    with pytest.raises(ValueError, match="needs"):
+        method.reduce.finish(state, acc, torch.Generator())
+    for _ in range(4):
+        acc = method.reduce.refused(acc)
+    made = method.reduce.finish(state, acc, torch.Generator())
+    expected = _reduce(_build(name, byzantine=0), state, honest)
+    assert digest(made.adapter) == digest(expected.adapter)

@@ -19,7 +19,7 @@ import strategies
 from apiary import codecs, config, downlink, models, records
 from apiary.config import UserError
 from apiary.tensors import digest, generator
-from client import answers, memory, wire
+from client import answers, kept, memory, wire
 from client import app as client_app
 from client.service import _refuse_foreign_code
 from server import checkpoint, copies
@@ -54,8 +54,8 @@ def test_the_default_is_what_unencoded_tensors_make(
     coded = run(tmp_path / "coded", small_run)
     monkeypatch.setattr(answers, "_encoded", lambda *args: b"")
     assert digest(run(tmp_path / "plain", small_run), 64) == digest(coded, 64)
-    kept = {path.name.partition("-")[0] for path in (tmp_path / "coded" / "clients" / "client-00").iterdir()}
-    assert kept == {"round", "steps.jsonl"}
+    files = {path.name.partition("-")[0] for path in (tmp_path / "coded" / "clients" / "client-00").iterdir()}
+    assert files == {"round", "steps.jsonl"}
     assert not list((tmp_path / "coded" / "checkpoints").rglob("copies*"))
 
 
@@ -142,7 +142,7 @@ class Killed(BaseException):
 
 MOMENTS = [
     (memory, "save", "after"),
-    (memory, "save_feedback", "after"),
+    (kept, "save", "after"),
     (memory, "save_copy", "after"),
     (checkpoint, "save", "before"),
     (checkpoint, "save", "after"),
@@ -244,7 +244,7 @@ def test_a_damaged_message_costs_one_client_the_round(
     change: Callable[[bytes], bytes],
     told: str,
 ) -> None:
-    Damaged.change = staticmethod(change)  # type: ignore[assignment]
+    Damaged.change = staticmethod(change)
     monkeypatch.setattr(engines, "LocalGrid", Damaged)
     run(tmp_path / "run", [*small_run, "wire.up=int8", "wire.down=int8"])
     (refused,) = events_of(tmp_path / "run", "refused")
@@ -283,12 +283,12 @@ def test_what_left_out_rounds_kept_is_added_when_a_client_comes_again(tmp_path: 
     deltas = {n: {"x": torch.randn(300, generator=generator(n))} for n in (1, 2, 7)}
     sent = {n: wire.encode(settings, tmp_path, "a", n, delta) for n, delta in deltas.items()}
     arrived = sum(codecs.decode(message, codec, {"x": (300,)})["x"].double() for message in sent.values())
-    kept = memory.load_feedback(tmp_path, before=8)["x"].double()
-    torch.testing.assert_close(arrived + kept, sum(d["x"].double() for d in deltas.values()), rtol=0, atol=1e-6)
-    assert kept.abs().max() > 0.01
+    left_out = kept.newest(tmp_path, "feedback", before=8)["x"].double()
+    torch.testing.assert_close(arrived + left_out, sum(d["x"].double() for d in deltas.values()), rtol=0, atol=1e-6)
+    assert left_out.abs().max() > 0.01
     again = {n: wire.encode(settings, tmp_path, "a", n, deltas[n]) for n in (7, 7)}
     assert again[7] == sent[7]
-    memory.forget_from(tmp_path, 2)  # a server that went back
+    # A server that went back:
     assert {n: wire.encode(settings, tmp_path, "a", n, deltas[n]) for n in (2, 7)} == {n: sent[n] for n in (2, 7)}
 
 
@@ -301,6 +301,19 @@ def test_feedback_of_another_rank_is_not_added(tmp_path: Path, small_run: list[s
 
 
 PRIVATE = ["privacy.unit=record", "privacy.batch_rows=8", "train.steps=1"]
+
+
+def test_the_codec_makes_no_other_release_of_the_same_round(tmp_path: Path, small_run: list[str]) -> None:
+    """It comes after the noise; a second release of the round would cost budget, and noise of its own."""
+    for up in ("fp32", "int8"):
+        answers.forget()
+        settings = config.load(None, [*small_run, *PRIVATE, f"wire.up={up}"])
+        grid = LocalGrid(client_app.make_app(engines.site_facts(settings.to_json(), tmp_path)), settings.data.clients)
+        adapter = records.to_arrays(models.fresh_adapter(models.load(settings.model, settings.adapter), 0))
+        content = records.request(1, adapter, ArrayRecord())
+        (reply,) = grid.send_and_receive([Message(content, 1000, "train", group_id="1")])
+        assert not reply.has_error(), reply.error
+    assert len(list((tmp_path / "clients" / "client-00").glob("release-*"))) == 1
 
 
 @pytest.mark.parametrize("private", [False, True])
@@ -334,9 +347,9 @@ def test_feedback_sees_only_what_was_released(tmp_path: Path, small_run: list[st
     released = load_file(next(folder.glob("release-0001-*.safetensors")))
     shapes = codecs.shapes_of(start)
     arrived = codecs.decode(records.read_message(reply.content), codecs.of_run(settings, "up"), shapes)
-    kept = memory.load_feedback(folder, before=2)
-    assert kept.keys() == {name for name, tensor in released.items() if tensor.any()}
-    assert all(torch.equal(kept[name], released[name] - arrived[name]) for name in kept)
+    left_out = kept.newest(folder, "feedback", before=2)
+    assert left_out.keys() == {name for name, tensor in released.items() if tensor.any()}
+    assert all(torch.equal(left_out[name], released[name] - arrived[name]) for name in left_out)
     assert (folder / "feedback-0001.safetensors").stat().st_mode & 0o077 == 0
 
 

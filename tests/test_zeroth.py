@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from apiary import config, kseed, models
 from apiary.config import UserError
 from apiary.examples import read
-from apiary.exchange import Payload, Visit
+from apiary.exchange import ClientInfo, Payload, Update, Visit
 from apiary.records import WireError
 from apiary.tensors import digest
 from client import zeroth
@@ -22,8 +22,9 @@ from server import checkpoint
 from server.checks import check_delta
 from server.rounds import RunFailed
 from simulation.run import check_names, simulate
+from strategies import AGGREGATORS, ServerState
 
-SEEDED = ["strategy.name=fedkseed", "train.lr=2e-4", "train.schedule=constant", "train.warmup=0", "train.steps=20"]
+SEEDED = ["strategy.name=fedkseed", "train.lr=1e-3", "train.schedule=constant", "train.warmup=0", "train.steps=20"]
 QUIET = ["evaluate.baselines=[]", "evaluate.generate=false", "evaluate.clients=false"]
 
 
@@ -35,7 +36,7 @@ def test_a_run_learns_while_scalars_alone_travel(tmp_path: Path, small_run: list
     run = config.load(None, [*small_run, *SEEDED, *QUIET, "rounds=4", "adapter.rank=2"])
     simulate(run, tmp_path / "run")
     losses = [event["loss"] for event in events_of(tmp_path / "run", "evaluate")]
-    assert losses[-1] < losses[0] - 0.02
+    assert losses[-1] < losses[0] - 0.1
     for event in events_of(tmp_path / "run", "round"):
         assert (event["bytes_up"] + event["bytes_down"]) / event["asked"] < 18_000
     assert events_of(tmp_path / "run", "round")[0]["bytes_up"] / 3 < 300  # at most 20 scalars and their places
@@ -75,6 +76,34 @@ def test_what_a_client_rebuilds_is_the_servers_adapter(small_run: list[str]) -> 
     scalars = {seed: kseed.on_grid(1e-3 * (i + 1)) for i, seed in enumerate(seeds[:5])}
     opened = zeroth.opened(lm, Payload({kseed.NAME: kseed.to_tensor(scalars, seeds)}, {}), run)
     assert digest(opened.adapter) == digest(kseed.rebuild(models.fresh_adapter(lm, run.seed), scalars))
+
+
+def test_the_server_averages_scalars_in_any_order_and_rebuilds_from_the_start() -> None:
+    method = AGGREGATORS.build("fedkseed", {"candidates": 6}, seed=3)
+    seeds, start = kseed.candidates(3, 6), {"x": torch.linspace(-1, 1, 50)}
+    told = [[0.5, 0, 0, -1.0, 0, 0], [0, 0.25, 0, 1.0, 0, 0], [0, 0, 0, 0, 0, 2.0]]
+    updates = [
+        Update(f"c{i}", {kseed.NAME: torch.tensor(row)}, w, 4)
+        for i, (row, w) in enumerate(zip(told, (1.0, 2.0, 1.0), strict=True))
+    ]
+
+    def after(order: list[int], rounds: int = 2) -> ServerState:
+        state = ServerState(0, start, {}, {})
+        for _ in range(rounds):
+            acc = method.reduce.start(state)
+            for i in order:
+                acc = method.reduce.add(acc, updates[i])
+            state = method.step(state, method.reduce.finish(state, acc, torch.Generator()))
+        return state
+
+    # Twice (1/4, 2/4, 1/4) of the three.
+    expected = dict(zip(seeds, [0.25, 0.25, 0.0, 0.5, 0.0, 1.0], strict=True))
+    state = after([0, 1, 2])
+    assert digest(state.adapter) == digest(kseed.rebuild(start, expected)) == digest(after([2, 0, 1]).adapter)
+    assert method.payload(state, ClientInfo("c0", 4, 2)).adapter[kseed.NAME].tolist() == list(expected.values())
+    assert (
+        method.payload(ServerState(0, start, {}, {}), ClientInfo("c0", 4, 0)).adapter[kseed.NAME].tolist() == [0.0] * 6
+    )
 
 
 @pytest.mark.parametrize("wrong", [1e-13, 1e5])
