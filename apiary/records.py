@@ -21,7 +21,7 @@ HELLO = "query.hello"
 _ADAPTER, _BASE_DELTA, _ROUND, _COUNTS, _WHO, _PRINT = "adapter", "base_delta", "round", "counts", "who", "fingerprint"
 _MESSAGE, _PARCEL, _CHANGE, _HOLDS = "message", "parcel/", "change/", "holds"
 _CURATED, _SPENT, _DECLINED, _DROPPED = "curated", "spent", "declined", "dropped."
-_CONTROL, _LAST = "control", "last_round"
+_CONTROL, _LAST = "control", "counted"
 
 
 class WireError(ValueError):
