@@ -92,8 +92,8 @@ class AdapterConfig(_Section):
     targets: str | tuple[str, ...] = Field(
         "all-linear", description="all-linear, or a list of module name endings such as q_proj"
     )
-    train: Literal["both", "b", "a", "alternate"] = Field(
-        "both", description="factors that clients train: both, b (FFA-LoRA), a, or b and a in turns (RoLoRA)"
+    train: Literal["both", "b", "alternate"] = Field(
+        "both", description="factors that clients train: both, b (FFA-LoRA), or b and a in turns (RoLoRA)"
     )
     share: Literal["both", "a"] = Field(
         "both", description="factors that travel: both, or a: each client keeps a b of its own (FedSA-LoRA)"

@@ -92,6 +92,11 @@ def advance(state: Downlink, adapter: StateDict, codec: Codec, rng: Generator) -
     return Downlink(copy, changes)
 
 
+def knows(state: Downlink, version: str) -> bool:
+    """Whether changes alone lead from the copy of a version to the newest one."""
+    return version == state.copy.version or _start(state.changes, version) is not None
+
+
 def parcel(state: Downlink, holds: str) -> Parcel:
     """What a client is sent that holds the copy of version `holds`; "" where it holds none."""
     version = state.copy.version

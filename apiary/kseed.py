@@ -103,14 +103,23 @@ def rebuild(start: StateDict, scalars: Scalars) -> dict[str, Tensor]:
     return {name: made[name] for name in start}
 
 
+def check_sum(scalars: Iterable[float]) -> None:
+    """Check that scalars are small enough for exact sums.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if (size := math.fsum(abs(float(c)) for c in scalars)) >= _MOST:
+        raise ValueError(
+            f"scalars of {size:g} in all, where {_MOST:g} is too much: the steps are too long; lower the lr"
+        )
+
+
 def _checked(scalars: Scalars) -> dict[int, float]:
     """The scalars that are not zero."""
     if odd := next((c for c in scalars.values() if not math.isfinite(c) or c % GRAIN), None):
         raise ValueError(f"the scalar {odd!r} is no multiple of 2^-40: use on_grid")
-    if (size := math.fsum(map(abs, scalars.values()))) >= _MOST:
-        raise ValueError(
-            f"scalars of {size:g} in all, where {_MOST:g} is too much: the steps are too long; lower the lr"
-        )
+    check_sum(scalars.values())
     return {seed: c for seed, c in scalars.items() if c}
 
 

@@ -167,6 +167,10 @@ def _seeds(config: RunConfig) -> Iterator[str]:
         yield f'{name}: its clients take no gradients that privacy.unit = "record" could clip and noise; use fedavg'
     if config.train.penalties:
         yield f"train.penalties: {name} looks at the loss of rows alone; leave them out"
+    if config.simulate.attackers:
+        yield f"simulate.attackers = {config.simulate.attackers:g}: attacks change factors, {name} sends scalars; set 0"
+    if config.adapter.dropout:
+        yield f"adapter.dropout = {config.adapter.dropout:g}: {name} compares two losses, which it would blur; set 0"
     if config.continual.buffer:
         yield f"continual.buffer = {config.continual.buffer:g}: {name} trains on new rows alone; set 0"
     for way, method in (("up", config.wire.up), ("down", config.wire.down)):

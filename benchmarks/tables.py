@@ -251,6 +251,48 @@ def aggregation_round(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"{size}, rank 16, 16 clients; on {_machine(results)}."])
 
 
+_CODED = ("fedavg", "bf16", "int8", "int4", "top 1% up", "top 10% up", "ffa", "alternating")
+_CODED_MORE = ("int4 up, int8 down", "int4 up, without feedback", "ffa, int8", "alternating, int8")
+
+
+def federated(results: dict[str, Any]) -> str:
+    """The methods on one federation; differences are to `fedavg`, seed by seed."""
+    return _ways(results, lambda way: way == "fedavg" or way not in (*_CODED[1:6], *_CODED_MORE))
+
+
+def codecs(results: dict[str, Any]) -> str:
+    """What travels, coded or by halves, on one federation."""
+    return _ways(results, lambda way: way in (*_CODED, *_CODED_MORE))
+
+
+def _ways(results: dict[str, Any], wanted: Callable[[str], bool]) -> str:
+    lines = [
+        "| | held-out loss | less `fedavg` | exact match | MB in all | loss at equal bytes | MB to that loss | rank |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    found = {way: row for way, row in results["summary"].items() if wanted(way)}
+    for way, row in found.items():
+        reached = [sent / 1e6 for sent in row["to_target"] if sent is not None]
+        equal = [loss for loss in row["at_equal_bytes"] if loss is not None]
+        cells = [
+            _spread(row["loss"], 1, 3),
+            _spread(row["difference"], 1, 3) if way != "fedavg" else "",
+            f"{_spread(row['accuracy'], 100, 0)}%",
+            f"{row['bytes'] / 1e6:.1f}",
+            _spread(equal, 1, 2) if equal else "not one round fits",
+            _spread(reached, 1, 0) if len(reached) == len(row["to_target"]) else "not reached",
+            str(row["rank"]),
+        ]
+        lines.append(f"| {way} | {' | '.join(cells)} |")
+    counts = sorted({row["seeds"] for row in found.values()})
+    seeds = _seeds(counts[-1]) if len(counts) == 1 else f"Mean and range over {counts[0]} to {counts[-1]} seeds."
+    note = (
+        f"{seeds} Equal bytes: those of half of `fedavg`'s rounds. That loss: the one of `fedavg` after two thirds of "
+        f"its rounds. Rank: of the adapter that is exported. On {_machine(results)}."
+    )
+    return "\n".join([*lines, "", note])
+
+
 def poisoning(results: dict[str, Any]) -> str:
     """For each share of attackers: held-out loss by method and attack, and how often a trigger works."""
     runs = results["runs"]
@@ -311,9 +353,12 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "aggregation_memory": aggregation_memory,
     "aggregation_round": aggregation_round,
     "poisoning": poisoning,
+    "federated": federated,
+    "codecs": codecs,
 }
 _FROM = {  # tables that have no file of results of their own
     "judges": "curation",
+    "codecs": "federated",
     **dict.fromkeys(
         ("aggregation_error", "aggregation_module", "aggregation_memory", "aggregation_round"), "aggregation"
     ),

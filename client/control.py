@@ -19,7 +19,11 @@ from apiary.exchange import Payload
 from apiary.tensors import StateDict, subtract
 from client import kept
 
-_KIND = "control"
+KIND = "control"
+
+
+class ControlLost(RuntimeError):
+    """The client has lost what the server knows of it."""
 
 
 def correction(folder: Path, payload: Payload) -> dict[str, Tensor]:
@@ -45,12 +49,20 @@ def renew(folder: Path, number: int, payload: Payload, delta: StateDict, rates: 
         return {}
     before, walked = _own(folder, payload), sum(rates)
     after = {name: own - payload.control[name] - delta[name] / walked for name, own in before.items()}
-    kept.forget_from(folder, _KIND, number)
-    kept.save(folder, _KIND, number, after, also=payload.last_round)
+    kept.save(folder, KIND, number, after, also=payload.last_round)
     return subtract(after, before)
 
 
 def _own(folder: Path, payload: Payload) -> dict[str, Tensor]:
-    """c_k as the server knows it, zero at first."""
-    found = kept.load(folder, _KIND, payload.last_round)
+    """c_k as the server knows it, zero at first.
+
+    Raises:
+        ControlLost: the server's sum holds one that is gone here, and would hold it twice for ever.
+    """
+    found = kept.load(folder, KIND, payload.last_round)
+    if payload.control and payload.last_round and not found:
+        raise ControlLost(
+            f"its control variate of round {payload.last_round} is gone from its disk, and the server's mean still "
+            "holds it; with scaffold it cannot take part in this run again"
+        )
     return {name: found.get(name, torch.zeros_like(c)) for name, c in payload.control.items()}

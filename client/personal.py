@@ -16,17 +16,16 @@ from apiary.models import LanguageModel
 from apiary.tensors import StateDict
 from client import kept
 
-_KIND = "personal"
+KIND = "personal"
 
 
 def complete(lm: LanguageModel, folder: Path, before: int, shared: StateDict) -> dict[str, Tensor]:
     """The client's whole adapter: the shared factors, and its own as they were before round `before`."""
-    own = kept.newest(folder, _KIND, before)
+    own = kept.newest(folder, KIND, before)
     zeros = {name: torch.zeros(p.shape) for name, p in lm.adapter.items() if is_b(name)}
     return {**zeros, **own, **shared}
 
 
 def keep(folder: Path, number: int, start: StateDict, delta: StateDict) -> None:
     """Keep the client's own factors as a visit left them: those of `start` with its change."""
-    kept.forget_from(folder, _KIND, number)
-    kept.save(folder, _KIND, number, {name: start[name] + d for name, d in delta.items() if is_b(name)})
+    kept.save(folder, KIND, number, {name: start[name] + d for name, d in delta.items() if is_b(name)})

@@ -14,7 +14,7 @@ from apiary.downlink import Copy, Parcel
 from apiary.tensors import StateDict, digest, generator
 from client import kept, memory
 
-_KIND = "feedback"
+KIND = "feedback"
 
 
 def holds(config: RunConfig, folder: Path) -> str:
@@ -62,10 +62,9 @@ def encode(config: RunConfig, folder: Path, client: str, number: int, delta: Sta
         ValueError: it holds NaN or infinity.
     """
     codec = codecs.of_run(config, "up")
-    before = kept.newest(folder, _KIND, number) if codec.feedback else {}
+    before = kept.newest(folder, KIND, number) if codec.feedback else {}
     fitting = {name: tensor for name, tensor in before.items() if name in delta and tensor.shape == delta[name].shape}
     message, left_out = codecs.encode(delta, codec, fitting, generator(config.seed, number, client, "wire"))
     if codec.feedback:
-        kept.forget_from(folder, _KIND, number)
-        kept.save(folder, _KIND, number, left_out)
+        kept.save(folder, KIND, number, left_out)
     return message

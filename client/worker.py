@@ -24,7 +24,7 @@ from apiary.models import LanguageModel
 from apiary.privacy import BudgetSpent
 from apiary.probe import ModelProbe
 from apiary.tensors import StateDict
-from client import charge, choice, continual, control, memory, personal, trainer, zeroth
+from client import charge, choice, continual, control, kept, memory, personal, trainer, wire, zeroth
 from client.charge import Work
 from client.choice import Choice
 from client.continual import StageData
@@ -94,6 +94,8 @@ class Worker:
         """
         memory.own(site.folder)
         memory.forget_from(site.folder, number)
+        for kind in (wire.KIND, personal.KIND, control.KIND):
+            kept.forget_from(site.folder, kind, number)
         past = memory.load(site.folder, before=number)
         payload = self._completed(site, number, payload)
         rows, chosen = self._chosen(site, number, payload)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 
+from torch import Tensor
+
 from apiary import kseed
 from apiary.config import RunConfig
 from apiary.exchange import Curated, Decline, FitReport, Payload, Score, Spent, Visit
@@ -15,7 +17,12 @@ from apiary.records import WireError
 from apiary.tensors import StateDict, add, is_finite
 
 MOST = 2**53  # counts travel as float64, which holds no larger number exactly
+_MOST_ENTRY = 1e12  # of a change; beyond it products of factors, and their decompositions, leave float32
 _SLACK = 1e-6  # of a budget, for two sides that add in another order
+
+
+class Poisoned(WireError):
+    """A well-formed change that no training makes. Whoever sends it is hostile, or as good as that."""
 
 
 def check_visit(visit: Visit, config: RunConfig, examples: int, payload: Payload) -> None:
@@ -75,12 +82,20 @@ def check_delta(delta: StateDict, adapter: StateDict) -> None:
         if tensor.shape != adapter[name].shape:
             raise WireError(f"its {name} is {tuple(tensor.shape)}, the adapter's {tuple(adapter[name].shape)}")
     if kseed.NAME in delta:
-        try:
-            kseed.of_tensor(delta[kseed.NAME], range(len(delta[kseed.NAME])))
-        except ValueError as error:
-            raise WireError(f"its scalars cannot be taken: {error}") from None
+        _check_scalars(delta[kseed.NAME], adapter[kseed.NAME])
+    if any(tensor.numel() and not float(tensor.abs().max()) < _MOST_ENTRY for tensor in delta.values()):
+        raise Poisoned("its update holds NaN or infinity, or numbers too large to add to the adapter")
     if not is_finite(add(adapter, delta)):
-        raise WireError("its update holds NaN or infinity, or numbers too large to add to the adapter")
+        raise WireError("its update and the adapter add up to numbers that are too large")
+
+
+def _check_scalars(change: Tensor, pool: Tensor) -> None:
+    """Each client's scalars must fit on top of the pool by themselves: then their mean does."""
+    try:
+        kseed.of_tensor(change, range(len(pool)))
+        kseed.check_sum((pool.abs() + change.abs()).tolist())
+    except ValueError as error:
+        raise WireError(f"its scalars cannot be taken: {error}") from None
 
 
 def _check_control(control: StateDict, sent: StateDict) -> None:

@@ -42,6 +42,7 @@ class Copies:
         """What a client is sent in place of `adapter`, which is what it would hold if all were sent as it is."""
         link = self._links.setdefault(client.rank, downlink.begin(adapter))
         held = self._holds.pop(client.client, "")
+        held = held if downlink.knows(link, held) else ""  # all others get the whole, and share one parcel
         self._sent[client.client] = link.copy.version
         if (key := (client.rank, held)) not in self._parcels:
             self._parcels[key] = downlink.parcel(link, held)

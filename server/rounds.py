@@ -16,6 +16,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Generator
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from apiary import codecs, records
 from apiary.config import RunConfig
@@ -411,7 +412,7 @@ class Rounds(Strategy):
                 answer = self._read(message)
             except records.WireError as error:
                 self._refuse(self._client_of(message), str(error), server_round)
-                acc = reducer.refused(acc)
+                acc = reducer.refused(acc) if isinstance(error, checks.Poisoned) else acc
                 continue
             self._heard(answer.client if isinstance(answer, Decline) else answer.update.client)
             if isinstance(answer, Decline):
@@ -432,10 +433,11 @@ class Rounds(Strategy):
             acc = reducer.add(acc, self._own_update(server_round)) if self._root else acc
             try:
                 gradient = reducer.finish(self.state, acc, self._generator(server_round))
-            except ValueError as error:  # a robust method with too few answers to keep its promise, say
+                self._told = gauges.facts(gauge, gradient)
+                self._step(server_round, gradient)
+            # A robust method with too few answers to keep its promise, say, or a decomposition that does not converge.
+            except (ValueError, LinAlgError) as error:
                 raise RunFailed(f"round {server_round}: {error}") from error
-            self._told = gauges.facts(gauge, gradient)
-            self._step(server_round, gradient)
         return None, MetricRecord({**_summed(good), "bytes_up": up})
 
     def _read(self, message: Message) -> Visit | Decline:

@@ -63,7 +63,7 @@ class Reducer(NamedTuple):
     start: Callable[[ServerState], Any]
     add: Callable[[Any, Update], Any]
     finish: Callable[[ServerState, Any, Generator], Gradient]
-    refused: Callable[[Any], Any] = lambda acc: acc  # told of each answer whose content could not be taken
+    refused: Callable[[Any], Any] = lambda acc: acc  # told of each answer that no honest client would give
 
 
 class Aggregator(NamedTuple):
@@ -81,7 +81,7 @@ class Aggregator(NamedTuple):
     needs: Literal["sum", "each"]
     space: Literal["factors", "products"] = "factors"
     ranks: Literal["one", "mixed"] = "one"
-    trains: tuple[str, ...] = ("both", "b", "a", "alternate")  # the values of `adapter.train` that it goes with
+    trains: tuple[str, ...] = ("both", "b", "alternate")  # the values of `adapter.train` that it goes with
     renews: bool = False  # whether A is drawn anew in every round
     fewest: int = 1  # answers of a round without which its promise means nothing
     sends: Literal["factors", "seeds"] = "factors"  # what travels: an adapter's, or `apiary.kseed`'s scalars
@@ -127,13 +127,3 @@ def of_rank(adapter: StateDict, rank: int, scaling: Scaling) -> dict[str, Tensor
         part = lora.resize(whole, min(rank, whole.rank))
         made[module] = Factors(part.b * (scaling(whole.rank) / scaling(part.rank)), part.a)
     return lora.join(made)
-
-
-def contribution(start: Mapping[str, Factors], update: Update) -> dict[str, Factors]:
-    """The change that a client made to each product, B_k A_k - B_0 A_0, as factors of rank 2 r_k.
-
-    Args:
-        start: the factors that the client received.
-        update: its answer.
-    """
-    return {module: lora.change(start[module], delta) for module, delta in lora.split(update.delta).items()}

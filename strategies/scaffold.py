@@ -51,7 +51,7 @@ def scaffold() -> Aggregator:
         return Payload(state.adapter, state.base_delta, control)
 
     # Rounds of B and A in turns would measure a gradient of zero for the half that rests.
-    return Aggregator(Reducer(start, take, finish), step, payload, needs="sum", trains=("both", "b", "a"))
+    return Aggregator(Reducer(start, take, finish), step, payload, needs="sum", trains=("both", "b"))
 
 
 def _both(adapter: StateDict, control: StateDict) -> dict[str, Tensor]:

@@ -78,7 +78,11 @@ def with_optimizer(
     if aggregator.space == "products":
         if optimizer.slots:
             raise _refused(optimizer, _BASIS)
-        return aggregator._replace(step=lambda state, gradient: aggregator.step(state, _scaled(gradient, optimizer)))
+
+        def scaled(state: ServerState, gradient: Gradient) -> ServerState:
+            return aggregator.step(state, _scaled(gradient, optimizer, by_b=trained(state.round + 1) != "a"))
+
+        return aggregator._replace(step=scaled)
 
     def step(state: ServerState, gradient: Gradient) -> ServerState:
         if gradient.base_delta:
@@ -108,11 +112,11 @@ def _slots(optimizer: Optimizer, memory: StateDict, name: str, like: Tensor) -> 
     }
 
 
-def _scaled(gradient: Gradient, optimizer: Optimizer) -> Gradient:
-    """The gradient's products scaled, where a factor in both A and B would count squared; or its factors, both."""
+def _scaled(gradient: Gradient, optimizer: Optimizer, by_b: bool) -> Gradient:
+    """The gradient's products scaled, by the factor that moved, for in both it would count squared; or its factors."""
     both = gradient.space == "factors"
     return gradient._replace(
-        adapter={n: optimizer.change(t, {})[0] if both or is_b(n) else t for n, t in gradient.adapter.items()},
+        adapter={n: optimizer.change(t, {})[0] if both or is_b(n) == by_b else t for n, t in gradient.adapter.items()},
         base_delta={n: optimizer.change(t, {})[0] if is_b(n) else t for n, t in gradient.base_delta.items()},
     )
 

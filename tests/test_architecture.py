@@ -37,7 +37,6 @@ STRATEGIES_NEVER = {"flwr", "flwr_datasets", "transformers", "peft", "datasets",
 SPEAKS_FLOWER = {
     "apiary/records.py",
     "server/app.py",
-    "server/copies.py",
     "server/rounds.py",
     "client/answers.py",
     "client/app.py",

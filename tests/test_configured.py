@@ -23,7 +23,7 @@ OPTIONS = {
     "fedkseed": ["strategy.options.candidates=8"],
 }
 MODULES = {"m.q": (9, 7), "m.v": (5, 8)}
-TRAINED = ("both", "b", "a", "alternate")
+TRAINED = ("both", "b", "alternate")
 CLIENTS = 7
 
 

@@ -17,7 +17,7 @@ from apiary.examples import Turn
 from apiary.lora import is_b
 from apiary.report import table_plain
 from apiary.runlog import read_events
-from client import answers, kept, trainer
+from client import answers, control, kept, personal, trainer, wire
 from server import checkpoint, deployed
 from simulation.run import simulate
 
@@ -245,3 +245,17 @@ def test_a_server_of_sites_says_that_it_measures_nothing(rows_file: Path) -> Non
     log: Any = Log()
     assert deployed._held_out(config.load(None, ["adapter.share=a", f"data.test={rows_file}"]), log) is None
     assert "data.test is not measured" in said[0]["message"] and said[0]["event"] == "warning"
+
+
+@pytest.mark.parametrize("kind", [personal.KIND, control.KIND, wire.KIND])
+def test_a_straggler_changes_nothing_of_what_a_later_round_left(kind: str, tmp_path: Path) -> None:
+    kept.save(tmp_path, kind, 6, {"x": torch.tensor([6.0])})
+    kept.save(tmp_path, kind, 5, {"x": torch.tensor([5.0])})
+    assert kept.newest(tmp_path, kind, before=7)["x"].item() == 6.0
+
+
+def test_a_visit_that_ends_late_does_not_undo_a_later_one(tmp_path: Path) -> None:
+    start, delta = {"m.lora_B.weight": torch.zeros(2, 1)}, {"m.lora_B.weight": torch.ones(2, 1)}
+    personal.keep(tmp_path, 6, start, delta)
+    personal.keep(tmp_path, 5, start, {name: 5 * t for name, t in delta.items()})
+    assert kept.newest(tmp_path, personal.KIND, before=7)["m.lora_B.weight"].tolist() == [[1.0], [1.0]]

@@ -168,6 +168,33 @@ def test_bad_client_costs_one_client_and_one_line(bad: Any, why: str) -> None:
     assert "secret" not in refused[0]["reason"]
 
 
+@pytest.mark.parametrize(("bad", "hostile"), [(BAD[0][0], 1), (_with("a", 1e20), 1), (BAD[2][0], 0), (BAD[5][0], 0)])
+def test_only_what_no_training_makes_counts_as_one_hostile_client_less(bad: Any, hostile: int) -> None:
+    """An honest client may well be of another version, or fail; a robust method must not lower its guard for that."""
+    made, _ = rounds(["rounds=1"])
+    told: list[None] = []
+
+    def refused(acc: Any) -> Any:
+        told.append(None)
+        return acc
+
+    made.aggregator = made.aggregator._replace(reduce=made.aggregator.reduce._replace(refused=refused))
+    made.run(LocalGrid(clients({1: bad}), 3), 3)
+    assert len(told) == hostile
+
+
+def test_a_decomposition_that_does_not_converge_fails_the_run_in_one_line() -> None:
+    made, _ = rounds(["rounds=1"])
+
+    def step(state: ServerState, gradient: Any) -> ServerState:
+        torch.linalg.svd(torch.full((2, 2), math.nan))
+        raise AssertionError
+
+    made.aggregator = made.aggregator._replace(step=step)
+    with pytest.raises(RunFailed, match=r"^round 1: "):
+        made.run(LocalGrid(clients(), 3), 3)
+
+
 def test_too_few_good_replies_fail_the_run() -> None:
     made, _ = rounds(["strategy.quorum=0.5"])
     broken = ValueError("x")

@@ -283,3 +283,11 @@ def test_what_does_not_go_with_it_is_refused(settings: list[str], why: str, way_
 def test_it_takes_one_rank() -> None:
     with pytest.raises(UserError, match="takes the rank 16 alone"):
         strategies.from_config(config.load(None, [*SCAFFOLD, "adapter.ranks=[4, 16]"]))
+
+
+def test_a_client_that_lost_its_control_variate_says_so_and_is_not_counted_twice(tmp_path: Path) -> None:
+    payload = Payload({"x": torch.zeros(3)}, {}, {"x": torch.zeros(3)}, 2)
+    with pytest.raises(control.ControlLost, match="of round 2 is gone"):
+        control.correction(tmp_path, payload)
+    assert control.correction(tmp_path, payload._replace(last_round=0))["x"].tolist() == [0.0] * 3
+    assert control.correction(tmp_path, payload._replace(control={})) == {}

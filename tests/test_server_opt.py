@@ -271,3 +271,21 @@ def test_options_are_checked() -> None:
         SERVER_OPTIMIZERS.build("adam", {"lr": 0})
     with pytest.raises(UserError, match="did you mean 'adagrad'"):
         SERVER_OPTIMIZERS.build("adagard")
+
+
+def test_half_a_step_of_a_robust_method_leaves_the_factor_that_rests() -> None:
+    method = AGGREGATORS.build("multi_krum", {"byzantine": 1}, scaling=scaling(16.0, "rslora"), seed=0)
+    trained = AdapterConfig(train="alternate").trained
+    half = with_optimizer(method, SERVER_OPTIMIZERS.build("plain", {"lr": 0.5}), trained)
+    rng = torch.Generator().manual_seed(0)
+    held = {"m.lora_A.weight": torch.randn(2, 5, generator=rng), "m.lora_B.weight": torch.randn(6, 2, generator=rng)}
+    for number, moves in ((1, "b"), (2, "a")):
+        state = ServerState(number - 1, held, {}, {})
+        acc = half.reduce.start(state)
+        for i in range(5):
+            delta = {n: torch.full_like(t, 0.1 if is_b(n) == (moves == "b") else 0.0) for n, t in held.items()}
+            acc = half.reduce.add(acc, Update(f"c{i}", delta, 1.0, 2))
+        after = half.step(state, half.reduce.finish(state, acc, torch.Generator()))
+        for name, tensor in held.items():
+            moved = 0.05 if is_b(name) == (moves == "b") else 0.0
+            torch.testing.assert_close(after.adapter[name], tensor + moved)

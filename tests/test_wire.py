@@ -18,6 +18,7 @@ from torch import Tensor
 import strategies
 from apiary import codecs, config, downlink, models, records
 from apiary.config import UserError
+from apiary.exchange import ClientInfo
 from apiary.tensors import digest, generator
 from client import answers, kept, memory, wire
 from client import app as client_app
@@ -433,3 +434,15 @@ def test_down_rounds_to_the_nearest_unless_told_otherwise() -> None:
         errors[name] = float((link.copy.adapter["x"] - change).square().mean())
     nearest, stochastic = errors.values()
     assert stochastic == pytest.approx(2 * nearest, rel=0.1)
+
+
+def test_clients_with_old_copies_share_one_whole_adapter(small_run: list[str]) -> None:
+    """Each may say what it likes that it holds; the server's memory must not follow."""
+    run = config.load(None, [*small_run, "wire.down=int8"])
+    made = copies.Copies(run, {})
+    adapter = models.fresh_adapter(models.load(run.model, run.adapter), 0)
+    sent = []
+    for i in range(5):
+        made.greet(f"c{i}", f"{i:016x}")
+        sent.append(made.pack(ClientInfo(f"c{i}", run.adapter.rank, 0), adapter))
+    assert all(record is sent[0] for record in sent)

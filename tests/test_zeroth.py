@@ -112,6 +112,9 @@ def test_scalars_that_cannot_be_cost_their_client(wrong: float) -> None:
     with pytest.raises(WireError, match="its scalars cannot be taken"):
         check_delta({kseed.NAME: torch.tensor([0.0, wrong, 0.0, 0.0])}, held)
     check_delta({kseed.NAME: torch.tensor([0.0, 2.0**-20, 0.0, 0.0])}, held)
+    full = {kseed.NAME: torch.tensor([1500.0, 0.0, 0.0, 0.0])}
+    with pytest.raises(WireError, match="too much"):  # else the sum would be too large for the run one day
+        check_delta({kseed.NAME: torch.tensor([0.0, 600.0, 0.0, 0.0])}, full)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +124,7 @@ def test_scalars_that_cannot_be_cost_their_client(wrong: float) -> None:
         ('train.penalties=[{ name = "fedprox", mu = 0.1 }]', "train.penalties"),
         ("wire.up=int8", "wire.up"),
         ("adapter.train=b", "adapter.train"),
+        ("simulate.attackers=0.2", "attacks change factors"),
         ("adapter.ranks=[2, 4]", "adapter.ranks"),
         ('strategy.server_optimizer="adam"', "scalars of seeds"),
     ],
