@@ -76,7 +76,9 @@ def one(config: str | None, way: str, seed: int, overrides: Sequence[str], threa
         out = Path(scratch) / "run"
         command = [sys.executable, "-m", "apiary.cli", "simulate", *([config] if config else []), "--quiet"]
         command += ["--out", str(out)]
-        for item in (f"seed={seed}", f"train.threads={threads}", "evaluate.baselines=[]", *overrides, *WAYS[way]):
+        # Without `evaluate.clients` all that travels is for training, and is counted with the rounds.
+        settings = (f"seed={seed}", f"train.threads={threads}", "evaluate.baselines=[]", "evaluate.clients=false")
+        for item in (*settings, *overrides, *WAYS[way]):
             command += ["-s", item]
         began = time.monotonic()
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT)
