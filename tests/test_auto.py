@@ -141,7 +141,7 @@ def test_server_optimisers_with_a_memory_are_refused() -> None:
 
 
 def test_frozen_factors_are_refused_with_the_reason() -> None:
-    for train in ("a", "b", "alternate"):
+    for train in ("b", "alternate"):
         with pytest.raises(UserError, match="moves the factor that clients hold fixed"):
             _run(f"adapter.train={train}")
     assert _run("adapter.ranks=[2, 4]").ranks == "mixed"
