@@ -17,6 +17,7 @@ every host and in every way of blocking it. What is added to x_0 is exact, then,
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
@@ -39,6 +40,7 @@ _SEEDS_AT_ONCE = 64
 _ENTRIES_AT_ONCE = 1 << 14  # of each of them; whole words
 
 
+@functools.lru_cache(maxsize=4)
 def candidates(seed: int, count: int = CANDIDATES) -> tuple[int, ...]:
     """The candidate seeds of a run, K different ones; 4096 as in the paper.
 

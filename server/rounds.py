@@ -430,7 +430,7 @@ class Rounds(Strategy):
             self.state = self.state._replace(round=server_round)
         else:
             self._check_quorum(server_round, len(good), len(self._cohort) - declined)
-            acc = reducer.add(acc, self._own_update(server_round)) if self._root else acc
+            acc = reducer.add(acc, self._own_update(self._root, server_round)) if self._root else acc
             try:
                 gradient = reducer.finish(self.state, acc, self._generator(server_round))
                 self._told = gauges.facts(gauge, gradient)
@@ -460,15 +460,14 @@ class Rounds(Strategy):
             raise records.WireError(f"its update has rank {answer.update.rank}, at the handshake {member.info.rank}")
         return answer
 
-    def _own_update(self, number: int) -> Update:
+    def _own_update(self, root: Callable[[int, Payload], Update], number: int) -> Update:
         """The server's own, from what clients of full rank received.
 
         Raises:
             RunFailed: its training diverged.
         """
-        assert self._root is not None
         try:
-            return self._root(number, self._payload(ClientInfo(ROOT, self.config.adapter.rank, number - 1))[0])
+            return root(number, self._payload(ClientInfo(ROOT, self.config.adapter.rank, number - 1))[0])
         except FloatingPointError as error:
             raise RunFailed(f"round {number}: the server's own training on strategy.root diverged: {error}") from None
 
