@@ -58,6 +58,10 @@ class CodecError(ValueError):
     """A message is not what the receiver can use; the text names the fault, and of the message only numbers."""
 
 
+class NotFinite(CodecError):
+    """A message that arrived as it was sent, and holds NaN, infinity or a scale that leads there: no encoder's."""
+
+
 class Codec(NamedTuple):
     """How one tensor, as a flat float32 array, becomes its part of a message, and back.
 
@@ -176,7 +180,7 @@ def decode(message: bytes, codec: Codec, shapes: Shapes) -> dict[str, Tensor]:
         try:
             values, used = codec.unpack(body[at:], math.prod(shapes[name]))
         except CodecError as error:
-            raise CodecError(f"{name}: {error}") from None
+            raise type(error)(f"{name}: {error}") from None
         found[name], at = torch.from_numpy(values).view(tuple(shapes[name])), at + used
     if at != len(body):
         raise CodecError(f"it goes on for {len(body) - at} bytes after its last tensor")
@@ -239,7 +243,7 @@ def fp32() -> Codec:
     def unpack(body: Bytes, n: int) -> tuple[Floats, int]:
         values = _take(body, 0, n, "<f4").astype(np.float32)
         if not np.isfinite(values).all():
-            raise CodecError("it holds NaN or infinity")
+            raise NotFinite("it holds NaN or infinity")
         return values, 4 * n
 
     return Codec("fp32", lambda flat, rng: flat.astype("<f4").tobytes(), unpack, lambda n: 4 * n)
@@ -259,7 +263,7 @@ def bf16() -> Codec:
     def unpack(body: Bytes, n: int) -> tuple[Floats, int]:
         bits = _take(body, 0, n, "<u2")
         if ((bits & 0x7F80) == 0x7F80).any():
-            raise CodecError("it holds NaN or infinity")
+            raise NotFinite("it holds NaN or infinity")
         return _of_bf16(bits), 2 * n
 
     return Codec("bf16", pack, unpack, lambda n: 2 * n)
@@ -372,7 +376,7 @@ def _read_scales(body: Bytes, n: int, block: int, levels: int) -> tuple[Floats, 
     """The scales that begin a part, and the bytes they take."""
     bits = _take(body, 0, _blocks(n, block), "<u2")
     if (bits > _most_scale(levels)).any():  # as are the bits of all negative numbers, NaN and infinity
-        raise CodecError("it holds a scale that is negative, too large or no number")
+        raise NotFinite("it holds a scale that is negative, too large or no number")
     return _of_bf16(bits), 2 * len(bits)
 
 
@@ -418,7 +422,7 @@ def topk(share: Annotated[float, Field(gt=0, le=1)] = 0.01) -> Codec:
         exponent = int(_take(body, 0, 1, "<i2")[0])
         halves = _take(body, 2, k, "<f2").astype(np.float64)
         if not (np.abs(halves) <= _HALF_MOST).all() or not -200 < exponent <= 128 - _HALF_BITS:
-            raise CodecError("it holds NaN, infinity or numbers too large")
+            raise NotFinite("it holds NaN, infinity or numbers too large")
         at = 2 + 2 * k
         gaps, used = _read_varints(body[at : at + _VARINT_MOST * k], k)
         index = np.cumsum(gaps + 1) - 1
@@ -451,7 +455,7 @@ def sparse() -> Codec:
             raise CodecError("it has more entries than the tensor")
         found = _take(body, 4, 4 * k, "u1").view("<f4").astype(np.float32)
         if not np.isfinite(found).all():
-            raise CodecError("it holds NaN or infinity")
+            raise NotFinite("it holds NaN or infinity")
         if k in (0, n):
             return (found if k else np.zeros(n, np.float32)), 4 + 4 * k
         gaps, used = _read_varints(body[4 + 4 * k : 4 + (4 + _VARINT_MOST) * k], k)

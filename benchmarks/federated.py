@@ -27,6 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "federated.json"
 _MIXED = "adapter.ranks=[4, 8, 16, 16]"
+_SGD = ("train.optimizer=sgd", "train.lr=1.0")
 
 
 def _by(name: str, *more: str, **options: Any) -> tuple[str, ...]:
@@ -42,8 +43,10 @@ WAYS: dict[str, tuple[str, ...]] = {
     "fedprox": _by("fedavg", 'train.penalties=[{ name = "fedprox", mu = 0.01 }]'),
     "flora": _by("flora"),
     "flora, base of rank 16": _by("flora", base_rank=16),
+    "flora, rank 8 on a base of rank 8": _by("flora", "adapter.rank=8", base_rank=8),
     "fedex": _by("fedex"),
     "fedex, base of rank 16": _by("fedex", base_rank=16),
+    "fedex, rank 8 on a base of rank 8": _by("fedex", "adapter.rank=8", base_rank=8),
     "flexlora": _by("flexlora"),
     "lora_fair": _by("lora_fair"),
     "fedrot": _by("fedrot"),
@@ -51,6 +54,9 @@ WAYS: dict[str, tuple[str, ...]] = {
     "server momentum": _by("fedavg", 'strategy.server_optimizer={ name = "momentum", lr = 0.5, momentum = 0.5 }'),
     "server nesterov": _by("fedavg", 'strategy.server_optimizer={ name = "nesterov", lr = 0.7, momentum = 0.5 }'),
     "server adam": _by("fedavg", 'strategy.server_optimizer={ name = "adam", lr = 0.01 }'),
+    "fedavg, SGD": _by("fedavg", *_SGD),
+    "scaffold, SGD": _by("scaffold", *_SGD),
+    "each client its own B": _by("fedavg", "adapter.share=a"),
     "geometric_median": _by("geometric_median"),
     "median": _by("median"),
     "mixed ranks: flexlora": _by("flexlora", _MIXED),
@@ -99,6 +105,7 @@ def one(config: str | None, way: str, seed: int, overrides: Sequence[str], threa
         "loss": row["loss"],
         "accuracy": row["accuracy"],
         "n": row["n"],
+        "own": statistics.mean(c["own"]["federated"] for c in metrics["clients"] if "federated" in c["own"]),
         "rank": exported["r"],
         "bytes": bytes_by_round,
         "losses": [losses.get(number) for number in range(len(rounds) + 1)],
@@ -146,6 +153,7 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             "seeds": len(pairs),
             "loss": [run["loss"] for run, _ in pairs],
             "accuracy": [run["accuracy"] for run, _ in pairs],
+            "own": [run["own"] for run, _ in pairs if "own" in run],
             "difference": [run["loss"] - other["loss"] for run, other in pairs],
             "rank": max(run["rank"] for run, _ in pairs),
             "bytes": statistics.mean(sum(run["bytes"]) for run, _ in pairs),

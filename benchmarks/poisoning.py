@@ -1,6 +1,6 @@
 """What hostile clients do to a federation, by attack and by aggregation method.
 
-python -m benchmarks.poisoning [--whole] [--seeds N] [--shares 0.2,0.4] [--attacks ...] [--methods ...] [--out FILE]
+python -m benchmarks.poisoning [--whole] [--seeds N] [--shares 0.2,0.4] [--attacks ...] [--methods ...] [--jobs N]
 
 The built-in corpus over ten clients whose mix of skills differs, a hundred of its rows kept by the server as its root
 set, and one short run for each method without attackers and with each share of them and each attack. Told are the loss
@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -154,8 +156,13 @@ def _toml(value: Any) -> str:
     return json.dumps(value)
 
 
-def run(cell: Cell, setting: Setting, data: Path, folder: Path) -> dict[str, Any]:
+def run(cell: Cell, setting: Setting, data: Path) -> dict[str, Any]:
     """What became of one cell: its loss and attack success, or the line by which it failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _run(cell, setting, data, Path(folder))
+
+
+def _run(cell: Cell, setting: Setting, data: Path, folder: Path) -> dict[str, Any]:
     began = time.monotonic()
     config = config_of(cell, setting, data)
     told = config.strategy.options.get("byzantine", 0)
@@ -229,22 +236,22 @@ def save(path: Path, found: Mapping[str, Any]) -> None:
 def main() -> None:
     """Run what is not there yet, cell by cell."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--whole", action="store_true", help="all methods, attacks and shares (hours)")
+    parser.add_argument("--whole", action="store_true", help="all methods, attacks and shares (about two hours)")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--shares", help="of the clients that attack, such as 0.2,0.4")
     parser.add_argument("--attacks", help=f"of {', '.join(ATTACKS)}")
     parser.add_argument("--methods", help=f"of {', '.join(METHODS)}")
     parser.add_argument("--clients", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompts", type=int, default=60, help="questions with the hidden phrase")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="cells at a time")
+    parser.add_argument("--threads", type=int, default=1, help="of each cell")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("-s", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     args = parser.parse_args()
     methods = _chosen(args.methods, METHODS if args.whole else SMALL_METHODS, METHODS)
     attacks = _chosen(args.attacks, tuple(ATTACKS) if args.whole else SMALL_ATTACKS, tuple(ATTACKS))
     shares = [float(text) for text in (args.shares or ("0.2,0.4" if args.whole else "0.4")).split(",")]
-    torch.set_num_threads(args.threads)
     # The largest share that may ever be added, so that later cells are comparable with those that are there.
     setting = Setting(args.clients, args.rounds, args.prompts, max(0.4, *shares), tuple(args.overrides))
     args.out.parent.mkdir(exist_ok=True)
@@ -253,11 +260,21 @@ def main() -> None:
     left = [cell for cell in cells(range(args.seeds), methods, attacks, shares) if cell not in done]
     with tempfile.TemporaryDirectory() as scratch:
         data = {seed: spread(Path(scratch) / f"data-{seed}", seed, setting.clients) for seed in {c.seed for c in left}}
-        for number, cell in enumerate(left, 1):
-            with tempfile.TemporaryDirectory() as folder:
-                found["runs"].append(run(cell, setting, data[cell.seed], Path(folder)))
-            save(args.out, found)
-            print(f"{number}/{len(left)}", json.dumps(runlog.finite(found["runs"][-1])), flush=True)
+        # A process each, for runs set torch's threads and seeds, which belong to the process.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(args.jobs, context, torch.set_num_threads, (args.threads,)) as pool:
+            tasks = [pool.submit(run, cell, setting, data[cell.seed]) for cell in left]
+            for number, task in enumerate(as_completed(tasks), 1):
+                found["runs"].append(task.result())
+                found["runs"].sort(key=_place)
+                save(args.out, found)
+                print(f"{number}/{len(left)}", json.dumps(runlog.finite(task.result())), flush=True)
+
+
+def _place(run: Mapping[str, Any]) -> tuple[int, int, float, int]:
+    """Where a cell stands among the results, in whatever order they came."""
+    attack = [*ATTACKS].index(run["attack"]) if run["attack"] in ATTACKS else -1
+    return run["seed"], METHODS.index(run["method"]), run["share"], attack
 
 
 def _chosen(text: str | None, default: Sequence[str], known: Sequence[str]) -> Sequence[str]:

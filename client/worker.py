@@ -24,7 +24,7 @@ from apiary.models import LanguageModel
 from apiary.privacy import BudgetSpent
 from apiary.probe import ModelProbe
 from apiary.tensors import StateDict
-from client import charge, choice, continual, control, kept, memory, personal, trainer, wire, zeroth
+from client import charge, choice, continual, control, kept, memory, personal, pruning, trainer, wire, zeroth
 from client.charge import Work
 from client.choice import Choice
 from client.continual import StageData
@@ -96,6 +96,7 @@ class Worker:
         memory.forget_from(site.folder, number)
         for kind in (wire.KIND, personal.KIND, control.KIND):
             kept.forget_from(site.folder, kind, number)
+        site = site._replace(rank=pruning.rank_of(self.config, payload.adapter, site.rank))
         past = memory.load(site.folder, before=number)
         payload = self._completed(site, number, payload)
         rows, chosen = self._chosen(site, number, payload)
@@ -129,11 +130,15 @@ class Worker:
                 total_steps=total,
                 steps=steps,
                 replay=replay,
-                penalties=build_penalties(config.penalties, payload.adapter),
+                penalties=(
+                    *build_penalties(config.penalties, payload.adapter),
+                    *pruning.penalties(self.config, site.rank),
+                ),
                 observers=observers,
                 factors=self.config.adapter.trained(number),
                 correction=control.correction(site.folder, payload),
             )
+        result = result._replace(delta=pruning.pruned(self.config, payload.adapter, result.delta))
         rates = (trainer.learning_rate(first + step, total, config) for step in range(steps))
         change = control.renew(site.folder, number, payload, result.delta, rates)
         at = Memory(number, result.cursor, data.stage, result.replay, chosen.round if chosen else 0)
@@ -179,7 +184,8 @@ class Worker:
             personal.keep(site.folder, at.round, payload.adapter, delta)
             delta = lora.only_a(delta)
         memory.save(site.folder, at)
-        update = Update(site.client, delta, float(result.report.tokens), site.rank, control)
+        rank = pruning.rank_of(self.config, delta, site.rank)
+        update = Update(site.client, delta, float(result.report.tokens), rank, control)
         return Visit(update, result.report, curated, spent)
 
     def evaluate(self, site: Site, payload: Payload, number: int = sys.maxsize) -> Score:
@@ -188,6 +194,7 @@ class Worker:
         Below `_FEWEST` examples nothing is told: the sum would say too much of each. Under differential privacy
         nothing is told at all, whatever the server asks: a loss without noise would be a way around it.
         """
+        site = site._replace(rank=pruning.rank_of(self.config, payload.adapter, site.rank))
         payload = self._completed(site, number + 1, payload)
         if self.config.adapter.share != "both":  # nobody else can put the site's own model together
             results.save_adapter_folder(self._model(site), payload.model, site.folder / "adapter", self.config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ def _measure(lm: LanguageModel, held_out: Corpus, seed: int) -> Callable[[StateD
 
 def save(folder: Path, config: RunConfig, state: ServerState, progress: Progress) -> None:
     """Write a round's checkpoint, and the account of the privacy spent."""
-    plain = {"best": dict(progress.best), "last_round": dict(progress.last_round), "spent": dict(progress.spent)}
+    plain = {name: dict(value) for name, value in progress._asdict().items() if isinstance(value, Mapping)}
     checkpoint.save(folder / "checkpoints", state, {**progress._asdict(), **plain})
     claims.write(folder, config, {client: Spent._make(values) for client, values in progress.spent.items()})
 

@@ -12,6 +12,7 @@ from apiary.exchange import Update
 from strategies import Aggregator, Gradient, ServerState
 from strategies import gauge as gauges
 from strategies.gauge import Fold, Gauge
+from strategies.lowrank import DROPPED
 
 _DIGITS = 5  # after the point, of what is told as a share
 
@@ -47,12 +48,18 @@ def add(watched: Watched, update: Update) -> Watched:
     return watched._replace(seen=watched.fold.add(watched.seen, update))
 
 
-def facts(watched: Watched, gradient: Gradient) -> dict[str, Any]:
+def facts(watched: Watched, gradient: Gradient, after: ServerState) -> dict[str, Any]:
     """The fields of the `round` event on how the round was put together.
 
     `gauge` has the relative error of averaging A and B apart, its standard error (0 where it is exact), and by method
     how much of it that would take away. `method` is the one that was chosen, where the run chooses by the round.
     `shares` are the factors that the clients' changes got, and `cut` says why one counted for little or nothing.
+    `dropped` is what was lost of what stands in the base, where its rank has a bound: a share of its squared norm.
+
+    Args:
+        watched: the gauge.
+        gradient: of the round.
+        after: the state that the round has led to.
     """
     told: dict[str, Any] = {"method": gradient.method} if gradient.method else {}
     if (gauge := _finished(watched)) is not None:
@@ -61,6 +68,8 @@ def facts(watched: Watched, gradient: Gradient) -> dict[str, Any]:
     if gradient.shares:
         told["shares"] = {client: round(share, _DIGITS) for client, share in gradient.shares.items()}
         told["cut"] = dict(gradient.notes)
+    if dropped := float(after.memory.get(DROPPED, 0.0)):
+        told["dropped"] = round(dropped, _DIGITS)
     return told
 
 

@@ -61,6 +61,7 @@ class Progress(NamedTuple):
     stopped: bool = False
     last_round: Mapping[str, int] = MappingProxyType({})  # by client, its last round of taking part
     spent: Mapping[str, Sequence[float]] = MappingProxyType({})  # by client, its newest `Spent`
+    ranks: Mapping[str, int] = MappingProxyType({})  # by client, the rank that it has pruned itself to
 
 
 class _Member(NamedTuple):
@@ -282,7 +283,8 @@ class Rounds(Strategy):
             )
         else:
             last = self.progress.last_round.get(hello.client, 0)
-            self._members[hello.client] = _Member(node, ClientInfo(hello.client, hello.rank, last), hello.examples)
+            rank = min(hello.rank, self.progress.ranks.get(hello.client, hello.rank))
+            self._members[hello.client] = _Member(node, ClientInfo(hello.client, rank, last), hello.examples)
             self._refused.pop(node, None)
             if self._copies:
                 self._copies.greet(hello.client, hello.holds)
@@ -424,7 +426,7 @@ class Rounds(Strategy):
             acc, gauge = reducer.add(acc, answer.update), gauges.add(gauge, answer.update)
             good.append(answer.report)
             up += size
-            self._note_visit(answer.update.client, server_round)
+            self._note_visit(answer.update, server_round)
             self._log_visit(answer, server_round, size)
         if declined == len(self._cohort):  # all of them rightly
             self.state = self.state._replace(round=server_round)
@@ -433,8 +435,8 @@ class Rounds(Strategy):
             acc = reducer.add(acc, self._own_update(self._root, server_round)) if self._root else acc
             try:
                 gradient = reducer.finish(self.state, acc, self._generator(server_round))
-                self._told = gauges.facts(gauge, gradient)
                 self._step(server_round, gradient)
+                self._told = gauges.facts(gauge, gradient, self.state)
             # A robust method with too few answers to keep its promise, say, or a decomposition that does not converge.
             except (ValueError, LinAlgError) as error:
                 raise RunFailed(f"round {server_round}: {error}") from error
@@ -454,10 +456,13 @@ class Rounds(Strategy):
         self._check_sender(answer.update.client, message)
         self._note_spent(answer)  # whatever else is wrong with it: it was sent
         member = self._members[answer.update.client]
-        answer = self._decoded(answer, records.read_message(message.content), member.info)
-        checks.check_visit(answer, self.config, member.examples, self._payload(member.info)[0])
-        if answer.update.rank != member.info.rank:
-            raise records.WireError(f"its update has rank {answer.update.rank}, at the handshake {member.info.rank}")
+        client, rank = member.info, answer.update.rank
+        if self.aggregator.prunes and 0 < rank < client.rank:
+            client = client._replace(rank=rank)
+        answer = self._decoded(answer, records.read_message(message.content), client)
+        checks.check_visit(answer, self.config, member.examples, self._payload(client)[0])
+        if rank != client.rank:
+            raise records.WireError(f"its update has rank {rank}, and it was sent rank {client.rank}")
         return answer
 
     def _own_update(self, root: Callable[[int, Payload], Update], number: int) -> Update:
@@ -482,7 +487,8 @@ class Rounds(Strategy):
         try:
             delta = codecs.decode(message, self._up, codecs.shapes_of(self._payload(client)[0].adapter))
         except codecs.CodecError as error:
-            raise records.WireError(f"its update cannot be decoded: {error}") from None
+            kind = checks.Poisoned if isinstance(error, codecs.NotFinite) else records.WireError
+            raise kind(f"its update cannot be decoded: {error}") from None
         return visit._replace(update=visit.update._replace(delta=delta))
 
     def _heard(self, client: str) -> None:
@@ -490,8 +496,12 @@ class Rounds(Strategy):
             self._copies.arrived(client)
 
     def _log_visit(self, visit: Visit, number: int, size: int) -> None:
-        more = {part: values._asdict() for part in ("curated", "spent") if (values := getattr(visit, part))}
+        more: dict[str, Any] = {
+            part: values._asdict() for part in ("curated", "spent") if (values := getattr(visit, part))
+        }
         client = visit.update.client
+        if self.aggregator.prunes:
+            more["rank"] = visit.update.rank
         self._log.event("client", round=number, client=client, bytes_up=size, **visit.report._asdict(), **more)
 
     def _generator(self, number: int) -> Generator:
@@ -509,9 +519,11 @@ class Rounds(Strategy):
             copies = self._copies.advance(number, lambda rank: self._payload(ClientInfo("", rank, 0))[0].adapter)
             self.state = state._replace(copies=copies)
 
-    def _note_visit(self, client: str, number: int) -> None:
-        member = self._members[client]
-        self._members[client] = member._replace(info=member.info._replace(last_round=number))
+    def _note_visit(self, update: Update, number: int) -> None:
+        client, member = update.client, self._members[update.client]
+        if update.rank < member.info.rank:
+            self.progress = self.progress._replace(ranks={**self.progress.ranks, client: update.rank})
+        self._members[client] = member._replace(info=member.info._replace(last_round=number, rank=update.rank))
         self.progress = self.progress._replace(last_round={**self.progress.last_round, client: number})
 
     def _note_spent(self, visit: Visit) -> None:

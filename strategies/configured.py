@@ -56,12 +56,22 @@ def _problems(config: RunConfig, aggregator: Aggregator) -> Iterator[str]:
         )
     if config.strategy.root is not None and not aggregator.root:
         yield f"strategy.root: strategy.name = {name!r} does not use rows of the server's own; leave it out"
+    if aggregator.prunes:
+        yield from _pruning_problems(config)
     yield from _wire_problems(config, aggregator)
     if config.strategy.min_clients < aggregator.fewest:
         yield (
             f"strategy.min_clients = {config.strategy.min_clients}: strategy.name = {name!r} with these options needs "
             f"{aggregator.fewest} answers to keep its promise; raise it, or lower strategy.options.byzantine"
         )
+
+
+def _pruning_problems(config: RunConfig) -> Iterator[str]:
+    key = f"strategy.options.prune = {config.strategy.options['prune']}"
+    if config.privacy.unit != "none":
+        yield f"{key}: the rank that a client prunes itself to tells of its rows; leave it out under privacy"
+    if config.simulate.attackers:
+        yield f"{key}: simulated attackers keep their rank; leave simulate.attackers out"
 
 
 def _wire_problems(config: RunConfig, aggregator: Aggregator) -> Iterator[str]:
@@ -76,6 +86,11 @@ def _wire_problems(config: RunConfig, aggregator: Aggregator) -> Iterator[str]:
         yield (
             f"wire.up = {config.wire.up.name!r}: its error feedback is kept in the factors' basis, which "
             f"strategy.name = {name!r} changes in every round; use int8, or int4 with feedback = false"
+        )
+    if aggregator.prunes and (up.feedback or not down.exact):
+        yield (
+            "strategy.options.prune: clients that prune change their rank, and what a codec keeps for the next message "
+            "has the rank of this one; use wire.down fp32, and up a codec without feedback"
         )
     if not down.exact and renewed:
         yield (

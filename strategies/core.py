@@ -85,6 +85,7 @@ class Aggregator(NamedTuple):
     renews: bool = False  # whether A is drawn anew in every round
     fewest: int = 1  # answers of a round without which its promise means nothing
     sends: Literal["factors", "seeds"] = "factors"  # what travels: an adapter's, or `apiary.kseed`'s scalars
+    prunes: bool = False  # whether clients may lower their own ranks as they train
     root: bool = False  # whether each fold must also get the server's own update, in the name of `ROOT`
     base: bool = False  # whether its gradients have a `base_delta` beside factors, which no server optimiser may scale
 

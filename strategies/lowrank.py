@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Generator, Tensor
 
 from apiary import lora
+from apiary.config import UserError
 from apiary.exchange import ClientInfo, Payload, Update
 from apiary.lora import Factors, Scaling
 from apiary.tensors import StateDict, generator
@@ -30,6 +31,7 @@ from strategies.core import (
     product_step,
 )
 
+DROPPED = "dropped_energy"  # in a state's memory
 Rank: TypeAlias = Annotated[int, Field(ge=0)]
 Weighting: TypeAlias = Literal["tokens", "uniform"]
 
@@ -131,7 +133,7 @@ def add_to_base(state: ServerState, change: Mapping[str, Factors], most: int) ->
         most: the highest rank that `base_delta` may have; 0 = any.
 
     Returns:
-        The state. Its `memory["dropped_energy"]` is what this call has dropped of the sums that it cut: a share of
+        The state. Its `memory[DROPPED]` is what this call has dropped of the sums that it cut: a share of
         their squared Frobenius norms, 0 where nothing was lost.
     """
     base = lora.split(state.base_delta)
@@ -146,7 +148,7 @@ def add_to_base(state: ServerState, change: Mapping[str, Factors], most: int) ->
             total += float(parts.s.double().square().sum())
         base[module] = whole
     share = torch.tensor(dropped / total if total else 0.0)
-    return state._replace(base_delta=lora.join(base), memory={**state.memory, "dropped_energy": share})
+    return state._replace(base_delta=lora.join(base), memory={**state.memory, DROPPED: share})
 
 
 def _mean_change(
@@ -287,7 +289,12 @@ def flexlora(
 
 
 @AGGREGATORS.register("hetlora")
-def hetlora(scaling: Scaling, form: Literal["absolute", "delta"] = "absolute") -> Aggregator:
+def hetlora(
+    scaling: Scaling,
+    form: Literal["absolute", "delta"] = "absolute",
+    prune: Annotated[float, Field(ge=0, lt=1)] = 0.0,
+    penalty: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0,
+) -> Aggregator:
     """HetLoRA: factors are padded with zeros and averaged, weighted by the norms of the clients' products.
 
     In each module client k has the weight ||s_k B_k A_k||_F / sum_j ||s_j B_j A_j||_F, whatever its tokens (Cho et al.
@@ -298,10 +305,21 @@ def hetlora(scaling: Scaling, form: Literal["absolute", "delta"] = "absolute") -
     As in the paper a padded zero counts: slice i of both factors shrinks by the weight of the clients that do not hold
     it, in every round. With `form` = "delta" the padded changes are averaged instead, and nothing shrinks.
 
+    With `prune` the clients lower their own ranks as they train: `client.pruning` says how.
+
     Args:
         scaling: the scale of a product by its rank.
         form: what is padded and averaged: whole factors as in the paper, or changes.
+        prune: the part of its rank that a client keeps when it prunes, the paper's gamma (0: none prunes).
+        penalty: of the part that it may prune, in its loss: the paper's lambda.
+
+    Raises:
+        UserError: there is a penalty, but nobody prunes.
     """
+    if penalty and not prune:
+        raise UserError(
+            f"strategy.options.penalty = {penalty}: it is on what clients may prune; set prune, such as 0.99"
+        )
 
     def mean(held: Factors, deltas: Sequence[Factors]) -> Factors:
         deltas = [Factors(d.b * (scaling(d.rank) / scaling(held.rank)), d.a) for d in deltas]
@@ -323,7 +341,7 @@ def hetlora(scaling: Scaling, form: Literal["absolute", "delta"] = "absolute") -
         return Gradient(lora.join({m: mean(factors, [deltas[m] for deltas in split]) for m, factors in held.items()}))
 
     reduce = each("hetlora", "mixed", finish)
-    made = Aggregator(reduce, plain_step, payload_of_rank(scaling), needs="each", ranks="mixed")
+    made = Aggregator(reduce, plain_step, payload_of_rank(scaling), needs="each", ranks="mixed", prunes=prune > 0)
     # Where padded zeros count, a factor that clients hold fixed would shrink all the same.
     return made if form == "delta" else made._replace(trains=("both",))
 

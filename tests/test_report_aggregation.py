@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fake_run import fake_events, fake_metrics, fake_run
@@ -19,7 +20,7 @@ from torch import Generator, Tensor
 
 from apiary import config, records
 from apiary.exchange import Fingerprint, FitReport, Hello, Update, Visit
-from apiary.lora import is_b, scaling
+from apiary.lora import is_b, scaling, split
 from apiary.progress import Lines, State, board, fold
 from apiary.report import write_report
 from apiary.runlog import RunLog, read_events, read_metrics, rounds_table, write_metrics
@@ -163,7 +164,24 @@ def test_an_adapter_without_factors_or_an_update_without_one_has_no_gauge() -> N
     for one in (odd, watched):
         for update in (Update("a", half, 1.0, RANK), Update("b", _spread(1), 1.0, RANK)):
             one = gauges.add(one, update)
-        assert gauges.facts(one, Gradient({})) == {}
+        assert gauges.facts(one, Gradient({}), one.state) == {}
+
+
+def test_what_a_bound_on_the_base_drops_is_told(tmp_path: Path) -> None:
+    """One round of FLoRA, against numpy's decomposition of what the unbounded method puts into the base."""
+    whole = _run(tmp_path / "whole", _method("flora"), overrides=("rounds=1",))
+    spectra = [
+        np.linalg.svd(f.b.double().numpy() @ f.a.double().numpy(), compute_uv=False) ** 2
+        for f in split(whole.base_delta).values()
+    ]
+    expected = sum(s[RANK:].sum() for s in spectra) / sum(s.sum() for s in spectra)
+    _run(tmp_path / "cut", _method("flora", base_rank=RANK))
+    first, second = (event["dropped"] for event in _rounds(tmp_path / "cut"))
+    assert first == pytest.approx(expected, abs=2e-5) and 0.001 < expected < 0.9
+    assert all("dropped" not in event for event in _rounds(tmp_path / "whole"))
+    write_metrics(tmp_path / "cut", {"table": [], "rounds": rounds_table(read_events(tmp_path / "cut"))})
+    text = Page(write_report(tmp_path / "cut").read_text(encoding="utf-8")).text
+    assert f"(base_rank) in 2 rounds, and lost {(first + second) / 2:.1%} of its squared norm" in text
 
 
 def _one_shouts(i: int) -> dict[str, Tensor]:

@@ -73,6 +73,19 @@ def test_with_privacy(tiny_model: Path, rows_file: Path, tmp_path: Path, monkeyp
     assert again["privacy"]["epsilon"] == max(c["epsilon"] for c in again["privacy"]["clients"].values())
 
 
+def test_with_ranks_that_fall(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
+    """The server remembers what its clients have pruned themselves to."""
+    method = ["strategy.name=hetlora", "strategy.options.prune=0.5", "strategy.options.penalty=3.0"]
+    overrides = settings(tiny_model, rows_file, *method)
+    run(tmp_path / "whole", overrides)
+    killed_often(tmp_path / "broken", overrides)
+    assert adapter(tmp_path / "broken") == adapter(tmp_path / "whole")
+    told = [e for e in read_events(tmp_path / "whole") if e["event"] == "client"]
+    assert {e["rank"] for e in told if e["round"] == 1} > {e["rank"] for e in told if e["round"] == 5} or any(
+        e["rank"] < 4 for e in told if e["round"] < 5
+    )
+
+
 def test_another_key_is_another_adapter(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
     """The server knows seed and settings; what it does not know makes the noise."""
     overrides = settings(tiny_model, rows_file, "privacy.unit=record", "privacy.batch_rows=12", "rounds=1")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -215,6 +217,15 @@ def test_who_resumes_says_what_it_holds(tmp_path: Path, small_run: list[str], mo
 # -- what goes wrong ----------------------------------------------------------------------------
 
 
+def _endless(data: bytes) -> bytes:
+    """An int8 message whose first scale is infinity, with a checksum that fits."""
+    at = (
+        4 + 1 + 1 + len("int8/128") + 8 + 1
+    )  # the small model's adapter has at most 8 tensors: one byte says which came
+    content = data[:at] + struct.pack("<H", 0x7F80) + data[at + 2 : -4]
+    return content + struct.pack("<I", zlib.crc32(content))
+
+
 class Damaged(LocalGrid):
     """Changes the second client's encoded update in round 2."""
 
@@ -229,13 +240,18 @@ class Damaged(LocalGrid):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "told", "hostile"),
     [
-        (lambda data: data[:40] + bytes([data[40] ^ 4]) + data[41:], "its checksum differs"),
-        (lambda data: data[:-1], "its checksum differs"),
-        (lambda data: b"no such thing", "it is no encoded adapter"),
-        (lambda data: codecs.encode({"x": torch.ones(3)}, codecs.CODECS.build("int8"), {}, generator(0))[0], "shapes"),
-        (lambda data: codecs.encode({"x": torch.ones(3)}, codecs.fp32(), {}, generator(0))[0], "otherwise than int8"),
+        (lambda data: data[:40] + bytes([data[40] ^ 4]) + data[41:], "its checksum differs", 0),
+        (lambda data: data[:-1], "its checksum differs", 0),
+        (lambda data: b"no such thing", "it is no encoded adapter", 0),
+        (lambda data: codecs.encode({"x": torch.ones(3)}, codecs.int8(), {}, generator(0))[0], "shapes", 0),
+        (
+            lambda data: codecs.encode({"x": torch.ones(3)}, codecs.fp32(), {}, generator(0))[0],
+            "otherwise than int8",
+            0,
+        ),
+        (_endless, "it holds a scale", 1),
     ],
 )
 def test_a_damaged_message_costs_one_client_the_round(
@@ -244,13 +260,22 @@ def test_a_damaged_message_costs_one_client_the_round(
     monkeypatch: pytest.MonkeyPatch,
     change: Callable[[bytes], bytes],
     told: str,
+    hostile: int,
 ) -> None:
-    Damaged.change = staticmethod(change)
+    """What no encoder writes makes robust methods count one hostile client less; damage on the way does not."""
+    Damaged.change, counted, build = staticmethod(change), [], strategies.from_config
+
+    def counting(loaded: Any) -> Any:
+        made = build(loaded)
+        return made._replace(reduce=made.reduce._replace(refused=lambda acc: counted.append(acc) or acc))
+
     monkeypatch.setattr(engines, "LocalGrid", Damaged)
+    monkeypatch.setattr(strategies, "from_config", counting)
     run(tmp_path / "run", [*small_run, "wire.up=int8", "wire.down=int8"])
     (refused,) = events_of(tmp_path / "run", "refused")
     assert (refused["client"], refused["round"]) == ("client-01", 2)
     assert refused["reason"].startswith("its update cannot be decoded: ") and told in refused["reason"]
+    assert len(counted) == hostile
     assert [e["clients"] for e in events_of(tmp_path / "run", "round")] == [3, 2, 3]
 
 

@@ -42,7 +42,7 @@ def aggregation_content(metrics: Metrics, config: str = "") -> Aggregation | Non
     chosen = Counter(r.method for r in metrics.rounds if r.method)
     if not measured and not judged:
         return None
-    sentences = [*_missed(measured, strategy.get("name", ""), bool(judged)), *_chosen(chosen)]
+    sentences = [*_missed(measured, strategy.get("name", ""), bool(judged)), *_chosen(chosen), *_lost(metrics.rounds)]
     rows, said = _cut_rows(judged), _cut_sentences(judged)
     return Aggregation(sentences, _chart(measured, strategy), said, rows[:_NAMED], max(0, len(rows) - _NAMED))
 
@@ -101,6 +101,17 @@ def _chosen(methods: Mapping[str, int]) -> list[str]:
         return []
     parts = [f"{name} in {_rounds(count)}" for name, count in sorted(methods.items(), key=lambda item: -item[1])]
     return [f"The run chose by this from round to round: {' and '.join(parts)}."]
+
+
+def _lost(rounds: Sequence[Round]) -> list[str]:
+    """What the bound on the rank of the base has cost; nothing where it was never reached."""
+    lost = [r.dropped for r in rounds if r.dropped]
+    if not lost:
+        return []
+    return [
+        f"What stands in the base had to be cut to its highest rank (base_rank) in {_rounds(len(lost))}, and lost "
+        f"{share_text(median(lost))} of its squared norm in a typical one, {share_text(max(lost))} at most."
+    ]
 
 
 def _rounds(count: int) -> str:

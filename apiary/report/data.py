@@ -107,6 +107,7 @@ class Round(_Part):
     method: str | None = None  # where the run chose one by the round
     shares: Mapping[str, float | None] = Field(default_factory=dict)  # by client, of a robust method
     cut: Mapping[str, str] = Field(default_factory=dict)  # by client, why it counted for little or nothing
+    dropped: float | None = None  # of the squared norm of what stands in the base, lost to its rank's bound
 
     @property
     def down(self) -> int:
