@@ -10,9 +10,9 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Generator
@@ -23,20 +23,14 @@ from apiary.config import RunConfig
 from apiary.exchange import ClientInfo, Decline, Fingerprint, FitReport, Hello, Payload, Score, Update, Visit
 from apiary.stages import rounds_of, stage_of
 from apiary.tensors import StateDict, generator, is_finite
-from server import checks, gauges
+from server import checks, gauges, mail
 from server.copies import Copies
+from server.roster import EventLog, Roster, RunFailed
 from server.sampling import choose, panel
 from strategies import Aggregator, Gradient, ServerState
 from strategies.core import ROOT
 
 logger = logging.getLogger(__name__)
-_POLL_S, _POLL_MOST_S = 0.05, 1.0  # between looks for something new: first, and while nothing comes
-_PULL = 8  # replies asked for at a time
-_AGAIN_S = 10.0  # how soon a node whose handshake failed in passing is asked again
-
-
-class RunFailed(RuntimeError):
-    """The run cannot go on; the message is one line for the operator (exit code 1)."""
 
 
 class Evaluation(NamedTuple):
@@ -44,13 +38,6 @@ class Evaluation(NamedTuple):
 
     score: Score
     interval: tuple[float, float]  # 95% bootstrap interval of the loss
-
-
-class EventLog(Protocol):
-    """Where events go; `apiary.runlog.RunLog` is one."""
-
-    def event(self, kind: str, **fields: Any) -> None:
-        """Record one event."""
 
 
 class Progress(NamedTuple):
@@ -62,17 +49,6 @@ class Progress(NamedTuple):
     last_round: Mapping[str, int] = MappingProxyType({})  # by client, its last round of taking part
     spent: Mapping[str, Sequence[float]] = MappingProxyType({})  # by client, its newest `Spent`
     ranks: Mapping[str, int] = MappingProxyType({})  # by client, the rank that it has pruned itself to
-
-
-class _Member(NamedTuple):
-    node: int
-    info: ClientInfo
-    examples: int
-
-
-class _Refusal(NamedTuple):
-    reasons: frozenset[str]  # all that were logged
-    until: float  # monotonic seconds; asked again from then on
 
 
 class Rounds(Strategy):
@@ -109,15 +85,20 @@ class Rounds(Strategy):
         name_of: Callable[[int], str | None] = lambda node: None,
         root: Callable[[int, Payload], Update] | None = None,
     ) -> None:
-        self.config, self.aggregator, self.fingerprint, self.state = config, aggregator, fingerprint, state
+        self.config, self.aggregator, self.state = config, aggregator, state
         self.progress = progress or Progress()
         self._log, self._on_round, self._evaluate, self._score_stages = log, on_round, evaluate, score_stages
-        self._name_of, self._root = name_of, root
+        self._root = root
         self._up = codecs.of_run(config, "up")
         self._copies = None if codecs.of_run(config, "down").exact else Copies(config, state.copies)
-        self._members: dict[str, _Member] = {}
-        self._refused: dict[int, _Refusal] = {}  # at the handshake
-        self._greeted: dict[str, int] = {}  # hellos without an answer yet: message id -> node
+        self._roster = Roster(
+            config,
+            fingerprint,
+            mixed=aggregator.ranks == "mixed",
+            log=log,
+            name_of=name_of,
+            info_of=self._info_of,
+        )
         self._spent_out: set[str] = set()  # clients whose privacy budget is spent; they are not asked again
         self._cohort: list[str] = []
         self._told: dict[str, Any] = {}  # of how the round was put together
@@ -135,7 +116,7 @@ class Rounds(Strategy):
         Raises:
             RunFailed: too few clients joined, too few answered well, or nobody ever trained.
         """
-        self._wait_for(grid, expected)
+        self._roster.wait_for(grid, expected)
         if self.state.round == 0:
             if self.config.evaluate.every:
                 self._measure(0, grid)
@@ -150,7 +131,7 @@ class Rounds(Strategy):
         return self.state
 
     def _stop_if_spent(self, number: int) -> None:
-        if self._members and self._members.keys() <= self._spent_out:
+        if self._roster.members and self._roster.members.keys() <= self._spent_out:
             self.progress = self.progress._replace(stopped=True)
             self._log.event("stop", round=number, reason="all clients' privacy budgets are spent (privacy.epsilon)")
             self._on_round(self.state, self.progress)
@@ -172,7 +153,7 @@ class Rounds(Strategy):
 
     def _round(self, number: int, grid: Grid) -> None:
         began = time.monotonic()
-        self._gather(grid, number)
+        self._roster.gather(grid, number)
         arrays = records.to_arrays(self.state.adapter)
         messages = list(self.configure_train(number, arrays, ConfigRecord(), grid))
         down = sum(records.array_bytes(message.content) for message in messages)
@@ -190,117 +171,14 @@ class Rounds(Strategy):
 
     # -- who ------------------------------------------------------------------------------------
 
-    def _wait_for(self, grid: Grid, expected: int) -> None:
-        deadline, pause = time.monotonic() + self.config.strategy.join_timeout_s, _Pause()
-        while len(nodes := list(grid.get_node_ids())) < expected:
-            if time.monotonic() > deadline:
-                raise RunFailed(
-                    f"{len(nodes)} of {expected} clients joined within strategy.join_timeout_s = "
-                    f"{self.config.strategy.join_timeout_s:g} s"
-                )
-            pause.sleep()
-        self._greet(grid, patience=self.config.strategy.join_timeout_s)
-        needed = min(self.config.strategy.min_clients, expected)
-        if len(self._members) < needed:
-            raise RunFailed(
-                f"{len(self._members)} clients passed the handshake, {needed} are needed; see the lines above"
-            )
-
-    def _gather(self, grid: Grid, number: int) -> None:
-        """Look who is there now; wait a while if that is fewer than a round may have."""
-        needed = self.config.strategy.min_clients
-        deadline, pause = time.monotonic() + self.config.strategy.join_timeout_s, _Pause()
-        self._greet(grid)
-        while len(self._members) < needed:
-            if time.monotonic() > deadline:
-                there = len(self._members)
-                raise RunFailed(f"round {number}: {there} clients are left, strategy.min_clients = {needed} are needed")
-            pause.sleep()
-            self._greet(grid)
-
-    def _greet(self, grid: Grid, patience: float = 0.0) -> None:
-        """Shake hands with nodes that are new, and forget those that left.
-
-        Waits as long as answers keep coming within `patience` seconds of each other. Who has not answered by then
-        holds nobody up: a later call admits it.
-        """
-        nodes, now = set(grid.get_node_ids()), time.monotonic()
-        self._members = {name: m for name, m in self._members.items() if m.node in nodes}
-        self._greeted = {i: node for i, node in self._greeted.items() if node in nodes}
-        self._refused = {node: refusal for node, refusal in self._refused.items() if node in nodes}
-        refused = {node for node, refusal in self._refused.items() if now < refusal.until}
-        known = {member.node for member in self._members.values()} | refused | set(self._greeted.values())
-        if new := sorted(nodes - known):
-            hellos = [Message(RecordDict(), node, records.HELLO, group_id="0") for node in new]
-            self._greeted |= self._push(grid, hellos)
-        last, pause = time.monotonic(), _Pause()
-        while self._greeted:
-            answers = self._pull(grid, self._greeted)
-            for node, reply in answers:
-                self._meet(node, reply)
-                last, pause = time.monotonic(), _Pause()
-            if not answers:
-                if time.monotonic() - last >= patience:
-                    return
-                pause.sleep(_PULL / max(_PULL, len(self._greeted)))
-
-    def _meet(self, node: int, reply: Message) -> None:
-        if reply.has_error():
-            reason = reply.error.reason or "it failed without a reason"
-            self._turn_away(node, self._called(node), reason, for_s=_AGAIN_S)
-            return
-        try:
-            self._admit(node, records.read_hello_reply(reply.content))
-        except records.WireError as error:
-            self._turn_away(node, self._called(node), str(error))
-
-    def _admit(self, node: int, hello: Hello) -> None:
-        wrong = [
-            part
-            for part, ours, theirs in zip(Fingerprint._fields, self.fingerprint, hello.fingerprint, strict=True)
-            if ours != theirs
-        ]
-        registered = self._name_of(node)
-        if registered is not None and registered != hello.client:
-            # Before all else: nothing that it says in another's name may count. Not for good: it may be mended.
-            told = f"it calls itself {hello.client[:64]!r}, which is not the name that its key is registered under"
-            self._turn_away(node, self._called(node), told, for_s=_AGAIN_S)
-        elif hello.client == ROOT:
-            self._turn_away(node, self._called(node), "it calls itself as the server does; give it another name")
-        elif wrong:
-            reason = f"it holds another {' and '.join(wrong)} than the server (fingerprints differ)"
-            self._turn_away(node, hello.client, reason)
-        elif (other := self._members.get(hello.client)) and other.node != node:
-            # Not for good: an organisation that restarted may come before its old node is given up.
-            self._turn_away(node, hello.client, "another client of this name is still there", for_s=_AGAIN_S)
-        elif hello.tokens == 0:
-            self._turn_away(node, hello.client, "it has nothing to train on")
-        elif reason := checks.wrong_rank(hello.rank, self.config, self.aggregator.ranks == "mixed"):
-            self._turn_away(node, hello.client, reason)
-        elif not checks.possible(hello.tokens, hello.examples, self.config):
-            self._turn_away(
-                node, hello.client, f"it claims {hello.tokens:g} tokens in {hello.examples:g} examples; that cannot be"
-            )
-        else:
-            last = self.progress.last_round.get(hello.client, 0)
-            rank = min(hello.rank, self.progress.ranks.get(hello.client, hello.rank))
-            self._members[hello.client] = _Member(node, ClientInfo(hello.client, rank, last), hello.examples)
-            self._refused.pop(node, None)
-            if self._copies:
-                self._copies.greet(hello.client, hello.holds)
-            self._log.event("handshake", client=hello.client, examples=hello.examples, tokens=hello.tokens)
-
-    def _turn_away(self, node: int, client: str, reason: str, for_s: float = math.inf) -> None:
-        """Refuse a node at the handshake until `for_s` seconds have passed or it has left; logs a reason once."""
-        told = self._refused[node].reasons if node in self._refused else frozenset()
-        self._refused[node] = _Refusal(told | {reason}, time.monotonic() + for_s)
-        if reason not in told:
-            self._log.event("refused", client=client, reason=reason)
-
-    def _refuse(self, client: str, reason: str, number: int) -> None:
-        self._log.event("refused", client=client, reason=reason, round=number)
-
     # -- what -----------------------------------------------------------------------------------
+
+    def _info_of(self, hello: Hello) -> ClientInfo:
+        """What the run knows of a client that has passed the handshake."""
+        if self._copies:
+            self._copies.greet(hello.client, hello.holds)
+        rank = min(hello.rank, self.progress.ranks.get(hello.client, hello.rank))
+        return ClientInfo(hello.client, rank, self.progress.last_round.get(hello.client, 0))
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -308,7 +186,7 @@ class Rounds(Strategy):
         """The round's cohort and its train messages; clients with the same payload share one record."""
         strategy = self.config.strategy
         self._cohort = choose(
-            self._members.keys() - self._spent_out,
+            self._roster.members.keys() - self._spent_out,
             fraction=strategy.fraction,
             minimum=strategy.min_clients,
             seed=self.config.seed,
@@ -322,11 +200,13 @@ class Rounds(Strategy):
     ) -> Iterable[Message]:
         """Evaluate messages to the panel: the same clients in every round, whoever trained in it."""
         strategy = self.config.strategy
-        asked = panel(self._members, fraction=strategy.fraction, minimum=strategy.min_clients, seed=self.config.seed)
+        asked = panel(
+            self._roster.members, fraction=strategy.fraction, minimum=strategy.min_clients, seed=self.config.seed
+        )
         return [self._message("evaluate", client, server_round) for client in asked]
 
     def _message(self, kind: str, client: str, number: int) -> Message:
-        member = self._members[client]
+        member = self._roster.members[client]
         payload, arrays = self._payload(member.info)
         if self._copies:
             arrays = (records.parcel_arrays(self._copies.pack(member.info, payload.adapter)), *arrays[1:])
@@ -339,7 +219,7 @@ class Rounds(Strategy):
         key = (self.state.round, client.rank)
         if key not in self._sent:
             self._sent = {old: sent for old, sent in self._sent.items() if old[0] == key[0]}
-            known = len(self._members.keys() | self.progress.last_round.keys())
+            known = len(self._roster.members.keys() | self.progress.last_round.keys())
             payload = self.aggregator.payload(self.state, client._replace(clients=known))
             self._sent[key] = payload, tuple(records.to_arrays(part) for part in payload[:3])
         return self._sent[key]
@@ -348,48 +228,26 @@ class Rounds(Strategy):
 
     def _exchange(self, grid: Grid, messages: list[Message], number: int) -> Iterator[Message]:
         """Good replies, one by one as they arrive; a failed or late client becomes one `refused` event."""
-        names = {member.node: client for client, member in self._members.items()}
+        names = {member.node: client for client, member in self._roster.members.items()}
         limit = self.config.strategy.deadline_s or math.inf
         deadline = time.monotonic() + limit
-        waiting, pause = self._push(grid, messages), _Pause()
+        waiting, pause = mail.push(grid, messages), mail.Pause()
         for message in messages:
             if message.metadata.dst_node_id not in waiting.values():
                 self._refuse(names[message.metadata.dst_node_id], "it could not be reached", number)
         while waiting and time.monotonic() < deadline:
-            arrived = self._pull(grid, waiting)
+            arrived = mail.pull(grid, waiting)
             for node, reply in arrived:
                 if reply.has_error():
                     self._refuse(names[node], reply.error.reason or "it failed without a reason", number)
                 else:
                     yield reply
             if arrived:
-                pause = _Pause()
+                pause = mail.Pause()
             else:
-                pause.sleep(_PULL / max(_PULL, len(waiting)))
+                pause.sleep(len(waiting))
         for node in waiting.values():
             self._refuse(names[node], f"no answer within {limit:g} s", number)
-
-    @staticmethod
-    def _push(grid: Grid, messages: list[Message]) -> dict[str, int]:
-        """The ids of the messages that got under way, with their nodes; grids leave the others out, or without id."""
-        ids = list(grid.push_messages(messages))
-        if len(ids) == len(messages):
-            return {i: m.metadata.dst_node_id for i, m in zip(ids, messages, strict=True) if i}
-        return {m.metadata.message_id: m.metadata.dst_node_id for m in messages if m.metadata.message_id in set(ids)}
-
-    @staticmethod
-    def _pull(grid: Grid, waiting: dict[str, int]) -> list[tuple[int, Message]]:
-        """A few replies with their nodes, taken out of `waiting`; asking for few keeps few in memory."""
-        asked = list(waiting)[:_PULL]
-        found = []
-        for reply in grid.pull_messages(asked):
-            node = waiting.pop(reply.metadata.reply_to_message_id, None)
-            if node is not None:
-                found.append((node, reply))
-        for message_id in asked:  # the next call asks for others
-            if message_id in waiting:
-                waiting[message_id] = waiting.pop(message_id)
-        return found
 
     # -- fold -----------------------------------------------------------------------------------
 
@@ -413,7 +271,7 @@ class Rounds(Strategy):
             try:
                 answer = self._read(message)
             except records.WireError as error:
-                self._refuse(self._client_of(message), str(error), server_round)
+                self._refuse(self._roster.sender_of(message), str(error), server_round)
                 acc = reducer.refused(acc) if isinstance(error, checks.Poisoned) else acc
                 continue
             self._heard(answer.client if isinstance(answer, Decline) else answer.update.client)
@@ -450,12 +308,12 @@ class Rounds(Strategy):
         """
         answer = records.read_train_reply(message.content)
         if isinstance(answer, Decline):
-            self._check_sender(answer.client, message)
+            self._roster.check_sender(answer.client, message)
             checks.check_decline(answer, self.config)
             return answer
-        self._check_sender(answer.update.client, message)
+        self._roster.check_sender(answer.update.client, message)
         self._note_spent(answer)  # whatever else is wrong with it: it was sent
-        member = self._members[answer.update.client]
+        member = self._roster.members[answer.update.client]
         client, rank = member.info, answer.update.rank
         if self.aggregator.prunes and 0 < rank < client.rank:
             client = client._replace(rank=rank)
@@ -520,21 +378,20 @@ class Rounds(Strategy):
             self.state = state._replace(copies=copies)
 
     def _note_visit(self, update: Update, number: int) -> None:
-        client, member = update.client, self._members[update.client]
-        if update.rank < member.info.rank:
+        client, info = update.client, self._roster.members[update.client].info
+        if update.rank < info.rank:
             self.progress = self.progress._replace(ranks={**self.progress.ranks, client: update.rank})
-        self._members[client] = member._replace(info=member.info._replace(last_round=number, rank=update.rank))
+        self._roster.note(info._replace(last_round=number, rank=update.rank))
         self.progress = self.progress._replace(last_round={**self.progress.last_round, client: number})
+
+    def _refuse(self, client: str, reason: str, number: int) -> None:
+        self._log.event("refused", client=client, reason=reason, round=number)
 
     def _note_spent(self, visit: Visit) -> None:
         if visit.spent is not None and self.config.privacy.unit != "none" and all(map(math.isfinite, visit.spent)):
             self.progress = self.progress._replace(
                 spent={**self.progress.spent, visit.update.client: list(visit.spent)}
             )
-
-    def _check_sender(self, client: str, message: Message) -> None:
-        if client not in self._members or self._members[client].node != message.metadata.src_node_id:
-            raise records.WireError(f"it answers as {client!r}, which is not who was asked")
 
     def _check_quorum(self, number: int, good: int, asked: int) -> None:
         needed = max(1, math.ceil(self.config.strategy.quorum * asked - 1e-9))
@@ -543,13 +400,6 @@ class Rounds(Strategy):
                 f"round {number}: {good} of {asked} clients answered well, strategy.quorum = "
                 f"{self.config.strategy.quorum:g} asks for {needed}; the lines above say why"
             )
-
-    def _client_of(self, message: Message) -> str:
-        node = message.metadata.src_node_id
-        return next((name for name, m in self._members.items() if m.node == node), None) or self._called(node)
-
-    def _called(self, node: int) -> str:
-        return self._name_of(node) or f"a site that did not tell its name (node {node})"
 
     # -- measure --------------------------------------------------------------------------------
 
@@ -591,10 +441,10 @@ class Rounds(Strategy):
         for message in replies:
             try:
                 client, score = records.read_score_reply(message.content)
-                self._check_sender(client, message)
+                self._roster.check_sender(client, message)
                 checks.check_score(score, self.config)
             except records.WireError as error:
-                self._refuse(self._client_of(message), str(error), server_round)
+                self._refuse(self._roster.sender_of(message), str(error), server_round)
                 continue
             self._heard(client)
             scores[client] = [float(value) for value in score]
@@ -622,18 +472,6 @@ class Rounds(Strategy):
     def summary(self) -> None:
         """Log what this run is."""
         logger.info("%d rounds of %s", self.config.rounds, self.config.strategy.name)
-
-
-class _Pause:
-    """Sleeps between looks, longer each time: a look at a distant grid is a call over the network."""
-
-    def __init__(self) -> None:
-        self._seconds = _POLL_S
-
-    def sleep(self, share: float = 1.0) -> None:
-        """Sleep a `share` of the pause, where a look asks for that share of what may come."""
-        time.sleep(self._seconds * share)
-        self._seconds = min(_POLL_MOST_S, self._seconds * 1.3)
 
 
 def _summed(reports: Sequence[FitReport]) -> dict[str, float]:

@@ -90,7 +90,7 @@ def simulate(
 
     Raises:
         UserError: wrong input; nothing was written.
-        server.rounds.RunFailed: too few clients answered well.
+        server.roster.RunFailed: too few clients answered well.
     """
     began = time.monotonic()
     _check_folder(config, folder, resume)

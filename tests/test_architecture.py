@@ -37,6 +37,8 @@ STRATEGIES_NEVER = {"flwr", "flwr_datasets", "transformers", "peft", "datasets",
 SPEAKS_FLOWER = {
     "apiary/records.py",
     "server/app.py",
+    "server/mail.py",
+    "server/roster.py",
     "server/rounds.py",
     "client/answers.py",
     "client/app.py",

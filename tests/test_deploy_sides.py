@@ -34,7 +34,7 @@ from client import app as client_app
 from client.service import Facts
 from deploy import flower, submit
 from server import deployed
-from server.rounds import RunFailed
+from server.roster import RunFailed
 from simulation import engines
 from simulation.local import LocalGrid
 

@@ -20,7 +20,8 @@ from apiary.runlog import read_events
 from client.worker import Site, Worker
 from deploy import submit
 from server import root
-from server.rounds import Rounds, RunFailed
+from server.roster import RunFailed
+from server.rounds import Rounds
 from simulation.local import LocalGrid
 from simulation.run import simulate
 from strategies import Aggregator, ServerState

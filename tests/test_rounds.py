@@ -18,10 +18,10 @@ from flwr.common.constant import ErrorCode
 from apiary import config, records
 from apiary.exchange import Decline, Fingerprint, FitReport, Hello, Score, Spent, Update, Visit
 from apiary.tensors import is_finite
-from server import checkpoint
-from server import rounds as server_rounds
+from server import checkpoint, roster
 from server.app import save
-from server.rounds import Progress, Rounds, RunFailed
+from server.roster import RunFailed
+from server.rounds import Progress, Rounds
 from simulation.local import LocalGrid
 from strategies import AGGREGATORS, ServerState
 
@@ -498,7 +498,7 @@ class Hiccup(LocalGrid):
 
 
 def test_who_only_had_a_hiccup_at_the_handshake_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_rounds, "_AGAIN_S", 0.0)
+    monkeypatch.setattr(roster, "_AGAIN_S", 0.0)
     made, log = rounds(["rounds=4"])
     made.run(Hiccup(failures=3), 3)
     assert [len(e["clients"]) for e in log.of("asked")] == [2, 2, 3, 3]
@@ -525,7 +525,7 @@ def test_no_site_joins_under_another_name_than_its_keys(registered: str) -> None
 
 def test_a_node_that_keeps_failing_is_not_asked_all_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even while the server waits for clients and looks every few hundredths of a second."""
-    monkeypatch.setattr(server_rounds, "_AGAIN_S", 0.25)
+    monkeypatch.setattr(roster, "_AGAIN_S", 0.25)
     grid = Hiccup(failures=math.inf)
 
     def leave(state: ServerState, progress: Progress) -> None:

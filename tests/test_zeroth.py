@@ -20,7 +20,7 @@ from client import zeroth
 from client.worker import Site, Worker
 from server import checkpoint
 from server.checks import check_delta
-from server.rounds import RunFailed
+from server.roster import RunFailed
 from simulation.run import check_names, simulate
 from strategies import AGGREGATORS, ServerState
 
