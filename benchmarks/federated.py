@@ -57,6 +57,7 @@ WAYS: dict[str, tuple[str, ...]] = {
     "fedavg, SGD": _by("fedavg", *_SGD),
     "scaffold, SGD": _by("scaffold", *_SGD),
     "each client its own B": _by("fedavg", "adapter.share=a"),
+    "fedkseed, 10 times the steps": _by("fedkseed", "train.steps=30", "train.lr=3e-4"),
     "geometric_median": _by("geometric_median"),
     "median": _by("median"),
     "mixed ranks: flexlora": _by("flexlora", _MIXED),
@@ -74,6 +75,9 @@ WAYS: dict[str, tuple[str, ...]] = {
     "ffa, int8": _by("fedavg", "adapter.train=b", "wire.up=int8", "wire.down=int8"),
     "alternating, int8": _by("fedavg", "adapter.train=alternate", "wire.up=int8", "wire.down=int8"),
 }
+
+
+AGAINST = {"scaffold, SGD": "fedavg, SGD"}  # what a way's differences are to, where that is not `fedavg`
 
 
 def one(config: str | None, way: str, seed: int, overrides: Sequence[str], threads: int) -> dict[str, Any]:
@@ -139,13 +143,12 @@ def loss_after(run: dict[str, Any], budget: float) -> float | None:
 
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """By way, each figure for every seed that `fedavg` was run with too; differences are to it, seed by seed."""
-    reference = {run["seed"]: run for run in runs if run["way"] == "fedavg" and "failed" not in run}
+    done = {(run["way"], run["seed"]): run for run in runs if "failed" not in run}
     found: dict[str, dict[str, Any]] = {}
     for way in WAYS:
+        against = AGAINST.get(way, "fedavg")
         pairs = [
-            (run, reference[run["seed"]])
-            for run in runs
-            if run["way"] == way and "failed" not in run and run["seed"] in reference
+            (run, done[against, seed]) for (name, seed), run in done.items() if name == way and (against, seed) in done
         ]
         if not pairs:
             continue

@@ -252,12 +252,32 @@ def aggregation_round(results: dict[str, Any]) -> str:
 
 
 _CODED = ("fedavg", "bf16", "int8", "int4", "top 1% up", "top 10% up", "ffa", "alternating")
+_MIXED, _SGD = "mixed ranks: ", ("fedavg, SGD", "scaffold, SGD")
 _CODED_MORE = ("int4 up, int8 down", "int4 up, without feedback", "ffa, int8", "alternating, int8")
 
 
 def federated(results: dict[str, Any]) -> str:
-    """The methods on one federation; differences are to `fedavg`, seed by seed."""
-    return _ways(results, lambda way: way == "fedavg" or way not in (*_CODED[1:6], *_CODED_MORE))
+    """The methods on one federation, where all clients have one rank."""
+    others = (*_CODED[1:6], *_CODED_MORE, *_SGD, *(way for way in results["summary"] if way.startswith(_MIXED)))
+    return _ways(results, lambda way: way not in others)
+
+
+def mixed(results: dict[str, Any]) -> str:
+    """The same for clients of several ranks."""
+    return _ways(results, lambda way: way == "fedavg" or way.startswith(_MIXED))
+
+
+def corrected(results: dict[str, Any]) -> str:
+    """SCAFFOLD and what it corrects."""
+    return _ways(results, lambda way: way in _SGD, "fedavg, SGD")
+
+
+def personal(results: dict[str, Any]) -> str:
+    """What the clients' own rows say of models of their own."""
+    lines = ["| | loss on the clients' own held-out rows | on everybody's |", "|---|---|---|"]
+    rows = {way: results["summary"][way] for way in ("fedavg", "each client its own B")}
+    lines += [f"| {way} | {_spread(row['own'], 1, 3)} | {_spread(row['loss'], 1, 3)} |" for way, row in rows.items()]
+    return "\n".join([*lines, "", f"{_seeds(len(rows['fedavg']['own']))} On {_machine(results)}."])
 
 
 def codecs(results: dict[str, Any]) -> str:
@@ -278,18 +298,22 @@ def coded(results: dict[str, Any]) -> str:
     return _ways(results, lambda way: way in (*_CODED, *_CODED_MORE))
 
 
-def _ways(results: dict[str, Any], wanted: Callable[[str], bool]) -> str:
-    lines = [
-        "| | held-out loss | less `fedavg` | exact match | MB in all | loss at equal bytes | MB to that loss | rank |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+def coded_few(results: dict[str, Any]) -> str:
+    """The most telling of them."""
+    return _ways(results, lambda way: way in _CODED)
+
+
+def _ways(results: dict[str, Any], wanted: Callable[[str], bool], against: str = "fedavg") -> str:
+    """Differences are to the way `against`, seed by seed."""
+    figures = ("exact match", "MB in all", "loss at equal bytes", "MB to that loss", "rank")
+    lines = [f"| | held-out loss | less `{against}` | {' | '.join(figures)} |", "|---" * 8 + "|"]
     found = {way: row for way, row in results["summary"].items() if wanted(way)}
     for way, row in found.items():
         reached = [sent / 1e6 for sent in row["to_target"] if sent is not None]
         equal = [loss for loss in row["at_equal_bytes"] if loss is not None]
         cells = [
             _spread(row["loss"], 1, 3),
-            _spread(row["difference"], 1, 3) if way != "fedavg" else "",
+            _spread(row["difference"], 1, 3) if way != against else "",
             f"{_spread(row['accuracy'], 100, 0)}%",
             f"{row['bytes'] / 1e6:.1f}",
             _spread(equal, 1, 2) if equal else "not one round fits",
@@ -300,8 +324,8 @@ def _ways(results: dict[str, Any], wanted: Callable[[str], bool]) -> str:
     counts = sorted({row["seeds"] for row in found.values()})
     seeds = _seeds(counts[-1]) if len(counts) == 1 else f"Mean and range over {counts[0]} to {counts[-1]} seeds."
     note = (
-        f"{seeds} Equal bytes: those of half of `fedavg`'s rounds. That loss: the one of `fedavg` after two thirds of "
-        f"its rounds. Rank: of the adapter that is exported. On {_machine(results)}."
+        f"{seeds} Equal bytes: those of half of the rounds of `{against}`. That loss: the one of `{against}` after two "
+        f"thirds of its rounds. Rank: of the adapter that is exported. On {_machine(results)}."
     )
     return "\n".join([*lines, "", note])
 
@@ -367,12 +391,16 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "aggregation_round": aggregation_round,
     "poisoning": poisoning,
     "federated": federated,
+    "mixed": mixed,
+    "corrected": corrected,
+    "personal": personal,
+    "coded_few": coded_few,
     "codecs": codecs,
     "coded": coded,
 }
 _FROM = {  # tables that have no file of results of their own
     "judges": "curation",
-    "coded": "federated",
+    **dict.fromkeys(("mixed", "corrected", "personal", "coded", "coded_few"), "federated"),
     **dict.fromkeys(
         ("aggregation_error", "aggregation_module", "aggregation_memory", "aggregation_round"), "aggregation"
     ),
