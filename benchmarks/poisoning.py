@@ -43,7 +43,6 @@ from strategies.gram import fewest
 
 RESULTS = Path(__file__).parent / "results" / "poisoning.json"
 ROOT_ROWS = 100
-NEAREST = "+nearest"
 METHODS = (
     "fedavg",
     "norm_clip",
@@ -54,7 +53,8 @@ METHODS = (
     "bulyan",
     "geometric_median",
     "fltrust",
-    *(name + NEAREST for name in ("median", "trimmed_mean", "krum", "multi_krum", "geometric_median")),
+    *(f"{name}+nearest" for name in ("median", "trimmed_mean", "krum", "multi_krum", "geometric_median")),
+    "geometric_median+clip+nearest",
 )
 ATTACKS: Mapping[str, Mapping[str, Any]] = {  # by what the table calls them: name and options of `simulate.attack`
     "sign_flip": {"name": "sign_flip", "scale": 5.0},
@@ -102,7 +102,7 @@ def cells(
 
 def withstands(method: str, clients: int, hostile: int) -> int:
     """The number f that a method is told: as many as are expected, or the most for which so many clients are enough."""
-    name = method.removesuffix(NEAREST)
+    name = _name(method)
     return max((f for f in range(hostile + 1) if fewest(name, f) <= clients), default=0)
 
 
@@ -110,7 +110,11 @@ def options(method: str, byzantine: int) -> dict[str, Any]:
     """`strategy.options` of a method."""
     if method in ("fedavg", "fltrust"):
         return {}
-    return {"byzantine": byzantine, **({"nearest": True} if method.endswith(NEAREST) else {})}
+    return {"byzantine": byzantine, **dict.fromkeys(method.split("+")[1:], True)}
+
+
+def _name(method: str) -> str:
+    return method.partition("+")[0]
 
 
 def spread(folder: Path, seed: int, clients: int) -> Path:
@@ -136,7 +140,7 @@ def config_of(cell: Cell, setting: Setting, data: Path) -> RunConfig:
         "data.source": str(data / "clients"),
         "data.partition": "natural",
         "data.test_fraction": 0.0,
-        "strategy.name": cell.method.removesuffix(NEAREST),
+        "strategy.name": _name(cell.method),
         "strategy.options": told,
         "strategy.min_clients": setting.clients,
         "evaluate.clients": False,

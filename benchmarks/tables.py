@@ -303,6 +303,11 @@ def coded_few(results: dict[str, Any]) -> str:
     return _ways(results, lambda way: way in _CODED)
 
 
+def dolly(results: dict[str, Any]) -> str:
+    """Methods and codecs on real instructions, with a tiny model."""
+    return _ways(results, lambda way: True)
+
+
 def _ways(results: dict[str, Any], wanted: Callable[[str], bool], against: str = "fedavg") -> str:
     """Differences are to the way `against`, seed by seed."""
     figures = ("exact match", "MB in all", "loss at equal bytes", "MB to that loss", "rank")
@@ -314,7 +319,7 @@ def _ways(results: dict[str, Any], wanted: Callable[[str], bool], against: str =
         cells = [
             _spread(row["loss"], 1, 3),
             _spread(row["difference"], 1, 3) if way != against else "",
-            f"{_spread(row['accuracy'], 100, 0)}%",
+            f"{_spread(row['accuracy'], 100, 0)}%" if row["accuracy"][0] is not None else "not asked",
             f"{row['bytes'] / 1e6:.1f}",
             _spread(equal, 1, 2) if equal else "not one round fits",
             _spread(reached, 1, 0) if len(reached) == len(row["to_target"]) else "not reached",
@@ -391,6 +396,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "aggregation_round": aggregation_round,
     "poisoning": poisoning,
     "federated": federated,
+    "dolly": dolly,
     "mixed": mixed,
     "corrected": corrected,
     "personal": personal,
