@@ -48,6 +48,26 @@ def test_a_federation_of_processes_learns_what_a_simulation_does(
     assert any(tensor.abs().max() > 1e-3 for name, tensor in ours.items() if "lora_B" in name)
 
 
+@pytest.mark.long
+def test_coded_messages_travel_between_processes_as_in_a_simulation(
+    federation: Deployment, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Up with feedback, which lies on the sites' disks between rounds, and down as changes of what they hold."""
+    coded = [*overrides(tiny_model, federation.folder / "rows"), "wire.up=int4", "wire.down=int8"]
+    words = [word for text in coded for word in ("-s", text)]
+    done = federation.call("deploy", "submit", str(federation.kits / "server"), "--out", "coded", *words)
+    assert done.returncode == 0, done.stderr
+    simulate(config.load(None, coded), tmp_path / "run")
+    theirs, ours = (
+        load_file(folder / "adapter" / "adapter_model.safetensors")
+        for folder in (tmp_path / "run", federation.folder / "coded")
+    )
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-6)
+    told, said = (events_of(folder, "round") for folder in (federation.folder / "coded", tmp_path / "run"))
+    assert [(e["bytes_up"], e["bytes_down"]) for e in told] == [(e["bytes_up"], e["bytes_down"]) for e in said]
+
+
 @pytest.mark.slow
 def test_the_base_is_loaded_once_at_each_site(federation: Deployment) -> None:
     for site in SITES:
