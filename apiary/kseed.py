@@ -191,25 +191,18 @@ def walk(
     return Walk(x, scalars, skipped)
 
 
-def merge(pool: Scalars, changes: Sequence[Scalars], weights: Sequence[float]) -> dict[int, float]:
-    """The server's scalars after a round: the pool and the mean of the clients' changes, in any order the same.
-
-    Args:
-        pool: before the round.
-        changes: of the clients, by seed.
-        weights: of the clients; positive, such as their rows.
+def added(pool: Scalars, change: Scalars) -> dict[int, float]:
+    """The server's scalars after a round: those before it and their change, by seed.
 
     Raises:
-        ValueError: the weights sum to zero, or a sum is too large.
+        ValueError: a sum is too large.
     """
-    total = math.fsum(weights)
-    if total <= 0:
-        raise ValueError(f"the weights of the round sum to {total}; at least one must be positive")
-    made = dict(pool)
-    for seed in sorted({seed for change in changes for seed in change}):
-        terms = [weight * change.get(seed, 0.0) for weight, change in zip(weights, changes, strict=True)]
-        made[seed] = on_grid(made.get(seed, 0.0) + math.fsum(terms) / total)
-    return made
+    return {seed: on_grid(pool.get(seed, 0.0) + change.get(seed, 0.0)) for seed in pool.keys() | change.keys()}
+
+
+def snapped(scalars: Tensor) -> Tensor:
+    """Scalars of any value, such as a mean, as `on_grid` gives them."""
+    return torch.tensor([on_grid(value) for value in scalars.tolist()], dtype=torch.float32)
 
 
 def to_tensor(scalars: Scalars, seeds: Sequence[int]) -> Tensor:

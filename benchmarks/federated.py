@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "federated.json"
+RESULTS = ROOT / "benchmarks" / "results"
 _MIXED = "adapter.ranks=[4, 8, 16, 16]"
 _SGD = ("train.optimizer=sgd", "train.lr=1.0")
 
@@ -184,17 +184,20 @@ def main() -> None:
     parser.add_argument("--ways", default=",".join(WAYS), help="names, separated by commas without a space")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="of each run")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, help="default: by the name of the recipe, in benchmarks/results")
     parser.add_argument("-s", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     args = parser.parse_args()
     settings = {"config": args.config, "overrides": args.overrides}
-    held = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
-    runs = [run for run in held.get("runs", []) if held.get("settings") == settings and "failed" not in run]
+    out: Path = args.out or (RESULTS / f"{Path(args.config).stem if args.config else 'federated'}.json")
+    held = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"settings": settings}
+    if held["settings"] != settings:
+        raise SystemExit(f"{out} holds results of other settings; remove it, or choose another --out")
+    runs = [run for run in held.get("runs", []) if "failed" not in run]
     facts = {key: held[key] for key in ("machine", "versions") if key in held and runs}
     done = {(run["way"], run["seed"]) for run in runs}
     ways = [way for way in WAYS if way in {name.strip() for name in _names(args.ways)}]
     cells = [(way, seed) for seed in range(args.seeds) for way in ways if (way, seed) not in done]
-    args.out.parent.mkdir(exist_ok=True)
+    out.parent.mkdir(exist_ok=True)
     with ThreadPoolExecutor(args.jobs) as pool:
         tasks = [pool.submit(one, args.config, way, seed, args.overrides, args.threads) for way, seed in cells]
         for task in tasks:
@@ -202,7 +205,7 @@ def main() -> None:
             facts |= {key: run.pop(key) for key in ("machine", "versions") if key in run}
             runs.append(run)
             whole = {**facts, "settings": settings, "summary": summary(runs), "runs": runs}
-            args.out.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+            out.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
             print(run["way"], run["seed"], run.get("loss"), run.get("accuracy"), run.get("failed", ""), flush=True)
 
 

@@ -23,7 +23,7 @@ from apiary.exchange import Curated, Decline, Hello, Payload, Score, Spent, Upda
 from apiary.models import LanguageModel
 from apiary.privacy import BudgetSpent
 from apiary.probe import ModelProbe
-from apiary.tensors import StateDict
+from apiary.tensors import StateDict, add
 from client import charge, choice, continual, control, kept, memory, personal, pruning, trainer, wire, zeroth
 from client.charge import Work
 from client.choice import Choice
@@ -182,11 +182,16 @@ class Worker:
         delta: StateDict = result.delta
         if self.config.adapter.share == "a":
             personal.keep(site.folder, at.round, payload.adapter, delta)
+            self._save_own(site, add(payload.adapter, delta))  # it may never be asked to measure
             delta = lora.only_a(delta)
         memory.save(site.folder, at)
         rank = pruning.rank_of(self.config, delta, site.rank)
         update = Update(site.client, delta, float(result.report.tokens), rank, control)
         return Visit(update, result.report, curated, spent)
+
+    def _save_own(self, site: Site, adapter: StateDict) -> None:
+        """Write the model that only the site itself has."""
+        results.save_adapter_folder(self._model(site), adapter, site.folder / "adapter", self.config)
 
     def evaluate(self, site: Site, payload: Payload, number: int = sys.maxsize) -> Score:
         """The received adapter's loss on the site's held-out examples, as sums, after round `number`.
@@ -197,7 +202,7 @@ class Worker:
         site = site._replace(rank=pruning.rank_of(self.config, payload.adapter, site.rank))
         payload = self._completed(site, number + 1, payload)
         if self.config.adapter.share != "both":  # nobody else can put the site's own model together
-            results.save_adapter_folder(self._model(site), payload.model, site.folder / "adapter", self.config)
+            self._save_own(site, payload.model)
         if self.config.privacy.unit == "record":
             return Score(0.0, 0, 0)
         corpus = self._corpus(site, "test", site.test)

@@ -13,6 +13,7 @@ from torch import Tensor
 from apiary import kseed
 from apiary.config import RunConfig
 from apiary.exchange import Curated, Decline, FitReport, Payload, Score, Spent, Visit
+from apiary.lora import is_b
 from apiary.records import WireError
 from apiary.tensors import StateDict, add, is_finite
 
@@ -25,7 +26,7 @@ class Poisoned(WireError):
     """A well-formed change that no training makes. Whoever sends it is hostile, or as good as that."""
 
 
-def check_visit(visit: Visit, config: RunConfig, examples: int, payload: Payload) -> None:
+def check_visit(visit: Visit, config: RunConfig, examples: int, payload: Payload, number: int) -> None:
     """Check a client's answer to a round.
 
     Args:
@@ -33,6 +34,7 @@ def check_visit(visit: Visit, config: RunConfig, examples: int, payload: Payload
         config: the run.
         examples: training examples that the client named at the handshake.
         payload: what the client was sent, which the update must fit.
+        number: the round, from 1.
 
     Raises:
         WireError: the first thing that cannot be.
@@ -44,6 +46,7 @@ def check_visit(visit: Visit, config: RunConfig, examples: int, payload: Payload
     _check_curated(visit.curated, config, private)
     _check_spent(visit.spent, config, private)
     check_delta(visit.update.delta, payload.adapter)
+    _check_resting(visit.update.delta, config.adapter.trained(number))
     _check_control(visit.update.control, payload.control)
 
 
@@ -87,6 +90,15 @@ def check_delta(delta: StateDict, adapter: StateDict) -> None:
         raise Poisoned("its update holds NaN or infinity, or numbers too large to add to the adapter")
     if not is_finite(add(adapter, delta)):
         raise WireError("its update and the adapter add up to numbers that are too large")
+
+
+def _check_resting(delta: StateDict, factors: str) -> None:
+    """The factors that rest in a round: averaging is exact because they are the same everywhere."""
+    if factors == "both":
+        return
+    resting = (tensor for name, tensor in delta.items() if is_b(name) != (factors == "b"))
+    if any(bool(tensor.any()) for tensor in resting):
+        raise Poisoned(f"its update moves a factor that rests in this round: {factors.upper()} alone is trained")
 
 
 def _check_scalars(change: Tensor, pool: Tensor) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -28,7 +29,7 @@ from server.copies import Copies
 from server.roster import EventLog, Roster, RunFailed
 from server.sampling import choose, panel
 from strategies import Aggregator, Gradient, ServerState
-from strategies.core import ROOT
+from strategies.core import ROOT, TooFewAnswers
 
 logger = logging.getLogger(__name__)
 
@@ -257,7 +258,7 @@ class Rounds(Strategy):
         """Fold the replies as they come, then take the step; holds one reply at a time.
 
         Clients that rightly decline, with no rows for this stage or a spent privacy budget, do not count against the
-        quorum.
+        quorum. Where the quorum is met, but a robust method has too few answers for its promise, the model stays.
 
         Raises:
             RunFailed: fewer good replies than the quorum, or the step led to NaN or infinity.
@@ -295,8 +296,10 @@ class Rounds(Strategy):
                 gradient = reducer.finish(self.state, acc, self._generator(server_round))
                 self._step(server_round, gradient)
                 self._told = gauges.facts(gauge, gradient, self.state)
-            # A robust method with too few answers to keep its promise, say, or a decomposition that does not converge.
-            except (ValueError, LinAlgError) as error:
+            except TooFewAnswers as error:  # nothing is learnt then; a client must not end a run by answering badly
+                self.state = self.state._replace(round=server_round)
+                self._log.event("warning", round=server_round, message=f"the round changes nothing: {error}")
+            except (ValueError, LinAlgError) as error:  # a decomposition that does not converge, say
                 raise RunFailed(f"round {server_round}: {error}") from error
         return None, MetricRecord({**_summed(good), "bytes_up": up})
 
@@ -318,7 +321,7 @@ class Rounds(Strategy):
         if self.aggregator.prunes and 0 < rank < client.rank:
             client = client._replace(rank=rank)
         answer = self._decoded(answer, records.read_message(message.content), client)
-        checks.check_visit(answer, self.config, member.examples, self._payload(client)[0])
+        checks.check_visit(answer, self.config, member.examples, self._payload(client)[0], self.state.round + 1)
         if rank != client.rank:
             raise records.WireError(f"its update has rank {rank}, and it was sent rank {client.rank}")
         return answer
@@ -455,9 +458,9 @@ class Rounds(Strategy):
         if not scores:
             return
         best = self.progress.best
-        both = [name for name in scores if name in best]
-        now, before = (_total(of[name] for name in both).loss for of in (scores, best))
-        if now < before or (not both and math.isfinite(_total(scores.values()).loss)):
+        # By the median client, not by their sum: one that lies must not end the run, nor keep it going.
+        gains = [_total([best[name]]).loss - score.loss for name, score in scores.items() if name in best]
+        if statistics.median(gains) > 0 if gains else math.isfinite(_total(scores.values()).loss):
             self.progress = self.progress._replace(best=scores, evaluations_without_gain=0)
             return
         without = self.progress.evaluations_without_gain + 1

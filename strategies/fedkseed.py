@@ -9,7 +9,8 @@ from pydantic import Field
 from torch import Generator, Tensor
 
 from apiary import kseed
-from apiary.exchange import ClientInfo, Payload, Update
+from apiary.exchange import ClientInfo, Payload
+from strategies.average import fedavg
 from strategies.core import AGGREGATORS, Aggregator, Gradient, Reducer, ServerState
 from strategies.lowrank import Weighting
 
@@ -36,24 +37,17 @@ def fedkseed(
         candidates: how many seeds; each takes 4 bytes down.
         epsilon: how far a step looks along its direction.
     """
-    seeds = kseed.candidates(seed, candidates)
+    seeds, mean = kseed.candidates(seed, candidates), fedavg(weighting).reduce
 
-    def start(state: ServerState) -> list[tuple[float, dict[int, float]]]:
-        return []
-
-    def add(acc: Any, update: Update) -> Any:
-        weight = update.weight if weighting == "tokens" else 1.0
-        acc.append((weight, kseed.of_tensor(update.delta[kseed.NAME], seeds)))
-        return acc
+    def start(state: ServerState) -> Any:
+        return mean.start(state._replace(adapter={kseed.NAME: torch.zeros(len(seeds))}))
 
     def finish(state: ServerState, acc: Any, rng: Generator) -> Gradient:
-        change = kseed.merge({}, [scalars for _, scalars in acc], [weight for weight, _ in acc])
-        return Gradient({kseed.NAME: kseed.to_tensor(change, seeds)})
+        return Gradient({kseed.NAME: kseed.snapped(mean.finish(state, acc, rng).adapter[kseed.NAME])})
 
     def step(state: ServerState, gradient: Gradient) -> ServerState:
-        whole = kseed.merge(
-            kseed.of_tensor(_pool(state), seeds), [kseed.of_tensor(gradient.adapter[kseed.NAME], seeds)], [1.0]
-        )
+        change = kseed.of_tensor(gradient.adapter[kseed.NAME], seeds)
+        whole = kseed.added(kseed.of_tensor(_pool(state), seeds), change)
         first = {name.removeprefix(_START): t for name, t in state.memory.items() if name.startswith(_START)}
         begun = first or dict(state.adapter)
         memory = {_START + name: tensor for name, tensor in begun.items()}
@@ -69,4 +63,4 @@ def fedkseed(
     def _pool(state: ServerState) -> Tensor:
         return state.memory.get(kseed.NAME, torch.zeros(len(seeds)))
 
-    return Aggregator(Reducer(start, add, finish), step, payload, needs="sum", trains=("both",), sends="seeds")
+    return Aggregator(Reducer(start, mean.add, finish), step, payload, needs="sum", trains=("both",), sends="seeds")

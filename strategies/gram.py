@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from apiary.config import UserError
+from strategies.core import TooFewAnswers
 
 _NEEDS: Mapping[str, tuple[int, int]] = {  # (a, b): at least a f + b answers
     "norm_clip": (2, 1),
@@ -52,10 +53,10 @@ def check_answers(name: str, byzantine: int, answers: int) -> None:
     """Check that a round has enough answers for its rule.
 
     Raises:
-        ValueError: it has too few.
+        TooFewAnswers: it has.
     """
     if answers < (needed := fewest(name, byzantine)):
-        raise ValueError(
+        raise TooFewAnswers(
             f"{name} against {byzantine} hostile clients needs {needed} good answers, this round has {answers}; "
             "raise strategy.min_clients and strategy.quorum, or lower strategy.options.byzantine"
         )

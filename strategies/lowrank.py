@@ -299,8 +299,8 @@ def hetlora(
 
     In each module client k has the weight ||s_k B_k A_k||_F / sum_j ||s_j B_j A_j||_F, whatever its tokens (Cho et al.
     2024, arXiv 2401.06432); one as any while all products are zero. The norms are those of the
-    products, and so are blind to how B and A share them; but a client that scales its product up gains weight: bound
-    it first where clients are not trusted.
+    products, and so are blind to how B and A share them; but a client that scales its product up gains weight. It is
+    not a method for clients that are not trusted.
 
     As in the paper a padded zero counts: slice i of both factors shrinks by the weight of the clients that do not hold
     it, in every round. With `form` = "delta" the padded changes are averaged instead, and nothing shrinks.

@@ -27,7 +27,7 @@ def visit(**changes: Any) -> Visit:
 
 
 def check(answer: Visit, *overrides: str) -> None:
-    checks.check_visit(answer, config.load(None, list(overrides)), 100, Payload(ADAPTER, {}))
+    checks.check_visit(answer, config.load(None, list(overrides)), 100, Payload(ADAPTER, {}), 1)
 
 
 CURATING = ['curate.steps=["duplicates", "length"]']
@@ -45,6 +45,31 @@ REPLAYING = ['continual.stages=[["a"], ["b"]]', "continual.buffer=0.1"]
 )
 def test_an_honest_answer_is_taken(changes: dict[str, Any], overrides: list[str]) -> None:
     check(visit(**changes), *overrides)
+
+
+@pytest.mark.parametrize(
+    ("train", "number", "moved", "taken"),
+    [
+        ("b", 1, "B", True),
+        ("b", 4, "A", False),
+        ("alternate", 1, "B", True),
+        ("alternate", 1, "A", False),
+        ("alternate", 2, "A", True),
+        ("alternate", 2, "B", False),
+        ("both", 2, "B", True),
+    ],
+)
+def test_a_factor_that_rests_is_moved_by_nobody(train: str, number: int, moved: str, taken: bool) -> None:
+    """Averaging is exact because it is the same everywhere; the smallest change would end that."""
+    adapter = {f"m.lora_{x}.weight": torch.ones(2, 2) for x in "AB"}
+    delta = {name: torch.full_like(t, 1e-9 if f"_{moved}." in name else 0.0) for name, t in adapter.items()}
+    answer, run = visit(), config.load(None, [f"adapter.train={train}"])
+    answer = answer._replace(update=answer.update._replace(delta=delta))
+    if taken:
+        checks.check_visit(answer, run, 100, Payload(adapter, {}), number)
+    else:
+        with pytest.raises(checks.Poisoned, match=r"rests in this round: [AB] alone is trained"):
+            checks.check_visit(answer, run, 100, Payload(adapter, {}), number)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,9 @@ from reference import philox
 from torch import Tensor
 
 from apiary import kseed
+from apiary.exchange import Update
 from apiary.tensors import StateDict, digest
+from strategies import AGGREGATORS, ServerState
 
 ROOT = Path(__file__).resolve().parents[1]
 # Of other lengths than whole words, and one longer than a block of signs.
@@ -36,6 +38,17 @@ def _scalars(n: int = 100, seed: int = 1) -> dict[int, float]:
         s: kseed.on_grid(float(c))
         for s, c in zip(SEEDS, rng.normal(size=n) * 10.0 ** rng.uniform(-9, 0, n), strict=False)
     }
+
+
+def _after(pool: kseed.Scalars, changes: list[dict[int, float]], weights: list[float]) -> dict[int, float]:
+    """The server's scalars after a round of fedkseed with these answers, in their order."""
+    method = AGGREGATORS.build("fedkseed", {"candidates": len(SEEDS)}, seed=5, weighting="tokens")
+    state = ServerState(3, {"x": torch.zeros(4)}, {}, {kseed.NAME: kseed.to_tensor(pool, SEEDS)})
+    acc = method.reduce.start(state)
+    for i, (change, weight) in enumerate(zip(changes, weights, strict=True)):
+        acc = method.reduce.add(acc, Update(f"c{i}", {kseed.NAME: kseed.to_tensor(change, SEEDS)}, weight, 4))
+    after = method.step(state, method.reduce.finish(state, acc, torch.Generator()))
+    return kseed.of_tensor(after.memory[kseed.NAME], SEEDS)
 
 
 def test_the_reference_is_philox() -> None:
@@ -188,7 +201,7 @@ def test_a_federated_run_of_scalars_learns() -> None:
     """Four clients with a quarter of the rows each; the server has nothing but their scalars."""
     rng = torch.Generator().manual_seed(0)
     inputs, truth = torch.randn(64, 10, generator=rng), torch.randn(10, 2, generator=rng)
-    seeds, start, pool = kseed.candidates(0, 256), {"w": torch.zeros(10, 2)}, dict[int, float]()
+    seeds, start, pool = SEEDS, {"w": torch.zeros(10, 2)}, dict[int, float]()
 
     def loss(rows: Tensor) -> kseed.Loss:
         return lambda state: float((rows @ (state["w"] - truth)).square().mean())
@@ -201,7 +214,7 @@ def test_a_federated_run_of_scalars_learns() -> None:
             )
             for i, rows in enumerate(inputs.chunk(4))
         ]
-        pool = kseed.merge(pool, [went.scalars for went in walks], [16.0] * 4)
+        pool = _after(pool, [went.scalars for went in walks], [16.0] * 4)
         mean = torch.stack([went.x["w"] for went in walks]).mean(0)
         torch.testing.assert_close(kseed.rebuild(start, pool)["w"], mean, rtol=0, atol=1e-6)
     assert loss(inputs)(kseed.rebuild(start, pool)) < 0.05 * loss(inputs)(start)
@@ -222,24 +235,18 @@ def test_steps_that_explode_are_an_error_and_not_a_model() -> None:
         kseed.walk([(loss, 1e3)] * 100, start, SEEDS, epsilon=1e-3, rng=torch.Generator().manual_seed(1))
 
 
-def test_merge_is_the_weighted_mean_on_top_of_the_pool() -> None:
-    pool = {1: 0.5, 2: -1.0}
-    changes, weights = [{1: 1.0, 3: 0.25}, {1: -3.0}, {}], [2.0, 1.0, 1.0]
-    expected = {1: 0.5 + (2 * 1 - 3) / 4, 2: -1.0, 3: 2 * 0.25 / 4}
-    for order in itertools.permutations(range(3)):
-        assert kseed.merge(pool, [changes[i] for i in order], [weights[i] for i in order]) == expected
-    assert pool == {1: 0.5, 2: -1.0}
-    with pytest.raises(ValueError, match="sum to 0"):
-        kseed.merge(pool, changes, [0.0] * 3)
-
-
 def test_the_order_of_answers_does_not_show_in_the_pool() -> None:
-    changes, weights = [_scalars(80, seed) for seed in range(5)], [17.0, 512.0, 3.0, 90_001.0, 44.0]
-    made = {
-        tuple(sorted(kseed.merge(_scalars(), [changes[i] for i in order], [weights[i] for i in order]).items()))
+    """Sixths and ninety-thousandths of numbers of very different sizes, exactly, then to the grid."""
+    pool, changes, weights = _scalars(), [_scalars(80, seed) for seed in range(5)], [17.0, 512.0, 3.0, 90_001.0, 44.0]
+    made = [
+        _after(pool, [changes[i] for i in order], [weights[i] for i in order])
         for order in itertools.permutations(range(5))
-    }
-    assert len(made) == 1
+    ]
+    assert all(one == made[0] for one in made)
+    for seed in SEEDS:
+        terms = [Fraction(w) * Fraction(c.get(seed, 0.0)) for w, c in zip(weights, changes, strict=True)]
+        mean = kseed.on_grid(float(sum(terms) / Fraction(sum(weights))))
+        assert made[0].get(seed, 0.0) == kseed.on_grid(pool.get(seed, 0.0) + mean)
 
 
 def test_what_cannot_be_told_or_taken_is_refused() -> None:

@@ -167,6 +167,19 @@ def test_a_personal_model_can_be_talked_to_and_the_shared_half_cannot(finished: 
     results.export(one, folder.parent / "exported", merge=False)
 
 
+def test_who_is_never_asked_to_measure_has_its_model_all_the_same(
+    small_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A site's model is put together at the site alone: without it, all of its training would be lost to it."""
+    visits = Visits(monkeypatch)
+    run(tmp_path / "run", [*small_run, *SHARE, "rounds=3", "strategy.fraction=0.5", "evaluate.every=0"])
+    assert visits.starts
+    for client, starts in visits.starts.items():
+        found = load_file(tmp_path / "run" / "clients" / client / "adapter" / "adapter_model.safetensors")
+        for name, tensor in found.items():
+            torch.testing.assert_close(tensor, starts[-1][name] + visits.deltas[client][-1][name], rtol=0, atol=0)
+
+
 def test_a_killed_run_goes_on_bit_for_bit(
     small_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

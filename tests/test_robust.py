@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from reference import robust as ref
 from torch import Tensor
 
+import strategies
+from apiary import config as configs
 from apiary import lora
 from apiary.config import UserError
 from apiary.exchange import ClientInfo, Update
@@ -218,6 +220,17 @@ def test_fltrust_without_anybody_to_trust_leaves_the_model() -> None:
     gradient = _reduce(method, state, [Update("a", _times(_root().delta, -1e-3), 1.0, RANK)])
     assert digest(method.step(state, gradient).adapter) == digest(state.adapter)
     assert gradient.notes["a"].startswith("cosine -1.00")
+
+
+@pytest.mark.parametrize("moved", ["b", "a"])
+def test_fltrust_without_anybody_to_trust_leaves_both_factors_whatever_the_step(moved: str) -> None:
+    """Also with a server step size, and where one factor rests."""
+    config = ["strategy.name=fltrust", "strategy.root=rows.jsonl", "adapter.train=alternate", f"adapter.rank={RANK}"]
+    method = strategies.from_config(configs.load(None, [*config, 'strategy.server_optimizer={name="plain", lr=0.5}']))
+    state = _state()._replace(round=0 if moved == "b" else 1)
+    own = {n: t if is_b(n) == (moved == "b") else 0 * t for n, t in _root().delta.items()}
+    gradient = _reduce(method, state, [Update("a", _times(own, -1e-3), 1.0, RANK)], _root()._replace(delta=own))
+    assert digest(method.step(state, gradient).adapter) == digest(state.adapter)
 
 
 def test_fltrust_asks_for_the_servers_own_update() -> None:

@@ -644,6 +644,40 @@ def test_a_share_of_easy_and_hard_clients_does_not_stop_a_run_that_learns(seed: 
     assert losses == pytest.approx([losses[0] * 0.95**n for n in range(13)])
 
 
+@pytest.mark.parametrize(("lie", "until"), [(1e6, 6), (-1.0, 2)])
+def test_one_client_that_lies_about_its_loss_neither_ends_a_run_nor_keeps_it_going(lie: float, until: int) -> None:
+    """Four of five get better and one claims to get far worse; or four stay, and one claims to get far better."""
+
+    def loss(i: int, number: int) -> float:
+        if i == 4:
+            return 9000.0 + lie * number / 1e3 if lie > 0 else 9000.0 * 0.5**number
+        return 2.0 * 0.9**number if lie > 0 else 2.0
+
+    made, _ = rounds(["rounds=6", "evaluate.patience=2"])
+    assert made.run(LocalGrid(clients(loss=loss), 5), 5).round == until
+
+
+def test_who_answers_badly_costs_a_robust_round_and_not_the_run() -> None:
+    """The one that is left out may be the hostile one or not: nothing is learnt in a round without its promise."""
+    bad = {"now": True}
+
+    def act(i: int, adapter: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {} if bad["now"] else add_one(i, adapter)
+
+    def done(state: ServerState, progress: Progress) -> None:
+        bad["now"] = False
+
+    made, log = rounds(["rounds=2", "strategy.min_clients=3"], on_round=done)
+    made.aggregator = AGGREGATORS.build("median", {"byzantine": 1}, weighting="tokens")
+    made.state = ServerState(0, {"m.lora_A.weight": torch.zeros(4, 2), "m.lora_B.weight": torch.zeros(3, 4)}, {}, {})
+    state = made.run(LocalGrid(clients({1: act}), 3), 3)
+    (warning,) = log.of("warning")
+    assert warning["round"] == 1 and "needs 3 good answers, this round has 2" in warning["message"]
+    assert [event["clients"] for event in log.of("round")] == [2, 3]
+    assert state.round == 2
+    assert {v for t in state.adapter.values() for v in t.unique().tolist()} == {2.0}  # the median of 1, 2, 3, once
+
+
 def test_hard_clients_that_miss_an_evaluation_set_no_record() -> None:
     def loss(i: int, number: int) -> float:
         if number == 2 and i % 2 == 0:

@@ -100,6 +100,10 @@ def test_the_server_averages_scalars_in_any_order_and_rebuilds_from_the_start() 
     expected = dict(zip(seeds, [0.25, 0.25, 0.0, 0.5, 0.0, 1.0], strict=True))
     state = after([0, 1, 2])
     assert digest(state.adapter) == digest(kseed.rebuild(start, expected)) == digest(after([2, 0, 1]).adapter)
+    acc = method.reduce.start(state)
+    for update in updates:
+        acc = method.reduce.add(acc, update)
+        assert sum(t.numel() for part in acc[:2] for t in part.values()) == 2 * 6  # a sum, and what it rounds away
     assert method.payload(state, ClientInfo("c0", 4, 2)).adapter[kseed.NAME].tolist() == list(expected.values())
     assert (
         method.payload(ServerState(0, start, {}, {}), ClientInfo("c0", 4, 0)).adapter[kseed.NAME].tolist() == [0.0] * 6
