@@ -62,7 +62,9 @@ class Update(NamedTuple):
     delta: StateDict
     weight: float
     rank: int
-    control: StateDict = _NOTHING  # the change of its own control variate, where the method has one
+    # Where the method has control variates, what the server knows of the visit's steps; neither travels.
+    control: StateDict = _NOTHING  # the mean control variate that corrected them
+    walked: float = 0.0  # the sum of their learning rates
 
 
 class FitReport(NamedTuple):

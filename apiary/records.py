@@ -100,11 +100,8 @@ def read_request(content: RecordDict, receive: Callable[[Parcel], StateDict] = _
     number, last = numbers[_ROUND], numbers.get(_LAST, 0)
     if not isinstance(number, int) or not isinstance(last, int):
         raise WireError("its round is not a number")
-    return number, Payload(adapter, base_delta, _read_control(content), last)
-
-
-def _read_control(content: RecordDict) -> StateDict:
-    return from_arrays(_part(content, _CONTROL, ArrayRecord)) if _CONTROL in content else {}
+    control = from_arrays(_part(content, _CONTROL, ArrayRecord)) if _CONTROL in content else {}
+    return number, Payload(adapter, base_delta, control, last)
 
 
 def train_reply(answer: Visit | Decline, message: bytes = b"") -> RecordDict:
@@ -127,8 +124,6 @@ def train_reply(answer: Visit | Decline, message: bytes = b"") -> RecordDict:
             _WHO: ConfigRecord({_WHO: update.client}),
         }
     )
-    if update.control:
-        content[_CONTROL] = to_arrays(update.control)
     if curated is not None:
         dropped = {_DROPPED + step: count for step, count in curated.dropped.items()}
         content[_CURATED] = MetricRecord({"rows": curated.rows, "kept": curated.kept, **dropped})
@@ -156,7 +151,7 @@ def read_train_reply(content: RecordDict) -> Visit | Decline:
         weight, rank = counts.pop("weight"), int(counts.pop("rank"))
         arrays = _part(content, _ADAPTER, ArrayRecord)
         delta = {} if _MESSAGE in arrays else from_arrays(arrays)
-        update = Update(_name(content), delta, weight, rank, _read_control(content))
+        update = Update(_name(content), delta, weight, rank)
         whole = {key: int(counts[key]) for key in ("tokens", "examples", "steps", "replayed")}
         report = FitReport(loss=counts["loss"], seconds=counts["seconds"], **whole)
         return Visit(update, report, _read_curated(content), _read_spent(content))

@@ -32,7 +32,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from apiary import lora  # noqa: E402
-from apiary.exchange import Update  # noqa: E402
+from apiary.exchange import ClientInfo, Update  # noqa: E402
 from apiary.lora import Factors  # noqa: E402
 from apiary.runlog import machine  # noqa: E402
 from apiary.tensors import StateDict, generator  # noqa: E402
@@ -89,12 +89,14 @@ def build(name: str, options: Mapping[str, Any] | None = None) -> Aggregator:
     """A method with `BYZANTINE` hostile clients where it must know a number."""
     if name in ("krum", "multi_krum", "trimmed_mean", "bulyan"):
         options = {"byzantine": BYZANTINE}
-    return AGGREGATORS.build(name, options, scaling=SCALING, seed=0, weighting="tokens")
+    return AGGREGATORS.build(name, options, scaling=SCALING, seed=0, weighting="tokens", alike=True)
 
 
 def run_round(method: Aggregator, state: ServerState, updates: Sequence[Update]) -> Done:
     """Fold the updates in, and step."""
     own = [updates[0]._replace(client=SERVER)] if method.root else []
+    if control := method.payload(state, ClientInfo("", 16, 0, len(updates))).control:
+        updates = [update._replace(control=control, walked=0.01) for update in updates]
     began = time.perf_counter()
     acc = method.reduce.start(state)
     for update in [*own, *updates]:
@@ -274,10 +276,11 @@ def folded(name: str, updates: int, entries: int) -> list[dict[str, Any]]:
     method, state = build(name), adapter_of(shapes, 16)
     delta = draw(shapes, 16, 0.001, "client")
     size = sum(tensor.numel() * tensor.element_size() for tensor in delta.values())
+    control = method.payload(state, ClientInfo("", 16, 0, updates)).control
     acc, made = method.reduce.start(state), []
     for count in range(1, updates + 1):
         fresh = {tensor_name: tensor * (1 + 1 / count) for tensor_name, tensor in delta.items()}
-        acc = method.reduce.add(acc, Update(f"client-{count}", fresh, float(count), 16))
+        acc = method.reduce.add(acc, Update(f"client-{count}", fresh, float(count), 16, control, 0.01))
         if count == updates or count in (10, 100):
             row = {"method": name, "updates": count, "update_bytes": size, "peak_bytes": peak_bytes()}
             made.append(row)
@@ -326,31 +329,40 @@ def work(task: Mapping[str, Any]) -> Any:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """The parts that are asked for, by name."""
     parts, quick, threads = options.only.split(","), options.quick, options.threads
+    names = options.methods.split(",") if options.methods else methods()
     made: dict[str, Any] = {}
     if "error" in parts:
         made["error"] = errors(quick)
     if "module" in parts:
         ranks = [4, 8] if quick else [int(rank) for rank in options.ranks.split(",")]
-        tasks = [{"kind": "module", "name": name, "rank": rank, "repeats": 3} for name in methods() for rank in ranks]
+        tasks = [{"kind": "module", "name": name, "rank": rank, "repeats": 3} for name in names for rank in ranks]
         made["module"] = [alone(task, threads) for task in tasks]
         widths = {"rank": 4, "width": 512} if quick else {"rank": 16, "width": 4096}
         made["dense"] = alone({"kind": "dense", **widths}, threads)
     if "memory" in parts:
-        sums = [name for name in methods() if build(name).needs == "sum"]
+        sums = [name for name in names if build(name).needs == "sum"]
         task = {"kind": "memory", "updates": 20 if quick else options.updates, "entries": options.update_mb * 250_000}
         made["memory"] = [row for name in sums for row in alone({**task, "name": name}, threads)]
     if "round" in parts:
         made["round"] = []
-        for row in whole_rounds(1 if quick else options.layers, methods()):
+        for row in whole_rounds(1 if quick else options.layers, names):
             print(json.dumps(row), flush=True)
             made["round"].append(row)
     return made
+
+
+def _among(known: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """New rows in the place of those of the same methods."""
+    new = {row["method"] for row in rows}
+    order = list(dict.fromkeys(row["method"] for row in [*known, *rows]))
+    return sorted([*(row for row in known if row["method"] not in new), *rows], key=lambda r: order.index(r["method"]))
 
 
 def main() -> None:
     """Measure, and write the results; parts that are not asked for stay as they were."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="error,module,memory,round")
+    parser.add_argument("--methods", help="separated by commas; rows of others stay as they were")
     parser.add_argument("--quick", action="store_true", help="small, to see that it works; writes nothing")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--ranks", default="4,8,16,32,64", help="of the one module")
@@ -368,6 +380,8 @@ def main() -> None:
     if not options.quick:
         known = json.loads(options.out.read_text()) if options.out.exists() else {}
         facts = {"machine": machine(gpu=False), "torch": torch.__version__, "threads": options.threads}
+        if options.methods:
+            made = {part: _among(known.get(part, []), rows) for part, rows in made.items() if isinstance(rows, list)}
         options.out.write_text(json.dumps({**known, **facts, **made}, indent=1) + "\n")
 
 

@@ -98,7 +98,7 @@ def _wire(method: Aggregator) -> tuple[str, str]:
     own = _entries(payload.adapter)
     times = sum(_entries(part) for part in (payload.adapter, payload.base_delta, payload.control)) / own
     grows = ", more each round" if payload.base_delta else ""
-    return f"{times:g}{grows}", f"{1 + _entries(payload.control) / own:g}"
+    return f"{times:g}{grows}", "1"
 
 
 def _draw(seed: int) -> dict[str, torch.Tensor]:

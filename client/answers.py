@@ -18,13 +18,13 @@ from flwr.app import Context, RecordDict
 from flwr.common.constant import NUM_PARTITIONS_KEY, PARTITION_ID_KEY
 
 from apiary import config as configs
-from apiary import continual, draws, examples, records
+from apiary import continual, draws, examples, records, schedule
 from apiary.codecs import CodecError
 from apiary.config import RunConfig, UserError
 from apiary.downlink import Parcel
 from apiary.exchange import Decline, Visit
 from apiary.tensors import StateDict, is_finite
-from client import memory, ranks, wire
+from client import control, memory, ranks, wire
 from client.worker import Site, Worker
 
 _log = logging.getLogger(__name__)
@@ -78,7 +78,11 @@ def _ask(worker: Worker, site: Site, kind: str, content: RecordDict) -> RecordDi
     number, payload = records.read_request(content, functools.partial(_receive, worker, site))
     if kind == "train":
         answer = worker.train(site, number, payload)
-        return records.train_reply(answer, _encoded(worker.config, site, number, answer))
+        message = _encoded(worker.config, site, number, answer)
+        if isinstance(answer, Visit) and payload.control:
+            far = schedule.walked(worker.config, number, answer.report.steps)
+            control.renew(site.folder, number, payload, wire.arrives(worker.config, message, answer.update.delta), far)
+        return records.train_reply(answer, message)
     if kind == "evaluate":
         return records.score_reply(site.client, worker.evaluate(site, payload, number))
     raise ValueError(f"no answer to messages of type {kind!r}")

@@ -1,7 +1,8 @@
 """A client's control variate: what it knows of its own gradient, against that of all (SCAFFOLD).
 
-Karimireddy et al. 2020 (arXiv 1910.06378), algorithm 1 with option II. It stays on the client's own disk; its change
-travels. `strategies.scaffold` has the server's part.
+Karimireddy et al. 2020 (arXiv 1910.06378), algorithm 1 with option II. It stays on the client's own disk, and nothing
+of it travels up: with option II it follows from the change of the adapter, which the server has. `strategies.scaffold`
+has the server's part.
 
 A change that was sent may be lost on its way, and then the server's mean lacks it. So a client goes on from the
 variate of the last round in which the server says that its answer counted, whatever it has computed since.
@@ -9,7 +10,6 @@ variate of the last round in which the server says that its answer counted, what
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -31,8 +31,8 @@ def correction(folder: Path, payload: Payload) -> dict[str, Tensor]:
     return subtract(payload.control, _own(folder, payload))
 
 
-def renew(folder: Path, number: int, payload: Payload, delta: StateDict, rates: Iterable[float]) -> dict[str, Tensor]:
-    """The change of the control variate by a visit, whose new value is kept for the next; empty as for `correction`.
+def renew(folder: Path, number: int, payload: Payload, delta: StateDict, walked: float) -> None:
+    """Keep the control variate that a visit leads to, for the next.
 
     c_k' = c_k - c + (x - y) / sum_t lr_t. With stochastic gradient descent, whose step is lr_t (g_t + c - c_k), this is
     the mean of the gradients g_t that the visit saw, weighted by their learning rates: with clipping, of the clipped
@@ -42,15 +42,12 @@ def renew(folder: Path, number: int, payload: Payload, delta: StateDict, rates: 
         folder: the client's own of this run.
         number: the round.
         payload: what the server sent.
-        delta: y - x.
-        rates: the learning rate of each step.
+        delta: y - x, as the server has it.
+        walked: the sum of the steps' learning rates.
     """
-    if not payload.control:
-        return {}
-    before, walked = _own(folder, payload), sum(rates)
+    before = _own(folder, payload)
     after = {name: own - payload.control[name] - delta[name] / walked for name, own in before.items()}
     kept.save(folder, KIND, number, after, also=payload.last_round)
-    return subtract(after, before)
 
 
 def _own(folder: Path, payload: Payload) -> dict[str, Tensor]:

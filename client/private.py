@@ -32,9 +32,10 @@ from apiary.models import LanguageModel, autocast, get_adapter, pad_id, set_adap
 from apiary.noise import SecretNoise
 from apiary.probe import to_device
 from apiary.runlog import write_atomic
+from apiary.schedule import learning_rate
 from apiary.tensors import StateDict, generator, subtract
 from client.objectives import OBJECTIVES, Objective, Penalty, finite
-from client.trainer import Cursor, FitResult, Observer, StepRecord, learning_rate, make_optimizer, threads
+from client.trainer import Cursor, FitResult, Observer, StepRecord, make_optimizer, threads
 
 _ROOM = 1 << 28  # numbers in the gradients of single rows held at a time: 1 GiB in float32
 _SLACK = 1 - 1e-6  # of the clipping norm; more than what float32 can err in a norm's last place

@@ -22,6 +22,7 @@ from apiary.config import TrainConfig
 from apiary.exchange import FitReport
 from apiary.models import LanguageModel, autocast, get_adapter, pad_id, set_adapter, training
 from apiary.probe import to_device
+from apiary.schedule import learning_rate
 from apiary.tensors import StateDict, derive_seed, generator, subtract
 from client.objectives import OBJECTIVES, Objective, Penalty, Projection, finite
 
@@ -70,21 +71,6 @@ def steps_per_round(config: TrainConfig, corpus: Corpus, replay: Replay | None =
         return config.steps or 1
     batches = len(plan_batches(corpus.lengths, _budgets(config, replay)[0], generator(0, "", "epoch", 0)))
     return max(1, math.ceil(config.epochs * batches / config.accumulate))
-
-
-def learning_rate(step: int, total: int, config: TrainConfig) -> float:
-    """The learning rate of a step (from 0) of a whole federated run of `total` steps.
-
-    It rises linearly over the first `warmup` share, then stays, or falls along half a cosine to
-    (nearly) 0.
-    """
-    warm = math.ceil(config.warmup * total)
-    if step < warm:
-        return config.lr * (step + 1) / warm
-    if config.schedule == "constant":
-        return config.lr
-    progress = min(1.0, (step - warm) / max(1, total - warm))
-    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def fit(

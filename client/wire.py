@@ -44,6 +44,12 @@ def receive(config: RunConfig, folder: Path, shapes: Shapes, sent: Parcel) -> St
     return copy.adapter
 
 
+def arrives(config: RunConfig, message: bytes, delta: StateDict) -> StateDict:
+    """A change as the server will read it from its message; the change itself where that is exact, or there is none."""
+    codec = codecs.of_run(config, "up")
+    return codecs.decode(message, codec, codecs.shapes_of(delta)) if message and not codec.exact else delta
+
+
 def encode(config: RunConfig, folder: Path, client: str, number: int, delta: StateDict) -> bytes:
     """The message of a client's change in round `number`.
 

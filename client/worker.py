@@ -10,7 +10,6 @@ import sys
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple
 
 from apiary import lora, models, prompts, results
@@ -139,10 +138,8 @@ class Worker:
                 correction=control.correction(site.folder, payload),
             )
         result = result._replace(delta=pruning.pruned(self.config, payload.adapter, result.delta))
-        rates = (trainer.learning_rate(first + step, total, config) for step in range(steps))
-        change = control.renew(site.folder, number, payload, result.delta, rates)
         at = Memory(number, result.cursor, data.stage, result.replay, chosen.round if chosen else 0)
-        return self._visit(site, at, payload, result, chosen.counts if chosen else None, control=change)
+        return self._visit(site, at, payload, result, chosen.counts if chosen else None)
 
     def _train_privately(self, site: Site, number: int, payload: Payload, data: StageData) -> Visit | Decline:
         """As `train`, under record-level differential privacy: no count of what curation did leaves."""
@@ -177,7 +174,6 @@ class Worker:
         result: FitResult,
         curated: Curated | None = None,
         spent: Spent | None = None,
-        control: StateDict = MappingProxyType({}),
     ) -> Visit:
         delta: StateDict = result.delta
         if self.config.adapter.share == "a":
@@ -186,7 +182,7 @@ class Worker:
             delta = lora.only_a(delta)
         memory.save(site.folder, at)
         rank = pruning.rank_of(self.config, delta, site.rank)
-        update = Update(site.client, delta, float(result.report.tokens), rank, control)
+        update = Update(site.client, delta, float(result.report.tokens), rank)
         return Visit(update, result.report, curated, spent)
 
     def _save_own(self, site: Site, adapter: StateDict) -> None:

@@ -18,9 +18,10 @@ from apiary.batches import Batch, Corpus
 from apiary.config import RunConfig
 from apiary.exchange import FitReport, Payload
 from apiary.models import LanguageModel
+from apiary.schedule import learning_rate
 from apiary.tensors import StateDict, generator
 from client.objectives import OBJECTIVES
-from client.trainer import Cursor, FitResult, Observer, StepRecord, Way, learning_rate, threads
+from client.trainer import Cursor, FitResult, Observer, StepRecord, Way, threads
 
 
 class Place(NamedTuple):

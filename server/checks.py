@@ -47,7 +47,6 @@ def check_visit(visit: Visit, config: RunConfig, examples: int, payload: Payload
     _check_spent(visit.spent, config, private)
     check_delta(visit.update.delta, payload.adapter)
     _check_resting(visit.update.delta, config.adapter.trained(number))
-    _check_control(visit.update.control, payload.control)
 
 
 def wrong_rank(rank: int, config: RunConfig, mixed: bool) -> str:
@@ -108,13 +107,6 @@ def _check_scalars(change: Tensor, pool: Tensor) -> None:
         kseed.check_sum((pool.abs() + change.abs()).tolist())
     except ValueError as error:
         raise WireError(f"its scalars cannot be taken: {error}") from None
-
-
-def _check_control(control: StateDict, sent: StateDict) -> None:
-    try:
-        check_delta(control, sent)
-    except WireError as error:
-        raise WireError(f"its control variate cannot be taken: {error}") from None
 
 
 def check_score(score: Score, config: RunConfig) -> None:

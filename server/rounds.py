@@ -19,7 +19,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from torch import Generator
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from apiary import codecs, records
+from apiary import codecs, records, schedule
 from apiary.config import RunConfig
 from apiary.exchange import ClientInfo, Decline, Fingerprint, FitReport, Hello, Payload, Score, Update, Visit
 from apiary.stages import rounds_of, stage_of
@@ -324,6 +324,9 @@ class Rounds(Strategy):
         checks.check_visit(answer, self.config, member.examples, self._payload(client)[0], self.state.round + 1)
         if rank != client.rank:
             raise records.WireError(f"its update has rank {rank}, and it was sent rank {client.rank}")
+        if control := self._payload(client)[0].control:
+            far = schedule.walked(self.config, self.state.round + 1, answer.report.steps)
+            answer = answer._replace(update=answer.update._replace(control=control, walked=far))
         return answer
 
     def _own_update(self, root: Callable[[int, Payload], Update], number: int) -> Update:

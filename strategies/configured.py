@@ -21,6 +21,7 @@ def from_config(config: RunConfig) -> Aggregator:
         strategy.name,
         strategy.options,
         weighting=strategy.weighting,
+        alike=config.train.epochs is None,
         scaling=lora.scaling(config.adapter.alpha, config.adapter.scaling),
         seed=config.seed,
     )

@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM
 from apiary import models
 from apiary.batches import Corpus, collate, plan_batches
 from apiary.config import AdapterConfig, Method, ModelConfig, TrainConfig, UserError
+from apiary.schedule import learning_rate
 from apiary.tensors import StateDict, generator, norm
 from client import objectives, trainer
-from client.trainer import Cursor, FitResult, StepRecord, learning_rate
+from client.trainer import Cursor, FitResult, StepRecord
 
 CORPUS = small_models.make_corpus(40)
 

@@ -72,11 +72,11 @@ def plan_traffic(config: RunConfig, lm: LanguageModel, cohort: int) -> Traffic:
     """The bytes that adapters take on the wire."""
     shared = (p.numel() for n, p in lm.adapter.items() if config.adapter.share == "both" or not is_b(n))
     adapter = 4 * sum(shared)
-    whole = 2 if config.strategy.name == "scaffold" else 1  # a control variate goes with each adapter that is trained
+    parts = 3 if config.strategy.name == "scaffold" else 2  # down, up, and a control variate down
     every = config.evaluate.every
     # Before the first round, after every n-th and after the last.
     evaluations = 1 + math.ceil(config.rounds / every) if config.scores_from_clients and every else 0
-    return Traffic(adapter, evaluations, cohort * adapter * (2 * whole * config.rounds + evaluations))
+    return Traffic(adapter, evaluations, cohort * adapter * (parts * config.rounds + evaluations))
 
 
 def adapter_size(lm: LanguageModel) -> int:
