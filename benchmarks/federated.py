@@ -58,7 +58,7 @@ WAYS: dict[str, tuple[str, ...]] = {
     "server adam": _by("fedavg", 'strategy.server_optimizer={ name = "adam", lr = 0.01 }'),
     "fedavg, SGD": _by("fedavg", *_SGD),
     "scaffold, SGD": _by("scaffold", *_SGD),
-    "each client its own B": _by("fedavg", "adapter.share=a"),
+    "each client its own B": _by("fedavg", "adapter.share=a", "evaluate.clients=true"),
     "fedkseed, 10 times the steps": _by("fedkseed", "train.steps=30", "train.lr=3e-4"),
     "geometric_median": _by("geometric_median"),
     "median": _by("median"),
