@@ -270,7 +270,7 @@ class WireConfig(_Section):
     """How the change of an adapter travels; docs/wire.md says which codec is for what."""
 
     up: MethodField = Field(
-        Method(name="fp32"), description="from client to server: fp32, bf16, int8, int4 or topk, with options"
+        Method(name="fp32"), description="from client to server: fp32, bf16, int8, int4, topk or sparse, with options"
     )
     down: MethodField = Field(
         Method(name="fp32"),

@@ -302,7 +302,8 @@ def _round_line(state: State, event: Event) -> str:
         f"{event['clients']} of {event['asked']} clients",
         f"train loss {loss_text(event.get('train_loss'))}",
         f"{count_text(state.rate)} tokens/s",
-        f"{bytes_text(event.get('bytes_up'))} up, {bytes_text(event.get('bytes_down'))} down",
+        f"{bytes_text(event.get('bytes_up'))} up"
+        + (f", {bytes_text(down)} down" if (down := event.get("bytes_down")) else ""),
         seconds_text(event.get("seconds")),
     ]
     if state.gauge is not None:

@@ -98,7 +98,8 @@ class Registry(Generic[T]):
         for option, value in options.items():
             if option not in allowed:
                 close = difflib.get_close_matches(option, allowed, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"allowed are {', '.join(allowed) or 'none'}"
+                known = f"it has {', '.join(allowed)}" if allowed else "it has no options at all"
+                hint = f"did you mean {close[0]!r}?" if close else known
                 raise UserError(f"{self.key}: {name!r} has no option {option!r}; {hint}")
             try:
                 checked[option] = TypeAdapter(hints.get(option, Any)).validate_python(value)
@@ -106,5 +107,20 @@ class Registry(Generic[T]):
                 raise UserError(f"{self.options_key}.{option} = {value!r}: {error.errors()[0]['msg']}") from None
         for option, parameter in allowed.items():
             if parameter.default is inspect.Parameter.empty and option not in checked:
-                raise UserError(f"{self.key}: {name!r} needs the option {option!r}")
+                what = f", {said}" if (said := meaning(builder, option)) else ""
+                raise UserError(
+                    f"{self.key}: {name!r} needs the option {option!r}{what}; set {self.options_key}.{option}"
+                )
         return checked
+
+
+def meaning(builder: Callable[..., Any], option: str) -> str:
+    """What a builder's docstring says of an option, without its full stop; nothing where it says nothing."""
+    lines = (inspect.getdoc(builder) or "").partition("Args:\n")[2].partition("\n\n")[0].splitlines()
+    said: dict[str, str] = {}
+    name = ""
+    for line in lines:
+        if line.startswith("    ") and not line.startswith("     "):
+            name, _, line = line.strip().partition(": ")
+        said[name] = f"{said.get(name, '')} {line.strip()}".strip()
+    return said.get(option, "").removesuffix(".")

@@ -142,7 +142,7 @@ def _scaffold(config: RunConfig) -> Iterator[str]:
     if config.adapter.train == "alternate":
         yield (
             f"adapter.train = 'alternate': {name} would measure a gradient of zero for the factor that rests; set "
-            '"both", "b" or "a"'
+            '"both" or "b"'
         )
     if config.adapter.share != "both":
         yield f"adapter.share = {config.adapter.share!r}: {name} corrects what all clients share; leave it out"

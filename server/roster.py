@@ -175,7 +175,10 @@ class Roster:
         else:
             self.members[hello.client] = Member(node, self._info_of(hello), hello.examples)
             self._refused.pop(node, None)
-            self._log.event("handshake", client=hello.client, examples=hello.examples, tokens=hello.tokens)
+            info = self.members[hello.client].info
+            self._log.event(
+                "handshake", client=hello.client, examples=hello.examples, tokens=hello.tokens, rank=info.rank
+            )
 
     def _turn_away(self, node: int, client: str, reason: str, for_s: float = math.inf) -> None:
         """Refuse a node at the handshake until `for_s` seconds have passed or it has left; logs a reason once."""

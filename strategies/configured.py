@@ -45,7 +45,7 @@ def _problems(config: RunConfig, aggregator: Aggregator) -> Iterator[str]:
         )
     ranks = "memory" if adapter.ranks == "memory" else list(adapter.ranks)
     if aggregator.ranks == "one" and (ranks == "memory" or set(ranks) - {adapter.rank}):
-        mixed = "auto, flora, flexlora, hetlora, rank_slices, and all robust methods in the space of products"
+        mixed = "auto, flora, flexlora, hetlora, rank_slices, norm_clip, krum, multi_krum, geometric_median, fltrust"
         yield (
             f"adapter.ranks = {ranks!r}: strategy.name = {name!r} takes the rank {adapter.rank} alone; "
             f"methods for several ranks are {mixed}"

@@ -19,8 +19,12 @@ from apiary import examples, models, prompts
 from apiary.config import RunConfig, UserError
 from apiary.doctor import examine, forecast
 from apiary.privacy import Mechanism, epsilon
+from apiary.runlog import read_events
 from apiary.tensors import digest
 from client import trainer
+from simulation.run import simulate
+
+_SENT = ("bytes_up", "bytes_down", "bytes_evaluate")
 
 
 def _doctor(overrides: list[str], path: Path | None = None, *, colour: bool = False) -> tuple[bool, str]:
@@ -54,6 +58,29 @@ def test_a_sound_run_is_told_in_numbers_that_hold(small_run: list[str]) -> None:
     assert "baseline central: 18 more" in text
     assert "cpu (asked for)" in _fact(text, "device")
     assert _fact(text, "arithmetic") == "float32 (asked for)"
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        ["wire.up=int4", "wire.down=int8"],
+        ["adapter.train=b"],
+        ["adapter.ranks=[4, 8, 16]", "strategy.name=flexlora"],
+        ["strategy.name=scaffold", "train.optimizer=sgd"],
+    ],
+)
+def test_the_bytes_are_those_that_a_run_sends(small_run: list[str], tmp_path: Path, more: list[str]) -> None:
+    """All that its log counts, messages' names and headers aside."""
+    settings = [*small_run, "adapter.rank=16", *more, "evaluate.baselines=[]", "evaluate.generate=false"]
+    run = configs.load(None, settings)
+    simulate(run, tmp_path / "run")
+    events = read_events(tmp_path / "run")
+    sent = sum(e.get(key, 0) for e in events if e["event"] in ("round", "evaluate") for key in _SENT)
+    planned = forecast.plan_traffic(run, models.load(run.model, run.adapter), 3)
+    assert planned.total == pytest.approx(sent, rel=0.1)
+    (up,) = {e["bytes_up"] / 3 for e in events if e["event"] == "round" and e["round"] == 2}
+    assert planned.up == pytest.approx(up, rel=0.1)
 
 
 def test_the_clients_are_told_with_their_tokens(small_run: list[str], tiny_model: Path) -> None:

@@ -6,13 +6,13 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from apiary import runlog
+from apiary import codecs, kseed, runlog
 from apiary.bases import resolve_dtype
 from apiary.config import ModelConfig, RunConfig
 from apiary.lora import is_b
@@ -22,6 +22,7 @@ from apiary.prompts import Batch, Corpus, collate, plan_batches
 from apiary.tensors import generator
 
 ADAM_BYTES = 16  # a float32 adapter entry, its gradient and AdamW's two moments
+_WAYS: Final[tuple[Literal["up", "down"], ...]] = ("up", "down")
 _TRIAL_SECONDS = 20.0  # a full batch is only run where it should take less
 
 
@@ -35,10 +36,11 @@ class Work(NamedTuple):
 
 
 class Traffic(NamedTuple):
-    """Bytes of adapters on the wire; names, counts and headers add a few kilobytes."""
+    """Bytes of adapters on the wire; names, counts and headers add a few kilobytes. Of topk it is the most."""
 
-    adapter: int  # one adapter as float32: what an asked client receives, and sends back
-    evaluations: int  # times that as many clients as a round has receive it once more, to be measured
+    down: int  # what a client of mean rank receives in a round after the first
+    up: int  # what it sends back, in the mean round
+    evaluations: int  # times that as many clients as a round has are asked to measure
     total: int  # both ways, all clients, the whole run
 
 
@@ -69,14 +71,30 @@ def plan_work(config: RunConfig, corpora: Sequence[Corpus]) -> Work:
 
 
 def plan_traffic(config: RunConfig, lm: LanguageModel, cohort: int) -> Traffic:
-    """The bytes that adapters take on the wire."""
-    shared = (p.numel() for n, p in lm.adapter.items() if config.adapter.share == "both" or not is_b(n))
-    adapter = 4 * sum(shared)
-    parts = 3 if config.strategy.name == "scaffold" else 2  # down, up, and a control variate down
-    every = config.evaluate.every
+    """The bytes that adapters take on the wire.
+
+    A device's own rank (`adapter.ranks` = "memory") is not known here, and counts as the server's.
+    """
+    ranks = config.adapter.ranks if isinstance(config.adapter.ranks, tuple) else ()
+    part = sum(ranks) / (len(ranks) * config.adapter.rank) if ranks else 1.0
+    sizes = {n: round(part * p.numel()) for n, p in lm.adapter.items() if config.adapter.share == "both" or not is_b(n)}
+    if config.strategy.name == "fedkseed":
+        sizes = {kseed.NAME: int(config.strategy.options.get("candidates", kseed.CANDIDATES))}
+    up, down = (codecs.of_run(config, way) for way in _WAYS)
+    whole = 4 * sum(sizes.values())
+    change = whole if down.exact else sum(map(down.most, sizes.values()))
+    control = whole if config.strategy.name == "scaffold" else 0
+    # What does not change travels up for nothing: the factor that rests.
+    moving = [config.adapter.trained(number) for number in (1, 2)]
+    answers = [sum(up.most(n) for name, n in sizes.items() if m == "both" or is_b(name) == (m == "b")) for m in moving]
+    answer = round(sum(answers) / len(answers))
+    every, rounds = config.evaluate.every, config.rounds
     # Before the first round, after every n-th and after the last.
-    evaluations = 1 + math.ceil(config.rounds / every) if config.scores_from_clients and every else 0
-    return Traffic(adapter, evaluations, cohort * adapter * (parts * config.rounds + evaluations))
+    evaluations = 1 + math.ceil(rounds / every) if config.scores_from_clients and every else 0
+    # A change travels once, with the next message of any kind; before the first there is A alone, for B is zero.
+    first = 4 * sum(n for name, n in sizes.items() if not is_b(name))
+    sent = whole * (rounds + evaluations) if down.exact else first + change * (rounds - 1 + bool(evaluations))
+    return Traffic(change + control, answer, evaluations, cohort * (sent + (control + answer) * rounds))
 
 
 def adapter_size(lm: LanguageModel) -> int:

@@ -188,12 +188,14 @@ def _print_cost(run: Run, console: Console) -> None:
 
 def _print_traffic(run: Run, work: forecast.Work, console: Console) -> None:
     traffic = forecast.plan_traffic(run.config, run.lm, work.cohort)
-    one = bytes_text(traffic.adapter)
-    all_of_them = bytes_text(traffic.adapter * work.cohort)
-    _fact(console, "per round", f"{one} down and {one} up a client, float32; {work.cohort} clients:")
+    wire = run.config.wire
+    coded = "float32" if wire.up.name == wire.down.name == "fp32" else f"{wire.down.name} and {wire.up.name}"
+    said = f"{bytes_text(traffic.down)} down and {bytes_text(traffic.up)} up a client, {coded}"
+    _fact(console, "per round", f"{said}; {work.cohort} clients:")
     again = f", {traffic.evaluations} evaluations at the clients included"
     whole = f"{bytes_text(traffic.total)} in the whole run{again if traffic.evaluations else ''}"
-    _fact(console, "", f"{all_of_them} down and {all_of_them} up; {whole}")
+    down, up = (bytes_text(size * work.cohort) for size in (traffic.down, traffic.up))
+    _fact(console, "", f"{down} down and {up} up; {whole}")
 
 
 def _print_steps(run: Run, work: forecast.Work, console: Console) -> None:
