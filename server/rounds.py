@@ -170,9 +170,7 @@ class Rounds(Strategy):
         self._measure_stages(number)
         self._on_round(self.state, self.progress)
 
-    # -- who ------------------------------------------------------------------------------------
-
-    # -- what -----------------------------------------------------------------------------------
+    # -- who and what --------------------------------------------------------------------------
 
     def _info_of(self, hello: Hello) -> ClientInfo:
         """What the run knows of a client that has passed the handshake."""

@@ -222,11 +222,12 @@ def _inner_products(
     """
     gram, squares = torch.zeros(len(deltas), len(deltas)).double(), torch.zeros(len(deltas)).double()
     for module, start in held.items():
-        parts = [_change(start, delta[module]) for delta in deltas]
-        sizes = torch.stack([_size(part) for part in parts])
+        own = [delta[module] for delta in deltas]
+        sizes = torch.stack([_size(_change(start, delta)) for delta in own])
         squares += sizes.square()
-        gram += lora.gram(
-            [p if bool(s.isfinite()) else Factors(*map(torch.zeros_like, p)) for p, s in zip(parts, sizes, strict=True)]
+        gram += lora.change_gram(
+            start,
+            [d if bool(s.isfinite()) else Factors(*map(torch.zeros_like, d)) for d, s in zip(own, sizes, strict=True)],
         )
     scale = scaling(_rank(held))
     return (gram + gram.T) * (scale**2 / 2), squares.sqrt() * scale

@@ -90,6 +90,27 @@ def test_gram_is_all_inner_products() -> None:
     np.testing.assert_allclose(lora.gram(parts), expected, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-4])
+def test_the_gram_matrix_of_changes_is_that_of_their_dense_products(scale: float) -> None:
+    rng = np.random.default_rng(5)
+    start = _factors(rng, 8, 6, 4)
+    deltas = [Factors(*(scale * t for t in _factors(rng, 8, 6, rank))) for rank in (4, 1, 3)]
+    deltas += [Factors(1e4 * start.b - start.b, 1e-4 * start.a - start.a)]  # another gauge: next to no change
+    dense = []
+    for delta in deltas:
+        b, a, db, da = (t.double().numpy() for t in (*lora.resize(start, delta.rank), *delta))
+        dense.append((b + db) @ (a + da) - b @ a)
+    expected = np.array([[(x * y).sum() for y in dense] for x in dense])
+    made = lora.change_gram(start, deltas).numpy()
+    norms = np.sqrt(np.diag(expected))
+    plain = slice(0, 3)
+    np.testing.assert_allclose(
+        (made / np.outer(norms, norms))[plain, plain], (expected / np.outer(norms, norms))[plain, plain], atol=2e-6
+    )
+    # What is left of the gauge's change is what float32 rounds away of its factors: small beside the product itself.
+    assert made[3, 3] < 1e-6 * np.linalg.norm(_dense(start)) ** 2
+
+
 def test_a_stack_is_the_weighted_sum_and_counts_each_weight_once() -> None:
     rng = np.random.default_rng(3)
     parts, weights = [_factors(rng, 8, 6, rank) for rank in (2, 5, 1)], [0.5, 0.2, 3.0]
