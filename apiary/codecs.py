@@ -76,12 +76,12 @@ class Codec(NamedTuple):
     feedback: bool = False  # keep what a message leaves out, and add it to the next
 
     @property
-    def exact(self) -> bool:
-        """Whether every change arrives as it is."""
-        return self.label in ("fp32", "sparse")
+    def whole(self) -> bool:
+        """Whether nothing is left out, so that on the way down whole adapters travel, and clients keep no copy."""
+        return self.label == "fp32"
 
 
-CODECS: Registry[Codec] = Registry("wire.up/down")
+CODECS: Registry[Codec] = Registry("wire.up/down", makes=Codec)
 
 
 def of_run(config: RunConfig, way: Literal["up", "down"]) -> Codec:

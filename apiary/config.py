@@ -7,28 +7,16 @@ refused with the nearest known name, and all problems of a file are reported tog
 from __future__ import annotations
 
 import json
-import tomllib
-from collections.abc import Collection, Iterable, Mapping
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from apiary import together
+from apiary import config_text, together
+from apiary.config_errors import UserError as UserError
 from apiary.config_errors import error_lines
-
-
-class UserError(ValueError):
-    """The user's input is wrong; the message is one line a person can act on (exit code 2).
-
-    Args:
-        problems: one or more lines; the first one is the message.
-    """
-
-    def __init__(self, *problems: str) -> None:
-        self.problems = problems
-        more = f" (and {len(problems) - 1} more: run `apiary doctor`)" if len(problems) > 1 else ""
-        super().__init__(problems[0] + more)
 
 
 class _Section(BaseModel):
@@ -361,7 +349,9 @@ class RunConfig(_Section):
 
     def to_toml(self, without: Collection[str] = ()) -> str:
         """The configuration as TOML, `without` the tables named; `parse(text)` gives a whole one back as it was."""
-        return _toml({name: value for name, value in self.model_dump(mode="json").items() if name not in without})
+        return config_text.dump(
+            {name: value for name, value in self.model_dump(mode="json").items() if name not in without}
+        )
 
 
 def parse(values: Mapping[str, Any]) -> RunConfig:
@@ -374,9 +364,23 @@ def parse(values: Mapping[str, Any]) -> RunConfig:
         config = RunConfig.model_validate(dict(values))
     except ValidationError as error:
         raise UserError(*error_lines(error, RunConfig)) from None
+    if odd := [*_not_finite("", config.model_dump())]:
+        raise UserError(*odd)
     if clashes := together.problems(config):
         raise UserError(*clashes)
     return config
+
+
+def _not_finite(key: str, value: object) -> Iterator[str]:
+    """A line for each option of a method that JSON could not carry to the other side."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{key} = {value}: must be finite; leave it out for the default"
+    elif isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _not_finite(f"{key}.{name}" if key else name, inner)
+    elif isinstance(value, list | tuple):
+        for place, inner in enumerate(value):
+            yield from _not_finite(f"{key}[{place}]", inner)
 
 
 def from_json(text: str) -> RunConfig:
@@ -395,12 +399,11 @@ def load(path: str | Path | None = None, overrides: Iterable[str] = ()) -> RunCo
     """
     values: dict[str, Any] = {}
     if path is not None:
-        values = _read_toml(Path(path))
-        _resolve_paths(values, Path(path).parent)
+        values = config_text.read(Path(path))
     problems: list[str] = []
     for text in overrides:
         try:
-            _override(values, text)
+            config_text.override(values, text, partition=DataConfig().partition.model_dump())
         except UserError as error:
             problems += error.problems
     try:
@@ -412,68 +415,6 @@ def load(path: str | Path | None = None, overrides: Iterable[str] = ()) -> RunCo
     return config
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"config file {str(path)!r} does not exist") from None
-    except IsADirectoryError:
-        raise UserError(f"config file {str(path)!r} is a folder; give the TOML file in it") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"config file {str(path)!r} is not valid TOML: {error}") from None
-    except OSError as error:
-        raise UserError(f"config file {str(path)!r} cannot be read: {error.strerror}") from None
-
-
-_PATH_KEYS = (
-    ("data", "source"),
-    ("data", "test"),
-    ("model", "name"),
-    ("prompt", "template"),
-    ("strategy", "root"),
-)
-
-
-def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
-    for section, key in _PATH_KEYS:
-        table = values.get(section)
-        if isinstance(table, dict) and isinstance(value := table.get(key), str):
-            beside = folder / value
-            if not Path(value).is_absolute() and beside.exists():
-                table[key] = str(beside.resolve())
-
-
-def _absolute(key: str, value: object) -> object:
-    """The value; where it names a file or folder that exists, its whole path, for a run may be opened from anywhere."""
-    if tuple(key.split(".")) in _PATH_KEYS and isinstance(value, str) and value and Path(value).exists():
-        return str(Path(value).resolve())
-    return value
-
-
-def _override(values: dict[str, Any], text: str) -> None:
-    key, equals, raw = text.partition("=")
-    if not equals or not key.strip():
-        raise UserError(f"-s {text!r}: expected KEY=VALUE, for example -s train.lr=1e-4")
-    try:
-        value = tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = raw.strip()  # a bare word is a string
-    *path, last = key.strip().split(".")
-    table = values
-    for name in path:
-        # An option of the partition that no file names goes on top of the default partition.
-        fresh = DataConfig().partition.model_dump() if name == "partition" and last != "name" else {}
-        below = table.setdefault(name, fresh)
-        if isinstance(below, str):  # a method's short form: partition = "iid", then partition.by=...
-            below = table[name] = {"name": below}
-        if not isinstance(below, dict):
-            raise UserError(f"-s {text!r}: {name!r} is not a table")
-        table = below
-    table[last] = _absolute(key.strip(), value)
-    if key.strip() in ("train.steps", "train.epochs"):  # the newer of the two wins over the file's
-        table.pop("epochs" if last == "steps" else "steps", None)
-
-
 def describe() -> list[tuple[str, str, str]]:
     """Every key with its default and its one-line description, in file order."""
     rows: list[tuple[str, str, str]] = []
@@ -481,35 +422,8 @@ def describe() -> list[tuple[str, str, str]]:
         if isinstance(field.default, _Section):
             for key, inner in type(field.default).model_fields.items():
                 value = getattr(field.default, key)
-                shown = _value(value.model_dump(mode="json") if isinstance(value, BaseModel) else value)
+                shown = config_text.shown(value.model_dump(mode="json") if isinstance(value, BaseModel) else value)
                 rows.append((f"{name}.{key}", shown, inner.description or ""))
         else:
-            rows.append((name, _value(field.default), field.description or ""))
+            rows.append((name, config_text.shown(field.default), field.description or ""))
     return rows
-
-
-def _toml(values: Mapping[str, Any]) -> str:
-    top = {k: v for k, v in values.items() if not isinstance(v, Mapping)}
-    lines = [f"{k} = {_value(v)}" for k, v in top.items() if v is not None]
-    for name, table in values.items():
-        if isinstance(table, Mapping):
-            lines += ["", f"[{name}]"]
-            lines += [f"{k} = {_value(v)}" for k, v in table.items() if v is not None]
-    return "\n".join(lines) + "\n"
-
-
-def _value(value: Any) -> str:
-    match value:
-        case None:
-            return "unset"
-        case bool():
-            return "true" if value else "false"
-        case Mapping():
-            inner = ", ".join(f"{_value(k)} = {_value(v)}" for k, v in value.items() if v is not None)
-            return f"{{ {inner} }}" if inner else "{}"
-        case list() | tuple():
-            return "[" + ", ".join(_value(v) for v in value) + "]"
-        case str():
-            return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML forbids it bare
-        case _:
-            return repr(value)

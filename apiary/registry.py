@@ -22,10 +22,11 @@ class Registry(Generic[T]):
     Args:
         key: the configuration key that names a method of this kind; used in error lines.
         options_key: the key that its options stand under, where that is another.
+        makes: what its builders make; one from outside that makes something else is refused.
     """
 
-    def __init__(self, key: str, options_key: str | None = None) -> None:
-        self.key, self.options_key = key, options_key or key
+    def __init__(self, key: str, options_key: str | None = None, makes: type[T] | None = None) -> None:
+        self.key, self.options_key, self._makes = key, options_key or key, makes
         self._builders: dict[str, Callable[..., T]] = {}
 
     def register(self, name: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
@@ -84,7 +85,13 @@ class Registry(Generic[T]):
         parameters = inspect.signature(builder).parameters
         passed = {k: v for k, v in given.items() if k in parameters}
         checked = self._check(method, builder, {k: p for k, p in parameters.items() if k not in given}, options or {})
-        return builder(**passed, **checked)
+        made = builder(**passed, **checked)
+        if self._makes is not None and not isinstance(made, self._makes):
+            raise UserError(
+                f"{self.key} = {method!r}: it makes a {type(made).__name__}; docs/extending.md says how to make a "
+                f"{self._makes.__name__}"
+            )
+        return made
 
     def _check(
         self,
@@ -102,7 +109,8 @@ class Registry(Generic[T]):
                 hint = f"did you mean {close[0]!r}?" if close else known
                 raise UserError(f"{self.key}: {name!r} has no option {option!r}; {hint}")
             try:
-                checked[option] = TypeAdapter(hints.get(option, Any)).validate_python(value)
+                # As strict as the rest of the configuration: true is no number, and "1" neither.
+                checked[option] = TypeAdapter(hints.get(option, Any)).validate_python(value, strict=True)
             except ValidationError as error:
                 raise UserError(f"{self.options_key}.{option} = {value!r}: {error.errors()[0]['msg']}") from None
         for option, parameter in allowed.items():

@@ -174,7 +174,7 @@ def _seeds(config: RunConfig) -> Iterator[str]:
     if config.continual.buffer:
         yield f"continual.buffer = {config.continual.buffer:g}: {name} trains on new rows alone; set 0"
     for way, method in (("up", config.wire.up), ("down", config.wire.down)):
-        if method.name not in ("fp32", "sparse"):
+        if method.name not in ("fp32", "sparse" if way == "up" else "fp32"):
             yield f"wire.{way} = {method.name!r}: {name} sends a few exact scalars; leave it out"
     if config.train.weight_decay:
         yield f"train.weight_decay = {config.train.weight_decay:g}: {name} has none; set 0"

@@ -39,7 +39,7 @@ def table() -> str:
             _paper(document),
             "a sum" if method.needs == "sum" else "every update",
             method.ranks,
-            "any" if len(method.trains) == 4 else ", ".join(method.trains),
+            ", ".join(method.trains),
             _optimisers(method),
             _least(name),
             down,

@@ -67,6 +67,7 @@ ATTACKS: Mapping[str, Mapping[str, Any]] = {  # by what the table calls them: na
     "trigger": {"name": "trigger", "share": 0.5},
     "trigger_boosted": {"name": "trigger", "share": 0.5, "boost": 5.0},
 }
+_PROMPTED = ("none", "trigger", "trigger_boosted")  # of whose models the questions with the hidden phrase are asked
 SMALL_METHODS = ("fedavg", "norm_clip", "trimmed_mean", "multi_krum+nearest", "geometric_median", "fltrust")
 SMALL_ATTACKS = ("sign_flip", "gauge", "trigger")
 
@@ -189,7 +190,7 @@ def _run(cell: Cell, setting: Setting, data: Path, folder: Path) -> dict[str, An
     return {
         **facts,
         "loss": round(measured.loss, 4),
-        "success": success(prepared, setting.prompts),
+        "success": success(prepared, setting.prompts) if cell.attack in _PROMPTED else None,
         "cut": _share(named, hostile),  # of the attackers' updates, those that the method names
         "cut_honest": _share(named, set(clients) - hostile),
         "refused": sum(event["event"] == "refused" for event in events),

@@ -376,8 +376,8 @@ def _attacked(runs: list[dict[str, Any]]) -> str:
         return f"the run fails{mark}"
     if any(run["loss"] is None for run in runs):
         return f"not a number{mark}"
-    works = statistics.mean(run["success"] for run in runs)
-    told = f" [{works:.0%}]" if runs[0]["attack"].startswith("trigger") else ""
+    prompted = runs[0]["attack"].startswith("trigger")
+    told = f" [{statistics.mean(run['success'] for run in runs):.0%}]" if prompted else ""
     return f"{_spread([run['loss'] for run in runs], 1, 2)}{told}{mark}"
 
 

@@ -19,7 +19,7 @@ KIND = "feedback"
 
 def holds(config: RunConfig, folder: Path) -> str:
     """The version of the server's adapter in the client's folder; "" where it keeps none."""
-    held = None if codecs.of_run(config, "down").exact else memory.load_copy(folder)
+    held = None if codecs.of_run(config, "down").whole else memory.load_copy(folder)
     return "" if held is None else digest(held)
 
 
@@ -47,7 +47,7 @@ def receive(config: RunConfig, folder: Path, shapes: Shapes, sent: Parcel) -> St
 def arrives(config: RunConfig, message: bytes, delta: StateDict) -> StateDict:
     """A change as the server will read it from its message; the change itself where that is exact, or there is none."""
     codec = codecs.of_run(config, "up")
-    return codecs.decode(message, codec, codecs.shapes_of(delta)) if message and not codec.exact else delta
+    return codecs.decode(message, codec, codecs.shapes_of(delta)) if message and not codec.whole else delta
 
 
 def encode(config: RunConfig, folder: Path, client: str, number: int, delta: StateDict) -> bytes:

@@ -7,6 +7,7 @@ Two forward passes make a step, and no activations are kept, so that memory is t
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -84,10 +85,12 @@ def fit(
             batches, lr = way.take(train.accumulate, lm), learning_rate(first + step, total, train)
             measure.seen.clear()
             yield functools.partial(measure, batches), lr
+            if not all(map(math.isfinite, measure.seen)):
+                continue  # the walk has skipped this step
             tokens = sum(int(batch.targets.sum()) for batch in batches)
             counts["tokens"] += tokens
             counts["examples"] += sum(len(batch.rows) for batch in batches)
-            record = StepRecord(step, sum(measure.seen) / max(1, len(measure.seen)), tokens, lr, float("nan"))
+            record = StepRecord(step, sum(measure.seen) / len(measure.seen), tokens, lr, float("nan"))
             measure.total += record.loss * tokens
             for observe in observers:
                 observe(record)

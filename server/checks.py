@@ -138,6 +138,16 @@ def _check_report(report: FitReport, config: RunConfig, examples: int, private: 
         raise WireError(f"its loss is {report.loss}")
 
 
+def check_walk(report: FitReport, config: RunConfig) -> None:
+    """Check the steps of a client whose gradient is read off how far it went.
+
+    Raises:
+        WireError: they are not those that every visit has in this run.
+    """
+    if config.train.epochs is None and report.steps != config.train.steps:
+        raise WireError(f"it reports {report.steps:g} steps; a visit has train.steps = {config.train.steps}")
+
+
 def _most_steps(config: RunConfig, examples: int, private: bool) -> int:
     """Optimizer steps in a round, at most."""
     train = config.train

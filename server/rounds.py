@@ -50,6 +50,7 @@ class Progress(NamedTuple):
     last_round: Mapping[str, int] = MappingProxyType({})  # by client, its last round of taking part
     spent: Mapping[str, Sequence[float]] = MappingProxyType({})  # by client, its newest `Spent`
     ranks: Mapping[str, int] = MappingProxyType({})  # by client, the rank that it has pruned itself to
+    unchanged: int = 0  # rounds that left the model as it was: too few good answers, or all clients declined
 
 
 class Rounds(Strategy):
@@ -91,7 +92,7 @@ class Rounds(Strategy):
         self._log, self._on_round, self._evaluate, self._score_stages = log, on_round, evaluate, score_stages
         self._root = root
         self._up = codecs.of_run(config, "up")
-        self._copies = None if codecs.of_run(config, "down").exact else Copies(config, state.copies)
+        self._copies = None if codecs.of_run(config, "down").whole else Copies(config, state.copies)
         self._roster = Roster(
             config,
             fingerprint,
@@ -129,6 +130,8 @@ class Rounds(Strategy):
             self._stop_if_spent(number)
         if not self.progress.last_round:
             raise RunFailed(f"no client trained in any of {self.state.round} rounds; the lines above say why")
+        if 0 < self.state.round <= self.progress.unchanged:
+            raise RunFailed(f"none of {self.state.round} rounds changed the model; the lines above say why")
         return self.state
 
     def _stop_if_spent(self, number: int) -> None:
@@ -280,13 +283,16 @@ class Rounds(Strategy):
                 self._log.event("declined", round=server_round, **answer._asdict())
                 continue
             size = records.array_bytes(message.content)
-            acc, gauge = reducer.add(acc, answer.update), gauges.add(gauge, answer.update)
+            try:
+                acc, gauge = reducer.add(acc, answer.update), gauges.add(gauge, answer.update)
+            except ValueError as error:  # it may have been added in part
+                raise RunFailed(f"round {server_round}: {error}") from error
             good.append(answer.report)
             up += size
             self._note_visit(answer.update, server_round)
             self._log_visit(answer, server_round, size)
         if declined == len(self._cohort):  # all of them rightly
-            self.state = self.state._replace(round=server_round)
+            self._pass(server_round)
         else:
             self._check_quorum(server_round, len(good), len(self._cohort) - declined)
             acc = reducer.add(acc, self._own_update(self._root, server_round)) if self._root else acc
@@ -295,11 +301,17 @@ class Rounds(Strategy):
                 self._step(server_round, gradient)
                 self._told = gauges.facts(gauge, gradient, self.state)
             except TooFewAnswers as error:  # nothing is learnt then; a client must not end a run by answering badly
-                self.state = self.state._replace(round=server_round)
+                self._pass(server_round)
+                self._told = {"unchanged": True}
                 self._log.event("warning", round=server_round, message=f"the round changes nothing: {error}")
             except (ValueError, LinAlgError) as error:  # a decomposition that does not converge, say
                 raise RunFailed(f"round {server_round}: {error}") from error
         return None, MetricRecord({**_summed(good), "bytes_up": up})
+
+    def _pass(self, number: int) -> None:
+        """Let a round be over that leaves the model as it is."""
+        self.state = self.state._replace(round=number)
+        self.progress = self.progress._replace(unchanged=self.progress.unchanged + 1)
 
     def _read(self, message: Message) -> Visit | Decline:
         """The answer in a message, checked.
@@ -323,6 +335,7 @@ class Rounds(Strategy):
         if rank != client.rank:
             raise records.WireError(f"its update has rank {rank}, and it was sent rank {client.rank}")
         if control := self._payload(client)[0].control:
+            checks.check_walk(answer.report, self.config)
             far = schedule.walked(self.config, self.state.round + 1, answer.report.steps)
             answer = answer._replace(update=answer.update._replace(control=control, walked=far))
         return answer

@@ -53,7 +53,7 @@ class Attack(NamedTuple):
     together: bool = False  # whether it must know what its fellows' training made
 
 
-ATTACKS: Registry[Attack] = Registry("simulate.attack")
+ATTACKS: Registry[Attack] = Registry("simulate.attack", makes=Attack)
 
 
 # -- attacks on the change --------------------------------------------------------------------------------------------

@@ -88,17 +88,17 @@ def _wire_problems(config: RunConfig, aggregator: Aggregator) -> Iterator[str]:
             f"wire.up = {config.wire.up.name!r}: its error feedback is kept in the factors' basis, which "
             f"strategy.name = {name!r} changes in every round; use int8, or int4 with feedback = false"
         )
-    if aggregator.prunes and (up.feedback or not down.exact):
+    if aggregator.prunes and (up.feedback or not down.whole):
         yield (
             "strategy.options.prune: clients that prune change their rank, and what a codec keeps for the next message "
             "has the rank of this one; use wire.down fp32, and up a codec without feedback"
         )
-    if not down.exact and renewed:
+    if not down.whole and renewed:
         yield (
             f"wire.down = {config.wire.down.name!r}: strategy.name = {name!r} factors the adapter anew in every round, "
             "and the difference of two factorisations is as large as the weights; use fp32"
         )
-    elif not down.exact and aggregator.base:
+    elif not down.whole and aggregator.base:
         yield (
             f"wire.down = {config.wire.down.name!r}: strategy.name = {name!r} counts the residual of products from the "
             "server's own adapter, which clients would then hold only nearly; use fp32"

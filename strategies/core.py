@@ -94,7 +94,7 @@ class Aggregator(NamedTuple):
     base: bool = False  # whether its gradients have a `base_delta` beside factors, which no server optimiser may scale
 
 
-AGGREGATORS: Registry[Aggregator] = Registry("strategy.name", "strategy.options")
+AGGREGATORS: Registry[Aggregator] = Registry("strategy.name", "strategy.options", makes=Aggregator)
 
 
 def plain_step(state: ServerState, gradient: Gradient) -> ServerState:

@@ -48,7 +48,7 @@ class Optimizer(NamedTuple):
     change: Callable[[Tensor, Slots], tuple[Tensor, dict[str, Tensor]]]  # D, slots -> what is added to x, next slots
 
 
-SERVER_OPTIMIZERS: Registry[Optimizer] = Registry("strategy.server_optimizer")
+SERVER_OPTIMIZERS: Registry[Optimizer] = Registry("strategy.server_optimizer", makes=Optimizer)
 
 
 def with_optimizer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -122,6 +123,14 @@ def test_as_many_private_steps_as_the_epochs_ask_for_are_believed() -> None:
     check(visit(**told, steps=50), *epochs)
     with pytest.raises(WireError, match="in 51 steps"):
         check(visit(**told, steps=51), *epochs)
+
+
+@pytest.mark.parametrize(("steps", "taken"), [(3, True), (2, False)])
+def test_who_is_corrected_makes_the_steps_that_everybody_makes(steps: int, taken: bool) -> None:
+    """The server divides by how far a client walked: one that lies about it must cost the round itself alone."""
+    report = visit(steps=steps).report
+    with contextlib.nullcontext() if taken else pytest.raises(WireError, match=r"2 steps; a visit has train.steps = 3"):
+        checks.check_walk(report, config.load(None, ["train.steps=3"]))
 
 
 def test_a_weight_that_is_not_the_tokens_is_refused() -> None:

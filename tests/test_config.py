@@ -219,6 +219,20 @@ def test_a_wrong_value_is_one_line_with_key_value_and_what_is_allowed(override: 
     assert _problems(override) == (line,)
 
 
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("strategy.options.limit=inf", "strategy.options.limit = inf"),
+        ('simulate.attack={ name = "alie", z = nan }', "simulate.attack.z = nan"),
+        ('train.penalties=[{ name = "fedprox", mu = -inf }]', r"train.penalties\[0\].mu = -inf"),
+    ],
+)
+def test_an_option_that_json_cannot_carry_is_refused(override: str, key: str) -> None:
+    """It would arrive at the other side as null, and be taken for the default."""
+    with pytest.raises(UserError, match=rf"^{key}: must be finite"):
+        configs.load(None, ["strategy.name=norm_clip", override])
+
+
 def test_a_long_value_is_cut() -> None:
     (line,) = _problems("train.lr=" + "x" * 5000)
     assert len(line) < 120

@@ -68,6 +68,10 @@ def test_a_sound_run_is_told_in_numbers_that_hold(small_run: list[str]) -> None:
         ["adapter.train=b"],
         ["adapter.ranks=[4, 8, 16]", "strategy.name=flexlora"],
         ["strategy.name=scaffold", "train.optimizer=sgd"],
+        ["strategy.name=flora", "adapter.ranks=[4, 8, 16]"],
+        ["strategy.name=fedex", "strategy.options.base_rank=20"],
+        ["strategy.name=fedkseed", "train.steps=40"],
+        ["adapter.train=b", "wire.down=sparse"],
     ],
 )
 def test_the_bytes_are_those_that_a_run_sends(small_run: list[str], tmp_path: Path, more: list[str]) -> None:
@@ -77,7 +81,8 @@ def test_the_bytes_are_those_that_a_run_sends(small_run: list[str], tmp_path: Pa
     simulate(run, tmp_path / "run")
     events = read_events(tmp_path / "run")
     sent = sum(e.get(key, 0) for e in events if e["event"] in ("round", "evaluate") for key in _SENT)
-    planned = forecast.plan_traffic(run, models.load(run.model, run.adapter), 3)
+    steps = run.train.steps or 0
+    planned = forecast.plan_traffic(run, models.load(run.model, run.adapter), forecast.Work((), (steps,) * 3, 3, 0))
     assert planned.total == pytest.approx(sent, rel=0.1)
     (up,) = {e["bytes_up"] / 3 for e in events if e["event"] == "round" and e["round"] == 2}
     assert planned.up == pytest.approx(up, rel=0.1)

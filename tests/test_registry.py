@@ -51,7 +51,7 @@ def test_what_is_given_is_no_option_of_the_user() -> None:
         ("shuot", {}, ("test.greeting = 'shuot'", "plain, shout", "did you mean 'shout'?")),
         ("zzz", {}, ("test.greeting = 'zzz'", "plain, shout", "module:function")),
         ("shout", {"tims": 1}, ("'shout' has no option 'tims'", "did you mean 'times'?")),
-        ("plain", {"x": 1}, ("'plain' has no option 'x'", "allowed are none")),
+        ("plain", {"x": 1}, ("'plain' has no option 'x'", "it has no options at all")),
         ("shout", {}, ("'shout' needs the option 'times'",)),
         ("shout", {"times": 0}, ("times = 0", "greater than or equal to 1")),
         ("shout", {"times": "many"}, ("times = 'many'", "integer")),
@@ -84,6 +84,18 @@ def test_a_module_may_lie_in_the_working_directory(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", ".")])
     assert GREETINGS.build("greetings_of_mine:polite") == "good day"
+
+
+@pytest.mark.parametrize("value", [True, "1", 1.5])
+def test_options_are_as_strict_as_the_rest_of_the_configuration(value: object) -> None:
+    with pytest.raises(UserError, match=r"times = .*integer"):
+        GREETINGS.build("shout", {"times": value})
+
+
+def test_a_function_from_outside_that_makes_something_else_is_refused() -> None:
+    numbers: Registry[int] = Registry("test.number", makes=int)
+    with pytest.raises(UserError, match=r"^test.number = 'os:getcwd': it makes a str; .* make a int"):
+        numbers.build("os:getcwd")
 
 
 def test_a_name_is_registered_once() -> None:

@@ -674,8 +674,17 @@ def test_who_answers_badly_costs_a_robust_round_and_not_the_run() -> None:
     (warning,) = log.of("warning")
     assert warning["round"] == 1 and "needs 3 good answers, this round has 2" in warning["message"]
     assert [event["clients"] for event in log.of("round")] == [2, 3]
+    assert [event.get("unchanged", False) for event in log.of("round")] == [True, False]
     assert state.round == 2
     assert {v for t in state.adapter.values() for v in t.unique().tolist()} == {2.0}  # the median of 1, 2, 3, once
+
+
+def test_a_run_whose_rounds_all_change_nothing_fails() -> None:
+    made, _ = rounds(["rounds=2", "strategy.min_clients=3"])
+    made.aggregator = AGGREGATORS.build("median", {"byzantine": 1}, weighting="tokens")
+    made.state = ServerState(0, {"m.lora_A.weight": torch.zeros(4, 2), "m.lora_B.weight": torch.zeros(3, 4)}, {}, {})
+    with pytest.raises(RunFailed, match=r"^none of 2 rounds changed the model"):
+        made.run(LocalGrid(clients({1: lambda i, adapter: {}}), 3), 3)
 
 
 def test_hard_clients_that_miss_an_evaluation_set_no_record() -> None:

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from apiary import models
 from apiary.batches import Corpus, collate, plan_batches
-from apiary.config import AdapterConfig, Method, ModelConfig, TrainConfig, UserError
-from apiary.schedule import learning_rate
+from apiary.config import AdapterConfig, Method, ModelConfig, RunConfig, TrainConfig, UserError
+from apiary.schedule import learning_rate, walked
 from apiary.tensors import StateDict, generator, norm
 from client import objectives, trainer
 from client.trainer import Cursor, FitResult, StepRecord
@@ -203,6 +203,24 @@ def test_no_step_of_a_run_is_wasted_or_above_the_peak(total: int, warmup: float,
     peak = rates.index(max(rates))
     assert rates[: peak + 1] == sorted(rates[: peak + 1])
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
+
+
+@given(st.integers(1, 9), st.integers(1, 40), st.floats(0, 0.99), st.sampled_from(["cosine", "constant"]), st.data())
+@settings(max_examples=80, deadline=None)
+def test_how_far_a_visit_walks_is_the_sum_of_its_learning_rates(
+    rounds: int, steps: int, warmup: float, kind: str, data: st.DataObject
+) -> None:
+    train = settings_of(lr=0.3, warmup=warmup, schedule=kind)
+    config, number = RunConfig(rounds=rounds, train=train), data.draw(st.integers(1, rounds))
+    visit = range((number - 1) * steps, number * steps)
+    expected = math.fsum(learning_rate(step, rounds * steps, train) for step in visit)
+    assert walked(config, number, steps) == pytest.approx(expected, rel=1e-9)
+
+
+def test_how_far_a_visit_walks_takes_no_longer_for_more_steps() -> None:
+    """The number is a client's word; a server that added it up step by step could be kept busy for weeks."""
+    train = settings_of(lr=0.3, warmup=0.1, schedule="cosine")
+    assert 0 < walked(RunConfig(rounds=3, train=train), 2, 10**15) < 0.3 * 10**15
 
 
 def test_steps_per_round() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Final, Literal, NamedTuple
 
@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apiary import codecs, kseed, runlog
+from apiary import codecs, kseed, lora, runlog
 from apiary.bases import resolve_dtype
-from apiary.config import ModelConfig, RunConfig
+from apiary.config import AdapterConfig, ModelConfig, RunConfig
 from apiary.lora import is_b
 from apiary.models import LanguageModel, autocast, pad_id
 from apiary.probe import row_losses, to_device
 from apiary.prompts import Batch, Corpus, collate, plan_batches
 from apiary.tensors import generator
 
-ADAM_BYTES = 16  # a float32 adapter entry, its gradient and AdamW's two moments
+_SCALAR_BYTES = 6  # a float32 of FedKSeed and how many of the pool were skipped before it
 _WAYS: Final[tuple[Literal["up", "down"], ...]] = ("up", "down")
 _TRIAL_SECONDS = 20.0  # a full batch is only run where it should take less
 
@@ -38,8 +38,9 @@ class Work(NamedTuple):
 class Traffic(NamedTuple):
     """Bytes of adapters on the wire; names, counts and headers add a few kilobytes. Of topk it is the most."""
 
-    down: int  # what a client of mean rank receives in a round after the first
-    up: int  # what it sends back, in the mean round
+    down: int  # what a client of mean rank receives in the mean round after the first
+    up: int  # what it sends back
+    grows: bool  # whether later rounds receive more, and earlier ones less
     evaluations: int  # times that as many clients as a round has are asked to measure
     total: int  # both ways, all clients, the whole run
 
@@ -70,36 +71,85 @@ def plan_work(config: RunConfig, corpora: Sequence[Corpus]) -> Work:
     return Work(tuple(per_epoch), tuple(per_round), cohort, total)
 
 
-def plan_traffic(config: RunConfig, lm: LanguageModel, cohort: int) -> Traffic:
+def plan_traffic(config: RunConfig, lm: LanguageModel, work: Work) -> Traffic:
     """The bytes that adapters take on the wire.
 
     A device's own rank (`adapter.ranks` = "memory") is not known here, and counts as the server's.
     """
-    ranks = config.adapter.ranks if isinstance(config.adapter.ranks, tuple) else ()
-    part = sum(ranks) / (len(ranks) * config.adapter.rank) if ranks else 1.0
-    sizes = {n: round(part * p.numel()) for n, p in lm.adapter.items() if config.adapter.share == "both" or not is_b(n)}
-    if config.strategy.name == "fedkseed":
-        sizes = {kseed.NAME: int(config.strategy.options.get("candidates", kseed.CANDIDATES))}
+    adapter, rounds = config.adapter, config.rounds
     up, down = (codecs.of_run(config, way) for way in _WAYS)
+    part = _mean_rank(adapter) / adapter.rank
+    sizes = {n: round(part * p.numel()) for n, p in lm.adapter.items() if adapter.share == "both" or not is_b(n)}
+    if config.strategy.name == "fedkseed":
+        pool = int(config.strategy.options.get("candidates", kseed.CANDIDATES))
+        sizes = {kseed.NAME: pool}
+        steps = sum(work.per_round) / len(work.per_round)
+        answer = round(min(4 * pool, _SCALAR_BYTES * steps))
+    else:
+        answer = _mean([_moved(sizes, adapter, number, up.most) for number in (1, 2)])
     whole = 4 * sum(sizes.values())
-    change = whole if down.exact else sum(map(down.most, sizes.values()))
+    change = whole if down.whole else _mean([_moved(sizes, adapter, number, down.most) for number in (1, 2)])
     control = whole if config.strategy.name == "scaffold" else 0
-    # What does not change travels up for nothing: the factor that rests.
-    moving = [config.adapter.trained(number) for number in (1, 2)]
-    answers = [sum(up.most(n) for name, n in sizes.items() if m == "both" or is_b(name) == (m == "b")) for m in moving]
-    answer = round(sum(answers) / len(answers))
-    every, rounds = config.evaluate.every, config.rounds
-    # Before the first round, after every n-th and after the last.
-    evaluations = 1 + math.ceil(rounds / every) if config.scores_from_clients and every else 0
+    measured = _evaluations(config)
+    base = [_base_bytes(config, lm, work.cohort, number) for number in range(rounds + 1)]  # by finished rounds
     # A change travels once, with the next message of any kind; before the first there is A alone, for B is zero.
     first = 4 * sum(n for name, n in sizes.items() if not is_b(name))
-    sent = whole * (rounds + evaluations) if down.exact else first + change * (rounds - 1 + bool(evaluations))
-    return Traffic(change + control, answer, evaluations, cohort * (sent + (control + answer) * rounds))
+    sent = whole * (rounds + len(measured)) if down.whole else first + change * (rounds - 1 + bool(measured))
+    sent += sum(base[:-1]) + sum(base[number] for number in measured)
+    return Traffic(
+        down=change + control + _mean(base[1:-1] or [0]),
+        up=answer,
+        grows=base[-1] > base[1],
+        evaluations=len(measured),
+        total=work.cohort * (sent + (control + answer) * rounds),
+    )
+
+
+def _mean(sizes: Sequence[int]) -> int:
+    return round(sum(sizes) / len(sizes))
+
+
+def _mean_rank(adapter: AdapterConfig) -> float:
+    ranks = adapter.ranks if isinstance(adapter.ranks, tuple) else ()
+    return sum(ranks) / len(ranks) if ranks else adapter.rank
+
+
+def _moved(sizes: Mapping[str, int], adapter: AdapterConfig, number: int, most: Callable[[int], int]) -> int:
+    """Bytes of a coded change after round `number`; a factor that rests travels for nothing."""
+    factors = adapter.trained(number)
+    return sum(most(n) for name, n in sizes.items() if factors == "both" or is_b(name) == (factors == "b"))
+
+
+def _evaluations(config: RunConfig) -> list[int]:
+    """The rounds after which clients are asked to measure: 0, every n-th and the last."""
+    every = config.evaluate.every
+    if not (config.scores_from_clients and every):
+        return []
+    return sorted({*range(0, config.rounds + 1, every), config.rounds})
+
+
+def _base_bytes(config: RunConfig, lm: LanguageModel, cohort: int, number: int) -> int:
+    """Bytes of what stands in the base after so many rounds, which methods that add to it send with every message."""
+    options, rank = config.strategy.options, config.adapter.rank
+    grows = {
+        "flora": cohort * _mean_rank(config.adapter),
+        "fedex": options.get("rank") or (cohort - 1) * rank,
+    }.get(config.strategy.name, 0)
+    most = min(number * grows, options.get("base_rank") or math.inf)
+    sides = [(len(f.b), f.a.shape[1]) for f in lora.split(lm.adapter).values()]
+    return round(4 * sum(min(most, *side) * sum(side) for side in sides))
 
 
 def adapter_size(lm: LanguageModel) -> int:
     """Trained parameters."""
     return sum(parameter.numel() for parameter in lm.adapter.values())
+
+
+def state_bytes(config: RunConfig) -> tuple[int, str]:
+    """Bytes that training takes for each entry of the adapter, and what they are."""
+    if config.strategy.name == "fedkseed":
+        return 12, "adapter and the sum of its moves"
+    return (8, "adapter and gradient") if config.train.optimizer == "sgd" else (16, "adapter, gradient and Adam")
 
 
 def base_bytes(lm: LanguageModel) -> int:

@@ -187,10 +187,11 @@ def _print_cost(run: Run, console: Console) -> None:
 
 
 def _print_traffic(run: Run, work: forecast.Work, console: Console) -> None:
-    traffic = forecast.plan_traffic(run.config, run.lm, work.cohort)
+    traffic = forecast.plan_traffic(run.config, run.lm, work)
     wire = run.config.wire
     coded = "float32" if wire.up.name == wire.down.name == "fp32" else f"{wire.down.name} and {wire.up.name}"
-    said = f"{bytes_text(traffic.down)} down and {bytes_text(traffic.up)} up a client, {coded}"
+    grows = ", growing from round to round," if traffic.grows else ""
+    said = f"{bytes_text(traffic.down)} down{grows} and {bytes_text(traffic.up)} up a client, {coded}"
     _fact(console, "per round", f"{said}; {work.cohort} clients:")
     again = f", {traffic.evaluations} evaluations at the clients included"
     whole = f"{bytes_text(traffic.total)} in the whole run{again if traffic.evaluations else ''}"
@@ -210,9 +211,10 @@ def _print_steps(run: Run, work: forecast.Work, console: Console) -> None:
 
 def _print_memory(run: Run, trial: forecast.Trial, console: Console) -> None:
     base = forecast.base_bytes(run.lm)
-    adapter = forecast.ADAM_BYTES * forecast.adapter_size(run.lm)
+    entry, what = forecast.state_bytes(run.config)
+    adapter = entry * forecast.adapter_size(run.lm)
     parts = (
-        f"{bytes_text(base)} base + {bytes_text(adapter)} adapter, gradient and Adam + "
+        f"{bytes_text(base)} base + {bytes_text(adapter)} {what} + "
         f"{bytes_text(trial.activation_bytes)} for {run.config.train.batch_tokens} tokens a pass"
     )
     total = base + adapter + trial.activation_bytes
