@@ -19,6 +19,7 @@ from apiary.prompts import Template
 from apiary.report import sites, verdict
 from apiary.report.data import parse_metrics
 from apiary.tensors import StateDict
+from apiary.units import loss_text
 
 _WEIGHTS = "adapter_model.safetensors"
 _SETTINGS = "apiary.toml"  # the run's configuration, kept inside the adapter folder
@@ -300,5 +301,5 @@ def _card_table(metrics: Mapping[str, Any] | None) -> list[str]:
     rows = ["", "| | held-out loss (nats per response token) | exact match |", "|---|---|---|"]
     for row in metrics["table"]:
         accuracy = "" if row["accuracy"] is None else f"{100 * row['accuracy']:.1f}%"
-        rows.append(f"| {row['method']} | {row['loss']:.3f} | {accuracy} |")
+        rows.append(f"| {row['method']} | {loss_text(row['loss'])} | {accuracy} |")
     return rows + below

@@ -267,14 +267,16 @@ class Rounds(Strategy):
         reducer = self.aggregator.reduce
         acc, gauge, self._told = reducer.start(self.state), gauges.watch(self.config, self.aggregator, self.state), {}
         good: list[FitReport] = []
+        poisoned: dict[str, str] = {}
         declined = 0
         up = 0
         for message in replies:
             try:
                 answer = self._read(message)
             except records.WireError as error:
-                self._refuse(self._roster.sender_of(message), str(error), server_round)
-                acc = reducer.refused(acc) if isinstance(error, checks.Poisoned) else acc
+                self._refuse(sender := self._roster.sender_of(message), str(error), server_round)
+                if isinstance(error, checks.Poisoned):
+                    acc, poisoned[sender] = reducer.refused(acc), f"refused: {error}"
                 continue
             self._heard(answer.client if isinstance(answer, Decline) else answer.update.client)
             if isinstance(answer, Decline):
@@ -299,7 +301,7 @@ class Rounds(Strategy):
             try:
                 gradient = reducer.finish(self.state, acc, self._generator(server_round))
                 self._step(server_round, gradient)
-                self._told = gauges.facts(gauge, gradient, self.state)
+                self._told = gauges.facts(gauge, gradient, self.state, poisoned)
             except TooFewAnswers as error:  # nothing is learnt then; a client must not end a run by answering badly
                 self._pass(server_round)
                 self._told = {"unchanged": True}

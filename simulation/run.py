@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from apiary.runlog import RunLog
 from client import answers, curation, objectives
 from server import checkpoint, root
 from server.app import make_app
+from server.roster import RunFailed
 from simulation import scenario
 from simulation.engines import ENGINES
 from simulation.summary import Plan, summarise
@@ -90,7 +92,7 @@ def simulate(
 
     Raises:
         UserError: wrong input; nothing was written.
-        server.roster.RunFailed: too few clients answered well.
+        server.roster.RunFailed: too few clients answered well, or the model that they made gives no number.
     """
     began = time.monotonic()
     _check_folder(config, folder, resume)
@@ -111,6 +113,11 @@ def simulate(
         log.event("finish", seconds=metrics["seconds"])
         runlog.write_metrics(folder, metrics)
         write_report(folder)
+        if not math.isfinite(next(row["loss"] for row in metrics["table"] if row["method"] == "federated")):
+            raise RunFailed(
+                "the federated model gives no number on held-out rows: what clients sent was finite, and too large; "
+                "the report says who took part, and robust methods are in docs/aggregation.md"
+            )
     finally:
         log.close()
     return metrics

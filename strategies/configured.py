@@ -38,11 +38,9 @@ def _problems(config: RunConfig, aggregator: Aggregator) -> Iterator[str]:
             f"adapter.train = {adapter.train!r}: strategy.name = {name!r} moves the factor that clients hold fixed; "
             f"it allows {' and '.join(map(repr, aggregator.trains))}"
         )
-    if adapter.init != "kaiming" and aggregator.renews:
-        yield (
-            f"adapter.init = {adapter.init!r}: strategy.name = {name!r} draws A anew in every round, Kaiming-uniform; "
-            "leave adapter.init out"
-        )
+    if adapter.init != "kaiming" and _renewed(config, aggregator):
+        how = "draws A anew in every round, Kaiming-uniform" if aggregator.renews else "factors A anew in every round"
+        yield f"adapter.init = {adapter.init!r}: strategy.name = {name!r} {how}; leave adapter.init out"
     ranks = "memory" if adapter.ranks == "memory" else list(adapter.ranks)
     if aggregator.ranks == "one" and (ranks == "memory" or set(ranks) - {adapter.rank}):
         mixed = "auto, flora, flexlora, hetlora, rank_slices, norm_clip, krum, multi_krum, geometric_median, fltrust"
@@ -67,6 +65,11 @@ def _problems(config: RunConfig, aggregator: Aggregator) -> Iterator[str]:
         )
 
 
+def _renewed(config: RunConfig, aggregator: Aggregator) -> bool:
+    """Whether the factors have another basis after each round."""
+    return aggregator.renews or (aggregator.space == "products" and config.adapter.train not in aggregator.keeps)
+
+
 def _pruning_problems(config: RunConfig) -> Iterator[str]:
     key = f"strategy.options.prune = {config.strategy.options['prune']}"
     if config.privacy.unit != "none":
@@ -82,11 +85,11 @@ def _wire_problems(config: RunConfig, aggregator: Aggregator) -> Iterator[str]:
         yield from error.problems
         return
     name = config.strategy.name
-    renewed = aggregator.renews or aggregator.space == "products"
+    renewed = _renewed(config, aggregator)
     if up.feedback and renewed:
         yield (
             f"wire.up = {config.wire.up.name!r}: its error feedback is kept in the factors' basis, which "
-            f"strategy.name = {name!r} changes in every round; use int8, or int4 with feedback = false"
+            f"strategy.name = {name!r} changes in every round; use a codec with feedback = false, such as int8"
         )
     if aggregator.prunes and (up.feedback or not down.whole):
         yield (

@@ -150,7 +150,8 @@ def _entrywise(
         )
 
     reduce = each_and_refused(name, "one", finish)
-    return Aggregator(reduce, plain_step, same_payload, needs="each", fewest=rules.fewest(name, byzantine))
+    fewest = rules.fewest(name, byzantine)
+    return Aggregator(reduce, plain_step, same_payload, needs="each", fewest=fewest, judges=True)
 
 
 def _inner_products(deltas: Sequence[Mapping[str, Tensor]]) -> Tensor:

@@ -87,9 +87,11 @@ class Aggregator(NamedTuple):
     ranks: Literal["one", "mixed"] = "one"
     trains: tuple[str, ...] = ("both", "b", "alternate")  # the values of `adapter.train` that it goes with
     renews: bool = False  # whether A is drawn anew in every round
+    keeps: tuple[str, ...] = ()  # of "products": the values of `adapter.train` with which it does not factor anew
     fewest: int = 1  # answers of a round without which its promise means nothing
     sends: Literal["factors", "seeds"] = "factors"  # what travels: an adapter's, or `apiary.kseed`'s scalars
     prunes: bool = False  # whether clients may lower their own ranks as they train
+    judges: bool = False  # whether its gradients tell the `shares` that clients got, and why one got little
     root: bool = False  # whether each fold must also get the server's own update, in the name of `ROOT`
     base: bool = False  # whether its gradients have a `base_delta` beside factors, which no server optimiser may scale
 

@@ -161,9 +161,7 @@ def far(scores: Tensor, kept: Tensor) -> dict[int, str]:
     """The reason of all that are not among those `kept` by Krum's scores."""
     typical = math.sqrt(float(scores[kept].median()))
     cut = sorted({*range(len(scores))} - {*kept.tolist()})
-    return {
-        k: f"{times(math.sqrt(float(scores[k])), typical)} as far from its nearest as those that are kept" for k in cut
-    }
+    return {k: f"{as_far(math.sqrt(float(scores[k])), typical)} from its nearest as those that are kept" for k in cut}
 
 
 def geometric_median(gram: Tensor, byzantine: int) -> Verdict:
@@ -182,9 +180,10 @@ def geometric_median(gram: Tensor, byzantine: int) -> Verdict:
         weights = _normed(nu / distances.clamp_min(nu))
         if float((weights - before).abs().max()) < _STILL:
             break
+    weights = torch.where(weights < _STILL * weights.max(), 0.0, weights)  # no more than rounding, and no number to add
     middle = float(distances.median())
     little = where(weights < NAMED / len(weights))
-    return Verdict(weights, {k: f"{times(float(distances[k]), middle)} as far off as is typical" for k in little})
+    return Verdict(weights, {k: f"{as_far(float(distances[k]), middle)} off as is typical" for k in little})
 
 
 def trust(gram: Tensor, byzantine: int) -> Verdict:
@@ -206,6 +205,13 @@ def trust(gram: Tensor, byzantine: int) -> Verdict:
 def where(mask: Tensor) -> list[int]:
     """The places where a mask (n,) holds."""
     return [int(k) for k in mask.nonzero()]
+
+
+def as_far(value: float, reference: float) -> str:
+    """How a distance compares with what is usual, for a note: the start of a sentence that goes on with `as`."""
+    if not reference:
+        return "many times as far" if value else "just as far"
+    return "just as far" if f"{value / reference:.3g}" == "1" else f"{times(value, reference)} as far"
 
 
 def times(value: float, reference: float) -> str:

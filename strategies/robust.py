@@ -155,6 +155,8 @@ def _robust(method: _Method, scaling: Scaling, root: bool = False) -> Aggregator
         space="products",
         ranks="mixed",
         fewest=rules.fewest(method.name, method.byzantine),
+        keeps=("b", "alternate"),
+        judges=True,
         root=root,
     )
 

@@ -27,8 +27,8 @@ _Share = Annotated[float, Field(ge=0, lt=1)]
 
 _MEMORY = "optimizer."
 _BASIS = (
-    "the basis of the factors changes each round with this strategy.name, and what is remembered of the old one means "
-    "nothing; use plain, or a method that averages factors, such as fedavg"
+    "this strategy.name answers with changes of the products, and what is remembered is of entries of the factors; use "
+    "plain, or a method that averages factors, such as fedavg"
 )
 _BASE = (
     "this strategy.name adds a residual to the base that fits a step of size 1 alone; use none, or another method, "
@@ -116,8 +116,7 @@ def _scaled(gradient: Gradient, optimizer: Optimizer, by_b: bool) -> Gradient:
     """The gradient's products scaled, by the factor that moved, for in both it would count squared; or its factors."""
     both = gradient.space == "factors"
     return gradient._replace(
-        adapter={n: optimizer.change(t, {})[0] if both or is_b(n) == by_b else t for n, t in gradient.adapter.items()},
-        base_delta={n: optimizer.change(t, {})[0] if is_b(n) else t for n, t in gradient.base_delta.items()},
+        adapter={n: optimizer.change(t, {})[0] if both or is_b(n) == by_b else t for n, t in gradient.adapter.items()}
     )
 
 

@@ -136,7 +136,7 @@ def test_a_step_size_of_the_server_scales_the_change_of_either_method(drift: flo
 
 def test_server_optimisers_with_a_memory_are_refused() -> None:
     for name in ("momentum", "nesterov", "adam", "yogi", "adagrad"):
-        with pytest.raises(UserError, match="basis of the factors changes each round"):
+        with pytest.raises(UserError, match="answers with changes of the products"):
             _run(f"strategy.server_optimizer={name}")
 
 

@@ -133,6 +133,17 @@ def test_a_server_that_was_killed_goes_on_as_if_nothing_had_been(codec: Codec, k
     assert state.changes == through.changes
 
 
+def test_an_adapter_that_comes_back_to_what_it_was_needs_no_detour() -> None:
+    """Its old copy is the newest once more, and a later change builds on it as it is now, not as it was then."""
+    codec = CODECS.build("int8", {"rounding": "nearest"})
+    first, there = {"x": torch.zeros(4096)}, {"x": torch.full((4096,), 127.0)}  # which int8 holds exactly
+    state = downlink.begin(first)
+    for adapter in (there, first, there):
+        state = downlink.advance(state, adapter, codec, generator(0))
+    sent = downlink.parcel(state, downlink.begin(first).copy.version)
+    assert len(sent.changes) == 1
+
+
 def test_a_copy_of_a_run_that_went_another_way_is_replaced() -> None:
     """The server fell back to round 3, and other clients answered: there are two copies of round 5."""
     codec = CODECS.build("int4")

@@ -134,6 +134,21 @@ def test_more_modules_and_more_probes_make_the_estimate_better() -> None:
     assert many / wide == pytest.approx(2, rel=0.35)
 
 
+@pytest.mark.parametrize("fold", [exact(SCALING), estimated(SCALING)], ids=["exact", "estimated"])
+def test_what_lies_in_the_span_of_the_mean_b_takes_no_rank(fold: Fold) -> None:
+    """All clients end in one space of the adapter's rank, which is not the one that they began in."""
+    state, updates = _state({"m": (20, 30)}), _cohort(1.0, sizes={"m": (20, 30)})
+    name, rng = "m.lora_B.weight", torch.Generator().manual_seed(5)
+    space = torch.randn(20, RANK, generator=rng)
+    moved = [
+        u._replace(delta={**u.delta, name: space @ torch.randn(RANK, RANK, generator=rng) - state.adapter[name]})
+        for u in updates
+    ]
+    made = _fold(fold, state, moved)
+    assert made.relative > 0.3
+    assert made.flexlora < 1e-4
+
+
 def _same(tensors: Sequence[Update], names: str) -> list[Update]:
     """The updates with the factors of that kind (A or B) all like the first one's."""
     first = tensors[0].delta

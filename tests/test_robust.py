@@ -21,6 +21,7 @@ from apiary.exchange import ClientInfo, Update
 from apiary.lora import Factors, is_b
 from apiary.tensors import StateDict, digest
 from strategies import AGGREGATORS, Aggregator, Gradient, ServerState
+from strategies import gram as rules
 from strategies.core import ROOT, of_rank
 from strategies.gram import fewest, krum_scores
 
@@ -186,6 +187,33 @@ def test_the_geometric_median_of_points_on_a_line_is_the_middle_one() -> None:
     gradient = _reduce(_build("geometric_median"), state, updates)
     assert gradient.adapter["x.lora_B.weight"].item() == pytest.approx(1.0, abs=1e-5)
     assert gradient.shares["b"] > 0.999
+
+
+def test_the_geometric_median_is_followed_to_its_end() -> None:
+    """Weiszfeld's iteration is slow where two camps are nearly as large: ten steps are not enough."""
+    rng = np.random.default_rng(5)
+    points = np.concatenate([rng.normal(0, 1, (5, 6)), rng.normal(0, 1, (4, 6)) + 8.0])
+    weights = rules.geometric_median(torch.from_numpy(points @ points.T), 0).weights.numpy()
+    median = weights @ points
+    pull = (points - median) / np.linalg.norm(points - median, axis=1, keepdims=True)
+    assert np.linalg.norm(pull.sum(0)) < 1e-5  # of a sum of distances, the slope where it is least
+
+
+def test_where_most_agree_to_the_bit_the_others_have_no_part_in_the_geometric_median() -> None:
+    """Nor parts so small that float32 makes no number of them."""
+    state = ServerState(0, {"x.lora_A.weight": torch.ones(1, 7), "x.lora_B.weight": torch.zeros(1, 1)}, {}, {})
+    rng = np.random.default_rng(0)
+    updates = [
+        Update(f"c{i}", {n: torch.zeros_like(t) if i < 6 else _like(rng, t) for n, t in state.adapter.items()}, 1.0, 1)
+        for i in range(9)
+    ]
+    method = _build("geometric_median")
+    after = method.step(state, _reduce(method, state, updates))
+    assert digest(after.adapter) == digest(state.adapter)
+
+
+def _like(rng: np.random.Generator, tensor: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(rng.standard_normal(tuple(tensor.shape))).float()
 
 
 def test_norm_clip_takes_a_limit_on_the_change_of_the_weights() -> None:
@@ -366,6 +394,32 @@ def test_b_times_a_million_and_a_over_it_is_no_attack(name: str) -> None:
     cohort = [Update(f"attacker-{i}", _gauge(state, honest, 1e6, 1.0), 1.0, RANK) for i in range(2)] + honest
     assert _error("fedavg", {}, state, cohort) > 1e4
     assert _error(name, {"byzantine": 2}, state, cohort) < 1.0
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_client_whose_parts_cancel_to_nothing_is_not_cut_for_it(name: str) -> None:
+    """Beside what the others changed, what float32 may lose of its parts is small, however small their sum is."""
+    state, honest = _state(), _honest(6)
+    twins = {m: Factors(f.b, torch.cat([f.a[:1], f.a[:1], f.a[2:]])) for m, f in lora.split(state.adapter).items()}
+    state = state._replace(adapter=lora.join(twins))
+    quiet = {n: torch.zeros_like(t) for n, t in state.adapter.items()}
+    for factor, tensor in quiet.items():
+        if is_b(factor):
+            tensor[:, 0], tensor[:, 1] = 0.05, -0.05
+    gradient = _reduce(_build(name, byzantine=1), state, [*honest, Update("quiet", quiet, 1.0, RANK)])
+    assert gradient.notes.get("quiet") != "huge factors that cancel each other"
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_gauge_that_float32_can_hold_is_judged_as_the_product_that_it_is(name: str, fresh: bool) -> None:
+    """Also in later rounds: B times 1,000 and A over it, from an adapter whose B is not zero."""
+    state, honest = _state(fresh=fresh), _honest(9)
+    hidden = Update("c", _gauge(state, honest, 1e3, 1.0), 1.0, RANK)
+    plain = Update("c", _gauge(state, honest, 1.0, 1.0), 1.0, RANK)
+    method = _build(name, byzantine=2)
+    one, other = (_reduce(method, state, [*honest, update]) for update in (hidden, plain))
+    assert one.shares == pytest.approx(other.shares, abs=2e-3)
 
 
 @pytest.mark.parametrize("name", PRODUCTS)

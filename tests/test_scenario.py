@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import overrides_for
 
-from apiary import config, continual, models
+from apiary import config, continual, models, results
 from apiary.config import RunConfig, UserError
 from apiary.examples import Example, Turn
 from apiary.exchange import Payload, Visit
@@ -21,6 +21,7 @@ from apiary.tensors import StateDict, generator
 from client import answers
 from client.worker import Site, Worker
 from deploy import submit
+from server.roster import RunFailed
 from simulation import scenario
 from simulation.run import simulate
 from simulation.scenario import ATTACKS, Seen
@@ -371,3 +372,13 @@ def test_stages_see_what_an_attacker_trains_on(attacked: Callable[..., list[str]
     clean = [Example((Turn("user", "q"), Turn("assistant", "a")), {"skill": s}) for s in ("first", "last", "first")]
     assert attack.rows
     assert continual.rows_by_stage(attack.rows(clean, generator(0)), run) == [2, 1]
+
+
+def test_a_run_whose_model_gives_no_number_is_told_and_still_has_a_report(
+    attacked: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """Every number that arrived was finite; their products are not."""
+    with pytest.raises(RunFailed, match="gives no number on held-out rows"):
+        simulate(of(*attacked("simulate.attack={name='scaled', factor=1e13}", "rounds=1")), tmp_path / "run")
+    assert "The federated model is lost" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    results.export(tmp_path / "run", tmp_path / "out", merge=False)

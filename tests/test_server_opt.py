@@ -247,7 +247,9 @@ def test_a_step_size_scales_a_change_of_products_once(name: str) -> None:
 @pytest.mark.parametrize("optimizer", ["momentum", "nesterov", "adam", "yogi", "adagrad"])
 @pytest.mark.parametrize("name", ["flora", "flexlora"])
 def test_a_memory_is_refused_where_the_basis_changes(name: str, optimizer: str) -> None:
-    with pytest.raises(UserError, match=f"server_optimizer = '{optimizer}': the basis of the factors changes each"):
+    with pytest.raises(
+        UserError, match=f"server_optimizer = '{optimizer}': this strategy.name answers with changes of the products"
+    ):
         with_optimizer(AGGREGATORS.build(name, **_GIVEN), SERVER_OPTIMIZERS.build(optimizer))
 
 

@@ -15,11 +15,12 @@ from apiary.config import UserError
 from apiary.examples import read
 from apiary.exchange import ClientInfo, Payload, Update, Visit
 from apiary.records import WireError
+from apiary.schedule import learning_rate
 from apiary.tensors import digest
 from client import zeroth
 from client.worker import Site, Worker
 from server import checkpoint
-from server.checks import check_delta
+from server.checks import check_delta, check_visit
 from server.roster import RunFailed
 from simulation.run import check_names, simulate
 from strategies import AGGREGATORS, ServerState
@@ -153,3 +154,52 @@ def test_an_answer_is_a_visit_with_scalars_of_the_steps_made(tmp_path: Path, sma
     assert digest(first.update.delta) == digest(again.update.delta)
     assert first.report.steps == 5
     assert first.report.loss > 0
+
+
+def _visits(tmp_path: Path, small_run: list[str], *more: str, clients: tuple[str, ...] = ("a",)) -> list[Visit]:
+    run = config.load(None, [*small_run, *SEEDED, "train.steps=5", *more])
+    rows = read(run.data.source).examples
+    worker, made = Worker(run), []
+    for name in clients:
+        site = Site(name, rows[:30], rows[30:40], tmp_path / name / "run", tmp_path / name / "ledger.json", 4)
+        for number in (1, 2, 3):
+            visit = worker.train(site, number, Payload({kseed.NAME: torch.zeros(kseed.CANDIDATES)}, {}))
+            assert isinstance(visit, Visit)
+            made.append(visit)
+    return made
+
+
+def test_the_step_size_falls_over_the_visits_of_a_run(tmp_path: Path, small_run: list[str]) -> None:
+    """Each visit's own steps, told to its folder, stand at their place in the whole run's schedule."""
+    _visits(tmp_path, small_run, "train.schedule=cosine")
+    told = [json.loads(line) for line in (tmp_path / "a" / "run" / "steps.jsonl").read_text().splitlines()]
+    train = config.load(None, [*SEEDED, "train.schedule=cosine"]).train
+    assert [step["lr"] for step in told] == pytest.approx([learning_rate(i, 15, train) for i in range(15)])
+    assert told[0]["lr"] > 2 * told[-1]["lr"]
+
+
+def test_clients_draw_directions_of_their_own(tmp_path: Path, small_run: list[str]) -> None:
+    one, other = (
+        {int(i) for i in visit.update.delta[kseed.NAME].nonzero()}
+        for visit in _visits(tmp_path, small_run, clients=("a", "b"))[::3]
+    )
+    assert one != other
+
+
+def test_a_step_without_a_number_costs_the_step_and_not_the_visit(
+    tmp_path: Path, small_run: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, looks = zeroth._Measure.__call__, iter(range(1000))
+
+    def odd(self: Any, *given: Any) -> float:
+        loss = plain(self, *given)
+        if next(looks) == 2:  # ahead, in the second step
+            self.seen[-1] = loss = float("nan")
+        return loss
+
+    monkeypatch.setattr(zeroth._Measure, "__call__", odd)
+    visit = _visits(tmp_path, small_run)[0]
+    assert 1 <= int((visit.update.delta[kseed.NAME] != 0).sum()) <= 4
+    assert visit.report.loss == pytest.approx(visit.report.loss) and visit.report.loss > 0
+    run = config.load(None, [*small_run, *SEEDED, "train.steps=5"])
+    check_visit(visit, run, 30, Payload({kseed.NAME: torch.zeros(kseed.CANDIDATES)}, {}), 1)

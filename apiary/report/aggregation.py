@@ -6,12 +6,12 @@ import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from markupsafe import Markup
 
 from apiary.report import plots
-from apiary.report.data import Metrics, Round
+from apiary.report.data import Metrics, Round, RoundGauge
 from apiary.units import share_text
 
 _NAMED = 40  # clients with a line of their own
@@ -40,10 +40,15 @@ def aggregation_content(metrics: Metrics, config: str = "") -> Aggregation | Non
     measured = [r for r in metrics.rounds if r.gauge is not None and (r.clients or 0) > 1]
     judged = [r for r in metrics.rounds if r.shares]
     chosen = Counter(r.method for r in metrics.rounds if r.method)
-    if not measured and not judged:
+    if not measured and not judged and not any(r.unchanged for r in metrics.rounds):
         return None
-    sentences = [*_missed(measured, strategy.get("name", ""), bool(judged)), *_chosen(chosen), *_lost(metrics.rounds)]
-    rows, said = _cut_rows(judged), _cut_sentences(judged)
+    sentences = [
+        *_missed(measured, strategy.get("name", ""), bool(judged)),
+        *_chosen(chosen),
+        *_lost(metrics.rounds),
+        *_unchanged(metrics.rounds),
+    ]
+    rows, said = _cut_rows(judged), _cut_sentences(judged, strategy.get("name", ""))
     return Aggregation(sentences, _chart(measured, strategy), said, rows[:_NAMED], max(0, len(rows) - _NAMED))
 
 
@@ -65,35 +70,41 @@ def _missed(rounds: Sequence[Round], method: str, robust: bool) -> list[str]:
     if not known:
         return []
     averaged = method in ("", *_AVERAGES)
-    who, learnt = (
-        (" over all clients, also those that were cut,", "they learnt") if robust else ("", "the clients learnt")
-    )
+    who, learnt = (" over the clients that counted", "they learnt") if robust else ("", "the clients learnt")
     if max(known) < _SEEN:
         return [f"Averaging A and B apart{who} {'was' if averaged else 'would have been'} as good as exact."]
     middle, most = median(known), max(known)
-    spread = f" in a typical round, and {share_text(most)} at most" if len(known) > 1 else ""
-    verb = "missed" if averaged else "would have missed"
-    end = "; an exact method would recover it." if averaged else "."
+    spread = f" in a typical round, and {_part(most)} at most" if len(known) > 1 else ""
+    verb = "missed" if averaged else "misses" if method == "auto" else "would have missed"
     return [
-        f"Averaging A and B apart{who} {verb} {share_text(middle)} of what {learnt}{spread}{end}",
-        *_recovered(rounds),
+        f"Averaging A and B apart{who} {verb} {_part(middle)} of what {learnt}{spread}.",
+        *_recovered(rounds, robust),
     ]
 
 
-def _recovered(rounds: Sequence[Round]) -> list[str]:
-    """What each exact method recovers: all of it where ranks may be added, else what fits the adapter's rank."""
-    shares = [
-        r.gauge.flexlora / r.gauge.relative
-        for r in rounds
-        if r.gauge and r.gauge.flexlora is not None and r.gauge.relative is not None and r.gauge.relative >= _SEEN
-    ]
-    if not shares:
+def _part(share: float) -> str:
+    return share_text(share) if share <= 1 else "more than 100%"
+
+
+def _recovered(rounds: Sequence[Round], robust: bool) -> list[str]:
+    """What each exact method recovers: what it can hold in ranks that it adds to the base, or in the adapter's own."""
+    seen = [r.gauge for r in rounds if r.gauge and (r.gauge.relative or 0.0) >= _SEEN]
+    added, own = _of(seen, "flora"), _of(seen, "flexlora")
+    if not added or not own:
         return []
-    least = "at least " if any(r.gauge and r.gauge.stderr for r in rounds) else ""
+    least = "at least " if any(g.stderr for g in seen) else ""
+    all_of_it, some = (share_text(min(1.0, max(0.0, median(x))), 0) for x in (added, own))
+    if robust:  # no other method is a way out here: the exact ones trust everybody
+        return [f"Of that, factors of the adapter's rank can hold {least}{some}, and such of any rank {all_of_it}."]
     return [
-        f"FLoRA and FedEx-LoRA recover all of that by adding ranks to the base, FlexLoRA, which keeps to the adapter's "
-        f"rank, {least}{share_text(max(0.0, median(shares)), 0)} of it."
+        f"Exact methods recover it: FLoRA and FedEx-LoRA {all_of_it}, by adding ranks to the base; FlexLoRA, which "
+        f"keeps to the adapter's rank, {least}{some}."
     ]
+
+
+def _of(gauges: Sequence[RoundGauge], method: Literal["flora", "flexlora"]) -> list[float]:
+    """The parts of the error that a method would take away."""
+    return [gain / g.relative for g in gauges if g.relative and (gain := getattr(g, method)) is not None]
 
 
 def _chosen(methods: Mapping[str, int]) -> list[str]:
@@ -114,17 +125,27 @@ def _lost(rounds: Sequence[Round]) -> list[str]:
     ]
 
 
+def _unchanged(rounds: Sequence[Round]) -> list[str]:
+    if not (count := sum(r.unchanged for r in rounds)):
+        return []
+    return [f"{_rounds(count).capitalize()} changed nothing, for too few clients answered well to keep the promise."]
+
+
 def _rounds(count: int) -> str:
     return f"{count:,} round" + ("" if count == 1 else "s")
 
 
-def _cut_sentences(judged: Sequence[Round]) -> list[str]:
+def _cut_sentences(judged: Sequence[Round], method: str) -> list[str]:
     if not judged:
         return []
     clients, cut = {name for r in judged for name in r.shares}, Counter(name for r in judged for name in r.cut)
     if not cut:
         return [f"None of the {len(clients)} clients was cut."]
     told = f"{len(cut)} of {len(clients)} clients {'was' if len(cut) == 1 else 'were'} cut"
+    if method == "krum":
+        return [
+            f"{told} at least once. That says little of them: krum takes one client's change a round, and no other."
+        ]
     return [
         f"{told} at least once. That is no proof of ill will: a client whose data are unlike the others' looks much "
         "the same, and some methods leave somebody out in every round."

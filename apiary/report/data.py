@@ -7,15 +7,16 @@ Everything but the table may be missing. Losses are nats per response token, acc
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, Self, TypeAlias
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from apiary.config import UserError
 
 MethodName: TypeAlias = Literal["base", "local", "federated", "central"]
 METHODS: tuple[MethodName, ...] = ("base", "local", "federated", "central")
 Interval: TypeAlias = tuple[float, float]
+_Interval: TypeAlias = Annotated[Interval | None, BeforeValidator(lambda ends: None if ends and None in ends else ends)]
 
 MEANING: Mapping[MethodName, tuple[str, str]] = {
     "base": ("Untuned", "the model as it came, before any training"),
@@ -33,8 +34,8 @@ class _Part(BaseModel):
 class Intervals(_Part):
     """95% bootstrap intervals of a row."""
 
-    loss: Interval | None = None
-    accuracy: Interval | None = None
+    loss: _Interval = None
+    accuracy: _Interval = None
 
 
 class Row(_Part):
@@ -64,7 +65,7 @@ class Difference(_Part):
     """The federated loss minus another method's, example by example; below 0 where federated is better."""
 
     difference: float | None = None
-    ci95: Interval | None = None  # paired bootstrap; None where there are too few examples for one
+    ci95: _Interval = None  # paired bootstrap; None where there are too few examples for one
     n: int | None = None
 
 
@@ -96,7 +97,7 @@ class Round(_Part):
 
     round: int
     loss: float | None = None
-    ci95: Interval | None = None
+    ci95: _Interval = None
     train_loss: float | None = None
     bytes_up: int | None = None
     bytes_down: int | None = None  # to be trained
@@ -107,6 +108,7 @@ class Round(_Part):
     method: str | None = None  # where the run chose one by the round
     shares: Mapping[str, float | None] = Field(default_factory=dict)  # by client, of a robust method
     cut: Mapping[str, str] = Field(default_factory=dict)  # by client, why it counted for little or nothing
+    unchanged: bool = False  # whether too few good answers left the model as it was
     dropped: float | None = None  # of the squared norm of what stands in the base, lost to its rank's bound
 
     @property
@@ -190,6 +192,11 @@ class Metrics(_Part):
     def row(self, method: MethodName) -> Row | None:
         """The row of a method that has a loss, or None."""
         return next((r for r in self.table if r.method == method and r.loss is not None), None)
+
+    @property
+    def lost(self) -> bool:
+        """Whether the federated model has a row, but gives no number there."""
+        return any(r.method == "federated" and r.loss is None for r in self.table)
 
     @property
     def private(self) -> bool:

@@ -220,7 +220,7 @@ surprise). Lower is better and 0 is certainty.{% if probability is not none %} {
 {% if loss_chart %}
 <section>
 <h2>Learning, round by round</h2>
-<p class="note">Held-out loss of the shared model after each round (lower is better), with its 95% interval as a band. In a round, clients train on their own data and the server averages what they learnt.{% if rows | length > 1 %} Horizontal lines: the other ways of training, at their end.{% endif %}</p>
+<p class="note">Held-out loss of the shared model after each round (lower is better), with its 95% interval as a band. In a round, clients train on their own data and the server puts together what they learnt.{% if rows | length > 1 %} Horizontal lines: the other ways of training, at their end.{% endif %}</p>
 <div class="panel">{{ loss_chart }}</div>
 </section>
 {% endif %}

@@ -17,6 +17,8 @@ _NAMES = {"local": "training alone", "base": "the untuned model", "central": "al
 def headline(metrics: Metrics) -> str:
     """The result in one sentence."""
     joint, other = metrics.row("federated"), metrics.row("local") or metrics.row("base")
+    if metrics.lost:
+        return "The federated model is lost: it gives no number on held-out rows"
     if joint is None:
         return _of_sites(metrics)
     if other is None:
@@ -109,6 +111,8 @@ def _of_sites(metrics: Metrics) -> str:
 def second(metrics: Metrics) -> str:
     """What the numbers mean for someone who decides."""
     joint, alone = metrics.row("federated"), metrics.row("local")
+    if metrics.lost:
+        return "What clients sent was finite, and too large: a bad client, or a learning rate that is far too high."
     if joint is None:
         return " ".join(sites.sentences(metrics))
     other = alone or metrics.row("base")

@@ -68,8 +68,9 @@ def _products(state: ServerState, scale: float) -> dict[str, Tensor]:
 
 def _fold(method: Aggregator, state: ServerState, updates: Sequence[Update], seed: int = 0) -> Gradient:
     acc = method.reduce.start(state)
+    control = method.payload(state, ClientInfo("c", 4, 0, len(updates))).control
     for update in _answers(method, updates):
-        acc = method.reduce.add(acc, update)
+        acc = method.reduce.add(acc, update._replace(control=control, walked=0.1) if control else update)
     return method.reduce.finish(state, acc, torch.Generator().manual_seed(seed))
 
 
@@ -80,7 +81,8 @@ def _answers(method: Aggregator, updates: Sequence[Update]) -> list[Update]:
 
 
 def _cohort(n: int = 7) -> list[Update]:
-    return [Update(f"client-{i}", _tensors(i), float(10 + 7 * i), 4) for i in range(n)]
+    """Two of each weight, so that no order but that of the names is the same in each arrangement."""
+    return [Update(f"client-{i}", _tensors(i), float(10 + 7 * (i // 2)), 4) for i in range(n)]
 
 
 def _tensor_bytes(value: object) -> int:
@@ -165,6 +167,17 @@ def test_no_change_keeps_the_model(method: Aggregator, state: ServerState) -> No
     after = _products(method.step(state, _fold(method, state, updates)), scale)
     for module, before in _products(state, scale).items():
         torch.testing.assert_close(after[module], before, rtol=1e-4, atol=1e-4)
+
+
+def test_no_direction_dies_that_nobody_has_used_yet(method: Aggregator, fresh: ServerState) -> None:
+    """Where a row of A and its column of B are both zero, neither ever gets a gradient again."""
+    one = {n: torch.zeros_like(t) for n, t in _tensors(7).items()}
+    for name, tensor in one.items():
+        if is_b(name):
+            tensor[:, 0] = _tensors(7)[name][:, 0]
+    after = method.step(fresh, _fold(method, fresh, [Update(f"c{i}", one, 1.0, 4) for i in range(7)]))
+    for module in split(after.adapter).values():
+        assert float(module.a.norm(dim=1).min()) > 0.2
 
 
 def test_a_step_ends_one_round_and_keeps_the_shapes(method: Aggregator, state: ServerState) -> None:
