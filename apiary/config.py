@@ -262,7 +262,7 @@ class WireConfig(_Section):
     )
     down: MethodField = Field(
         Method(name="fp32"),
-        description="from server to client: likewise; for all but fp32 clients keep a copy on their disks",
+        description="from server to client: likewise; with all but fp32 changes travel, and clients keep a copy",
     )
 
 

@@ -53,7 +53,8 @@ def error_lines(error: ValidationError, root: type[BaseModel]) -> list[str]:
             case _:
                 line = f"{value}: must be {_allowed(kind, limits)}"
         lines.setdefault(key, line)
-    return list(lines.values())
+    # What is wrong in a list says more than that the list is not the other thing that may stand there.
+    return [line for key, line in lines.items() if not any(other.startswith(f"{key}[") for other in lines)]
 
 
 def _expected(loc: Sequence[int | str], root: type[BaseModel]) -> tuple[str, Any, Sequence[Any]]:
@@ -70,8 +71,10 @@ def _expected(loc: Sequence[int | str], root: type[BaseModel]) -> tuple[str, Any
             key, kind, limits = f"{key}[{part}]", _bare(get_args(kind)[0]), ()
         elif get_origin(kind) is Mapping:
             key, kind, limits = f"{key}.{part}", get_args(kind)[1], ()
+        elif get_origin(kind) is Union and str(part).startswith("tuple") and isinstance(loc[-1], int):
+            kind = next(member for member in get_args(kind) if get_origin(member) is tuple)
         else:
-            break  # the name of a union's member
+            break  # the name of another member of a union
     return key, kind, limits
 
 

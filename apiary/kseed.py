@@ -40,6 +40,10 @@ _SEEDS_AT_ONCE = 64
 _ENTRIES_AT_ONCE = 1 << 14  # of each of them; whole words
 
 
+class TooFar(ValueError):
+    """Scalars are so large that sums of them would round: the steps are far too long."""
+
+
 @functools.lru_cache(maxsize=4)
 def candidates(seed: int, count: int = CANDIDATES) -> tuple[int, ...]:
     """The candidate seeds of a run, K different ones; 4096 as in the paper.
@@ -77,12 +81,10 @@ def on_grid(value: float) -> float:
     """The multiple of `GRAIN` that float32 holds, nearest to `value` or a neighbour of that.
 
     Raises:
-        ValueError: it is NaN, infinite, or so large that sums would round.
+        TooFar: it is NaN, infinite, or so large that sums would round.
     """
     if not abs(value) < _MOST:
-        raise ValueError(
-            f"a scalar of {value:g}, where {_MOST:g} is too much: the steps are far too long; lower the lr"
-        )
+        raise TooFar(f"a scalar of {value:g}, where {_MOST:g} is too much: the steps are far too long; lower the lr")
     return float(round(float(np.float32(value)) / GRAIN) * GRAIN)
 
 
@@ -109,12 +111,10 @@ def check_sum(scalars: Iterable[float]) -> None:
     """Check that scalars are small enough for exact sums.
 
     Raises:
-        ValueError: they are not.
+        TooFar: they are not.
     """
     if (size := math.fsum(abs(float(c)) for c in scalars)) >= _MOST:
-        raise ValueError(
-            f"scalars of {size:g} in all, where {_MOST:g} is too much: the steps are too long; lower the lr"
-        )
+        raise TooFar(f"scalars of {size:g} in all, where {_MOST:g} is too much: the steps are too long; lower the lr")
 
 
 def _checked(scalars: Scalars) -> dict[int, float]:

@@ -148,7 +148,11 @@ def _safe(error: Exception) -> str:
     place = (
         f" in {Path(ours[-1].filename).parent.name}/{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else ""
     )
-    kind = "its loss is not a number" if isinstance(error, FloatingPointError) else type(error).__name__
+    kind = (
+        "its training diverged, and a lower train.lr usually helps"
+        if isinstance(error, FloatingPointError)
+        else type(error).__name__
+    )
     return f"{kind}{place}"
 
 

@@ -69,8 +69,8 @@ def fit(
         observers: told of every step; the gradient norm is NaN.
 
     Raises:
-        FloatingPointError: no step at all had a loss that is a number.
-        ValueError: the corpus is empty, or the steps are far too long.
+        FloatingPointError: no step at all had a loss that is a number, or the steps are far too long.
+        ValueError: the corpus is empty.
     """
     if not len(corpus):
         raise ValueError("there is nothing to train on: the corpus is empty")
@@ -95,14 +95,17 @@ def fit(
             for observe in observers:
                 observe(record)
 
-    with threads(train.threads):
-        went = kseed.walk(
-            losses(),
-            start,
-            _seeds(config),
-            epsilon=_option(config, "epsilon", kseed.EPSILON),
-            rng=generator(config.seed, client, "seeds", *cursor),
-        )
+    try:
+        with threads(train.threads):
+            went = kseed.walk(
+                losses(),
+                start,
+                _seeds(config),
+                epsilon=_option(config, "epsilon", kseed.EPSILON),
+                rng=generator(config.seed, client, "seeds", *cursor),
+            )
+    except kseed.TooFar as error:
+        raise FloatingPointError(str(error)) from error
     if went.skipped == steps:
         raise FloatingPointError("the loss is no number in any step of this visit; a lower train.lr usually helps")
     delta = {kseed.NAME: kseed.to_tensor(went.scalars, _seeds(config))}

@@ -357,9 +357,9 @@ def rank_slices(scaling: Scaling, weighting: Weighting = "tokens") -> Aggregator
     """Averages slice i, a column of B and a row of A, over those clients alone whose rank is above i.
 
     Where padded zeros are averaged, or whole products, slices that few clients hold shrink (Chen et al. 2024, "RBLA",
-    arXiv 2408.08699; Wu et al. 2026, "raFLoRA", arXiv 2602.13486). Slices that nobody holds stay as they are. With one
-    rank for all this is `fedavg`, to the bit; and like it a sum, so that the server's memory does not grow with the
-    clients.
+    arXiv 2408.08699; Wu et al. 2026, "raFLoRA", arXiv 2602.13486). Slices that nobody holds stay as they are (but a
+    server optimiser with a memory moves them on). With one rank for all this is `fedavg`, to the bit; and like it a
+    sum, so that the server's memory does not grow with the clients.
 
     Args:
         scaling: the scale of a product by its rank.

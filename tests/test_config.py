@@ -233,6 +233,14 @@ def test_an_option_that_json_cannot_carry_is_refused(override: str, key: str) ->
         configs.load(None, ["strategy.name=norm_clip", override])
 
 
+def test_an_odd_item_of_a_list_that_might_be_a_word_is_told_by_its_place() -> None:
+    with pytest.raises(UserError) as caught:
+        configs.load(None, ["adapter.ranks=[4, 2.5]"])
+    assert caught.value.problems == ("adapter.ranks[1] = 2.5: must be a whole number",)
+    with pytest.raises(UserError, match=r"^adapter.ranks = 'lots': must be a list, in \[ \] or 'memory'$"):
+        configs.load(None, ["adapter.ranks=lots"])
+
+
 def test_a_long_value_is_cut() -> None:
     (line,) = _problems("train.lr=" + "x" * 5000)
     assert len(line) < 120

@@ -186,6 +186,11 @@ def test_clients_draw_directions_of_their_own(tmp_path: Path, small_run: list[st
     assert one != other
 
 
+def test_steps_that_are_far_too_long_are_told_as_such(tmp_path: Path, small_run: list[str]) -> None:
+    with pytest.raises(FloatingPointError, match="lower the lr"):
+        _visits(tmp_path, small_run, "train.lr=1e6")
+
+
 def test_a_step_without_a_number_costs_the_step_and_not_the_visit(
     tmp_path: Path, small_run: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
