@@ -36,11 +36,12 @@ from apiary.exchange import ClientInfo, Update  # noqa: E402
 from apiary.lora import Factors  # noqa: E402
 from apiary.runlog import machine  # noqa: E402
 from apiary.tensors import StateDict, generator  # noqa: E402
-from strategies import AGGREGATORS, Aggregator, Gradient, ServerState  # noqa: E402
+from strategies import AGGREGATORS, Aggregator, Gradient, ServerState, gauge  # noqa: E402
 from strategies.core import ROOT as SERVER  # noqa: E402
 from strategies.core import of_rank  # noqa: E402
 
 RESULTS: Final = ROOT / "benchmarks" / "results" / "aggregation.json"
+GAUGE: Final = "the gauge, beside each method"  # what its row is called
 CLIENTS: Final = 16
 BYZANTINE: Final = 3  # the most that Bulyan bears of 16
 SCALING: Final = lora.scaling(16.0, "rslora")
@@ -290,19 +291,29 @@ def folded(name: str, updates: int, entries: int) -> list[dict[str, Any]]:
 # -- the whole round --------------------------------------------------------------------------------------------------
 
 
+def gauge_round(state: ServerState, updates: Sequence[Update]) -> Done:
+    """What every round has beside its method: how far averaging A and B apart is from the mean of the products."""
+    fold = gauge.estimated(SCALING)
+    began = time.perf_counter()
+    acc = fold.start(state, torch.Generator().manual_seed(0))
+    for update in updates:
+        acc = fold.add(acc, update)
+    folded = time.perf_counter()
+    fold.finish(state, acc)
+    return Done(state, folded - began, time.perf_counter() - folded)
+
+
 def whole_rounds(layers: int, names: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Seconds of each method in turn, on the same updates."""
     shapes = {module: shape for module, shape in SHAPES_7B.items() if int(module.split(".")[1]) < layers}
     state, updates = adapter_of(shapes, 16), module_updates(shapes, 16)
     run_round(build("fedavg"), state, updates)  # memory that the process has not touched yet costs more
     for name in names:
-        method = build(name)
         began = time.process_time()
-        done = run_round(method, state, updates)
+        done = gauge_round(state, updates) if name == GAUGE else run_round(build(name), state, updates)
         yield {
             "method": name,
             "layers": layers,
-            "needs": method.needs,
             "fold_s": round(done.fold, 2),
             "finish_s": round(done.finish, 2),
             "processor_s": round(time.process_time() - began, 2),
@@ -345,7 +356,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         made["memory"] = [row for name in sums for row in alone({**task, "name": name}, threads)]
     if "round" in parts:
         made["round"] = []
-        for row in whole_rounds(1 if quick else options.layers, names):
+        for row in whole_rounds(1 if quick else options.layers, [*names, GAUGE]):
             print(json.dumps(row), flush=True)
             made["round"].append(row)
     return made

@@ -37,7 +37,7 @@ def table() -> str:
             f"`{name}`",
             _CITED.sub("", document.partition("\n")[0]),
             _paper(document),
-            "a sum" if method.needs == "sum" else "every update",
+            _holds(method),
             method.ranks,
             ", ".join(method.trains),
             _optimisers(method),
@@ -81,6 +81,26 @@ def _least(name: str) -> str:
     none, one = (_build(name, f).fewest for f in (0, 1))
     slope = "f" if one - none == 1 else f"{one - none} f"
     return f"{slope} + {none}" if one > none else str(none)
+
+
+def _holds(method: Aggregator) -> str:
+    """What is in the server's memory during a round, seen by folding in more."""
+    state, sizes = ServerState(0, _draw(0), {}, {}), []
+    if method.needs == "sum":
+        return "a sum"
+    acc = method.reduce.start(state)
+    for k in range(3):
+        acc = method.reduce.add(acc, Update(f"c{k}", _draw(k), 1.0, 2))
+        sizes.append(_tensors(acc))
+    return "a sum of what it makes of each" if len(set(sizes)) == 1 else "every update"
+
+
+def _tensors(value: object) -> int:
+    """Entries of all tensors in a nest of tuples, lists and mappings."""
+    if isinstance(value, torch.Tensor):
+        return value.numel()
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return sum(map(_tensors, parts))
 
 
 def _wire(method: Aggregator) -> tuple[str, str]:

@@ -245,7 +245,10 @@ def aggregation_round(results: dict[str, Any]) -> str:
     if "round" not in results:
         return _NONE
     lines = ["| | s while answers come | s after the last one |", "|---|---|---|"]
-    lines += [f"| `{row['method']}` | {row['fold_s']:.1f} | {row['finish_s']:.1f} |" for row in results["round"]]
+    names = {
+        row["method"]: f"`{row['method']}`" if " " not in row["method"] else row["method"] for row in results["round"]
+    }
+    lines += [f"| {names[row['method']]} | {row['fold_s']:.1f} | {row['finish_s']:.1f} |" for row in results["round"]]
     layers = results["round"][0]["layers"]
     size = "224 modules" if layers == 32 else f"{layers} of 32 layers"
     return "\n".join([*lines, "", f"{size}, rank 16, 16 clients; on {_machine(results)}."])
@@ -361,7 +364,7 @@ def _poisoned(runs: list[dict[str, Any]], share: float) -> list[str]:
         f"| | nobody attacks | {' | '.join(attack.replace('_', ' ') for attack in attacks)} |",
         "|---" * (len(attacks) + 2) + "|",
     ]
-    for method in dict.fromkeys(method for method, _ in found):
+    for method in dict.fromkeys(run["method"] for run in runs if run["share"] == share):
         cells = [_attacked(found.get((method, attack), [])) for attack in ("none", *attacks)]
         lines.append(f"| `{method.replace('+', '`, `')}` | {' | '.join(cells)} |")
     return [*lines, ""]
