@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -24,10 +23,11 @@ from apiary.config import RunConfig
 from apiary.exchange import ClientInfo, Decline, Fingerprint, FitReport, Hello, Payload, Score, Update, Visit
 from apiary.stages import rounds_of, stage_of
 from apiary.tensors import StateDict, generator, is_finite
-from server import checks, gauges, mail
+from server import checks, gauges, mail, scores
 from server.copies import Copies
 from server.roster import EventLog, Roster, RunFailed
 from server.sampling import choose, panel
+from server.scores import Best, Scores
 from strategies import Aggregator, Gradient, ServerState
 from strategies.core import ROOT, TooFewAnswers
 
@@ -308,7 +308,7 @@ class Rounds(Strategy):
                 self._log.event("warning", round=server_round, message=f"the round changes nothing: {error}")
             except (ValueError, LinAlgError) as error:  # a decomposition that does not converge, say
                 raise RunFailed(f"round {server_round}: {error}") from error
-        return None, MetricRecord({**_summed(good), "bytes_up": up})
+        return None, MetricRecord({**scores.trained(good), "bytes_up": up})
 
     def _pass(self, number: int) -> None:
         """Let a round be over that leaves the model as it is."""
@@ -424,26 +424,20 @@ class Rounds(Strategy):
 
     def _measure(self, number: int, grid: Grid) -> None:
         fields: dict[str, Any] = {}
-        scores: dict[str, Score] = {}
+        found: Scores = {}
         if self._evaluate is not None:
             score, interval = self._evaluate(self.state.model)
-            scores = {"": score}
+            found = {"": score}
             fields = {"loss": score.loss, "ci95": list(interval), "n": score.examples}
         if self.config.scores_from_clients:
             messages = list(self.configure_evaluate(number, ArrayRecord(), ConfigRecord(), grid))
             metrics = self.aggregate_evaluate(number, self._exchange(grid, messages, number))
             # Stopping early on the examples of the final table would flatter it.
-            told = {name: _total([sums]) for name, sums in (metrics or {}).items()}  # type: ignore[list-item]
-            scores = {name: score for name, score in told.items() if score.tokens}
-            fields |= {
-                "clients": {name: score.loss for name, score in scores.items()},
-                "clients_loss": _total(scores.values()).loss,
-                "clients_rows": {name: [score.examples, score.tokens] for name, score in scores.items()},
-                "clients_few": [name for name in told if name not in scores],
-                "bytes_evaluate": sum(records.array_bytes(message.content) for message in messages),
-            }
+            found, told = scores.of_clients(metrics or {})  # type: ignore[arg-type]
+            sent = sum(records.array_bytes(message.content) for message in messages)
+            fields = {**fields, **told, "bytes_evaluate": sent}
         self._log.event("evaluate", round=number, **fields)
-        self._note_scores(number, scores)
+        self._note_scores(number, found)
 
     def _measure_stages(self, number: int) -> None:
         """What the model knows of each stage, when one has ended; told before the checkpoint, as all of a round is."""
@@ -456,7 +450,7 @@ class Rounds(Strategy):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """The `Score` of each client on its own held-out rows, a list of its three sums: zeros if they are too few."""
-        scores: dict[str, list[float]] = {}
+        sums: dict[str, list[float]] = {}
         for message in replies:
             try:
                 client, score = records.read_score_reply(message.content)
@@ -466,44 +460,23 @@ class Rounds(Strategy):
                 self._refuse(self._roster.sender_of(message), str(error), server_round)
                 continue
             self._heard(client)
-            scores[client] = [float(value) for value in score]
-        return MetricRecord({name: scores[name] for name in sorted(scores)})
+            sums[client] = [float(value) for value in score]
+        return MetricRecord({name: sums[name] for name in sorted(sums)})
 
-    def _note_scores(self, number: int, scores: Mapping[str, Score]) -> None:
-        """Compare with the best evaluation so far, on the clients that both have: others may be easier or harder."""
-        if not scores:
+    def _note_scores(self, number: int, found: Scores) -> None:
+        if not found:
             return
-        best = self.progress.best
-        # By the median client, not by their sum: one that lies must not end the run, nor keep it going.
-        gains = [_total([best[name]]).loss - score.loss for name, score in scores.items() if name in best]
-        if statistics.median(gains) > 0 if gains else math.isfinite(_total(scores.values()).loss):
-            self.progress = self.progress._replace(best=scores, evaluations_without_gain=0)
-            return
-        without = self.progress.evaluations_without_gain + 1
+        best = scores.after(Best(self.progress.best, self.progress.evaluations_without_gain), found)
+        self.progress = self.progress._replace(best=best.scores, evaluations_without_gain=best.without_gain)
         patience = self.config.evaluate.patience
-        self.progress = self.progress._replace(evaluations_without_gain=without)
-        if 0 < patience <= without:
+        if 0 < patience <= best.without_gain:
             self.progress = self.progress._replace(stopped=True)
             self._log.event(
-                "stop", round=number, reason=f"no better loss in {without} evaluations (evaluate.patience = {patience})"
+                "stop",
+                round=number,
+                reason=f"no better loss in {best.without_gain} evaluations (evaluate.patience = {patience})",
             )
 
     def summary(self) -> None:
         """Log what this run is."""
         logger.info("%d rounds of %s", self.config.rounds, self.config.strategy.name)
-
-
-def _summed(reports: Sequence[FitReport]) -> dict[str, float]:
-    """The counts of a round; without the loss where privacy withholds it."""
-    tokens = sum(report.tokens for report in reports)
-    loss = sum(report.loss * report.tokens for report in reports) / max(tokens, 1)
-    known = {"train_loss": loss} if reports and math.isfinite(loss) else {}
-    return {"clients": len(reports), "tokens": tokens, **known}
-
-
-def _total(scores: Iterable[Sequence[float]]) -> Score:
-    """The sums of scores added up."""
-    nats, tokens, examples = 0.0, 0, 0
-    for score in scores:
-        nats, tokens, examples = nats + score[0], tokens + int(score[1]), examples + int(score[2])
-    return Score(nats, tokens, examples)
