@@ -21,6 +21,7 @@ import strategies
 from apiary import codecs, config, downlink, models, records
 from apiary.config import UserError
 from apiary.exchange import ClientInfo
+from apiary.lora import is_b
 from apiary.tensors import digest, generator
 from client import answers, kept, memory, wire
 from client import app as client_app
@@ -101,6 +102,34 @@ def test_bytes_are_those_of_the_message_and_frozen_halves_cost_a_bit_each(
 def _model(overrides: list[str]) -> tuple[Any, Any]:
     settings = config.load(None, overrides)
     return settings.model, settings.adapter
+
+
+KRUM = ["strategy.name=multi_krum", "strategy.options.byzantine=0", "strategy.min_clients=3"]
+
+
+def test_a_robust_method_keeps_the_factor_that_rests_and_so_goes_with_codecs(
+    tmp_path: Path, small_run: list[str]
+) -> None:
+    coded = ["adapter.train=b", "wire.up=int4", "wire.down=int8", "evaluate.clients=false"]
+    run(tmp_path / "run", [*small_run, *KRUM, *coded])
+    assert events_of(tmp_path / "run", "refused") == []
+    found = checkpoint.load(tmp_path / "run" / "checkpoints")
+    assert found is not None
+    settings = config.load(None, small_run)
+    fresh = models.fresh_adapter(models.load(settings.model, settings.adapter), settings.seed)
+    same = {(is_b(name), torch.equal(tensor, fresh[name])) for name, tensor in found[0].adapter.items()}
+    assert same == {(False, True), (True, False)}
+
+
+def test_zeros_are_left_out_on_the_way_down_without_loss(tmp_path: Path, small_run: list[str]) -> None:
+    """With one factor that rests, half of the adapter travels, and what is learnt is the same but for rounding."""
+    settings = [*small_run, "adapter.train=b", "evaluate.clients=false"]
+    plain, sparse = (run(tmp_path / down, [*settings, f"wire.down={down}"]) for down in ("fp32", "sparse"))
+    whole, part = (events_of(tmp_path / down, "round")[-1]["bytes_down"] for down in ("fp32", "sparse"))
+    moved = sum(t.numel() for name, t in plain.items() if is_b(name)) / sum(t.numel() for t in plain.values())
+    assert 0.3 < part / whole < moved + 0.02
+    for name, tensor in plain.items():
+        torch.testing.assert_close(sparse[name], tensor, rtol=1e-4, atol=1e-6)
 
 
 def test_what_is_sent_down_is_what_clients_lack(tmp_path: Path, small_run: list[str]) -> None:
@@ -431,6 +460,11 @@ def test_a_slip_is_told_at_the_start(override: str, parts: tuple[str, ...]) -> N
         (["strategy.name=flora", "wire.up=int8"], None),
         (["strategy.name=fedex", "wire.up=int4"], None),
         (["strategy.name=fedavg", "wire.up=topk", "wire.down=topk"], None),
+        ([*KRUM, "wire.up=int4"], "wire.up = 'int4': its error feedback"),
+        ([*KRUM, "wire.up=int4", "wire.down=int8", "adapter.train=b"], None),
+        ([*KRUM, "wire.down=sparse", "adapter.train=alternate"], None),
+        (["strategy.name=flexlora", "adapter.init=orthonormal"], "adapter.init = 'orthonormal'.*factors A anew"),
+        ([*KRUM, "adapter.init=orthonormal", "adapter.train=b"], None),
     ],
 )
 def test_methods_that_factor_anew_take_no_feedback(overrides: list[str], told: str | None) -> None:
