@@ -256,12 +256,13 @@ def aggregation_round(results: dict[str, Any]) -> str:
 
 _CODED = ("fedavg", "bf16", "int8", "int4", "top 1% up", "top 10% up", "ffa", "alternating")
 _MIXED, _SGD = "mixed ranks: ", ("fedavg, SGD", "scaffold, SGD")
+_PERSONAL = "each client its own B"
 _CODED_MORE = ("int4 up, int8 down", "int4 up, without feedback", "ffa, int8", "alternating, int8")
 
 
 def federated(results: dict[str, Any]) -> str:
     """The methods on one federation, where all clients have one rank."""
-    others = (*_CODED[1:6], *_CODED_MORE, *_SGD, *(way for way in results["summary"] if way.startswith(_MIXED)))
+    others = (*_CODED[1:6], *_CODED_MORE, *_SGD, _PERSONAL, *(way for way in results["summary"] if way.startswith(_MIXED)))
     return _ways(results, lambda way: way not in others)
 
 
@@ -278,7 +279,7 @@ def corrected(results: dict[str, Any]) -> str:
 def personal(results: dict[str, Any]) -> str:
     """What the clients' own rows say of models of their own."""
     lines = ["| | loss on the clients' own held-out rows | on everybody's |", "|---|---|---|"]
-    rows = {way: results["summary"][way] for way in ("fedavg", "each client its own B")}
+    rows = {way: results["summary"][way] for way in ("fedavg", _PERSONAL)}
     lines += [f"| {way} | {_spread(row['own'], 1, 3)} | {_spread(row['loss'], 1, 3)} |" for way, row in rows.items()]
     return "\n".join([*lines, "", f"{_seeds(len(rows['fedavg']['own']))} On {_machine(results)}."])
 
@@ -312,11 +313,29 @@ def dolly(results: dict[str, Any]) -> str:
 
 
 def _ways(results: dict[str, Any], wanted: Callable[[str], bool], against: str = "fedavg") -> str:
-    """Differences are to the way `against`, seed by seed."""
+    """A table for each number of seeds; differences are to the way `against`, seed by seed."""
+    found = {way: row for way, row in results["summary"].items() if wanted(way)}
+    first = results["summary"][against]
+    counts = sorted({row["seeds"] for row in found.values()}, reverse=True)
+    lines: list[str] = []
+    for count in counts:
+        # The same seeds in each row of a table, or its means could not be compared.
+        same = {key: value[:count] if isinstance(value, list) else value for key, value in first.items()}
+        rows = {against: same, **{way: row for way, row in found.items() if row["seeds"] == count and way != against}}
+        if len(rows) > 1:
+            title = [] if count == counts[0] else ["", "The first seed alone:" if count == 1 else f"{count} seeds:", ""]
+            lines += [*title, *_way_rows(rows, against)]
+    note = (
+        f"{_seeds(counts[0])} Equal bytes: those of half of the rounds of `{against}`. That loss: the one of "
+        f"`{against}` after two thirds of its rounds. Rank: of the adapter that is exported. On {_machine(results)}."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def _way_rows(rows: dict[str, dict[str, Any]], against: str) -> list[str]:
     figures = ("exact match", "MB in all", "loss at equal bytes", "MB to that loss", "rank")
     lines = [f"| | held-out loss | less `{against}` | {' | '.join(figures)} |", "|---" * 8 + "|"]
-    found = {way: row for way, row in results["summary"].items() if wanted(way)}
-    for way, row in found.items():
+    for way, row in rows.items():
         reached = [sent / 1e6 for sent in row["to_target"] if sent is not None]
         equal = [loss for loss in row["at_equal_bytes"] if loss is not None]
         cells = [
@@ -329,13 +348,7 @@ def _ways(results: dict[str, Any], wanted: Callable[[str], bool], against: str =
             str(row["rank"]),
         ]
         lines.append(f"| {way} | {' | '.join(cells)} |")
-    counts = sorted({row["seeds"] for row in found.values()})
-    seeds = _seeds(counts[-1]) if len(counts) == 1 else f"Mean and range over {counts[0]} to {counts[-1]} seeds."
-    note = (
-        f"{seeds} Equal bytes: those of half of the rounds of `{against}`. That loss: the one of `{against}` after two "
-        f"thirds of its rounds. Rank: of the adapter that is exported. On {_machine(results)}."
-    )
-    return "\n".join([*lines, "", note])
+    return lines
 
 
 def poisoning(results: dict[str, Any]) -> str:
