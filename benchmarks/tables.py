@@ -262,8 +262,8 @@ _CODED_MORE = ("int4 up, int8 down", "int4 up, without feedback", "ffa, int8", "
 
 def federated(results: dict[str, Any]) -> str:
     """The methods on one federation, where all clients have one rank."""
-    others = (*_CODED[1:6], *_CODED_MORE, *_SGD, _PERSONAL, *(way for way in results["summary"] if way.startswith(_MIXED)))
-    return _ways(results, lambda way: way not in others)
+    others = (*_CODED[1:6], *_CODED_MORE, *_SGD, _PERSONAL)
+    return _ways(results, lambda way: way not in others and not way.startswith(_MIXED))
 
 
 def mixed(results: dict[str, Any]) -> str:
