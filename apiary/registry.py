@@ -109,8 +109,9 @@ class Registry(Generic[T]):
                 hint = f"did you mean {close[0]!r}?" if close else known
                 raise UserError(f"{self.key}: {name!r} has no option {option!r}; {hint}")
             try:
-                # As strict as the rest of the configuration: true is no number, and "1" neither.
-                checked[option] = TypeAdapter(hints.get(option, Any)).validate_python(value, strict=True)
+                # As in the rest of the configuration, true is no number, and "1" neither.
+                strict = isinstance(value, bool | str)
+                checked[option] = TypeAdapter(hints.get(option, Any)).validate_python(value, strict=strict)
             except ValidationError as error:
                 raise UserError(f"{self.options_key}.{option} = {value!r}: {error.errors()[0]['msg']}") from None
         for option, parameter in allowed.items():
