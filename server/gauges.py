@@ -26,7 +26,6 @@ class Watched(NamedTuple):
 
     fold: Fold
     state: ServerState  # at the start of the round
-    seed: int  # the run's
     seen: Any  # the fold's accumulator; None where the gauge cannot be told
     held: list[Update] | None  # of a method that judges: it holds them too, and says at the end who counts
 
@@ -44,15 +43,10 @@ def watch(config: RunConfig, aggregator: Aggregator, state: ServerState) -> Watc
     weighting = "tokens" if aggregator.judges else config.strategy.weighting
     fold = build(lora.scaling(config.adapter.alpha, config.adapter.scaling), weighting)
     try:
-        made_of_factors = bool(lora.split(state.adapter))
+        seen = fold.start(state, gauges.probes_of(config.seed, state.round + 1)) if lora.split(state.adapter) else None
     except ValueError:
-        made_of_factors = False
-    watched = Watched(fold, state, config.seed, None, [] if aggregator.judges else None)
-    return watched._replace(seen=_start(watched)) if made_of_factors else watched
-
-
-def _start(watched: Watched) -> Any:
-    return watched.fold.start(watched.state, gauges.probes_of(watched.seed, watched.state.round + 1))
+        seen = None
+    return Watched(fold, state, seen, [] if aggregator.judges else None)
 
 
 def add(watched: Watched, update: Update) -> Watched:

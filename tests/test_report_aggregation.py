@@ -167,7 +167,7 @@ def _noisy() -> Aggregator:
 def test_the_gauge_changes_no_bit_of_the_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(5)
     with_it = _run(tmp_path / "with", _noisy())
-    blind = gauges.Watched(exact(scaling(16.0, "rslora")), with_it, 0, None, None)
+    blind = gauges.Watched(exact(scaling(16.0, "rslora")), with_it, None, None)
     monkeypatch.setattr(gauges, "watch", lambda *_: blind)
     torch.manual_seed(5)
     without = _run(tmp_path / "without", _noisy())
