@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from apiary.runlog import Event, Observer
-from apiary.units import bytes_text, change_text, count_text, loss_text, seconds_text, share_text
+from apiary.units import bytes_text, change_text, count_text, loss_text, missed_text, seconds_text
 
 _NAMED = 6  # how many waiting clients are named; the others are counted
 _RECENT = 5  # rounds whose mean duration makes the forecast
@@ -224,7 +224,7 @@ def _facts(state: State, now: float) -> Iterator[tuple[str, str]]:
         yield "train loss", f"{loss_text(state.train_loss)} nats per token"
         yield "held-out loss", _held_out(state)
     if state.gauge is not None:
-        yield "averaging misses", _part(state.gauge) + (f"; averaged by {state.method}" if state.method else "")
+        yield "averaging misses", missed_text(state.gauge) + (f"; averaged by {state.method}" if state.method else "")
     if state.rate is not None:
         yield "speed", f"{count_text(state.rate)} tokens/s"
     if state.bytes_up or state.bytes_down:
@@ -297,11 +297,6 @@ def line(state: State, event: Event) -> str | None:
     return None
 
 
-def _part(share: float) -> str:
-    """What averaging A and B apart misses; beyond all of it, the number says nothing more."""
-    return share_text(share) if share <= 1 else "over 100%"
-
-
 def _round_line(state: State, event: Event) -> str:
     parts = [
         f"{event['clients']} of {event['asked']} clients",
@@ -312,7 +307,7 @@ def _round_line(state: State, event: Event) -> str:
         seconds_text(event.get("seconds")),
     ]
     if state.gauge is not None:
-        parts.insert(2, f"averaging apart misses {_part(state.gauge)}")
+        parts.insert(2, f"averaging apart misses {missed_text(state.gauge)}")
     left = eta(state, event["time"])
     if left is not None and state.finished_rounds < state.rounds:
         parts.append(f"about {seconds_text(left)} left")
@@ -323,7 +318,7 @@ def _asides(state: State, event: Event) -> list[str]:
     """What a round is told beside its figures: that its method is another one than before, and who was cut."""
     told = []
     if state.switched and state.method:
-        missed = f": averaging A and B apart missed {_part(state.gauge)}" if state.gauge is not None else ""
+        missed = f": averaging A and B apart missed {missed_text(state.gauge)}" if state.gauge is not None else ""
         told.append(f"method: {state.method} from round {event['round']} on{missed}")
     if cut := event.get("cut"):
         told.append(f"cut: {_names(tuple(f'{clean(name)} ({clean(why)})' for name, why in cut.items()))}")

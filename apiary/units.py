@@ -22,6 +22,11 @@ def share_text(value: float | None, digits: int = 1) -> str:
     return MISSING if value is None or not math.isfinite(value) else f"{100 * value:.{digits}f}%"
 
 
+def missed_text(share: float) -> str:
+    """What averaging A and B apart misses of a change; beyond all of it the number says nothing more."""
+    return share_text(share) if share <= 1 else "over 100%"
+
+
 def count_text(value: float | None) -> str:
     """A whole number with thousands separators, or a dash."""
     return MISSING if value is None or not math.isfinite(value) else f"{round(value):,}"

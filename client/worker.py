@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from apiary import lora, models, prompts, results
+from apiary import lora, models, prompts, results, runlog
 from apiary.batches import Corpus
 from apiary.codecs import Shapes
 from apiary.config import RunConfig
@@ -92,6 +92,7 @@ class Worker:
             The change of the adapter with its weight (new tokens trained), and counts; or why there is none.
         """
         memory.own(site.folder)
+        runlog.sweep(site.folder)
         memory.forget_from(site.folder, number)
         for kind in (wire.KIND, personal.KIND, control.KIND):
             kept.forget_from(site.folder, kind, number)

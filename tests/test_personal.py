@@ -197,7 +197,12 @@ def test_a_killed_run_goes_on_bit_for_bit(
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", settings)
     monkeypatch.setattr(checkpoint, "save", save)
+    drafts = [tmp_path / "cut" / place for place in ("clients/client-00/.adapter-x1", "personal/.client-00-x1")]
+    for draft in drafts:  # what a harder kill leaves
+        draft.mkdir(parents=True)
+        (draft / "adapter_model.safetensors").touch()
     run(tmp_path / "cut", settings, resume=True)
+    assert not any(draft.exists() for draft in drafts)
     for name in ("client-00", "client-01", "client-02"):
         whole, cut = (
             load_file(tmp_path / f / "personal" / name / "adapter_model.safetensors") for f in ("whole", "cut")

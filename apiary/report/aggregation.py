@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from apiary.report import plots
 from apiary.report.data import Metrics, Round, RoundGauge
-from apiary.units import share_text
+from apiary.units import missed_text, share_text
 
 _NAMED = 40  # clients with a line of their own
 _SEEN = 5e-4  # the least that is shown as more than 0.0%
@@ -74,16 +74,12 @@ def _missed(rounds: Sequence[Round], method: str, robust: bool) -> list[str]:
     if max(known) < _SEEN:
         return [f"Averaging A and B apart{who} {'was' if averaged else 'would have been'} as good as exact."]
     middle, most = median(known), max(known)
-    spread = f" in a typical round, and {_part(most)} at most" if len(known) > 1 else ""
+    spread = f" in a typical round, and {missed_text(most)} at most" if len(known) > 1 else ""
     verb = "missed" if averaged else "misses" if method == "auto" else "would have missed"
     return [
-        f"Averaging A and B apart{who} {verb} {_part(middle)} of what {learnt}{spread}.",
+        f"Averaging A and B apart{who} {verb} {missed_text(middle)} of what {learnt}{spread}.",
         *_recovered(rounds, robust),
     ]
-
-
-def _part(share: float) -> str:
-    return share_text(share) if share <= 1 else "more than 100%"
 
 
 def _recovered(rounds: Sequence[Round], robust: bool) -> list[str]:
