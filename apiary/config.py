@@ -153,14 +153,14 @@ class TrainConfig(_Section):
     epochs: float | None = Field(None, gt=0, description="passes over the client's data per round")
     batch_tokens: int = Field(1024, ge=16, description="padded tokens in one forward pass")
     accumulate: int = Field(1, ge=1, description="forward passes per optimizer step")
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="adamw, or sgd without momentum")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="adamw, or sgd without momentum; fedkseed has steps of its own")
     lr: float = Field(3e-3, gt=0, description="peak learning rate")
     schedule: Literal["cosine", "constant"] = Field(
         "cosine", description="learning rate over the whole federated run, after warm-up"
     )
     warmup: float = Field(0.03, ge=0, lt=1, description="share of the whole run spent warming up")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of AdamW")
-    clip_norm: float = Field(1.0, ge=0, description="clip the gradient's L2 norm to this; 0 = never")
+    clip_norm: float = Field(1.0, ge=0, description="clip the gradient's L2 norm to this; 0 = never (as with fedkseed)")
     penalties: tuple[MethodField, ...] = Field(
         (), description='added to the loss, e.g. [{ name = "fedprox", mu = 0.01 }]'
     )

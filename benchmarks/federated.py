@@ -54,6 +54,7 @@ WAYS: dict[str, tuple[str, ...]] = {
     "server momentum": _by("fedavg", 'strategy.server_optimizer={ name = "momentum", lr = 0.5, momentum = 0.5 }'),
     "server nesterov": _by("fedavg", 'strategy.server_optimizer={ name = "nesterov", lr = 0.7, momentum = 0.5 }'),
     "server adam": _by("fedavg", 'strategy.server_optimizer={ name = "adam", lr = 0.01 }'),
+    "server adam, lr 0.003": _by("fedavg", 'strategy.server_optimizer={ name = "adam", lr = 0.003 }'),
     "fedavg, SGD": _by("fedavg", *_SGD),
     "scaffold, SGD": _by("scaffold", *_SGD),
     "each client its own B": _by("fedavg", "adapter.share=a", "evaluate.clients=true"),
