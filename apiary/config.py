@@ -153,7 +153,9 @@ class TrainConfig(_Section):
     epochs: float | None = Field(None, gt=0, description="passes over the client's data per round")
     batch_tokens: int = Field(1024, ge=16, description="padded tokens in one forward pass")
     accumulate: int = Field(1, ge=1, description="forward passes per optimizer step")
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="adamw, or sgd without momentum; fedkseed has steps of its own")
+    optimizer: Literal["adamw", "sgd"] = Field(
+        "adamw", description="adamw, or sgd without momentum; fedkseed has steps of its own"
+    )
     lr: float = Field(3e-3, gt=0, description="peak learning rate")
     schedule: Literal["cosine", "constant"] = Field(
         "cosine", description="learning rate over the whole federated run, after warm-up"

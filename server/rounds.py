@@ -53,6 +53,17 @@ class Progress(NamedTuple):
     unchanged: int = 0  # rounds that left the model as it was: too few good answers, or all clients declined
 
 
+class _Folded(NamedTuple):
+    """The answers of a round, summed up."""
+
+    acc: Any  # the reducer's
+    gauge: gauges.Watched
+    good: Sequence[FitReport]
+    poisoned: Mapping[str, str]  # by client, why its answer was refused, which no honest client gives
+    declined: int
+    bytes_up: int
+
+
 class Rounds(Strategy):
     """Federated rounds over any Flower grid, from any finished round on.
 
@@ -264,17 +275,31 @@ class Rounds(Strategy):
         Raises:
             RunFailed: fewer good replies than the quorum, or the step led to NaN or infinity.
         """
+        self._told = {}
+        folded = self._fold(server_round, replies)
+        if folded.declined == len(self._cohort):  # all of them rightly
+            self._pass(server_round)
+        else:
+            self._check_quorum(server_round, len(folded.good), len(self._cohort) - folded.declined)
+            self._conclude(server_round, folded)
+        return None, MetricRecord({**scores.trained(folded.good), "bytes_up": folded.bytes_up})
+
+    def _fold(self, number: int, replies: Iterable[Message]) -> _Folded:
+        """Add the answers to the round's sum as they come; what cannot be used becomes an event.
+
+        Raises:
+            RunFailed: the method cannot take an update that passed all checks.
+        """
         reducer = self.aggregator.reduce
-        acc, gauge, self._told = reducer.start(self.state), gauges.watch(self.config, self.aggregator, self.state), {}
+        acc, gauge = reducer.start(self.state), gauges.watch(self.config, self.aggregator, self.state)
         good: list[FitReport] = []
         poisoned: dict[str, str] = {}
-        declined = 0
-        up = 0
+        declined = up = 0
         for message in replies:
             try:
                 answer = self._read(message)
             except records.WireError as error:
-                self._refuse(sender := self._roster.sender_of(message), str(error), server_round)
+                self._refuse(sender := self._roster.sender_of(message), str(error), number)
                 if isinstance(error, checks.Poisoned):
                     acc, poisoned[sender] = reducer.refused(acc), f"refused: {error}"
                 continue
@@ -282,33 +307,37 @@ class Rounds(Strategy):
             if isinstance(answer, Decline):
                 declined += 1
                 self._spent_out |= {answer.client} if answer.reason == "budget" else set()
-                self._log.event("declined", round=server_round, **answer._asdict())
+                self._log.event("declined", round=number, **answer._asdict())
                 continue
             size = records.array_bytes(message.content)
             try:
                 acc, gauge = reducer.add(acc, answer.update), gauges.add(gauge, answer.update)
             except ValueError as error:  # it may have been added in part
-                raise RunFailed(f"round {server_round}: {error}") from error
+                raise RunFailed(f"round {number}: {error}") from error
             good.append(answer.report)
             up += size
-            self._note_visit(answer.update, server_round)
-            self._log_visit(answer, server_round, size)
-        if declined == len(self._cohort):  # all of them rightly
-            self._pass(server_round)
-        else:
-            self._check_quorum(server_round, len(good), len(self._cohort) - declined)
-            acc = reducer.add(acc, self._own_update(self._root, server_round)) if self._root else acc
-            try:
-                gradient = reducer.finish(self.state, acc, self._generator(server_round))
-                self._step(server_round, gradient)
-                self._told = gauges.facts(gauge, gradient, self.state, poisoned)
-            except TooFewAnswers as error:  # nothing is learnt then; a client must not end a run by answering badly
-                self._pass(server_round)
-                self._told = {"unchanged": True}
-                self._log.event("warning", round=server_round, message=f"the round changes nothing: {error}")
-            except (ValueError, LinAlgError) as error:  # a decomposition that does not converge, say
-                raise RunFailed(f"round {server_round}: {error}") from error
-        return None, MetricRecord({**scores.trained(good), "bytes_up": up})
+            self._note_visit(answer.update, number)
+            self._log_visit(answer, number, size)
+        return _Folded(acc, gauge, good, poisoned, declined, up)
+
+    def _conclude(self, number: int, folded: _Folded) -> None:
+        """Take the step that the answers come to, and keep what is told of it.
+
+        Raises:
+            RunFailed: there is no such step, or it led to NaN or infinity.
+        """
+        reducer, acc = self.aggregator.reduce, folded.acc
+        acc = reducer.add(acc, self._own_update(self._root, number)) if self._root else acc
+        try:
+            gradient = reducer.finish(self.state, acc, self._generator(number))
+            self._step(number, gradient)
+            self._told = gauges.facts(folded.gauge, gradient, self.state, folded.poisoned)
+        except TooFewAnswers as error:  # nothing is learnt then; a client must not end a run by answering badly
+            self._pass(number)
+            self._told = {"unchanged": True}
+            self._log.event("warning", round=number, message=f"the round changes nothing: {error}")
+        except (ValueError, LinAlgError) as error:  # a decomposition that does not converge, say
+            raise RunFailed(f"round {number}: {error}") from error
 
     def _pass(self, number: int) -> None:
         """Let a round be over that leaves the model as it is."""

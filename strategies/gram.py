@@ -27,6 +27,7 @@ _NEEDS: Mapping[str, tuple[int, int]] = {  # (a, b): at least a f + b answers
 }
 NAMED = 0.5  # a client is named in the notes when less than this part of an even share is left to it
 _SMOOTH, _STILL, _STEPS = 1e-6, 1e-12, 1000  # of Weiszfeld's iteration
+_ROUNDING = 1e-12  # of the squares of two changes; what they differ by below it is float64's cancelling
 
 
 class Verdict(NamedTuple):
@@ -140,9 +141,14 @@ def mean_clipped(limit: float | None) -> Rule:
 
 
 def krum_scores(gram: Tensor, byzantine: int) -> Tensor:
-    """For each change the sum of the squared distances to its n - f - 2 nearest others (Blanchard et al. 2017)."""
+    """For each change the sum of the squared distances to its n - f - 2 nearest others (Blanchard et al. 2017).
+
+    Mixed changes often have equal scores. Told are 32 binary digits, so that such do tie and the first client wins, on
+    every processor.
+    """
     others = _squared_distances(gram).fill_diagonal_(math.inf).sort(1).values
-    return others[:, : max(1, len(gram) - byzantine - 2)].sum(1)
+    mantissa, exponent = others[:, : max(1, len(gram) - byzantine - 2)].sum(1).frexp()
+    return (mantissa * 2.0**32).round().ldexp(exponent - 32)
 
 
 def krum(select: int | None) -> Rule:
@@ -222,10 +228,12 @@ def times(value: float, reference: float) -> str:
 def _squared_distances(gram: Tensor) -> Tensor:
     """||U_j - U_k||^2, (n, n); of float64 sums over what are small changes already, so that cancelling costs little.
 
-    Symmetric to the last bit, for two that are each other's nearest must tie.
+    Symmetric to the last bit, for two that are each other's nearest must tie; and 0 for equal ones, as mixing makes.
     """
     squares = gram.diagonal()
-    return (squares[:, None] + squares[None] - (gram + gram.T)).clamp_min(0)
+    sums = squares[:, None] + squares[None]
+    apart = sums - (gram + gram.T)
+    return torch.where(apart > _ROUNDING * sums, apart, 0.0)
 
 
 def _distances_to(gram: Tensor, weights: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from apiary.lora import Factors, is_b
 from apiary.tensors import StateDict, digest
 from strategies import AGGREGATORS, Aggregator, Gradient, ServerState
 from strategies import gram as rules
+from strategies.coordinatewise import _picked_by_krum
 from strategies.core import ROOT, of_rank
 from strategies.gram import fewest, krum_scores
 
@@ -241,6 +242,19 @@ def test_two_that_are_each_others_nearest_tie_whatever_rounding_says() -> None:
         gram[0, 1] += noise
         scores = krum_scores(gram, 2)
         assert float(scores[0]) == float(scores[1]) == pytest.approx(0.04)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_of_mixed_changes_with_equal_scores_no_rounding_chooses(seed: int) -> None:
+    """Another processor's sums differ in their last bits, and a run must not turn out otherwise for that."""
+    rng = np.random.default_rng(seed)
+    points = rng.standard_normal((11, 40))
+    mixed = torch.tensor(ref.mix_nearest(points, 2))
+    gram = mixed @ mixed.T
+    chosen = [_picked_by_krum(gram, 2)[0], krum_scores(gram, 2).argsort(stable=True).tolist()]
+    for _ in range(20):
+        other = gram * (1 + 1e-15 * torch.tensor(rng.standard_normal(gram.shape)))
+        assert [_picked_by_krum(other, 2)[0], krum_scores(other, 2).argsort(stable=True).tolist()] == chosen
 
 
 def test_fltrust_without_anybody_to_trust_leaves_the_model() -> None:

@@ -21,7 +21,7 @@ def mix_nearest(points: Floats, f: int) -> Floats:
     mixed = []
     for x in points:
         order = np.argsort([np.linalg.norm(y - x) for y in points], kind="stable")
-        mixed.append(points[order[: n - f]].mean(0))
+        mixed.append(points[np.sort(order[: n - f])].mean(0))  # in one order: equal means are then equal bits
     return np.stack(mixed)
 
 
@@ -31,7 +31,7 @@ def krum_scores(points: Floats, f: int) -> Floats:
     scores = []
     for i in range(n):
         others = sorted(float(((points[i] - points[j]) ** 2).sum()) for j in range(n) if j != i)
-        scores.append(sum(others[: max(1, n - f - 2)]))
+        scores.append(float(f"{sum(others[: max(1, n - f - 2)]):.8e}"))  # what rounding alone tells apart is a tie
     return np.array(scores)
 
 
