@@ -51,6 +51,7 @@ WAYS: dict[str, tuple[str, ...]] = {
     "lora_fair": _by("lora_fair"),
     "fedrot": _by("fedrot"),
     "auto": _by("auto"),
+    "server step of 1.4": _by("fedavg", 'strategy.server_optimizer={ name = "plain", lr = 1.4 }'),
     "server momentum": _by("fedavg", 'strategy.server_optimizer={ name = "momentum", lr = 0.5, momentum = 0.5 }'),
     "server nesterov": _by("fedavg", 'strategy.server_optimizer={ name = "nesterov", lr = 0.7, momentum = 0.5 }'),
     "server adam": _by("fedavg", 'strategy.server_optimizer={ name = "adam", lr = 0.01 }'),
@@ -201,7 +202,9 @@ def main() -> None:
         tasks = [pool.submit(one, args.config, way, seed, args.overrides, args.threads) for way, seed in cells]
         for task in tasks:
             run = task.result()
-            facts |= {key: run.pop(key) for key in ("machine", "versions") if key in run}
+            found = {key: run.pop(key) for key in ("machine", "versions") if key in run}
+            facts = {**found, **facts}  # of the first run; each run says its own processor
+            run |= {"cpu": found["machine"]["cpu"]} if found else {}
             runs.append(run)
             whole = {**facts, "settings": settings, "summary": summary(runs), "runs": runs}
             out.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")

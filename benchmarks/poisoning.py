@@ -171,7 +171,8 @@ def _run(cell: Cell, setting: Setting, data: Path, folder: Path) -> dict[str, An
     began = time.monotonic()
     config = config_of(cell, setting, data)
     told = config.strategy.options.get("byzantine", 0)
-    facts = {**cell._asdict(), "byzantine": told, "within": told >= round(cell.share * setting.clients) or not told}
+    within = told >= round(cell.share * setting.clients) or not told
+    facts = {**cell._asdict(), "byzantine": told, "within": within, "cpu": runlog.machine(gpu=False)["cpu"]}
     prepared = plan(config)
     clients = [client.name for client in prepared.federation.clients]
     log = RunLog(folder)

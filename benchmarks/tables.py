@@ -455,8 +455,11 @@ def _spread(values: list[float], scale: float, digits: int) -> str:
 
 
 def _machine(results: dict[str, Any]) -> str:
+    """Where it was measured; runs that came later may name another processor."""
     machine = results["machine"]
-    return f"{machine['cores']} cores of an {machine['cpu']}"
+    runs = results.get("runs", [])
+    processors = dict.fromkeys(run.get("cpu", machine["cpu"]) for run in runs if isinstance(run, dict))
+    return f"{machine['cores']} cores of an {' or an '.join(processors or [machine['cpu']])}"
 
 
 def render(text: str) -> str:
