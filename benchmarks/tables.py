@@ -352,49 +352,49 @@ def _way_rows(rows: dict[str, dict[str, Any]], against: str) -> list[str]:
 
 
 def poisoning(results: dict[str, Any]) -> str:
-    """For each share of attackers: held-out loss by method and attack, and how often a trigger works."""
+    """For each seed and share of attackers: loss by method and attack, and how often a trigger works.
+
+    Seeds stand apart, for not every cell was measured with each, and means of other seeds could not be compared.
+    """
     runs = results["runs"]
-    shares = sorted({run["share"] for run in runs} - {0.0})
-    return _noted(
-        [line for share in shares for line in _poisoned(runs, share)],
-        results,
+    tables = sorted({(run["seed"], run["share"]) for run in runs if run["share"]})
+    lines = [line for seed, share in tables for line in _poisoned([r for r in runs if r["seed"] == seed], share)]
+    note = (
         f"{results['settings']['clients']} clients, {results['settings']['rounds']} rounds. Held-out loss, nats per "
         "response token; in brackets how many of the questions with the hidden phrase get the attacker's answer. "
-        "* more attackers than the method can be told of with so many clients.",
+        f"* more attackers than the method can be told of with so many clients. On {_machine(results)}."
     )
+    return "\n".join([*lines, note])
 
 
 def _poisoned(runs: list[dict[str, Any]], share: float) -> list[str]:
-    """The table of one share of attackers."""
+    """The table of one share of attackers, of the runs of one seed."""
     attacks = list(dict.fromkeys(run["attack"] for run in runs if run["share"] == share))
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for run in runs:
-        if run["share"] in (0.0, share):
-            found.setdefault((run["method"], run["attack"]), []).append(run)
+    found = {(run["method"], run["attack"]): run for run in runs if run["share"] in (0.0, share)}
+    which = f", seed {runs[0]['seed']}" if runs[0]["seed"] else ""
     lines = [
-        f"{share:.0%} of the clients attack:",
+        f"{share:.0%} of the clients attack{which}:",
         "",
         f"| | nobody attacks | {' | '.join(attack.replace('_', ' ') for attack in attacks)} |",
         "|---" * (len(attacks) + 2) + "|",
     ]
     for method in dict.fromkeys(run["method"] for run in runs if run["share"] == share):
-        cells = [_attacked(found.get((method, attack), [])) for attack in ("none", *attacks)]
+        cells = [_attacked(found.get((method, attack))) for attack in ("none", *attacks)]
         lines.append(f"| `{method.replace('+', '`, `')}` | {' | '.join(cells)} |")
     return [*lines, ""]
 
 
-def _attacked(runs: list[dict[str, Any]]) -> str:
-    """One cell: what became of the same attack on the same method with every seed."""
-    if not runs:
+def _attacked(run: dict[str, Any] | None) -> str:
+    """One cell: what became of an attack on a method."""
+    if run is None:
         return ""
-    mark = "" if all(run["within"] for run in runs) else "*"
-    if any("failed" in run for run in runs):
+    mark = "" if run["within"] else "*"
+    if "failed" in run:
         return f"the run fails{mark}"
-    if any(run["loss"] is None for run in runs):
+    if run["loss"] is None:
         return f"not a number{mark}"
-    prompted = runs[0]["attack"].startswith("trigger")
-    told = f" [{statistics.mean(run['success'] for run in runs):.0%}]" if prompted else ""
-    return f"{_spread([run['loss'] for run in runs], 1, 2)}{told}{mark}"
+    told = f" [{run['success']:.0%}]" if run["attack"].startswith("trigger") else ""
+    return f"{run['loss']:.2f}{told}{mark}"
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
