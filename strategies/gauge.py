@@ -292,7 +292,8 @@ def _gauge(error: Tensor, change: Tensor, outside: Tensor) -> Gauge:
     if known <= 0:
         relative = math.inf if float(error.mean()) > 0 else 0.0
         return Gauge(relative, relative, 0.0, 0.0)
-    ratio, left = float(error.mean()) / known, float(outside.mean()) / known
+    # Where there is no error, rounding may leave a trace of either sign.
+    ratio, left = (max(0.0, float(part.mean())) / known for part in (error, outside))
     # Of a ratio of means (Cochran 1977, chapter 6), then of its root.
     spread = float((error - ratio * change).square().sum()) / (m * (m - 1)) if m > 1 else 0.0
     stderr = math.sqrt(spread) / known / (2 * math.sqrt(ratio)) if ratio > 0 else 0.0

@@ -16,7 +16,7 @@ from apiary.exchange import Update
 from apiary.lora import is_b, scaling, split
 from strategies import ServerState
 from strategies.core import of_rank
-from strategies.gauge import Fold, Gauge, estimated, exact, exact_if_few
+from strategies.gauge import Fold, Gauge, _gauge, estimated, exact, exact_if_few
 
 SCALING = scaling(16.0, "rslora")
 RANK = 4
@@ -272,3 +272,9 @@ def test_the_gauge_tells_how_bad_a_client_is_that_hides_a_large_b_behind_a_small
     assert relative > 10
     assert abs(made.relative - relative) <= 1e-6 * relative + 5 * made.stderr
     assert change == pytest.approx(_dense(state, updates)[2], rel=1e-3)
+
+
+def test_a_trace_of_rounding_below_zero_is_no_error() -> None:
+    """As it comes out on some processors: a run must not end by it."""
+    trace, change = torch.tensor([-9e-47]).double(), torch.tensor([5.0]).double()
+    assert _gauge(trace, change, trace)[:2] == (0.0, 0.0)
