@@ -233,7 +233,7 @@ def _squared_distances(gram: Tensor) -> Tensor:
     squares = gram.diagonal()
     sums = squares[:, None] + squares[None]
     apart = sums - (gram + gram.T)
-    return torch.where(apart > _ROUNDING * sums, apart, 0.0)
+    return apart.masked_fill(apart <= _ROUNDING * sums, 0.0)
 
 
 def _distances_to(gram: Tensor, weights: Tensor) -> Tensor:

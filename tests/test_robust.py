@@ -257,6 +257,16 @@ def test_of_mixed_changes_with_equal_scores_no_rounding_chooses(seed: int) -> No
         assert [_picked_by_krum(other, 2)[0], krum_scores(other, 2).argsort(stable=True).tolist()] == chosen
 
 
+def test_what_is_no_number_is_nobodys_nearest() -> None:
+    """Such answers are refused before; a rule that meets one all the same must not take it for a copy of the others."""
+    points = torch.from_numpy(np.random.default_rng(0).standard_normal((7, 4)))
+    gram = points @ points.T
+    gram[0], gram[:, 0] = torch.nan, torch.nan
+    scores = krum_scores(gram, 2)
+    assert scores[0].isnan()
+    torch.testing.assert_close(scores[1:], krum_scores(gram[1:, 1:], 1))  # the same three nearest, of the six others
+
+
 def test_fltrust_without_anybody_to_trust_leaves_the_model() -> None:
     state, method = _state(), _build("fltrust")
     gradient = _reduce(method, state, [Update("a", _times(_root().delta, -1e-3), 1.0, RANK)])
