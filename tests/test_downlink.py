@@ -78,6 +78,15 @@ def test_the_copy_follows_the_adapter_and_falls_no_further_behind(codec: Codec) 
         assert off[-1] <= 1.5 * off[0]
 
 
+def test_float32_keeps_every_copy_bit_for_bit_where_a_factor_rests_too() -> None:
+    """The message is then shorter than the adapter, and a sum of differences would round."""
+    state = downlink.begin(_adapter(0))
+    for number in range(1, 4):
+        halves = {n: t if i else _adapter(0)[n] for i, (n, t) in enumerate(_adapter(10 * number).items())}
+        state = downlink.advance(state, halves, CODECS.build("fp32"), generator(0, number))
+        assert digest(state.copy.adapter) == digest(halves)
+
+
 def test_topk_catches_up_when_the_adapter_rests() -> None:
     codec, state = CODECS.build("topk", {"share": 0.25}), downlink.begin(_adapter(0))
     for number in range(5):
