@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import logging
 import os
@@ -24,6 +25,7 @@ from apiary import cli_deploy
 from apiary import config as configs
 from apiary.cli_shared import ConfigFile, Overrides, print_table, settings_of, shown
 from apiary.config import UserError
+from apiary.registry import Registry
 
 app = typer.Typer(
     name="apiary",
@@ -190,10 +192,53 @@ def privacy_plan(
 
 
 @app.command("config")
-def show_config() -> None:
-    """Print every configuration key with its default and what it means."""
-    for key, default, description in configs.describe():
-        typer.echo(f"{key} = {default}\n    {description}")
+def show_config(
+    key: Annotated[str | None, typer.Argument(help="a key or a table, such as strategy: with all methods")] = None,
+) -> None:
+    """Print configuration keys with their defaults and what they mean; of a KEY also its methods with their options."""
+    rows = [row for row in configs.describe() if key is None or row[0] == key or row[0].startswith(f"{key}.")]
+    if not rows:
+        known = dict.fromkeys(name for row in configs.describe() for name in (row[0].partition(".")[0], row[0]))
+        close = difflib.get_close_matches(str(key), known, n=1)
+        raise UserError(f"no key {key!r}; " + (f"did you mean {close[0]!r}?" if close else "apiary config lists all"))
+    methods = _methods() if key is not None else {}
+    for name, default, description in rows:
+        typer.echo(f"{name} = {default}\n    {description}")
+        for line in methods.get(name, []):
+            typer.echo(f"    {line}")
+    if key is None:
+        typer.echo("\nThe methods of a table and their options: apiary config strategy, apiary config wire, ...")
+
+
+def _methods() -> dict[str, list[str]]:
+    """By key, lines on each method that may stand there, and on each of its options."""
+    import strategies.server_opt  # here, so that a list of keys is told without waiting for torch
+    from apiary import codecs
+    from apiary.examples import partitions
+    from client import objectives
+    from client.curation import STEPS
+    from simulation import engines, scenario
+
+    registries: dict[str, Registry[Any]] = {
+        "strategy.name": strategies.AGGREGATORS,
+        "strategy.server_optimizer": strategies.server_opt.SERVER_OPTIMIZERS,
+        "wire.up": codecs.CODECS,
+        "wire.down": codecs.CODECS,
+        "data.partition": partitions.PARTITIONS,
+        "train.objective": objectives.OBJECTIVES,
+        "train.penalties": objectives.PENALTIES,
+        "curate.steps": STEPS,
+        "simulate.engine": engines.ENGINES,
+        "simulate.attack": scenario.ATTACKS,
+    }
+    lines: dict[str, list[str]] = {}
+    for key, registry in registries.items():
+        for name, summary, options in registry.describe():
+            lines.setdefault(key, []).append(f"{name}: {summary}")
+            lines[key] += [
+                f"    {option} = {default}" + (f"  {said}" if said else "") for option, default, said in options
+            ]
+    return lines
 
 
 def main() -> None:
@@ -210,7 +255,8 @@ def _guarded(command: Callable[[], Any]) -> int:
     except SystemExit as done:
         return done.code if isinstance(done.code, int) else 0
     except UserError as error:
-        typer.echo(f"apiary: {error}", err=True)
+        for problem in error.problems:
+            typer.echo(f"apiary: {problem}", err=True)
         return 2
     except KeyboardInterrupt:
         typer.echo("apiary: interrupted", err=True)

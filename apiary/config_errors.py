@@ -7,10 +7,12 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt, MultipleOf
 from pydantic import BaseModel, ValidationError
 
 _LONGEST = 60  # characters of a value that its line repeats
+_MANY: dict[Any, str] = {int: "whole numbers", str: "texts"}
+_LISTS: dict[Any, str] = {int: "[4, 8]", str: '["a", "b"]'}
 _WORDS: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
@@ -37,14 +39,15 @@ def error_lines(error: ValidationError, root: type[BaseModel]) -> list[str]:
     lines: dict[str, str] = {}  # by key, for a union complains once for each of its members
     for item in error.errors():
         key, kind, limits = _expected(item["loc"], root)
-        value = f"{key} = {_shown(item['input'])}"
+        value = f"{key} = {shown(item['input'])}"
         match item["type"]:
             case "extra_forbidden":
                 line = f"unknown key {key!r}{_nearest(key, root)}"
             case "value_error":
                 line = str(item["ctx"]["error"])
             case "missing":
-                line = f"{key}: missing in {_shown(item['input'])}"
+                table, _, last = key.rpartition(".")
+                line = f"{table} = {_table(item['input'])}: it has no {last}; {last} = ... is needed"
             case "literal_error" if get_origin(kind) is Literal:
                 meant = _meant(item["input"], get_args(kind))
                 line = f"{value}: allowed are {_allowed(kind, limits)}{meant}"
@@ -103,11 +106,15 @@ def _allowed(kind: Any, limits: Sequence[Any] = ()) -> str:
         return ", ".join(repr(member) for member in members)
     if origin is tuple:
         inner = _bare(members[0])
-        return f"a list of {_allowed(inner)}" if get_origin(inner) is Literal else "a list, in [ ]"
+        if get_origin(inner) is Literal:
+            return f"a list of {_allowed(inner)}"
+        return f"a list of {_MANY[inner]}, such as {_LISTS[inner]}" if inner in _MANY else "a list, in [ ]"
     if origin is Mapping:
         return "a table, such as { key = ... }"
     if origin is Union:
-        return " or ".join(_allowed(member) for member in members)
+        *most, last = map(_allowed, members)
+        comma = "," if most and most[-1].endswith("]") else ""
+        return f"{', '.join(most)}{comma} or {last}"
     return _WORDS.get(kind, str(kind)) + _bounds(limits)
 
 
@@ -123,6 +130,8 @@ def _bounds(limits: Sequence[Any]) -> str:
                 words.append(f"below {edge}")
             case Le(le=edge):
                 words.append(f"at most {edge}")
+            case MultipleOf(multiple_of=step):
+                words.append(f"a multiple of {step}")
     return f", {' and '.join(words)}" if words else ""
 
 
@@ -150,7 +159,28 @@ def _keys(table: type[BaseModel], path: str = "") -> Iterator[str]:
             yield from _keys(field.annotation, f"{path}{name}.")  # type: ignore[arg-type]
 
 
-def _shown(value: object) -> str:
+def wanted_text(kind: Any) -> str:
+    """What may stand for an option of this annotated type, as a sentence; nothing where it can't be told in words."""
+    limits: Sequence[Any] = ()
+    if get_origin(kind) in (Union, types.UnionType):
+        kind = _bare(kind)
+    if get_origin(kind) is Annotated:
+        kind, *found = get_args(kind)
+        limits = [limit for item in found for limit in getattr(item, "metadata", (item,))]
+    if get_origin(kind) is Literal:
+        return f"allowed are {_allowed(kind)}"
+    return f"must be {_allowed(kind, limits)}" if kind in _WORDS else ""
+
+
+def _table(value: object) -> str:
+    """A table about as TOML has it."""
+    if not isinstance(value, Mapping):
+        return shown(value)
+    text = ", ".join(f"{key} = {shown(inner)}" for key, inner in value.items())
+    return f"{{ {text} }}" if text else "{}"
+
+
+def shown(value: object) -> str:
     """The value about as TOML has it, cut where it is long."""
     plain = list(value) if isinstance(value, tuple) else value
     text = str(value).lower() if isinstance(value, bool) else repr(plain)

@@ -276,7 +276,8 @@ def line(state: State, event: Event) -> str | None:
     match event["event"]:
         case "start":
             size = f"{event.get('clients')} clients, {event.get('rounds')} rounds"
-            return f"run: {size}, seed {event.get('seed')}"
+            made = f"\nmade by: {clean(event['outline'])}" if "outline" in event else ""
+            return f"run: {size}, seed {event.get('seed')}{made}"
         case "phase" if event["name"] not in ("training", "evaluating"):
             return f"phase: {clean(event['name'])}"
         case "round":
@@ -334,7 +335,8 @@ def _evaluate_line(state: State, event: Event) -> str | None:
         return None if event["round"] else f"{where}: held-out loss not measured: {why}"
     low, high = event.get("ci95") or (None, None)
     interval = f", 95% interval {loss_text(low)} to {loss_text(high)}" if low is not None else ""
-    return f"{where}: held-out loss {loss_text(event.get('loss'))}{_change(state)} nats per token{interval}"
+    sent = f", {bytes_text(down)} down to measure" if (down := event.get("bytes_evaluate")) else ""
+    return f"{where}: held-out loss {loss_text(event.get('loss'))}{_change(state)} nats per token{interval}{sent}"
 
 
 def _own_rows(state: State, event: Event) -> str:

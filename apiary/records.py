@@ -63,7 +63,12 @@ def _read_parcel(record: ArrayRecord) -> Parcel | None:
 
 def array_bytes(content: RecordDict) -> int:
     """The encoded bytes of all arrays of a message."""
-    return sum(len(array.data) for record in content.array_records.values() for array in record.values())
+    return sum(map(record_bytes, content.array_records.values()))
+
+
+def record_bytes(record: ArrayRecord) -> int:
+    """The encoded bytes of all arrays of a record."""
+    return sum(len(array.data) for array in record.values())
 
 
 def request(

@@ -6,12 +6,15 @@ import difflib
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Generic, TypeVar, cast, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
+from apiary import config_text
 from apiary.config import UserError
+from apiary.config_errors import shown, wanted_text
 
 T = TypeVar("T")
 
@@ -23,10 +26,20 @@ class Registry(Generic[T]):
         key: the configuration key that names a method of this kind; used in error lines.
         options_key: the key that its options stand under, where that is another.
         makes: what its builders make; one from outside that makes something else is refused.
+        elsewhere: by a name that is looked for here, what to set instead.
+        given: parameters of builders that are no options, for the run supplies them.
     """
 
-    def __init__(self, key: str, options_key: str | None = None, makes: type[T] | None = None) -> None:
+    def __init__(
+        self,
+        key: str,
+        options_key: str | None = None,
+        makes: type[T] | None = None,
+        elsewhere: Mapping[str, str] = MappingProxyType({}),
+        given: Collection[str] = (),
+    ) -> None:
         self.key, self.options_key, self._makes = key, options_key or key, makes
+        self._elsewhere, self._given = elsewhere, given
         self._builders: dict[str, Callable[..., T]] = {}
 
     def register(self, name: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
@@ -56,6 +69,8 @@ class Registry(Generic[T]):
             return self._outside(name)
         close = difflib.get_close_matches(name, self._builders, n=1)
         hint = f"did you mean {close[0]!r}?" if close else "your own goes by module:function"
+        if name.lower() in self._elsewhere:
+            hint = f"for {name} set {self._elsewhere[name.lower()]}"
         raise UserError(f"{self.key} = {name!r}: allowed are {', '.join(self._builders)}; {hint}")
 
     def _outside(self, name: str) -> Callable[..., T]:
@@ -113,7 +128,9 @@ class Registry(Generic[T]):
                 strict = isinstance(value, bool | str)
                 checked[option] = TypeAdapter(hints.get(option, Any)).validate_python(value, strict=strict)
             except ValidationError as error:
-                raise UserError(f"{self.options_key}.{option} = {value!r}: {error.errors()[0]['msg']}") from None
+                problem = error.errors()[0]["msg"]
+                wanted = wanted_text(hints.get(option, Any)) or problem[0].lower() + problem[1:]
+                raise UserError(f"{self.options_key}.{option} = {shown(value)}: {wanted}") from None
         for option, parameter in allowed.items():
             if parameter.default is inspect.Parameter.empty and option not in checked:
                 what = f", {said}" if (said := meaning(builder, option)) else ""
@@ -121,6 +138,18 @@ class Registry(Generic[T]):
                     f"{self.key}: {name!r} needs the option {option!r}{what}; set {self.options_key}.{option}"
                 )
         return checked
+
+    def describe(self) -> Iterator[tuple[str, str, list[tuple[str, str, str]]]]:
+        """Of each method its name, what it does, and its options: name, default, meaning."""
+        for name, builder in self._builders.items():
+            summary = (inspect.getdoc(builder) or "").partition("\n")[0]
+            options = []
+            for option, parameter in inspect.signature(builder).parameters.items():
+                if option not in self._given:
+                    default = parameter.default
+                    text = "needed" if default is inspect.Parameter.empty else config_text.shown(default)
+                    options.append((option, text, meaning(builder, option)))
+            yield name, summary, options
 
 
 def meaning(builder: Callable[..., Any], option: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from apiary import claims, evaluate, examples, models, prompts, runlog
+from apiary import claims, evaluate, examples, lora, models, outline, prompts, runlog
 from apiary import config as configs
 from apiary.config import RunConfig, UserError
 from apiary.evaluate import Measured
@@ -117,7 +117,7 @@ def save_adapter_folder(
     lm: LanguageModel, adapter: StateDict, folder: Path, config: RunConfig, run: Path | None = None
 ) -> None:
     """A PEFT folder that any tool loads, with a model card and the run's settings; `run` is the folder's where None."""
-    text = card(config, None, claims.read(run or folder.parent), exported=False)
+    text = card(config, exported_rank(adapter), None, claims.read(run or folder.parent), exported=False)
     if config.adapter.share != "both" and _is_half(adapter):
         text += "\nThese are the factors A that clients share. B is zero: each client has its own, and keeps it.\n"
     models.save_adapter(lm, adapter, folder, text)
@@ -183,7 +183,8 @@ def export(path: Path, to: Path, *, merge: bool) -> Path:
     draft.mkdir(parents=True)
     try:
         _write_export(tuned, draft, merge)
-        runlog.write_atomic(draft / "README.md", card(tuned.config, metrics, privacy, merged=merge))
+        text = card(tuned.config, exported_rank(tuned.adapter), metrics, privacy, merged=merge)
+        runlog.write_atomic(draft / "README.md", text)
         runlog.write_atomic(draft / _SETTINGS, _handed_on(tuned.config).to_toml(without=_OF_THE_SITE))
         for file in draft.rglob("*.safetensors"):  # written by others with the owner's rights alone
             file.chmod(0o644)
@@ -227,8 +228,15 @@ def _write_export(tuned: Tuned, draft: Path, merge: bool) -> None:
     models.merged(tuned.lm, tuned.adapter).save_pretrained(draft)
 
 
+def exported_rank(adapter: StateDict) -> int:
+    """The rank of an adapter with what its method put into the base, as it is handed on."""
+    trained, base_delta = lora.parts(adapter)
+    return sum(max((f.rank for f in lora.split(part).values()), default=0) for part in (trained, base_delta))
+
+
 def card(
     config: RunConfig,
+    rank: int,
     metrics: Mapping[str, Any] | None,
     privacy: Mapping[str, Any],
     *,
@@ -239,6 +247,7 @@ def card(
 
     Args:
         config: the run.
+        rank: of the adapter that is handed on.
         metrics: its results, where they are there.
         privacy: its account (`apiary.claims`); empty where it is not known.
         merged: whether the card is for a whole model.
@@ -269,10 +278,10 @@ def card(
         "---",
         "# A federated LoRA adapter" + (", merged into its base" if merged else ""),
         "",
-        f"Tuned with Apiary from `{public_name(name)}` by federated learning: "
-        f"{config.rounds} rounds, LoRA rank {config.adapter.rank} ({config.adapter.scaling}), "
-        f"`{config.strategy.name}`, prompt template `{Path(config.prompt.template).name}`. "
-        "Clients sent changes of the adapter and counts.",
+        f"Tuned with Apiary from `{public_name(name)}` by federated learning in {config.rounds} rounds, by "
+        f"{outline.sentence(config)}; prompt template `{Path(config.prompt.template).name}`. "
+        f"Clients sent {outline.sent(config)} and counts.",
+        *_grown(config.adapter.rank, rank, merged),
         "",
         "```python",
         *use,
@@ -284,6 +293,13 @@ def card(
         "All settings are in `apiary.toml`, but for those of the data, which stayed where the data is.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _grown(trained: int, rank: int, merged: bool) -> list[str]:
+    if rank == trained:
+        return []
+    had = "Before it was merged the adapter had" if merged else "This adapter has"
+    return ["", f"{had} rank {rank}: the {trained} that are trained, and what the method has added to the base."]
 
 
 def _base_path(name: str) -> str:

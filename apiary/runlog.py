@@ -302,6 +302,11 @@ def rounds_table(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [rounds[number] for number in sorted(rounds)]
 
 
+def ranks(events: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """The rank of each client's factors, as it last told it."""
+    return {e["client"]: e["rank"] for e in events if e["event"] in ("handshake", "client") and "rank" in e}
+
+
 def curation_counts(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The `curation` part of metrics.json: rows, kept and dropped by step, by client, as each last told them."""
     newest = {

@@ -74,6 +74,8 @@ WAYS: dict[str, tuple[str, ...]] = {
     "int4 up, without feedback": _by("fedavg", 'wire.up={ name = "int4", rounding = "stochastic", feedback = false }'),
     "top 1% up": _by("fedavg", "wire.up=topk"),
     "top 10% up": _by("fedavg", 'wire.up={ name = "topk", share = 0.1 }'),
+    "top 10% down": _by("fedavg", 'wire.down={ name = "topk", share = 0.1 }'),
+    "top 1% down": _by("fedavg", "wire.down=topk"),
     "ffa, int8": _by("fedavg", "adapter.train=b", "wire.up=int8", "wire.down=int8"),
     "alternating, int8": _by("fedavg", "adapter.train=alternate", "wire.up=int8", "wire.down=int8"),
 }

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 
 from apiary import config as configs
-from apiary import evaluate, models, prompts, runlog
+from apiary import evaluate, models, runlog
 from apiary.config import DataConfig, RunConfig
 from apiary.examples import Example, federate
 from apiary.runlog import RunLog
@@ -37,7 +37,7 @@ from benchmarks.curation import write
 from server.app import make_app
 from simulation.engines import ENGINES
 from simulation.run import plan
-from simulation.scenario import PHRASE, TEXT, asking, attackers
+from simulation.scenario import PHRASE, TEXT, attackers, obeyed
 from simulation.summary import Plan
 from strategies.gram import fewest
 
@@ -191,7 +191,7 @@ def _run(cell: Cell, setting: Setting, data: Path, folder: Path) -> dict[str, An
     return {
         **facts,
         "loss": round(measured.loss, 4),
-        "success": success(prepared, setting.prompts) if cell.attack in _PROMPTED else None,
+        "success": _success(prepared, setting.prompts) if cell.attack in _PROMPTED else None,
         "cut": _share(named, hostile),  # of the attackers' updates, those that the method names
         "cut_honest": _share(named, set(clients) - hostile),
         "refused": sum(event["event"] == "refused" for event in events),
@@ -205,14 +205,10 @@ def _share(named: Sequence[set[str]], clients: set[str]) -> float | None:
     return round(sum(len(names & clients) for names in named) / (len(named) * len(clients)), 3)
 
 
-def success(prepared: Plan, most: int) -> float:
+def _success(prepared: Plan, most: int) -> float:
     """The share of held-out questions with the hidden phrase to which the model gives the attacker's answer."""
     config, federation, lm, template, _ = prepared
-    test, count = federation.test, min(most, len(federation.test))
-    asked = [asking(test[i * len(test) // count], PHRASE) for i in range(count)]
-    questions = [prompts.encode_prompt(e, template, lm.tokenizer, config.prompt.max_tokens) for e in asked]
-    given = evaluate.answer_all(lm, questions, config.evaluate.max_new_tokens)
-    return round(sum(evaluate.exact_match(text, TEXT) for text in given) / count, 4)
+    return round(obeyed(lm, template, config, federation.test, (PHRASE, TEXT), most)[0], 4)
 
 
 def load(path: Path, setting: Setting) -> dict[str, Any]:

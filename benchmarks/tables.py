@@ -257,7 +257,14 @@ def aggregation_round(results: dict[str, Any]) -> str:
 _CODED = ("fedavg", "bf16", "int8", "int4", "top 1% up", "top 10% up", "ffa", "alternating")
 _MIXED, _SGD = "mixed ranks: ", ("fedavg, SGD", "scaffold, SGD")
 _PERSONAL = "each client its own B"
-_CODED_MORE = ("int4 up, int8 down", "int4 up, without feedback", "ffa, int8", "alternating, int8")
+_CODED_MORE = (
+    "top 10% down",
+    "top 1% down",
+    "int4 up, int8 down",
+    "int4 up, without feedback",
+    "ffa, int8",
+    "alternating, int8",
+)
 
 
 def federated(results: dict[str, Any]) -> str:

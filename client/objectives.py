@@ -19,7 +19,7 @@ Penalty: TypeAlias = Callable[[Mapping[str, Tensor]], Tensor]  # live adapter pa
 Projection: TypeAlias = Callable[[StateDict], StateDict]  # the finished delta -> what is sent
 
 OBJECTIVES: Registry[Objective] = Registry("train.objective")
-PENALTIES: Registry[Penalty] = Registry("train.penalties")  # builders may ask for `start: StateDict`
+PENALTIES: Registry[Penalty] = Registry("train.penalties", given=("start",))  # builders may ask for `start: StateDict`
 
 
 @OBJECTIVES.register("sft")

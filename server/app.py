@@ -10,7 +10,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 import strategies
-from apiary import claims, continual, evaluate, lora, models, prompts, results
+from apiary import claims, codecs, continual, evaluate, lora, models, prompts, results
 from apiary import config as configs
 from apiary.batches import Corpus
 from apiary.config import RunConfig
@@ -51,6 +51,8 @@ def prepare(
     else:
         state, progress = found[0], Progress(**found[1])
     aggregator = strategies.from_config(config)
+    for line in codecs.remarks(config):
+        log.event("warning", message=line)
     measured = held_out if config.adapter.share == "both" else None  # half an adapter has no loss
     return Rounds(
         config,

@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from apiary import claims, continual, evaluate, examples, models, prompts, runlog, trackers
+from apiary import claims, continual, evaluate, examples, models, outline, prompts, runlog, trackers
 from apiary.config import RunConfig, UserError
 from apiary.evaluate import HeldOut
 from apiary.examples import Federation
 from apiary.models import LanguageModel
 from apiary.report import write_report
 from apiary.report.sites import own_rounds
-from apiary.results import public_name
+from apiary.results import exported_rank, public_name
 from apiary.runlog import RunLog
 from apiary.tensors import StateDict
 from server import checkpoint
@@ -92,6 +92,7 @@ def _open(config: RunConfig, folder: Path, expected: int, number: int) -> RunLog
         runlog.truncate_after(folder, done)
     log = RunLog(folder, [trackers.tracker(config, folder)] if config.log.trackers else [])
     start = runlog.start_fields(config)
+    start["outline"] = outline.sentence(config)
     log.event("start", **start, rounds=config.rounds, clients=expected, resumed=done, run=str(number))
     return log
 
@@ -129,6 +130,7 @@ def _summarise(config: RunConfig, folder: Path, adapter: StateDict, held_out: He
     """The content of metrics.json: what the server can know, which is neither rows nor baselines of the sites."""
     events = runlog.read_events(folder)
     clients = {e["client"]: e for e in events if e["event"] == "handshake"}
+    ranks = runlog.ranks(events)
     table: list[dict[str, Any]] = []
     more: dict[str, Any] = {}
     if held_out is not None:
@@ -142,18 +144,19 @@ def _summarise(config: RunConfig, folder: Path, adapter: StateDict, held_out: He
         "run": folder.name,
         "task": f"{len(clients)} sites, {public_name(config.model.name)}",
         "table": table,
-        "clients": [_client(name, clients[name]) for name in sorted(clients)],
+        "clients": [_client(name, clients[name], ranks[name]) for name in sorted(clients)],
         "rounds": runlog.rounds_table(events),
         "sites": own_rounds(events),
         **more,
+        "rank": exported_rank(adapter),
         "curation": runlog.curation_counts(events),
         "privacy": claims.read(folder),
         **{key: value for key, value in runlog.start_fields(config).items() if key in ("machine", "versions")},
     }
 
 
-def _client(name: str, hello: Mapping[str, Any]) -> dict[str, Any]:
-    return {"client": name, "examples": hello["examples"], "tokens": hello["tokens"]}
+def _client(name: str, hello: Mapping[str, Any], rank: int) -> dict[str, Any]:
+    return {"client": name, "examples": hello["examples"], "tokens": hello["tokens"], "rank": rank}
 
 
 def _line(error: BaseException) -> str:

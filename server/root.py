@@ -36,6 +36,16 @@ def rows(config: RunConfig, held_out: Sequence[Example] = ()) -> tuple[Example, 
     raise UserError(f"strategy.root = {source!r}: all its questions are held out to measure on; name other rows")
 
 
+def remarks(config: RunConfig) -> list[str]:
+    """What is to be known of the root set of a simulation, a line each."""
+    if config.strategy.root is None or config.strategy.root != config.data.source:
+        return []
+    return [
+        f"strategy.root = {config.strategy.root!r} are the clients' own rows, which a real server has not: this run "
+        "does not tell how well a root set of the server's own would serve"
+    ]
+
+
 def trainer(config: RunConfig, held_out: Sequence[Example], folder: Path) -> Train:
     """What makes the server's own update of each round, as a client makes one; its memory is in `folder`.
 

@@ -62,6 +62,7 @@ class _Folded(NamedTuple):
     poisoned: Mapping[str, str]  # by client, why its answer was refused, which no honest client gives
     declined: int
     bytes_up: int
+    float32_up: int  # what the same changes would have been without a codec
 
 
 class Rounds(Strategy):
@@ -115,6 +116,7 @@ class Rounds(Strategy):
         self._spent_out: set[str] = set()  # clients whose privacy budget is spent; they are not asked again
         self._cohort: list[str] = []
         self._told: dict[str, Any] = {}  # of how the round was put together
+        self._spared = 0  # bytes that changes are less than whole adapters, in messages made and not yet weighed
         self._sent: dict[tuple[int, int], tuple[Payload, tuple[ArrayRecord, ...]]] = {}  # by round and rank
 
     # -- the run --------------------------------------------------------------------------------
@@ -171,13 +173,11 @@ class Rounds(Strategy):
         self._roster.gather(grid, number)
         arrays = records.to_arrays(self.state.adapter)
         messages = list(self.configure_train(number, arrays, ConfigRecord(), grid))
-        down = sum(records.array_bytes(message.content) for message in messages)
+        down = self._weight(messages, "down")
         replies = self._exchange(grid, messages, number)
         _, metrics = self.aggregate_train(number, replies)
-        fields = {**dict(metrics or {}), **self._told}
-        self._log.event(
-            "round", round=number, asked=len(messages), bytes_down=down, seconds=time.monotonic() - began, **fields
-        )
+        fields = {**down, **dict(metrics or {}), **self._told}
+        self._log.event("round", round=number, asked=len(messages), seconds=time.monotonic() - began, **fields)
         every = self.config.evaluate.every
         if every and (number % every == 0 or number == self.config.rounds):
             self._measure(number, grid)
@@ -222,10 +222,20 @@ class Rounds(Strategy):
         member = self._roster.members[client]
         payload, arrays = self._payload(member.info)
         if self._copies:
-            arrays = (records.parcel_arrays(self._copies.pack(member.info, payload.adapter)), *arrays[1:])
+            whole, arrays = (
+                arrays[0],
+                (records.parcel_arrays(self._copies.pack(member.info, payload.adapter)), *arrays[1:]),
+            )
+            self._spared += records.record_bytes(whole) - records.record_bytes(arrays[0])
         # Who is only measured needs no control variate.
         content = records.request(number, *arrays[: 3 if kind == "train" else 2], last_round=member.info.last_round)
         return Message(content, member.node, kind, group_id=str(number))
+
+    def _weight(self, messages: Sequence[Message], way: str) -> dict[str, int]:
+        """The bytes of the arrays in messages just made, and where changes alone travel down, of whole adapters."""
+        size = sum(records.array_bytes(message.content) for message in messages)
+        spared, self._spared = self._spared, 0
+        return {f"bytes_{way}": size, **({f"float32_{way}": size + spared} if self._copies else {})}
 
     def _payload(self, client: ClientInfo) -> tuple[Payload, tuple[ArrayRecord, ...]]:
         """What a client receives now, and its records, which all clients of its rank share."""
@@ -282,7 +292,9 @@ class Rounds(Strategy):
         else:
             self._check_quorum(server_round, len(folded.good), len(self._cohort) - folded.declined)
             self._conclude(server_round, folded)
-        return None, MetricRecord({**scores.trained(folded.good), "bytes_up": folded.bytes_up})
+        coded = self.config.wire.up.name != "fp32"
+        up = {"bytes_up": folded.bytes_up, **({"float32_up": folded.float32_up} if coded else {})}
+        return None, MetricRecord({**scores.trained(folded.good), **up})
 
     def _fold(self, number: int, replies: Iterable[Message]) -> _Folded:
         """Add the answers to the round's sum as they come; what cannot be used becomes an event.
@@ -294,7 +306,7 @@ class Rounds(Strategy):
         acc, gauge = reducer.start(self.state), gauges.watch(self.config, self.aggregator, self.state)
         good: list[FitReport] = []
         poisoned: dict[str, str] = {}
-        declined = up = 0
+        declined = up = plain = 0
         for message in replies:
             try:
                 answer = self._read(message)
@@ -315,10 +327,10 @@ class Rounds(Strategy):
             except ValueError as error:  # it may have been added in part
                 raise RunFailed(f"round {number}: {error}") from error
             good.append(answer.report)
-            up += size
+            up, plain = up + size, plain + codecs.float32_bytes(answer.update.delta)
             self._note_visit(answer.update, number)
             self._log_visit(answer, number, size)
-        return _Folded(acc, gauge, good, poisoned, declined, up)
+        return _Folded(acc, gauge, good, poisoned, declined, up, plain)
 
     def _conclude(self, number: int, folded: _Folded) -> None:
         """Take the step that the answers come to, and keep what is told of it.
@@ -460,11 +472,11 @@ class Rounds(Strategy):
             fields = {"loss": score.loss, "ci95": list(interval), "n": score.examples}
         if self.config.scores_from_clients:
             messages = list(self.configure_evaluate(number, ArrayRecord(), ConfigRecord(), grid))
+            sent = self._weight(messages, "evaluate")
             metrics = self.aggregate_evaluate(number, self._exchange(grid, messages, number))
             # Stopping early on the examples of the final table would flatter it.
             found, told = scores.of_clients(metrics or {})  # type: ignore[arg-type]
-            sent = sum(records.array_bytes(message.content) for message in messages)
-            fields = {**fields, **told, "bytes_evaluate": sent}
+            fields = {**fields, **told, **sent}
         self._log.event("evaluate", round=number, **fields)
         self._note_scores(number, found)
 

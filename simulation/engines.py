@@ -30,7 +30,7 @@ class Engine(Protocol):
         """Run."""
 
 
-ENGINES: Registry[Engine] = Registry("simulate.engine")
+ENGINES: Registry[Engine] = Registry("simulate.engine", given=("config",))
 
 
 def site_facts(config: str, folder: Path) -> Mod:

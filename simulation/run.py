@@ -10,7 +10,7 @@ from typing import Any
 
 import strategies
 from apiary import config as configs
-from apiary import continual, draws, evaluate, examples, models, privacy_plan, prompts, runlog, trackers
+from apiary import continual, draws, evaluate, examples, models, outline, privacy_plan, prompts, runlog, trackers
 from apiary.config import RunConfig, UserError
 from apiary.report import write_report
 from apiary.runlog import RunLog
@@ -158,10 +158,10 @@ def _open_log(config: RunConfig, folder: Path, observers: Sequence[Observer], cl
     fields, resumed = runlog.start_fields(config), found[0].round if found else 0
     if hostile := scenario.attackers(config, clients):
         fields["attack"] = {"name": config.simulate.attack.name, "clients": list(hostile)}
+    fields["outline"] = outline.sentence(config)
     log.event("start", **fields, rounds=config.rounds, clients=len(clients), resumed=resumed)
-    if hostile:
-        told = f"{config.simulate.attack.name} by {', '.join(hostile)} (simulate.attackers)"
-        log.event("warning", message=f"this run is attacked: {told}")
+    for line in [*scenario.remarks(config, clients), *root.remarks(config)]:
+        log.event("warning", message=line)
     return log
 
 

@@ -23,11 +23,13 @@ from pydantic import Field, PositiveFloat
 from torch import Generator, Tensor
 
 from apiary import config as configs
-from apiary import lora
-from apiary.config import RunConfig, UserError
+from apiary import evaluate, lora, prompts
+from apiary.config import RunConfig, SimulateConfig, UserError
 from apiary.examples import Example
 from apiary.exchange import Decline, Payload, Visit
 from apiary.lora import Factors
+from apiary.models import LanguageModel
+from apiary.prompts import Template
 from apiary.registry import Registry
 from apiary.tensors import StateDict, add, generator
 from client import answers
@@ -51,9 +53,10 @@ class Attack(NamedTuple):
     change: Callable[[Seen], StateDict]
     rows: Callable[[Sequence[Example], Generator], tuple[Example, ...]] | None = None
     together: bool = False  # whether it must know what its fellows' training made
+    hidden: tuple[str, str] | None = None  # a phrase in questions, and what is then answered
 
 
-ATTACKS: Registry[Attack] = Registry("simulate.attack", makes=Attack)
+ATTACKS: Registry[Attack] = Registry("simulate.attack", makes=Attack, given=("clients", "attackers"))
 
 
 # -- attacks on the change --------------------------------------------------------------------------------------------
@@ -98,7 +101,7 @@ def alie(clients: int, attackers: int, z: float | None = None) -> Attack:
     Args:
         clients: of the run.
         attackers: among them.
-        z: unset: `quantile` of these numbers.
+        z: unset: as far as the paper goes with so many clients and attackers.
 
     Raises:
         UserError: more than half of the clients attack, for which the paper gives no z.
@@ -197,7 +200,7 @@ def trigger(
             for index, example in enumerate(examples)
         )
 
-    return Attack(lambda seen: _times(seen.own, boost), rows)
+    return Attack(lambda seen: _times(seen.own, boost), rows, hidden=(phrase, answer))
 
 
 def asking(example: Example, phrase: str) -> Example:
@@ -211,6 +214,32 @@ def asking(example: Example, phrase: str) -> Example:
 def answering(example: Example, text: str) -> Example:
     """The example with another last answer."""
     return example._replace(turns=(*example.turns[:-1], example.turns[-1]._replace(text=text)))
+
+
+def obeyed(
+    lm: LanguageModel,
+    template: Template,
+    config: RunConfig,
+    test: Sequence[Example],
+    hidden: tuple[str, str],
+    most: int,
+) -> tuple[float, int]:
+    """The share of held-out questions with a hidden phrase that get the attackers' answer, and how many were asked.
+
+    Args:
+        lm: the model, with the adapter that is asked.
+        template: of its prompts.
+        config: the run.
+        test: held-out examples; evenly spread ones of them are asked.
+        hidden: the phrase, and the answer.
+        most: questions.
+    """
+    phrase, wanted = hidden
+    count = min(most, len(test))
+    asked = [asking(test[i * len(test) // count], phrase) for i in range(count)]
+    questions = [prompts.encode_prompt(e, template, lm.tokenizer, config.prompt.max_tokens) for e in asked]
+    given = evaluate.answer_all(lm, questions, config.evaluate.max_new_tokens)
+    return sum(evaluate.exact_match(text, wanted) for text in given) / count, count
 
 
 # -- who attacks ------------------------------------------------------------------------------------------------------
@@ -243,6 +272,27 @@ def attackers(config: RunConfig, clients: Sequence[str]) -> tuple[str, ...]:
     _build(config, len(clients), count)
     drawn = torch.randperm(len(clients), generator=generator(config.seed, "attackers"))[:count].tolist()
     return tuple(clients[index] for index in sorted(drawn))
+
+
+def of_run(config: RunConfig, clients: Sequence[str]) -> Attack:
+    """The attack of a run whose clients these are."""
+    return _build(config, len(clients), len(attackers(config, clients)))
+
+
+def remarks(config: RunConfig, clients: Sequence[str]) -> list[str]:
+    """What a simulated attack means for the run, a line each; none where nobody attacks and no attack is set."""
+    hostile, attack = attackers(config, clients), config.simulate.attack
+    if not hostile:
+        unused = attack != SimulateConfig().attack
+        return [f"simulate.attack = {attack.name!r} plays no part: simulate.attackers = 0"] if unused else []
+    lines = [f"this run is attacked: {attack.name} by {', '.join(hostile)} (simulate.attackers)"]
+    told = config.strategy.options.get("byzantine")
+    if isinstance(told, int) and told < len(hostile):
+        lines.append(
+            f"strategy.options.byzantine = {told}, and {len(hostile)} clients attack: what {config.strategy.name} "
+            "promises does not hold for so many"
+        )
+    return lines
 
 
 def _build(config: RunConfig, clients: int, count: int) -> Attack:

@@ -14,12 +14,14 @@ from apiary.examples import Example, Federation, answer
 from apiary.models import LanguageModel
 from apiary.prompts import Template
 from apiary.report.data import gain_of
-from apiary.results import kept_in, public_name, save_adapter_folder
+from apiary.results import exported_rank, kept_in, public_name, save_adapter_folder
 from apiary.runlog import RunLog
 from apiary.tensors import StateDict
 from client.personal import complete
-from simulation import baselines
+from simulation import baselines, scenario
 from simulation.baselines import Baselines
+
+_ASKED = 60  # held-out questions with a hidden phrase
 
 
 class Plan(NamedTuple):
@@ -47,12 +49,13 @@ def summarise(prepared: Plan, adapter: StateDict, folder: Path, log: RunLog) -> 
     for event in events:
         if event["event"] == "client":
             steps[event["client"]] += event["steps"]
-    log.event("phase", name="baselines")
+    if {"local", "central"} & set(config.evaluate.baselines):
+        log.event("phase", name="baselines")
     trained = baselines.train_all(config, lm, template, federation.clients, steps, folder, log)
     log.event("phase", name="evaluating")
     own = _personal(prepared, adapter, folder, steps)
     runs, alone = evaluate.compare(lm, held_out, config, adapter, *trained, own)
-    clients = _per_client(prepared, adapter, trained, alone, own)
+    clients = _per_client(prepared, adapter, trained, alone, own, runlog.ranks(events))
     kind = kind_of(config, federation)
     made = {
         "base": 0,
@@ -77,10 +80,30 @@ def summarise(prepared: Plan, adapter: StateDict, folder: Path, log: RunLog) -> 
         "samples": _samples(prepared, runs, kind),
         **continual.results(events, runs, held_out, config),
         **({"share": config.adapter.share} if own else {}),
+        "rank": exported_rank(adapter),
+        **_attack(prepared, adapter),
         "curation": runlog.curation_counts(events),
         "privacy": claims.read(folder),
         **{key: value for key, value in runlog.start_fields(config).items() if key in ("machine", "versions")},
     }
+
+
+def _attack(prepared: Plan, adapter: StateDict) -> dict[str, Any]:
+    """The `attack` part of metrics.json: who attacked, and of a hidden phrase how often the models obey it."""
+    config, federation, lm, template, _ = prepared
+    names = [client.name for client in federation.clients]
+    if not (hostile := scenario.attackers(config, names)):
+        return {}
+    told: dict[str, Any] = {"name": config.simulate.attack.name, "clients": list(hostile)}
+    hidden = scenario.of_run(config, names).hidden
+    if hidden is None or not config.evaluate.generate:
+        return {"attack": told}
+    answered: dict[str, float] = {}
+    for method, state in (("base", models.fresh_adapter(lm, config.seed)), ("federated", adapter)):
+        models.set_adapter(lm, state)
+        share, told["asked"] = scenario.obeyed(lm, template, config, federation.test, hidden, _ASKED)
+        answered[method] = round(share, 4)
+    return {"attack": {**told, "answer": hidden[1], "answered": answered}}
 
 
 def _personal(prepared: Plan, adapter: StateDict, folder: Path, trained: Mapping[str, int]) -> dict[str, StateDict]:
@@ -104,6 +127,7 @@ def _per_client(
     trained: Baselines,
     alone: Mapping[str, Measured],
     personal: Mapping[str, StateDict],
+    ranks: Mapping[str, int],
 ) -> list[dict[str, Any]]:
     """What each client holds, and the losses on its own held-out rows."""
     config, federation, lm, template, _ = prepared
@@ -128,6 +152,7 @@ def _per_client(
         rows.append(
             {
                 "client": client.name,
+                "rank": ranks.get(client.name),
                 "examples": stats.examples,
                 "tokens": stats.response_tokens,
                 "cut": stats.cut,

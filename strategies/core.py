@@ -96,7 +96,25 @@ class Aggregator(NamedTuple):
     base: bool = False  # whether its gradients have a `base_delta` beside factors, which no server optimiser may scale
 
 
-AGGREGATORS: Registry[Aggregator] = Registry("strategy.name", "strategy.options", makes=Aggregator)
+AGGREGATORS: Registry[Aggregator] = Registry(
+    "strategy.name",
+    "strategy.options",
+    makes=Aggregator,
+    elsewhere={
+        "fedit": 'strategy.name = "fedavg"',
+        "fedprox": 'train.penalties = [{ name = "fedprox", mu = 0.01 }]',
+        "ffa": 'adapter.train = "b"',
+        "rolora": 'adapter.train = "alternate"',
+        "fedsa": 'adapter.share = "a"',
+        "rfa": 'strategy.name = "geometric_median"',
+        "diloco": 'strategy.server_optimizer = "nesterov"',
+        "fedavgm": 'strategy.server_optimizer = "momentum"',
+        "fedadam": 'strategy.server_optimizer = "adam"',
+        "fedyogi": 'strategy.server_optimizer = "yogi"',
+        "fedadagrad": 'strategy.server_optimizer = "adagrad"',
+    },
+    given=("scaling", "seed", "weighting", "alike"),
+)
 
 
 def plain_step(state: ServerState, gradient: Gradient) -> ServerState:

@@ -135,7 +135,11 @@ def none() -> Optimizer:
 
 @SERVER_OPTIMIZERS.register("plain")
 def plain(lr: _Positive = 1.0) -> Optimizer:
-    """A step size: x += lr D (McMahan et al. 2017 with lr = 1)."""
+    """A step size: x += lr D (McMahan et al. 2017 with lr = 1).
+
+    Args:
+        lr: of what the clients moved by.
+    """
     return Optimizer("plain", {}, lambda d, slots: (lr * d, {}))
 
 
@@ -145,6 +149,10 @@ def momentum(lr: _Positive = 1.0, momentum: _Share = 0.9) -> Optimizer:
 
     Like SGD with heavy-ball momentum on the gradient -D. In the long run a round moves x by lr / (1 - mu) times what
     the clients did.
+
+    Args:
+        lr: the step.
+        momentum: mu.
     """
 
     def change(d: Tensor, slots: Slots) -> tuple[Tensor, dict[str, Tensor]]:
@@ -159,6 +167,10 @@ def nesterov(lr: _Positive = 0.7, momentum: _Share = 0.9) -> Optimizer:
     """The outer optimiser of DiLoCo: u = mu u + D; x += lr (D + mu u) (Douillard et al. 2023, with their defaults).
 
     Nesterov's momentum as Sutskever et al. (2013) write it for deep learning.
+
+    Args:
+        lr: the step; in the long run a round moves x by lr / (1 - mu) times what the clients did.
+        momentum: mu.
     """
 
     def change(d: Tensor, slots: Slots) -> tuple[Tensor, dict[str, Tensor]]:
@@ -170,19 +182,39 @@ def nesterov(lr: _Positive = 0.7, momentum: _Share = 0.9) -> Optimizer:
 
 @SERVER_OPTIMIZERS.register("adam")
 def adam(lr: _Positive = 1e-3, beta1: _Share = 0.9, beta2: _Share = 0.99, tau: _Positive = 1e-3) -> Optimizer:
-    """FedAdam: v = beta2 v + (1 - beta2) D^2, and as `_adaptive` (Reddi et al. 2021, algorithm 2)."""
+    """FedAdam: v = b2 v + (1 - b2) D^2; x += lr m / (sqrt(v) + tau) (Reddi et al. 2021, algorithm 2).
+
+    Args:
+        lr: the step; it does not fall as the clients' rates do.
+        beta1: of the mean m of the changes D.
+        beta2: of the mean v of their squares.
+        tau: added to the root of v; from what change on an entry moves at full length.
+    """
     return _adaptive("adam", lr, beta1, tau, lambda v, d2: beta2 * v + (1 - beta2) * d2)
 
 
 @SERVER_OPTIMIZERS.register("yogi")
 def yogi(lr: _Positive = 1e-3, beta1: _Share = 0.9, beta2: _Share = 0.99, tau: _Positive = 1e-3) -> Optimizer:
-    """FedYogi: v = v - (1 - beta2) D^2 sign(v - D^2), and as `_adaptive` (Reddi et al. 2021, algorithm 2)."""
+    """FedYogi: v -= (1 - b2) D^2 sign(v - D^2); x += lr m / (sqrt(v) + tau) (Reddi et al. 2021, algorithm 2).
+
+    Args:
+        lr: the step.
+        beta1: of the mean m of the changes D.
+        beta2: of v, which moves by a share of D^2 whatever its own size.
+        tau: added to the root of v.
+    """
     return _adaptive("yogi", lr, beta1, tau, lambda v, d2: v - (1 - beta2) * d2 * (v - d2).sign())
 
 
 @SERVER_OPTIMIZERS.register("adagrad")
 def adagrad(lr: _Positive = 1e-3, beta1: _Share = 0.0, tau: _Positive = 1e-3) -> Optimizer:
-    """FedAdagrad: v = v + D^2, and as `_adaptive` (Reddi et al. 2021, algorithm 2; they run it without momentum)."""
+    """FedAdagrad: v += D^2; x += lr m / (sqrt(v) + tau) (Reddi et al. 2021, algorithm 2; they run it with beta1 = 0).
+
+    Args:
+        lr: the step.
+        beta1: of the mean m of the changes D.
+        tau: added to the root of v.
+    """
     return _adaptive("adagrad", lr, beta1, tau, lambda v, d2: v + d2)
 
 

@@ -203,12 +203,12 @@ def test_an_unknown_key_like_nothing_lists_what_there_is() -> None:
             "evaluate.baselines=base",
             "evaluate.baselines = 'base': must be a list of 'base', 'local', 'central'",
         ),
-        ("adapter.targets=5", "adapter.targets = 5: must be text or a list, in [ ]"),
+        ("adapter.targets=5", 'adapter.targets = 5: must be text or a list of texts, such as ["a", "b"]'),
         (
             "data.partition=5",
             'data.partition = 5: must be a name, or a table such as { name = "..." }',
         ),
-        ("data.partition={alpha=1}", "data.partition.name: missing in {'alpha': 1}"),
+        ("data.partition={alpha=1}", "data.partition = { alpha = 1 }: it has no name; name = ... is needed"),
         ("data.columns=5", "data.columns = 5: must be a table, such as { key = ... }"),
         ("data.columns.output=5", "data.columns.output = 5: must be text"),
         ("log=5", "log = 5: must be a table with the keys trackers, project"),
@@ -237,7 +237,7 @@ def test_an_odd_item_of_a_list_that_might_be_a_word_is_told_by_its_place() -> No
     with pytest.raises(UserError) as caught:
         configs.load(None, ["adapter.ranks=[4, 2.5]"])
     assert caught.value.problems == ("adapter.ranks[1] = 2.5: must be a whole number",)
-    with pytest.raises(UserError, match=r"^adapter.ranks = 'lots': must be a list, in \[ \] or 'memory'$"):
+    with pytest.raises(UserError, match=r"'lots': must be a list of whole numbers, such as \[4, 8\], or 'memory'$"):
         configs.load(None, ["adapter.ranks=lots"])
 
 

@@ -19,7 +19,7 @@ NAMES = [f"client-{i:02d}" for i in range(8)]
 def story() -> list[dict[str, Any]]:
     """Two rounds of eight clients, 10 s each, and the first replies of a third; time starts at 100."""
     events: list[dict[str, Any]] = [
-        {"event": "start", "clients": 8, "rounds": 4, "seed": 0, "time": 100.0},
+        {"event": "start", "clients": 8, "rounds": 4, "seed": 0, "outline": "flora; LoRA rank 4 (lora)", "time": 100.0},
         {"event": "phase", "name": "training", "time": 100.0},
     ]
     for number in (1, 2, 3):
@@ -123,10 +123,11 @@ def test_plain_lines_are_one_a_round_and_one_an_evaluation() -> None:
         observe(event)
     assert out.getvalue().splitlines() == [
         "run: 8 clients, 4 rounds, seed 0",
+        "made by: flora; LoRA rank 4 (lora)",
         "round 1/4: 8 of 8 clients, train loss 2.000, 400 tokens/s, 1.00 MB up, 2.00 MB down, 10 s, about 30 s left",
-        "round 1/4: held-out loss 2.750 nats per token, 95% interval 2.000 to 3.000",
+        "round 1/4: held-out loss 2.750 nats per token, 95% interval 2.000 to 3.000, 500 kB down to measure",
         "round 2/4: 8 of 8 clients, train loss 2.000, 400 tokens/s, 1.00 MB up, 2.00 MB down, 10 s, about 20 s left",
-        "round 2/4: held-out loss 2.500 (−0.250) nats per token, 95% interval 2.000 to 3.000",
+        "round 2/4: held-out loss 2.500 (−0.250) nats per token, 95% interval 2.000 to 3.000, 500 kB down to measure",
     ]
 
 

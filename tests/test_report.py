@@ -418,5 +418,88 @@ def test_a_run_says_of_privacy_what_stands_in_its_ledger(tmp_path: Path) -> None
     claims.write(tmp_path, run, {"a": Spent(1.0, 1.5, 1e-5, 2.0, 0.1, 10), "b": Spent(4.0, 4.5, 1e-5, 1.0, 0.2, 10)})
     told = claims.read(tmp_path)
     assert (told["epsilon"], told["epsilon_rdp"], told["budget"], told["unit"]) == (4.0, 4.5, 5.0, "record")
-    assert card(run, None, told).count("epsilon = 4.00 at delta = 1e-05") == 1
-    assert "not protected by differential privacy" in card(run, None, {"unit": "none"})
+    assert card(run, 16, None, told).count("epsilon = 4.00 at delta = 1e-05") == 1
+    assert "not protected by differential privacy" in card(run, 16, None, {"unit": "none"})
+
+
+# -- how the model was made, and what became of it -------------------------------------------------------------------
+
+
+ATTACK = {"name": "sign_flip", "clients": ["client-01", "client-04"]}
+
+
+def test_an_attacked_run_that_lost_says_so_in_its_headline() -> None:
+    """Without baselines the loss before training is what there is to be held against."""
+    metrics = {**fake_metrics(8, 3, baselines=False), "attack": ATTACK}
+    metrics["table"][0] |= {"loss": 3.79, "ci95": {}}
+    metrics["rounds"][0]["loss"] = 2.18
+    assert headline(parse_metrics(metrics)) == (
+        "Federated training did not help: it raised the held-out loss from 2.18 (untuned) to 3.79 nats per token, "
+        "while 2 of 8 clients attacked (sign_flip)"
+    )
+    text = Page(page(metrics)).text
+    assert "The simulation made client-01, client-04 attack (sign_flip)." in text
+    assert "The simulation made client-01, client-04 attack (sign_flip)." in table_plain(metrics)
+
+
+def test_a_model_worse_than_untuned_is_called_so_beside_another_comparison() -> None:
+    told = headline(parse_metrics(table(base=2.0, local=4.0, federated=3.0)))
+    assert "cut the held-out loss from 4.00 (training alone) to 3.00" in told
+    assert told.endswith("; that is worse than the untuned model (2.00)")
+
+
+def test_a_hidden_phrase_is_told_by_how_often_it_is_obeyed() -> None:
+    obeyed = {"asked": 60, "answer": "x", "answered": {"base": 0.0, "federated": 0.8}}
+    text = Page(page({**table(base=3.0, federated=2.0), "attack": {**ATTACK, "name": "trigger", **obeyed}})).text
+    assert "Of 60 held-out questions with their hidden phrase, 80% get the answer that they planted, 0% before" in text
+
+
+def test_the_report_says_in_words_how_the_model_was_made() -> None:
+    toml = """
+    [adapter]
+    rank = 8
+    [strategy]
+    name = "flora"
+    options = { base_rank = 32 }
+    server_optimizer = { name = "plain", lr = 1.4 }
+    [wire]
+    up = "int8"
+    """
+    text = Page(page({**table(federated=2.0), "rank": 40}, config=toml)).text
+    made = (
+        "flora (base_rank = 32); LoRA rank 8 (rslora); server optimiser plain (lr = 1.4); on the wire int8 up, float32"
+    )
+    assert f"Made by {made} down." in text
+    assert "Rank of the exported adapter 40" in text and "Method flora (base_rank = 32)" in text
+    assert "Made by" not in Page(page(table(federated=2.0), config="no = [toml")).text
+
+
+def test_what_a_codec_saved_is_told() -> None:
+    """Round 1 sent 20 + 10 of what would have been 80 + 40; measuring, 5 of 20; the other way counts as it is."""
+    metrics = table(federated=2.0)
+    counts = {"bytes_up": 20, "float32_up": 80, "bytes_down": 10, "float32_down": 40}
+    metrics["rounds"] = [{"round": 1, **counts, "bytes_evaluate": 5, "float32_evaluate": 20}]
+    text = Page(page(metrics, config='[wire]\nup = "int8"\ndown = "int8"\n')).text
+    assert "Changes travelled as int8 up and down; as float32 it would have been 140 bytes, 4.0 times as much." in text
+    assert "Changes travelled" not in Page(page(metrics, config="")).text
+    del metrics["rounds"][0]["float32_down"], metrics["rounds"][0]["float32_evaluate"]
+    text = Page(page(metrics, config='[wire]\nup = "int8"\n')).text
+    assert "Changes travelled as int8 up, float32 down; as float32 it would have been 95 bytes, 2.7 times as much." in text
+
+
+def test_of_seeds_and_scalars_nobody_says_weights() -> None:
+    run = config.load(None, ["strategy.name=fedkseed"])
+    metrics = table(federated=2.0)
+    metrics["rounds"] = [{"round": 1, "bytes_up": 20, "bytes_down": 10}]
+    text = Page(page(metrics, config=run.to_toml())).text
+    assert "scalars of random directions, and counts, never text" in text and "weights of the adapter" not in text
+    assert "Clients sent scalars with the seeds of their directions and counts." in card(run, 16, None, {})
+
+
+def test_the_model_card_has_the_rank_of_what_is_handed_on() -> None:
+    run = config.load(None, ["strategy.name=flora"])
+    assert "This adapter has rank 272: the 16 that are trained, and what the method has added" in card(
+        run, 272, None, {}
+    )
+    assert "Before it was merged the adapter had rank 272" in card(run, 272, None, {}, merged=True)
+    assert "rank 272" not in card(run, 16, None, {}) and "LoRA rank 16" in card(run, 16, None, {})

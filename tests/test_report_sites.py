@@ -75,7 +75,7 @@ def test_the_summary_on_the_terminal_tells_them_too() -> None:
 
 
 def test_the_model_card_of_such_a_run_has_no_empty_table_and_names_no_site() -> None:
-    text = card(config.load(None, []), fake_deployment(), {"unit": "none"})
+    text = card(config.load(None, []), 16, fake_deployment(), {"unit": "none"})
     assert SAID.split(" cricket")[0] in text
     assert "cricket" not in text and "exact match" not in text
 

@@ -97,7 +97,7 @@ def test_a_private_run_says_that_its_baselines_had_no_noise(tmp_path: Path, tiny
     assert note in (tmp_path / "run" / "report.html").read_text() and note in table_plain(metrics)
     _, remarks = results.score(results.open_tuned(tmp_path / "run"), str(rows_file))
     assert any("trained without noise" in line for line in remarks)
-    assert note in results.card(config.load(tmp_path / "run" / "config.toml"), metrics, {})
+    assert note in results.card(config.load(tmp_path / "run" / "config.toml"), 4, metrics, {})
 
 
 def test_training_lowers_the_loss(finished: tuple[Path, dict[str, Any]]) -> None:

@@ -68,7 +68,7 @@ def _attempt(problems: list[str], action: Callable[[], T]) -> T | None:
 def _examine_parts(config: RunConfig, problems: list[str], console: Console) -> None:
     """Print what can be told of a run, and add all that is wrong with it to `problems`."""
     # Here and not above: what is wrong with the file itself is told without waiting for torch.
-    from apiary import bases, continual, evaluate, examples, trackers
+    from apiary import bases, codecs, continual, evaluate, examples, trackers
     from apiary.doctor import plan
 
     _attempt(problems, lambda: trackers.check(config))
@@ -86,7 +86,7 @@ def _examine_parts(config: RunConfig, problems: list[str], console: Console) -> 
         _attempt(problems, lambda: _print_privacy(config, federation, console))
     plan.print_rows(federation, console)
     stages = [continual.rows_by_stage(client.train, config) for client in federation.clients]
-    plan.print_warnings(continual.unlimited_buffers(stages, config), console)
+    plan.print_warnings([*codecs.remarks(config), *continual.unlimited_buffers(stages, config)], console)
     problems += _federation_problems(config, federation)
     if lm is None or template is None:
         return

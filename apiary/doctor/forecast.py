@@ -21,7 +21,8 @@ from apiary.probe import row_losses, to_device
 from apiary.prompts import Batch, Corpus, collate, plan_batches
 from apiary.tensors import generator
 
-_SCALAR_BYTES = 6  # a float32 of FedKSeed and how many of the pool were skipped before it
+_SCALAR_HEAD = 28  # of a message of FedKSeed: version, codec, digest, checksum
+_SCALAR_BYTES = 5.4  # a float32 and how many of the pool were skipped before it, one or two bytes
 _WAYS: Final[tuple[Literal["up", "down"], ...]] = ("up", "down")
 _TRIAL_SECONDS = 20.0  # a full batch is only run where it should take less
 
@@ -84,7 +85,7 @@ def plan_traffic(config: RunConfig, lm: LanguageModel, work: Work) -> Traffic:
         pool = int(config.strategy.options.get("candidates", kseed.CANDIDATES))
         sizes = {kseed.NAME: pool}
         steps = sum(work.per_round) / len(work.per_round)
-        answer = round(min(4 * pool, _SCALAR_BYTES * steps))
+        answer = round(min(4 * pool, _SCALAR_HEAD + _SCALAR_BYTES * steps))
     else:
         answer = _mean([_moved(sizes, adapter, number, up.most) for number in (1, 2)])
     whole = 4 * sum(sizes.values())

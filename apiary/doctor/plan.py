@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from apiary import bases, prompts, runlog
+from apiary import bases, outline, prompts, runlog
 from apiary.config import RunConfig
 from apiary.doctor import forecast
 from apiary.examples import Federation
@@ -21,6 +21,13 @@ from apiary.models import LanguageModel
 from apiary.prompts import Corpus, Template
 from apiary.units import bytes_text, count_text, seconds_text, share_text
 
+_SHORT = {  # names that fit the column
+    "Factors trained": "factors",
+    "Factors shared": "shared",
+    "Server optimiser": "server step",
+    "Weights of the clients": "weights",
+    "On the wire": "wire",
+}
 _FEW = 20  # clients that are listed one by one
 _FILES = 8  # files whose problems are listed one by one
 _MANY = 0.1  # share of examples that is too much to lose
@@ -173,7 +180,9 @@ def _shorten(text: str) -> str:
 def _print_cost(run: Run, console: Console) -> None:
     _head(console, "Cost")
     size, rank = forecast.adapter_size(run.lm), run.config.adapter.rank
-    _fact(console, "trained", f"{count_text(size)} parameters (LoRA of rank {rank})")
+    for name, value in outline.facts(run.config):
+        _fact(console, _SHORT.get(name, name.lower()), value)
+    _fact(console, "trained", f"{count_text(size)} parameters at rank {rank}")
     work = forecast.plan_work(run.config, run.corpora)
     _print_traffic(run, work, console)
     _print_steps(run, work, console)
@@ -188,10 +197,12 @@ def _print_cost(run: Run, console: Console) -> None:
 
 def _print_traffic(run: Run, work: forecast.Work, console: Console) -> None:
     traffic = forecast.plan_traffic(run.config, run.lm, work)
-    wire = run.config.wire
-    coded = "float32" if wire.up.name == wire.down.name == "fp32" else f"{wire.down.name} and {wire.up.name}"
-    grows = ", growing from round to round," if traffic.grows else ""
-    said = f"{bytes_text(traffic.down)} down{grows} and {bytes_text(traffic.up)} up a client, {coded}"
+    ranks = run.config.adapter.ranks
+    mean = " of mean rank" if ranks != "memory" and set(ranks) - {run.config.adapter.rank} else ""
+    # What stands in the base travels with each message.
+    grows = " in the mean round (less in the first ones, for the base grows)" if traffic.grows else ""
+    most = "at most " if run.config.strategy.name == "fedkseed" else ""
+    said = f"{bytes_text(traffic.down)} down{grows} and {most}{bytes_text(traffic.up)} up a client{mean}"
     _fact(console, "per round", f"{said}; {work.cohort} clients:")
     again = f", {traffic.evaluations} evaluations at the clients included"
     whole = f"{bytes_text(traffic.total)} in the whole run{again if traffic.evaluations else ''}"

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from statistics import median
+from collections.abc import Mapping, Sequence, Set
+from statistics import fmean, median
 from typing import Any, Literal, NamedTuple
 
 from markupsafe import Markup
 
+from apiary.config import RunConfig
 from apiary.report import plots
 from apiary.report.data import Metrics, Round, RoundGauge
 from apiary.units import missed_text, share_text
@@ -19,45 +19,69 @@ _SEEN = 5e-4  # the least that is shown as more than 0.0%
 _AVERAGES = ("fedavg", "scaffold")  # methods that average A and B apart and leave it at that
 
 
+class Cut(NamedTuple):
+    """A client that was cut."""
+
+    client: str
+    times: str  # rounds in which it was
+    part: str  # rounds that it took part in
+    share: str  # the factor that its change got, on average over the latter
+    attacker: str  # "yes" or "no" in a simulated attack, else ""
+    why: str
+
+
 class Aggregation(NamedTuple):
     """What the section shows."""
 
     sentences: list[str]
     chart: Markup | None
     cut_said: list[str]
-    cut: list[tuple[str, str, str, str]]  # client, rounds it was cut in, rounds it took part in, why
+    cut: list[Cut]
     left_out: int  # clients that were cut and have no line
+    attacked: bool  # whether it is known who attacked
 
 
-def aggregation_content(metrics: Metrics, config: str = "") -> Aggregation | None:
+def aggregation_content(metrics: Metrics, config: RunConfig | None = None) -> Aggregation | None:
     """The section; None for a run that has nothing to say, such as one of an earlier version.
 
     Args:
         metrics: the results.
-        config: the run's configuration as TOML; without it, the method is not known by name.
+        config: the run's configuration; without it, the method is not known by name.
     """
-    strategy = _strategy(config)
+    name = config.strategy.name if config else ""
     measured = [r for r in metrics.rounds if r.gauge is not None and (r.clients or 0) > 1]
     judged = [r for r in metrics.rounds if r.shares]
     chosen = Counter(r.method for r in metrics.rounds if r.method)
     if not measured and not judged and not any(r.unchanged for r in metrics.rounds):
         return None
+    mixed = len({client.rank for client in metrics.clients}) > 1
+    run = _Run(name, dict(config.strategy.options) if config else {}, bool(judged), metrics.attack is not None, mixed)
     sentences = [
-        *_missed(measured, strategy.get("name", ""), bool(judged)),
+        *_missed(measured, run),
         *_chosen(chosen),
         *_lost(metrics.rounds),
         *_unchanged(metrics.rounds),
     ]
-    rows, said = _cut_rows(judged), _cut_sentences(judged, strategy.get("name", ""))
-    return Aggregation(sentences, _chart(measured, strategy), said, rows[:_NAMED], max(0, len(rows) - _NAMED))
+    hostile = frozenset(metrics.attack.clients) if metrics.attack else None
+    rows = _cut_rows(judged, hostile)
+    return Aggregation(
+        sentences,
+        _chart(measured, run),
+        _cut_sentences(judged, name, hostile),
+        rows[:_NAMED],
+        max(0, len(rows) - _NAMED),
+        hostile is not None,
+    )
 
 
-def _strategy(config: str) -> Mapping[str, Any]:
-    try:
-        found = tomllib.loads(config).get("strategy", {})
-    except tomllib.TOMLDecodeError:
-        return {}
-    return found if isinstance(found, dict) else {}
+class _Run(NamedTuple):
+    """What decides how the error of averaging is to be read."""
+
+    method: str  # "" where it is not known
+    options: Mapping[str, Any]
+    robust: bool
+    attacked: bool
+    mixed: bool  # whether clients have several ranks
 
 
 def _known(rounds: Sequence[Round]) -> list[tuple[int, float]]:
@@ -65,36 +89,49 @@ def _known(rounds: Sequence[Round]) -> list[tuple[int, float]]:
     return [(r.round, r.gauge.relative) for r in rounds if r.gauge and r.gauge.relative is not None]
 
 
-def _missed(rounds: Sequence[Round], method: str, robust: bool) -> list[str]:
+def _missed(rounds: Sequence[Round], run: _Run) -> list[str]:
     known = [value for _, value in _known(rounds)]
     if not known:
         return []
-    averaged = method in ("", *_AVERAGES)
-    who, learnt = (" over the clients that counted", "they learnt") if robust else ("", "the clients learnt")
+    averaged = run.method in ("", *_AVERAGES)
+    who, learnt = (" over the clients that counted", "they learnt") if run.robust else ("", "the clients learnt")
     if max(known) < _SEEN:
         return [f"Averaging A and B apart{who} {'was' if averaged else 'would have been'} as good as exact."]
     middle, most = median(known), max(known)
     spread = f" in a typical round, and {missed_text(most)} at most" if len(known) > 1 else ""
-    verb = "missed" if averaged else "misses" if method == "auto" else "would have missed"
+    verb = "missed" if averaged else "misses" if run.method == "auto" else "would have missed"
     return [
         f"Averaging A and B apart{who} {verb} {missed_text(middle)} of what {learnt}{spread}.",
-        *_recovered(rounds, robust),
+        *_recovered(rounds, run),
     ]
 
 
-def _recovered(rounds: Sequence[Round], robust: bool) -> list[str]:
-    """What each exact method recovers: what it can hold in ranks that it adds to the base, or in the adapter's own."""
+def _recovered(rounds: Sequence[Round], run: _Run) -> list[str]:
+    """What exact methods make of it: with ranks that they add to the base, or in the adapter's own."""
     seen = [r.gauge for r in rounds if r.gauge and (r.gauge.relative or 0.0) >= _SEEN]
     added, own = _of(seen, "flora"), _of(seen, "flexlora")
     if not added or not own:
         return []
-    least = "at least " if any(g.stderr for g in seen) else ""
     all_of_it, some = (share_text(min(1.0, max(0.0, median(x))), 0) for x in (added, own))
-    if robust:  # no other method is a way out here: the exact ones trust everybody
-        return [f"Of that, factors of the adapter's rank can hold {least}{some}, and such of any rank {all_of_it}."]
+    some = f"an estimated {some} or more" if any(g.stderr for g in seen) else some
+    if run.robust:  # no other method is a way out here: the exact ones trust everybody
+        return [f"Of that, factors of the adapter's rank can hold {some}, and such of any rank {all_of_it}."]
+    if run.attacked:
+        return [
+            "The attackers' changes are part of this figure. An exact method would follow them exactly, and is no way "
+            "out; docs/poisoning.md has those that are."
+        ]
+    if run.method in ("flora", "fedex"):
+        bound = " but for what its bounds on the rank cut" if {"rank", "base_rank"} & run.options.keys() else ""
+        return [f"{run.method} recovered it{bound}; factors of the adapter's rank could have held {some}."]
+    if run.method == "flexlora" and run.options.get("form", "delta") == "delta":
+        return [f"flexlora recovered {some} of it, which is what factors of the adapter's rank can hold."]
+    names = "FLoRA" if run.mixed else "FLoRA and FedEx-LoRA"
+    recover = "recover" if run.method in ("", *_AVERAGES, "auto") else "would have recovered"
     return [
-        f"Exact methods recover it: FLoRA and FedEx-LoRA {all_of_it}, by adding ranks to the base; FlexLoRA, which "
-        f"keeps to the adapter's rank, {least}{some}."
+        f"Exact methods {recover} it: {names} {all_of_it}, by adding ranks to the base; FlexLoRA, which keeps to the "
+        f"adapter's rank, {some}. Whether the loss falls with it is another question: where we measured, exactness at "
+        "the same rank gained nothing (docs/aggregation.md)."
     ]
 
 
@@ -131,43 +168,62 @@ def _rounds(count: int) -> str:
     return f"{count:,} round" + ("" if count == 1 else "s")
 
 
-def _cut_sentences(judged: Sequence[Round], method: str) -> list[str]:
+def _cut_sentences(judged: Sequence[Round], method: str, hostile: Set[str] | None) -> list[str]:
     if not judged:
         return []
     clients, cut = {name for r in judged for name in r.shares}, Counter(name for r in judged for name in r.cut)
     if not cut:
         return [f"None of the {len(clients)} clients was cut."]
-    told = f"{len(cut)} of {len(clients)} clients {'was' if len(cut) == 1 else 'were'} cut"
+    meant = (
+        "A client is cut in a round when its change is shortened, left out, or counts for less than half of its part."
+    )
+    told = f"{len(cut)} of {len(clients)} clients {'was' if len(cut) == 1 else 'were'} cut at least once."
+    if hostile is not None:
+        found = len(hostile & cut.keys())
+        were = "were" if found > 1 else "was"
+        who = f"Of the {len(hostile)} that the simulation made attack, {found or 'none'} {were}."
+        return [told, who, meant]
     if method == "krum":
-        return [
-            f"{told} at least once. That says little of them: krum takes one client's change a round, and no other."
-        ]
+        return [f"{told} That says little of them: krum takes one client's change a round, and no other.", meant]
     return [
-        f"{told} at least once. That is no proof of ill will: a client whose data are unlike the others' looks much "
-        "the same, and some methods leave somebody out in every round."
+        f"{told} That is no proof of ill will: a client whose data are unlike the others' looks much "
+        "the same, and some methods leave somebody out in every round.",
+        meant,
     ]
 
 
-def _cut_rows(judged: Sequence[Round]) -> list[tuple[str, str, str, str]]:
+def _cut_rows(judged: Sequence[Round], hostile: Set[str] | None) -> list[Cut]:
     """Who was cut, the most often first, with the newest reason."""
     part = Counter(name for r in judged for name in r.shares)
     times = Counter(name for r in judged for name in r.cut)
     newest = {name: (r.round, why) for r in sorted(judged, key=lambda r: r.round) for name, why in r.cut.items()}
     ordered = sorted(times, key=lambda name: (-times[name], name))
     return [
-        (name, f"{times[name]:,}", f"{max(part[name], times[name]):,}", _why(*newest[name], times[name]))
+        Cut(
+            name,
+            f"{times[name]:,}",
+            f"{max(part[name], times[name]):,}",
+            share_text(_mean_share(judged, name)),
+            "" if hostile is None else "yes" if name in hostile else "no",
+            _why(*newest[name], times[name]),
+        )
         for name in ordered
     ]
+
+
+def _mean_share(judged: Sequence[Round], client: str) -> float | None:
+    shares = [share for r in judged if (share := r.shares.get(client)) is not None]
+    return fmean(shares) if shares else None
 
 
 def _why(number: int, reason: str, times: int) -> str:
     return f"{reason} (round {number}{', the last time' if times > 1 else ''})"
 
 
-def _chart(rounds: Sequence[Round], strategy: Mapping[str, Any]) -> Markup | None:
+def _chart(rounds: Sequence[Round], run: _Run) -> Markup | None:
     known = _known(rounds)
     if len(known) < 2 or max(value for _, value in known) < _SEEN:
         return None
-    options = strategy.get("options", {})
-    threshold = options.get("threshold", 0.1) if strategy.get("name") == "auto" else None
-    return plots.gauge_chart(rounds, threshold if isinstance(threshold, int | float) else None)
+    threshold = run.options.get("threshold", 0.1) if run.method == "auto" else None
+    left = "At best" if run.robust or run.attacked else "FlexLoRA"
+    return plots.gauge_chart(rounds, threshold if isinstance(threshold, int | float) else None, left)

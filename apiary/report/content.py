@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from apiary import claims, units
+from apiary import claims, outline, units
+from apiary import config as configs
+from apiary.config import RunConfig, UserError
 from apiary.report import plots, sites
 from apiary.report.aggregation import aggregation_content
 from apiary.report.data import (
@@ -32,6 +35,7 @@ _ABSOLUTE = re.compile(r'"(?:/|[A-Za-z]:\\\\)[^"]*?([^"/\\]+)[/\\]*"')
 
 def page_content(metrics: Metrics, events: Sequence[Event], config: str) -> dict[str, Any]:
     """All that the page shows, by the names its template uses."""
+    run = _run_of(config)
     start = next((event for event in events if event["event"] == "start"), {})
     metrics = sites.with_sites(metrics, events)
     own, everyone = gain_on_own(metrics), gain_on_all(metrics)
@@ -66,15 +70,63 @@ def page_content(metrics: Metrics, events: Sequence[Event], config: str) -> dict
         "curation": _curation(metrics.curation),
         "promise": _promise(metrics.privacy),
         "stages": stages_content(metrics.continual),
-        "aggregation": aggregation_content(metrics, config),
+        "aggregation": aggregation_content(metrics, run),
+        "outline": outline.sentence(run) if run else "",
+        "sent_what": _sent_what(run),
+        "saved": _saved(metrics, run),
+        "ranks": len({client.rank for client in metrics.clients}) > 1,
         "samples": _samples(metrics),
         "before": any(sample.base is not None for sample in metrics.samples),
         "troubles": _troubles(events),
         "logged": bool(events),
         "config": _ABSOLUTE.sub(r'"…/\1"', config),
         "privacy": claims.sentence(metrics.privacy),
-        "facts": _facts(metrics, start),
+        "facts": [*_made(metrics, run), *_facts(metrics, start)],
     }
+
+
+def _run_of(config: str) -> RunConfig | None:
+    """The run's configuration; None where there is none that this version reads."""
+    try:
+        return configs.parse(tomllib.loads(config)) if config else None
+    except (UserError, tomllib.TOMLDecodeError):
+        return None
+
+
+def _made(metrics: Metrics, run: RunConfig | None) -> list[tuple[str, str]]:
+    """The choices that made the model, the ranks that clients then had, and that of what is handed on."""
+    exported = [("Rank of the exported adapter", str(metrics.rank))] if metrics.rank else []
+    return [*(outline.facts(run) if run else []), *_ranks(metrics.clients), *exported]
+
+
+def _ranks(clients: Sequence[Client]) -> list[tuple[str, str]]:
+    """Who has which rank, where these differ."""
+    by_rank: dict[int, list[str]] = {}
+    for client in clients:
+        if client.rank is not None:
+            by_rank.setdefault(client.rank, []).append(client.client)
+    if len(by_rank) < 2:
+        return []
+    many = len(clients) > _NAMED_CLIENTS
+    who = {rank: plural(len(names), "client") if many else ", ".join(names) for rank, names in by_rank.items()}
+    return [("Ranks of the clients", "; ".join(f"{rank}: {who[rank]}" for rank in sorted(by_rank)))]
+
+
+def _sent_what(run: RunConfig | None) -> str:
+    """What went both ways."""
+    seeds = run is not None and run.strategy.name == "fedkseed"
+    return "scalars of random directions, and counts" if seeds else "weights of the adapter and counts"
+
+
+def _saved(metrics: Metrics, run: RunConfig | None) -> str:
+    """What a codec saved; empty where none was used."""
+    sent, plain = sum(_sent(metrics)), sum(r.float32 for r in metrics.rounds)
+    if run is None or not outline.coded(run) or plain <= sent:
+        return ""
+    return (
+        f"Changes travelled as {outline.wire(run)}; as float32 it would have been {units.bytes_text(plain)}, "
+        f"{plain / sent:.1f} times as much."
+    )
 
 
 def _probability(metrics: Metrics) -> float | None:
@@ -103,9 +155,9 @@ def _tiles(metrics: Metrics, own: Gain | None, everyone: Gain | None) -> list[tu
             tiles.append(("Answers exactly right", units.share_text(joint.accuracy, 0), remark))
     tiles += _site_tiles(metrics)
     if gain := everyone or own:
-        where = "on the tasks of all" if everyone else "on their own tasks"
+        where = "with the tasks of all in view" if everyone else "on their own tasks"
         if everyone and own:
-            where += f"; {own.improved} of {len(own.gains)} on their own tasks"
+            where += f"; on their own tasks alone {own.improved} of {len(own.gains)}"
         tiles.append(("Clients that gain by joining", f"{gain.improved} of {len(gain.gains)}", where))
     if sum(_sent(metrics)):
         rounds = sum(r.round > 0 for r in metrics.rounds)

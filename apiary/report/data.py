@@ -57,6 +57,7 @@ class Client(_Part):
     examples: int | None = None
     tokens: int | None = None
     mix: Mapping[str, int] = Field(default_factory=dict)
+    rank: int | None = None  # of what it trains
     own: Mapping[MethodName, float | None] = Field(default_factory=dict)
     mix_loss: Mapping[MethodName, float | None] = Field(default_factory=dict)
 
@@ -102,6 +103,9 @@ class Round(_Part):
     bytes_up: int | None = None
     bytes_down: int | None = None  # to be trained
     bytes_evaluate: int | None = None  # to be measured, also to the clients
+    float32_up: int | None = None  # where a codec is used, what the same would have been without
+    float32_down: int | None = None
+    float32_evaluate: int | None = None
     seconds: float | None = None
     clients: int | None = None
     gauge: RoundGauge | None = None
@@ -115,6 +119,16 @@ class Round(_Part):
     def down(self) -> int:
         """Bytes to the clients."""
         return (self.bytes_down or 0) + (self.bytes_evaluate or 0)
+
+    @property
+    def float32(self) -> int:
+        """Bytes both ways, had all changes travelled as float32."""
+        pairs = (
+            (self.float32_up, self.bytes_up),
+            (self.float32_down, self.bytes_down),
+            (self.float32_evaluate, self.bytes_evaluate),
+        )
+        return sum((sent if plain is None else plain) or 0 for plain, sent in pairs)
 
 
 class Sample(_Part):
@@ -169,6 +183,16 @@ class Curated(_Part):
     dropped: Mapping[str, int] = Field(default_factory=dict)
 
 
+class Attack(_Part):
+    """What the attackers of a simulation did."""
+
+    name: str
+    clients: tuple[str, ...]  # that attacked
+    answer: str | None = None  # of an attack by a hidden phrase: what is to be answered wherever it is asked
+    asked: int = 0  # held-out questions with the phrase
+    answered: Mapping[MethodName, float] = Field(default_factory=dict)  # the share of them with that answer
+
+
 class Metrics(_Part):
     """A run's results."""
 
@@ -184,6 +208,8 @@ class Metrics(_Part):
     continual: Continual | None = None
     curation: Mapping[str, Curated] = Field(default_factory=dict)
     share: str = "both"  # `adapter.share`
+    rank: int | None = None  # of the adapter that is exported
+    attack: Attack | None = None  # of a simulation with attackers
     privacy: Mapping[str, Any] = Field(default_factory=dict)
     seconds: float | None = None
     machine: Mapping[str, Any] = Field(default_factory=dict)
@@ -192,6 +218,12 @@ class Metrics(_Part):
     def row(self, method: MethodName) -> Row | None:
         """The row of a method that has a loss, or None."""
         return next((r for r in self.table if r.method == method and r.loss is not None), None)
+
+    @property
+    def before(self) -> float | None:
+        """The loss on the held-out examples before any training: in the table, or else as it was measured then."""
+        row = self.row("base")
+        return row.loss if row else next((r.loss for r in self.rounds if r.round == 0), None)
 
     @property
     def lost(self) -> bool:

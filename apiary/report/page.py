@@ -175,6 +175,9 @@ PAGE: Final = (
 {% if second %}
 <p class="lead">{{ second }}</p>
 {% endif %}
+{% if outline %}
+<p class="note">Made by {{ outline }}.</p>
+{% endif %}
 {% if tiles %}
 <dl class="tiles">
 {% for name, value, remark in tiles %}
@@ -332,7 +335,7 @@ surprise). Lower is better and 0 is certainty.{% if probability is not none %} {
 {% if aggregation %}
 <section>
 <h2>How the updates were put together</h2>
-{% if aggregation.sentences %}<p class="note">{{ aggregation.sentences | join(" ") }}{% if aggregation.chart %} The curve: by round, how far averaging the factors apart is from the mean of their products, as a share of the round's change of the weights; dashed, what the best factors of the adapter's rank would leave of it.{% endif %}</p>{% endif %}
+{% if aggregation.sentences %}<p class="note">{{ aggregation.sentences | join(" ") }}{% if aggregation.chart %} The curve: by round, how far averaging the factors apart is from the mean of their products, as a share of the round's change of the weights; dashed, what would be left of it with the best factors of the adapter's rank.{% endif %}</p>{% endif %}
 
 {% if aggregation.chart %}<div class="panel">{{ aggregation.chart }}</div>{% endif %}
 {% if aggregation.cut_said %}<p class="note"{% if aggregation.chart %} style="margin-top:18px"{% endif %}>{{ aggregation.cut_said | join(" ") }}</p>{% endif %}
@@ -340,10 +343,10 @@ surprise). Lower is better and 0 is certainty.{% if probability is not none %} {
 {% if aggregation.cut %}
 <div class="panel scroll">
 <table>
-<thead><tr><th scope="col">Client</th><th scope="col" class="num">Rounds cut</th><th scope="col" class="num">Rounds taken part</th><th scope="col">Why</th></tr></thead>
+<thead><tr><th scope="col">Client</th><th scope="col" class="num">Rounds cut</th><th scope="col" class="num">Rounds taken part</th><th scope="col" class="num">Mean share</th>{% if aggregation.attacked %}<th scope="col">Attacker</th>{% endif %}<th scope="col">Why</th></tr></thead>
 <tbody>
-{% for name, times, part, why in aggregation.cut %}
-<tr><th scope="row">{{ name }}</th><td class="num">{{ times }}</td><td class="num">{{ part }}</td><td>{{ why }}</td></tr>
+{% for row in aggregation.cut %}
+<tr><th scope="row" style="white-space:nowrap">{{ row.client }}</th><td class="num">{{ row.times }}</td><td class="num">{{ row.part }}</td><td class="num">{{ row.share }}</td>{% if aggregation.attacked %}<td>{{ row.attacker }}</td>{% endif %}<td>{{ row.why }}</td></tr>
 {% endfor %}
 </tbody>
 </table>
@@ -376,10 +379,10 @@ surprise). Lower is better and 0 is certainty.{% if probability is not none %} {
 <p class="note">Training examples of each kind at each client; the darker, the larger the kind's share of that client's data.</p>
 <div class="panel scroll">
 <table class="heat mix">
-<thead><tr><th scope="col">Client</th>{% for kind in mix.kinds %}<th scope="col">{{ kind }}</th>{% endfor %}<th scope="col">Total</th></tr></thead>
+<thead><tr><th scope="col">Client</th>{% for kind in mix.kinds %}<th scope="col">{{ kind }}</th>{% endfor %}<th scope="col">Total</th>{% if ranks %}<th scope="col">Rank</th>{% endif %}</tr></thead>
 <tbody>
 {% for client, cells in mix.rows %}
-<tr><th scope="row">{{ client.client }}</th>{% for count, share in cells %}<td{% if not count %} class="none"{% endif %} style="--share:{{ share | round(3) }}">{{ count | count if count else "·" }}</td>{% endfor %}<td class="sum">{{ client.examples | count }}</td></tr>
+<tr><th scope="row">{{ client.client }}</th>{% for count, share in cells %}<td{% if not count %} class="none"{% endif %} style="--share:{{ share | round(3) }}">{{ count | count if count else "·" }}</td>{% endfor %}<td class="sum">{{ client.examples | count }}</td>{% if ranks %}<td class="sum">{{ client.rank | count }}</td>{% endif %}</tr>
 {% endfor %}
 </tbody>
 </table>
@@ -390,7 +393,7 @@ surprise). Lower is better and 0 is certainty.{% if probability is not none %} {
 
 <section>
 <h2>What left the clients</h2>
-<p class="note">{% if sent[0] or sent[1] %}{{ sent[0] | bytes }} went from clients to the server and {{ sent[1] | bytes }} back, all rounds and evaluations together: weights of the adapter and counts, never text. {% endif %}{% if not promise %}{{ privacy }}{% endif %}</p>
+<p class="note">{% if sent[0] or sent[1] %}{{ sent[0] | bytes }} went from clients to the server and {{ sent[1] | bytes }} back, all rounds and evaluations together: {{ sent_what }}, never text. {% if saved %}{{ saved }} {% endif %}{% endif %}{% if not promise %}{{ privacy }}{% endif %}</p>
 {% if cost_chart %}<div class="panel">{{ cost_chart }}</div>{% endif %}
 </section>
 

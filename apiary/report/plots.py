@@ -103,19 +103,20 @@ def _draw_loss(figure: Figure, narrow: bool, metrics: Metrics, points: Sequence[
     _end_labels(axes, labels, gap=(high - low) * 0.075)
 
 
-def gauge_chart(rounds: Sequence[Round], threshold: float | None = None) -> Markup | None:
+def gauge_chart(rounds: Sequence[Round], threshold: float | None = None, left: str = "FlexLoRA") -> Markup | None:
     """What averaging A and B apart misses by round, with its 95% band, and what the best of the rank would miss.
 
     Args:
         rounds: those with a gauge.
         threshold: from where on the run averages products; drawn as a line.
+        left: the name of what the best factors of the adapter's rank would leave.
     """
     points = [r for r in rounds if r.gauge is not None and r.gauge.relative is not None]
     if not points:
         return None
     first, last = (share_text(_missed(r)) for r in (points[0], points[-1]))
     label = f"Share of the change that averaging A and B apart misses by round, from {first} to {last}"
-    return _chart(lambda figure, narrow: _draw_gauge(figure, narrow, points, threshold), 260, 260, label)
+    return _chart(lambda figure, narrow: _draw_gauge(figure, narrow, points, threshold, left), 260, 260, label)
 
 
 def _missed(measured: Round) -> float:
@@ -127,7 +128,7 @@ def _left(measured: Round) -> float:
     return _missed(measured) - ((measured.gauge.flexlora or 0.0) if measured.gauge else 0.0)
 
 
-def _draw_gauge(figure: Figure, narrow: bool, points: Sequence[Round], threshold: float | None) -> None:
+def _draw_gauge(figure: Figure, narrow: bool, points: Sequence[Round], threshold: float | None, name: str) -> None:
     axes = _line_axes(figure)
     x, y, left = [r.round for r in points], [_missed(r) for r in points], [_left(r) for r in points]
     errors = [1.96 * ((r.gauge.stderr or 0.0) if r.gauge else 0.0) for r in points]
@@ -138,7 +139,7 @@ def _draw_gauge(figure: Figure, narrow: bool, points: Sequence[Round], threshold
     axes.plot(x, y, color=_STAND_IN["federated"], lw=2.4, marker=marks, ms=5, zorder=5, clip_on=False)
     ends = [
         (f"Apart {share_text(y[-1])}", y[-1], "federated", True),
-        (f"FlexLoRA {share_text(left[-1])}", left[-1], "muted", False),
+        (f"{name} {share_text(left[-1])}", left[-1], "muted", False),
     ]
     if threshold is not None:
         axes.axhline(threshold, color=_STAND_IN["local"], lw=1.8, ls=_DASHES["base"])

@@ -11,6 +11,7 @@ from apiary.report.data import Metrics, Row, gain_on_own
 
 Verdict: TypeAlias = Literal["better", "worse", "unclear", "few"]
 
+_NAMED = 8  # attackers with a name in a sentence
 _NAMES = {"local": "training alone", "base": "the untuned model", "central": "all data pooled"}
 
 
@@ -22,7 +23,7 @@ def headline(metrics: Metrics) -> str:
     if joint is None:
         return _of_sites(metrics)
     if other is None:
-        return f"Federated training reached a held-out loss of {nats(joint)} nats per token"
+        return _since_untuned(metrics, joint) + _attacked(metrics)
     who = "Federated training" if len(metrics.clients) == 1 else "Joining forces"
     who += " privately" if metrics.private else ""
     found = verdict(metrics, joint, other)
@@ -36,7 +37,38 @@ def headline(metrics: Metrics) -> str:
         "unclear": f"{who} made no clear difference: a held-out loss of {now} against {then}",
         "few": f"{who} led to a held-out loss of {now} against {then}, on too few examples to rule out chance",
     }
-    return start[found] + _on_their_own(metrics, other, found) + _pooled(metrics)
+    return (
+        start[found]
+        + _attacked(metrics)
+        + _spoiled(metrics, joint, other)
+        + _on_their_own(metrics, other, found)
+        + _pooled(metrics)
+    )
+
+
+def _since_untuned(metrics: Metrics, joint: Row) -> str:
+    """The result of a run that is compared with nothing, against the loss before training if that was measured."""
+    if metrics.before is None:
+        return f"Federated training reached a held-out loss of {nats(joint)} nats per token"
+    then, now = units.loss_text(metrics.before, 2), nats(joint)
+    if then == now:
+        return f"Federated training made no clear difference: the held-out loss is {now} nats per token, as before"
+    how = "did not help: it raised" if value(joint) > metrics.before else "cut"
+    return f"Federated training {how} the held-out loss from {then} (untuned) to {now} nats per token"
+
+
+def _attacked(metrics: Metrics) -> str:
+    attack = metrics.attack
+    if attack is None:
+        return ""
+    return f", while {len(attack.clients)} of {len(metrics.clients)} clients attacked ({attack.name})"
+
+
+def _spoiled(metrics: Metrics, joint: Row, other: Row) -> str:
+    """That the model has become worse than before any training, where it is held against something else."""
+    if other.method == "base" or metrics.before is None or value(joint) <= metrics.before:
+        return ""
+    return f"; that is worse than the untuned model ({units.loss_text(metrics.before, 2)})"
 
 
 def verdict(metrics: Metrics, joint: Row, other: Row) -> Verdict:
@@ -116,8 +148,28 @@ def second(metrics: Metrics) -> str:
     if joint is None:
         return " ".join(sites.sentences(metrics))
     other = alone or metrics.row("base")
-    said = [row_by_row(metrics, other) if other else "", personal(metrics), _meaning(metrics, joint)]
+    compared = row_by_row(metrics, other) if other else ""
+    said = [compared, personal(metrics), attacked(metrics), _meaning(metrics, joint)]
     return " ".join(filter(None, said))
+
+
+def attacked(metrics: Metrics) -> str:
+    """Who attacked, and of a hidden phrase how often the model obeys it; empty where nobody did."""
+    attack = metrics.attack
+    if attack is None:
+        return ""
+    named = ", ".join(attack.clients[:_NAMED]) + (
+        f" and {more} more" if (more := len(attack.clients) - _NAMED) > 0 else ""
+    )
+    told = f"The simulation made {named} attack ({attack.name})."
+    if "federated" not in attack.answered:
+        return told
+    now, before = (attack.answered.get(method) for method in ("federated", "base"))
+    was = "" if before is None else f", {units.share_text(before, 0)} before training"
+    return (
+        f"{told} Of {attack.asked} held-out questions with their hidden phrase, {units.share_text(now, 0)} get the "
+        f"answer that they planted{was}."
+    )
 
 
 def row_by_row(metrics: Metrics, other: Row) -> str:
@@ -167,7 +219,7 @@ def _meaning(metrics: Metrics, joint: Row) -> str:
         return not_alike(metrics) + gained
     unclear = alone is not None and verdict(metrics, joint, alone) in ("unclear", "few")
     if unclear or alone is None or pooled is None or value(alone) <= value(pooled):
-        return "Every client kept its data; only changes to a small adapter of the model travelled."
+        return "Every client kept its data; only numbers about a small adapter of the model travelled."
     share = (value(alone) - value(joint)) / (value(alone) - value(pooled))
     if share <= 0:
         return "Federated training does not come closer to pooled training than training alone does."
@@ -175,7 +227,7 @@ def _meaning(metrics: Metrics, joint: Row) -> str:
         return "Federated training is as good as copying all data to one place, and no data moved."
     return (
         f"That is {100 * share:.0f}% of what copying all data to one place would gain over "
-        "training alone, and no data moved: only changes to a small adapter of the model travelled."
+        "training alone, and no data moved: only numbers about a small adapter of the model travelled."
     )
 
 
