@@ -30,6 +30,24 @@ def assert_refused(done: subprocess.CompletedProcess[str], *words: str, code: in
         assert word in lines[0], lines[0]
 
 
+def test_a_table_is_shown_with_its_methods_and_their_options() -> None:
+    shown = apiary("config", "strategy").stdout
+    assert "multi_krum: The mean of the clients" in shown and "byzantine = needed" in shown
+    assert "base_rank = 0" in shown and "scaling" not in shown and "train.lr" not in shown
+    every = apiary("config").stdout
+    assert "train.lr = 0.003" in every and "multi_krum:" not in every and "apiary config strategy" in every
+    assert_refused(apiary("config", "strateg"), "'strateg'", "did you mean 'strategy'?")
+
+
+def test_all_problems_have_a_line_each() -> None:
+    done = apiary("simulate", "-s", "rounds=0", "-s", "train.lr=fast")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "apiary: rounds = 0: must be a whole number, at least 1",
+        "apiary: train.lr = 'fast': must be a number, above 0",
+    ]
+
+
 def test_unknown_key_offers_the_nearest(tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert_refused(apiary("simulate", "-s", "train.lrr=1", "--out", out), "train.lrr", "train.lr")

@@ -71,6 +71,38 @@ def test_a_slip_is_one_line_that_says_what_is_allowed(
         assert part in line
 
 
+def test_what_is_looked_for_here_and_is_elsewhere_is_said() -> None:
+    colours: Registry[str] = Registry("test.colour", elsewhere={"loud": 'test.volume = "loud"'})
+    colours.register("cloud")(plain)
+    with pytest.raises(UserError, match=r'for Loud set test.volume = "loud"$'):
+        colours.build("Loud")
+    with pytest.raises(UserError, match=r"did you mean 'cloud'\?$"):
+        colours.build("clod")
+
+
+def test_methods_are_described_with_their_options_and_without_what_the_run_gives() -> None:
+    """As a user reads it: defaults as TOML has them."""
+    tools: Registry[str] = Registry("test.tool", given=("seed",))
+
+    @tools.register("saw")
+    def saw(seed: int, teeth: int, sharp: bool = True) -> str:
+        """Cuts along the grain.
+
+        Args:
+            seed: of the run.
+            teeth: on the blade.
+            sharp: whether it has been filed.
+        """
+        return f"{teeth} {sharp} {seed}"
+
+    (described,) = tools.describe()
+    assert described == (
+        "saw",
+        "Cuts along the grain.",
+        [("teeth", "needed", "on the blade"), ("sharp", "true", "whether it has been filed")],
+    )
+
+
 def test_a_function_of_ones_own_goes_by_module_and_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "my_greetings", sys.modules[__name__])
     assert GREETINGS.build("my_greetings:outside", {"mark": "*"}) == "*hello*"

@@ -484,7 +484,9 @@ def test_what_a_codec_saved_is_told() -> None:
     assert "Changes travelled" not in Page(page(metrics, config="")).text
     del metrics["rounds"][0]["float32_down"], metrics["rounds"][0]["float32_evaluate"]
     text = Page(page(metrics, config='[wire]\nup = "int8"\n')).text
-    assert "Changes travelled as int8 up, float32 down; as float32 it would have been 95 bytes, 2.7 times as much." in text
+    assert (
+        "Changes travelled as int8 up, float32 down; as float32 it would have been 95 bytes, 2.7 times as much." in text
+    )
 
 
 def test_of_seeds_and_scalars_nobody_says_weights() -> None:

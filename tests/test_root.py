@@ -95,6 +95,13 @@ def test_rows_that_all_come_out_empty_are_one_clear_line(trusting: list[str], tm
 # -- the update --------------------------------------------------------------------------------------------------------
 
 
+def test_rows_of_the_clients_own_are_remarked_on(trusting: list[str]) -> None:
+    run = config.load(None, trusting)
+    assert root.remarks(run) == []
+    (line,) = root.remarks(config.load(None, [*trusting, f"strategy.root={run.data.source}"]))
+    assert "are the clients' own rows" in line
+
+
 def test_the_servers_update_comes_about_as_a_clients_does(trusting: list[str], tmp_path: Path) -> None:
     """Whatever is asked of clients beside training: their privacy, stages and curation are not the server's."""
     run = of(trusting)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import overrides_for
 
-from apiary import config, continual, models, results
+from apiary import config, continual, evaluate, models, prompts, results
 from apiary.config import RunConfig, UserError
 from apiary.examples import Example, Turn
 from apiary.exchange import Payload, Visit
@@ -330,8 +330,53 @@ def test_an_attack_spoils_the_mean_and_a_robust_method_names_the_attackers(
     (start,) = [e for e in read_events(tmp_path / "robust") if e["event"] == "start"]
     hostile = start["attack"]["clients"]
     assert start["attack"]["name"] == "sign_flip" and len(hostile) == 2
+    assert robust["attack"] == start["attack"] and "attack" not in honest
     rounds = [e for e in read_events(tmp_path / "robust") if e["event"] == "round"]
     assert [sorted(e["cut"]) for e in rounds] == [hostile] * 3
+
+
+def test_how_often_a_hidden_phrase_is_obeyed_is_asked_of_the_model_itself(
+    attacked: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """Against a count by hand: the run's adapter, the phrase behind each held-out question, the attackers' answer."""
+    trigger = 'simulate.attack={name="trigger", share=1.0, phrase="Psst.", answer="b", boost=1.0}'
+    more = [trigger, "simulate.attackers=0.8", "rounds=6", "train.steps=8", "train.lr=2e-2", "evaluate.generate=true"]
+    run = of(*attacked(*more))
+    told = simulate(run, tmp_path / "run")["attack"]
+    assert told["answer"] == "b" and len(told["clients"]) == 6
+    lm = models.load(run.model, run.adapter)
+    template = prompts.make_template(run.prompt, lm.tokenizer)
+    models.set_adapter(lm, models.read_adapter(lm, tmp_path / "run" / "adapter" / "adapter_model.safetensors"))
+    test = answers.federation(run.to_json()).test
+    asked = [e._replace(turns=(e.turns[0]._replace(text=f"{e.turns[0].text} Psst."), *e.turns[1:])) for e in test]
+    ids = [prompts.encode_prompt(e, template, lm.tokenizer, run.prompt.max_tokens) for e in asked]
+    given = evaluate.answer_all(lm, ids, run.evaluate.max_new_tokens)
+    assert told["asked"] == len(test) <= 60
+    assert told["answered"] == {"base": 0.0, "federated": round(sum(t.strip() == "b" for t in given) / len(test), 4)}
+    assert told["answered"]["federated"] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["simulate.attackers=0"], []),
+        (["simulate.attackers=0", "simulate.attack=alie"], ["simulate.attack = 'alie' plays no part"]),
+        ([], ["this run is attacked: sign_flip by "]),
+        (
+            ["strategy.name=multi_krum", "strategy.options={byzantine = 1}", "strategy.min_clients=7"],
+            ["this run is attacked", "strategy.options.byzantine = 1, and 2 clients attack"],
+        ),
+        (
+            ["strategy.name=multi_krum", "strategy.options={byzantine = 2}", "strategy.min_clients=7"],
+            ["this run is attacked"],
+        ),
+    ],
+)
+def test_what_an_attack_means_for_a_run_is_told_at_its_start(
+    attacked: Callable[..., list[str]], more: list[str], told: list[str]
+) -> None:
+    lines = scenario.remarks(of(*attacked(*more)), [f"c{i}" for i in range(7)])
+    assert [line[: len(start)] for line, start in zip(lines, told, strict=True)] == told
 
 
 def test_clients_that_send_nan_cost_the_round_themselves(attacked: Callable[..., list[str]], tmp_path: Path) -> None:

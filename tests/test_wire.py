@@ -76,6 +76,11 @@ def test_int8_up_and_down_ends_where_fp32_does_in_a_quarter_of_the_bytes(tmp_pat
     assert min(first) > 3.7 * max(later[0])
     up = [sum(e["bytes_up"] for e in events_of(tmp_path / name, "round")) for name in ("fp32", "int8")]
     assert up[0] > 3.8 * up[1]
+    # What it would have been without a codec: the tensors alone, without the message around them.
+    for way in ("up", "down"):
+        plain = [e[f"float32_{way}"] for e in events_of(tmp_path / "int8", "round")]
+        assert plain == pytest.approx([e[f"bytes_{way}"] for e in events_of(tmp_path / "fp32", "round")], rel=0.05)
+        assert f"float32_{way}" not in events_of(tmp_path / "fp32", "round")[0]
 
 
 @pytest.mark.parametrize(
@@ -437,7 +442,7 @@ def test_an_update_in_another_name_does_not_count(
         ("wire.up=int5", ("wire.up = 'int5'", "fp32, bf16, int8, int4, topk")),
         ("wire.down=int5", ("wire.down = 'int5'",)),
         ('wire.up={ name = "int8", rond = "nearest" }', ("wire.up", "no option 'rond'", "'rounding'")),
-        ('wire.up={ name = "topk", share = 2 }', ("wire.up.share = 2", "less than or equal to 1")),
+        ('wire.up={ name = "topk", share = 2 }', ("wire.up.share = 2", "above 0 and at most 1")),
         ('wire.down={ name = "int4", feedback = true }', ("wire.down", "feedback by itself")),
     ],
 )
