@@ -151,7 +151,8 @@ def encode(delta: StateDict, codec: Codec, feedback: StateDict, rng: Generator) 
     present = np.zeros(len(names), bool)
     for place, name in enumerate(names):
         wanted = delta[name].detach().float()
-        if _is_zero(wanted):
+        # With feedback a change of negative zeros rests too; a codec that is exact sends their sign.
+        if _is_zero(wanted) or (codec.feedback and not wanted.any()):
             continue
         if name in kept:
             if kept[name].shape != wanted.shape:

@@ -475,7 +475,13 @@ def render(text: str) -> str:
         path = RESULTS / f"{_FROM.get(name, name)}.json"
         body = table(json.loads(path.read_text())) if path.exists() else _NONE
         text = _fill(text, name, body)
-    return _fill(_fill(text, "together", together.table()), "methods", methods.table())
+    for name, table in (
+        ("together", together.table),
+        ("together_methods", together.methods_table),
+        ("methods", methods.table),
+    ):
+        text = _fill(text, name, table()) if f"<!-- {name} -->" in text else text
+    return text
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
-"""What goes with what, asked of the code that decides (`apiary.together`): the pairs, and the docs' table."""
+"""What goes with what, asked of the code that decides: the pairs, and the tables of the docs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+import re
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from typing import Final, NamedTuple
 
 from apiary.config import UserError, load
+from simulation.run import check_names
+from strategies import AGGREGATORS
 
 
 class Feature(NamedTuple):
@@ -51,12 +55,16 @@ def pairs() -> Iterator[tuple[Feature, Feature, tuple[str, ...]]]:
     for one, other in combinations(FEATURES, 2):
         if exclusive(one, other):
             continue
-        try:
-            load(None, [*one.settings, *other.settings])
-        except UserError as error:
-            yield one, other, tuple(error.problems)
-        else:
-            yield one, other, ()
+        yield one, other, against([*one.settings, *other.settings])
+
+
+def against(settings: Sequence[str]) -> tuple[str, ...]:
+    """The reasons against a configuration; none: it works."""
+    try:
+        check_names(load(None, settings))
+    except UserError as error:
+        return tuple(error.problems)
+    return ()
 
 
 def table() -> str:
@@ -74,4 +82,64 @@ def table() -> str:
     for at, row in enumerate(names[1:], 1):
         shown = [cells.get(frozenset((row, column)), "-") for column in names[:at]]
         lines.append(f"| {row} | {' | '.join(shown + [''] * (len(names) - 1 - at))} |")
+    return "\n".join([*lines, "", *(f"{number}. `{reason}`" for number, reason in enumerate(reasons, 1))])
+
+
+BESIDE: Final = (
+    Feature("record-level privacy", ("privacy.unit=record", "privacy.batch_rows=8")),
+    Feature("FedProx", ('train.penalties=[{ name = "fedprox", mu = 0.01 }]',)),
+    Feature("curation", ('curate.steps=["mask", "duplicates"]',)),
+    Feature("stages and replay", (_STAGES, "continual.buffer=0.2")),
+    Feature("several ranks", ("adapter.ranks=[2, 4]",)),
+    Feature("B alone", ("adapter.train=b",)),
+    Feature("B and A in turns", ("adapter.train=alternate",)),
+    Feature("own B", ("adapter.share=a",)),
+    Feature("orthonormal A", ("adapter.init=orthonormal",)),
+    Feature("server step `plain`", ('strategy.server_optimizer={ name = "plain", lr = 1.4 }',)),
+    Feature("server `nesterov`", ("strategy.server_optimizer=nesterov",)),
+    Feature("`int8` up", ("wire.up=int8",)),
+    Feature("`int4` up", ("wire.up=int4",)),
+    Feature("`int8` down", ("wire.down=int8",)),
+    Feature("attackers", ("simulate.attackers=0.4",)),
+)
+"""What is asked of each aggregation method."""
+
+_METHOD = re.compile(r"(strategy\.name = )(?:'\w+'|\"\w+\")")
+
+
+def method(name: str) -> Feature:
+    """An aggregation method with the settings that it needs in any run, for a federation of three clients or more."""
+    needs = {"scaffold": ("train.optimizer=sgd", "train.lr=0.1"), "fltrust": ("strategy.root=builtin:skills",)}
+    parameters = inspect.signature(AGGREGATORS.builder(name)).parameters
+    told = ("strategy.options.byzantine=0", "strategy.min_clients=3") if "byzantine" in parameters else ()
+    return Feature(name, (f"strategy.name={name}", *told, *needs.get(name, ())))
+
+
+def runs(name: str) -> Iterator[tuple[Feature, ...]]:
+    """Sets of features that go with a method all at once, as few as cover each that goes with it at all."""
+    own = method(name).settings
+    fine = [feature for feature in BESIDE if not against([*own, *feature.settings])]
+    left = list(fine)
+    while left:
+        chosen = [left[0]]
+        for feature in [*left[1:], *(f for f in fine if f not in left)]:
+            settings = [setting for f in (*chosen, feature) for setting in f.settings]
+            if not any(exclusive(feature, other) for other in chosen) and not against([*own, *settings]):
+                chosen.append(feature)
+        left = [feature for feature in left if feature not in chosen]
+        yield tuple(chosen)
+
+
+def methods_table() -> str:
+    """Each aggregation method with what may stand beside it, as `table`."""
+    reasons: list[str] = []
+    lines = [f"| | {' | '.join(feature.name for feature in BESIDE)} |", "|---" * (len(BESIDE) + 1) + "|"]
+    for name in AGGREGATORS:
+        cells = []
+        for feature in BESIDE:
+            found = {_METHOD.sub(r"\1...", reason) for reason in against([*method(name).settings, *feature.settings])}
+            reasons += sorted(found - set(reasons))
+            numbers = ", ".join(str(number) for number in sorted(reasons.index(reason) + 1 for reason in found))
+            cells.append(f"no ({numbers})" if found else "yes")
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
     return "\n".join([*lines, "", *(f"{number}. `{reason}`" for number, reason in enumerate(reasons, 1))])

@@ -301,11 +301,15 @@ def test_feedback_of_another_shape_is_refused() -> None:
         encode(_state(), CODECS.build("int4"), {"n": torch.zeros(128)}, generator(0))
 
 
-def test_what_is_kept_of_a_factor_that_rests_waits(tmp_path: Path) -> None:
-    """A factor that is not trained in a round must not move, and what it still has to say is not lost."""
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_what_is_kept_of_a_factor_that_rests_waits(zero: float) -> None:
+    """A factor that is not trained in a round must not move, and what it still has to say is not lost.
+
+    Whoever turns the sign of a change around, such as an attacker, makes negative zeros of one that rests.
+    """
     codec, delta = CODECS.build("int4"), _state()
     _, kept = encode(delta, codec, {}, generator(0))
-    resting = {**delta, "n": torch.zeros(129)}
+    resting = {**delta, "n": torch.full((129,), zero)}
     message, later = encode(resting, codec, kept, generator(1))
     assert not decode(message, codec, shapes_of(delta))["n"].any()
     assert torch.equal(later["n"], kept["n"]) and kept["n"].any()

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import instruction_rows
 
 from apiary import config
 from apiary.config import UserError
 from apiary.runlog import read_events
 from apiary.together import POINTWISE
 from benchmarks import together
+from strategies import AGGREGATORS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAIRS = list(together.pairs())
@@ -20,7 +22,8 @@ STAGES = 'continual.stages=[["first"], ["last"]]'
 
 
 def test_the_table_in_the_documentation_is_the_codes_own() -> None:
-    assert together.table() in (ROOT / "docs" / "together.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "together.md").read_text(encoding="utf-8")
+    assert together.table() in text and together.methods_table() in text
 
 
 def test_every_feature_works_by_itself() -> None:
@@ -118,6 +121,37 @@ def test_a_pair_that_is_allowed_runs_and_learns(
         assert all(entry["rates"] for entry in _charges(tmp_path / "run"))
     else:
         assert losses[-1] < losses[0]
+
+
+METHODS = [
+    pytest.param(name, chosen, id=f"{name} with {', '.join(feature.name for feature in chosen)}")
+    for name in AGGREGATORS
+    for chosen in together.runs(name)
+]
+
+
+@pytest.mark.parametrize(("name", "chosen"), METHODS)
+def test_a_method_runs_with_all_that_is_allowed_beside_it(
+    name: str, chosen: tuple[together.Feature, ...], small_run: list[str], tmp_path: Path
+) -> None:
+    settings = [*together.method(name).settings, *(s for feature in chosen for s in _small(feature.settings))]
+    if name == "fltrust":
+        rows = "".join(json.dumps(row) + "\n" for row in instruction_rows(20, 9))
+        (tmp_path / "root.jsonl").write_text(rows, encoding="utf-8")
+        settings.append(f"strategy.root={tmp_path / 'root.jsonl'}")
+    metrics = _run([*small_run, *settings], tmp_path)
+    assert [entry["round"] for entry in metrics["rounds"]] == [0, 1, 2, 3]
+    events = read_events(tmp_path / "run")
+    assert not [event for event in events if event["event"] == "refused"]
+    assert [event["clients"] for event in events if event["event"] == "round"] == [3, 3, 3]
+    assert not any(entry.get("unchanged") for entry in metrics["rounds"])
+    features = {feature.name for feature in chosen}
+    assert ("attack" in metrics) == ("attackers" in features)
+    assert (metrics["privacy"]["unit"] == "record") == ("record-level privacy" in features)
+    ranks = {client["rank"] for client in metrics["clients"]}
+    assert ranks == ({2, 4} if "several ranks" in features else {4})
+    up = {"`int8` up", "`int4` up"} & features
+    assert all(("float32_up" in event) == bool(up) for event in events if event["event"] == "round")
 
 
 @pytest.mark.slow
