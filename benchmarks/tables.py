@@ -334,7 +334,9 @@ def _ways(results: dict[str, Any], wanted: Callable[[str], bool], against: str =
             lines += [*title, *_way_rows(rows, against)]
     note = (
         f"{_seeds(counts[0])} Equal bytes: those of half of the rounds of `{against}`. That loss: the one of "
-        f"`{against}` after two thirds of its rounds. Rank: of the adapter that is exported. On {_machine(results)}."
+        f"`{against}` after two thirds of its rounds. Rank: of the adapter that is exported. Bytes are those of training: a "
+        "run that also measures on its clients' own rows, as by default, sends as much down again, unless `wire.down` "
+        f"names a codec. On {_machine(results)}."
     )
     return "\n".join([*lines, "", note])
 
@@ -378,9 +380,8 @@ def _poisoned(runs: list[dict[str, Any]], share: float) -> list[str]:
     """The table of one share of attackers, of the runs of one seed."""
     attacks = list(dict.fromkeys(run["attack"] for run in runs if run["share"] == share))
     found = {(run["method"], run["attack"]): run for run in runs if run["share"] in (0.0, share)}
-    which = f", seed {runs[0]['seed']}" if runs[0]["seed"] else ""
     lines = [
-        f"{share:.0%} of the clients attack{which}:",
+        f"{share:.0%} of the clients attack, seed {runs[0]['seed']}:",
         "",
         f"| | nobody attacks | {' | '.join(attack.replace('_', ' ') for attack in attacks)} |",
         "|---" * (len(attacks) + 2) + "|",
