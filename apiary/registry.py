@@ -128,8 +128,10 @@ class Registry(Generic[T]):
                 strict = isinstance(value, bool | str)
                 checked[option] = TypeAdapter(hints.get(option, Any)).validate_python(value, strict=strict)
             except ValidationError as error:
-                problem = error.errors()[0]["msg"]
-                wanted = wanted_text(hints.get(option, Any)) or problem[0].lower() + problem[1:]
+                problem = error.errors()[0]
+                wanted = wanted_text(hints.get(option, Any)) or problem["msg"][0].lower() + problem["msg"][1:]
+                if problem["type"] == "finite_number":
+                    wanted = "must be finite"
                 raise UserError(f"{self.options_key}.{option} = {shown(value)}: {wanted}") from None
         for option, parameter in allowed.items():
             if parameter.default is inspect.Parameter.empty and option not in checked:

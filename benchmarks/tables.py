@@ -334,9 +334,9 @@ def _ways(results: dict[str, Any], wanted: Callable[[str], bool], against: str =
             lines += [*title, *_way_rows(rows, against)]
     note = (
         f"{_seeds(counts[0])} Equal bytes: those of half of the rounds of `{against}`. That loss: the one of "
-        f"`{against}` after two thirds of its rounds. Rank: of the adapter that is exported. Bytes are those of training: "
-        "a run that also measures on its clients' own rows, as by default, sends as much down again, unless `wire.down` "
-        f"names a codec. On {_machine(results)}."
+        f"`{against}` after two thirds of its rounds. Rank: of the adapter that is exported. Bytes are those of "
+        "training: a run that also measures on its clients' own rows, as by default, sends as much down again, unless "
+        f"`wire.down` names a codec. On {_machine(results)}."
     )
     return "\n".join([*lines, "", note])
 

@@ -267,9 +267,11 @@ def test_a_residual_in_the_base_allows_no_other_step(optimizer: str) -> None:
 
 
 def test_options_are_checked() -> None:
-    with pytest.raises(UserError, match=r"strategy.server_optimizer.momentum = 1.0: Input should be less than 1"):
+    with pytest.raises(
+        UserError, match=r"strategy.server_optimizer.momentum = 1.0: must be a number, at least 0 and below 1"
+    ):
         SERVER_OPTIMIZERS.build("momentum", {"momentum": 1.0})
-    with pytest.raises(UserError, match=r"strategy.server_optimizer.lr = 0: Input should be greater than 0"):
+    with pytest.raises(UserError, match=r"strategy.server_optimizer.lr = 0: must be a number, above 0"):
         SERVER_OPTIMIZERS.build("adam", {"lr": 0})
     with pytest.raises(UserError, match="did you mean 'adagrad'"):
         SERVER_OPTIMIZERS.build("adagard")
