@@ -133,9 +133,11 @@ def _print_lengths(run: Run, console: Console) -> None:
 
 def _print_clients(run: Run, console: Console) -> None:
     work = forecast.plan_work(run.config, run.corpora)
+    ranks = run.config.adapter.ranks
+    own = len(run.corpora) <= _FEW and ranks != "memory" and len(set(ranks)) > 1  # whether they are told one by one
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("client")
-    for name in ("examples", "trained tokens", "steps an epoch", "epochs in the run"):
+    for name in (*(["rank"] if own else []), "examples", "trained tokens", "steps an epoch", "epochs in the run"):
         table.add_column(name, justify="right")
     visits = run.config.rounds * work.cohort / len(run.corpora)
     rows = [
@@ -143,8 +145,9 @@ def _print_clients(run: Run, console: Console) -> None:
         for corpus, epoch, steps in zip(run.corpora, work.per_epoch, work.per_round, strict=True)
     ]
     if len(rows) <= _FEW:
-        for client, row in zip(run.federation.clients, rows, strict=True):
-            table.add_row(_clean(client.name), *_cells(row))
+        for number, (client, row) in enumerate(zip(run.federation.clients, rows, strict=True)):
+            rank = [str(ranks[number % len(ranks)])] if own else []
+            table.add_row(_clean(client.name), *rank, *_cells(row))
     else:
         columns = list(zip(*rows, strict=True))
         for name, pick in (("least", min), ("median", statistics.median), ("most", max)):
