@@ -6,6 +6,7 @@ The terminal, `apiary doctor`, the report and the model card say it alike.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from apiary import config_text
@@ -64,9 +65,17 @@ def sent(config: RunConfig | None) -> str:
 
 
 def named(name: str, options: Mapping[str, Any]) -> str:
-    """A method with the options that the configuration gives it."""
-    given = ", ".join(f"{key} = {config_text.shown(value)}" for key, value in options.items())
+    """A method with the options that the configuration gives it; of a path only its last part, for a card travels."""
+    given = ", ".join(
+        f"{key} = {config_text.shown(public_name(value) if isinstance(value, str) else value)}"
+        for key, value in options.items()
+    )
     return f"{name} ({given})" if given else name
+
+
+def public_name(name: str) -> str:
+    """A name as it may be passed on: of a path only the last part, so that no folder of this machine stands in it."""
+    return Path(name).name if Path(name).is_absolute() else name
 
 
 def _method(method: Method) -> str:

@@ -15,6 +15,7 @@ from apiary.evaluate import Measured
 from apiary.examples import Example, Turn
 from apiary.lora import is_b
 from apiary.models import LanguageModel
+from apiary.outline import public_name
 from apiary.prompts import Template
 from apiary.report import sites, verdict
 from apiary.report.data import parse_metrics
@@ -202,11 +203,6 @@ def _handed_on(config: RunConfig) -> RunConfig:
     model = config.model.model_copy(update={"name": public_name(config.model.name)})
     prompt = config.prompt.model_copy(update={"template": public_name(config.prompt.template)})
     return config.model_copy(update={"model": model, "prompt": prompt})
-
-
-def public_name(name: str) -> str:
-    """A name as it may be passed on: of a path only the last part, so that no folder of this machine stands in it."""
-    return Path(name).name if Path(name).is_absolute() else name
 
 
 def _write_export(tuned: Tuned, draft: Path, merge: bool) -> None:

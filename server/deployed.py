@@ -15,9 +15,10 @@ from apiary.config import RunConfig, UserError
 from apiary.evaluate import HeldOut
 from apiary.examples import Federation
 from apiary.models import LanguageModel
+from apiary.outline import public_name
 from apiary.report import write_report
 from apiary.report.sites import own_rounds
-from apiary.results import exported_rank, public_name
+from apiary.results import exported_rank
 from apiary.runlog import RunLog
 from apiary.tensors import StateDict
 from server import checkpoint

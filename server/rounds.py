@@ -222,11 +222,9 @@ class Rounds(Strategy):
         member = self._roster.members[client]
         payload, arrays = self._payload(member.info)
         if self._copies:
-            whole, arrays = (
-                arrays[0],
-                (records.parcel_arrays(self._copies.pack(member.info, payload.adapter)), *arrays[1:]),
-            )
-            self._spared += records.record_bytes(whole) - records.record_bytes(arrays[0])
+            parcel = records.parcel_arrays(self._copies.pack(member.info, payload.adapter))
+            self._spared += records.record_bytes(arrays[0]) - records.record_bytes(parcel)
+            arrays = (parcel, *arrays[1:])
         # Who is only measured needs no control variate.
         content = records.request(number, *arrays[: 3 if kind == "train" else 2], last_round=member.info.last_round)
         return Message(content, member.node, kind, group_id=str(number))

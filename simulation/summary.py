@@ -12,9 +12,10 @@ from apiary.config import RunConfig
 from apiary.evaluate import HeldOut, Measured
 from apiary.examples import Example, Federation, answer
 from apiary.models import LanguageModel
+from apiary.outline import public_name
 from apiary.prompts import Template
 from apiary.report.data import gain_of
-from apiary.results import exported_rank, kept_in, public_name, save_adapter_folder
+from apiary.results import exported_rank, kept_in, save_adapter_folder
 from apiary.runlog import RunLog
 from apiary.tensors import StateDict
 from client.personal import complete

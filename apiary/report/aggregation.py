@@ -54,8 +54,8 @@ def aggregation_content(metrics: Metrics, config: RunConfig | None = None) -> Ag
     chosen = Counter(r.method for r in metrics.rounds if r.method)
     if not measured and not judged and not any(r.unchanged for r in metrics.rounds):
         return None
-    mixed = len({client.rank for client in metrics.clients}) > 1
-    run = _Run(name, dict(config.strategy.options) if config else {}, bool(judged), metrics.attack is not None, mixed)
+    options = dict(config.strategy.options) if config else {}
+    run = _Run(name, options, bool(judged), metrics.attack is not None, metrics.mixed)
     sentences = [
         *_missed(measured, run),
         *_chosen(chosen),

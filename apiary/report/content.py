@@ -74,7 +74,6 @@ def page_content(metrics: Metrics, events: Sequence[Event], config: str) -> dict
         "outline": outline.sentence(run) if run else "",
         "sent_what": _sent_what(run),
         "saved": _saved(metrics, run),
-        "ranks": len({client.rank for client in metrics.clients}) > 1,
         "samples": _samples(metrics),
         "before": any(sample.base is not None for sample in metrics.samples),
         "troubles": _troubles(events),
@@ -96,17 +95,15 @@ def _run_of(config: str) -> RunConfig | None:
 def _made(metrics: Metrics, run: RunConfig | None) -> list[tuple[str, str]]:
     """The choices that made the model, the ranks that clients then had, and that of what is handed on."""
     exported = [("Rank of the exported adapter", str(metrics.rank))] if metrics.rank else []
-    return [*(outline.facts(run) if run else []), *_ranks(metrics.clients), *exported]
+    return [*(outline.facts(run) if run else []), *(_ranks(metrics.clients) if metrics.mixed else []), *exported]
 
 
 def _ranks(clients: Sequence[Client]) -> list[tuple[str, str]]:
-    """Who has which rank, where these differ."""
+    """Who has which rank."""
     by_rank: dict[int, list[str]] = {}
     for client in clients:
         if client.rank is not None:
             by_rank.setdefault(client.rank, []).append(client.client)
-    if len(by_rank) < 2:
-        return []
     many = len(clients) > _NAMED_CLIENTS
     who = {rank: plural(len(names), "client") if many else ", ".join(names) for rank, names in by_rank.items()}
     return [("Ranks of the clients", "; ".join(f"{rank}: {who[rank]}" for rank in sorted(by_rank)))]

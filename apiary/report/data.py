@@ -220,6 +220,11 @@ class Metrics(_Part):
         return next((r for r in self.table if r.method == method and r.loss is not None), None)
 
     @property
+    def mixed(self) -> bool:
+        """Whether clients have several ranks."""
+        return len({client.rank for client in self.clients} - {None}) > 1
+
+    @property
     def before(self) -> float | None:
         """The loss on the held-out examples before any training: in the table, or else as it was measured then."""
         row = self.row("base")

@@ -379,10 +379,10 @@ surprise). Lower is better and 0 is certainty.{% if probability is not none %} {
 <p class="note">Training examples of each kind at each client; the darker, the larger the kind's share of that client's data.</p>
 <div class="panel scroll">
 <table class="heat mix">
-<thead><tr><th scope="col">Client</th>{% for kind in mix.kinds %}<th scope="col">{{ kind }}</th>{% endfor %}<th scope="col">Total</th>{% if ranks %}<th scope="col">Rank</th>{% endif %}</tr></thead>
+<thead><tr><th scope="col">Client</th>{% for kind in mix.kinds %}<th scope="col">{{ kind }}</th>{% endfor %}<th scope="col">Total</th>{% if metrics.mixed %}<th scope="col">Rank</th>{% endif %}</tr></thead>
 <tbody>
 {% for client, cells in mix.rows %}
-<tr><th scope="row">{{ client.client }}</th>{% for count, share in cells %}<td{% if not count %} class="none"{% endif %} style="--share:{{ share | round(3) }}">{{ count | count if count else "·" }}</td>{% endfor %}<td class="sum">{{ client.examples | count }}</td>{% if ranks %}<td class="sum">{{ client.rank | count }}</td>{% endif %}</tr>
+<tr><th scope="row">{{ client.client }}</th>{% for count, share in cells %}<td{% if not count %} class="none"{% endif %} style="--share:{{ share | round(3) }}">{{ count | count if count else "·" }}</td>{% endfor %}<td class="sum">{{ client.examples | count }}</td>{% if metrics.mixed %}<td class="sum">{{ client.rank | count }}</td>{% endif %}</tr>
 {% endfor %}
 </tbody>
 </table>
