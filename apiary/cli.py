@@ -7,7 +7,7 @@ import errno
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -148,7 +148,12 @@ def doctor(config: ConfigFile = None, overrides: Overrides = None) -> None:
 
         check_names(settings)
 
-    if not examine(config, overrides or [], checks=[names]):
+    def remarks(settings: configs.RunConfig, clients: Sequence[str]) -> list[str]:
+        from simulation.run import remarks
+
+        return remarks(settings, clients)
+
+    if not examine(config, overrides or [], checks=[names], remarks=remarks):
         raise typer.Exit(2)
 
 

@@ -126,7 +126,7 @@ def shapes_of(state: StateDict) -> dict[str, torch.Size]:
 
 def float32_bytes(delta: StateDict) -> int:
     """What a change weighs as float32; a tensor that rests travels for nothing."""
-    return 4 * sum(tensor.numel() for tensor in delta.values() if bool(tensor.any()))
+    return 4 * sum(tensor.numel() for tensor in delta.values() if not _is_zero(tensor.float()))
 
 
 def encode(delta: StateDict, codec: Codec, feedback: StateDict, rng: Generator) -> tuple[bytes, dict[str, Tensor]]:

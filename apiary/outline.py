@@ -27,7 +27,7 @@ def facts(config: RunConfig) -> list[tuple[str, str]]:
         told.append(("Server optimiser", _method(strategy.server_optimizer)))
     if config.train.penalties:
         told.append(("Penalties", ", ".join(map(_method, config.train.penalties))))
-    if strategy.weighting != "tokens" and strategy.name != "hetlora":
+    if strategy.weighting != "tokens":
         told.append(("Weights of the clients", strategy.weighting))
     told.append(("On the wire", wire(config)))
     if config.simulate.attackers:
@@ -57,9 +57,9 @@ def coded(config: RunConfig) -> bool:
     return config.strategy.name != "fedkseed" and {config.wire.up.name, config.wire.down.name} != {"fp32"}
 
 
-def sent(config: RunConfig | None) -> str:
+def sent(config: RunConfig) -> str:
     """What clients send of their training."""
-    if config is not None and config.strategy.name == "fedkseed":
+    if config.strategy.name == "fedkseed":
         return "scalars with the seeds of their directions"
     return "changes of the adapter"
 

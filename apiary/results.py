@@ -202,7 +202,8 @@ def _handed_on(config: RunConfig) -> RunConfig:
     """The settings without what is nobody else's business: where the data lay, and folders of this machine."""
     model = config.model.model_copy(update={"name": public_name(config.model.name)})
     prompt = config.prompt.model_copy(update={"template": public_name(config.prompt.template)})
-    return config.model_copy(update={"model": model, "prompt": prompt})
+    strategy = config.strategy.model_copy(update={"root": None})
+    return config.model_copy(update={"model": model, "prompt": prompt, "strategy": strategy})
 
 
 def _write_export(tuned: Tuned, draft: Path, merge: bool) -> None:
@@ -306,7 +307,8 @@ def _card_table(metrics: Mapping[str, Any] | None) -> list[str]:
     if not metrics:
         return []
     parsed = parse_metrics(metrics)
-    remarks = [line for line in (verdict.not_alike(parsed), verdict.personal(parsed), sites.how_far(parsed)) if line]
+    said = (verdict.attacked(parsed), verdict.not_alike(parsed), verdict.personal(parsed), sites.how_far(parsed))
+    remarks = [line for line in said if line]
     below = ["", " ".join(remarks)] if remarks else []
     if not metrics["table"]:
         return below

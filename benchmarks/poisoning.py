@@ -205,10 +205,11 @@ def _share(named: Sequence[set[str]], clients: set[str]) -> float | None:
     return round(sum(len(names & clients) for names in named) / (len(named) * len(clients)), 3)
 
 
-def _success(prepared: Plan, most: int) -> float:
+def _success(prepared: Plan, most: int) -> float | None:
     """The share of held-out questions with the hidden phrase to which the model gives the attacker's answer."""
     config, federation, lm, template, _ = prepared
-    return round(obeyed(lm, template, config, federation.test, (PHRASE, TEXT), most)[0], 4)
+    found = obeyed(lm, template, config, federation.test, (PHRASE, TEXT), most)
+    return None if found is None else round(found[0], 4)
 
 
 def load(path: Path, setting: Setting) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from apiary import examples
 from apiary.config import ContinualConfig, CurateConfig, PrivacyConfig, RunConfig, UserError
 from apiary.examples import Example
 from apiary.exchange import Decline, Payload, Update
+from apiary.outline import public_name
 from client.worker import Site, Worker
 from strategies.core import ROOT
 
@@ -41,8 +42,8 @@ def remarks(config: RunConfig) -> list[str]:
     if config.strategy.root is None or config.strategy.root != config.data.source:
         return []
     return [
-        f"strategy.root = {config.strategy.root!r} are the clients' own rows, which a real server has not: this run "
-        "does not tell how well a root set of the server's own would serve"
+        f"strategy.root = {public_name(config.strategy.root)!r} are the clients' own rows, which a real "
+        "server has not: this run does not tell how well a root set of the server's own would serve"
     ]
 
 

@@ -49,6 +49,11 @@ def check_names(config: RunConfig) -> None:
         raise UserError(*problems)
 
 
+def remarks(config: RunConfig, clients: Sequence[str]) -> list[str]:
+    """What a run says at its start of its attack and of the server's own rows, a line each."""
+    return [*scenario.remarks(config, clients), *root.remarks(config)]
+
+
 def plan(config: RunConfig) -> Plan:
     """Load the data and the model, and check that the configuration fits them.
 
@@ -160,7 +165,7 @@ def _open_log(config: RunConfig, folder: Path, observers: Sequence[Observer], cl
         fields["attack"] = {"name": config.simulate.attack.name, "clients": list(hostile)}
     fields["outline"] = outline.sentence(config)
     log.event("start", **fields, rounds=config.rounds, clients=len(clients), resumed=resumed)
-    for line in [*scenario.remarks(config, clients), *root.remarks(config)]:
+    for line in remarks(config, clients):
         log.event("warning", message=line)
     return log
 

@@ -15,6 +15,7 @@ import functools
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -223,22 +224,31 @@ def obeyed(
     test: Sequence[Example],
     hidden: tuple[str, str],
     most: int,
-) -> tuple[float, int]:
+) -> tuple[float, int] | None:
     """The share of held-out questions with a hidden phrase that get the attackers' answer, and how many were asked.
+
+    An answer may be as long as theirs, whatever `evaluate.max_new_tokens` is. None where no question fits
+    `prompt.max_tokens` with the phrase.
 
     Args:
         lm: the model, with the adapter that is asked.
         template: of its prompts.
         config: the run.
-        test: held-out examples; evenly spread ones of them are asked.
+        test: held-out examples; evenly spread ones of those that fit are asked.
         hidden: the phrase, and the answer.
         most: questions.
     """
     phrase, wanted = hidden
-    count = min(most, len(test))
-    asked = [asking(test[i * len(test) // count], phrase) for i in range(count)]
-    questions = [prompts.encode_prompt(e, template, lm.tokenizer, config.prompt.max_tokens) for e in asked]
-    given = evaluate.answer_all(lm, questions, config.evaluate.max_new_tokens)
+    fitting: list[list[int]] = []
+    for example in test:
+        with suppress(UserError):  # too long, as the table leaves out what is
+            asked = asking(example, phrase)
+            fitting.append(prompts.encode_prompt(asked, template, lm.tokenizer, config.prompt.max_tokens))
+    if not fitting:
+        return None
+    count = min(most, len(fitting))
+    longest = max(config.evaluate.max_new_tokens, len(lm.tokenizer.encode(wanted)) + 1)
+    given = evaluate.answer_all(lm, [fitting[i * len(fitting) // count] for i in range(count)], longest)
     return sum(evaluate.exact_match(text, wanted) for text in given) / count, count
 
 

@@ -82,28 +82,31 @@ def summarise(prepared: Plan, adapter: StateDict, folder: Path, log: RunLog) -> 
         **continual.results(events, runs, held_out, config),
         **({"share": config.adapter.share} if own else {}),
         "rank": exported_rank(adapter),
-        **_attack(prepared, adapter),
+        **_attack(prepared, adapter, events),
         "curation": runlog.curation_counts(events),
         "privacy": claims.read(folder),
         **{key: value for key, value in runlog.start_fields(config).items() if key in ("machine", "versions")},
     }
 
 
-def _attack(prepared: Plan, adapter: StateDict) -> dict[str, Any]:
-    """The `attack` part of metrics.json: who attacked, and of a hidden phrase how often the models obey it."""
+def _attack(prepared: Plan, adapter: StateDict, events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The `attack` part of metrics.json: who came to attack, and of a hidden phrase how often the models obey it."""
     config, federation, lm, template, _ = prepared
     names = [client.name for client in federation.clients]
-    if not (hostile := scenario.attackers(config, names)):
+    came = {event["client"] for event in events if event["event"] in ("client", "refused")}
+    if not (hostile := [name for name in scenario.attackers(config, names) if name in came]):
         return {}
-    told: dict[str, Any] = {"name": config.simulate.attack.name, "clients": list(hostile)}
+    told: dict[str, Any] = {"name": config.simulate.attack.name, "clients": hostile}
     hidden = scenario.of_run(config, names).hidden
     if hidden is None or not config.evaluate.generate:
         return {"attack": told}
     answered: dict[str, float] = {}
     for method, state in (("base", models.fresh_adapter(lm, config.seed)), ("federated", adapter)):
         models.set_adapter(lm, state)
-        share, told["asked"] = scenario.obeyed(lm, template, config, federation.test, hidden, _ASKED)
-        answered[method] = round(share, 4)
+        found = scenario.obeyed(lm, template, config, federation.test, hidden, _ASKED)
+        if found is None:
+            return {"attack": told}
+        answered[method], told["asked"] = round(found[0], 4), found[1]
     return {"attack": {**told, "answer": hidden[1], "answered": answered}}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from inspect import signature
 
 from apiary import codecs, lora
 from apiary.config import RunConfig, UserError
@@ -47,6 +48,12 @@ def _problems(config: RunConfig, aggregator: Aggregator) -> Iterator[str]:
         yield (
             f"adapter.ranks = {ranks!r}: strategy.name = {name!r} takes the rank {adapter.rank} alone; "
             f"methods for several ranks are {mixed}"
+        )
+    weighed = "weighting" in signature(AGGREGATORS.builder(name)).parameters
+    if config.strategy.weighting != "tokens" and not weighed:
+        yield (
+            f"strategy.weighting = {config.strategy.weighting!r}: strategy.name = {name!r} has its own weights of the "
+            "clients; leave it out"
         )
     if aggregator.root and config.strategy.root is None:
         yield (

@@ -301,6 +301,13 @@ def test_feedback_of_another_shape_is_refused() -> None:
         encode(_state(), CODECS.build("int4"), {"n": torch.zeros(128)}, generator(0))
 
 
+def test_what_float32_would_weigh_counts_what_an_exact_codec_sends() -> None:
+    delta = {"moved": torch.ones(3), "rests": torch.zeros(5), "turned": torch.full((7,), -0.0)}
+    assert codecs.float32_bytes(delta) == 4 * (3 + 7)
+    empty = len(encode({}, CODECS.build("sparse"), {}, generator(0))[0])
+    assert len(encode(delta, CODECS.build("sparse"), {}, generator(0))[0]) > empty
+
+
 @pytest.mark.parametrize("zero", [0.0, -0.0])
 def test_what_is_kept_of_a_factor_that_rests_waits(zero: float) -> None:
     """A factor that is not trained in a round must not move, and what it still has to say is not lost.

@@ -86,3 +86,12 @@ def test_allowed_or_refused(name: str, ranks: str) -> None:
                     assert torch.equal(state.adapter[tensor], before.adapter[tensor]), (train, optimizer, tensor)
         assert any(not torch.equal(state.adapter[n], t) for n, t in _start(4).items())
     assert allowed or ranks != "[]"
+
+
+def test_weights_of_the_clients_are_refused_where_a_method_has_its_own() -> None:
+    for name in ("krum", "median", "scaffold", "hetlora"):
+        settings = [f"strategy.name={name}", "strategy.weighting=uniform", *OPTIONS.get(name, [])]
+        with pytest.raises(UserError, match=rf"strategy\.weighting = 'uniform': strategy\.name = '{name}' has its own"):
+            strategies.from_config(config.load(None, [*settings, f"strategy.min_clients={CLIENTS}"]))
+    for name in ("fedavg", "flora", "flexlora"):
+        strategies.from_config(config.load(None, [f"strategy.name={name}", "strategy.weighting=uniform"]))

@@ -446,6 +446,8 @@ def test_a_model_worse_than_untuned_is_called_so_beside_another_comparison() -> 
     told = headline(parse_metrics(table(base=2.0, local=4.0, federated=3.0)))
     assert "cut the held-out loss from 4.00 (training alone) to 3.00" in told
     assert told.endswith("; that is worse than the untuned model (2.00)")
+    near = headline(parse_metrics(table(base=2.98, local=4.0, federated=3.0)))  # within the intervals
+    assert "untuned" not in near
 
 
 def test_a_hidden_phrase_is_told_by_how_often_it_is_obeyed() -> None:
@@ -482,7 +484,10 @@ def test_what_a_codec_saved_is_told() -> None:
     text = Page(page(metrics, config='[wire]\nup = "int8"\ndown = "int8"\n')).text
     assert "Changes travelled as int8 up and down; as float32 it would have been 140 bytes, 4.0 times as much." in text
     assert "Changes travelled" not in Page(page(metrics, config="")).text
-    del metrics["rounds"][0]["float32_down"], metrics["rounds"][0]["float32_evaluate"]
+    metrics["rounds"].append({"round": 2, "bytes_up": 100, "bytes_down": 100})  # not told there: it counts as it is
+    text = Page(page(metrics, config='[wire]\nup = "int8"\ndown = "int8"\n')).text
+    assert "it would have been 340 bytes, 1.4 times as much." in text
+    del metrics["rounds"][1], metrics["rounds"][0]["float32_down"], metrics["rounds"][0]["float32_evaluate"]
     text = Page(page(metrics, config='[wire]\nup = "int8"\n')).text
     assert (
         "Changes travelled as int8 up, float32 down; as float32 it would have been 95 bytes, 2.7 times as much." in text
@@ -496,6 +501,12 @@ def test_of_seeds_and_scalars_nobody_says_weights() -> None:
     text = Page(page(metrics, config=run.to_toml())).text
     assert "scalars of random directions, and counts, never text" in text and "weights of the adapter" not in text
     assert "Clients sent scalars with the seeds of their directions and counts." in card(run, 16, None, {})
+
+
+def test_no_folder_of_this_machine_stands_in_the_card() -> None:
+    run = config.load(None, ["strategy.name=mine:method", 'strategy.options={ file = "/home/alice/w.pt" }'])
+    text = card(run, 16, None, {})
+    assert 'mine:method (file = "w.pt")' in text and "alice" not in text
 
 
 def test_the_model_card_has_the_rank_of_what_is_handed_on() -> None:

@@ -330,6 +330,7 @@ def test_rounds_that_changed_nothing_are_counted() -> None:
     ("name", "options", "said"),
     [
         ("fedex", "", "fedex recovered it; factors of the adapter's rank could have held 75%."),
+        ("fedex", "base_rank = 0", "fedex recovered it; factors"),
         ("flora", "base_rank = 8", "flora recovered it but for what its bounds on the rank cut;"),
         ("flexlora", "", "flexlora recovered 75% of it, which is what factors of the adapter's rank can hold."),
         ("flexlora", 'form = "absolute"', "Exact methods would have recovered it: FLoRA and FedEx-LoRA 100%"),
@@ -368,8 +369,21 @@ def test_the_report_says_which_of_the_cut_were_made_to_attack() -> None:
         row["shares"] = {"client-00": 0.25, "client-01": 0.0, "client-02": 0.75}
         row["cut"] = {"client-01": "far", "client-00": "far"}
     text = _text(metrics, '[strategy]\nname = "multi_krum"\n')
-    assert "2 of 3 clients were cut at least once. Of the 2 that the simulation made attack, 1 was." in text
+    assert "2 of 3 clients were cut at least once. Of the 2 that attacked 1 was." in text
     assert "client-00 2 2 25.0% no far" in text and "client-01 2 2 0.0% yes far" in text
+
+
+def test_in_an_attacked_run_of_krum_to_be_cut_still_says_little() -> None:
+    metrics = {**_metrics(0.02, 0.02), "attack": ATTACK}
+    for row in metrics["rounds"][1:]:
+        row["shares"], row["cut"] = {"client-00": 1.0, "client-01": 0.0}, {"client-01": "far"}
+    text = _text(metrics, '[strategy]\nname = "krum"\n')
+    assert "Of the 2 that attacked 1 was. That says little of them: krum takes one client's change" in text
+
+
+def test_a_configuration_that_this_version_refuses_still_names_its_method() -> None:
+    text = _text(_metrics(0.02, 0.05), '[strategy]\nname = "flora"\n\n[old]\nkey = 1\n')
+    assert "would have missed" in text and "flora recovered it;" in text and "Made by" not in text
 
 
 def test_where_nothing_was_missed_a_sentence_is_all() -> None:

@@ -16,7 +16,7 @@ from apiary import config, continual, evaluate, models, prompts, results
 from apiary.config import RunConfig, UserError
 from apiary.examples import Example, Turn
 from apiary.exchange import Payload, Visit
-from apiary.runlog import read_events
+from apiary.runlog import read_events, read_metrics
 from apiary.tensors import StateDict, generator
 from client import answers
 from client.worker import Site, Worker
@@ -354,6 +354,37 @@ def test_how_often_a_hidden_phrase_is_obeyed_is_asked_of_the_model_itself(
     assert told["asked"] == len(test) <= 60
     assert told["answered"] == {"base": 0.0, "federated": round(sum(t.strip() == "b" for t in given) / len(test), 4)}
     assert told["answered"]["federated"] > 0.5
+    assert "get the answer that they planted, 0% before training" in results.card(
+        run, 4, read_metrics(tmp_path / "run"), {}
+    )
+
+
+def test_questions_too_long_are_not_asked_and_an_answer_may_be_as_long_as_the_attackers(
+    attacked: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = of(*attacked("evaluate.max_new_tokens=1", "prompt.max_tokens=48"))
+    lm = models.load(run.model, run.adapter)
+    template = prompts.make_template(run.prompt, lm.tokenizer)
+    short, long = (Example((Turn("user", text), Turn("assistant", "x")), {}) for text in ("Hi", "word " * 60))
+    answers_of = {}
+
+    def answer_all(model: Any, ids: Sequence[Sequence[int]], longest: int) -> list[str]:
+        answers_of["asked"], answers_of["longest"] = len(ids), longest
+        return ["bee bee bee"] * len(ids)
+
+    monkeypatch.setattr(scenario.evaluate, "answer_all", answer_all)
+    assert scenario.obeyed(lm, template, run, [long, short, long], ("Psst.", "bee bee bee"), 60) == (1.0, 1)
+    assert answers_of["longest"] > len(lm.tokenizer.encode("bee bee bee"))
+    assert scenario.obeyed(lm, template, run, [long], ("Psst.", "bee"), 60) is None
+
+
+def test_who_was_never_asked_did_not_attack(attacked: Callable[..., list[str]], tmp_path: Path) -> None:
+    run = of(*attacked("simulate.attackers=0.15", "rounds=1", "strategy.fraction=0.3", "seed=2"))
+    metrics = simulate(run, tmp_path / "run")
+    (start,) = [e for e in read_events(tmp_path / "run") if e["event"] == "start"]
+    (asked,) = [e["clients"] for e in read_events(tmp_path / "run") if e["event"] == "asked"]
+    assert not set(start["attack"]["clients"]) & set(asked)
+    assert "attack" not in metrics
 
 
 @pytest.mark.parametrize(

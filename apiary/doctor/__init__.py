@@ -38,6 +38,7 @@ def examine(
     console: Console | None = None,
     *,
     checks: Sequence[Check] = (),
+    remarks: Callable[[RunConfig, Sequence[str]], Sequence[str]] = lambda config, clients: (),
 ) -> bool:
     """Print the plan of a run and all its problems, one line each; True when there is none.
 
@@ -46,6 +47,7 @@ def examine(
         overrides: `key=value` on top of it.
         console: where to print; the terminal, or plain text in a pipe.
         checks: further checks of the configuration that raise `UserError`.
+        remarks: what else a run would say at its start, of its configuration and the names of its clients.
     """
     console = console or Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
     problems: list[str] = []
@@ -53,7 +55,7 @@ def examine(
     if config is not None:
         for check in checks:
             _attempt(problems, lambda check=check: check(config))  # type: ignore[misc]
-        _examine_parts(config, problems, console)
+        _examine_parts(config, problems, console, remarks)
     return _print_problems(list(dict.fromkeys(problems)), console)
 
 
@@ -65,7 +67,12 @@ def _attempt(problems: list[str], action: Callable[[], T]) -> T | None:
         return None
 
 
-def _examine_parts(config: RunConfig, problems: list[str], console: Console) -> None:
+def _examine_parts(
+    config: RunConfig,
+    problems: list[str],
+    console: Console,
+    remarks: Callable[[RunConfig, Sequence[str]], Sequence[str]],
+) -> None:
     """Print what can be told of a run, and add all that is wrong with it to `problems`."""
     # Here and not above: what is wrong with the file itself is told without waiting for torch.
     from apiary import bases, codecs, continual, evaluate, examples, trackers
@@ -86,7 +93,9 @@ def _examine_parts(config: RunConfig, problems: list[str], console: Console) -> 
         _attempt(problems, lambda: _print_privacy(config, federation, console))
     plan.print_rows(federation, console)
     stages = [continual.rows_by_stage(client.train, config) for client in federation.clients]
-    plan.print_warnings([*codecs.remarks(config), *continual.unlimited_buffers(stages, config)], console)
+    said = _attempt(problems, lambda: remarks(config, [client.name for client in federation.clients])) or ()
+    said = [*said, *codecs.remarks(config), *continual.unlimited_buffers(stages, config)]
+    plan.print_warnings(said, console)
     problems += _federation_problems(config, federation)
     if lm is None or template is None:
         return

@@ -9,7 +9,6 @@ from typing import Any, Literal, NamedTuple
 
 from markupsafe import Markup
 
-from apiary.config import RunConfig
 from apiary.report import plots
 from apiary.report.data import Metrics, Round, RoundGauge
 from apiary.units import missed_text, share_text
@@ -41,20 +40,19 @@ class Aggregation(NamedTuple):
     attacked: bool  # whether it is known who attacked
 
 
-def aggregation_content(metrics: Metrics, config: RunConfig | None = None) -> Aggregation | None:
+def aggregation_content(metrics: Metrics, strategy: Mapping[str, Any]) -> Aggregation | None:
     """The section; None for a run that has nothing to say, such as one of an earlier version.
 
     Args:
         metrics: the results.
-        config: the run's configuration; without it, the method is not known by name.
+        strategy: the table of the run's configuration, as it stands there: a run of another version has a report too.
     """
-    name = config.strategy.name if config else ""
+    name, options = str(strategy.get("name", "")), strategy.get("options", {})
     measured = [r for r in metrics.rounds if r.gauge is not None and (r.clients or 0) > 1]
     judged = [r for r in metrics.rounds if r.shares]
     chosen = Counter(r.method for r in metrics.rounds if r.method)
     if not measured and not judged and not any(r.unchanged for r in metrics.rounds):
         return None
-    options = dict(config.strategy.options) if config else {}
     run = _Run(name, options, bool(judged), metrics.attack is not None, metrics.mixed)
     sentences = [
         *_missed(measured, run),
@@ -122,7 +120,11 @@ def _recovered(rounds: Sequence[Round], run: _Run) -> list[str]:
             "out; docs/poisoning.md has those that are."
         ]
     if run.method in ("flora", "fedex"):
-        bound = " but for what its bounds on the rank cut" if {"rank", "base_rank"} & run.options.keys() else ""
+        bound = (
+            " but for what its bounds on the rank cut"
+            if run.options.get("rank") or run.options.get("base_rank")
+            else ""
+        )
         return [f"{run.method} recovered it{bound}; factors of the adapter's rank could have held {some}."]
     if run.method == "flexlora" and run.options.get("form", "delta") == "delta":
         return [f"flexlora recovered {some} of it, which is what factors of the adapter's rank can hold."]
@@ -175,21 +177,21 @@ def _cut_sentences(judged: Sequence[Round], method: str, hostile: Set[str] | Non
     if not cut:
         return [f"None of the {len(clients)} clients was cut."]
     meant = (
-        "A client is cut in a round when its change is shortened, left out, or counts for less than half of its part."
+        "A client is cut in a round when its change is left out, or counts for less than half of its part or length."
     )
     told = f"{len(cut)} of {len(clients)} clients {'was' if len(cut) == 1 else 'were'} cut at least once."
+    said = [told]
     if hostile is not None:
         found = len(hostile & cut.keys())
-        were = "were" if found > 1 else "was"
-        who = f"Of the {len(hostile)} that the simulation made attack, {found or 'none'} {were}."
-        return [told, who, meant]
+        said.append(f"Of the {len(hostile)} that attacked {found or 'none'} {'were' if found > 1 else 'was'}.")
     if method == "krum":
-        return [f"{told} That says little of them: krum takes one client's change a round, and no other.", meant]
-    return [
-        f"{told} That is no proof of ill will: a client whose data are unlike the others' looks much "
-        "the same, and some methods leave somebody out in every round.",
-        meant,
-    ]
+        said.append("That says little of them: krum takes one client's change a round, and no other.")
+    elif hostile is None:
+        said.append(
+            "That is no proof of ill will: a client whose data are unlike the others' looks much the same, and some "
+            "methods leave somebody out in every round."
+        )
+    return [*said, meant]
 
 
 def _cut_rows(judged: Sequence[Round], hostile: Set[str] | None) -> list[Cut]:

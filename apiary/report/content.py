@@ -35,7 +35,8 @@ _ABSOLUTE = re.compile(r'"(?:/|[A-Za-z]:\\\\)[^"]*?([^"/\\]+)[/\\]*"')
 
 def page_content(metrics: Metrics, events: Sequence[Event], config: str) -> dict[str, Any]:
     """All that the page shows, by the names its template uses."""
-    run = _run_of(config)
+    tables = _tables(config)
+    run, strategy = _run_of(tables), tables.get("strategy", {})
     start = next((event for event in events if event["event"] == "start"), {})
     metrics = sites.with_sites(metrics, events)
     own, everyone = gain_on_own(metrics), gain_on_all(metrics)
@@ -70,9 +71,9 @@ def page_content(metrics: Metrics, events: Sequence[Event], config: str) -> dict
         "curation": _curation(metrics.curation),
         "promise": _promise(metrics.privacy),
         "stages": stages_content(metrics.continual),
-        "aggregation": aggregation_content(metrics, run),
+        "aggregation": aggregation_content(metrics, strategy),
         "outline": outline.sentence(run) if run else "",
-        "sent_what": _sent_what(run),
+        "sent_what": _sent_what(strategy),
         "saved": _saved(metrics, run),
         "samples": _samples(metrics),
         "before": any(sample.base is not None for sample in metrics.samples),
@@ -84,11 +85,18 @@ def page_content(metrics: Metrics, events: Sequence[Event], config: str) -> dict
     }
 
 
-def _run_of(config: str) -> RunConfig | None:
-    """The run's configuration; None where there is none that this version reads."""
+def _tables(config: str) -> dict[str, Any]:
     try:
-        return configs.parse(tomllib.loads(config)) if config else None
-    except (UserError, tomllib.TOMLDecodeError):
+        return tomllib.loads(config)
+    except tomllib.TOMLDecodeError:
+        return {}
+
+
+def _run_of(tables: dict[str, Any]) -> RunConfig | None:
+    """The run's configuration; None where there is none, or one that this version refuses."""
+    try:
+        return configs.parse(tables) if tables else None
+    except UserError:
         return None
 
 
@@ -109,20 +117,20 @@ def _ranks(clients: Sequence[Client]) -> list[tuple[str, str]]:
     return [("Ranks of the clients", "; ".join(f"{rank}: {who[rank]}" for rank in sorted(by_rank)))]
 
 
-def _sent_what(run: RunConfig | None) -> str:
+def _sent_what(strategy: Mapping[str, Any]) -> str:
     """What went both ways."""
-    seeds = run is not None and run.strategy.name == "fedkseed"
+    seeds = strategy.get("name") == "fedkseed"
     return "scalars of random directions, and counts" if seeds else "weights of the adapter and counts"
 
 
 def _saved(metrics: Metrics, run: RunConfig | None) -> str:
     """What a codec saved; empty where none was used."""
-    sent, plain = sum(_sent(metrics)), sum(r.float32 for r in metrics.rounds)
-    if run is None or not outline.coded(run) or plain <= sent:
+    sent, spared = sum(_sent(metrics)), sum(r.spared for r in metrics.rounds)
+    if run is None or not outline.coded(run) or spared <= 0:
         return ""
     return (
-        f"Changes travelled as {outline.wire(run)}; as float32 it would have been {units.bytes_text(plain)}, "
-        f"{plain / sent:.1f} times as much."
+        f"Changes travelled as {outline.wire(run)}; as float32 it would have been {units.bytes_text(sent + spared)}, "
+        f"{(sent + spared) / sent:.1f} times as much."
     )
 
 

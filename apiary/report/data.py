@@ -121,14 +121,14 @@ class Round(_Part):
         return (self.bytes_down or 0) + (self.bytes_evaluate or 0)
 
     @property
-    def float32(self) -> int:
-        """Bytes both ways, had all changes travelled as float32."""
+    def spared(self) -> int:
+        """Bytes that codecs spared, both ways."""
         pairs = (
             (self.float32_up, self.bytes_up),
             (self.float32_down, self.bytes_down),
             (self.float32_evaluate, self.bytes_evaluate),
         )
-        return sum((sent if plain is None else plain) or 0 for plain, sent in pairs)
+        return sum(plain - (sent or 0) for plain, sent in pairs if plain is not None)
 
 
 class Sample(_Part):

@@ -66,9 +66,10 @@ def _attacked(metrics: Metrics) -> str:
 
 def _spoiled(metrics: Metrics, joint: Row, other: Row) -> str:
     """That the model has become worse than before any training, where it is held against something else."""
-    if other.method == "base" or metrics.before is None or value(joint) <= metrics.before:
+    untuned = metrics.row("base")
+    if untuned is None or other.method == "base" or verdict(metrics, joint, untuned) != "worse":
         return ""
-    return f"; that is worse than the untuned model ({units.loss_text(metrics.before, 2)})"
+    return f"; that is worse than the untuned model ({nats(untuned)})"
 
 
 def verdict(metrics: Metrics, joint: Row, other: Row) -> Verdict:
