@@ -204,6 +204,9 @@ def show_config(
     rows = [row for row in configs.describe() if key is None or row[0] == key or row[0].startswith(f"{key}.")]
     if not rows:
         known = dict.fromkeys(name for row in configs.describe() for name in (row[0].partition(".")[0], row[0]))
+        for table, lines in _methods().items():
+            if any(line.startswith(f"{key}: ") for line in lines):
+                raise UserError(f"{key!r} is no key but may stand at {table}: apiary config {table}")
         close = difflib.get_close_matches(str(key), known, n=1)
         raise UserError(f"no key {key!r}; " + (f"did you mean {close[0]!r}?" if close else "apiary config lists all"))
     methods = _methods() if key is not None else {}

@@ -46,6 +46,7 @@ class State:
     train_loss: float | None = None
     gauge: float | None = None  # what averaging A and B apart missed in the last round, of the clients' mean change
     method: str = ""  # of the last round, where the run chooses by the round
+    averaged: bool = True  # whether the run averages A and B apart, as far as is known
     switched: bool = False  # whether that is another one than in the round before, or the first
     losses: tuple[float, ...] = ()  # held-out, in order: the last one, and the one before if the rows are the same
     own: tuple[str, ...] = ()  # sites on whose own rows the loss is measured; none where it is on the server's
@@ -68,6 +69,7 @@ def _start(state: State, event: Event) -> dict[str, Any]:
         "started": state.started or event["time"],
         "rounds": event.get("rounds") or 0,
         "clients": event.get("clients") or 0,
+        "averaged": event.get("outline", "fedavg").startswith(("fedavg", "scaffold", "auto")),
     }
 
 
@@ -224,7 +226,10 @@ def _facts(state: State, now: float) -> Iterator[tuple[str, str]]:
         yield "train loss", f"{loss_text(state.train_loss)} nats per token"
         yield "held-out loss", _held_out(state)
     if state.gauge is not None:
-        yield "averaging misses", missed_text(state.gauge) + (f"; averaged by {state.method}" if state.method else "")
+        yield (
+            f"averaging {'misses' if state.averaged else 'would miss'}",
+            missed_text(state.gauge) + (f"; averaged by {state.method}" if state.method else ""),
+        )
     if state.rate is not None:
         yield "speed", f"{count_text(state.rate)} tokens/s"
     if state.bytes_up or state.bytes_down:
@@ -308,7 +313,8 @@ def _round_line(state: State, event: Event) -> str:
         seconds_text(event.get("seconds")),
     ]
     if state.gauge is not None:
-        parts.insert(2, f"averaging apart misses {missed_text(state.gauge)}")
+        verb = "misses" if state.averaged else "would miss"
+        parts.insert(2, f"averaging apart {verb} {missed_text(state.gauge)}")
     left = eta(state, event["time"])
     if left is not None and state.finished_rounds < state.rounds:
         parts.append(f"about {seconds_text(left)} left")

@@ -145,7 +145,7 @@ def _summarise(config: RunConfig, folder: Path, adapter: StateDict, held_out: He
         "run": folder.name,
         "task": f"{len(clients)} sites, {public_name(config.model.name)}",
         "table": table,
-        "clients": [_client(name, clients[name], ranks[name]) for name in sorted(clients)],
+        "clients": [_client(name, clients[name], ranks.get(name)) for name in sorted(clients)],
         "rounds": runlog.rounds_table(events),
         "sites": own_rounds(events),
         **more,
@@ -156,7 +156,7 @@ def _summarise(config: RunConfig, folder: Path, adapter: StateDict, held_out: He
     }
 
 
-def _client(name: str, hello: Mapping[str, Any], rank: int) -> dict[str, Any]:
+def _client(name: str, hello: Mapping[str, Any], rank: int | None) -> dict[str, Any]:
     return {"client": name, "examples": hello["examples"], "tokens": hello["tokens"], "rank": rank}
 
 

@@ -98,7 +98,10 @@ def _attack(prepared: Plan, adapter: StateDict, events: Sequence[Mapping[str, An
         return {}
     told: dict[str, Any] = {"name": config.simulate.attack.name, "clients": hostile}
     hidden = scenario.of_run(config, names).hidden
-    if hidden is None or not config.evaluate.generate:
+    if hidden is None:
+        return {"attack": told}
+    told["answer"] = hidden[1]
+    if not config.evaluate.generate:
         return {"attack": told}
     answered: dict[str, float] = {}
     for method, state in (("base", models.fresh_adapter(lm, config.seed)), ("federated", adapter)):
@@ -107,7 +110,7 @@ def _attack(prepared: Plan, adapter: StateDict, events: Sequence[Mapping[str, An
         if found is None:
             return {"attack": told}
         answered[method], told["asked"] = round(found[0], 4), found[1]
-    return {"attack": {**told, "answer": hidden[1], "answered": answered}}
+    return {"attack": {**told, "answered": answered}}
 
 
 def _personal(prepared: Plan, adapter: StateDict, folder: Path, trained: Mapping[str, int]) -> dict[str, StateDict]:

@@ -67,7 +67,7 @@ def _problems(config: RunConfig, aggregator: Aggregator) -> Iterator[str]:
     yield from _wire_problems(config, aggregator)
     if config.strategy.min_clients < aggregator.fewest:
         few = config.data.partition.name != "natural" and config.data.clients < aggregator.fewest
-        also = f" and, in a simulation, data.clients = {config.data.clients}" if few else ""
+        also = f" (and data.clients, now {config.data.clients}, with it)" if few else ""
         yield (
             f"strategy.min_clients = {config.strategy.min_clients}: strategy.name = {name!r} with these options needs "
             f"{aggregator.fewest} answers to keep its promise; raise it{also}, or lower strategy.options.byzantine"

@@ -37,6 +37,7 @@ def test_a_table_is_shown_with_its_methods_and_their_options() -> None:
     every = apiary("config").stdout
     assert "train.lr = 0.003" in every and "multi_krum:" not in every and "apiary config strategy" in every
     assert_refused(apiary("config", "strateg"), "'strateg'", "did you mean 'strategy'?")
+    assert_refused(apiary("config", "flora"), "'flora' is no key", "apiary config strategy.name")
 
 
 def test_all_problems_have_a_line_each() -> None:

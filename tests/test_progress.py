@@ -259,3 +259,10 @@ def test_a_pipe_gets_lines_and_a_terminal_gets_the_board(monkeypatch: pytest.Mon
     written = b"".join(shown).decode()
     assert "waiting for" in written
     assert "\x1b[?25h" in written  # the cursor is given back
+
+
+def test_a_method_that_does_not_average_apart_is_not_said_to_miss_it() -> None:
+    for made, said in (("flora; LoRA rank 4", "would miss"), ("fedavg; LoRA rank 4", "misses")):
+        state = fold(State(), {"event": "start", "clients": 8, "rounds": 4, "outline": made, "time": 100.0})
+        event = {"event": "round", "round": 1, "clients": 8, "asked": 8, "gauge": {"relative": 0.05}, "time": 110.0}
+        assert f"averaging apart {said} 5.0%" in str(line(fold(state, event), event))

@@ -425,7 +425,7 @@ def test_a_run_says_of_privacy_what_stands_in_its_ledger(tmp_path: Path) -> None
 # -- how the model was made, and what became of it -------------------------------------------------------------------
 
 
-ATTACK = {"name": "sign_flip", "clients": ["client-01", "client-04"]}
+ATTACK: dict[str, Any] = {"name": "sign_flip", "clients": ["client-01", "client-04"]}
 
 
 def test_an_attacked_run_that_lost_says_so_in_its_headline() -> None:
@@ -438,8 +438,11 @@ def test_an_attacked_run_that_lost_says_so_in_its_headline() -> None:
         "while 2 of 8 clients attacked (sign_flip)"
     )
     text = Page(page(metrics)).text
-    assert "The simulation made client-01, client-04 attack (sign_flip)." in text
-    assert "The simulation made client-01, client-04 attack (sign_flip)." in table_plain(metrics)
+    assert (
+        "The simulation made client-01, client-04 attack (sign_flip); they do not count among the clients that gain."
+        in text
+    )
+    assert "The simulation made client-01, client-04 attack (sign_flip); they do not" in table_plain(metrics)
 
 
 def test_a_model_worse_than_untuned_is_called_so_beside_another_comparison() -> None:
@@ -454,6 +457,26 @@ def test_a_hidden_phrase_is_told_by_how_often_it_is_obeyed() -> None:
     obeyed = {"asked": 60, "answer": "x", "answered": {"base": 0.0, "federated": 0.8}}
     text = Page(page({**table(base=3.0, federated=2.0), "attack": {**ATTACK, "name": "trigger", **obeyed}})).text
     assert "Of 60 held-out questions with their hidden phrase, 80% get the answer that they planted, 0% before" in text
+
+
+def test_a_hidden_phrase_that_works_stands_in_the_headline_and_one_that_was_not_tried_is_said() -> None:
+    obeyed = {"asked": 60, "answer": "x", "answered": {"base": 0.0, "federated": 1.0}}
+    metrics = {**fake_metrics(8, 3), "attack": {**ATTACK, "name": "trigger", **obeyed}}
+    told = headline(parse_metrics(metrics))
+    assert "while 2 of 8 clients attacked (trigger), whose hidden phrase works in 100% of the questions" in told
+    assert "The hidden phrase works in 100% of questions with it; 0% before training" in Page(page(metrics)).text
+    metrics["attack"] = {**ATTACK, "answer": "x"}
+    assert "How often their hidden phrase works was not measured" in Page(page(metrics)).text
+    assert "hidden phrase" not in Page(page({**metrics, "attack": ATTACK})).text
+
+
+def test_attackers_do_not_count_among_those_that_gain() -> None:
+    metrics = fake_metrics(8, 3)
+    everybody = gain_on_own(parse_metrics(metrics))
+    honest = gain_on_own(parse_metrics({**metrics, "attack": ATTACK}))
+    assert everybody and honest and len(everybody.gains) == 8
+    assert everybody.gains.keys() - honest.gains.keys() == set(ATTACK["clients"])
+    assert "of 6" in Page(page({**metrics, "attack": ATTACK})).text
 
 
 def test_the_report_says_in_words_how_the_model_was_made() -> None:
@@ -471,7 +494,7 @@ def test_the_report_says_in_words_how_the_model_was_made() -> None:
     made = (
         "flora (base_rank = 32); LoRA rank 8 (rslora); server optimiser plain (lr = 1.4); on the wire int8 up, float32"
     )
-    assert f"Made by {made} down." in text
+    assert f"Made by {made} down; exported at rank 40." in text
     assert "Rank of the exported adapter 40" in text and "Method flora (base_rank = 32)" in text
     assert "Made by" not in Page(page(table(federated=2.0), config="no = [toml")).text
 
@@ -504,7 +527,7 @@ def test_of_seeds_and_scalars_nobody_says_weights() -> None:
 
 
 def test_no_folder_of_this_machine_stands_in_the_card() -> None:
-    run = config.load(None, ["strategy.name=mine:method", 'strategy.options={ file = "/home/alice/w.pt" }'])
+    run = config.load(None, ["strategy.name=mine:method", 'strategy.options={ file = "/data-of-alice/w.pt" }'])
     text = card(run, 16, None, {})
     assert 'mine:method (file = "w.pt")' in text and "alice" not in text
 

@@ -211,6 +211,8 @@ def _print_traffic(run: Run, work: forecast.Work, console: Console) -> None:
     whole = f"{bytes_text(traffic.total)} in the whole run{again if traffic.evaluations else ''}"
     down, up = (bytes_text(size * work.cohort) for size in (traffic.down, traffic.up))
     _fact(console, "", f"{down} down and {up} up; {whole}")
+    if traffic.grows and not run.config.strategy.options.get("base_rank"):
+        _fact(console, "", "what stands in the base grows in every round; strategy.options.base_rank bounds it")
 
 
 def _print_steps(run: Run, work: forecast.Work, console: Console) -> None:

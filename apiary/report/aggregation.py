@@ -113,7 +113,7 @@ def _recovered(rounds: Sequence[Round], run: _Run) -> list[str]:
     all_of_it, some = (share_text(min(1.0, max(0.0, median(x))), 0) for x in (added, own))
     some = f"an estimated {some} or more" if any(g.stderr for g in seen) else some
     if run.robust:  # no other method is a way out here: the exact ones trust everybody
-        return [f"Of that, factors of the adapter's rank can hold {some}, and such of any rank {all_of_it}."]
+        return [f"Of what is missed, factors of the adapter's rank can hold {some}, and such of any rank {all_of_it}."]
     if run.attacked:
         return [
             "The attackers' changes are part of this figure. An exact method would follow them exactly, and is no way "
@@ -182,8 +182,11 @@ def _cut_sentences(judged: Sequence[Round], method: str, hostile: Set[str] | Non
     told = f"{len(cut)} of {len(clients)} clients {'was' if len(cut) == 1 else 'were'} cut at least once."
     said = [told]
     if hostile is not None:
-        found = len(hostile & cut.keys())
-        said.append(f"Of the {len(hostile)} that attacked {found or 'none'} {'were' if found > 1 else 'was'}.")
+        sent, lost = _counted(judged, hostile)
+        others, spared = _counted(judged, clients - hostile)
+        said.append(
+            f"Of the {sent} changes that attackers sent {lost} were cut, and of the {others} of the others {spared}."
+        )
     if method == "krum":
         said.append("That says little of them: krum takes one client's change a round, and no other.")
     elif hostile is None:
@@ -192,6 +195,11 @@ def _cut_sentences(judged: Sequence[Round], method: str, hostile: Set[str] | Non
             "methods leave somebody out in every round."
         )
     return [*said, meant]
+
+
+def _counted(judged: Sequence[Round], clients: Set[str]) -> tuple[int, int]:
+    """How many changes came from these clients, and how many of them were cut."""
+    return sum(len(clients & r.shares.keys()) for r in judged), sum(len(clients & r.cut.keys()) for r in judged)
 
 
 def _cut_rows(judged: Sequence[Round], hostile: Set[str] | None) -> list[Cut]:

@@ -72,7 +72,7 @@ def page_content(metrics: Metrics, events: Sequence[Event], config: str) -> dict
         "promise": _promise(metrics.privacy),
         "stages": stages_content(metrics.continual),
         "aggregation": aggregation_content(metrics, strategy),
-        "outline": outline.sentence(run) if run else "",
+        "outline": _outline(metrics, run),
         "sent_what": _sent_what(strategy),
         "saved": _saved(metrics, run),
         "samples": _samples(metrics),
@@ -98,6 +98,13 @@ def _run_of(tables: dict[str, Any]) -> RunConfig | None:
         return configs.parse(tables) if tables else None
     except UserError:
         return None
+
+
+def _outline(metrics: Metrics, run: RunConfig | None) -> str:
+    if run is None:
+        return ""
+    grown = metrics.rank is not None and metrics.rank != run.adapter.rank
+    return outline.sentence(run) + (f"; exported at rank {metrics.rank}" if grown else "")
 
 
 def _made(metrics: Metrics, run: RunConfig | None) -> list[tuple[str, str]]:
@@ -159,10 +166,14 @@ def _tiles(metrics: Metrics, own: Gain | None, everyone: Gain | None) -> list[tu
             remark = f"{before} by {versus}" if before else "word for word"
             tiles.append(("Answers exactly right", units.share_text(joint.accuracy, 0), remark))
     tiles += _site_tiles(metrics)
-    if gain := everyone or own:
-        where = "with the tasks of all in view" if everyone else "on their own tasks"
+    answered = metrics.attack.answered if metrics.attack else {}
+    if "federated" in answered:
+        remark = f"of questions with it; {units.share_text(answered.get('base'), 0)} before training"
+        tiles.append(("The hidden phrase works in", units.share_text(answered["federated"], 0), remark))
+    if gain := own or everyone:
+        where = "on their own tasks" if own else "on the tasks of all"
         if everyone and own:
-            where += f"; on their own tasks alone {own.improved} of {len(own.gains)}"
+            where += f"; {everyone.improved} of {len(everyone.gains)} on the tasks of all"
         tiles.append(("Clients that gain by joining", f"{gain.improved} of {len(gain.gains)}", where))
     if sum(_sent(metrics)):
         rounds = sum(r.round > 0 for r in metrics.rounds)

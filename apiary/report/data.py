@@ -220,6 +220,11 @@ class Metrics(_Part):
         return next((r for r in self.table if r.method == method and r.loss is not None), None)
 
     @property
+    def honest(self) -> tuple[Client, ...]:
+        """All clients but those that a simulation made attack."""
+        return tuple(c for c in self.clients if self.attack is None or c.client not in self.attack.clients)
+
+    @property
     def mixed(self) -> bool:
         """Whether clients have several ranks."""
         return len({client.rank for client in self.clients} - {None}) > 1
@@ -268,8 +273,8 @@ class Gain(_Part):
 
 
 def gain_on_own(metrics: Metrics) -> Gain | None:
-    """The gain of each client on its own held-out examples; None where it was not measured."""
-    return gain_of((c.client, c.own.get("local"), c.own.get("federated")) for c in metrics.clients)
+    """The gain of each honest client on its own held-out examples; None where it was not measured."""
+    return gain_of((c.client, c.own.get("local"), c.own.get("federated")) for c in metrics.honest)
 
 
 def gain_of(losses: Iterable[tuple[str, float | None, float | None]]) -> Gain | None:
@@ -279,11 +284,11 @@ def gain_of(losses: Iterable[tuple[str, float | None, float | None]]) -> Gain | 
 
 
 def gain_on_all(metrics: Metrics) -> Gain | None:
-    """The gain of each client on the held-out examples of all; None where it was not measured."""
+    """The gain of each honest client on the held-out examples of all; None where it was not measured."""
     row = metrics.row("federated")
     if row is None or row.loss is None:
         return None
-    return gain_of((c.client, c.mix_loss.get("local"), row.loss) for c in metrics.clients)
+    return gain_of((c.client, c.mix_loss.get("local"), row.loss) for c in metrics.honest)
 
 
 def parse_metrics(values: Mapping[str, Any], name: str = "metrics.json") -> Metrics:

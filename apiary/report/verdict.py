@@ -61,7 +61,9 @@ def _attacked(metrics: Metrics) -> str:
     attack = metrics.attack
     if attack is None:
         return ""
-    return f", while {len(attack.clients)} of {len(metrics.clients)} clients attacked ({attack.name})"
+    obeyed = attack.answered.get("federated")
+    phrase = "" if obeyed is None else f", whose hidden phrase works in {units.share_text(obeyed, 0)} of the questions"
+    return f", while {len(attack.clients)} of {len(metrics.clients)} clients attacked ({attack.name}){phrase}"
 
 
 def _spoiled(metrics: Metrics, joint: Row, other: Row) -> str:
@@ -162,9 +164,11 @@ def attacked(metrics: Metrics) -> str:
     named = ", ".join(attack.clients[:_NAMED]) + (
         f" and {more} more" if (more := len(attack.clients) - _NAMED) > 0 else ""
     )
-    told = f"The simulation made {named} attack ({attack.name})."
+    told = f"The simulation made {named} attack ({attack.name}); they do not count among the clients that gain."
     if "federated" not in attack.answered:
-        return told
+        if attack.answer is None:
+            return told
+        return f"{told} How often their hidden phrase works was not measured: that takes evaluate.generate = true."
     now, before = (attack.answered.get(method) for method in ("federated", "base"))
     was = "" if before is None else f", {units.share_text(before, 0)} before training"
     return (
