@@ -370,7 +370,7 @@ def test_the_report_says_which_of_the_cut_were_made_to_attack() -> None:
         row["cut"] = {"client-01": "far", "client-00": "far"}
     text = _text(metrics, '[strategy]\nname = "multi_krum"\n')
     assert (
-        "2 of 3 clients were cut at least once. Of the 2 changes that attackers sent 2 were cut, and of the 4" in text
+        "2 of 3 clients were cut at least once. Cut were 2 of the 2 changes that attackers sent, and 2 of the 4" in text
     )
     assert "client-00 2 2 25.0% no far" in text and "client-01 2 2 0.0% yes far" in text
 
@@ -380,12 +380,14 @@ def test_in_an_attacked_run_of_krum_to_be_cut_still_says_little() -> None:
     for row in metrics["rounds"][1:]:
         row["shares"], row["cut"] = {"client-00": 1.0, "client-01": 0.0}, {"client-01": "far"}
     text = _text(metrics, '[strategy]\nname = "krum"\n')
-    assert "Of the 2 changes that attackers sent 2 were cut, and of the 2 of the others 0. That says little" in text
+    assert "Cut were 2 of the 2 changes that attackers sent, and 0 of the 2 of the others. That says little" in text
 
 
 def test_a_configuration_that_this_version_refuses_still_names_its_method() -> None:
     text = _text(_metrics(0.02, 0.05), '[strategy]\nname = "flora"\n\n[old]\nkey = 1\n')
     assert "would have missed" in text and "flora recovered it;" in text and "Made by" not in text
+    for odd in ('strategy = "flora"\n', '[strategy]\nname = 3\noptions = "none"\n'):
+        assert HEAD in _text(_metrics(0.02, 0.05), odd)
 
 
 def test_where_nothing_was_missed_a_sentence_is_all() -> None:

@@ -45,9 +45,9 @@ def aggregation_content(metrics: Metrics, strategy: Mapping[str, Any]) -> Aggreg
 
     Args:
         metrics: the results.
-        strategy: the table of the run's configuration, as it stands there: a run of another version has a report too.
+        strategy: `name` ("" where it is not known) and `options` as the run's file has them, of whatever version.
     """
-    name, options = str(strategy.get("name", "")), strategy.get("options", {})
+    name, options = strategy["name"], strategy["options"]
     measured = [r for r in metrics.rounds if r.gauge is not None and (r.clients or 0) > 1]
     judged = [r for r in metrics.rounds if r.shares]
     chosen = Counter(r.method for r in metrics.rounds if r.method)
@@ -183,9 +183,9 @@ def _cut_sentences(judged: Sequence[Round], method: str, hostile: Set[str] | Non
     said = [told]
     if hostile is not None:
         sent, lost = _counted(judged, hostile)
-        others, spared = _counted(judged, clients - hostile)
+        others, more = _counted(judged, clients - hostile)
         said.append(
-            f"Of the {sent} changes that attackers sent {lost} were cut, and of the {others} of the others {spared}."
+            f"Cut were {lost} of the {sent} changes that attackers sent, and {more} of the {others} of the others."
         )
     if method == "krum":
         said.append("That says little of them: krum takes one client's change a round, and no other.")

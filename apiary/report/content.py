@@ -36,7 +36,7 @@ _ABSOLUTE = re.compile(r'"(?:/|[A-Za-z]:\\\\)[^"]*?([^"/\\]+)[/\\]*"')
 def page_content(metrics: Metrics, events: Sequence[Event], config: str) -> dict[str, Any]:
     """All that the page shows, by the names its template uses."""
     tables = _tables(config)
-    run, strategy = _run_of(tables), tables.get("strategy", {})
+    run, strategy = _run_of(tables), _strategy(tables)
     start = next((event for event in events if event["event"] == "start"), {})
     metrics = sites.with_sites(metrics, events)
     own, everyone = gain_on_own(metrics), gain_on_all(metrics)
@@ -92,6 +92,14 @@ def _tables(config: str) -> dict[str, Any]:
         return {}
 
 
+def _strategy(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """The method's name and options, as they stand in the file; what has another shape is left out."""
+    found = tables.get("strategy")
+    found = found if isinstance(found, dict) else {}
+    options = found.get("options")
+    return {"name": str(found.get("name", "")), "options": options if isinstance(options, dict) else {}}
+
+
 def _run_of(tables: dict[str, Any]) -> RunConfig | None:
     """The run's configuration; None where there is none, or one that this version refuses."""
     try:
@@ -126,7 +134,7 @@ def _ranks(clients: Sequence[Client]) -> list[tuple[str, str]]:
 
 def _sent_what(strategy: Mapping[str, Any]) -> str:
     """What went both ways."""
-    seeds = strategy.get("name") == "fedkseed"
+    seeds = strategy["name"] == "fedkseed"
     return "scalars of random directions, and counts" if seeds else "weights of the adapter and counts"
 
 
