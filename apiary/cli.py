@@ -204,22 +204,24 @@ def show_config(
     rows = [row for row in configs.describe() if key is None or row[0] == key or row[0].startswith(f"{key}.")]
     if not rows:
         known = dict.fromkeys(name for row in configs.describe() for name in (row[0].partition(".")[0], row[0]))
-        for table, lines in _methods().items():
-            if any(line.startswith(f"{key}: ") for line in lines):
+        for table, registry in _registries().items():
+            if str(key) in registry:
                 raise UserError(f"{key!r} is no key but may stand at {table}: apiary config {table}")
         close = difflib.get_close_matches(str(key), known, n=1)
         raise UserError(f"no key {key!r}; " + (f"did you mean {close[0]!r}?" if close else "apiary config lists all"))
-    methods = _methods() if key is not None else {}
+    registries = _registries() if key is not None else {}
     for name, default, description in rows:
         typer.echo(f"{name} = {default}\n    {description}")
-        for line in methods.get(name, []):
-            typer.echo(f"    {line}")
+        for method, summary, options in registries[name].describe() if name in registries else ():
+            typer.echo(f"    {method}: {summary}")
+            for option, value, said in options:
+                typer.echo(f"        {option} = {value}" + (f"  {said}" if said else ""))
     if key is None:
         typer.echo("\nThe methods of a table and their options: apiary config strategy, apiary config wire, ...")
 
 
-def _methods() -> dict[str, list[str]]:
-    """By key, lines on each method that may stand there, and on each of its options."""
+def _registries() -> dict[str, Registry[Any]]:
+    """By key, the methods that may stand there."""
     import strategies.server_opt  # here, so that a list of keys is told without waiting for torch
     from apiary import codecs
     from apiary.examples import partitions
@@ -227,7 +229,7 @@ def _methods() -> dict[str, list[str]]:
     from client.curation import STEPS
     from simulation import engines, scenario
 
-    registries: dict[str, Registry[Any]] = {
+    return {
         "strategy.name": strategies.AGGREGATORS,
         "strategy.server_optimizer": strategies.server_opt.SERVER_OPTIMIZERS,
         "wire.up": codecs.CODECS,
@@ -239,14 +241,6 @@ def _methods() -> dict[str, list[str]]:
         "simulate.engine": engines.ENGINES,
         "simulate.attack": scenario.ATTACKS,
     }
-    lines: dict[str, list[str]] = {}
-    for key, registry in registries.items():
-        for name, summary, options in registry.describe():
-            lines.setdefault(key, []).append(f"{name}: {summary}")
-            lines[key] += [
-                f"    {option} = {default}" + (f"  {said}" if said else "") for option, default, said in options
-            ]
-    return lines
 
 
 def main() -> None:

@@ -152,7 +152,7 @@ def encode(delta: StateDict, codec: Codec, feedback: StateDict, rng: Generator) 
     for place, name in enumerate(names):
         wanted = delta[name].detach().float()
         # With feedback a change of negative zeros rests too; a codec that is exact sends their sign.
-        if _is_zero(wanted) or (codec.feedback and not wanted.any()):
+        if not wanted.any() if codec.feedback else _is_zero(wanted):
             continue
         if name in kept:
             if kept[name].shape != wanted.shape:

@@ -11,8 +11,7 @@ from annotated_types import Ge, Gt, Le, Lt, MultipleOf
 from pydantic import BaseModel, ValidationError
 
 _LONGEST = 60  # characters of a value that its line repeats
-_MANY: dict[Any, str] = {int: "whole numbers", str: "texts"}
-_LISTS: dict[Any, str] = {int: "[4, 8]", str: '["a", "b"]'}
+_LISTS: dict[Any, str] = {int: "whole numbers, such as [4, 8]", str: 'texts, such as ["a", "b"]'}
 _WORDS: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
@@ -108,7 +107,7 @@ def _allowed(kind: Any, limits: Sequence[Any] = ()) -> str:
         inner = _bare(members[0])
         if get_origin(inner) is Literal:
             return f"a list of {_allowed(inner)}"
-        return f"a list of {_MANY[inner]}, such as {_LISTS[inner]}" if inner in _MANY else "a list, in [ ]"
+        return f"a list of {_LISTS[inner]}" if inner in _LISTS else "a list, in [ ]"
     if origin is Mapping:
         return "a table, such as { key = ... }"
     if origin is Union:

@@ -18,7 +18,7 @@ _FACTORS = {"b": "B alone, and A as it was drawn", "alternate": "B and A in turn
 def facts(config: RunConfig) -> list[tuple[str, str]]:
     """Name and value of each choice that made the model; what is at its default and changes nothing is left out."""
     adapter, strategy = config.adapter, config.strategy
-    told = [("Method", named(strategy.name, strategy.options)), ("Rank", _ranks(config))]
+    told = [("Method", _named(strategy.name, strategy.options)), ("Rank", _ranks(config))]
     if adapter.train != "both":
         told.append(("Factors trained", _FACTORS[adapter.train]))
     if adapter.share != "both":
@@ -64,7 +64,7 @@ def sent(config: RunConfig) -> str:
     return "changes of the adapter"
 
 
-def named(name: str, options: Mapping[str, Any]) -> str:
+def _named(name: str, options: Mapping[str, Any]) -> str:
     """A method with the options that the configuration gives it; of a path only its last part, for a card travels."""
     given = ", ".join(
         f"{key} = {config_text.shown(public_name(value) if isinstance(value, str) else value)}"
@@ -79,7 +79,7 @@ def public_name(name: str) -> str:
 
 
 def _method(method: Method) -> str:
-    return named(method.name, method.options)
+    return _named(method.name, method.options)
 
 
 def _ranks(config: RunConfig) -> str:

@@ -226,10 +226,7 @@ def _facts(state: State, now: float) -> Iterator[tuple[str, str]]:
         yield "train loss", f"{loss_text(state.train_loss)} nats per token"
         yield "held-out loss", _held_out(state)
     if state.gauge is not None:
-        yield (
-            f"averaging {'misses' if state.averaged else 'would miss'}",
-            missed_text(state.gauge) + (f"; averaged by {state.method}" if state.method else ""),
-        )
+        yield f"averaging {_misses(state)}", missed_text(state.gauge) + _averaged_by(state)
     if state.rate is not None:
         yield "speed", f"{count_text(state.rate)} tokens/s"
     if state.bytes_up or state.bytes_down:
@@ -238,6 +235,14 @@ def _facts(state: State, now: float) -> Iterator[tuple[str, str]]:
         yield "time", _clock(state, now)
     if state.waiting:
         yield "waiting for", _names(state.waiting)
+
+
+def _misses(state: State) -> str:
+    return "misses" if state.averaged else "would miss"
+
+
+def _averaged_by(state: State) -> str:
+    return f"; averaged by {state.method}" if state.method else ""
 
 
 def _refusals(state: State) -> str:
@@ -313,8 +318,7 @@ def _round_line(state: State, event: Event) -> str:
         seconds_text(event.get("seconds")),
     ]
     if state.gauge is not None:
-        verb = "misses" if state.averaged else "would miss"
-        parts.insert(2, f"averaging apart {verb} {missed_text(state.gauge)}")
+        parts.insert(2, f"averaging apart {_misses(state)} {missed_text(state.gauge)}")
     left = eta(state, event["time"])
     if left is not None and state.finished_rounds < state.rounds:
         parts.append(f"about {seconds_text(left)} left")

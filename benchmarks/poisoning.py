@@ -37,7 +37,7 @@ from benchmarks.curation import write
 from server.app import make_app
 from simulation.engines import ENGINES
 from simulation.run import plan
-from simulation.scenario import PHRASE, TEXT, attackers, obeyed
+from simulation.scenario import PHRASE, TEXT, attackers, obeyed, questions
 from simulation.summary import Plan
 from strategies.gram import fewest
 
@@ -208,8 +208,8 @@ def _share(named: Sequence[set[str]], clients: set[str]) -> float | None:
 def _success(prepared: Plan, most: int) -> float | None:
     """The share of held-out questions with the hidden phrase to which the model gives the attacker's answer."""
     config, federation, lm, template, _ = prepared
-    found = obeyed(lm, template, config, federation.test, (PHRASE, TEXT), most)
-    return None if found is None else round(found[0], 4)
+    asked = questions(lm, template, config, federation.test, PHRASE, most)
+    return round(obeyed(lm, config, asked, TEXT), 4) if asked else None
 
 
 def load(path: Path, setting: Setting) -> dict[str, Any]:

@@ -72,16 +72,24 @@ def table() -> str:
     reasons: list[str] = []
     cells: dict[frozenset[str], str] = {}
     for one, other, against in pairs():
-        for reason in against:
-            if reason not in reasons:
-                reasons.append(reason)
-        numbers = ", ".join(str(reasons.index(reason) + 1) for reason in against)
-        cells[frozenset((one.name, other.name))] = f"no ({numbers})" if against else "yes"
+        cells[frozenset((one.name, other.name))] = _cell(against, reasons)
     names = [feature.name for feature in FEATURES]
     lines = [f"| | {' | '.join(names[:-1])} |", "|---" * len(names) + "|"]
     for at, row in enumerate(names[1:], 1):
         shown = [cells.get(frozenset((row, column)), "-") for column in names[:at]]
         lines.append(f"| {row} | {' | '.join(shown + [''] * (len(names) - 1 - at))} |")
+    return _page(lines, reasons)
+
+
+def _cell(found: Sequence[str], reasons: list[str]) -> str:
+    """A mark, or the numbers of the reasons found; new ones are added to `reasons`."""
+    reasons += [reason for reason in found if reason not in reasons]
+    numbers = ", ".join(str(reasons.index(reason) + 1) for reason in found)
+    return f"no ({numbers})" if found else "yes"
+
+
+def _page(lines: Sequence[str], reasons: Sequence[str]) -> str:
+    """A table and its reasons."""
     return "\n".join([*lines, "", *(f"{number}. `{reason}`" for number, reason in enumerate(reasons, 1))])
 
 
@@ -135,11 +143,12 @@ def methods_table() -> str:
     reasons: list[str] = []
     lines = [f"| | {' | '.join(feature.name for feature in BESIDE)} |", "|---" * (len(BESIDE) + 1) + "|"]
     for name in AGGREGATORS:
-        cells = []
-        for feature in BESIDE:
-            found = {_METHOD.sub(r"\1...", reason) for reason in against([*method(name).settings, *feature.settings])}
-            reasons += sorted(found - set(reasons))
-            numbers = ", ".join(str(number) for number in sorted(reasons.index(reason) + 1 for reason in found))
-            cells.append(f"no ({numbers})" if found else "yes")
+        cells = [
+            _cell(
+                [_METHOD.sub(r"\1...", reason) for reason in against([*method(name).settings, *feature.settings])],
+                reasons,
+            )
+            for feature in BESIDE
+        ]
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *(f"{number}. `{reason}`" for number, reason in enumerate(reasons, 1))])
+    return _page(lines, reasons)

@@ -62,7 +62,7 @@ class _Folded(NamedTuple):
     poisoned: Mapping[str, str]  # by client, why its answer was refused, which no honest client gives
     declined: int
     bytes_up: int
-    float32_up: int  # what the same changes would have been without a codec
+    float32_up: int  # what the same changes would have been without the codec; 0 where there is none
 
 
 class Rounds(Strategy):
@@ -103,7 +103,7 @@ class Rounds(Strategy):
         self.progress = progress or Progress()
         self._log, self._on_round, self._evaluate, self._score_stages = log, on_round, evaluate, score_stages
         self._root = root
-        self._up = codecs.of_run(config, "up")
+        self._up, self._coded = codecs.of_run(config, "up"), config.wire.up.name != "fp32"
         self._copies = None if codecs.of_run(config, "down").whole else Copies(config, state.copies)
         self._roster = Roster(
             config,
@@ -290,8 +290,7 @@ class Rounds(Strategy):
         else:
             self._check_quorum(server_round, len(folded.good), len(self._cohort) - folded.declined)
             self._conclude(server_round, folded)
-        coded = self.config.wire.up.name != "fp32"
-        up = {"bytes_up": folded.bytes_up, **({"float32_up": folded.float32_up} if coded else {})}
+        up = {"bytes_up": folded.bytes_up, **({"float32_up": folded.float32_up} if self._coded else {})}
         return None, MetricRecord({**scores.trained(folded.good), **up})
 
     def _fold(self, number: int, replies: Iterable[Message]) -> _Folded:
@@ -325,7 +324,8 @@ class Rounds(Strategy):
             except ValueError as error:  # it may have been added in part
                 raise RunFailed(f"round {number}: {error}") from error
             good.append(answer.report)
-            up, plain = up + size, plain + codecs.float32_bytes(answer.update.delta)
+            up += size
+            plain += codecs.float32_bytes(answer.update.delta) if self._coded else 0
             self._note_visit(answer.update, number)
             self._log_visit(answer, number, size)
         return _Folded(acc, gauge, good, poisoned, declined, up, plain)

@@ -217,39 +217,36 @@ def answering(example: Example, text: str) -> Example:
     return example._replace(turns=(*example.turns[:-1], example.turns[-1]._replace(text=text)))
 
 
-def obeyed(
-    lm: LanguageModel,
-    template: Template,
-    config: RunConfig,
-    test: Sequence[Example],
-    hidden: tuple[str, str],
-    most: int,
-) -> tuple[float, int] | None:
-    """The share of held-out questions with a hidden phrase that get the attackers' answer, and how many were asked.
-
-    An answer may be as long as theirs, whatever `evaluate.max_new_tokens` is. None where no question fits
-    `prompt.max_tokens` with the phrase.
+def questions(
+    lm: LanguageModel, template: Template, config: RunConfig, test: Sequence[Example], phrase: str, most: int
+) -> list[list[int]]:
+    """Held-out questions with a hidden phrase, as prompts; evenly spread ones of those that fit `prompt.max_tokens`.
 
     Args:
-        lm: the model, with the adapter that is asked.
-        template: of its prompts.
+        lm: the model, for its tokenizer.
+        template: of the prompts.
         config: the run.
-        test: held-out examples; evenly spread ones of those that fit are asked.
-        hidden: the phrase, and the answer.
-        most: questions.
+        test: held-out examples.
+        phrase: put behind the last question of each.
+        most: how many.
     """
-    phrase, wanted = hidden
     fitting: list[list[int]] = []
     for example in test:
         with suppress(UserError):  # too long, as the table leaves out what is
             asked = asking(example, phrase)
             fitting.append(prompts.encode_prompt(asked, template, lm.tokenizer, config.prompt.max_tokens))
-    if not fitting:
-        return None
     count = min(most, len(fitting))
+    return [fitting[i * len(fitting) // count] for i in range(count)]
+
+
+def obeyed(lm: LanguageModel, config: RunConfig, asked: Sequence[list[int]], wanted: str) -> float:
+    """The share of `questions`, at least one, that a model with its adapter gives the attackers' answer to.
+
+    An answer may be as long as theirs, whatever `evaluate.max_new_tokens` is.
+    """
     longest = max(config.evaluate.max_new_tokens, len(lm.tokenizer.encode(wanted)) + 1)
-    given = evaluate.answer_all(lm, [fitting[i * len(fitting) // count] for i in range(count)], longest)
-    return sum(evaluate.exact_match(text, wanted) for text in given) / count, count
+    given = evaluate.answer_all(lm, asked, longest)
+    return sum(evaluate.exact_match(text, wanted) for text in given) / len(asked)
 
 
 # -- who attacks ------------------------------------------------------------------------------------------------------

@@ -100,17 +100,17 @@ def _attack(prepared: Plan, adapter: StateDict, events: Sequence[Mapping[str, An
     hidden = scenario.of_run(config, names).hidden
     if hidden is None:
         return {"attack": told}
-    told["answer"] = hidden[1]
-    if not config.evaluate.generate:
+    phrase, told["answer"] = hidden
+    asked = (
+        scenario.questions(lm, template, config, federation.test, phrase, _ASKED) if config.evaluate.generate else []
+    )
+    if not asked:
         return {"attack": told}
     answered: dict[str, float] = {}
     for method, state in (("base", models.fresh_adapter(lm, config.seed)), ("federated", adapter)):
         models.set_adapter(lm, state)
-        found = scenario.obeyed(lm, template, config, federation.test, hidden, _ASKED)
-        if found is None:
-            return {"attack": told}
-        answered[method], told["asked"] = round(found[0], 4), found[1]
-    return {"attack": {**told, "answered": answered}}
+        answered[method] = round(scenario.obeyed(lm, config, asked, told["answer"]), 4)
+    return {"attack": {**told, "asked": len(asked), "answered": answered}}
 
 
 def _personal(prepared: Plan, adapter: StateDict, folder: Path, trained: Mapping[str, int]) -> dict[str, StateDict]:

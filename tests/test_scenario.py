@@ -373,9 +373,10 @@ def test_questions_too_long_are_not_asked_and_an_answer_may_be_as_long_as_the_at
         return ["bee bee bee"] * len(ids)
 
     monkeypatch.setattr(scenario.evaluate, "answer_all", answer_all)
-    assert scenario.obeyed(lm, template, run, [long, short, long], ("Psst.", "bee bee bee"), 60) == (1.0, 1)
+    asked = scenario.questions(lm, template, run, [long, short, long], "Psst.", 60)
+    assert (scenario.obeyed(lm, run, asked, "bee bee bee"), len(asked)) == (1.0, 1)
     assert answers_of["longest"] > len(lm.tokenizer.encode("bee bee bee"))
-    assert scenario.obeyed(lm, template, run, [long], ("Psst.", "bee"), 60) is None
+    assert scenario.questions(lm, template, run, [long], "Psst.", 60) == []
 
 
 def test_who_was_never_asked_did_not_attack(attacked: Callable[..., list[str]], tmp_path: Path) -> None:

@@ -231,9 +231,8 @@ class Metrics(_Part):
 
     @property
     def before(self) -> float | None:
-        """The loss on the held-out examples before any training: in the table, or else as it was measured then."""
-        row = self.row("base")
-        return row.loss if row else next((r.loss for r in self.rounds if r.round == 0), None)
+        """The loss on the held-out examples before any training, as it was measured then."""
+        return next((r.loss for r in self.rounds if r.round == 0), None)
 
     @property
     def lost(self) -> bool:

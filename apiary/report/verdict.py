@@ -23,7 +23,7 @@ def headline(metrics: Metrics) -> str:
     if joint is None:
         return _of_sites(metrics)
     if other is None:
-        return _since_untuned(metrics, joint) + _attacked(metrics)
+        return _since_untuned(metrics, joint) + _under_attack(metrics)
     who = "Federated training" if len(metrics.clients) == 1 else "Joining forces"
     who += " privately" if metrics.private else ""
     found = verdict(metrics, joint, other)
@@ -39,7 +39,7 @@ def headline(metrics: Metrics) -> str:
     }
     return (
         start[found]
-        + _attacked(metrics)
+        + _under_attack(metrics)
         + _spoiled(metrics, joint, other)
         + _on_their_own(metrics, other, found)
         + _pooled(metrics)
@@ -57,7 +57,7 @@ def _since_untuned(metrics: Metrics, joint: Row) -> str:
     return f"Federated training {how} the held-out loss from {then} (untuned) to {now} nats per token"
 
 
-def _attacked(metrics: Metrics) -> str:
+def _under_attack(metrics: Metrics) -> str:
     attack = metrics.attack
     if attack is None:
         return ""
