@@ -31,14 +31,14 @@ sys.path.insert(0, str(ROOT))  # another package is called benchmarks too
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from apiary import lora  # noqa: E402
-from apiary.exchange import ClientInfo, Update  # noqa: E402
-from apiary.lora import Factors  # noqa: E402
-from apiary.runlog import machine  # noqa: E402
-from apiary.tensors import StateDict, generator  # noqa: E402
-from strategies import AGGREGATORS, Aggregator, Gradient, ServerState, gauge  # noqa: E402
-from strategies.core import ROOT as SERVER  # noqa: E402
-from strategies.core import of_rank  # noqa: E402
+from apiary.core import lora  # noqa: E402
+from apiary.core.lora import Factors  # noqa: E402
+from apiary.core.messages import ClientInfo, Update  # noqa: E402
+from apiary.core.tensors import StateDict, generator  # noqa: E402
+from apiary.tracking.event_log import machine  # noqa: E402
+from strategies import AGGREGATORS, Aggregator, Gradient, ServerState, averaging_error  # noqa: E402
+from strategies.aggregator import ROOT as SERVER  # noqa: E402
+from strategies.aggregator import of_rank  # noqa: E402
 
 RESULTS: Final = ROOT / "benchmarks" / "results" / "aggregation.json"
 GAUGE: Final = "the gauge, beside each method"  # what its row is called
@@ -293,7 +293,7 @@ def folded(name: str, updates: int, entries: int) -> list[dict[str, Any]]:
 
 def gauge_round(state: ServerState, updates: Sequence[Update]) -> Done:
     """What every round has beside its method: how far averaging A and B apart is from the mean of the products."""
-    fold = gauge.estimated(SCALING)
+    fold = averaging_error.estimated(SCALING)
     began = time.perf_counter()
     acc = fold.start(state, torch.Generator().manual_seed(0))
     for update in updates:

@@ -10,34 +10,38 @@ import json
 from pathlib import Path
 from typing import Any
 
-from apiary import builtin, config, evaluate, examples, models, prompts, runlog
-from apiary.builtin import pretrain
-from apiary.tensors import add
-from client import trainer
+from apiary.config import schema
+from apiary.core.tensors import add
+from apiary.data import examples, tokenization
+from apiary.evaluation import comparison
+from apiary.models import adapters, tiny
+from apiary.tracking import event_log
+from client.training import trainer
+from tools.pretrain_tiny import pretrain
 
 RESULTS = Path(__file__).parent / "results" / "base.json"
 
 
 def losses(prose: Path | None) -> dict[str, float]:
     """Held-out loss by kind of document, in nats per token; of prose, the end of each book in the folder."""
-    model, tokenizer = builtin.load_tiny()
+    model, tokenizer = tiny.load_tiny()
     books = pretrain.read_prose(prose)[1] if prose else []
     return pretrain.held_out_losses(model, pretrain.held_out_sets(pretrain.Recipe(), tokenizer, books))
 
 
 def tuned(steps: int) -> dict[str, Any]:
     """Loss and exact answers, over all held-out rows and by skill, after `steps` on the pooled corpus."""
-    run = config.load(None, ["train.batch_tokens=2048", "evaluate.max_examples=600", f"train.steps={steps}"])
+    run = schema.load(None, ["train.batch_tokens=2048", "evaluate.max_examples=600", f"train.steps={steps}"])
     federation = examples.federate(run.data, run.seed)
-    lm = models.load(run.model, run.adapter)
-    template = prompts.make_template(run.prompt, lm.tokenizer)
-    held_out = evaluate.prepare(federation.test, template, lm, run)
+    lm = adapters.load(run.model, run.adapter)
+    template = tokenization.make_template(run.prompt, lm.tokenizer)
+    held_out = comparison.prepare(federation.test, template, lm, run)
     rows = [example for client in federation.clients for example in client.train]
-    start = models.fresh_adapter(lm, run.seed)
+    start = adapters.fresh_adapter(lm, run.seed)
     result = trainer.fit(
         lm,
         start,
-        prompts.encode_all(rows, template, lm.tokenizer, run.prompt),
+        tokenization.encode_all(rows, template, lm.tokenizer, run.prompt),
         run.train,
         seed=run.seed,
         client="central",
@@ -46,8 +50,8 @@ def tuned(steps: int) -> dict[str, Any]:
         total_steps=steps,
         steps=steps,
     )
-    measured = evaluate.measure(lm, add(start, result.delta), held_out, run)
-    skills = evaluate.by_kind(lambda example: example.tags["skill"], {"tuned": measured}, held_out)
+    measured = comparison.measure(lm, add(start, result.delta), held_out, run)
+    skills = comparison.by_kind(lambda example: example.tags["skill"], {"tuned": measured}, held_out)
     return {
         "steps": steps,
         "rows_per_step": round(result.report.examples / steps),
@@ -66,7 +70,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--prose", type=Path, help="the books it was trained on, to measure their held-out ends too")
     args = parser.parse_args()
-    facts = runlog.start_fields(config.load(None, []))
+    facts = event_log.start_fields(schema.load(None, []))
     found = {
         "machine": facts["machine"],
         "versions": facts["versions"],

@@ -45,12 +45,12 @@ def overrides(clients: int, engine: str) -> list[str]:
 
 def one_round(clients: int, engine: str) -> dict[str, Any]:
     """Seconds per train message and peak memory of the driver, over one round."""
-    from apiary import config
-    from apiary.runlog import RunLog, read_events
+    from apiary.config import schema
+    from apiary.tracking.event_log import RunLog, read_events
     from server.app import make_app
     from simulation.engines import ENGINES
 
-    run = config.load(None, overrides(clients, engine))
+    run = schema.load(None, overrides(clients, engine))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         log = RunLog(folder)
@@ -80,13 +80,15 @@ def visit() -> dict[str, Any]:
 
     from flwr.app import Message
 
-    from apiary import config, models, records
-    from client import trainer
+    from apiary.config import schema
+    from apiary.models import adapters
+    from apiary.transport import flower_records
     from client.app import make_app
+    from client.training import trainer
     from simulation.engines import site_facts
-    from simulation.local import LocalGrid
+    from simulation.in_process_grid import LocalGrid
 
-    run = config.load(None, ["rounds=1000"])
+    run = schema.load(None, ["rounds=1000"])
     inside = [0.0]
     step = trainer._Loop.step
 
@@ -99,21 +101,21 @@ def visit() -> dict[str, Any]:
 
     trainer._Loop.step = timed  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as scratch:
-        lm = models.load(run.model, run.adapter)
-        start = models.fresh_adapter(lm, 0)
+        lm = adapters.load(run.model, run.adapter)
+        start = adapters.fresh_adapter(lm, 0)
         grid = LocalGrid(make_app(site_facts(run.to_json(), Path(scratch))), run.data.clients)
         loads = []
         beside = []
         for number in range(1, 8):
             for node in grid.get_node_ids():
-                content = records.request(number, records.to_arrays(start), records.to_arrays({}))
+                content = flower_records.request(number, flower_records.to_arrays(start), flower_records.to_arrays({}))
                 inside[0], began = 0.0, time.perf_counter()
                 (reply,) = grid.send_and_receive([Message(content, node, "train")])
-                records.read_train_reply(reply.content)
+                flower_records.read_train_reply(reply.content)
                 whole = time.perf_counter() - began
                 if number > 1:  # the first visit tokenises the client's data
                     beside.append(1000 * (whole - inside[0]))
-                loads.append(models.base_loads())
+                loads.append(adapters.base_loads())
     return {
         "median_ms_beside_steps": statistics.median(beside),
         "max_ms": max(beside),
@@ -140,10 +142,10 @@ def main() -> None:
 
 
 def _all(sizes: list[int]) -> None:
-    from apiary import config
-    from apiary.runlog import start_fields
+    from apiary.config import schema
+    from apiary.tracking.event_log import start_fields
 
-    out: dict[str, Any] = {"machine": start_fields(config.load())["machine"], "visit": _apart("--visit"), "rounds": []}
+    out: dict[str, Any] = {"machine": start_fields(schema.load())["machine"], "visit": _apart("--visit"), "rounds": []}
     RESULTS.parent.mkdir(exist_ok=True)
     for size in sizes:
         for engine in ("local", "ray"):

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apiary import config, runlog
-from apiary.codecs import CODECS, decode, encode, shapes_of
-from apiary.tensors import StateDict, generator
+from apiary.config import schema
+from apiary.core.tensors import StateDict, generator
+from apiary.tracking import event_log
+from apiary.transport.codec import CODECS, decode, encode, shapes_of
 
 RESULTS = Path(__file__).parent / "results" / "codecs.json"
 WAYS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -74,7 +75,7 @@ def main() -> None:
     torch.set_num_threads(1)
     delta = change(args.layers)
     entries = sum(tensor.numel() for tensor in delta.values())
-    facts = runlog.start_fields(config.load(None, []))
+    facts = event_log.start_fields(schema.load(None, []))
     found = {
         "machine": facts["machine"],
         "versions": facts["versions"],

@@ -34,7 +34,7 @@ def one(way: str, seed: int, overrides: list[str], keep: Path | None) -> dict[st
     """The federated row of the table over all tasks, and what was remembered."""
     with tempfile.TemporaryDirectory() as scratch:
         out = (keep or Path(scratch)) / f"{way}-{seed}"
-        command = [sys.executable, "-m", "apiary.cli", "simulate", str(RECIPE), "--quiet", "--out", str(out)]
+        command = [sys.executable, "-m", "apiary.cli.main", "simulate", str(RECIPE), "--quiet", "--out", str(out)]
         for item in (f"seed={seed}", 'evaluate.baselines=["base"]', *WAYS[way], *overrides):
             command += ["-s", item]
         began = time.monotonic()

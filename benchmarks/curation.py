@@ -21,12 +21,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from apiary import models, prompts, results
-from apiary.config import DataConfig, Method, RunConfig
-from apiary.examples import Example, answer, federate
-from apiary.probe import ModelProbe
+from apiary.cli.curate import as_rows
+from apiary.config.schema import DataConfig, Method, RunConfig
+from apiary.data import tokenization
+from apiary.data.examples import Example, answer, federate
+from apiary.export import tuned as results
+from apiary.models import adapters
+from apiary.models.inference import ModelProbe
 from client.curation import Context, Curation, Reader, curate
-from client.curation.standalone import as_rows
 
 RESULTS = Path(__file__).parent / "results" / "curation.json"
 KINDS = ("shuffled", "duplicate", "near_duplicate", "truncated")
@@ -113,9 +115,9 @@ def reader(adapter: Path | None) -> Reader:
         tuned = results.open_tuned(adapter)
         return Reader(tuned.template, tuned.lm.tokenizer, tuned.config.prompt, lambda: ModelProbe(tuned.lm))
     config = RunConfig()
-    lm = models.load(config.model, config.adapter)
-    models.set_adapter(lm, models.fresh_adapter(lm, config.seed))
-    template = prompts.make_template(config.prompt, lm.tokenizer)
+    lm = adapters.load(config.model, config.adapter)
+    adapters.set_adapter(lm, adapters.fresh_adapter(lm, config.seed))
+    template = tokenization.make_template(config.prompt, lm.tokenizer)
     return Reader(template, lm.tokenizer, config.prompt, lambda: ModelProbe(lm))
 
 
@@ -137,7 +139,7 @@ def simulate(data: Path, out: Path, seed: int, *more: str) -> dict[str, Any]:
     """The federated row of one run's final table."""
     keys = [f"seed={seed}", f"data.source={data}", "data.partition=natural", "evaluate.baselines=[]", *more]
     settings = [part for key in keys for part in ("-s", key)]
-    command = [sys.executable, "-m", "apiary.cli", "simulate", "--quiet", "--out", str(out), *settings]
+    command = [sys.executable, "-m", "apiary.cli.main", "simulate", "--quiet", "--out", str(out), *settings]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     (row,) = [row for row in metrics["table"] if row["method"] == "federated"]

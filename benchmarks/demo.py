@@ -21,7 +21,17 @@ def one(seed: int, keep: Path | None) -> dict[str, Any]:
     """The final table of one seed and its wall time; the run directories stay under `keep`."""
     with tempfile.TemporaryDirectory() as scratch:
         out = (keep or Path(scratch)) / f"seed-{seed}"
-        command = [sys.executable, "-m", "apiary.cli", "simulate", "--quiet", "--out", str(out), "-s", f"seed={seed}"]
+        command = [
+            sys.executable,
+            "-m",
+            "apiary.cli.main",
+            "simulate",
+            "--quiet",
+            "--out",
+            str(out),
+            "-s",
+            f"seed={seed}",
+        ]
         began = time.monotonic()
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         wall = time.monotonic() - began

@@ -88,7 +88,7 @@ def one(config: str | None, way: str, seed: int, overrides: Sequence[str], threa
     """The federated row of a run, its loss by bytes, and what its adapter's rank came to be."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "run"
-        command = [sys.executable, "-m", "apiary.cli", "simulate", *([config] if config else []), "--quiet"]
+        command = [sys.executable, "-m", "apiary.cli.main", "simulate", *([config] if config else []), "--quiet"]
         command += ["--out", str(out)]
         # Without `evaluate.clients` all that travels is for training, and is counted with the rounds.
         settings = (f"seed={seed}", f"train.threads={threads}", "evaluate.baselines=[]", "evaluate.clients=false")

@@ -9,13 +9,13 @@ from typing import Final
 
 import torch
 
-from apiary import lora
-from apiary.config import UserError
-from apiary.exchange import ClientInfo, Payload, Update
-from apiary.tensors import StateDict
+from apiary.config.schema import UserError
+from apiary.core import lora
+from apiary.core.messages import ClientInfo, Payload, Update
+from apiary.core.tensors import StateDict
 from strategies import AGGREGATORS, Aggregator, ServerState
-from strategies.core import ROOT
-from strategies.server_opt import SERVER_OPTIMIZERS, with_optimizer
+from strategies.aggregator import ROOT
+from strategies.server_optimizers import SERVER_OPTIMIZERS, with_optimizer
 
 CLIENTS: Final = 16
 _SHAPES: Final = {"m.lora_A.weight": (2, 64), "m.lora_B.weight": (64, 2)}

@@ -28,18 +28,20 @@ from typing import Any, NamedTuple
 
 import torch
 
-from apiary import config as configs
-from apiary import evaluate, models, runlog
-from apiary.config import DataConfig, RunConfig
-from apiary.examples import Example, federate
-from apiary.runlog import RunLog
+from apiary.config import schema as configs
+from apiary.config.schema import DataConfig, RunConfig
+from apiary.data.examples import Example, federate
+from apiary.evaluation import comparison
+from apiary.models import adapters
+from apiary.tracking import event_log
+from apiary.tracking.event_log import RunLog
 from benchmarks.curation import write
 from server.app import make_app
+from simulation.adversaries import PHRASE, TEXT, attackers, obeyed, questions
 from simulation.engines import ENGINES
 from simulation.run import plan
-from simulation.scenario import PHRASE, TEXT, attackers, obeyed, questions
 from simulation.summary import Plan
-from strategies.gram import fewest
+from strategies.gram_rules import fewest
 
 RESULTS = Path(__file__).parent / "results" / "poisoning.json"
 ROOT_ROWS = 100
@@ -172,7 +174,7 @@ def _run(cell: Cell, setting: Setting, data: Path, folder: Path) -> dict[str, An
     config = config_of(cell, setting, data)
     told = config.strategy.options.get("byzantine", 0)
     within = told >= round(cell.share * setting.clients) or not told
-    facts = {**cell._asdict(), "byzantine": told, "within": within, "cpu": runlog.machine(gpu=False)["cpu"]}
+    facts = {**cell._asdict(), "byzantine": told, "within": within, "cpu": event_log.machine(gpu=False)["cpu"]}
     prepared = plan(config)
     clients = [client.name for client in prepared.federation.clients]
     log = RunLog(folder)
@@ -184,9 +186,9 @@ def _run(cell: Cell, setting: Setting, data: Path, folder: Path) -> dict[str, An
         return {**facts, "failed": f"{type(error).__name__}: {line}"}
     finally:
         log.close()
-    adapter = models.read_adapter(prepared.lm, folder / "adapter" / "adapter_model.safetensors")
-    measured = evaluate.measure(prepared.lm, adapter, prepared.held_out, config)
-    events, hostile = runlog.read_events(folder), set(attackers(config, clients))
+    adapter = adapters.read_adapter(prepared.lm, folder / "adapter" / "adapter_model.safetensors")
+    measured = comparison.measure(prepared.lm, adapter, prepared.held_out, config)
+    events, hostile = event_log.read_events(folder), set(attackers(config, clients))
     named = [set(event["cut"]) for event in events if event["event"] == "round" and "cut" in event]
     return {
         **facts,
@@ -219,7 +221,7 @@ def load(path: Path, setting: Setting) -> dict[str, Any]:
         SystemExit: they are of other settings.
     """
     settings = {**setting._asdict(), "keys": list(setting.keys), "attacks": {k: dict(v) for k, v in ATTACKS.items()}}
-    facts = runlog.start_fields(configs.load(None, []))
+    facts = event_log.start_fields(configs.load(None, []))
     fresh = {"machine": facts["machine"], "versions": facts["versions"], "settings": settings, "runs": []}
     if not path.exists():
         return fresh
@@ -232,7 +234,7 @@ def load(path: Path, setting: Setting) -> dict[str, Any]:
 def save(path: Path, found: Mapping[str, Any]) -> None:
     """Write the results whole or not at all."""
     draft = path.with_suffix(".part")
-    draft.write_text(json.dumps(runlog.finite(found), indent=1) + "\n", encoding="utf-8")
+    draft.write_text(json.dumps(event_log.finite(found), indent=1) + "\n", encoding="utf-8")
     os.replace(draft, path)
 
 
@@ -271,7 +273,7 @@ def main() -> None:
                 found["runs"].append(task.result())
                 found["runs"].sort(key=_place)
                 save(args.out, found)
-                print(f"{number}/{len(left)}", json.dumps(runlog.finite(task.result())), flush=True)
+                print(f"{number}/{len(left)}", json.dumps(event_log.finite(task.result())), flush=True)
 
 
 def _place(run: Mapping[str, Any]) -> tuple[int, int, float, int]:

@@ -22,16 +22,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from apiary import config as configs
-from apiary import draws, evaluate, examples, models, prompts
-from apiary.batches import Corpus
-from apiary.config import RunConfig, TrainConfig
-from apiary.noise import SecretNoise
-from apiary.privacy import Mechanism, epsilon
-from apiary.runlog import machine
-from apiary.tensors import StateDict, add
-from client import private, trainer
-from client.trainer import FitResult
+from apiary.config import schema as configs
+from apiary.config.schema import RunConfig, TrainConfig
+from apiary.core.tensors import StateDict, add
+from apiary.data import examples, tokenization
+from apiary.data.batches import Corpus
+from apiary.evaluation import comparison
+from apiary.models import adapters
+from apiary.privacy import sampling
+from apiary.privacy.accounting import Mechanism, epsilon
+from apiary.privacy.noise import SecretNoise
+from apiary.tracking.event_log import machine
+from client.training import dp_sgd, trainer
+from client.training.trainer import FitResult
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "privacy.json"
@@ -42,20 +45,22 @@ class Setting(NamedTuple):
     """A seed's model, data and held-out examples."""
 
     config: RunConfig
-    lm: models.LanguageModel
+    lm: adapters.LanguageModel
     corpora: dict[str, Corpus]
-    held_out: evaluate.HeldOut
+    held_out: comparison.HeldOut
 
 
 Visit = Callable[[str, Corpus, StateDict, int], FitResult]  # client, rows, received adapter, round from 0
 
 
 def open_setting(config: RunConfig) -> Setting:
-    lm = models.load(config.model, config.adapter)
-    template = prompts.make_template(config.prompt, lm.tokenizer)
+    lm = adapters.load(config.model, config.adapter)
+    template = tokenization.make_template(config.prompt, lm.tokenizer)
     federation = examples.federate(config.data, config.seed)
-    corpora = {c.name: prompts.encode_all(c.train, template, lm.tokenizer, config.prompt) for c in federation.clients}
-    return Setting(config, lm, corpora, evaluate.prepare(federation.test, template, lm, config))
+    corpora = {
+        c.name: tokenization.encode_all(c.train, template, lm.tokenizer, config.prompt) for c in federation.clients
+    }
+    return Setting(config, lm, corpora, comparison.prepare(federation.test, template, lm, config))
 
 
 def private_visit(setting: Setting, rounds: Mapping[str, Mechanism]) -> Visit:
@@ -65,7 +70,7 @@ def private_visit(setting: Setting, rounds: Mapping[str, Mechanism]) -> Visit:
     def visit(client: str, corpus: Corpus, adapter: StateDict, number: int) -> FitResult:
         each = rounds[client]
         noise, sampling = (SecretNoise(_KEY, p, f"{config.seed} {client} {number}") for p in ("noise", "rows"))
-        return private.fit_private(
+        return dp_sgd.fit_private(
             setting.lm,
             adapter,
             corpus,
@@ -110,7 +115,7 @@ def plain_visit(setting: Setting, steps: int) -> Visit:
 
 def federated(setting: Setting, visit: Visit) -> tuple[StateDict, float]:
     """The adapter after all rounds of plain averaging, and the median seconds of an optimizer step."""
-    adapter: StateDict = models.fresh_adapter(setting.lm, setting.config.seed)
+    adapter: StateDict = adapters.fresh_adapter(setting.lm, setting.config.seed)
     seconds = []
     for number in range(setting.config.rounds):
         deltas = []
@@ -126,7 +131,7 @@ def federated(setting: Setting, visit: Visit) -> tuple[StateDict, float]:
 
 def row(setting: Setting, name: str, visit: Visit, **more: float) -> dict[str, Any]:
     adapter, seconds = federated(setting, visit)
-    measured = evaluate.measure(setting.lm, adapter, setting.held_out, setting.config)
+    measured = comparison.measure(setting.lm, adapter, setting.held_out, setting.config)
     found = {
         "seed": setting.config.seed,
         "method": name,
@@ -142,8 +147,8 @@ def row(setting: Setting, name: str, visit: Visit, **more: float) -> dict[str, A
 def compare(config: RunConfig, epsilons: list[float]) -> list[dict[str, Any]]:
     """All rows of one seed: untuned, not private, no noise, and each epsilon."""
     setting = open_setting(config)
-    untuned = models.fresh_adapter(setting.lm, config.seed)  # not None: the model still holds the last seed's
-    base = evaluate.measure(setting.lm, untuned, setting.held_out, config)
+    untuned = adapters.fresh_adapter(setting.lm, config.seed)  # not None: the model still holds the last seed's
+    base = comparison.measure(setting.lm, untuned, setting.held_out, config)
     rows: list[dict[str, Any]] = [
         {"seed": config.seed, "method": "base", "loss": round(base.loss, 4), "accuracy": base.accuracy}
     ]
@@ -169,9 +174,9 @@ def compare(config: RunConfig, epsilons: list[float]) -> list[dict[str, Any]]:
 def _round(config: RunConfig, rows: int, **privacy: Any) -> Mechanism:
     """What each round costs the rows of a client with so many, with some keys of `privacy` changed."""
     changed = config.model_copy(update={"privacy": config.privacy.model_copy(update=privacy)})
-    drawn = draws.draw(changed, [rows], 1)
+    drawn = sampling.draw(changed, [rows], 1)
     assert drawn is not None
-    return Mechanism(draws.noise_multiplier(changed, [rows]), drawn.new, drawn.steps)
+    return Mechanism(sampling.noise_multiplier(changed, [rows]), drawn.new, drawn.steps)
 
 
 def main() -> None:

@@ -23,7 +23,8 @@ sys.path.insert(0, str(ROOT))  # another package is called benchmarks too
 from benchmarks import methods, together  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "apiary" / "builtin" / "tiny" / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+TINY = ROOT / "apiary" / "models" / "tiny" / "checkpoint"
+PAGES = (ROOT / "README.md", TINY / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 
 def demo(results: dict[str, Any]) -> str:

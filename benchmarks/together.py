@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations
 from typing import Final, NamedTuple
 
-from apiary.config import UserError, load
+from apiary.config.schema import UserError, load
 from simulation.run import check_names
 from strategies import AGGREGATORS
 

@@ -36,10 +36,10 @@ import numpy as np
 import torch
 import transformers
 
-from apiary import models
-from apiary.batches import Corpus, Encoded, gather
-from apiary.config import AdapterConfig, ModelConfig, TrainConfig
-from client import trainer
+from apiary.config.schema import AdapterConfig, ModelConfig, TrainConfig
+from apiary.data.batches import Corpus, Encoded, gather
+from apiary.models import adapters
+from client.training import trainer
 
 RANK, LEARNING_RATE, VOCABULARY, LONGEST = 16, 1e-3, 4096, 512
 LAYERS, WIDTH, INNER, HEADS = 3, 512, 1280, 8
@@ -134,17 +134,17 @@ def measure_peak() -> float:
     return best
 
 
-def load_model(setting: Setting) -> models.LanguageModel:
+def load_model(setting: Setting) -> adapters.LanguageModel:
     """The model with its adapter; loaded once for each dtype."""
     base = {"name": str(setting.folder), "dtype": setting.dtype, "device": "cpu"}
-    return models.load(ModelConfig.model_validate(base), AdapterConfig(rank=RANK, alpha=RANK))
+    return adapters.load(ModelConfig.model_validate(base), AdapterConfig(rank=RANK, alpha=RANK))
 
 
 def run_apiary(setting: Setting) -> Callable[[], int]:
     """One epoch of ours; the call returns the trained tokens."""
     lm = load_model(setting)
     config = TrainConfig(epochs=1, batch_tokens=2048, lr=LEARNING_RATE, schedule="constant", warmup=0.0)
-    start = models.fresh_adapter(lm, 0)
+    start = adapters.fresh_adapter(lm, 0)
     steps = trainer.steps_per_round(config, setting.corpus)
 
     def run() -> int:

@@ -16,10 +16,10 @@ from flwr.common.constant import ErrorCode
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 
-from client import remote
+from client import worker_rpc
 
 WORKER_ADDRESS = "worker-address"
-Virtual: TypeAlias = Callable[[str, RecordDict, Context], RecordDict]  # as `client.answers.simulated`
+Virtual: TypeAlias = Callable[[str, RecordDict, Context], RecordDict]  # as `client.handlers.simulated`
 
 
 def _answer(message: Message, context: Context, virtual: Virtual | None = None) -> Message:
@@ -30,11 +30,11 @@ def _answer(message: Message, context: Context, virtual: Virtual | None = None) 
     """
     if WORKER_ADDRESS in context.node_config:
         return _ask_worker(message, context)
-    from client import answers  # not above: it loads torch
+    from client import handlers  # not above: it loads torch
 
     try:
-        content = (virtual or answers.simulated)(message.metadata.message_type, message.content, context)
-    except answers.Refusal as refusal:
+        content = (virtual or handlers.simulated)(message.metadata.message_type, message.content, context)
+    except handlers.Refusal as refusal:
         return _refuse(message, str(refusal))
     return Message(content, reply_to=message)
 
@@ -48,8 +48,8 @@ def _ask_worker(message: Message, context: Context) -> Message:
     }
     body = recorddict_to_proto(message.content).SerializeToString()
     try:
-        answer = remote.ask(str(context.node_config[WORKER_ADDRESS]), remote.Envelope(header, body))
-    except remote.Unanswered as error:
+        answer = worker_rpc.ask(str(context.node_config[WORKER_ADDRESS]), worker_rpc.Envelope(header, body))
+    except worker_rpc.Unanswered as error:
         return _refuse(message, str(error))
     if "error" in answer.header:
         return _refuse(message, str(answer.header["error"]))
@@ -65,7 +65,7 @@ def make_app(*mods: Mod, virtual: Virtual | None = None) -> ClientApp:
 
     Args:
         mods: see Flower.
-        virtual: answers for virtual clients; `client.answers.simulated` where None.
+        virtual: answers for virtual clients; `client.handlers.simulated` where None.
     """
     app = ClientApp(mods=list(mods))
 

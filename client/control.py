@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from apiary.exchange import Payload
-from apiary.tensors import StateDict, subtract
-from client import kept
+from apiary.core.messages import Payload
+from apiary.core.tensors import StateDict, subtract
+from client import round_files
 
 KIND = "control"
 
@@ -47,7 +47,7 @@ def renew(folder: Path, number: int, payload: Payload, delta: StateDict, walked:
     """
     before = _own(folder, payload)
     after = {name: own - payload.control[name] - delta[name] / walked for name, own in before.items()}
-    kept.save(folder, KIND, number, after, also=payload.last_round)
+    round_files.save(folder, KIND, number, after, also=payload.last_round)
 
 
 def _own(folder: Path, payload: Payload) -> dict[str, Tensor]:
@@ -56,7 +56,7 @@ def _own(folder: Path, payload: Payload) -> dict[str, Tensor]:
     Raises:
         ControlLost: the server's sum holds one that is gone here, and would hold it twice for ever.
     """
-    found = kept.load(folder, KIND, payload.last_round)
+    found = round_files.load(folder, KIND, payload.last_round)
     if payload.control and payload.last_round and not found:
         raise ControlLost(
             f"its control variate of round {payload.last_round} is gone from its disk, and the server's mean still "

@@ -11,21 +11,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from apiary.lora import is_b
-from apiary.models import LanguageModel
-from apiary.tensors import StateDict
-from client import kept
+from apiary.core.lora import is_b
+from apiary.core.tensors import StateDict
+from apiary.models.adapters import LanguageModel
+from client import round_files
 
 KIND = "personal"
 
 
 def complete(lm: LanguageModel, folder: Path, before: int, shared: StateDict) -> dict[str, Tensor]:
     """The client's whole adapter: the shared factors, and its own as they were before round `before`."""
-    own = kept.newest(folder, KIND, before)
+    own = round_files.newest(folder, KIND, before)
     zeros = {name: torch.zeros(p.shape) for name, p in lm.adapter.items() if is_b(name)}
     return {**zeros, **own, **shared}
 
 
 def keep(folder: Path, number: int, start: StateDict, delta: StateDict) -> None:
     """Keep the client's own factors as a visit left them: those of `start` with its change."""
-    kept.save(folder, KIND, number, {name: start[name] + d for name, d in delta.items() if is_b(name)})
+    round_files.save(folder, KIND, number, {name: start[name] + d for name, d in delta.items() if is_b(name)})

@@ -14,11 +14,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from apiary import lora
-from apiary.config import RunConfig
-from apiary.lora import Factors
-from apiary.tensors import StateDict, add
-from client.objectives import Penalty
+from apiary.config.schema import RunConfig
+from apiary.core import lora
+from apiary.core.lora import Factors
+from apiary.core.tensors import StateDict, add
+from client.training.objectives import Penalty
 
 
 def used(config: RunConfig) -> bool:

@@ -12,25 +12,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from apiary import lora, models, prompts, results, runlog
-from apiary.batches import Corpus
-from apiary.codecs import Shapes
-from apiary.config import RunConfig
-from apiary.continual import rows_by_stage
-from apiary.examples import Example
-from apiary.exchange import Curated, Decline, Hello, Payload, Score, Spent, Update, Visit
-from apiary.models import LanguageModel
-from apiary.privacy import BudgetSpent
-from apiary.probe import ModelProbe
-from apiary.tensors import StateDict, add
-from client import charge, choice, continual, control, kept, memory, personal, pruning, trainer, wire, zeroth
-from client.charge import Work
-from client.choice import Choice
-from client.continual import StageData
+from apiary.config.schema import RunConfig
+from apiary.core import lora
+from apiary.core.messages import Curated, Decline, Hello, Payload, Score, Spent, Update, Visit
+from apiary.core.tensors import StateDict, add
+from apiary.data import tokenization
+from apiary.data.batches import Corpus
+from apiary.data.examples import Example
+from apiary.evaluation.continual import rows_by_stage
+from apiary.export import tuned
+from apiary.models import adapters
+from apiary.models.adapters import LanguageModel
+from apiary.models.inference import ModelProbe
+from apiary.privacy.accounting import BudgetSpent
+from apiary.tracking import event_log
+from apiary.transport.codec import Shapes
+from client import compression, control, curated_rows, personal, private_visit, pruning, round_files, state
+from client import replay as continual
+from client.curated_rows import Choice
 from client.curation import Context, Reader
-from client.memory import Memory
-from client.objectives import build_penalties
-from client.trainer import FitResult, Replay
+from client.private_visit import Work
+from client.replay import StageData
+from client.state import Memory
+from client.training import trainer, zeroth_order
+from client.training.objectives import build_penalties
+from client.training.trainer import FitResult, Replay
 
 _HELD_TOKENS = 50_000_000  # tokenised data held at a time (250 MB), however many virtual clients there are
 _FEWEST = 5  # held-out examples
@@ -52,14 +58,14 @@ class Worker:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self.tokenizer = models.load_base(config.model)[1]
-        self.template = prompts.make_template(config.prompt, self.tokenizer)
+        self.tokenizer = adapters.load_base(config.model)[1]
+        self.template = tokenization.make_template(config.prompt, self.tokenizer)
         self._corpora: OrderedDict[tuple[str, str], tuple[object, Corpus]] = OrderedDict()
         self._choices: dict[str, Choice] = {}
 
     def _model(self, site: Site) -> LanguageModel:
         """The model with an adapter of the site's rank; all ranks share one base."""
-        return models.load(self.config.model, self.config.adapter.of_rank(site.rank))
+        return adapters.load(self.config.model, self.config.adapter.of_rank(site.rank))
 
     def shapes(self, site: Site) -> Shapes:
         """The shapes of what the site's adapter has in common with the server's."""
@@ -71,7 +77,7 @@ class Worker:
 
         Under differential privacy the tokens stay untold, and the rows stand in for them.
         """
-        fingerprint = models.fingerprint(self._model(site), self.template)
+        fingerprint = adapters.fingerprint(self._model(site), self.template)
         if self.config.privacy.unit == "record":
             rows = len(site.train)
             return Hello(site.client, fingerprint, site.rank, rows, rows)
@@ -91,13 +97,13 @@ class Worker:
         Returns:
             The change of the adapter with its weight (new tokens trained), and counts; or why there is none.
         """
-        memory.own(site.folder)
-        runlog.sweep(site.folder)
-        memory.forget_from(site.folder, number)
-        for kind in (wire.KIND, personal.KIND, control.KIND):
-            kept.forget_from(site.folder, kind, number)
+        state.own(site.folder)
+        event_log.sweep(site.folder)
+        state.forget_from(site.folder, number)
+        for kind in (compression.KIND, personal.KIND, control.KIND):
+            round_files.forget_from(site.folder, kind, number)
         site = site._replace(rank=pruning.rank_of(self.config, payload.adapter, site.rank))
-        past = memory.load(site.folder, before=number)
+        past = state.load(site.folder, before=number)
         payload = self._completed(site, number, payload)
         rows, chosen = self._chosen(site, number, payload)
         data = continual.prepare(rows, site.folder, site.client, self.config, number, past)
@@ -113,10 +119,10 @@ class Worker:
         replay = Replay(old, data.replay_cursor, self.config.continual.replay)
         steps = trainer.steps_per_round(config, corpus, replay)
         first, total = data.rounds_before * steps, data.rounds * steps
-        observers = [memory.step_log(site.folder, number)]
-        if zeroth.used(self.config):
-            place = zeroth.Place(site.client, data.cursor, first, total, steps)
-            result = zeroth.fit(self._model(site), payload.model, corpus, self.config, place, observers)
+        observers = [state.step_log(site.folder, number)]
+        if zeroth_order.used(self.config):
+            place = zeroth_order.Place(site.client, data.cursor, first, total, steps)
+            result = zeroth_order.fit(self._model(site), payload.model, corpus, self.config, place, observers)
         else:
             result = trainer.fit(
                 self._model(site),
@@ -149,7 +155,7 @@ class Worker:
         new = len(data.new) - sum(row < len(data.new) for row in corpus.dropped)
         rows = rows_by_stage(site.train, self.config)
         try:
-            paid = charge.visit(
+            paid = private_visit.visit(
                 self._model(site),
                 self.config,
                 Work(corpus, new, rows, data.rounds_before, data.rounds),
@@ -158,7 +164,7 @@ class Worker:
                 folder=site.folder,
                 ledger=site.ledger,
                 penalties=build_penalties(self.config.train.penalties, payload.adapter),
-                observers=[memory.step_log(site.folder, number)],
+                observers=[state.step_log(site.folder, number)],
             )
         except BudgetSpent:
             return Decline(site.client, "budget")
@@ -181,14 +187,14 @@ class Worker:
             personal.keep(site.folder, at.round, payload.adapter, delta)
             self._save_own(site, add(payload.adapter, delta))  # it may never be asked to measure
             delta = lora.only_a(delta)
-        memory.save(site.folder, at)
+        state.save(site.folder, at)
         rank = pruning.rank_of(self.config, delta, site.rank)
         update = Update(site.client, delta, float(result.report.tokens), rank)
         return Visit(update, result.report, curated, spent)
 
     def _save_own(self, site: Site, adapter: StateDict) -> None:
         """Write the model that only the site itself has."""
-        results.save_adapter_folder(self._model(site), adapter, site.folder / "adapter", self.config)
+        tuned.save_adapter_folder(self._model(site), adapter, site.folder / "adapter", self.config)
 
     def evaluate(self, site: Site, payload: Payload, number: int = sys.maxsize) -> Score:
         """The received adapter's loss on the site's held-out examples, as sums, after round `number`.
@@ -206,7 +212,7 @@ class Worker:
         if len(corpus) < _FEWEST:
             return Score(0.0, 0, 0)
         lm = self._model(site)
-        models.set_adapter(lm, payload.model)
+        adapters.set_adapter(lm, payload.model)
         nats, tokens = ModelProbe(lm).losses(corpus)
         return Score(float(nats.sum()), int(tokens.sum()), len(nats))
 
@@ -216,8 +222,8 @@ class Worker:
         That is with the site's own factors as of before round `number` where it keeps some to itself, or rebuilt where
         scalars alone travel.
         """
-        if zeroth.used(self.config):
-            return zeroth.opened(self._model(site), payload, self.config)
+        if zeroth_order.used(self.config):
+            return zeroth_order.opened(self._model(site), payload, self.config)
         if self.config.adapter.share == "both":
             return payload
         return payload._replace(adapter=personal.complete(self._model(site), site.folder, number, payload.adapter))
@@ -226,7 +232,7 @@ class Worker:
         """The rows that curation leaves for a round, and what it did; all of them where nothing is configured."""
         if not self.config.curate.steps:
             return tuple(site.train), None
-        made = choice.choose(
+        made = curated_rows.choose(
             site.train,
             self.config.curate,
             self._context(site, payload, number),
@@ -241,7 +247,7 @@ class Worker:
     def _context(self, site: Site, payload: Payload, number: int) -> Context:
         def probe() -> ModelProbe:
             lm = self._model(site)
-            models.set_adapter(lm, payload.model)
+            adapters.set_adapter(lm, payload.model)
             return ModelProbe(lm)
 
         reader = Reader(self.template, self.tokenizer, self.config.prompt, probe)
@@ -251,7 +257,7 @@ class Worker:
         """The tokens of a part of the site's rows; made again where it has come to hold others."""
         key = (site.client, part)
         if key not in self._corpora or self._corpora[key][0] != examples:
-            made = prompts.encode_all(examples, self.template, self.tokenizer, self.config.prompt)
+            made = tokenization.encode_all(examples, self.template, self.tokenizer, self.config.prompt)
             self._corpora[key] = (examples, made)
             while len(self._corpora) > 1 and sum(c.stats.tokens for _, c in self._corpora.values()) > _HELD_TOKENS:
                 self._corpora.popitem(last=False)

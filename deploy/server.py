@@ -11,9 +11,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from apiary.config import UserError
-from apiary.runlog import write_atomic
-from deploy import certificates, flower, kits, processes
+from apiary.config.schema import UserError
+from apiary.tracking.event_log import write_atomic
+from deploy import certificates, flower_cli, kits, processes
 from deploy.kits import Kit
 from deploy.processes import Kept
 
@@ -44,7 +44,7 @@ def run(kit: Kit, state: Path, bind: str = "0.0.0.0") -> int:
         end = processes.wait_for_end()
         processes.adopt_orphans()
         port = processes.free_port()
-        flower.configure(kit, state, port)
+        flower_cli.configure(kit, state, port)
         kept = [_superlink(kit, state, port), _door(kit, state, port, bind)]
         try:
             if not _wait_until_up(kit, kept, port, end):
@@ -96,7 +96,7 @@ def _superlink(kit: Kit, state: Path, port: int) -> Kept:
         *("--ssl-certfile", str(kit.folder / kits.CERTIFICATE), "--ssl-keyfile", str(kit.folder / kits.SERVER_KEY)),
         *("--ssl-ca-certfile", str(kit.folder / kits.CA)),
         "--enable-supernode-auth",
-        *("--database", str(state / flower.DATABASE)),
+        *("--database", str(state / flower_cli.DATABASE)),
         "--disable-runtime-dependency-installation",
     ]
     environment = {**processes.environment(state), _NODES_VARIABLE: str(state / _NODES)}
@@ -105,7 +105,7 @@ def _superlink(kit: Kit, state: Path, port: int) -> Kept:
 
 def _door(kit: Kit, state: Path, port: int, bind: str) -> Kept:
     command = [
-        *(sys.executable, "-P", "-m", "deploy.door"),
+        *(sys.executable, "-P", "-m", "deploy.proxy"),
         *("--bind", bind, "--port", str(kit.server.port)),
         *("--upstream", f"https://127.0.0.1:{port}"),
         *("--certificate", str(kit.folder / kits.CERTIFICATE), "--key", str(kit.folder / kits.SERVER_KEY)),
@@ -129,7 +129,7 @@ def _wait_until_up(kit: Kit, kept: list[Kept], port: int, end: threading.Event) 
     while not end.wait(0.3):
         for each in kept:
             each.look()
-        if flower.healthy(f"127.0.0.1:{port}", kit.folder / kits.CA):
+        if flower_cli.healthy(f"127.0.0.1:{port}", kit.folder / kits.CA):
             return True
         if time.monotonic() > deadline:
             _say(f"the SuperLink did not come up within {_START_S:g} s; superlink.log in the state folder says more")
@@ -206,7 +206,7 @@ def _try(name: str, key: str, failures: _Failures, act: Callable[[], str]) -> st
         return None
     try:
         answer = act()
-    except flower.FlowerError as error:
+    except flower_cli.FlowerError as error:
         _fail(name, key, str(error), failures)
         return None
     failures.pop((name, key), None)
@@ -221,8 +221,8 @@ def _fail(name: str, key: str, line: str, failures: _Failures) -> None:
 
 def _strike_off(state: Path, node: str) -> str:
     try:
-        flower.call(state, "supernode", "unregister", node)
-    except flower.FlowerError as error:
+        flower_cli.call(state, "supernode", "unregister", node)
+    except flower_cli.FlowerError as error:
         if _NODE_IS_GONE not in str(error):  # by a server that was killed before it wrote it down
             raise
     return node
@@ -235,19 +235,21 @@ def _enter(state: Path, file: Path, name: str, key: str, others: dict[str, str])
         flower.FlowerError: it refused; or the key is that of another site, or of one that was struck off.
     """
     try:
-        return str(flower.call(state, "supernode", "register", str(file), options=("--name", name))["node-id"])
-    except flower.FlowerError as error:
+        return str(flower_cli.call(state, "supernode", "register", str(file), options=("--name", name))["node-id"])
+    except flower_cli.FlowerError as error:
         if _KEY_IS_KNOWN not in str(error):
             raise
         # Registered by a server that was killed before it wrote it down, or used up.
-        found = flower.node_of(state, certificates.public_pem(key))
+        found = flower_cli.node_of(state, certificates.public_pem(key))
         if found is None:
             raise
     node, struck_off = found
     if struck_off:
-        raise flower.FlowerError("this key was struck off and cannot come back: make new ones by `apiary deploy add`")
+        raise flower_cli.FlowerError(
+            "this key was struck off and cannot come back: make new ones by `apiary deploy add`"
+        )
     if node in others:
-        raise flower.FlowerError(f"{file.name} is the key of site {others[node]} as well: each site needs its own")
+        raise flower_cli.FlowerError(f"{file.name} is the key of site {others[node]} as well: each site needs its own")
     return node
 
 

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from apiary.config import UserError
-from deploy import certificates, flower, guard, kits, processes
+from apiary.config.schema import UserError
+from deploy import certificates, code_guard, flower_cli, kits, processes
 from deploy.kits import Kit
 from deploy.processes import Kept
 
@@ -115,7 +115,7 @@ def _check(kit: Kit, options: Options) -> None:
         raise UserError(f"{str(key)!r} cannot be read: {error.strerror}; it is for its owner alone") from None
     except ValueError as error:
         raise UserError(f"{str(key)!r}: {error}; copy it anew, or make another site") from None
-    flower.check_trust(kit.folder / kits.CA)
+    flower_cli.check_trust(kit.folder / kits.CA)
     if options.port is not None:
         processes.check_port("127.0.0.1", options.port, f"--port {options.port}")
     if not _is_there(options.data, Path.exists):
@@ -134,7 +134,7 @@ def _is_there(path: Path, kind: Callable[[Path], bool]) -> bool:
 
 def _worker(kit: Kit, state: Path, options: Options, address: str) -> Kept:
     command = [
-        *(sys.executable, "-P", "-m", "client.service"),
+        *(sys.executable, "-P", "-m", "client.site_worker"),
         *("--address", address, "--site", kit.site),
         *("--data", str(options.data.expanduser().resolve()), "--state", str(state)),
     ]
@@ -159,7 +159,7 @@ def _supernode(kit: Kit, state: Path, address: str, port: int | None) -> Kept:
         *("--host", "127.0.0.1", "--port", str(port or processes.free_port())),
         *("--node-config", f'site="{kit.site}" worker-address="{address}"'),
     ]
-    guarded = guard.install(state / "bin", processes.environment(state))
+    guarded = code_guard.install(state / "bin", processes.environment(state))
     return Kept(command, guarded, state, state / "supernode.log")
 
 
@@ -189,7 +189,7 @@ def _answers(path: Path) -> bool:
 
 def _look_for_server(kit: Kit) -> int | None:
     try:
-        if not flower.healthy(str(kit.server), kit.folder / kits.CA):
+        if not flower_cli.healthy(str(kit.server), kit.folder / kits.CA):
             _say(kit, f"no server answers at {kit.server} yet; trying again and again")
     except ssl.SSLCertVerificationError as error:
         return _failed(f"who answers at {kit.server} is not this federation's server: {error.verify_message}")
@@ -227,7 +227,7 @@ def _ask_health(kit: Kit, line: _Line) -> _Line:
     if not line.connected or time.monotonic() - line.asked < _HEALTH_S:
         return line
     try:
-        there, why = flower.healthy(str(kit.server), kit.folder / kits.CA), "does not answer"
+        there, why = flower_cli.healthy(str(kit.server), kit.folder / kits.CA), "does not answer"
     except ssl.SSLCertVerificationError as error:
         there, why = False, f"is not this federation's any more ({error.verify_message})"
     if there != line.there:

@@ -10,17 +10,23 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 import strategies
-from apiary import claims, codecs, continual, evaluate, lora, models, prompts, results
-from apiary import config as configs
-from apiary.batches import Corpus
-from apiary.config import RunConfig
-from apiary.evaluate import HeldOut
-from apiary.exchange import Score, Spent
-from apiary.models import LanguageModel
-from apiary.probe import ModelProbe
-from apiary.runlog import RunLog
-from apiary.tensors import StateDict
-from server import checkpoint, deployed, root
+from apiary.config import schema as configs
+from apiary.config.schema import RunConfig
+from apiary.core import lora
+from apiary.core.messages import Score, Spent
+from apiary.core.tensors import StateDict
+from apiary.data import tokenization
+from apiary.data.batches import Corpus
+from apiary.evaluation import comparison, continual
+from apiary.evaluation.comparison import HeldOut
+from apiary.export import tuned
+from apiary.models import adapters
+from apiary.models.adapters import LanguageModel
+from apiary.models.inference import ModelProbe
+from apiary.privacy import statement
+from apiary.tracking.event_log import RunLog
+from apiary.transport import codec
+from server import checkpoint, deployment_run, trusted_update
 from server.rounds import Evaluation, Progress, Rounds
 from strategies import ServerState
 
@@ -41,23 +47,23 @@ def prepare(
         held_out: the server's own held-out examples; None when it has none.
         name_of: the name under which the server knows a node, where it knows one.
     """
-    lm = models.load(config.model, config.adapter)
-    template = prompts.make_template(config.prompt, lm.tokenizer)
+    lm = adapters.load(config.model, config.adapter)
+    template = tokenization.make_template(config.prompt, lm.tokenizer)
     found = checkpoint.load(folder / "checkpoints")
     if found is None:
-        fresh = models.fresh_adapter(lm, config.seed)
+        fresh = adapters.fresh_adapter(lm, config.seed)
         state = ServerState(0, fresh if config.adapter.share == "both" else lora.only_a(fresh), {}, {})
         progress = Progress()
     else:
         state, progress = found[0], Progress(**found[1])
     aggregator = strategies.from_config(config)
-    for line in codecs.remarks(config):
+    for line in codec.remarks(config):
         log.event("warning", message=line)
     measured = held_out if config.adapter.share == "both" else None  # half an adapter has no loss
     return Rounds(
         config,
         aggregator,
-        models.fingerprint(lm, template),
+        adapters.fingerprint(lm, template),
         state,
         log=log,
         progress=progress,
@@ -65,16 +71,18 @@ def prepare(
         evaluate=_measure(lm, measured.corpus, config.seed) if measured else None,
         score_stages=continual.scorer(lm, measured, config) if measured else None,
         name_of=name_of,
-        root=root.trainer(config, held_out.examples if held_out else (), folder / "root") if aggregator.root else None,
+        root=trusted_update.trainer(config, held_out.examples if held_out else (), folder / "root")
+        if aggregator.root
+        else None,
     )
 
 
 def _measure(lm: LanguageModel, held_out: Corpus, seed: int) -> Callable[[StateDict], Evaluation]:
     def measure(adapter: StateDict) -> Evaluation:
-        models.set_adapter(lm, adapter)
+        adapters.set_adapter(lm, adapter)
         nats, tokens = ModelProbe(lm).losses(held_out)
         score = Score(float(nats.sum()), int(tokens.sum()), len(nats))
-        return Evaluation(score, evaluate.interval(nats, tokens, seed=seed))
+        return Evaluation(score, comparison.interval(nats, tokens, seed=seed))
 
     return measure
 
@@ -83,7 +91,7 @@ def save(folder: Path, config: RunConfig, state: ServerState, progress: Progress
     """Write a round's checkpoint, and the account of the privacy spent."""
     plain = {name: dict(value) for name, value in progress._asdict().items() if isinstance(value, Mapping)}
     checkpoint.save(folder / "checkpoints", state, {**progress._asdict(), **plain})
-    claims.write(folder, config, {client: Spent._make(values) for client, values in progress.spent.items()})
+    statement.write(folder, config, {client: Spent._make(values) for client, values in progress.spent.items()})
 
 
 def make_app(log: RunLog | None = None, held_out: HeldOut | None = None) -> ServerApp:
@@ -102,17 +110,17 @@ def make_app(log: RunLog | None = None, held_out: HeldOut | None = None) -> Serv
         expected = int(values.get("expected", config.strategy.min_clients))
 
         def federate(log: RunLog, held_out: HeldOut | None) -> StateDict:
-            rounds = prepare(config, folder, log, held_out, deployed.site_name)
-            lm = models.load(config.model, config.adapter)
+            rounds = prepare(config, folder, log, held_out, deployment_run.site_name)
+            lm = adapters.load(config.model, config.adapter)
             # Factors that stay with the clients are those of a new adapter here: B is zero.
-            adapter = {**models.fresh_adapter(lm, config.seed), **rounds.run(grid, expected).model}
-            results.save_adapter_folder(lm, adapter, folder / "adapter", config)
+            adapter = {**adapters.fresh_adapter(lm, config.seed), **rounds.run(grid, expected).model}
+            tuned.save_adapter_folder(lm, adapter, folder / "adapter", config)
             return adapter
 
         if log is not None:
             federate(log, held_out)
         else:
-            deployed.run(config, folder, expected, federate, number=context.run_id)
+            deployment_run.run(config, folder, expected, federate, number=context.run_id)
 
     return app
 

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors.torch import load_file
 from safetensors.torch import save as pack
 
-from apiary.tensors import StateDict, digest
+from apiary.core.tensors import StateDict, digest
 from strategies import ServerState
 
 _PARTS = ("adapter", "base_delta", "memory", "copies")

@@ -18,18 +18,19 @@ from flwr.serverapp.strategy import Result, Strategy
 from torch import Generator
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from apiary import codecs, records, schedule
-from apiary.config import RunConfig
-from apiary.exchange import ClientInfo, Decline, Fingerprint, FitReport, Hello, Payload, Score, Update, Visit
-from apiary.stages import rounds_of, stage_of
-from apiary.tensors import StateDict, generator, is_finite
-from server import checks, gauges, mail, scores
-from server.copies import Copies
-from server.roster import EventLog, Roster, RunFailed
+from apiary.config import schedule
+from apiary.config.schema import RunConfig
+from apiary.core.messages import ClientInfo, Decline, Fingerprint, FitReport, Hello, Payload, Score, Update, Visit
+from apiary.core.stages import rounds_of, stage_of
+from apiary.core.tensors import StateDict, generator, is_finite
+from apiary.transport import codec, flower_records
+from server import client_scores, messaging, round_metrics, validation
+from server.broadcast import Copies
+from server.client_scores import Best, Scores
+from server.membership import EventLog, Roster, RunFailed
 from server.sampling import choose, panel
-from server.scores import Best, Scores
 from strategies import Aggregator, Gradient, ServerState
-from strategies.core import ROOT, TooFewAnswers
+from strategies.aggregator import ROOT, TooFewAnswers
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class _Folded(NamedTuple):
     """The answers of a round, summed up."""
 
     acc: Any  # the reducer's
-    gauge: gauges.Watched
+    gauge: round_metrics.Watched
     good: Sequence[FitReport]
     poisoned: Mapping[str, str]  # by client, why its answer was refused, which no honest client gives
     declined: int
@@ -103,8 +104,8 @@ class Rounds(Strategy):
         self.progress = progress or Progress()
         self._log, self._on_round, self._evaluate, self._score_stages = log, on_round, evaluate, score_stages
         self._root = root
-        self._up, self._coded = codecs.of_run(config, "up"), config.wire.up.name != "fp32"
-        self._copies = None if codecs.of_run(config, "down").whole else Copies(config, state.copies)
+        self._up, self._coded = codec.of_run(config, "up"), config.wire.up.name != "fp32"
+        self._copies = None if codec.of_run(config, "down").whole else Copies(config, state.copies)
         self._roster = Roster(
             config,
             fingerprint,
@@ -164,14 +165,14 @@ class Rounds(Strategy):
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
     ) -> Result:
         """Flower's entry point: runs from `initial_arrays`; rounds and time limits are those of the run's config."""
-        self.state = self.state._replace(adapter=records.from_arrays(initial_arrays))
+        self.state = self.state._replace(adapter=flower_records.from_arrays(initial_arrays))
         self.run(grid, self.config.strategy.min_clients)
-        return Result(arrays=records.to_arrays(self.state.adapter))
+        return Result(arrays=flower_records.to_arrays(self.state.adapter))
 
     def _round(self, number: int, grid: Grid) -> None:
         began = time.monotonic()
         self._roster.gather(grid, number)
-        arrays = records.to_arrays(self.state.adapter)
+        arrays = flower_records.to_arrays(self.state.adapter)
         messages = list(self.configure_train(number, arrays, ConfigRecord(), grid))
         down = self._weight(messages, "down")
         replies = self._exchange(grid, messages, number)
@@ -222,16 +223,18 @@ class Rounds(Strategy):
         member = self._roster.members[client]
         payload, arrays = self._payload(member.info)
         if self._copies:
-            parcel = records.parcel_arrays(self._copies.pack(member.info, payload.adapter))
-            self._spared += records.record_bytes(arrays[0]) - records.record_bytes(parcel)
+            parcel = flower_records.parcel_arrays(self._copies.pack(member.info, payload.adapter))
+            self._spared += flower_records.record_bytes(arrays[0]) - flower_records.record_bytes(parcel)
             arrays = (parcel, *arrays[1:])
         # Who is only measured needs no control variate.
-        content = records.request(number, *arrays[: 3 if kind == "train" else 2], last_round=member.info.last_round)
+        content = flower_records.request(
+            number, *arrays[: 3 if kind == "train" else 2], last_round=member.info.last_round
+        )
         return Message(content, member.node, kind, group_id=str(number))
 
     def _weight(self, messages: Sequence[Message], way: str) -> dict[str, int]:
         """The bytes of the arrays in messages just made, and where changes alone travel down, of whole adapters."""
-        size = sum(records.array_bytes(message.content) for message in messages)
+        size = sum(flower_records.array_bytes(message.content) for message in messages)
         spared, self._spared = self._spared, 0
         return {f"bytes_{way}": size, **({f"float32_{way}": size + spared} if self._copies else {})}
 
@@ -242,7 +245,7 @@ class Rounds(Strategy):
             self._sent = {old: sent for old, sent in self._sent.items() if old[0] == key[0]}
             known = len(self._roster.members.keys() | self.progress.last_round.keys())
             payload = self.aggregator.payload(self.state, client._replace(clients=known))
-            self._sent[key] = payload, tuple(records.to_arrays(part) for part in payload[:3])
+            self._sent[key] = payload, tuple(flower_records.to_arrays(part) for part in payload[:3])
         return self._sent[key]
 
     # -- exchange -------------------------------------------------------------------------------
@@ -252,19 +255,19 @@ class Rounds(Strategy):
         names = {member.node: client for client, member in self._roster.members.items()}
         limit = self.config.strategy.deadline_s or math.inf
         deadline = time.monotonic() + limit
-        waiting, pause = mail.push(grid, messages), mail.Pause()
+        waiting, pause = messaging.push(grid, messages), messaging.Pause()
         for message in messages:
             if message.metadata.dst_node_id not in waiting.values():
                 self._refuse(names[message.metadata.dst_node_id], "it could not be reached", number)
         while waiting and time.monotonic() < deadline:
-            arrived = mail.pull(grid, waiting)
+            arrived = messaging.pull(grid, waiting)
             for node, reply in arrived:
                 if reply.has_error():
                     self._refuse(names[node], reply.error.reason or "it failed without a reason", number)
                 else:
                     yield reply
             if arrived:
-                pause = mail.Pause()
+                pause = messaging.Pause()
             else:
                 pause.sleep(len(waiting))
         for node in waiting.values():
@@ -291,7 +294,7 @@ class Rounds(Strategy):
             self._check_quorum(server_round, len(folded.good), len(self._cohort) - folded.declined)
             self._conclude(server_round, folded)
         up = {"bytes_up": folded.bytes_up, **({"float32_up": folded.float32_up} if self._coded else {})}
-        return None, MetricRecord({**scores.trained(folded.good), **up})
+        return None, MetricRecord({**client_scores.trained(folded.good), **up})
 
     def _fold(self, number: int, replies: Iterable[Message]) -> _Folded:
         """Add the answers to the round's sum as they come; what cannot be used becomes an event.
@@ -300,16 +303,16 @@ class Rounds(Strategy):
             RunFailed: the method cannot take an update that passed all checks.
         """
         reducer = self.aggregator.reduce
-        acc, gauge = reducer.start(self.state), gauges.watch(self.config, self.aggregator, self.state)
+        acc, gauge = reducer.start(self.state), round_metrics.watch(self.config, self.aggregator, self.state)
         good: list[FitReport] = []
         poisoned: dict[str, str] = {}
         declined = up = plain = 0
         for message in replies:
             try:
                 answer = self._read(message)
-            except records.WireError as error:
+            except flower_records.WireError as error:
                 self._refuse(sender := self._roster.sender_of(message), str(error), number)
-                if isinstance(error, checks.Poisoned):
+                if isinstance(error, validation.Poisoned):
                     acc, poisoned[sender] = reducer.refused(acc), f"refused: {error}"
                 continue
             self._heard(answer.client if isinstance(answer, Decline) else answer.update.client)
@@ -318,14 +321,14 @@ class Rounds(Strategy):
                 self._spent_out |= {answer.client} if answer.reason == "budget" else set()
                 self._log.event("declined", round=number, **answer._asdict())
                 continue
-            size = records.array_bytes(message.content)
+            size = flower_records.array_bytes(message.content)
             try:
-                acc, gauge = reducer.add(acc, answer.update), gauges.add(gauge, answer.update)
+                acc, gauge = reducer.add(acc, answer.update), round_metrics.add(gauge, answer.update)
             except ValueError as error:  # it may have been added in part
                 raise RunFailed(f"round {number}: {error}") from error
             good.append(answer.report)
             up += size
-            plain += codecs.float32_bytes(answer.update.delta) if self._coded else 0
+            plain += codec.float32_bytes(answer.update.delta) if self._coded else 0
             self._note_visit(answer.update, number)
             self._log_visit(answer, number, size)
         return _Folded(acc, gauge, good, poisoned, declined, up, plain)
@@ -341,7 +344,7 @@ class Rounds(Strategy):
         try:
             gradient = reducer.finish(self.state, acc, self._generator(number))
             self._step(number, gradient)
-            self._told = gauges.facts(folded.gauge, gradient, self.state, folded.poisoned)
+            self._told = round_metrics.facts(folded.gauge, gradient, self.state, folded.poisoned)
         except TooFewAnswers as error:  # nothing is learnt then; a client must not end a run by answering badly
             self._pass(number)
             self._told = {"unchanged": True}
@@ -360,10 +363,10 @@ class Rounds(Strategy):
         Raises:
             WireError: it is not what this run allows.
         """
-        answer = records.read_train_reply(message.content)
+        answer = flower_records.read_train_reply(message.content)
         if isinstance(answer, Decline):
             self._roster.check_sender(answer.client, message)
-            checks.check_decline(answer, self.config)
+            validation.check_decline(answer, self.config)
             return answer
         self._roster.check_sender(answer.update.client, message)
         self._note_spent(answer)  # whatever else is wrong with it: it was sent
@@ -371,12 +374,12 @@ class Rounds(Strategy):
         client, rank = member.info, answer.update.rank
         if self.aggregator.prunes and 0 < rank < client.rank:
             client = client._replace(rank=rank)
-        answer = self._decoded(answer, records.read_message(message.content), client)
-        checks.check_visit(answer, self.config, member.examples, self._payload(client)[0], self.state.round + 1)
+        answer = self._decoded(answer, flower_records.read_message(message.content), client)
+        validation.check_visit(answer, self.config, member.examples, self._payload(client)[0], self.state.round + 1)
         if rank != client.rank:
-            raise records.WireError(f"its update has rank {rank}, and it was sent rank {client.rank}")
+            raise flower_records.WireError(f"its update has rank {rank}, and it was sent rank {client.rank}")
         if control := self._payload(client)[0].control:
-            checks.check_walk(answer.report, self.config)
+            validation.check_walk(answer.report, self.config)
             far = schedule.walked(self.config, self.state.round + 1, answer.report.steps)
             answer = answer._replace(update=answer.update._replace(control=control, walked=far))
         return answer
@@ -401,9 +404,9 @@ class Rounds(Strategy):
         if not message:
             return visit
         try:
-            delta = codecs.decode(message, self._up, codecs.shapes_of(self._payload(client)[0].adapter))
-        except codecs.CodecError as error:
-            kind = checks.Poisoned if isinstance(error, codecs.NotFinite) else records.WireError
+            delta = codec.decode(message, self._up, codec.shapes_of(self._payload(client)[0].adapter))
+        except codec.CodecError as error:
+            kind = validation.Poisoned if isinstance(error, codec.NotFinite) else flower_records.WireError
             raise kind(f"its update cannot be decoded: {error}") from None
         return visit._replace(update=visit.update._replace(delta=delta))
 
@@ -473,7 +476,7 @@ class Rounds(Strategy):
             sent = self._weight(messages, "evaluate")
             metrics = self.aggregate_evaluate(number, self._exchange(grid, messages, number))
             # Stopping early on the examples of the final table would flatter it.
-            found, told = scores.of_clients(metrics or {})  # type: ignore[arg-type]
+            found, told = client_scores.of_clients(metrics or {})  # type: ignore[arg-type]
             fields = {**fields, **told, **sent}
         self._log.event("evaluate", round=number, **fields)
         self._note_scores(number, found)
@@ -492,10 +495,10 @@ class Rounds(Strategy):
         sums: dict[str, list[float]] = {}
         for message in replies:
             try:
-                client, score = records.read_score_reply(message.content)
+                client, score = flower_records.read_score_reply(message.content)
                 self._roster.check_sender(client, message)
-                checks.check_score(score, self.config)
-            except records.WireError as error:
+                validation.check_score(score, self.config)
+            except flower_records.WireError as error:
                 self._refuse(self._roster.sender_of(message), str(error), server_round)
                 continue
             self._heard(client)
@@ -505,7 +508,7 @@ class Rounds(Strategy):
     def _note_scores(self, number: int, found: Scores) -> None:
         if not found:
             return
-        best = scores.after(Best(self.progress.best, self.progress.evaluations_without_gain), found)
+        best = client_scores.after(Best(self.progress.best, self.progress.evaluations_without_gain), found)
         self.progress = self.progress._replace(best=best.scores, evaluations_without_gain=best.without_gain)
         patience = self.config.evaluate.patience
         if 0 < patience <= best.without_gain:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
-from apiary.tensors import derive_seed, generator
+from apiary.core.tensors import derive_seed, generator
 
 
 def choose(clients: Iterable[str], *, fraction: float, minimum: int, seed: int, round_number: int) -> list[str]:

@@ -13,15 +13,16 @@ from typing import NamedTuple
 
 from safetensors.torch import load_file
 
-from apiary import models, prompts
-from apiary.config import RunConfig
-from apiary.examples import ClientData, Example
-from apiary.models import LanguageModel
-from apiary.prompts import Template
-from apiary.results import kept_in
-from apiary.runlog import RunLog
-from apiary.tensors import StateDict, add
-from client import trainer
+from apiary.config.schema import RunConfig
+from apiary.core.tensors import StateDict, add
+from apiary.data import tokenization
+from apiary.data.examples import ClientData, Example
+from apiary.data.tokenization import Template
+from apiary.export.tuned import kept_in
+from apiary.models import adapters
+from apiary.models.adapters import LanguageModel
+from apiary.tracking.event_log import RunLog
+from client.training import trainer
 
 
 class Baselines(NamedTuple):
@@ -85,8 +86,8 @@ def _adapter(
     weights = folder / "adapter_model.safetensors"
     if weights.exists():
         return load_file(weights)
-    start = models.fresh_adapter(lm, config.seed)
-    corpus = prompts.encode_all(rows, template, lm.tokenizer, config.prompt)
+    start = adapters.fresh_adapter(lm, config.seed)
+    corpus = tokenization.encode_all(rows, template, lm.tokenizer, config.prompt)
     result = trainer.fit(
         lm,
         start,
@@ -101,5 +102,5 @@ def _adapter(
         factors="both" if config.adapter.train == "alternate" else config.adapter.trained(1),
     )
     adapter = add(start, result.delta)
-    models.save_adapter(lm, adapter, folder)
+    adapters.save_adapter(lm, adapter, folder)
     return adapter

@@ -15,12 +15,12 @@ from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable, Mod
 from flwr.serverapp import Grid, ServerApp
 
-from apiary.config import RunConfig, UserError
-from apiary.registry import Registry
-from client import answers
+from apiary.config.registry import Registry
+from apiary.config.schema import RunConfig, UserError
+from client import handlers
 from client.app import make_app
-from simulation.local import LocalGrid
-from simulation.scenario import hostile
+from simulation.adversaries import hostile
+from simulation.in_process_grid import LocalGrid
 
 
 class Engine(Protocol):
@@ -113,7 +113,7 @@ class _Stoppable:
 def _client_app(config: RunConfig, folder: Path) -> ClientApp:
     virtual = None
     if config.simulate.attackers:
-        virtual = functools.partial(answers.simulated, worker_of=functools.partial(hostile, state=folder / "clients"))
+        virtual = functools.partial(handlers.simulated, worker_of=functools.partial(hostile, state=folder / "clients"))
     return make_app(site_facts(config.to_json(), folder), virtual=virtual)
 
 

@@ -9,16 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import strategies
-from apiary import config as configs
-from apiary import continual, draws, evaluate, examples, models, outline, privacy_plan, prompts, runlog, trackers
-from apiary.config import RunConfig, UserError
+from apiary.config import schema as configs
+from apiary.config import summary
+from apiary.config.schema import RunConfig, UserError
+from apiary.data import examples, tokenization
+from apiary.evaluation import comparison, continual
+from apiary.models import adapters
+from apiary.privacy import plan as privacy_plan
+from apiary.privacy import sampling
 from apiary.report import write_report
-from apiary.runlog import RunLog
-from client import answers, curation, objectives
-from server import checkpoint, root
+from apiary.tracking import event_log, trackers
+from apiary.tracking.event_log import RunLog
+from client import curation, handlers
+from client.training import objectives
+from server import checkpoint, trusted_update
 from server.app import make_app
-from server.roster import RunFailed
-from simulation import scenario
+from server.membership import RunFailed
+from simulation import adversaries
 from simulation.engines import ENGINES
 from simulation.summary import Plan, summarise
 
@@ -34,7 +41,7 @@ def check_names(config: RunConfig) -> None:
     checks: list[Callable[[], object]] = [
         lambda: strategies.from_config(config),
         lambda: ENGINES.build(config.simulate.engine, config=config),
-        lambda: scenario.check(config),
+        lambda: adversaries.check(config),
         lambda: objectives.OBJECTIVES.build(config.train.objective),
         lambda: objectives.build_penalties(config.train.penalties, {}),
         lambda: curation.build_steps(config.curate.steps),
@@ -51,7 +58,7 @@ def check_names(config: RunConfig) -> None:
 
 def remarks(config: RunConfig, clients: Sequence[str]) -> list[str]:
     """What a run says at its start of its attack and of the server's own rows, a line each."""
-    return [*scenario.remarks(config, clients), *root.remarks(config)]
+    return [*adversaries.remarks(config, clients), *trusted_update.remarks(config)]
 
 
 def plan(config: RunConfig) -> Plan:
@@ -62,24 +69,24 @@ def plan(config: RunConfig) -> Plan:
     """
     check_names(config)
     trackers.check(config)
-    scenario.forget()  # the files may have changed since an earlier run in this process
-    federation = answers.federation(config.to_json())
-    scenario.attackers(config, [client.name for client in federation.clients])  # whether there can be so many
+    adversaries.forget()  # the files may have changed since an earlier run in this process
+    federation = handlers.federation(config.to_json())
+    adversaries.attackers(config, [client.name for client in federation.clients])  # whether there can be so many
     if few := examples.too_few_clients(config, len(federation.clients)):
         raise UserError(*few)
     if config.privacy.unit == "record":
         rows = [continual.rows_by_stage(client.train, config) for client in federation.clients]
-        draws.check(config, rows)
-        draws.noise_multiplier(config, rows[draws.worst(config, rows)])  # there may be none that is enough
+        sampling.check(config, rows)
+        sampling.noise_multiplier(config, rows[sampling.worst(config, rows)])  # there may be none that is enough
     if not federation.test:
         raise UserError("no held-out examples: set data.test_fraction above 0, or data.test to a held-out source")
-    root.rows(config, federation.test)
-    lm = models.load(config.model, config.adapter)
-    template = prompts.make_template(config.prompt, lm.tokenizer)
-    held_out = evaluate.prepare(federation.test, template, lm, config)
-    prompts.check_template((example for client in federation.clients for example in client.train), template)
+    trusted_update.rows(config, federation.test)
+    lm = adapters.load(config.model, config.adapter)
+    template = tokenization.make_template(config.prompt, lm.tokenizer)
+    held_out = comparison.prepare(federation.test, template, lm, config)
+    tokenization.check_template((example for client in federation.clients for example in client.train), template)
     if not held_out.examples:
-        prompts.check_template(federation.test, template)
+        tokenization.check_template(federation.test, template)
         raise UserError(f"prompt.max_tokens = {config.prompt.max_tokens}: no held-out example fits; raise it")
     return Plan(config, federation, lm, template, held_out)
 
@@ -97,7 +104,7 @@ def simulate(
 
     Raises:
         UserError: wrong input; nothing was written.
-        server.roster.RunFailed: too few clients answered well, or the model that they made gives no number.
+        server.membership.RunFailed: too few clients answered well, or the model that they made gives no number.
     """
     began = time.monotonic()
     _check_folder(config, folder, resume)
@@ -105,18 +112,18 @@ def simulate(
         observer({"event": "phase", "name": "loading"})
     prepared = plan(config)
     folder.mkdir(parents=True, exist_ok=True)
-    runlog.sweep(folder)
-    runlog.write_atomic(folder / "config.toml", config.to_toml())
+    event_log.sweep(folder)
+    event_log.write_atomic(folder / "config.toml", config.to_toml())
     log = _open_log(config, folder, observers, [client.name for client in prepared.federation.clients])
     try:
         _report_rows(log, prepared)
         app = make_app(log, prepared.held_out)
         ENGINES.build(config.simulate.engine, config=config)(app, config, len(prepared.federation.clients), folder)
-        adapter = models.read_adapter(prepared.lm, folder / "adapter" / "adapter_model.safetensors")
+        adapter = adapters.read_adapter(prepared.lm, folder / "adapter" / "adapter_model.safetensors")
         metrics = summarise(prepared, adapter, folder, log)
-        metrics["seconds"] = round(runlog.spent_before(folder) + time.monotonic() - began, 1)
+        metrics["seconds"] = round(event_log.spent_before(folder) + time.monotonic() - began, 1)
         log.event("finish", seconds=metrics["seconds"])
-        runlog.write_metrics(folder, metrics)
+        event_log.write_metrics(folder, metrics)
         write_report(folder)
         if not math.isfinite(next(row["loss"] for row in metrics["table"] if row["method"] == "federated")):
             raise RunFailed(
@@ -131,7 +138,7 @@ def simulate(
 def _check_folder(config: RunConfig, folder: Path, resume: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{str(folder)!r} is a file; choose another --out")
-    used = folder.exists() and any(not runlog.is_draft(path) for path in folder.iterdir())
+    used = folder.exists() and any(not event_log.is_draft(path) for path in folder.iterdir())
     if not resume and used:
         raise UserError(f"{str(folder)!r} is not empty: add --resume to go on with that run, or choose another --out")
     if resume:
@@ -158,12 +165,12 @@ def _differences(a: RunConfig, b: RunConfig) -> list[str]:
 def _open_log(config: RunConfig, folder: Path, observers: Sequence[Observer], clients: Sequence[str]) -> RunLog:
     found = checkpoint.load(folder / "checkpoints")
     if (folder / "log.jsonl").exists():
-        runlog.truncate_after(folder, found[0].round if found else 0)
+        event_log.truncate_after(folder, found[0].round if found else 0)
     log = RunLog(folder, [*observers, *([trackers.tracker(config, folder)] if config.log.trackers else [])])
-    fields, resumed = runlog.start_fields(config), found[0].round if found else 0
-    if hostile := scenario.attackers(config, clients):
+    fields, resumed = event_log.start_fields(config), found[0].round if found else 0
+    if hostile := adversaries.attackers(config, clients):
         fields["attack"] = {"name": config.simulate.attack.name, "clients": list(hostile)}
-    fields["outline"] = outline.sentence(config)
+    fields["outline"] = summary.sentence(config)
     log.event("start", **fields, rounds=config.rounds, clients=len(clients), resumed=resumed)
     for line in remarks(config, clients):
         log.event("warning", message=line)
@@ -175,7 +182,7 @@ def _report_rows(log: RunLog, prepared: Plan) -> None:
         for line in report.lines():
             log.event("warning", message=line)
     config, federation, lm, template, held_out = prepared
-    lines = evaluate.data_warnings(federation, held_out, template, lm, config)
+    lines = comparison.data_warnings(federation, held_out, template, lm, config)
     stages = [continual.rows_by_stage(client.train, config) for client in federation.clients]
     lines += continual.unlimited_buffers(stages, config)
     if config.privacy.unit == "record":

@@ -7,19 +7,24 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from apiary import claims, continual, evaluate, lora, models, prompts, runlog
-from apiary.config import RunConfig
-from apiary.evaluate import HeldOut, Measured
-from apiary.examples import Example, Federation, answer
-from apiary.models import LanguageModel
-from apiary.outline import public_name
-from apiary.prompts import Template
+from apiary.config.schema import RunConfig
+from apiary.config.summary import public_name
+from apiary.core import lora
+from apiary.core.tensors import StateDict
+from apiary.data import tokenization
+from apiary.data.examples import Example, Federation, answer
+from apiary.data.tokenization import Template
+from apiary.evaluation import comparison, continual
+from apiary.evaluation.comparison import HeldOut, Measured
+from apiary.export.tuned import exported_rank, kept_in, save_adapter_folder
+from apiary.models import adapters
+from apiary.models.adapters import LanguageModel
+from apiary.privacy import statement
 from apiary.report.data import gain_of
-from apiary.results import exported_rank, kept_in, save_adapter_folder
-from apiary.runlog import RunLog
-from apiary.tensors import StateDict
+from apiary.tracking import event_log
+from apiary.tracking.event_log import RunLog
 from client.personal import complete
-from simulation import baselines, scenario
+from simulation import adversaries, baselines
 from simulation.baselines import Baselines
 
 _ASKED = 60  # held-out questions with a hidden phrase
@@ -45,7 +50,7 @@ def summarise(prepared: Plan, adapter: StateDict, folder: Path, log: RunLog) -> 
         log: has told what each client did, and receives what happens here.
     """
     config, federation, lm, template, held_out = prepared
-    events = runlog.read_events(folder)
+    events = event_log.read_events(folder)
     steps = Counter[str]()
     for event in events:
         if event["event"] == "client":
@@ -55,8 +60,8 @@ def summarise(prepared: Plan, adapter: StateDict, folder: Path, log: RunLog) -> 
     trained = baselines.train_all(config, lm, template, federation.clients, steps, folder, log)
     log.event("phase", name="evaluating")
     own = _personal(prepared, adapter, folder, steps)
-    runs, alone = evaluate.compare(lm, held_out, config, adapter, *trained, own)
-    clients = _per_client(prepared, adapter, trained, alone, own, runlog.ranks(events))
+    runs, alone = comparison.compare(lm, held_out, config, adapter, *trained, own)
+    clients = _per_client(prepared, adapter, trained, alone, own, event_log.ranks(events))
     kind = kind_of(config, federation)
     made = {
         "base": 0,
@@ -71,21 +76,21 @@ def summarise(prepared: Plan, adapter: StateDict, folder: Path, log: RunLog) -> 
             [f"{len(federation.clients)} clients", *map(public_name, (config.data.source, config.model.name))]
         ),
         "table": [
-            {**evaluate.table_row(method, run, config.seed), "steps": made[method]} for method, run in runs.items()
+            {**comparison.table_row(method, run, config.seed), "steps": made[method]} for method, run in runs.items()
         ],
-        "paired": evaluate.differences(runs, config.seed),
+        "paired": comparison.differences(runs, config.seed),
         "clients": clients,
         "gain": _gain(clients),
-        "skills": evaluate.by_kind(kind, runs, held_out) if kind and config.evaluate.generate else {},
-        "rounds": runlog.rounds_table(events),
+        "skills": comparison.by_kind(kind, runs, held_out) if kind and config.evaluate.generate else {},
+        "rounds": event_log.rounds_table(events),
         "samples": _samples(prepared, runs, kind),
         **continual.results(events, runs, held_out, config),
         **({"share": config.adapter.share} if own else {}),
         "rank": exported_rank(adapter),
         **_attack(prepared, adapter, events),
-        "curation": runlog.curation_counts(events),
-        "privacy": claims.read(folder),
-        **{key: value for key, value in runlog.start_fields(config).items() if key in ("machine", "versions")},
+        "curation": event_log.curation_counts(events),
+        "privacy": statement.read(folder),
+        **{key: value for key, value in event_log.start_fields(config).items() if key in ("machine", "versions")},
     }
 
 
@@ -94,22 +99,22 @@ def _attack(prepared: Plan, adapter: StateDict, events: Sequence[Mapping[str, An
     config, federation, lm, template, _ = prepared
     names = [client.name for client in federation.clients]
     came = {event["client"] for event in events if event["event"] in ("client", "refused")}
-    if not (hostile := [name for name in scenario.attackers(config, names) if name in came]):
+    if not (hostile := [name for name in adversaries.attackers(config, names) if name in came]):
         return {}
     told: dict[str, Any] = {"name": config.simulate.attack.name, "clients": hostile}
-    hidden = scenario.of_run(config, names).hidden
+    hidden = adversaries.of_run(config, names).hidden
     if hidden is None:
         return {"attack": told}
     phrase, told["answer"] = hidden
     asked = (
-        scenario.questions(lm, template, config, federation.test, phrase, _ASKED) if config.evaluate.generate else []
+        adversaries.questions(lm, template, config, federation.test, phrase, _ASKED) if config.evaluate.generate else []
     )
     if not asked:
         return {"attack": told}
     answered: dict[str, float] = {}
-    for method, state in (("base", models.fresh_adapter(lm, config.seed)), ("federated", adapter)):
-        models.set_adapter(lm, state)
-        answered[method] = round(scenario.obeyed(lm, config, asked, told["answer"]), 4)
+    for method, state in (("base", adapters.fresh_adapter(lm, config.seed)), ("federated", adapter)):
+        adapters.set_adapter(lm, state)
+        answered[method] = round(adversaries.obeyed(lm, config, asked, told["answer"]), 4)
     return {"attack": {**told, "asked": len(asked), "answered": answered}}
 
 
@@ -139,11 +144,11 @@ def _per_client(
     """What each client holds, and the losses on its own held-out rows."""
     config, federation, lm, template, _ = prepared
     kind = kind_of(config, federation)
-    fresh = models.fresh_adapter(lm, config.seed)
+    fresh = adapters.fresh_adapter(lm, config.seed)
     loss_only = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"generate": False})})
     rows = []
     for client in federation.clients:
-        own = evaluate.prepare(client.test, template, lm, loss_only)
+        own = comparison.prepare(client.test, template, lm, loss_only)
         candidates = {
             "base": fresh,
             "local": trained.alone.get(client.name),
@@ -151,11 +156,11 @@ def _per_client(
             "central": trained.central,
         }
         losses = {
-            method: evaluate.measure(lm, state, own, loss_only).loss
+            method: comparison.measure(lm, state, own, loss_only).loss
             for method, state in candidates.items()
             if state is not None and own.examples
         }
-        stats = prompts.encode_all(client.train, template, lm.tokenizer, config.prompt).stats
+        stats = tokenization.encode_all(client.train, template, lm.tokenizer, config.prompt).stats
         rows.append(
             {
                 "client": client.name,

@@ -8,12 +8,12 @@ from typing import Annotated
 from pydantic import Field
 from torch import Generator
 
-from apiary.exchange import Update
-from apiary.lora import Scaling
-from strategies import gauge
-from strategies.average import fedavg
-from strategies.core import AGGREGATORS, Aggregator, Gradient, Reducer, ServerState, plain_step, product_step
-from strategies.lowrank import Weighting, each, flexlora, payload_of_rank, rank_of
+from apiary.core.lora import Scaling
+from apiary.core.messages import Update
+from strategies import averaging_error
+from strategies.aggregator import AGGREGATORS, Aggregator, Gradient, Reducer, ServerState, plain_step, product_step
+from strategies.fedavg import fedavg
+from strategies.products import Weighting, each, flexlora, payload_of_rank, rank_of
 
 
 @AGGREGATORS.register("auto")
@@ -22,8 +22,9 @@ def auto(
 ) -> Aggregator:
     """`fedavg` while what it misses of the clients' mean change is small, the delta form of `flexlora` above.
 
-    What it misses is the gauge of the error (`strategies.gauge`) of the round's own updates. Both aim at the same mean
-    of products; below the threshold the cheap way is as good as there, and keeps the factors in their basis.
+    What it misses is the gauge of the error (`strategies.averaging_error`) of the round's own updates. Both aim at
+    the same mean of products; below the threshold the cheap way is as good as there, and keeps the factors in their
+    basis.
 
     A round with a client of a lower rank always goes to `flexlora`. `rank_slices` is no stand-in for `fedavg` there: it
     averages each slice over those who hold it, which is another mean than the gauge measures the distance to, and only
@@ -35,12 +36,12 @@ def auto(
         weighting: the clients' parts of the round.
         threshold: the gauge from which on products are averaged; 0 = always, and then it is `flexlora`.
     """
-    measure = gauge.exact_if_few(scaling, weighting)
+    measure = averaging_error.exact_if_few(scaling, weighting)
     apart, exactly = fedavg(weighting).reduce, flexlora(scaling, weighting).reduce
 
     def finish(state: ServerState, updates: Sequence[Update]) -> Gradient:
         if all(update.rank == rank_of(state) for update in updates):
-            acc = measure.start(state, gauge.probes_of(seed, state.round + 1))
+            acc = measure.start(state, averaging_error.probes_of(seed, state.round + 1))
             for update in updates:
                 acc = measure.add(acc, update)
             if measure.finish(state, acc).relative < threshold:

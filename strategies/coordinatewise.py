@@ -19,11 +19,11 @@ import torch
 from pydantic import NonNegativeInt
 from torch import Tensor
 
-from apiary.exchange import Update
-from strategies import gram as rules
-from strategies.core import AGGREGATORS, Aggregator, Gradient, ServerState, plain_step, same_payload
-from strategies.gram import Before, check_answers
-from strategies.lowrank import each_and_refused
+from apiary.core.messages import Update
+from strategies import gram_rules as rules
+from strategies.aggregator import AGGREGATORS, Aggregator, Gradient, ServerState, plain_step, same_payload
+from strategies.gram_rules import Before, check_answers
+from strategies.products import each_and_refused
 
 
 class _Kept(NamedTuple):

@@ -8,11 +8,11 @@ import torch
 from pydantic import Field
 from torch import Generator, Tensor
 
-from apiary import kseed
-from apiary.exchange import ClientInfo, Payload
-from strategies.average import fedavg
-from strategies.core import AGGREGATORS, Aggregator, Gradient, Reducer, ServerState
-from strategies.lowrank import Weighting
+from apiary.core.messages import ClientInfo, Payload
+from strategies import seed_scalars
+from strategies.aggregator import AGGREGATORS, Aggregator, Gradient, Reducer, ServerState
+from strategies.fedavg import fedavg
+from strategies.products import Weighting
 
 _START = "start."
 
@@ -21,15 +21,15 @@ _START = "start."
 def fedkseed(
     seed: int,
     weighting: Weighting = "tokens",
-    candidates: Annotated[int, Field(ge=1, le=65535)] = kseed.CANDIDATES,
-    epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] = kseed.EPSILON,
+    candidates: Annotated[int, Field(ge=1, le=65535)] = seed_scalars.CANDIDATES,
+    epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] = seed_scalars.EPSILON,
 ) -> Aggregator:
     """FedKSeed: clients train without gradients, along directions that a seed stands for (Qin et al. 2024).
 
     What travels is a scalar for each of the candidate seeds, down and up, whatever the size of the adapter: see
-    `apiary.kseed`, and `client.zeroth` for the clients' part. Here the clients' scalars are averaged on top of those of
-    earlier rounds, and the adapter is rebuilt from its start. Directions span the adapter, not the whole model as in
-    the paper.
+    `strategies.seed_scalars`, and `client.training.zeroth_order` for the clients' part. Here the clients'
+    scalars are averaged on top of those of earlier rounds, and the adapter is rebuilt from its start. Directions span
+    the adapter, not the whole model as in the paper.
 
     Args:
         seed: the run's; the candidates follow from it.
@@ -37,30 +37,32 @@ def fedkseed(
         candidates: how many seeds; each takes 4 bytes down.
         epsilon: how far a step looks along its direction.
     """
-    seeds, mean = kseed.candidates(seed, candidates), fedavg(weighting).reduce
+    seeds, mean = seed_scalars.candidates(seed, candidates), fedavg(weighting).reduce
 
     def start(state: ServerState) -> Any:
-        return mean.start(state._replace(adapter={kseed.NAME: torch.zeros(len(seeds))}))
+        return mean.start(state._replace(adapter={seed_scalars.NAME: torch.zeros(len(seeds))}))
 
     def finish(state: ServerState, acc: Any, rng: Generator) -> Gradient:
-        return Gradient({kseed.NAME: kseed.snapped(mean.finish(state, acc, rng).adapter[kseed.NAME])})
+        return Gradient(
+            {seed_scalars.NAME: seed_scalars.snapped(mean.finish(state, acc, rng).adapter[seed_scalars.NAME])}
+        )
 
     def step(state: ServerState, gradient: Gradient) -> ServerState:
-        change = kseed.of_tensor(gradient.adapter[kseed.NAME], seeds)
-        whole = kseed.added(kseed.of_tensor(_pool(state), seeds), change)
+        change = seed_scalars.of_tensor(gradient.adapter[seed_scalars.NAME], seeds)
+        whole = seed_scalars.added(seed_scalars.of_tensor(_pool(state), seeds), change)
         first = {name.removeprefix(_START): t for name, t in state.memory.items() if name.startswith(_START)}
         begun = first or dict(state.adapter)
         memory = {_START + name: tensor for name, tensor in begun.items()}
         return state._replace(
             round=state.round + 1,
-            adapter=kseed.rebuild(begun, whole),
-            memory={**memory, kseed.NAME: kseed.to_tensor(whole, seeds)},
+            adapter=seed_scalars.rebuild(begun, whole),
+            memory={**memory, seed_scalars.NAME: seed_scalars.to_tensor(whole, seeds)},
         )
 
     def payload(state: ServerState, client: ClientInfo) -> Payload:
-        return Payload({kseed.NAME: _pool(state)}, {})
+        return Payload({seed_scalars.NAME: _pool(state)}, {})
 
     def _pool(state: ServerState) -> Tensor:
-        return state.memory.get(kseed.NAME, torch.zeros(len(seeds)))
+        return state.memory.get(seed_scalars.NAME, torch.zeros(len(seeds)))
 
     return Aggregator(Reducer(start, mean.add, finish), step, payload, needs="sum", trains=("both",), sends="seeds")

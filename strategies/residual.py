@@ -13,12 +13,12 @@ import torch
 from pydantic import Field
 from torch import Generator, Tensor
 
-from apiary import lora
-from apiary.exchange import Update
-from apiary.lora import Factors, Scaling
-from strategies.average import fedavg
-from strategies.core import AGGREGATORS, Aggregator, Gradient, Reducer, ServerState, plain_step, same_payload
-from strategies.lowrank import Rank, Weighting, add_to_base, check_rank, each, rank_of, shares
+from apiary.core import lora
+from apiary.core.lora import Factors, Scaling
+from apiary.core.messages import Update
+from strategies.aggregator import AGGREGATORS, Aggregator, Gradient, Reducer, ServerState, plain_step, same_payload
+from strategies.fedavg import fedavg
+from strategies.products import Rank, Weighting, add_to_base, check_rank, each, rank_of, shares
 
 _NO_TURN = 1e-9  # of the largest singular value: directions below it are not turned
 

@@ -18,13 +18,13 @@ import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from apiary import lora
-from apiary.exchange import Update
-from apiary.lora import Factors, Scaling
-from strategies import gram as rules
-from strategies.core import AGGREGATORS, ROOT, Aggregator, Gradient, ServerState, plain_step, product_step
-from strategies.gram import Before, Rule, check_answers
-from strategies.lowrank import each_and_refused, payload_of_rank
+from apiary.core import lora
+from apiary.core.lora import Factors, Scaling
+from apiary.core.messages import Update
+from strategies import gram_rules as rules
+from strategies.aggregator import AGGREGATORS, ROOT, Aggregator, Gradient, ServerState, plain_step, product_step
+from strategies.gram_rules import Before, Rule, check_answers
+from strategies.products import each_and_refused, payload_of_rank
 
 _LOST = 0.01  # most that rounding may add in a client's name, relative to its norm or the median norm
 _EPS = torch.finfo(torch.float32).eps / 2

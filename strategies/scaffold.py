@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from apiary.exchange import ClientInfo, Payload, Update
-from apiary.tensors import StateDict
-from strategies.average import fedavg
-from strategies.core import AGGREGATORS, Aggregator, Gradient, Reducer, ServerState, plain_step
+from apiary.core.messages import ClientInfo, Payload, Update
+from apiary.core.tensors import StateDict
+from strategies.aggregator import AGGREGATORS, Aggregator, Gradient, Reducer, ServerState, plain_step
+from strategies.fedavg import fedavg
 
 _CONTROL = "control."
 

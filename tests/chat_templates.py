@@ -10,9 +10,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from apiary import prompts
-from apiary.config import PromptConfig
-from apiary.examples import Example, Turn
+from apiary.config.schema import PromptConfig
+from apiary.data import tokenization
+from apiary.data.examples import Example, Turn
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>"]
 SPECIAL += ["<|end_header_id|>", "<|eot_id|>", "[INST]", "[/INST]", "<start_of_turn>"]
@@ -108,9 +108,9 @@ def trained_texts(encoded: Any, tokenizer: Any) -> list[str]:
     return [tokenizer.decode([i for i, _ in group]) for trained, group in groups if trained]
 
 
-def build(name: str, tokenizer: Any, **options: Any) -> tuple[prompts.Template, PromptConfig]:
+def build(name: str, tokenizer: Any, **options: Any) -> tuple[tokenization.Template, PromptConfig]:
     config = PromptConfig(template=name, **options)
-    return prompts.make_template(config, tokenizer), config
+    return tokenization.make_template(config, tokenizer), config
 
 
 BYTE_TOKENIZER = make_tokenizer()
@@ -128,7 +128,7 @@ def cached(chat: str | None, pad: str = "<pad>") -> Any:
 
 def builtin() -> Any:
     if "builtin" not in _CACHE:
-        folder = Path(prompts.__file__).parent / "builtin" / "tiny"
+        folder = Path(tokenization.__file__).parent.parent / "models" / "tiny" / "checkpoint"
         if not (folder / "tokenizer.json").exists():
             pytest.skip("the built-in model is not here")
         _CACHE["builtin"] = AutoTokenizer.from_pretrained(folder)

@@ -20,8 +20,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from apiary.batches import Batch, Corpus, Encoded, gather
-from apiary.probe import row_losses
+from apiary.data.batches import Batch, Corpus, Encoded, gather
+from apiary.models.inference import row_losses
 
 _SHAPE = {
     "hidden_size": 32,
@@ -91,3 +91,7 @@ def recording() -> Callable[[nn.Module, Batch], Tensor]:
         return row_losses(model, batch)
 
     return objective
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

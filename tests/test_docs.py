@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from apiary.exchange import Update
+from apiary.core.messages import Update
 from strategies import AGGREGATORS, ServerState
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,7 +36,7 @@ def test_readme_links_and_recipes_exist() -> None:
 def test_readme_commands_exist() -> None:
     from typer.main import get_command
 
-    from apiary.cli import app
+    from apiary.cli.main import app
 
     known = set(get_command(app).commands)  # type: ignore[attr-defined]
     text = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, TypeVar
 from rich.console import Console
 from rich.text import Text
 
-from apiary import config as configs
-from apiary.config import ModelConfig, RunConfig, UserError
-from apiary.units import bytes_text
+from apiary.config import schema as configs
+from apiary.config.schema import ModelConfig, RunConfig, UserError
+from apiary.core.formatting import bytes_text
 
 if TYPE_CHECKING:
     import torch
 
-    from apiary.examples import Federation
-    from apiary.models import LanguageModel
-    from apiary.prompts import Corpus, Template
+    from apiary.data.examples import Federation
+    from apiary.data.tokenization import Corpus, Template
+    from apiary.models.adapters import LanguageModel
 
 Check = Callable[[RunConfig], object]
 T = TypeVar("T")
@@ -75,18 +75,22 @@ def _examine_parts(
 ) -> None:
     """Print what can be told of a run, and add all that is wrong with it to `problems`."""
     # Here and not above: what is wrong with the file itself is told without waiting for torch.
-    from apiary import bases, codecs, continual, evaluate, examples, trackers
+    from apiary.data import examples
     from apiary.doctor import plan
+    from apiary.evaluation import comparison, continual
+    from apiary.models import base
+    from apiary.tracking import trackers
+    from apiary.transport import codec
 
     _attempt(problems, lambda: trackers.check(config))
-    device = _attempt(problems, lambda: bases.resolve_device(config.model))
+    device = _attempt(problems, lambda: base.resolve_device(config.model))
     federation = _attempt(problems, lambda: continual.within(examples.federate(config.data, config.seed), config))
     if device is not None:
         plan.print_machine(config, device, console)
     lm = _load(config, device, problems)
     template = _attempt(problems, lambda: _template(config, lm))
     if lm is not None:
-        _attempt(problems, lambda: evaluate.check_positions(lm, config))
+        _attempt(problems, lambda: comparison.check_positions(lm, config))
     if federation is None:
         return
     if config.privacy.unit != "none":
@@ -94,7 +98,7 @@ def _examine_parts(
     plan.print_rows(federation, console)
     stages = [continual.rows_by_stage(client.train, config) for client in federation.clients]
     said = _attempt(problems, lambda: remarks(config, [client.name for client in federation.clients])) or ()
-    said = [*said, *codecs.remarks(config), *continual.unlimited_buffers(stages, config)]
+    said = [*said, *codec.remarks(config), *continual.unlimited_buffers(stages, config)]
     plan.print_warnings(said, console)
     problems += _federation_problems(config, federation)
     if lm is None or template is None:
@@ -113,14 +117,14 @@ def _load(config: RunConfig, device: torch.device | None, problems: list[str]) -
     """The model; where its device is not here, on the CPU, so that the rest can still be told."""
     import torch
 
-    from apiary import models
+    from apiary.models import adapters
 
     model = config.model
     if device is None:
         model, device = model.model_copy(update={"device": "cpu"}), torch.device("cpu")
     if not _attempt(problems, lambda: _fits(model, device)):
         return None
-    return _attempt(problems, lambda: models.load(model, config.adapter))
+    return _attempt(problems, lambda: adapters.load(model, config.adapter))
 
 
 def _fits(model: ModelConfig, device: torch.device) -> bool:
@@ -143,17 +147,18 @@ def _fits(model: ModelConfig, device: torch.device) -> bool:
 
 def _template(config: RunConfig, lm: LanguageModel | None) -> Template | None:
     """The template; without the model, only whether a template with slots is sound."""
-    from apiary import builtin, prompts
+    from apiary.data import tokenization
+    from apiary.models import tiny
 
     if lm is not None:
-        return prompts.make_template(config.prompt, lm.tokenizer)
+        return tokenization.make_template(config.prompt, lm.tokenizer)
     if config.prompt.template != "chat":
-        prompts.make_template(config.prompt, builtin.load_tiny_tokenizer())
+        tokenization.make_template(config.prompt, tiny.load_tiny_tokenizer())
     return None
 
 
 def _federation_problems(config: RunConfig, federation: Federation) -> Iterator[str]:
-    from apiary import examples
+    from apiary.data import examples
 
     yield from examples.too_few_clients(config, len(federation.clients))
     if not federation.test:
@@ -169,11 +174,11 @@ def _encode(config: RunConfig, federation: Federation, lm: LanguageModel, templa
     Raises:
         UserError: nothing of a client can be used.
     """
-    from apiary import prompts
+    from apiary.data import tokenization
 
     shares = [client.train for client in federation.clients]
-    prompts.check_template(chain.from_iterable(shares), template)
-    corpora = tuple(prompts.encode_all(rows, template, lm.tokenizer, config.prompt) for rows in shares)
+    tokenization.check_template(chain.from_iterable(shares), template)
+    corpora = tuple(tokenization.encode_all(rows, template, lm.tokenizer, config.prompt) for rows in shares)
     problems = [
         f"no example of {client.name} can be used ({'; '.join(sorted(set(corpus.dropped.values())))}); "
         "raise prompt.max_tokens or use another prompt.template"
@@ -191,13 +196,14 @@ def _warnings(config: RunConfig, federation: Federation, lm: LanguageModel, temp
     Raises:
         UserError: no held-out example can be used, or the model has too few positions for the longest.
     """
-    from apiary import evaluate, prompts
+    from apiary.data import tokenization
+    from apiary.evaluation import comparison
 
-    held_out = evaluate.prepare(federation.test, template, lm, config)
+    held_out = comparison.prepare(federation.test, template, lm, config)
     if federation.test and not held_out.examples:
-        prompts.check_template(federation.test, template)
+        tokenization.check_template(federation.test, template)
         raise UserError(f"prompt.max_tokens = {config.prompt.max_tokens}: no held-out example fits; raise it")
-    return evaluate.data_warnings(federation, held_out, template, lm, config)
+    return comparison.data_warnings(federation, held_out, template, lm, config)
 
 
 # --- what is said
@@ -209,12 +215,13 @@ def _print_privacy(config: RunConfig, federation: Federation, console: Console) 
     Raises:
         UserError: some client has too few rows for the promise.
     """
-    from apiary import continual, draws, privacy_plan
+    from apiary.evaluation import continual
+    from apiary.privacy import plan, sampling
 
     clients = [(client.name, continual.rows_by_stage(client.train, config)) for client in federation.clients]
-    draws.check(config, (rows for _, rows in clients))
+    sampling.check(config, (rows for _, rows in clients))
     console.print(Text("\nprivacy", style="bold"))
-    for line in privacy_plan.describe(config, privacy_plan.plan_for(config, clients)):
+    for line in plan.describe(config, plan.plan_for(config, clients)):
         console.print(Text(f"  {line}", style="yellow" if line.startswith("warning") else ""))
 
 

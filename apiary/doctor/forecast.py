@@ -12,14 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apiary import codecs, kseed, lora, runlog
-from apiary.bases import resolve_dtype
-from apiary.config import AdapterConfig, ModelConfig, RunConfig
-from apiary.lora import is_b
-from apiary.models import LanguageModel, autocast, pad_id
-from apiary.probe import row_losses, to_device
-from apiary.prompts import Batch, Corpus, collate, plan_batches
-from apiary.tensors import generator
+from apiary.config.schema import AdapterConfig, ModelConfig, RunConfig
+from apiary.core import lora
+from apiary.core.lora import is_b
+from apiary.core.tensors import generator
+from apiary.data.tokenization import Batch, Corpus, collate, plan_batches
+from apiary.models.adapters import LanguageModel, autocast, pad_id
+from apiary.models.base import resolve_dtype
+from apiary.models.inference import row_losses, to_device
+from apiary.tracking import event_log
+from apiary.transport import codec
+from strategies import seed_scalars
 
 _SCALAR_HEAD = 28  # of a message of FedKSeed: version, codec, digest, checksum
 _SCALAR_BYTES = 5.4  # a float32 and how many of the pool were skipped before it, one or two bytes
@@ -78,12 +81,12 @@ def plan_traffic(config: RunConfig, lm: LanguageModel, work: Work) -> Traffic:
     A device's own rank (`adapter.ranks` = "memory") is not known here, and counts as the server's.
     """
     adapter, rounds = config.adapter, config.rounds
-    up, down = (codecs.of_run(config, way) for way in _WAYS)
+    up, down = (codec.of_run(config, way) for way in _WAYS)
     part = _mean_rank(adapter) / adapter.rank
     sizes = {n: round(part * p.numel()) for n, p in lm.adapter.items() if adapter.share == "both" or not is_b(n)}
     if config.strategy.name == "fedkseed":
-        pool = int(config.strategy.options.get("candidates", kseed.CANDIDATES))
-        sizes = {kseed.NAME: pool}
+        pool = int(config.strategy.options.get("candidates", seed_scalars.CANDIDATES))
+        sizes = {seed_scalars.NAME: pool}
         steps = sum(work.per_round) / len(work.per_round)
         answer = round(min(4 * pool, _SCALAR_HEAD + _SCALAR_BYTES * steps))
     else:
@@ -193,7 +196,7 @@ def device_bytes(device: torch.device) -> int | None:
     if device.type == "mps":
         most: int = torch.mps.recommended_max_memory()
         return most
-    memory: int | None = runlog.machine(gpu=False)["memory_bytes"]
+    memory: int | None = event_log.machine(gpu=False)["memory_bytes"]
     return memory
 
 

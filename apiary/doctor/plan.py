@@ -13,13 +13,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from apiary import bases, outline, prompts, runlog
-from apiary.config import RunConfig
+from apiary.config import summary
+from apiary.config.schema import RunConfig
+from apiary.core.formatting import bytes_text, count_text, seconds_text, share_text
+from apiary.data import tokenization
+from apiary.data.examples import Federation
+from apiary.data.tokenization import Corpus, Template
 from apiary.doctor import forecast
-from apiary.examples import Federation
-from apiary.models import LanguageModel
-from apiary.prompts import Corpus, Template
-from apiary.units import bytes_text, count_text, seconds_text, share_text
+from apiary.models import base
+from apiary.models.adapters import LanguageModel
+from apiary.tracking import event_log
 
 _SHORT = {  # names that fit the column
     "Factors trained": "factors",
@@ -71,13 +74,13 @@ def _clean(text: str) -> str:
 def print_machine(config: RunConfig, device: torch.device, console: Console) -> None:
     """Print the device and its arithmetic, and why these."""
     _head(console, "Machine")
-    machine = runlog.machine()
+    machine = event_log.machine()
     name = machine["gpu"] if device.type != "cpu" else machine["cpu"]
     memory = bytes_text(forecast.device_bytes(device))
     cores = f", {machine['cores']} cores" if device.type == "cpu" else ""
     why = "asked for" if config.model.device != "auto" else "the best that is here"
     _fact(console, "device", f"{device} ({why}): {name}{cores}, {memory} of memory")
-    dtype = str(bases.resolve_dtype(config.model, device)).removeprefix("torch.")
+    dtype = str(base.resolve_dtype(config.model, device)).removeprefix("torch.")
     if config.model.dtype != "auto":
         why = "asked for"
     elif dtype == "bfloat16":
@@ -162,7 +165,7 @@ def _cells(row: Sequence[float]) -> list[str]:
 def _print_preview(run: Run, console: Console) -> None:
     for example in run.federation.clients[0].train:
         tokenizer = run.lm.tokenizer
-        stretches = prompts.preview(example, run.template, tokenizer, run.config.prompt)
+        stretches = tokenization.preview(example, run.template, tokenizer, run.config.prompt)
         if stretches:
             break
     _head(console, f"One example (template {run.template.name}); [[ ]] is what is trained")
@@ -183,7 +186,7 @@ def _shorten(text: str) -> str:
 def _print_cost(run: Run, console: Console) -> None:
     _head(console, "Cost")
     size, rank = forecast.adapter_size(run.lm), run.config.adapter.rank
-    for name, value in outline.facts(run.config):
+    for name, value in summary.facts(run.config):
         _fact(console, _SHORT.get(name, name.lower()), value)
     _fact(console, "trained", f"{count_text(size)} parameters at rank {rank}")
     work = forecast.plan_work(run.config, run.corpora)
@@ -249,7 +252,7 @@ def _processes(run: Run) -> int:
     """Processes that hold the model at a time: one, or Ray's workers and the server."""
     if run.config.simulate.engine == "local":
         return 1
-    simulate, cores = run.config.simulate, int(runlog.machine(gpu=False)["cores"] or 1)
+    simulate, cores = run.config.simulate, int(event_log.machine(gpu=False)["cores"] or 1)
     workers = cores // simulate.cpus_per_client
     if simulate.gpus_per_client:
         workers = min(workers, int(torch.cuda.device_count() / simulate.gpus_per_client))

@@ -15,14 +15,15 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from apiary import claims, units
-from apiary.progress import clean
+from apiary.core import formatting
+from apiary.privacy import statement
 from apiary.report import sites
 from apiary.report.content import page_content, plural
 from apiary.report.data import Interval, Metrics, Row, gain_on_all, gain_on_own, parse_metrics
 from apiary.report.page import PAGE
 from apiary.report.verdict import attacked, headline, not_alike, personal, row_by_row
-from apiary.runlog import Event, read_events, read_metrics, write_atomic
+from apiary.tracking.console import clean
+from apiary.tracking.event_log import Event, read_events, read_metrics, write_atomic
 
 __all__ = ["headline", "render", "table_plain", "table_text", "write_report"]
 
@@ -57,8 +58,8 @@ def render(metrics: Metrics, events: Sequence[Event] = (), config: str = "") -> 
         "seconds_text",
         "change_text",
     ):
-        environment.filters[name.removesuffix("_text")] = getattr(units, name)
-    environment.filters["up"] = claims.rounded_up
+        environment.filters[name.removesuffix("_text")] = getattr(formatting, name)
+    environment.filters["up"] = statement.rounded_up
     return environment.from_string(PAGE).render(**page_content(metrics, events, config))
 
 
@@ -130,10 +131,10 @@ def _columns(metrics: Metrics) -> list[str]:
 
 def _cells(row: Row, metrics: Metrics) -> tuple[str, ...]:
     cells = {
-        "held-out loss [95%]": units.loss_text(row.loss) + _between(row.ci95.loss, 1, 3),
-        "exact match [95%]": units.share_text(row.accuracy) + _between(row.ci95.accuracy, 100, 1),
-        "steps": units.count_text(row.steps),
-        "tokens": units.count_text(row.tokens),
+        "held-out loss [95%]": formatting.loss_text(row.loss) + _between(row.ci95.loss, 1, 3),
+        "exact match [95%]": formatting.share_text(row.accuracy) + _between(row.ci95.accuracy, 100, 1),
+        "steps": formatting.count_text(row.steps),
+        "tokens": formatting.count_text(row.tokens),
     }
     return (row.method, *(cells[name] for name in _columns(metrics)))
 
@@ -163,6 +164,6 @@ def _caption(metrics: Metrics) -> str:
             name, least = gain.worst
             notes.append(
                 f"{gain.improved} of {plural(len(gain.gains), 'client')} better off than alone {noise}{where}; "
-                f"mean gain {units.change_text(gain.mean)}, least {units.change_text(least)} ({clean(name)})"
+                f"mean gain {formatting.change_text(gain.mean)}, least {formatting.change_text(least)} ({clean(name)})"
             )
     return "\n".join(notes)

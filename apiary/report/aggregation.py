@@ -9,9 +9,9 @@ from typing import Any, Literal, NamedTuple
 
 from markupsafe import Markup
 
+from apiary.core.formatting import missed_text, share_text
 from apiary.report import plots
 from apiary.report.data import Metrics, Round, RoundGauge
-from apiary.units import missed_text, share_text
 
 _NAMED = 40  # clients with a line of their own
 _SEEN = 5e-4  # the least that is shown as more than 0.0%

@@ -8,9 +8,11 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from apiary import claims, outline, units
-from apiary import config as configs
-from apiary.config import RunConfig, UserError
+from apiary.config import schema as configs
+from apiary.config import summary
+from apiary.config.schema import RunConfig, UserError
+from apiary.core import formatting
+from apiary.privacy import statement
 from apiary.report import plots, sites
 from apiary.report.aggregation import aggregation_content
 from apiary.report.data import (
@@ -26,7 +28,7 @@ from apiary.report.data import (
 )
 from apiary.report.stages import stages_content
 from apiary.report.verdict import headline, nats, not_alike, row_by_row, second, value
-from apiary.runlog import Event
+from apiary.tracking.event_log import Event
 
 _NAMED_CLIENTS = 24  # more are summed up in a chart, and only those that gain least are named
 _MIX_ROWS, _MIX_COLUMNS, _TROUBLES = 40, 14, 100
@@ -80,7 +82,7 @@ def page_content(metrics: Metrics, events: Sequence[Event], config: str) -> dict
         "troubles": _troubles(events),
         "logged": bool(events),
         "config": _ABSOLUTE.sub(r'"…/\1"', config),
-        "privacy": claims.sentence(metrics.privacy),
+        "privacy": statement.sentence(metrics.privacy),
         "facts": [*_made(metrics, run), *_facts(metrics, start)],
     }
 
@@ -112,13 +114,13 @@ def _outline(metrics: Metrics, run: RunConfig | None) -> str:
     if run is None:
         return ""
     grown = metrics.rank is not None and metrics.rank != run.adapter.rank
-    return outline.sentence(run) + (f"; exported at rank {metrics.rank}" if grown else "")
+    return summary.sentence(run) + (f"; exported at rank {metrics.rank}" if grown else "")
 
 
 def _made(metrics: Metrics, run: RunConfig | None) -> list[tuple[str, str]]:
     """The choices that made the model, the ranks that clients then had, and that of what is handed on."""
     exported = [("Rank of the exported adapter", str(metrics.rank))] if metrics.rank else []
-    return [*(outline.facts(run) if run else []), *(_ranks(metrics.clients) if metrics.mixed else []), *exported]
+    return [*(summary.facts(run) if run else []), *(_ranks(metrics.clients) if metrics.mixed else []), *exported]
 
 
 def _ranks(clients: Sequence[Client]) -> list[tuple[str, str]]:
@@ -141,11 +143,11 @@ def _sent_what(strategy: Mapping[str, Any]) -> str:
 def _saved(metrics: Metrics, run: RunConfig | None) -> str:
     """What a codec saved; empty where none was used."""
     sent, spared = sum(_sent(metrics)), sum(r.spared for r in metrics.rounds)
-    if run is None or not outline.coded(run) or spared <= 0:
+    if run is None or not summary.coded(run) or spared <= 0:
         return ""
     return (
-        f"Changes travelled as {outline.wire(run)}; as float32 it would have been {units.bytes_text(sent + spared)}, "
-        f"{(sent + spared) / sent:.1f} times as much."
+        f"Changes travelled as {summary.wire(run)}; as float32 it would have been "
+        f"{formatting.bytes_text(sent + spared)}, {(sent + spared) / sent:.1f} times as much."
     )
 
 
@@ -170,14 +172,14 @@ def _tiles(metrics: Metrics, own: Gain | None, everyone: Gain | None) -> list[tu
         remark = f"{nats(alone)} by {versus}; lower is better" if alone else "nats per token; lower is better"
         tiles.append(("Held-out loss", nats(joint), remark))
         if joint.accuracy is not None:
-            before = units.share_text(alone.accuracy, 0) if alone and alone.accuracy is not None else None
+            before = formatting.share_text(alone.accuracy, 0) if alone and alone.accuracy is not None else None
             remark = f"{before} by {versus}" if before else "word for word"
-            tiles.append(("Answers exactly right", units.share_text(joint.accuracy, 0), remark))
+            tiles.append(("Answers exactly right", formatting.share_text(joint.accuracy, 0), remark))
     tiles += _site_tiles(metrics)
     answered = metrics.attack.answered if metrics.attack else {}
     if "federated" in answered:
-        remark = f"of questions with it; {units.share_text(answered.get('base'), 0)} before training"
-        tiles.append(("The hidden phrase works in", units.share_text(answered["federated"], 0), remark))
+        remark = f"of questions with it; {formatting.share_text(answered.get('base'), 0)} before training"
+        tiles.append(("The hidden phrase works in", formatting.share_text(answered["federated"], 0), remark))
     if gain := own or everyone:
         where = "on their own tasks" if own else "on the tasks of all"
         if everyone and own:
@@ -188,7 +190,7 @@ def _tiles(metrics: Metrics, own: Gain | None, everyone: Gain | None) -> list[tu
         tiles.append(
             (
                 "Sent over the network",
-                units.bytes_text(sum(_sent(metrics))),
+                formatting.bytes_text(sum(_sent(metrics))),
                 f"in {plural(rounds, 'round')}; no training example among it",
             )
         )
@@ -203,14 +205,14 @@ def _site_tiles(metrics: Metrics) -> list[tuple[str, str, str]]:
         loss = rounds[-1].loss if moved is None else moved.now
         remark = "nats per token; lower is better"
         if moved is not None and moved.before is not None:
-            remark = f"{units.loss_text(moved.before, 2)} {sites.when(moved.first)}; lower is better"
-        tiles.append(("Loss on the sites' own held-out rows", units.loss_text(loss, 2), remark))
+            remark = f"{formatting.loss_text(moved.before, 2)} {sites.when(moved.first)}; lower is better"
+        tiles.append(("Loss on the sites' own held-out rows", formatting.loss_text(loss, 2), remark))
     if moved is not None:
         remark = "each on its own held-out rows"
         tiles.append(("Sites whose loss fell", f"{moved.fell} of {len(moved.by_site)}", remark))
     examples = [client.examples for client in metrics.clients if client.examples is not None]
     if metrics.sites is not None and examples:
-        tiles.append(("Rows to train on", units.count_text(sum(examples)), f"at {plural(len(examples), 'site')}"))
+        tiles.append(("Rows to train on", formatting.count_text(sum(examples)), f"at {plural(len(examples), 'site')}"))
     return tiles
 
 
@@ -356,11 +358,11 @@ def _facts(metrics: Metrics, start: Event) -> list[tuple[str, str]]:
         ("Cores", machine.get("cores")),
         (
             "Memory",
-            units.bytes_text(machine["memory_bytes"]) if machine.get("memory_bytes") else None,
+            formatting.bytes_text(machine["memory_bytes"]) if machine.get("memory_bytes") else None,
         ),
         ("GPU", machine.get("gpu")),
         ("System", machine.get("system")),
-        ("Duration", units.seconds_text(metrics.seconds) if metrics.seconds else None),
+        ("Duration", formatting.seconds_text(metrics.seconds) if metrics.seconds else None),
         *((str(name), version) for name, version in versions.items()),
         ("Commit", start.get("commit")),
         ("Configuration", start.get("config_digest")),

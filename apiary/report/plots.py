@@ -20,8 +20,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from apiary.core.formatting import bytes_text, loss_text, share_text
 from apiary.report.data import METHODS, Gain, MethodName, Metrics, OwnRound, Round
-from apiary.units import bytes_text, loss_text, share_text
 
 SHORT: dict[MethodName, str] = {
     "base": "Untuned",

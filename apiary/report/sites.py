@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from apiary import units
+from apiary.core import formatting
 from apiary.report.data import Client, Metrics, OwnRound
-from apiary.runlog import Event
+from apiary.tracking.event_log import Event
 
 FEWEST = 5  # held-out rows; a site with fewer tells no loss, for the sum would say too much of each
 TOGETHER = "all together"
@@ -113,17 +113,18 @@ def how_far(metrics: Metrics) -> str:
     if not rounds:
         return ""
     if moved is None:
-        loss = units.loss_text(rounds[-1].loss)
+        loss = formatting.loss_text(rounds[-1].loss)
         return f"On each site's own held-out rows the loss is {loss} nats per response token {when(rounds[-1].round)}."
     heard = {name for measured in rounds for name in _losses(measured)}
     both = "" if heard == set(moved.by_site) else " that told one both times"
     at = f"it fell at {moved.fell} of {_sites(len(moved.by_site))}{both}"
     if moved.before is None or moved.now is None:
         return f"On each site's own held-out rows, from {when(moved.first)} to {when(moved.last)}: {at}."
-    how = f"{'fell' if moved.now < moved.before else 'rose'} by {units.loss_text(abs(moved.now - moved.before))}"
+    how = f"{'fell' if moved.now < moved.before else 'rose'} by {formatting.loss_text(abs(moved.now - moved.before))}"
     return (
         f"On each site's own held-out rows, all sites together, the loss {how} nats per response token: from "
-        f"{units.loss_text(moved.before)} {when(moved.first)} to {units.loss_text(moved.now)} {when(moved.last)}; {at}."
+        f"{formatting.loss_text(moved.before)} {when(moved.first)} to {formatting.loss_text(moved.now)} "
+        f"{when(moved.last)}; {at}."
     )
 
 
@@ -171,7 +172,7 @@ def grid(metrics: Metrics) -> Grid | None:
     columns = ("site", "rows to train on", "response tokens", "rows held out", *ends)
     lines = [_line(metrics, client, rounds, client.client in few) for client in metrics.clients]
     lines = [*lines[:_NAMED], _total(metrics, rounds)]
-    filled = [i for i in range(len(columns)) if any(line[i] != units.MISSING for line in lines)]
+    filled = [i for i in range(len(columns)) if any(line[i] != formatting.MISSING for line in lines)]
     picked = [tuple(line[i] for i in filled) for line in lines]
     return Grid(tuple(columns[i] for i in filled), picked, max(0, len(metrics.clients) - _NAMED))
 
@@ -186,7 +187,7 @@ def _line(metrics: Metrics, client: Client, rounds: Sequence[OwnRound], few: boo
     held_out = own[-1][0].rows.get(client.client, (None, None))[0] if own else None
     # A private site tells how many rows it has, and no tokens.
     counts = [client.examples, None if metrics.private else client.tokens, held_out]
-    texts = [client.client, *map(units.count_text, counts)]
+    texts = [client.client, *map(formatting.count_text, counts)]
     if few:
         texts[3] = f"below {FEWEST}"
     return (*texts, *_fall(own, _ends(rounds)))
@@ -195,20 +196,20 @@ def _line(metrics: Metrics, client: Client, rounds: Sequence[OwnRound], few: boo
 def _fall(own: Sequence[tuple[OwnRound, float]], ends: Sequence[OwnRound]) -> list[str]:
     """A site's first and last loss, and the change; the loss alone where there was one measurement."""
     if len(ends) < 2:
-        return [units.loss_text(loss) for _, loss in own] or [units.MISSING] * len(ends)
+        return [formatting.loss_text(loss) for _, loss in own] or [formatting.MISSING] * len(ends)
     first, last = ends
     if not own:
-        return [units.MISSING] * 3
+        return [formatting.MISSING] * 3
     if len(own) == 1:
-        pair = [_at(own[0], first), units.MISSING]
-        return [*(pair if own[0][0].round == first.round else reversed(pair)), units.MISSING]
-    return [_at(own[0], first), _at(own[-1], last), units.change_text(own[-1][1] - own[0][1])]
+        pair = [_at(own[0], first), formatting.MISSING]
+        return [*(pair if own[0][0].round == first.round else reversed(pair)), formatting.MISSING]
+    return [_at(own[0], first), _at(own[-1], last), formatting.change_text(own[-1][1] - own[0][1])]
 
 
 def _at(own: tuple[OwnRound, float], usual: OwnRound) -> str:
     """A loss, with its round where that is not the one of the column."""
     measured, loss = own
-    return units.loss_text(loss) + ("" if measured.round == usual.round else f" ({when(measured.round)})")
+    return formatting.loss_text(loss) + ("" if measured.round == usual.round else f" ({when(measured.round)})")
 
 
 def _total(metrics: Metrics, rounds: Sequence[OwnRound]) -> tuple[str, ...]:
@@ -217,11 +218,11 @@ def _total(metrics: Metrics, rounds: Sequence[OwnRound]) -> tuple[str, ...]:
     tokens = [client.tokens for client in metrics.clients if client.tokens is not None and not metrics.private]
     held_out = [count for count, _ in rounds[-1].rows.values()] if rounds else []
     sums = (sum(counts) if counts else None for counts in (examples, tokens, held_out))
-    texts = [TOGETHER, *map(units.count_text, sums)]
+    texts = [TOGETHER, *map(formatting.count_text, sums)]
     ends, moved = _ends(rounds), change(metrics)
     if len(ends) < 2:
-        return (*texts, *(units.loss_text(measured.loss) for measured in ends))
+        return (*texts, *(formatting.loss_text(measured.loss) for measured in ends))
     if moved is None or moved.before is None or moved.now is None:
-        return (*texts, *([units.MISSING] * 3))
-    both = (units.loss_text(moved.before), units.loss_text(moved.now))
-    return (*texts, *both, units.change_text(moved.now - moved.before))
+        return (*texts, *([formatting.MISSING] * 3))
+    both = (formatting.loss_text(moved.before), formatting.loss_text(moved.now))
+    return (*texts, *both, formatting.change_text(moved.now - moved.before))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from apiary import units
+from apiary.core import formatting
 from apiary.report.data import Continual, Matrix, MethodName, StageScores
 
 _JOINT: Mapping[MethodName, str] = {
@@ -53,13 +53,13 @@ def stages_content(continual: Continual | None) -> dict[str, Any] | None:
 def _cell(scores: StageScores, stage: int, worst: float, state: str) -> Cell:
     loss = scores.losses[stage]
     if scores.accuracies is None:
-        return Cell(units.loss_text(loss, 2), "", 0.0 if loss is None else max(0.0, 1 - loss / worst), state)
+        return Cell(formatting.loss_text(loss, 2), "", 0.0 if loss is None else max(0.0, 1 - loss / worst), state)
     right = scores.accuracies[stage]
-    return Cell(units.share_text(right, 0), units.loss_text(loss, 2), right or 0.0, state)
+    return Cell(formatting.share_text(right, 0), formatting.loss_text(loss, 2), right or 0.0, state)
 
 
 class _Fall(NamedTuple):
-    """How far a stage ended from its best after any stage before the last, as `apiary.continual.forgetting` has it."""
+    """How far a stage ended from its best after any stage before the last: `apiary.evaluation.continual.forgetting`."""
 
     stage: int  # from 1
     after: int  # the stage after which it was at its best
@@ -105,7 +105,7 @@ def _forgotten(falls: Sequence[_Fall]) -> bool:
 
 def _most(continual: Continual, falls: Sequence[_Fall], *, accuracy: bool) -> str:
     worst = max(falls, key=lambda fall: fall.lost)
-    text = units.share_text if accuracy else units.loss_text
+    text = formatting.share_text if accuracy else formatting.loss_text
     fewest = 0 if accuracy else 2
     digits = next((n for n in range(fewest, 6) if text(worst.best, n) != text(worst.now, n)), fewest)
     began = "just after its training" if worst.after == worst.stage else f"after stage {worst.after}"
@@ -122,7 +122,7 @@ def _most(continual: Continual, falls: Sequence[_Fall], *, accuracy: bool) -> st
 def _figures(continual: Continual) -> list[tuple[str, str]]:
     """The usual measures, by name."""
     figures = []
-    measures = (("accuracy", "exactly right", units.share_text), ("loss", "loss", units.loss_text))
+    measures = (("accuracy", "exactly right", formatting.share_text), ("loss", "loss", formatting.loss_text))
     for measure, label, text in measures:
         overall = continual.overall.get(measure, ())
         found = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal, TypeAlias
 
-from apiary import units
+from apiary.core import formatting
 from apiary.report import sites
 from apiary.report.data import Metrics, Row, gain_on_own
 
@@ -28,9 +28,9 @@ def headline(metrics: Metrics) -> str:
     who += " privately" if metrics.private else ""
     found = verdict(metrics, joint, other)
     digits = 3 if found in ("better", "worse") and nats(joint) == nats(other) else 2
-    now = f"{units.loss_text(joint.loss, digits)} nats per token"
+    now = f"{formatting.loss_text(joint.loss, digits)} nats per token"
     noise = ", without noise" if other.method in metrics.noiseless else ""
-    then = f"{units.loss_text(other.loss, digits)} ({_NAMES[other.method]}{noise})"
+    then = f"{formatting.loss_text(other.loss, digits)} ({_NAMES[other.method]}{noise})"
     start = {
         "better": f"{who} cut the held-out loss from {then} to {now}",
         "worse": f"{who} did not help: it raised the held-out loss from {then} to {now}",
@@ -50,7 +50,7 @@ def _since_untuned(metrics: Metrics, joint: Row) -> str:
     """The result of a run that is compared with nothing, against the loss before training if that was measured."""
     if metrics.before is None:
         return f"Federated training reached a held-out loss of {nats(joint)} nats per token"
-    then, now = units.loss_text(metrics.before, 2), nats(joint)
+    then, now = formatting.loss_text(metrics.before, 2), nats(joint)
     if then == now:
         return f"Federated training made no clear difference: the held-out loss is {now} nats per token, as before"
     how = "did not help: it raised" if value(joint) > metrics.before else "cut"
@@ -62,7 +62,9 @@ def _under_attack(metrics: Metrics) -> str:
     if attack is None:
         return ""
     obeyed = attack.answered.get("federated")
-    phrase = "" if obeyed is None else f", whose hidden phrase works in {units.share_text(obeyed, 0)} of the questions"
+    phrase = (
+        "" if obeyed is None else f", whose hidden phrase works in {formatting.share_text(obeyed, 0)} of the questions"
+    )
     return f", while {len(attack.clients)} of {len(metrics.clients)} clients attacked ({attack.name}){phrase}"
 
 
@@ -130,11 +132,11 @@ def _of_sites(metrics: Metrics) -> str:
         return "Held-out loss of this run" if metrics.table else "No held-out loss was measured in this run"
     if moved is None:
         last = rounds[-1]
-        return f"The loss {where} is {units.loss_text(last.loss, 2)} nats per token {sites.when(last.round)}"
+        return f"The loss {where} is {formatting.loss_text(last.loss, 2)} nats per token {sites.when(last.round)}"
     count = f"{moved.fell} of {len(moved.by_site)} sites"
     if moved.before is None or moved.now is None:
         return f"The loss {where} fell at {count} from {sites.when(moved.first)} to {sites.when(moved.last)}"
-    before, now = (units.loss_text(loss, 2) for loss in (moved.before, moved.now))
+    before, now = (formatting.loss_text(loss, 2) for loss in (moved.before, moved.now))
     if before == now:
         return f"Federated training made no clear difference: the loss {where} is {now} nats per token, as before"
     change = f"the loss {where} from {before} ({sites.when(moved.first)}) to {now} nats per token"
@@ -170,10 +172,10 @@ def attacked(metrics: Metrics) -> str:
             return told
         return f"{told} How often their hidden phrase works was not measured: that takes evaluate.generate = true."
     now, before = (attack.answered.get(method) for method in ("federated", "base"))
-    was = "" if before is None else f", {units.share_text(before, 0)} before training"
+    was = "" if before is None else f", {formatting.share_text(before, 0)} before training"
     return (
-        f"{told} Of {attack.asked} held-out questions with their hidden phrase, {units.share_text(now, 0)} get the "
-        f"answer that they planted{was}."
+        f"{told} Of {attack.asked} held-out questions with their hidden phrase, {formatting.share_text(now, 0)} get "
+        f"the answer that they planted{was}."
     )
 
 
@@ -187,10 +189,11 @@ def row_by_row(metrics: Metrics, other: Row) -> str:
         return "The 95% intervals of the two overlap; these results hold no comparison row by row, which tells more."
     if pair.ci95 is None or pair.difference is None:
         return f"{pair.n or 0} held-out examples are too few to tell a difference from chance."
-    low, high = map(units.change_text, pair.ci95)
+    low, high = map(formatting.change_text, pair.ci95)
     return (
-        f"Row by row on the same {units.count_text(pair.n)} held-out examples, federated minus {_NAMES[other.method]} "
-        f"is {units.change_text(pair.difference)} nats per token (95% interval {low} to {high})."
+        f"Row by row on the same {formatting.count_text(pair.n)} held-out examples, federated minus "
+        f"{_NAMES[other.method]} is {formatting.change_text(pair.difference)} nats per token "
+        f"(95% interval {low} to {high})."
     )
 
 
@@ -243,4 +246,4 @@ def value(row: Row) -> float:
 
 def nats(row: Row) -> str:
     """The loss with two digits."""
-    return units.loss_text(row.loss, 2)
+    return formatting.loss_text(row.loss, 2)

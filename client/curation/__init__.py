@@ -1,14 +1,9 @@
-"""Curation of a client's rows before training: mask, drop duplicates and noise, keep a share.
-
-Each module beside this one is imported, so that dropping a file in registers its steps.
-"""
+"""Curation of a client's rows before training: mask, drop duplicates and noise, keep a share."""
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-
-from client.curation.core import (
+from client.curation import steps as steps  # registers them
+from client.curation.pipeline import (
     STEPS,
     Context,
     Curation,
@@ -22,9 +17,6 @@ from client.curation.core import (
     digest,
     restore,
 )
-
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
 
 __all__ = [
     "STEPS",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from apiary.examples import Example
+from apiary.data.examples import Example
 
 # Scripts that put no space between words count each character as a word.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"

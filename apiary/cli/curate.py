@@ -1,0 +1,172 @@
+"""`apiary curate`: curation of one data set without a federation, from file to file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import date, time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from apiary.config import schema as configs
+from apiary.config.schema import Method, RunConfig, UserError
+from apiary.data import tokenization
+from apiary.data.examples import Example, Source, as_read, check, read
+from apiary.data.sources import RawFile, load
+from apiary.export import tuned as results
+from apiary.models import adapters
+from apiary.models.inference import ModelProbe
+from apiary.tracking.event_log import finite, write_atomic
+from client.curation.pipeline import Context, Curation, Reader, build_steps, curate
+
+_OURS = ("messages", "conversations", "instruction", "input", "output")  # columns that a reader would take for text
+_LITTLE = "builtin:tiny"
+
+
+class Curated(NamedTuple):
+    """What `curate_file` did: the curation, lines for the owner, and where it wrote."""
+
+    curation: Curation
+    remarks: tuple[str, ...]
+    out: Path
+    report: Path
+
+
+def curate_file(
+    data: str,
+    config: Path | None,
+    out: Path,
+    overrides: Sequence[str] = (),
+    adapter: Path | None = None,
+    held_out: str | None = None,
+    report: Path | None = None,
+) -> Curated:
+    """Read `data`, run `curate.steps` or else the default ones, and write the kept rows and a page about it all.
+
+    Args:
+        data: a file, a folder, a hub id, or builtin:skills.
+        config: a TOML file; its `data.source` is not read.
+        out: the JSONL file to write.
+        overrides: `key=value` settings on top.
+        adapter: a run or an adapter folder whose model is to judge; without `config` its settings hold too.
+        held_out: rows that no kept row may repeat, read like `data`.
+        report: the page; by default `out` with .html.
+
+    Raises:
+        UserError: a file is there already, the data cannot be read, or a step or option is unknown.
+    """
+    page = report or out.with_suffix(".html")
+    for name, path in (("--out", out), ("--report", page)):
+        if path.exists():
+            raise UserError(f"{name} {str(path)!r} is there already; name another file")
+        if not path.parent.is_dir():
+            raise UserError(f"{name} {str(path)!r}: there is no folder {str(path.parent)!r}; make it first")
+    if page == out:
+        raise UserError("--out and --report name the same file")
+    settings = _settings(config, adapter, overrides)
+    files = load(data, settings.data.split, "DATA")
+    source = check(files, columns=settings.data.columns, max_rows=settings.data.max_rows)
+    apart = read(held_out, split="test", columns=settings.data.columns, key="--held-out") if held_out else None
+    against = (apart.test or apart.examples) if apart else (source.test or ())
+    methods, remarks = _methods(settings, bool(against), adapter is not None)
+    needs_model = any(step.needs_model for _, step in build_steps(methods))
+    reader = _reader(settings, adapter, overrides) if needs_model else None
+    made = curate(source.examples, methods, Context(settings.seed, "", against, reader))
+    lines = [line for part in (source, apart) if part for file in part.reports for line in file.lines()]
+    written = _as_read(made, source, files, settings.data.columns)
+    if written is None:
+        written = "".join(map(_line, as_rows(made.examples)))
+        remarks.append("the files have different columns, which one file cannot have: the rows are written in one form")
+    write_atomic(out, written)
+    from apiary.cli.curation_page import render  # Jinja is not needed where a worker curates
+
+    trained = [report for report, file in zip(source.reports, files, strict=True) if not file.held_out]
+    write_atomic(page, render(made, source, trained, methods), private=True)
+    return Curated(made, (*lines, *remarks, *made.warnings), out, page)
+
+
+def _as_read(made: Curation, source: Source, files: Sequence[RawFile], columns: Mapping[str, str]) -> str | None:
+    """The kept rows with the columns that they came with, as JSON Lines; None where that would be read otherwise."""
+    try:
+        kept = as_read(files, ((source.places[index], example) for index, example in made.rows), columns=columns)
+        lines = "".join(map(_line, kept))
+        again = [(number, json.loads(line)) for number, line in enumerate(lines.split("\n")[:-1], 1)]
+        back = check([RawFile("", "", again)], columns=columns)
+    except (ValueError, UserError):
+        return None
+    return lines if [row.turns for row in back.examples] == [row.turns for row in made.examples] else None
+
+
+def _line(row: Mapping[str, object]) -> str:
+    """A line of JSON; dates as text, and what neither JSON nor UTF-8 can say as the nearest that they can."""
+    plain = {name: value.isoformat() if isinstance(value, date | time) else value for name, value in row.items()}
+    text = json.dumps(finite(plain), ensure_ascii=False)
+    return text.encode("utf-8", "replace").decode("utf-8") + "\n"
+
+
+def _settings(config: Path | None, adapter: Path | None, overrides: Sequence[str]) -> RunConfig:
+    if adapter is None or config is not None:
+        return configs.load(config, list(overrides))
+    return results.open_tuned(adapter, overrides).config
+
+
+def _methods(settings: RunConfig, held_out: bool, tuned: bool) -> tuple[tuple[Method, ...], list[str]]:
+    """The steps to run, and what there is to say about them."""
+    if settings.curate.steps:
+        return settings.curate.steps, []
+    names = ["mask", "duplicates", "near_duplicates", "length", *(["held_out"] if held_out else [])]
+    if tuned or settings.model.name != _LITTLE:
+        return tuple(Method(name=name) for name in (*names, "ifd")), []
+    remark = (
+        f"ifd is left out: {_LITTLE} untuned knows too little to judge rows; "
+        "give --adapter RUN, or a model with -s model.name=..."
+    )
+    return tuple(Method(name=name) for name in names), [remark]
+
+
+def _reader(settings: RunConfig, adapter: Path | None, overrides: Sequence[str]) -> Reader:
+    """The model that judges: of the adapter, or the configured base."""
+    if adapter is not None:
+        of_model = [item for item in overrides if item.partition(".")[0] in ("model", "adapter", "prompt")]
+        tuned = results.open_tuned(adapter, of_model)
+        return Reader(tuned.template, tuned.lm.tokenizer, tuned.config.prompt, lambda: ModelProbe(tuned.lm))
+    lm = adapters.load(settings.model, settings.adapter)
+    adapters.set_adapter(lm, adapters.fresh_adapter(lm, settings.seed))
+    template = tokenization.make_template(settings.prompt, lm.tokenizer)
+    return Reader(template, lm.tokenizer, settings.prompt, lambda: ModelProbe(lm))
+
+
+def as_rows(examples: Sequence[Example]) -> Iterator[dict[str, Any]]:
+    """Rows that `apiary.data.examples.read` reads back as the same examples.
+
+    All are written as instruction and output, or all as messages where one of them is longer than that, for a file
+    has one form. A tag that would be taken for text gets `tag_` in front.
+    """
+    pairs = all([turn.role for turn in example.turns] == ["user", "assistant"] for example in examples)
+    for example in examples:
+        yield {**_text(example, pairs), **_tags(example.tags)}
+
+
+def _text(example: Example, pairs: bool) -> dict[str, Any]:
+    if pairs:
+        return {"instruction": example.turns[0].text, "output": example.turns[1].text}
+    return {"messages": [{"role": turn.role, "content": turn.text} for turn in example.turns]}
+
+
+def _tags(tags: Mapping[str, str]) -> dict[str, str]:
+    return {f"tag_{name}" if name in (*_OURS, "context") else name: value for name, value in tags.items()}
+
+
+def table(curation: Curation) -> str:
+    """Step, rows kept and dropped, and the reasons, as aligned plain lines."""
+    grid = [("step", "kept", "dropped", "rewritten", "reasons")]
+    for report in curation.reports:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in report.reasons.items())
+        dropped = report.rows_in - report.rows_out
+        grid.append((report.name, str(report.rows_out), str(dropped), str(report.rewritten or ""), reasons))
+    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
+    lines = (
+        "  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:4], widths[1:4]), cells[4]]).rstrip()
+        for cells in grid
+    )
+    return "\n".join(lines)

@@ -1,0 +1,159 @@
+"""`apiary deploy`: the commands of a federation between machines. What they need is loaded when they are called."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from apiary.cli.shared import ConfigFile, Overrides, print_table, settings_of, shown
+from apiary.config.schema import UserError
+
+app = typer.Typer(help="Run a federation between machines: kits, processes, runs.", no_args_is_help=True)
+
+ServerKit = Annotated[Path, typer.Argument(metavar="KIT", help="the server's folder, made by `apiary deploy init`")]
+State = Annotated[Path | None, typer.Option(help="folder of what must survive a restart; default KIT/state")]
+Sites = Annotated[list[str] | None, typer.Option("--site", help="name of a site; once for each")]
+
+
+@app.command("init")
+def deploy_init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="new: will hold a folder for each")],
+    server: Annotated[str, typer.Option(metavar="HOST:PORT", help="where the sites reach the server")],
+    site: Sites = None,
+) -> None:
+    """Make the kits of a federation: certificates, keys, a folder for the server and for each site."""
+    from deploy import kits
+
+    for path in kits.init(folder, server, site or []):
+        typer.echo(f"written: {shown(path.resolve())}")
+    typer.echo(f"keep {shown((folder / 'ca' / 'ca.key').resolve())} offline: it signs servers of this federation")
+
+
+@app.command("add")
+def deploy_add(folder: Annotated[Path, typer.Argument(metavar="DIR")], site: Sites = None) -> None:
+    """Make the kits of further sites; a running server takes them up from its folder `sites`."""
+    from deploy import kits
+
+    for path in kits.add(folder, site or []):
+        typer.echo(f"written: {shown(path.resolve())}")
+
+
+@app.command("renew")
+def deploy_renew(folder: Annotated[Path, typer.Argument(metavar="DIR")]) -> None:
+    """Write the server's certificate anew, for three years; needs the authority's key."""
+    from deploy import kits
+
+    typer.echo(f"written: {shown(kits.renew(folder).resolve())}")
+
+
+@app.command("server")
+def deploy_server(
+    kit: ServerKit,
+    state: State = None,
+    bind: Annotated[str, typer.Option(help="this machine's address to listen on, at the kit's port")] = "0.0.0.0",
+) -> None:
+    """Serve a federation until SIGTERM or Ctrl-C."""
+    from deploy import kits, server
+
+    opened = kits.read(kit, "server")
+    raise typer.Exit(server.run(opened, (state or opened.folder / "state").resolve(), bind))
+
+
+@app.command("client")
+def deploy_client(
+    kit: Annotated[Path, typer.Argument(metavar="KIT", help="the site's folder, made by `apiary deploy init`")],
+    data: Annotated[Path, typer.Option(help="the site's rows: a file, or a folder of files")],
+    model: Annotated[
+        str | None, typer.Option(help="this site's place of the base; needed unless the run's is built in")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="such as cuda:1; default: as the run says")] = None,
+    port: Annotated[int | None, typer.Option(help="of 127.0.0.1, for its own processes; default: a free one")] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="train adapters of this rank at most; default: as the run says")
+    ] = None,
+    max_epsilon: Annotated[
+        float | None,
+        typer.Option(help="refuse every run without record-level privacy of this epsilon or less"),
+    ] = None,
+    max_delta: Annotated[float, typer.Option(help="likewise, beside --max-epsilon")] = 1e-5,
+    state: State = None,
+) -> None:
+    """Take part as one site until SIGTERM or Ctrl-C."""
+    if max_epsilon is not None and not 0.0 < max_epsilon < math.inf:
+        raise UserError(f"--max-epsilon {max_epsilon:g}: expected a number above 0, such as 8")
+    if not 0.0 < max_delta < 1.0:
+        raise UserError(f"--max-delta {max_delta:g}: expected a number between 0 and 1, such as 1e-5")
+    from deploy import kits, site
+
+    opened = kits.read(kit, "site")
+    where = (state or opened.folder / "state").resolve()
+    options = site.Options(data, model, device, port, max_epsilon, max_delta, rank)
+    raise typer.Exit(site.run(opened, where, options))
+
+
+@app.command("submit")
+def deploy_submit(
+    kit: ServerKit,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="the run directory; default runs/NAME-TIME")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on after the last finished round of --out")] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="do not follow the run")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="print only errors and the final table")] = False,
+    state: State = None,
+) -> None:
+    """Start a run on the server of this machine, and follow it to its end."""
+    settings, folder = settings_of(config, overrides, out, resume)
+    from apiary.tracking import trackers
+    from deploy import flower_cli, kits, runs
+    from simulation.run import check_names
+
+    check_names(settings)
+    trackers.check(settings)
+    for line in () if quiet else runs.remarks(settings):
+        typer.echo(f"warning: {line}", err=True)
+    opened = kits.read(kit, "server")
+    where = (state or opened.folder / "state").resolve()
+    try:
+        run = runs.start(where, settings, folder, resume=resume)
+    except flower_cli.FlowerError as error:
+        typer.echo(f"apiary: the run could not be started: {error}", err=True)
+        raise typer.Exit(1) from None
+    typer.echo(f"run {run} started: {shown(folder)}")
+    if detach:
+        return
+    from apiary.tracking.console import make_progress
+
+    try:
+        with make_progress(quiet) as observer:
+            failure = runs.follow(where, run, folder, [observer])
+    except KeyboardInterrupt:
+        typer.echo("apiary: no longer followed; the run goes on: apiary deploy status KIT", err=True)
+        raise typer.Exit(130) from None
+    except flower_cli.FlowerError as error:
+        typer.echo(f"apiary: {error}", err=True)
+        raise typer.Exit(1) from None
+    if failure:
+        typer.echo(f"apiary: the run failed: {failure}", err=True)
+        raise typer.Exit(1)
+    from apiary.tracking.event_log import read_metrics
+
+    print_table(read_metrics(folder))
+    typer.echo(f"report: {shown(folder / 'report.html')}   adapter: {shown(folder / 'adapter')}")
+
+
+@app.command("status")
+def deploy_status(kit: ServerKit, state: State = None) -> None:
+    """Print the sites, online or not, and the runs."""
+    from deploy import flower_cli, kits, runs
+
+    opened = kits.read(kit, "server")
+    try:
+        for line in runs.describe((state or opened.folder / "state").resolve()):
+            typer.echo(line)
+    except flower_cli.FlowerError as error:
+        typer.echo(f"apiary: the server cannot be asked: {error}", err=True)
+        raise typer.Exit(1) from None

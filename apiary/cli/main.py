@@ -1,0 +1,283 @@
+"""The command line. Wrong input ends in one line and exit code 2, a failed run in exit code 1, Ctrl-C in 130."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+# Flower and the tokenizers read these when they are imported.
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+from apiary.cli import deploy
+from apiary.cli.shared import ConfigFile, Overrides, print_table, settings_of, shown
+from apiary.config import schema as configs
+from apiary.config.registry import Registry
+from apiary.config.schema import UserError
+
+app = typer.Typer(
+    name="apiary",
+    help="Federated fine-tuning of language models on instruction data that stays where it is.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Tuned = Annotated[Path, typer.Argument(metavar="RUN|ADAPTER", help="a run directory or a PEFT adapter folder")]
+
+
+@app.command()
+def simulate(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="the run directory; default runs/NAME-TIME")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on after the last finished round of --out")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="print only errors and the final table")] = False,
+) -> None:
+    """Run clients and server on this machine, compare with the baselines, and write a report."""
+    settings, folder = settings_of(config, overrides, out, resume)
+    # Only now: what is wrong with the file is told without waiting for torch.
+    from apiary.tracking.console import make_progress
+    from simulation.run import simulate as run
+
+    try:
+        with make_progress(quiet) as observer:
+            metrics = run(settings, folder, resume=resume, observers=[observer])
+    except KeyboardInterrupt:
+        again = (
+            f"go on with: apiary simulate --out {shown(folder)} --resume"
+            if (folder / "config.toml").exists()
+            else "nothing was written"
+        )
+        typer.echo(f"apiary: interrupted; {again}", err=True)
+        raise typer.Exit(130) from None
+    print_table(metrics)
+    typer.echo(f"report: {shown(folder / 'report.html')}   adapter: {shown(folder / 'adapter')}")
+
+
+@app.command()
+def evaluate(
+    tuned: Tuned,
+    data: Annotated[str, typer.Option("--data", help="a file, a folder, a hub id, or builtin:skills")],
+    overrides: Overrides = None,
+) -> None:
+    """Print the table (base, federated, and the run's baselines) for other data."""
+    from apiary.evaluation.comparison import differences, table_row
+    from apiary.export import tuned as results
+
+    opened = results.open_tuned(tuned, overrides or [])
+    rows, remarks = results.score(opened, data)
+    for line in remarks:
+        typer.echo(f"warning: {line}", err=True)
+    seed = opened.config.seed
+    table = [table_row(method, run, seed) for method, run in rows.items()]
+    print_table({"table": table, "paired": differences(rows, seed)})
+
+
+@app.command()
+def chat(
+    tuned: Tuned,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="ask once and print the answer")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="longest answer, in tokens")] = 128,
+    overrides: Overrides = None,
+) -> None:
+    """Talk to a tuned model; an empty line or Ctrl-D ends, /new starts over."""
+    from apiary.data.examples import Turn
+    from apiary.export import tuned as results
+
+    opened = results.open_tuned(tuned, overrides or [])
+    if prompt is not None:
+        typer.echo(results.reply(opened, [Turn("user", prompt)], max_new_tokens))
+        return
+    history: list[Turn] = []
+    while (text := _ask()) not in ("", None):
+        if text == "/new":
+            history = []
+            continue
+        answer = results.reply(opened, [*history, Turn("user", str(text))], max_new_tokens)
+        history += [Turn("user", str(text)), Turn("assistant", answer)]
+        typer.echo(answer)
+
+
+def _ask() -> str | None:
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return None
+
+
+@app.command()
+def export(
+    run: Tuned,
+    to: Annotated[Path, typer.Option("--to", help="the folder to write")],
+    merge: Annotated[bool, typer.Option("--merge", help="merge the adapter into a whole model")] = False,
+) -> None:
+    """Write the adapter, or the merged model, as a folder that other tools load."""
+    from apiary.export import tuned
+
+    typer.echo(f"written: {shown(tuned.export(run, to.resolve(), merge=merge))}")
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory")]) -> None:
+    """Write report.html of a run again, from its log and metrics."""
+    from apiary.report import write_report
+
+    typer.echo(f"report: {shown(write_report(run))}")
+
+
+@app.command()
+def doctor(config: ConfigFile = None, overrides: Overrides = None) -> None:
+    """Check a configuration against data, model and machine, and print the plan, before any training."""
+    from apiary.doctor import examine
+
+    def names(settings: configs.RunConfig) -> None:
+        from simulation.run import check_names  # here, so that a broken file is told without waiting for torch
+
+        check_names(settings)
+
+    def remarks(settings: configs.RunConfig, clients: Sequence[str]) -> list[str]:
+        from simulation.run import remarks
+
+        return remarks(settings, clients)
+
+    if not examine(config, overrides or [], checks=[names], remarks=remarks):
+        raise typer.Exit(2)
+
+
+@app.command()
+def curate(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="a file, a folder, a hub id, or builtin:skills")],
+    out: Annotated[Path, typer.Option(help="the JSONL file to write")],
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    adapter: Annotated[Path | None, typer.Option(metavar="RUN|ADAPTER", help="the tuned model that judges")] = None,
+    held_out: Annotated[str | None, typer.Option(help="rows that no kept row may repeat")] = None,
+    report: Annotated[Path | None, typer.Option(help="the page about it; default: --out with .html")] = None,
+) -> None:
+    """Mask, deduplicate and select rows of a data set, as a client would before training."""
+    from apiary.cli import curate
+
+    done = curate.curate_file(data, config, out, overrides or [], adapter, held_out, report)
+    for line in done.remarks:
+        typer.echo(f"warning: {line}", err=True)
+    typer.echo(curate.table(done.curation))
+    typer.echo(f"written: {shown(done.out.resolve())}   private page: {shown(done.report.resolve())}")
+
+
+privacy_app = typer.Typer(help="Differential privacy: what a run would cost.", no_args_is_help=True)
+app.add_typer(privacy_app, name="privacy")
+app.add_typer(deploy.app, name="deploy")
+
+
+@privacy_app.command("plan")
+def privacy_plan(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="rows of the smallest client; unset: read the data")] = None,
+) -> None:
+    """Print sample rate, noise and epsilon by round, before any training."""
+    settings = configs.load(config, overrides or [])
+    from apiary.privacy.plan import describe, plan
+
+    for line in describe(settings, plan(settings, rows)):
+        typer.echo(line)
+
+
+@app.command("config")
+def show_config(
+    key: Annotated[str | None, typer.Argument(help="a key or a table, such as strategy: with all methods")] = None,
+) -> None:
+    """Print configuration keys with their defaults and what they mean; of a KEY also its methods with their options."""
+    rows = [row for row in configs.describe() if key is None or row[0] == key or row[0].startswith(f"{key}.")]
+    if not rows:
+        known = dict.fromkeys(name for row in configs.describe() for name in (row[0].partition(".")[0], row[0]))
+        for table, registry in _registries().items():
+            if str(key) in registry:
+                raise UserError(f"{key!r} is no key but may stand at {table}: apiary config {table}")
+        close = difflib.get_close_matches(str(key), known, n=1)
+        raise UserError(f"no key {key!r}; " + (f"did you mean {close[0]!r}?" if close else "apiary config lists all"))
+    registries = _registries() if key is not None else {}
+    for name, default, description in rows:
+        typer.echo(f"{name} = {default}\n    {description}")
+        for method, summary, options in registries[name].describe() if name in registries else ():
+            typer.echo(f"    {method}: {summary}")
+            for option, value, said in options:
+                typer.echo(f"        {option} = {value}" + (f"  {said}" if said else ""))
+    if key is None:
+        typer.echo("\nThe methods of a table and their options: apiary config strategy, apiary config wire, ...")
+
+
+def _registries() -> dict[str, Registry[Any]]:
+    """By key, the methods that may stand there."""
+    import strategies.server_optimizers  # here, so that a list of keys is told without waiting for torch
+    from apiary.data import partitions
+    from apiary.transport import codec
+    from client.curation import STEPS
+    from client.training import objectives
+    from simulation import adversaries, engines
+
+    return {
+        "strategy.name": strategies.AGGREGATORS,
+        "strategy.server_optimizer": strategies.server_optimizers.SERVER_OPTIMIZERS,
+        "wire.up": codec.CODECS,
+        "wire.down": codec.CODECS,
+        "data.partition": partitions.PARTITIONS,
+        "train.objective": objectives.OBJECTIVES,
+        "train.penalties": objectives.PENALTIES,
+        "curate.steps": STEPS,
+        "simulate.engine": engines.ENGINES,
+        "simulate.attack": adversaries.ATTACKS,
+    }
+
+
+def main() -> None:
+    """The entry point: turns errors into one line and an exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    for noisy in ("flwr", "transformers", "ray", "httpx", "huggingface_hub", "datasets", "peft"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    sys.exit(_guarded(app))
+
+
+def _guarded(command: Callable[[], Any]) -> int:
+    try:
+        command()
+    except SystemExit as done:
+        return done.code if isinstance(done.code, int) else 0
+    except UserError as error:
+        for problem in error.problems:
+            typer.echo(f"apiary: {problem}", err=True)
+        return 2
+    except KeyboardInterrupt:
+        typer.echo("apiary: interrupted", err=True)
+        return 130
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+            raise
+        typer.echo(
+            f"apiary: cannot write {error.filename or 'the run'}: {error.strerror}; a run goes on with --resume",
+            err=True,
+        )
+        return 1
+    except RuntimeError as error:
+        if type(error).__name__ != "RunFailed":
+            raise
+        typer.echo(f"apiary: the run failed: {error}", err=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,431 @@
+"""One typed, frozen configuration for a whole run: TOML in, TOML out, `-s key=value` on top.
+
+Every key carries a one-line description, which `apiary config` prints and the docs repeat. Unknown keys are
+refused with the nearest known name, and all problems of a file are reported together.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from apiary.config import compatibility, toml_text
+from apiary.config.errors import UserError as UserError
+from apiary.config.errors import error_lines
+
+
+class _Section(BaseModel):
+    # Strict: `clients = true` is a slip, not one client. Infinite numbers have no sensible meaning at any key.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_are_tuples(cls, values: Any) -> Any:
+        """TOML and JSON know only lists, and a frozen tree holds only tuples."""
+        if not isinstance(values, dict):
+            return values
+        return {k: _tuples(v) for k, v in values.items()}
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+class Method(BaseModel):
+    """A registered method by name, with its options: `"iid"` or `{ name = "dirichlet", alpha = 0.3 }`."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    name: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options beside the name."""
+        return dict(self.model_extra or {})
+
+
+def _method(value: object) -> object:
+    return {"name": value} if isinstance(value, str) else value
+
+
+MethodField = Annotated[Method, BeforeValidator(_method)]
+
+
+class ModelConfig(_Section):
+    """The frozen base model."""
+
+    name: str = Field("builtin:tiny", description="builtin:tiny, a Hugging Face hub id, or a folder")
+    revision: str | None = Field(None, description="hub revision (branch, tag or commit) of the model")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="arithmetic of the frozen base; auto is bfloat16 where the device has it"
+    )
+    quantization: Literal["none", "int8", "nf4"] = Field(
+        "none", description="hold the base in 8 or 4 bits (bitsandbytes, CUDA)"
+    )
+
+
+class AdapterConfig(_Section):
+    """The adapter that is trained and travels."""
+
+    kind: Literal["lora"] = Field("lora", description="kind of adapter")
+    rank: int = Field(16, ge=1, le=1024, description="rank of the two LoRA factors")
+    alpha: float = Field(16.0, gt=0, description="LoRA alpha: the update is scaled by alpha/rank (see scaling)")
+    scaling: Literal["rslora", "lora"] = Field("rslora", description="rslora: alpha/sqrt(rank); lora: alpha/rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input while training")
+    targets: str | tuple[str, ...] = Field(
+        "all-linear", description="all-linear, or a list of module name endings such as q_proj"
+    )
+    train: Literal["both", "b", "alternate"] = Field(
+        "both", description="factors that clients train: both, b (FFA-LoRA), or b and a in turns (RoLoRA)"
+    )
+    share: Literal["both", "a"] = Field(
+        "both", description="factors that travel: both, or a: each client keeps a b of its own (FedSA-LoRA)"
+    )
+    init: Literal["kaiming", "orthonormal"] = Field(
+        "kaiming", description="A at the start; orthonormal rows lose least where A is never trained (train = b)"
+    )
+
+    ranks: tuple[int, ...] | Literal["memory"] = Field(
+        (),
+        description="ranks of the clients in turn, each at most `rank`; none: all have `rank`; memory: as high as fits "
+        "each client's device (a site may say its own)",
+    )
+
+    def of_rank(self, rank: int) -> AdapterConfig:
+        """The adapter of a client of this rank."""
+        return self.model_copy(update={"rank": rank, "ranks": ()})
+
+    def trained(self, round_number: int) -> Literal["both", "b", "a"]:
+        """The factors that are trained in a round, from 1; b comes first, for while it is zero, a gets no gradient."""
+        if self.train == "alternate":
+            return "b" if round_number % 2 else "a"
+        return self.train
+
+
+class DataConfig(_Section):
+    """Where the instruction data comes from and how it is spread over clients."""
+
+    source: str = Field(
+        "builtin:skills", description="builtin:skills, a file, a folder (one file per client), or a hub id"
+    )
+    split: str = Field("train", description="split of a hub data set")
+    test: str | None = Field(
+        None, description="a separate held-out source; unset: part of each client's rows, by content hash"
+    )
+    test_fraction: float = Field(
+        0.1, ge=0, lt=1, description="share of each client's rows held out, chosen by content hash"
+    )
+    columns: Mapping[str, str] = Field(
+        default_factory=dict,
+        description="your names: { instruction = ..., input = ..., output = ... } or { messages = ... }",
+    )
+    clients: int = Field(8, ge=1, description="number of clients (ignored by the natural partition)")
+    partition: MethodField = Field(
+        Method(name="dirichlet", alpha=0.3, by="skill"),
+        description="iid, dirichlet, by_value, pathological, size or natural, with options",
+    )
+    max_rows: int | None = Field(None, ge=1, description="use at most this many rows of the source")
+
+
+class PromptConfig(_Section):
+    """How an example becomes tokens."""
+
+    template: str = Field(
+        "chat", description="chat, alpaca, plain, or a file with {instruction} and {response}, and {system} if you like"
+    )
+    system: str | None = Field(None, description="a system message put before every conversation without one")
+    max_tokens: int = Field(512, ge=8, description="longest example in tokens; see on_long")
+    on_long: Literal["truncate", "drop"] = Field(
+        "truncate", description="what happens to longer examples (counted and reported either way)"
+    )
+
+
+class TrainConfig(_Section):
+    """Local training at a client."""
+
+    objective: str = Field("sft", description="per-example loss: sft")
+    steps: int | None = Field(None, ge=1, description="optimizer steps per round; exclusive with epochs")
+    epochs: float | None = Field(None, gt=0, description="passes over the client's data per round")
+    batch_tokens: int = Field(1024, ge=16, description="padded tokens in one forward pass")
+    accumulate: int = Field(1, ge=1, description="forward passes per optimizer step")
+    optimizer: Literal["adamw", "sgd"] = Field(
+        "adamw", description="adamw, or sgd without momentum; fedkseed has steps of its own"
+    )
+    lr: float = Field(3e-3, gt=0, description="peak learning rate")
+    schedule: Literal["cosine", "constant"] = Field(
+        "cosine", description="learning rate over the whole federated run, after warm-up"
+    )
+    warmup: float = Field(0.03, ge=0, lt=1, description="share of the whole run spent warming up")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of AdamW")
+    clip_norm: float = Field(1.0, ge=0, description="clip the gradient's L2 norm to this; 0 = never (as with fedkseed)")
+    penalties: tuple[MethodField, ...] = Field(
+        (), description='added to the loss, e.g. [{ name = "fedprox", mu = 0.01 }]'
+    )
+    threads: int | None = Field(None, ge=1, description="CPU threads of one client; unset: all cores")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("train.steps and train.epochs are exclusive: set one of them")
+        return self
+
+
+class CurateConfig(_Section):
+    """What each client does to its rows before it trains on them; nothing of it leaves but row counts."""
+
+    steps: tuple[MethodField, ...] = Field(
+        (),
+        description="in this order: mask, duplicates, near_duplicates, length, held_out, ifd, random, with options",
+    )
+    every: int = Field(
+        0, ge=0, description="choose again, with the adapter of that time, every n rounds; 0 = once, before the first"
+    )
+
+
+class ContinualConfig(_Section):
+    """Tasks that come one after the other, and how a client remembers the earlier ones."""
+
+    by: str = Field("skill", description="column of the data whose values are the tasks")
+    stages: tuple[tuple[str, ...], ...] = Field(
+        (), description='values of that column, stage by stage: [["sort", "count"], ["lookup"]]; empty: no stages'
+    )
+    buffer: float = Field(
+        0.0, ge=0, description="rows a client keeps for replay: below 1 a share of its training rows, else a number"
+    )
+    replay: float = Field(0.5, gt=0, lt=1, description="share of each step's tokens that is replayed from the buffer")
+    policy: Literal["reservoir", "poisson"] = Field(
+        "reservoir", description="reservoir: exactly so many rows; poisson: each row by itself, with that chance"
+    )
+
+    @model_validator(mode="after")
+    def _one_stage_each(self) -> Self:
+        values = [value for stage in self.stages for value in stage]
+        if twice := next((value for value in values if values.count(value) > 1), None):
+            raise ValueError(f"continual.stages names {twice!r} twice: a task belongs to one stage")
+        if not all(self.stages):
+            raise ValueError("continual.stages holds an empty stage: name at least one value in each")
+        return self
+
+
+class PrivacyConfig(_Section):
+    """What is promised to the people whose rows a client holds."""
+
+    unit: Literal["none", "record"] = Field(
+        "none", description="none, or record: differential privacy for each row of a client (DP-SGD, DP-Adam)"
+    )
+    epsilon: float = Field(8.0, gt=0, description="budget of each row over all rounds")
+    delta: float = Field(1e-5, gt=0, lt=1, description="chance that the promise fails; well below 1 / rows")
+    clip: float = Field(1.0, gt=0, description="L2 norm that each row's gradient is clipped to")
+    batch_rows: int = Field(64, ge=1, description="expected rows of a step; each row is drawn by itself (Poisson)")
+    noise_multiplier: float | None = Field(
+        None, ge=0.01, description="noise over clip; unset: the least that keeps to epsilon for the rounds planned"
+    )
+    accountant: Literal["pld", "rdp"] = Field("pld", description="pld: tight; rdp: looser, and always told beside it")
+
+
+class StrategyConfig(_Section):
+    """What the server does with a round."""
+
+    name: str = Field(
+        "fedavg",
+        description="aggregation method: fedavg, auto, ... (see docs/aggregation.md), or module:function of your own",
+    )
+    options: Mapping[str, Any] = Field(default_factory=dict, description="options of the method")
+    root: str | None = Field(
+        None, description="for fltrust: rows that the server trusts, about 100, a source as data.test is one"
+    )
+    server_optimizer: MethodField = Field(
+        Method(name="none"),
+        description="what becomes of a round's change: none, plain, momentum, nesterov, adam, yogi or adagrad, with "
+        "options",
+    )
+    weighting: Literal["tokens", "uniform"] = Field(
+        "tokens", description="weight of a client's update: its trained tokens, or the same for all"
+    )
+    fraction: float = Field(1.0, gt=0, le=1, description="share of the clients asked in each round")
+    min_clients: int = Field(2, ge=1, description="never ask fewer clients than this; also what the start waits for")
+    quorum: float = Field(
+        0.5, gt=0, le=1, description="share of the asked clients that must answer well, else the run fails"
+    )
+    deadline_s: float = Field(0.0, ge=0, description="seconds the server waits for a round's replies; 0 = no limit")
+    join_timeout_s: float = Field(120.0, gt=0, description="seconds the server waits for min_clients at the start")
+
+
+class WireConfig(_Section):
+    """How the change of an adapter travels; docs/wire.md says which codec is for what."""
+
+    up: MethodField = Field(
+        Method(name="fp32"), description="from client to server: fp32, bf16, int8, int4, topk or sparse, with options"
+    )
+    down: MethodField = Field(
+        Method(name="fp32"),
+        description="from server to client: likewise; with all but fp32 changes travel, and clients keep a copy",
+    )
+
+
+class EvaluateConfig(_Section):
+    """What is measured, and when."""
+
+    every: int = Field(1, ge=0, description="evaluate the shared adapter every n rounds; 0 = only at the end")
+    max_examples: int = Field(240, ge=1, description="held-out examples used for the table")
+    clients: bool | None = Field(
+        None,
+        description="also ask the clients for the loss on their own held-out rows; unset: unless privacy forbids it",
+    )
+    generate: bool = Field(True, description="measure exact-match accuracy by greedy decoding for the table")
+    max_new_tokens: int = Field(24, ge=1, description="longest answer decoded, in tokens")
+    baselines: tuple[Literal["base", "local", "central"], ...] = Field(
+        ("base", "local", "central"), description="rows of the table beside federated"
+    )
+    patience: int = Field(0, ge=0, description="stop after this many evaluations without a better loss; 0 = never")
+    samples: int = Field(6, ge=0, description="held-out prompts whose answers are shown in the report")
+
+
+class SimulateConfig(_Section):
+    """How many clients run on one machine."""
+
+    engine: Literal["local", "ray"] = Field("local", description="local: one process; ray: Flower's engine on Ray")
+    cpus_per_client: int = Field(1, ge=1, description="CPU cores of one Ray worker")
+    gpus_per_client: float = Field(0.0, ge=0, description="share of a GPU of one Ray worker")
+    attackers: float = Field(
+        0.0, ge=0, lt=1, description="share of the clients that attack, to see what a method withstands; 0 = none"
+    )
+    attack: MethodField = Field(
+        Method(name="sign_flip"),
+        description="what they do: sign_flip, scaled, gaussian, alie, inner_product, gauge, not_a_number or trigger, "
+        "with options",
+    )
+
+
+class LogConfig(_Section):
+    """Where a run is followed beside its own folder."""
+
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml"], ...] = Field(
+        (), description="trackers, through accelerate; each needs its own package"
+    )
+    project: str = Field("apiary", description="project name given to the trackers")
+
+
+class RunConfig(_Section):
+    """A whole run."""
+
+    seed: int = Field(0, ge=0, lt=2**63, description="all randomness is derived from it")
+    rounds: int = Field(12, ge=1, description="federated rounds")
+    model: ModelConfig = ModelConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    data: DataConfig = DataConfig()
+    prompt: PromptConfig = PromptConfig()
+    train: TrainConfig = TrainConfig(steps=3)
+    curate: CurateConfig = CurateConfig()
+    continual: ContinualConfig = ContinualConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
+    strategy: StrategyConfig = StrategyConfig()
+    wire: WireConfig = WireConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    simulate: SimulateConfig = SimulateConfig()
+    log: LogConfig = LogConfig()
+
+    @property
+    def scores_from_clients(self) -> bool:
+        """Whether clients tell the loss on their own held-out rows."""
+        return self.privacy.unit == "none" if self.evaluate.clients is None else self.evaluate.clients
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_steps(cls, values: Any) -> Any:
+        """A [train] table that names neither steps nor epochs gets the default number of steps."""
+        if isinstance(values, dict) and isinstance(values.get("train"), dict):
+            train = values["train"]
+            if train.get("steps") is None and train.get("epochs") is None:
+                values = {**values, "train": {**train, "steps": 3}}
+        return values
+
+    def to_json(self) -> str:
+        """The whole configuration as one JSON text (what travels in Flower's run config)."""
+        return self.model_dump_json()
+
+    def to_toml(self, without: Collection[str] = ()) -> str:
+        """The configuration as TOML, `without` the tables named; `parse(text)` gives a whole one back as it was."""
+        return toml_text.dump(
+            {name: value for name, value in self.model_dump(mode="json").items() if name not in without}
+        )
+
+
+def parse(values: Mapping[str, Any]) -> RunConfig:
+    """The configuration for nested plain values.
+
+    Raises:
+        UserError: every problem found, one line each.
+    """
+    try:
+        config = RunConfig.model_validate(dict(values))
+    except ValidationError as error:
+        raise UserError(*error_lines(error, RunConfig)) from None
+    if odd := [*_not_finite("", config.model_dump())]:
+        raise UserError(*odd)
+    if clashes := compatibility.problems(config):
+        raise UserError(*clashes)
+    return config
+
+
+def _not_finite(key: str, value: object) -> Iterator[str]:
+    """A line for each option of a method that JSON could not carry to the other side."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{key} = {value}: must be finite; leave it out for the default"
+    elif isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _not_finite(f"{key}.{name}" if key else name, inner)
+    elif isinstance(value, list | tuple):
+        for place, inner in enumerate(value):
+            yield from _not_finite(f"{key}[{place}]", inner)
+
+
+def from_json(text: str) -> RunConfig:
+    """The configuration that `RunConfig.to_json` wrote."""
+    return parse(json.loads(text))
+
+
+def load(path: str | Path | None = None, overrides: Iterable[str] = ()) -> RunConfig:
+    """The configuration from a TOML file (or the defaults) with `key=value` overrides on top.
+
+    A relative `data.source`, `data.test`, `model.name`, `prompt.template` or `strategy.root` that exists beside the
+    file is read from there.
+
+    Raises:
+        UserError: missing or broken file, bad overrides and values that are not allowed, one line each.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        values = toml_text.read(Path(path))
+    problems: list[str] = []
+    for text in overrides:
+        try:
+            toml_text.override(values, text, partition=DataConfig().partition.model_dump())
+        except UserError as error:
+            problems += error.problems
+    try:
+        config = parse(values)
+    except UserError as error:
+        raise UserError(*problems, *error.problems) from None
+    if problems:
+        raise UserError(*problems)
+    return config
+
+
+def describe() -> list[tuple[str, str, str]]:
+    """Every key with its default and its one-line description, in file order."""
+    rows: list[tuple[str, str, str]] = []
+    for name, field in RunConfig.model_fields.items():
+        if isinstance(field.default, _Section):
+            for key, inner in type(field.default).model_fields.items():
+                value = getattr(field.default, key)
+                shown = toml_text.shown(value.model_dump(mode="json") if isinstance(value, BaseModel) else value)
+                rows.append((f"{name}.{key}", shown, inner.description or ""))
+        else:
+            rows.append((name, toml_text.shown(field.default), field.description or ""))
+    return rows

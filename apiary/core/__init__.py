@@ -1,0 +1,1 @@
+"""What everything else rests on: tensors, the factors of LoRA, messages, files. Torch and numpy alone."""

@@ -1,0 +1,132 @@
+"""What travels between server and clients, as plain frozen types.
+
+`apiary.transport.flower_records` puts these on the wire.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Literal, NamedTuple
+
+from apiary.core import lora
+from apiary.core.tensors import StateDict
+
+_NOTHING: StateDict = MappingProxyType({})
+
+
+class Fingerprint(NamedTuple):
+    """Digests that must agree between server and client, or their numbers mean different things."""
+
+    base: str  # names, shapes and sampled bytes of the frozen weights
+    tokenizer: str  # vocabulary, merges and special tokens
+    template: str  # how an example becomes text, and the chat template if it is used
+    adapter: str  # names and shapes of what is trained
+
+
+class Hello(NamedTuple):
+    """A client's answer to the handshake."""
+
+    client: str
+    fingerprint: Fingerprint
+    rank: int
+    examples: int  # training examples
+    tokens: int  # response tokens in them, which is what is trained
+    holds: str = ""  # the version of the server's adapter that it holds, where changes alone travel down
+
+
+class ClientInfo(NamedTuple):
+    """What the server knows of a client when it makes its payload."""
+
+    client: str
+    rank: int
+    last_round: int  # 0 = never took part
+    clients: int = 1  # that the run knows in all, also those that are away
+
+
+class Payload(NamedTuple):
+    """What the server sends to one client."""
+
+    adapter: StateDict
+    base_delta: StateDict  # low-rank factors to add to the base, of scale 1; may be empty
+    control: StateDict = _NOTHING  # the mean control variate of all clients, where the method has one
+    last_round: int = 0  # the last round in which this client's answer counted; 0 = none
+
+    @property
+    def model(self) -> StateDict:
+        """Both as one state, as `apiary.models.adapters.set_adapter` takes it."""
+        return lora.whole(self.adapter, self.base_delta)
+
+
+class Update(NamedTuple):
+    """What a client sends back: the change from the adapter that it received."""
+
+    client: str
+    delta: StateDict
+    weight: float
+    rank: int
+    # Where the method has control variates, what the server knows of the visit's steps; neither travels.
+    control: StateDict = _NOTHING  # the mean control variate that corrected them
+    walked: float = 0.0  # the sum of their learning rates
+
+
+class FitReport(NamedTuple):
+    """Counts of one visit; nothing in it says what the data holds.
+
+    Under differential privacy the counts are the expected ones, which depend on public numbers alone.
+    """
+
+    tokens: int  # response tokens trained that are new, not replayed
+    examples: int
+    steps: int
+    loss: float  # mean nats per trained token; NaN where privacy withholds it
+    seconds: float
+    replayed: int = 0  # response tokens trained from the client's buffer
+
+
+class Curated(NamedTuple):
+    """What curation did to a client's training rows, as counts."""
+
+    rows: int
+    kept: int
+    dropped: Mapping[str, int] = MappingProxyType({})  # by step
+
+
+class Spent(NamedTuple):
+    """What a client's training rows have spent of their privacy budget, all told."""
+
+    epsilon: float
+    epsilon_rdp: float
+    delta: float
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+
+
+class Visit(NamedTuple):
+    """A client's whole answer to a round."""
+
+    update: Update
+    report: FitReport
+    curated: Curated | None = None
+    spent: Spent | None = None
+
+
+class Decline(NamedTuple):
+    """A client's answer when it rightly does not train."""
+
+    client: str
+    reason: Literal["idle", "budget"]  # it has no rows for this stage; its privacy budget is spent
+
+
+class Score(NamedTuple):
+    """Sums over held-out examples, so that scores of several clients add up."""
+
+    nats: float
+    tokens: int
+    examples: int
+
+    @property
+    def loss(self) -> float:
+        """Nats per response token (NaN when there are none)."""
+        return self.nats / self.tokens if self.tokens else float("nan")

@@ -1,0 +1,386 @@
+"""Instruction data: rows become checked conversations, conversations are spread over clients.
+
+Every row either becomes an `Example` or is counted in the `FileReport` of its file under its first
+problem, so that `rows == usable + all counts` holds for each report.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
+
+from apiary.config.schema import DataConfig, RunConfig, UserError
+from apiary.data.columns import (
+    Columns,
+    RowProblem,
+    Turn,
+    choose_columns,
+    given_columns,
+    is_absent,
+    scalar_text,
+    turns_of,
+    with_turns,
+)
+from apiary.data.partitions import PARTITIONS, Table
+from apiary.data.sources import RawFile, Unreadable, load
+
+__all__ = [
+    "ClientData",
+    "Example",
+    "Federation",
+    "FileReport",
+    "Place",
+    "Source",
+    "Turn",
+    "answer",
+    "as_read",
+    "check",
+    "federate",
+    "is_held_out",
+    "read",
+    "too_few_clients",
+]
+
+OVER_MAX_ROWS = "left out by data.max_rows"
+IN_HELD_OUT = "also in the held-out set"
+_FIRST_ROWS = 5  # row numbers kept per problem
+
+
+class Example(NamedTuple):
+    """A conversation that ends in an assistant turn; tags: the row's other scalar columns."""
+
+    turns: tuple[Turn, ...]
+    tags: Mapping[str, str]
+
+
+class FileReport(NamedTuple):
+    """What became of a file's rows; problems: reason -> (count, first 1-based row numbers)."""
+
+    name: str
+    rows: int
+    usable: int
+    problems: Mapping[str, tuple[int, tuple[int, ...]]]
+
+    def lines(self) -> list[str]:
+        """A line for each problem, with the first rows that have it."""
+        return [
+            f"{self.name}: {count} of {self.rows} rows left out: {problem}"
+            + (f" ({rows_text(rows, count)})" if rows else "")
+            for problem, (count, rows) in self.problems.items()
+        ]
+
+
+def rows_text(rows: Sequence[int], count: int) -> str:
+    """The first row numbers of `count`, as a warning names them."""
+    told = rows[:_FIRST_ROWS]
+    return f"rows {', '.join(map(str, told))}{', ...' if count > len(told) else ''}"
+
+
+class Place(NamedTuple):
+    """Where an example came from: index into the reports, and its 1-based row number there."""
+
+    file: int
+    row: int
+
+
+class Source(NamedTuple):
+    """Checked examples, the origin (file stem or task) of each, and the source's own test."""
+
+    examples: tuple[Example, ...]
+    origins: tuple[str, ...]
+    test: tuple[Example, ...] | None
+    reports: tuple[FileReport, ...]
+    places: tuple[Place, ...] = ()
+
+
+class ClientData(NamedTuple):
+    """One client's rows: to train on, and its own held-out ones."""
+
+    name: str
+    train: tuple[Example, ...]
+    test: tuple[Example, ...]
+
+
+class Federation(NamedTuple):
+    """All clients' rows, and the held-out set that the server measures on."""
+
+    clients: tuple[ClientData, ...]
+    test: tuple[Example, ...]
+    reports: tuple[FileReport, ...]
+
+
+def read(
+    source: str,
+    *,
+    split: str = "train",
+    columns: Mapping[str, str] = MappingProxyType({}),
+    max_rows: int | None = None,
+    key: str = "data.source",
+) -> Source:
+    """The checked examples of a file, a folder, a hub data set or the built-in corpus.
+
+    Args:
+        source: what `data.source` names.
+        split: split of a hub data set.
+        columns: the user's own names for instruction, input and output, or for messages.
+        max_rows: keep this many examples, taken at even distances so that every file has its share.
+        key: what error lines call the source.
+
+    Raises:
+        UserError: nothing there, unknown format, or a file without a usable row.
+    """
+    return check(load(source, split, key), columns=columns, max_rows=max_rows)
+
+
+def check(
+    files: Sequence[RawFile], *, columns: Mapping[str, str] = MappingProxyType({}), max_rows: int | None = None
+) -> Source:
+    """As `read`, of files that were loaded before."""
+    given = given_columns(columns)
+    rows: list[tuple[Example, str, Place]] = []
+    reports: list[FileReport] = []
+    test: list[Example] | None = None
+    for index, file in enumerate(files):
+        checked, report = _check_file(file, given)
+        reports.append(report)
+        if file.held_out:
+            test = (test or []) + [example for _, example in checked]
+        else:
+            rows += [(example, file.origin, Place(index, row)) for row, example in checked]
+    examples, origins, places = zip(*rows, strict=True)
+    held_out = None if test is None else tuple(test)
+    whole = Source(examples, origins, held_out, tuple(reports), places)
+    return whole if max_rows is None else _thin(whole, max_rows)
+
+
+def _thin(source: Source, max_rows: int) -> Source:
+    n = len(source.examples)
+    if n <= max_rows:
+        return source
+    kept = {i * n // max_rows for i in range(max_rows)}
+    return _keep(source, [i in kept for i in range(n)], OVER_MAX_ROWS)
+
+
+def _keep(source: Source, wanted: Sequence[bool], reason: str) -> Source:
+    """`source` with only the wanted examples; the others are counted under `reason`."""
+    kept = [i for i, wants in enumerate(wanted) if wants]
+    return source._replace(
+        examples=tuple(source.examples[i] for i in kept),
+        origins=tuple(source.origins[i] for i in kept),
+        places=tuple(source.places[i] for i in kept),
+        reports=_take_out(
+            source.reports,
+            (source.places[i] for i, wants in enumerate(wanted) if not wants),
+            reason,
+        ),
+    )
+
+
+def _take_out(reports: Sequence[FileReport], places: Iterable[Place], reason: str) -> tuple[FileReport, ...]:
+    lost: dict[int, list[int]] = {}
+    for place in places:
+        lost.setdefault(place.file, []).append(place.row)
+    return tuple(
+        report._replace(
+            usable=report.usable - len(lost[i]),
+            problems={**report.problems, reason: (len(lost[i]), tuple(lost[i][:_FIRST_ROWS]))},
+        )
+        if i in lost
+        else report
+        for i, report in enumerate(reports)
+    )
+
+
+def _check_file(file: RawFile, given: Columns | None) -> tuple[list[tuple[int, Example]], FileReport]:
+    """The usable rows of a file with their numbers, and the report on all of them.
+
+    Raises:
+        UserError: the file has no usable row, or not the columns that the user named.
+    """
+    if not file.rows:
+        raise UserError(f"{file.name}: empty, it holds no rows; remove it or fill it")
+    columns = _columns(file, given)
+    usable: list[tuple[int, Example]] = []
+    found: dict[str, list[int]] = {}
+    for number, row in file.rows:
+        try:
+            usable.append((number, _example(row, columns)))
+        except RowProblem as problem:
+            found.setdefault(str(problem), []).append(number)
+    if not usable:
+        reason, numbers = next(iter(found.items()))
+        raise UserError(
+            f"{file.name}: none of its {len(file.rows)} rows is usable; the first problem, "
+            f"in row {numbers[0]}, is: {reason}; {_fix(reason)}"
+        )
+    problems = {reason: (len(rows), tuple(rows[:_FIRST_ROWS])) for reason, rows in found.items()}
+    return usable, FileReport(file.name, len(file.rows), len(usable), problems)
+
+
+def _columns(file: RawFile, given: Columns | None) -> Columns:
+    objects = [row for _, row in file.rows if isinstance(row, Mapping)]
+    return choose_columns(file.name, objects, given) if objects else Columns()
+
+
+def as_read(
+    files: Sequence[RawFile],
+    rows: Iterable[tuple[Place, Example]],
+    *,
+    columns: Mapping[str, str] = MappingProxyType({}),
+) -> list[dict[str, object]]:
+    """Rows as they stand in their files, with what the examples now say in the fields that they came from.
+
+    Args:
+        files: what the examples were made of by `check`.
+        rows: where each example came from, and what it says now.
+        columns: as for `check`.
+
+    Raises:
+        ValueError: an example has other turns than its row.
+    """
+    given = given_columns(columns)
+    chosen = [_columns(file, given) for file in files]
+    found = [dict(file.rows) for file in files]
+    made = []
+    for place, example in rows:
+        row = found[place.file][place.row]
+        if not isinstance(row, Mapping):
+            raise ValueError(f"row {place.row} of {files[place.file].name} is no row of these files")
+        made.append(with_turns(row, chosen[place.file], example.turns))
+    return made
+
+
+def _fix(reason: str) -> str:
+    if "JSON" in reason or "UTF-8" in reason:
+        return "expected one JSON object per line, in UTF-8"
+    if "role" in reason or "turn" in reason:
+        return "roles are system, user (human) and assistant (gpt), in turn, the last one assistant"
+    if "not an object" in reason:
+        return "expected an object with a value for each column"
+    return "fill it in, or name your columns with data.columns"
+
+
+def _example(row: object, columns: Columns) -> Example:
+    if isinstance(row, Unreadable):
+        raise RowProblem(row.reason)
+    if not isinstance(row, Mapping):
+        raise RowProblem("not an object")
+    turns = turns_of(row, columns)
+    tags = {name: _tag(value) for name, value in row.items() if name not in columns}
+    return Example(turns, {name: tag for name, tag in tags.items() if tag})
+
+
+def _tag(value: object) -> str:
+    text = "" if is_absent(value) else (scalar_text(value) or "").strip()
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def answer(example: Example) -> str:
+    """The text of the last assistant turn."""
+    return example.turns[-1].text
+
+
+def is_held_out(example: Example, fraction: float) -> bool:
+    """Whether a row belongs to the held-out `fraction`, decided by its first question alone.
+
+    The turns up to the first user turn (case, white space and Unicode form aside) are hashed with blake2b, so equal
+    questions, and longer and shorter conversations that begin alike, fall on the same side at every site without a word
+    between the sites.
+    """
+    return int.from_bytes(_question_digest(example)[:8], "big") < fraction * 2.0**64
+
+
+def _question_digest(example: Example) -> bytes:
+    first = next(i for i, turn in enumerate(example.turns) if turn.role == "user") + 1
+    parts = (f"{role}\x1f{' '.join(text.split())}" for role, text in example.turns[:first])
+    text = unicodedata.normalize("NFC", "\x1e".join(parts)).casefold()
+    return hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
+
+
+def federate(config: DataConfig, seed: int) -> Federation:
+    """The clients' rows and the shared held-out set.
+
+    The held-out set is `data.test`, or the source's own test part, or else all clients' held-out
+    rows. No prompt of it stands in any client's training rows: where a separate set overlaps the
+    source, those rows are taken out and counted.
+
+    Raises:
+        UserError: unreadable source, impossible partition, or a client left without a row.
+    """
+    source = read(config.source, split=config.split, columns=config.columns, max_rows=config.max_rows)
+    apart, reports = source.test, source.reports
+    if config.test is not None:
+        extra = read(config.test, split="test", columns=config.columns, key="data.test")
+        apart = extra.examples if extra.test is None else extra.test
+        reports = (*reports, *extra.reports)
+    held_out = [is_held_out(example, config.test_fraction) for example in source.examples]
+    known = {_question_digest(example) for example in apart or ()}
+    leaked = [
+        not held and bool(known) and _question_digest(example) in known
+        for held, example in zip(held_out, source.examples, strict=True)
+    ]
+    reports = _take_out(
+        reports,
+        (place for place, leaks in zip(source.places, leaked, strict=True) if leaks),
+        IN_HELD_OUT,
+    )
+    if apart is None:
+        apart = tuple(example for held, example in zip(held_out, source.examples, strict=True) if held)
+    trained = [not held and not leaks for held, leaks in zip(held_out, leaked, strict=True)]
+    return Federation(_clients(source, config, seed, held_out, trained), apart, reports)
+
+
+def _clients(
+    source: Source, config: DataConfig, seed: int, held_out: Sequence[bool], trained: Sequence[bool]
+) -> tuple[ClientData, ...]:
+    spread: Callable[..., Sequence[Iterable[int]]] = PARTITIONS.build(config.partition.name, config.partition.options)
+    shares = [[int(i) for i in share] for share in spread(_table(source, config), config.clients, seed)]
+    width = max(2, len(str(len(shares) - 1)))
+    clients = []
+    for number, share in enumerate(shares):
+        natural = config.partition.name == "natural"
+        client = ClientData(
+            source.origins[share[0]] if natural else f"client-{number:0{width}d}",
+            tuple(source.examples[i] for i in share if trained[i]),
+            tuple(source.examples[i] for i in share if held_out[i]),
+        )
+        if not client.train:
+            fix = (
+                "lower data.test_fraction, or put more rows in its file"
+                if natural
+                else "lower data.clients or data.test_fraction, or give it more rows (dirichlet: min_rows)"
+            )
+            raise UserError(
+                f"client {client.name!r} has no training row left of {len(share)} (the others are held out); {fix}"
+            )
+        clients.append(client)
+    return tuple(clients)
+
+
+def too_few_clients(config: RunConfig, clients: int) -> list[str]:
+    """A line that says so where a round needs more clients than there are, and what helps."""
+    minimum = config.strategy.min_clients
+    if minimum <= clients:
+        return []
+    there = "there is 1 client" if clients == 1 else f"there are {clients} clients"
+    if config.data.partition.name != "natural":
+        return [f"strategy.min_clients = {minimum}: {there}; lower it or raise data.clients"]
+    fix = (
+        "lower it, or put more files into data.source"
+        if clients > 1
+        else 'let data.source be a folder with a file for each client, or set data.partition = "iid"'
+    )
+    return [f'strategy.min_clients = {minimum}: {there}, for data.partition = "natural" makes one of each file; {fix}']
+
+
+def _table(source: Source, config: DataConfig) -> Table:
+    names = dict.fromkeys(name for example in source.examples for name in example.tags)
+    columns: dict[str, list[str | None]] = {
+        name: [example.tags.get(name) for example in source.examples] for name in names
+    }
+    if label := config.columns.get("output"):  # a class label is both the answer and a column to partition by
+        columns[label] = [answer(example) for example in source.examples]
+    return Table(source.origins, columns)

@@ -1,0 +1,1 @@
+"""The built-in instruction corpus: made by rules from a seed."""

@@ -1,0 +1,277 @@
+"""Metrics as functions, and the table: base, local, federated, central on the same held-out examples."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from apiary.config.schema import RunConfig, UserError
+from apiary.core.tensors import StateDict, derive_seed
+from apiary.data import tokenization
+from apiary.data.batches import Corpus
+from apiary.data.examples import Example, Federation, answer
+from apiary.data.tokenization import Template
+from apiary.models.adapters import LanguageModel, fresh_adapter, set_adapter
+from apiary.models.inference import ModelProbe
+
+Floats = NDArray[np.float64]
+_FEWEST_PAIRS = 10  # examples: of fewer a bootstrap interval is too narrow to rest a claim on
+
+
+class HeldOut(NamedTuple):
+    """Held-out examples, ready to be scored and answered."""
+
+    examples: tuple[Example, ...]
+    corpus: Corpus
+    questions: tuple[list[int], ...]  # prompt token ids; none where answers are not asked for
+    answers: tuple[str, ...]
+    left_out: int = 0  # of those drawn, the ones that cannot be used
+
+
+class Measured(NamedTuple):
+    """One adapter on the held-out examples, example by example."""
+
+    nats: Floats  # (n,)
+    tokens: Floats  # (n,) response tokens
+    correct: Floats | None  # (n,) 1.0 where the greedy answer matches exactly
+    texts: tuple[str, ...] = ()
+
+    @property
+    def loss(self) -> float:
+        """Nats per response token."""
+        return float(self.nats.sum() / self.tokens.sum())
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of exact matches."""
+        return None if self.correct is None else float(self.correct.mean())
+
+
+def prepare(examples: Sequence[Example], template: Template, lm: LanguageModel, config: RunConfig) -> HeldOut:
+    """At most `evaluate.max_examples` of the examples, drawn evenly, tokenised for scoring and, if need be, answering.
+
+    Examples that the template cannot write, or whose first answer or last question does not fit `prompt.max_tokens`,
+    are left out of both and counted: every row of the table is over the same ones.
+
+    Raises:
+        UserError: the model has fewer positions than `prompt.max_tokens`.
+    """
+    check_positions(lm, config)
+    drawn = _evenly(examples, config)
+    usable = [e for e in drawn if tokenization.encode(e, template, lm.tokenizer, config.prompt)]
+    questions: list[list[int]] = []
+    if config.evaluate.generate:
+        asked = [(e, ids) for e in usable if (ids := _question(e, template, lm, config)) is not None]
+        usable, questions = [e for e, _ in asked], [ids for _, ids in asked]
+    corpus = tokenization.encode_all(usable, template, lm.tokenizer, config.prompt)
+    return HeldOut(tuple(usable), corpus, tuple(questions), tuple(map(answer, usable)), len(drawn) - len(usable))
+
+
+def _question(example: Example, template: Template, lm: LanguageModel, config: RunConfig) -> list[int] | None:
+    try:
+        return tokenization.encode_prompt(example, template, lm.tokenizer, config.prompt.max_tokens)
+    except UserError:
+        return None
+
+
+def data_warnings(
+    federation: Federation, held_out: HeldOut, template: Template, lm: LanguageModel, config: RunConfig
+) -> list[str]:
+    """What encoding cuts and leaves out of all data, a line for each file, and what the table lacks."""
+    shares = [federation.test, *(share for client in federation.clients for share in (client.train, client.test))]
+    encoded = ((rows, tokenization.encode_all(rows, template, lm.tokenizer, config.prompt)) for rows in shares)
+    lines = tokenization.rows_lost(encoded, config.data, config.prompt.max_tokens)
+    if held_out.left_out:
+        lines.append(
+            f"held-out set: {held_out.left_out} of {held_out.left_out + len(held_out.examples)} examples are not in "
+            "the table: the first answer or last question does not fit prompt.max_tokens, or prompt.template "
+            "cannot write it"
+        )
+    return lines
+
+
+def check_positions(lm: LanguageModel, config: RunConfig) -> None:
+    """Check that the longest example has no more tokens than the model has positions.
+
+    Raises:
+        UserError: it may have more.
+    """
+    limit = _positions(lm)
+    if config.prompt.max_tokens > limit:
+        raise UserError(
+            f"prompt.max_tokens = {config.prompt.max_tokens}: {lm.name} has {limit} positions; "
+            f"lower it to {limit} or less"
+        )
+
+
+def _positions(lm: LanguageModel) -> int:
+    limit = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) else sys.maxsize
+
+
+def _evenly(examples: Sequence[Example], config: RunConfig) -> list[Example]:
+    """A seeded sample without replacement, in the order of the source."""
+    limit = config.evaluate.max_examples
+    if len(examples) <= limit:
+        return list(examples)
+    rng = np.random.default_rng(derive_seed(config.seed, "held-out"))
+    return [examples[i] for i in sorted(rng.choice(len(examples), limit, replace=False))]
+
+
+def measure(lm: LanguageModel, adapter: StateDict, held_out: HeldOut, config: RunConfig) -> Measured:
+    """Loss, and with `evaluate.generate` exact-match accuracy, of an adapter, which the model holds from then on."""
+    set_adapter(lm, adapter)
+    nats, tokens = ModelProbe(lm).losses(held_out.corpus)
+    if not config.evaluate.generate:
+        return Measured(nats, tokens.astype(np.float64), None)
+    texts = answer_all(lm, held_out.questions, config.evaluate.max_new_tokens)
+    correct = np.array([exact_match(t, a) for t, a in zip(texts, held_out.answers, strict=True)], dtype=np.float64)
+    return Measured(nats, tokens.astype(np.float64), correct, texts)
+
+
+def answer_all(lm: LanguageModel, questions: Sequence[list[int]], max_new_tokens: int) -> tuple[str, ...]:
+    """The greedy answer to each prompt (token ids), ending at the model's last position if not before."""
+    room = [min(max_new_tokens, _positions(lm) - len(ids)) for ids in questions]
+    texts = [""] * len(questions)
+    for longest in sorted(set(room)):
+        chosen = [i for i, tokens in enumerate(room) if tokens == longest]
+        given = ModelProbe(lm).generate([questions[i] for i in chosen], longest)
+        for i, text in zip(chosen, given, strict=True):
+            texts[i] = text
+    return tuple(texts)
+
+
+class Comparison(NamedTuple):
+    """The table, and each client's model trained alone."""
+
+    rows: dict[str, Measured]  # by method, in the order of the table
+    alone: dict[str, Measured]  # by client
+
+
+def compare(
+    lm: LanguageModel,
+    held_out: HeldOut,
+    config: RunConfig,
+    adapter: StateDict,
+    alone: Mapping[str, StateDict],
+    central: StateDict | None,
+    personal: Mapping[str, StateDict] | None = None,
+) -> Comparison:
+    """Every method on the same held-out examples.
+
+    Args:
+        lm: the model.
+        held_out: the examples.
+        config: says whether answers are generated, and whether the untuned base has a row.
+        adapter: the federated one.
+        alone: each client's own, trained alone; without any, there is no row for it.
+        central: the one trained on all data; likewise.
+        personal: each client's own federated one, where each has one (`adapter.share` = "a"); the federated row is
+            then their mean, as the local row is of those trained alone.
+    """
+
+    def score(state: StateDict) -> Measured:
+        return measure(lm, state, held_out, config)
+
+    scores = {name: score(state) for name, state in alone.items()}
+    rows: dict[str, Measured] = {}
+    if "base" in config.evaluate.baselines:
+        rows["base"] = score(fresh_adapter(lm, config.seed))
+    if scores:
+        rows["local"] = mean(list(scores.values()))
+    rows["federated"] = mean([score(state) for state in personal.values()]) if personal else score(adapter)
+    if central is not None:
+        rows["central"] = score(central)
+    return Comparison(rows, scores)
+
+
+def exact_match(given: str, reference: str) -> bool:
+    """Whether the answers are the same up to white space at the ends and its runs inside."""
+    return " ".join(given.split()) == " ".join(reference.split())
+
+
+def mean(runs: Sequence[Measured]) -> Measured:
+    """The average over several adapters, example by example (the `local` row: one adapter a client)."""
+    correct = [run.correct for run in runs if run.correct is not None]
+    return Measured(
+        np.mean([run.nats for run in runs], axis=0),
+        runs[0].tokens,
+        np.mean(correct, axis=0) if len(correct) == len(runs) else None,
+    )
+
+
+def interval(values: Floats, weights: Any, *, seed: int, draws: int = 2000, level: float = 0.95) -> tuple[float, float]:
+    """The percentile bootstrap interval of sum(values) / sum(weights) over examples (Efron 1979).
+
+    Args:
+        values: (n,) sums per example, such as nats.
+        weights: (n,) counts per example, such as tokens.
+        seed: of the resampling.
+        draws: number of resamples.
+        level: coverage.
+    """
+    n = len(values)
+    rng = np.random.default_rng(derive_seed(seed, "bootstrap"))
+    counts = rng.multinomial(n, np.full(n, 1.0 / n), size=draws)  # (draws, n)
+    ratios = (counts @ np.asarray(values, np.float64)) / np.maximum(counts @ np.asarray(weights, np.float64), 1e-12)
+    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def table_row(method: str, run: Measured, seed: int) -> dict[str, Any]:
+    """A row of the table in the form of metrics.json."""
+    hits = None if run.correct is None else list(interval(run.correct, np.ones(len(run.correct)), seed=seed))
+    return {
+        "method": method,
+        "loss": run.loss,
+        "accuracy": run.accuracy,
+        "n": len(run.nats),
+        "ci95": {"loss": list(interval(run.nats, run.tokens, seed=seed)), "accuracy": hits},
+    }
+
+
+def differences(runs: Mapping[str, Measured], seed: int, method: str = "federated") -> dict[str, dict[str, Any]]:
+    """How far the loss of a method lies from each other one's, example by example: the `paired` part of metrics.json.
+
+    Whole examples are drawn, each with both of its losses, so that what makes one hard for both models cancels out
+    (paired bootstrap, Koehn 2004). Two intervals that overlap may well hide a difference that this one shows.
+
+    Args:
+        runs: every method on the same held-out examples.
+        seed: of the resampling.
+        method: the one that is compared.
+
+    Returns:
+        By other method `difference` (nats per response token, below 0 where `method` is better), its 95% interval
+        `ci95` (None for fewer than 10 examples, or a loss that is not a number) and `n`.
+    """
+    ours = runs[method]
+    found = {}
+    for name, run in runs.items():
+        if name == method:
+            continue
+        values = ours.nats - run.nats
+        sound = len(values) >= _FEWEST_PAIRS and bool(np.isfinite(values).all())
+        found[name] = {
+            "difference": ours.loss - run.loss,
+            "ci95": list(interval(values, ours.tokens, seed=seed)) if sound else None,
+            "n": len(values),
+        }
+    return found
+
+
+def by_kind(
+    kind: Callable[[Example], str], runs: Mapping[str, Measured], held_out: HeldOut
+) -> dict[str, dict[str, float]]:
+    """Accuracy per kind of example (a skill, a category) and method; empty where answers were not generated."""
+    labels = np.array([kind(example) for example in held_out.examples])
+    return {
+        str(value): {
+            m: float(run.correct[labels == value].mean()) for m, run in runs.items() if run.correct is not None
+        }
+        for value in sorted(set(labels.tolist()))
+    }

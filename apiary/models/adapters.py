@@ -1,0 +1,384 @@
+"""The frozen base model, its tokenizer and the adapter on it, made once per process and shared by everyone in it.
+
+`load` is the only way in. A base is read from disk once for each `ModelConfig`; every adapter
+configuration gets a skeleton of modules of its own around the same weights, so a second adapter
+costs no second copy of the base.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from safetensors.torch import save as pack
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from apiary.config.schema import AdapterConfig, ModelConfig, UserError
+from apiary.core import lora
+from apiary.core.lora import Factors, is_b
+from apiary.core.messages import Fingerprint
+from apiary.core.tensors import StateDict, generator
+from apiary.models.base import base_digest, read, resolve_device, resolve_dtype
+from apiary.models.fused_layers import add_to_base, slim
+
+_LOCK = threading.RLock()
+
+
+@dataclass(frozen=True)
+class _Base:
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    digest: str
+
+
+_bases: dict[ModelConfig, _Base] = {}
+_models: dict[tuple[ModelConfig, AdapterConfig], LanguageModel] = {}
+_loads = 0
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A frozen base with one trainable adapter.
+
+    Args:
+        model: the base with the adapter injected; always in eval mode, so that only the adapter
+            ever has dropout.
+        adapter: the live float32 adapter parameters by the name they have in
+            `adapter_model.safetensors`.
+        digest: of the base weights; the same whatever dtype or device they are held on.
+    """
+
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    dtype: torch.dtype
+    digest: str
+    name: str
+    adapter: Mapping[str, nn.Parameter]
+    rank: int
+    scale: float  # the s in W + s B A
+    init: Literal["kaiming", "orthonormal"]
+
+
+class HasDigest(Protocol):
+    """Anything with a digest; here: an `apiary.data.tokenization.Template`."""
+
+    @property
+    def digest(self) -> str:
+        """Hex digits that differ when the thing differs."""
+
+
+def load(model: ModelConfig, adapter: AdapterConfig) -> LanguageModel:
+    """The model for a configuration, the same object every time within a process.
+
+    Raises:
+        UserError: the base cannot be had, or the adapter's targets are not in it.
+    """
+    adapter = adapter.of_rank(adapter.rank)  # the ranks of others make no difference
+    key = (model, adapter)
+    with _LOCK:
+        if key not in _models:
+            _models[key] = _adapt(_base(model), model, adapter)
+        return _models[key]
+
+
+def load_base(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model and its tokenizer from the process-wide cache: look, do not change.
+
+    Raises:
+        UserError: no such folder or hub id, no way to reach it, or a model this machine cannot
+            hold.
+    """
+    base = _base(config)
+    return base.model, base.tokenizer
+
+
+def base_loads() -> int:
+    """How many times a base was really read in this process."""
+    return _loads
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills short rows; which one does not matter, for no real token ever sees it."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(token, int):
+            return token
+    return 0
+
+
+def _base(config: ModelConfig) -> _Base:
+    global _loads
+    with _LOCK:
+        if config not in _bases:
+            model, tokenizer = read(config)
+            _loads += 1
+            _bases[config] = _Base(model, tokenizer, base_digest(model, config.quantization))
+        return _bases[config]
+
+
+def _adapt(base: _Base, config: ModelConfig, adapter: AdapterConfig) -> LanguageModel:
+    with warnings.catch_warnings():
+        # peft asks Transformers for a property by its old name, and says what it does for GPT-2.
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        warnings.filterwarnings("ignore", ".*fan_in_fan_out", UserWarning)
+        shared = _share(base.model)
+        shared.name_or_path = config.name  # what peft writes down as the adapter's base
+        model = get_peft_model(shared, _lora(config, adapter, base.model))
+    model.eval()
+    device = resolve_device(config)
+    slim(model, device)
+    live = {n.replace(".default.", "."): p for n, p in model.named_parameters() if p.requires_grad}
+    return LanguageModel(
+        model=model,
+        tokenizer=base.tokenizer,
+        device=device,
+        dtype=resolve_dtype(config, device),
+        digest=base.digest,
+        name=config.name,
+        adapter=live,
+        rank=adapter.rank,
+        scale=lora.scaling(adapter.alpha, adapter.scaling)(adapter.rank),
+        init=adapter.init,
+    )
+
+
+def _share(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the modules around the very same weights: peft rewrites the modules that it adapts."""
+    keep = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    return copy.deepcopy(model, keep)
+
+
+def _lora(config: ModelConfig, adapter: AdapterConfig, base: PreTrainedModel) -> LoraConfig:
+    targets = adapter.targets if isinstance(adapter.targets, str) else list(adapter.targets)
+    names = [name for name, _ in base.named_modules()]
+    for target in [] if targets == "all-linear" else [targets] if isinstance(targets, str) else targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            kinds = sorted({n.rsplit(".", 1)[-1] for n, m in base.named_modules() if isinstance(m, nn.Linear)})
+            known = ", ".join(kinds) or "none"
+            raise UserError(
+                f"adapter.targets: {config.name} has no module {target!r}; linear modules: {known}; or 'all-linear'"
+            )
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # annotated int, a float works
+        lora_dropout=adapter.dropout,
+        use_rslora=adapter.scaling == "rslora",
+        target_modules=[targets] if isinstance(targets, str) and targets != "all-linear" else targets,
+        base_model_name_or_path=config.name,
+        revision=config.revision,
+    )
+
+
+def get_adapter(lm: LanguageModel) -> dict[str, Tensor]:
+    """CPU float32 copies of the adapter's tensors, named as in a PEFT folder."""
+    return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in lm.adapter.items()}
+
+
+def set_adapter(lm: LanguageModel, state: StateDict) -> None:
+    """Writes `state` into the live adapter, in place.
+
+    Args:
+        state: an adapter, or an adapter and what it adds to the base (`lora.whole`); without that the base is as it
+            was read.
+
+    Raises:
+        ValueError: a name is missing or unknown, or a shape differs; the live adapter is then
+            untouched.
+    """
+    state, base_delta = lora.parts(state)
+    added = _added(lm, base_delta)
+    missing = [name for name in lm.adapter if name not in state]
+    unknown = [name for name in state if name not in lm.adapter]
+    if missing or unknown:
+        kind, names = ("lacks", missing) if missing else ("has the unknown tensor", unknown)
+        raise ValueError(f"adapter {kind} {names[0]!r} ({len(missing)} missing, {len(unknown)} unknown)")
+    for name, parameter in lm.adapter.items():
+        if state[name].shape != parameter.shape:
+            raise ValueError(f"adapter tensor {name!r}: shape {tuple(state[name].shape)}, not {tuple(parameter.shape)}")
+    with torch.no_grad():
+        for name, parameter in lm.adapter.items():
+            parameter.copy_(state[name])
+    for module in {name.partition(".lora_")[0] for name in lm.adapter}:
+        add_to_base(lm.model.get_submodule(module), added.get(module))
+
+
+def _added(lm: LanguageModel, base_delta: StateDict) -> dict[str, Factors]:
+    own = lora.split({name: p.detach() for name, p in lm.adapter.items()}) if base_delta else {}
+    added = lora.split(base_delta)
+    for module, (b, a) in added.items():
+        if module not in own or (len(b), a.shape[1]) != (len(own[module].b), own[module].a.shape[1]):
+            raise ValueError(f"base delta for {module!r} of {len(b)} x {a.shape[1]} does not fit the adapter's modules")
+    return added
+
+
+@contextmanager
+def training(lm: LanguageModel, factors: Literal["both", "b", "a"]) -> Iterator[LanguageModel]:
+    """Within it only these factors get gradients; it yields the model with them alone as its adapter."""
+    frozen = [p for name, p in lm.adapter.items() if factors != "both" and is_b(name) != (factors == "b")]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        yield replace(lm, adapter={name: p for name, p in lm.adapter.items() if p.requires_grad})
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+
+
+def fresh_adapter(lm: LanguageModel, seed: int) -> dict[str, Tensor]:
+    """A new adapter that changes nothing yet: A random as `adapter.init` says, B zero (Hu et al. 2021, section 4.1).
+
+    Each A has a CPU generator of its own, derived from `seed` and its name. Kaiming-uniform gives the same values on
+    every machine. Orthonormal rows, scaled to the length that Kaiming's have on average, waste none of the rank on
+    directions that A has already, and so let least noise through where A stays as it is (Sun et al. 2024).
+    """
+    state = {}
+    for name, parameter in lm.adapter.items():
+        state[name] = torch.zeros(parameter.shape)
+        if "lora_A" in name:
+            rng, bound = generator(seed, "adapter", name), parameter.shape[1] ** -0.5
+            if lm.init == "orthonormal":
+                state[name] = _orthonormal_rows(parameter.shape, rng) * 3**-0.5
+            else:
+                state[name].uniform_(-bound, bound, generator=rng)  # with a = sqrt(5), as peft and nn.Linear have it
+    return state
+
+
+def _orthonormal_rows(shape: torch.Size, rng: torch.Generator) -> Tensor:
+    """As many orthonormal rows as fit, uniformly distributed; unit rows if there are more of them than columns."""
+    rows, columns = shape
+    noise = torch.randn(max(rows, columns), min(rows, columns), generator=rng, dtype=torch.float64)
+    q, r = torch.linalg.qr(noise)
+    q *= r.diagonal().sign()  # else the distribution depends on the routine's choice of signs
+    made: Tensor = q.T if rows <= columns else q / q.norm(dim=1, keepdim=True)
+    return made.float()
+
+
+@contextmanager
+def autocast(lm: LanguageModel) -> Iterator[None]:
+    """Within it, matrix products run in the base's dtype (no effect for a float32 base)."""
+    with torch.autocast(lm.device.type, torch.bfloat16, enabled=lm.dtype is torch.bfloat16):
+        yield
+
+
+def fingerprint(lm: LanguageModel, template: HasDigest) -> Fingerprint:
+    """What the handshake compares."""
+    from apiary.data.tokenization import tokenizer_digest
+
+    # Without the ranks, which may differ between clients.
+    shapes = json.dumps(sorted((name, len(p) if is_b(name) else p.shape[1]) for name, p in lm.adapter.items()))
+    return Fingerprint(
+        base=lm.digest,
+        tokenizer=tokenizer_digest(lm.tokenizer),
+        template=template.digest,
+        adapter=hashlib.sha256(shapes.encode()).hexdigest()[:16],
+    )
+
+
+def merged(lm: LanguageModel, state: StateDict) -> PreTrainedModel:
+    """A copy of the base, on the CPU in float32, with the state (as for `set_adapter`) folded into its weights."""
+    whole = copy.deepcopy(lm.model).to("cpu", torch.float32)
+    adapter, base_delta = lora.parts(state)
+    with torch.no_grad():
+        for name, parameter in whole.named_parameters():
+            if (key := name.replace(".default.", ".")) in adapter:
+                parameter.copy_(adapter[key])
+        for module, (b, a) in lora.split(base_delta).items():
+            layer = whole.get_submodule(module).get_base_layer()  # type: ignore[operator]
+            layer.weight += (b @ a).T if isinstance(layer, Conv1D) else b @ a
+    merged_model: PreTrainedModel = whole.merge_and_unload(safe_merge=True)
+    return merged_model
+
+
+def save_adapter(lm: LanguageModel, state: StateDict, folder: str | Path, card: str | None = None) -> None:
+    """Writes a PEFT folder that `peft.PeftModel.from_pretrained(base, folder)` loads.
+
+    What the state adds to the base becomes further rows and columns of one adapter of a larger rank: `read_adapter`
+    takes it apart again. It is written beside its place and moved there whole: at any moment the folder is absent, the
+    old one, or the new one.
+
+    Args:
+        card: text of the folder's README.md.
+
+    Raises:
+        OSError: the disk is full or the place cannot be written; nothing is left behind.
+    """
+    target = Path(folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        one, rank = _as_one(lm, state)
+        written: Any = copy.copy(lm.model.peft_config["default"])
+        written.inference_mode = True  # what peft itself writes: the folder is loaded frozen
+        written.lora_alpha *= (rank / written.r) ** (0.5 if written.use_rslora else 1.0)  # the scale stays
+        written.r = rank
+        written.save_pretrained(str(work))
+        tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in one.items()}
+        # As bytes: safetensors' own writer hides a full disk behind an error type of its own.
+        (work / "adapter_model.safetensors").write_bytes(pack(tensors, metadata={"format": "pt"}))
+        if card is not None:
+            (work / "README.md").write_text(card, encoding="utf-8")
+        work.chmod(0o755)  # mkdtemp's folders are private; this one is a result
+        _sync(work)
+        _swap(work, target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def read_adapter(lm: LanguageModel, file: Path) -> dict[str, Tensor]:
+    """The state in the weights of a folder that `save_adapter` wrote, as `set_adapter` takes it."""
+    found = load_file(file)
+    if not any(is_b(name) and tensor.shape[1] > lm.rank for name, tensor in found.items()):
+        return found
+    adapter, base_delta = {}, {}
+    for module, factors in lora.split(found).items():
+        adapter[module] = lora.resize(factors, lm.rank)
+        base_delta[module] = Factors(factors.b[:, lm.rank :] * lm.scale, factors.a[lm.rank :])
+    return lora.whole(lora.join(adapter), lora.join(base_delta))
+
+
+def _as_one(lm: LanguageModel, state: StateDict) -> tuple[StateDict, int]:
+    """An adapter, of the scale of `lm`, for all of `state`, and its rank."""
+    adapter, base_delta = lora.parts(state)
+    if not base_delta:
+        return adapter, lm.rank
+    added = lora.split(base_delta)
+    wide = max(factors.rank for factors in added.values())  # modules may differ; a PEFT folder has one rank
+    made = {}
+    for module, factors in lora.split(adapter).items():
+        more = added.get(module) or Factors(factors.b[:, :0], factors.a[:0])
+        made[module] = lora.stack([factors, lora.resize(Factors(more.b / lm.scale, more.a), wide)])
+    return lora.join(made), lm.rank + wide
+
+
+def _sync(folder: Path) -> None:
+    for path in [*folder.iterdir(), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _swap(work: Path, target: Path) -> None:
+    old = work.with_name(work.name + "-old")
+    if target.exists():
+        target.rename(old)
+    work.rename(target)
+    shutil.rmtree(old, ignore_errors=True)

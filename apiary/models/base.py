@@ -1,0 +1,214 @@
+"""Reading a frozen base and its tokenizer: from the package, a folder or the hub, onto a device, in a dtype."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as progress
+
+from apiary.config.schema import ModelConfig, UserError
+
+BUILTIN = "builtin:tiny"
+_SAMPLES = 4096  # values of each tensor that go into the base's digest
+
+
+def resolve_device(config: ModelConfig) -> torch.device:
+    """The device that `model.device` names; `auto` is the first of CUDA, MPS and the CPU that exists.
+
+    Raises:
+        UserError: not a device name, or a device that this machine does not have.
+    """
+    name = config.device.strip().lower()
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+    kind, colon, number = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (colon and not number.isdigit()):
+        raise UserError(f"model.device = {config.device!r}: allowed are auto, cpu, cuda, cuda:N and mps")
+    if kind == "mps" and not mps:
+        raise UserError(f"model.device = {config.device!r}: this machine has no MPS device; use auto or cpu")
+    if kind == "cuda" and not cuda:
+        why = "PyTorch sees no CUDA GPU here" if torch.version.cuda else "this PyTorch is built without CUDA"
+        raise UserError(f"model.device = {config.device!r}: {why}; use auto or cpu")
+    if kind == "cuda" and number and int(number) >= torch.cuda.device_count():
+        last = torch.cuda.device_count() - 1
+        raise UserError(f"model.device = {config.device!r}: the GPUs here are cuda:0 to cuda:{last}")
+    return torch.device(name)
+
+
+def resolve_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
+    """The dtype the base is held in and computes with; `auto` is bfloat16 only where the hardware multiplies it."""
+    if config.dtype != "auto":
+        return torch.float32 if config.dtype == "float32" else torch.bfloat16
+    return torch.bfloat16 if _has_bfloat16(device) else torch.float32
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        # A CPU without these instructions emulates bfloat16, several times slower than float32.
+        known: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+        return any(bool(known.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return False
+
+
+def read(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A newly read base, frozen and in eval mode on its device, and its tokenizer.
+
+    Raises:
+        UserError: it cannot be found, reached, understood or held, or its tokenizer is not its own.
+    """
+    device = resolve_device(config)
+    dtype = resolve_dtype(config, device)
+    if config.name.startswith("builtin:"):
+        model, tokenizer = _read_builtin(config)
+    else:
+        model, tokenizer = _read_pretrained(config, device, dtype)
+    _check_vocabulary(config, model, tokenizer)
+    if config.quantization == "none":
+        for parameter in model.parameters():  # not the buffers: rounded RoPE frequencies would blur far positions
+            parameter.data = parameter.data.to(dtype)
+        nn.Module.to(model, device)
+    return model.requires_grad_(False).eval(), tokenizer
+
+
+def _read_pretrained(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    path = Path(config.name).expanduser()
+    if not path.is_dir() and (path.is_absolute() or config.name.startswith(("./", "../", "~"))):
+        raise UserError(f"model.name = {config.name!r}: no such folder")
+    source = str(path) if path.is_dir() else config.name
+    options: dict[str, Any] = {"dtype": dtype, **_quantized(config, device)}
+    try:
+        if not path.is_dir():
+            ask_hub(config.name, config.revision)
+        with _quiet_if(path.is_dir()):
+            tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision)
+            model = AutoModelForCausalLM.from_pretrained(source, revision=config.revision, **options)
+    except torch.cuda.OutOfMemoryError:
+        raise UserError(f"model.name = {config.name!r}: does not fit on {device}; try model.quantization=nf4") from None
+    except Exception as error:  # the hub's and the model classes' errors share no other base
+        raise UserError(_unreachable(config, path.is_dir(), error)) from error
+    return model, tokenizer
+
+
+def ask_hub(name: str, revision: str | None) -> None:
+    """One short question about a model that is not cached.
+
+    It fails at once where the hub's own client would try for a minute, with whichever error that client raises.
+    """
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(name, "config.json", revision=revision)
+    if not constants.HF_HUB_OFFLINE and not isinstance(cached, str):
+        HfApi().model_info(name, revision=revision, timeout=10)
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says first, short enough to stand inside a line of ours."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:200].rstrip(".")
+
+
+@contextmanager
+def _quiet_if(local: bool) -> Iterator[None]:
+    """No progress bars for a folder; a download keeps its own."""
+    silence = local and progress.is_progress_bar_enabled()
+    if silence:
+        progress.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if silence:
+            progress.enable_progress_bar()
+
+
+def _read_builtin(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if config.name != BUILTIN:
+        raise UserError(f"model.name = {config.name!r}: the only built-in model is {BUILTIN!r}")
+    if config.quantization != "none":
+        raise UserError(f"model.quantization = {config.quantization!r}: {BUILTIN} is too small to quantize; use none")
+    from apiary.models.tiny import load_tiny
+
+    return load_tiny()
+
+
+def _quantized(config: ModelConfig, device: torch.device) -> dict[str, Any]:
+    if config.quantization == "none":
+        return {}
+    key = f"model.quantization = {config.quantization!r}"
+    if device.type != "cuda":
+        raise UserError(f"{key}: needs a CUDA GPU, and the device here is {device}; use none")
+    try:
+        import bitsandbytes  # type: ignore[import-not-found,unused-ignore]  # noqa: F401
+    except ImportError:
+        raise UserError(f"{key}: needs the package bitsandbytes (pip install bitsandbytes)") from None
+    from transformers import BitsAndBytesConfig
+
+    if config.quantization == "int8":
+        quantization = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=resolve_dtype(config, device),
+        )
+    return {"quantization_config": quantization, "device_map": {"": device}}
+
+
+def _unreachable(config: ModelConfig, is_folder: bool, error: Exception) -> str:
+    reason = first_line(error)
+    name = f"model.name = {config.name!r}" + (f" (revision {config.revision!r})" if config.revision else "")
+    if is_folder:
+        return f"{name}: not a causal language model that Transformers can read ({reason})"
+    fix = "is it a folder that does not exist? does the hub id need `hf auth login`? is this machine offline?"
+    return f"{name}: cannot be loaded ({reason}); {fix}"
+
+
+def _check_vocabulary(config: ModelConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None:
+        raise UserError(f"model.name = {config.name!r}: has no language-model head, so it cannot write answers")
+    rows = getattr(embedding, "num_embeddings", None)
+    if isinstance(rows, int) and len(tokenizer) > rows:
+        raise UserError(
+            f"model.name = {config.name!r}: its tokenizer has {len(tokenizer)} tokens and its embedding {rows} rows; "
+            "they do not belong together"
+        )
+
+
+def base_digest(model: nn.Module, quantization: str = "none") -> str:
+    """A SHA-256 over names, shapes and evenly spaced values of all frozen weights (16 hex digits).
+
+    Values are compared as bfloat16, so a base held in float32 and its rounded copy on a GPU agree. Of
+    quantized layers only name and kind count: how their bytes are packed is the business of the
+    library and the card.
+    """
+    hasher = hashlib.sha256(quantization.encode())
+    for name, tensor in sorted(model.named_parameters()):
+        if not tensor.is_floating_point():
+            hasher.update(f"\n{name} packed".encode())
+            continue
+        flat = tensor.detach().reshape(-1)
+        count = min(_SAMPLES, flat.numel())
+        # Integer arithmetic: a floating-point linspace would pick other places on other devices.
+        places = torch.arange(count, device=flat.device) * flat.numel() // max(count, 1)
+        values = flat[places].to(torch.bfloat16).view(torch.int16).cpu().numpy()
+        hasher.update(f"\n{name} {tuple(tensor.shape)}".encode())
+        hasher.update(values.tobytes())
+    return hasher.hexdigest()[:16]

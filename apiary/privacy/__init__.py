@@ -1,0 +1,1 @@
+"""Differential privacy: accounting, the ledger, sampling, noise, and what may be claimed."""

@@ -1,0 +1,1 @@
+"""How updates travel: codecs both ways, and Flower's records."""

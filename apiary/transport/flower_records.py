@@ -1,0 +1,242 @@
+"""Exchange types to and from Flower records: the only place that knows the keys on the wire.
+
+Both halves of each message stand side by side. Only float32 adapter tensors, as they are or encoded, and counts travel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+from apiary.core.messages import Curated, Decline, Fingerprint, FitReport, Hello, Payload, Score, Spent, Update, Visit
+from apiary.core.tensors import StateDict
+from apiary.transport.downlink import Change, Parcel
+
+_T = TypeVar("_T")
+HELLO = "query.hello"
+_ADAPTER, _BASE_DELTA, _ROUND, _COUNTS, _WHO, _PRINT = "adapter", "base_delta", "round", "counts", "who", "fingerprint"
+_MESSAGE, _PARCEL, _CHANGE, _HOLDS = "message", "parcel/", "change/", "holds"
+_CURATED, _SPENT, _DECLINED, _DROPPED = "curated", "spent", "declined", "dropped."
+_CONTROL, _LAST = "control", "counted"
+
+
+class WireError(ValueError):
+    """A message does not hold what it should; the text names the part, never its content."""
+
+
+def to_arrays(state: StateDict) -> ArrayRecord:
+    """The record of a state dict."""
+    return ArrayRecord(dict(state))
+
+
+def from_arrays(record: ArrayRecord) -> dict[str, torch.Tensor]:
+    """The state dict of a record."""
+    return dict(record.to_torch_state_dict())
+
+
+def parcel_arrays(sent: Parcel) -> ArrayRecord:
+    """The record of a parcel, which stands where an adapter's does."""
+    changes = {f"{_CHANGE}{place}/{c.since}/{c.version}": _encoded(c.message) for place, c in enumerate(sent.changes)}
+    return ArrayRecord({_PARCEL + sent.version: _encoded(sent.whole), **changes})
+
+
+def _encoded(message: bytes) -> Array:
+    return Array("uint8", (len(message),), "apiary", message)
+
+
+def _read_parcel(record: ArrayRecord) -> Parcel | None:
+    """The parcel in a record; None where it holds an adapter."""
+    found = [name for name in record if name.startswith(_PARCEL)]
+    if len(found) != 1:
+        return None
+    changes = []
+    for place in range(len(record) - 1):
+        name = next(name for name in record if name.startswith(f"{_CHANGE}{place}/"))
+        _, _, since, version = name.split("/")
+        changes.append(Change(since, version, record[name].data))
+    return Parcel(found[0].removeprefix(_PARCEL), record[found[0]].data, tuple(changes))
+
+
+def array_bytes(content: RecordDict) -> int:
+    """The encoded bytes of all arrays of a message."""
+    return sum(map(record_bytes, content.array_records.values()))
+
+
+def record_bytes(record: ArrayRecord) -> int:
+    """The encoded bytes of all arrays of a record."""
+    return sum(len(array.data) for array in record.values())
+
+
+def request(
+    round_number: int,
+    adapter: ArrayRecord,
+    base_delta: ArrayRecord,
+    control: ArrayRecord | None = None,
+    *,
+    last_round: int = 0,
+) -> RecordDict:
+    """The content of a train or evaluate message; the caller makes the records, so that equal payloads share them."""
+    numbers = ConfigRecord({_ROUND: round_number, _LAST: last_round})
+    content = RecordDict({_ADAPTER: adapter, _BASE_DELTA: base_delta, _ROUND: numbers})
+    if control:
+        content[_CONTROL] = control
+    return content
+
+
+def _no_parcel(sent: Parcel) -> StateDict:
+    raise WireError("its adapter comes as changes, which are not expected here")
+
+
+def read_request(content: RecordDict, receive: Callable[[Parcel], StateDict] = _no_parcel) -> tuple[int, Payload]:
+    """The round and payload that `request` wrote.
+
+    Args:
+        content: of the message.
+        receive: the adapter that a parcel leads to; asked where it is not sent as it is.
+    """
+    arrays, base_delta = _part(content, _ADAPTER, ArrayRecord), from_arrays(_part(content, _BASE_DELTA, ArrayRecord))
+    sent = _read_parcel(arrays)
+    adapter = from_arrays(arrays) if sent is None else receive(sent)
+    numbers = _part(content, _ROUND, ConfigRecord)
+    number, last = numbers[_ROUND], numbers.get(_LAST, 0)
+    if not isinstance(number, int) or not isinstance(last, int):
+        raise WireError("its round is not a number")
+    control = from_arrays(_part(content, _CONTROL, ArrayRecord)) if _CONTROL in content else {}
+    return number, Payload(adapter, base_delta, control, last)
+
+
+def train_reply(answer: Visit | Decline, message: bytes = b"") -> RecordDict:
+    """The content of a client's answer to a train message.
+
+    Args:
+        answer: whose change travels as it is, where there is no message.
+        message: the change as `apiary.transport.codec` encoded it.
+    """
+    if isinstance(answer, Decline):
+        return RecordDict(
+            {_DECLINED: ConfigRecord({_DECLINED: answer.reason}), _WHO: ConfigRecord({_WHO: answer.client})}
+        )
+    update, report, curated, spent = answer
+    counts = {"weight": float(update.weight), "rank": update.rank, **report._asdict()}
+    content = RecordDict(
+        {
+            _ADAPTER: ArrayRecord({_MESSAGE: _encoded(message)}) if message else to_arrays(update.delta),
+            _COUNTS: MetricRecord(counts),
+            _WHO: ConfigRecord({_WHO: update.client}),
+        }
+    )
+    if curated is not None:
+        dropped = {_DROPPED + step: count for step, count in curated.dropped.items()}
+        content[_CURATED] = MetricRecord({"rows": curated.rows, "kept": curated.kept, **dropped})
+    if spent is not None:
+        content[_SPENT] = MetricRecord(dict(spent._asdict()))
+    return content
+
+
+def read_message(content: RecordDict) -> bytes:
+    """The encoded change in what `train_reply` wrote; nothing where it travels as it is, or there is none."""
+    arrays = content.get(_ADAPTER)
+    return arrays[_MESSAGE].data if isinstance(arrays, ArrayRecord) and _MESSAGE in arrays else b""
+
+
+def read_train_reply(content: RecordDict) -> Visit | Decline:
+    """What `train_reply` wrote, but for a change that is encoded: `read_message` has it, and this one is empty.
+
+    Raises:
+        WireError: a part is missing or of the wrong type.
+    """
+    with _reading("update"):
+        if _DECLINED in content:
+            return _read_decline(content)
+        counts = _numbers(content)
+        weight, rank = counts.pop("weight"), int(counts.pop("rank"))
+        arrays = _part(content, _ADAPTER, ArrayRecord)
+        delta = {} if _MESSAGE in arrays else from_arrays(arrays)
+        update = Update(_name(content), delta, weight, rank)
+        whole = {key: int(counts[key]) for key in ("tokens", "examples", "steps", "replayed")}
+        report = FitReport(loss=counts["loss"], seconds=counts["seconds"], **whole)
+        return Visit(update, report, _read_curated(content), _read_spent(content))
+
+
+def _read_decline(content: RecordDict) -> Decline:
+    reason = _part(content, _DECLINED, ConfigRecord)[_DECLINED]
+    if reason not in ("idle", "budget"):
+        raise WireError("it declines for a reason that this version does not know")
+    return Decline(_name(content), reason)  # type: ignore[arg-type]
+
+
+def _read_curated(content: RecordDict) -> Curated | None:
+    if _CURATED not in content:
+        return None
+    counts = {key: int(value) for key, value in _numbers(content, _CURATED).items()}
+    dropped = {key.removeprefix(_DROPPED): value for key, value in counts.items() if key.startswith(_DROPPED)}
+    return Curated(counts["rows"], counts["kept"], dropped)
+
+
+def _read_spent(content: RecordDict) -> Spent | None:
+    if _SPENT not in content:
+        return None
+    values = _numbers(content, _SPENT)
+    steps = int(values.pop("steps"))
+    return Spent(**values, steps=steps)
+
+
+def hello_reply(hello: Hello) -> RecordDict:
+    """The content of a client's answer to the handshake."""
+    return RecordDict(
+        {
+            _WHO: ConfigRecord({_WHO: hello.client, _HOLDS: hello.holds}),
+            _PRINT: ConfigRecord(dict(hello.fingerprint._asdict())),
+            _COUNTS: MetricRecord({"rank": hello.rank, "examples": hello.examples, "tokens": hello.tokens}),
+        }
+    )
+
+
+def read_hello_reply(content: RecordDict) -> Hello:
+    """The handshake that `hello_reply` wrote."""
+    with _reading("handshake"):
+        fingerprint = Fingerprint(**{k: str(v) for k, v in _part(content, _PRINT, ConfigRecord).items()})
+        holds = str(_part(content, _WHO, ConfigRecord).get(_HOLDS, ""))
+        return Hello(_name(content), fingerprint, **{k: int(v) for k, v in _numbers(content).items()}, holds=holds)
+
+
+def score_reply(client: str, score: Score) -> RecordDict:
+    """The content of a client's answer to an evaluate message."""
+    return RecordDict({_WHO: ConfigRecord({_WHO: client}), _COUNTS: MetricRecord(dict(score._asdict()))})
+
+
+def read_score_reply(content: RecordDict) -> tuple[str, Score]:
+    """The client and sums that `score_reply` wrote."""
+    with _reading("score"):
+        counts = _numbers(content)
+        return _name(content), Score(counts["nats"], int(counts["tokens"]), int(counts["examples"]))
+
+
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Whatever a stranger's message can make go wrong while it is read becomes one `WireError`."""
+    try:
+        yield
+    except WireError:
+        raise
+    except Exception as error:
+        raise WireError(f"its {what} cannot be read ({type(error).__name__}); is it another version?") from None
+
+
+def _numbers(content: RecordDict, part: str = _COUNTS) -> dict[str, float]:
+    return {key: float(value) for key, value in _part(content, part, MetricRecord).items()}  # type: ignore[arg-type]
+
+
+def _name(content: RecordDict) -> str:
+    return str(_part(content, _WHO, ConfigRecord)[_WHO])
+
+
+def _part(content: RecordDict, key: str, kind: type[_T]) -> _T:
+    part = content.get(key)
+    if not isinstance(part, kind):
+        raise WireError(f"its message holds no {kind.__name__} {key!r}")
+    return part

@@ -1,0 +1,86 @@
+"""Which of its rows a client trains on: chosen by curation, kept on its own disk, and found again by a resumed run.
+
+A choice is the numbers of the kept rows, one file for each round in which one was made, so that a run that goes back to
+an earlier round finds the choice of that moment. What steps rewrote is not stored: it is written again from the rows.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from apiary.config.schema import CurateConfig
+from apiary.core.messages import Curated
+from apiary.data.examples import Example
+from apiary.tracking.event_log import write_atomic
+from client import curation
+
+_log = logging.getLogger(__name__)
+_KEPT = 3  # choices; a run that was killed goes back a round or two
+
+
+class Choice(NamedTuple):
+    """The rows to train on, as they now read."""
+
+    examples: tuple[Example, ...]
+    counts: Curated
+    round: int  # in which it was made
+
+
+def choose(
+    rows: Sequence[Example],
+    config: CurateConfig,
+    context: curation.Context,
+    folder: Path,
+    number: int,
+    known: Choice | None = None,
+    *,
+    empty_ok: bool = False,
+) -> Choice:
+    """The choice for a round: the stored one, or a new one where none is there or `curate.every` rounds are over.
+
+    Args:
+        rows: the client's training rows.
+        config: the steps, and how often to choose.
+        context: what the steps may know; its model, if any, holds the adapter of this round.
+        folder: the client's own folder of this run.
+        number: the round, from 1.
+        known: the choice of an earlier call for the same rows, which spares making it again from the file.
+        empty_ok: whether nothing may be left; see `curation.curate`.
+
+    Raises:
+        UserError: unknown steps or options, or nothing is left.
+    """
+    made = [at for at in _rounds(folder) if at < number]
+    for later in set(_rounds(folder)) - set(made):  # left by a run that crashed
+        _path(folder, later).unlink(missing_ok=True)
+    due = not made or (config.every and number - max(made) >= config.every)
+    if not due and known and known.round == max(made):
+        return known
+    digest = curation.digest(rows, config.steps)
+    if not due:
+        stored = json.loads(_path(folder, max(made)).read_text(encoding="utf-8"))
+        if stored["digest"] == digest:
+            again = curation.restore(rows, config.steps, stored["kept"], context)
+            counts = Curated(len(rows), len(again), stored["dropped"])
+            return Choice(tuple(example for _, example in again), counts, max(made))
+    new = curation.curate(rows, config.steps, context, empty_ok=empty_ok)
+    for line in new.warnings:  # for the owner: what a client logs stays on its machine
+        _log.warning("%s: %s", context.client, line)
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {"digest": digest, "kept": new.kept, "dropped": new.dropped}
+    write_atomic(_path(folder, number), json.dumps(values), private=True)
+    for old in sorted([*made, number])[:-_KEPT]:
+        _path(folder, old).unlink(missing_ok=True)
+    return Choice(new.examples, Curated(len(rows), len(new.rows), new.dropped), number)
+
+
+def _path(folder: Path, number: int) -> Path:
+    return folder / f"curated-{number:04d}.json"
+
+
+def _rounds(folder: Path) -> list[int]:
+    return [int(path.stem.removeprefix("curated-")) for path in folder.glob("curated-*.json")]

@@ -1,0 +1,223 @@
+"""What a client answers to a message: in this process for a virtual client, in the worker for a site of its own.
+
+Whatever goes wrong inside, the server learns the kind of error and the line of our code, never a message text: that
+could quote a row or a path. The whole error stays in the client's own log.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+import os
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from flwr.app import Context, RecordDict
+from flwr.common.constant import NUM_PARTITIONS_KEY, PARTITION_ID_KEY
+
+from apiary.config import schedule
+from apiary.config import schema as configs
+from apiary.config.schema import RunConfig, UserError
+from apiary.core.messages import Decline, Visit
+from apiary.core.tensors import StateDict, is_finite
+from apiary.data import examples
+from apiary.evaluation import continual
+from apiary.privacy import sampling
+from apiary.transport import flower_records
+from apiary.transport.codec import CodecError
+from apiary.transport.downlink import Parcel
+from client import compression, control, device_rank, state
+from client.worker import Site, Worker
+
+_log = logging.getLogger(__name__)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of the organisation's own disk: nothing to go on with
+_OURS = ("apiary", "client", "builtin", "curation", "continual", "examples")
+
+
+class Refusal(Exception):
+    """A message cannot be answered; the text is what the server may be told."""
+
+
+def answer(
+    kind: str,
+    content: RecordDict,
+    worker: Callable[[], Worker],
+    site: Callable[[], Site],
+    errors: Path | None = None,
+) -> RecordDict:
+    """The content of the answer to a message of type `kind`.
+
+    Args:
+        kind: the type of the message, such as "train".
+        content: what it holds.
+        worker: makes the worker that answers.
+        site: reads the site that is asked.
+        errors: the folder that keeps errors in full; the site's own where None.
+
+    Raises:
+        Refusal: whatever went wrong.
+        OSError: the disk is full; without the path, for Flower would send the text to the server.
+    """
+    try:
+        known = site()
+        errors = errors or known.folder
+        return _ask(worker(), known, kind, content)
+    except Refusal:
+        raise
+    except OSError as error:
+        if error.errno in _FULL:
+            _write_down(error, errors)
+            raise OSError(error.errno, os.strerror(error.errno)) from None
+        raise Refusal(_reason(error, errors)) from error
+    except Exception as error:
+        raise Refusal(_reason(error, errors)) from error
+
+
+def _ask(worker: Worker, site: Site, kind: str, content: RecordDict) -> RecordDict:
+    if kind == flower_records.HELLO:
+        _check_promise(worker, site)
+        return flower_records.hello_reply(
+            worker.hello(site)._replace(holds=compression.holds(worker.config, site.folder))
+        )
+    number, payload = flower_records.read_request(content, functools.partial(_receive, worker, site))
+    if kind == "train":
+        answer = worker.train(site, number, payload)
+        message = _encoded(worker.config, site, number, answer)
+        if isinstance(answer, Visit) and payload.control:
+            far = schedule.walked(worker.config, number, answer.report.steps)
+            control.renew(
+                site.folder, number, payload, compression.arrives(worker.config, message, answer.update.delta), far
+            )
+        return flower_records.train_reply(answer, message)
+    if kind == "evaluate":
+        return flower_records.score_reply(site.client, worker.evaluate(site, payload, number))
+    raise ValueError(f"no answer to messages of type {kind!r}")
+
+
+def _receive(worker: Worker, site: Site, sent: Parcel) -> StateDict:
+    """What the server sent, unpacked.
+
+    Raises:
+        Refusal: it cannot be.
+    """
+    try:
+        return compression.receive(worker.config, site.folder, worker.shapes(site), sent)
+    except CodecError as error:
+        raise Refusal(f"the server's changes are of no use to it: {error}; it needs the whole adapter") from None
+
+
+def _encoded(config: RunConfig, site: Site, number: int, answer: Visit | Decline) -> bytes:
+    """A visit's change as one message. One with NaN, which only an attacker has, goes as it is: no codec takes it."""
+    if isinstance(answer, Decline) or not is_finite(answer.update.delta):
+        return b""
+    return compression.encode(config, site.folder, site.client, number, answer.update.delta)
+
+
+def _check_promise(worker: Worker, site: Site) -> None:
+    """Check that the run can keep its promise to the site's rows; what else would be said follows from public numbers.
+
+    Raises:
+        Refusal: it cannot, or not for a single round.
+    """
+    try:
+        sampling.check(worker.config, [continual.rows_by_stage(site.train, worker.config)])
+    except UserError as error:
+        raise Refusal(str(error)) from None
+
+
+def _reason(error: Exception, folder: Path | None) -> str:
+    """A text that says little; all of it stays on this machine."""
+    written = _write_down(error, folder)
+    # A traceback that stands in a file is not for everybody's terminal.
+    _log.log(logging.DEBUG if written else logging.ERROR, "a message could not be answered", exc_info=error)
+    return f"{_safe(error)}; {'its own errors.log' if written else 'the log on its machine'} says more"
+
+
+def _write_down(error: Exception, folder: Path | None) -> bool:
+    """Whether the whole error could be added to `errors.log` in the site's own folder."""
+    if folder is None:
+        return False
+    try:
+        state.own(folder)
+        handle = os.open(folder / "errors.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        with os.fdopen(handle, "a", encoding="utf-8", errors="replace") as log:
+            os.fchmod(handle, 0o600)  # of an older one too: a traceback can quote a row
+            log.write("".join(traceback.format_exception(error)) + "\n")
+    except OSError:
+        return False
+    return True
+
+
+def _safe(error: Exception) -> str:
+    """The kind of an error and where in our code it came up, without its text."""
+    ours = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent.name in _OURS]
+    place = (
+        f" in {Path(ours[-1].filename).parent.name}/{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else ""
+    )
+    kind = (
+        "its training diverged, and a lower train.lr usually helps"
+        if isinstance(error, FloatingPointError)
+        else type(error).__name__
+    )
+    return f"{kind}{place}"
+
+
+# -- virtual clients: all in this process -------------------------------------------------------
+
+
+def simulated(
+    kind: str, content: RecordDict, context: Context, worker_of: Callable[[str], Worker] | None = None
+) -> RecordDict:
+    """The content of a virtual client's answer; raises as `answer` does.
+
+    Args:
+        kind: the type of the message.
+        content: what it holds.
+        context: the node's.
+        worker_of: makes of the run's JSON the worker that answers; `worker` where None.
+    """
+    config = str(context.run_config["config"])
+    make = worker_of or worker
+    return answer(kind, content, functools.partial(make, config), functools.partial(_site, config, context))
+
+
+@functools.lru_cache(maxsize=1)
+def worker(config: str) -> Worker:
+    """The worker of all virtual clients in this process; `config` is the run's JSON."""
+    return Worker(configs.from_json(config))
+
+
+@functools.lru_cache(maxsize=1)
+def federation(config: str) -> examples.Federation:
+    """The clients of a simulated run, read once per process; `config` is the run's JSON."""
+    run = configs.from_json(config)
+    return continual.within(examples.federate(run.data, run.seed), run)
+
+
+def forget() -> None:
+    """Read everything again when it is next asked for."""
+    worker.cache_clear()
+    federation.cache_clear()
+
+
+def _site(config: str, context: Context) -> Site:
+    nodes, clients = int(context.node_config[NUM_PARTITIONS_KEY]), len(federation(config).clients)
+    if nodes != clients:
+        raise ValueError(f"{nodes} nodes for {clients} clients")
+    index = int(context.node_config[PARTITION_ID_KEY])
+    return virtual_site(config, index, Path(str(context.node_config["state-path"])))
+
+
+def virtual_site(config: str, index: int, state: Path) -> Site:
+    """The site of the virtual client `index`: its part of the configured source, its memory under `state`."""
+    name, train, test = federation(config).clients[index]
+    folder = state / name
+    run = configs.from_json(config)
+    given = run.adapter.ranks
+    if given == "memory":
+        rank = device_rank.of_device(run, folder)
+    else:
+        rank = given[index % len(given)] if given else run.adapter.rank
+    return Site(name, train, test, folder, folder / "ledger.json", rank)

@@ -1,0 +1,216 @@
+"""Replay: the rows of earlier tasks that a client keeps on its own disk, and what a visit trains on in a stage.
+
+Which rows stay is decided by a keyed hash of each row and by nothing else, so it does not matter in which order or how
+often rows are offered, and a run that goes back to an earlier round finds the buffer as it was. No row, digest or size
+of the buffer is sent anywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from apiary.config.schema import ContinualConfig, RunConfig
+from apiary.core.stages import rounds_of, stage_of
+from apiary.core.tensors import derive_seed
+from apiary.data.examples import Example, Turn
+from apiary.evaluation.continual import stage_numbers
+from apiary.tracking.event_log import write_atomic
+from client.state import Memory
+from client.training.trainer import Cursor
+
+_KEPT_BACK = 1  # a run that was killed goes back a round or two: at one round a stage, to the stage before
+
+
+class Rule(NamedTuple):
+    """Which rows stay: the `rows` of least priority (reservoir), or each one with `chance` (poisson)."""
+
+    key: bytes  # of the priorities
+    rows: int | None
+    chance: float = 1.0
+
+
+class Kept(NamedTuple):
+    """A row in the buffer."""
+
+    digest: str  # of its conversation, SHA-256 in hex
+    stage: int  # from 0
+    example: Example
+
+
+class Buffer(NamedTuple):
+    """Rows of finished stages, by rising priority."""
+
+    rule: Rule
+    rows: tuple[Kept, ...] = ()
+
+
+class StageData(NamedTuple):
+    """What a visit trains on, and where it stands in its stage, which is a training of its own."""
+
+    stage: int  # from 0
+    new: tuple[Example, ...]
+    replay: tuple[Kept, ...]
+    cursor: Cursor  # in the new rows
+    replay_cursor: Cursor
+    rounds_before: int  # rounds of this stage that are over
+    rounds: int  # of this stage, all told
+
+
+# -- the buffer -------------------------------------------------------------------------------------
+
+
+def rule(config: ContinualConfig, seed: int, client: str, rows: int) -> Rule:
+    """The rule of a client that has so many training rows over all stages."""
+    key = derive_seed(seed, client, "buffer").to_bytes(8, "big")
+    share = config.buffer if config.buffer < 1 else min(1.0, int(config.buffer) / max(rows, 1))
+    if config.policy == "poisson":
+        return Rule(key, None, share)
+    if 0 < config.buffer < 1:
+        return Rule(key, max(1, round(share * rows)))
+    return Rule(key, int(config.buffer))
+
+
+def row_digest(example: Example) -> str:
+    """SHA-256 of the conversation; tags do not count."""
+    return hashlib.sha256(json.dumps(example.turns).encode()).hexdigest()
+
+
+def priority(digest: str, key: bytes) -> int:
+    """A row's place in [0, 2^64), uniform over keys and independent between rows."""
+    return int.from_bytes(hashlib.blake2b(bytes.fromhex(digest), key=key, digest_size=8).digest(), "big")
+
+
+def admit(buffer: Buffer, rows: Iterable[Example], stage: int) -> Buffer:
+    """The buffer after the rows of a stage were offered to it; a conversation is kept once, however often it comes.
+
+    A reservoir keeps the M rows of least priority of all ever offered, which is a uniform sample of them without
+    replacement (Vitter 1985, in the form by random keys). Under "poisson" each row stays or goes by itself, whatever
+    else there is, as differential privacy has it.
+    """
+    key = buffer.rule.key
+    offered = [*buffer.rows, *(Kept(row_digest(row), stage, row) for row in rows)]
+    # Of equal conversations the one of the earliest stage stays, whichever came first.
+    offered.sort(key=lambda row: (row.digest, row.stage, sorted(row.example.tags.items())))
+    once = {row.digest: row for row in reversed(offered)}
+    ranked = sorted((priority(digest, key), digest) for digest in once)
+    limit = buffer.rule.chance * 2.0**64
+    return Buffer(buffer.rule, tuple(once[digest] for rank, digest in ranked if rank < limit)[: buffer.rule.rows])
+
+
+def load(folder: Path, stages: int) -> tuple[Kept, ...]:
+    """The rows kept of the first `stages` stages; none where nothing is stored.
+
+    Raises:
+        ValueError: the file was torn or edited.
+    """
+    path = _path(folder, stages)
+    if not path.exists():
+        return ()
+    return tuple(_row(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines())
+
+
+def save(folder: Path, stages: int, rows: Iterable[Kept]) -> None:
+    """Write what is kept of the first `stages` stages, whole or not at all, for the owner's eyes only."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(_path(folder, stages), rows)
+
+
+def remove(folder: Path, digests: Collection[str]) -> int:
+    """Delete rows from every stored version, and return how many there were.
+
+    A row that still stands in the site's data may come back when the next stage begins: take it out there first.
+    """
+    for draft in folder.glob(".buffer-*"):
+        draft.unlink(missing_ok=True)
+    wanted, found = set(digests), set[str]()
+    for number in _versions(folder):
+        rows = load(folder, number)
+        if gone := {row.digest for row in rows} & wanted:
+            found |= gone
+            _write(_path(folder, number), (row for row in rows if row.digest not in wanted))
+    return len(found)
+
+
+def _row(values: dict[str, object]) -> Kept:
+    match values:
+        case {"digest": str(digest), "stage": int(stage), "turns": list(turns), "tags": dict(tags)}:
+            return Kept(digest, stage, Example(tuple(Turn(*turn) for turn in turns), tags))
+    raise ValueError("a buffer file does not hold rows: was it edited? Remove it, and the stage's buffer is made again")
+
+
+def _line(row: Kept) -> str:
+    turns, tags = [list(turn) for turn in row.example.turns], dict(row.example.tags)
+    return json.dumps({"digest": row.digest, "stage": row.stage, "turns": turns, "tags": tags}) + "\n"
+
+
+def _write(path: Path, rows: Iterable[Kept]) -> None:
+    write_atomic(path, "".join(map(_line, rows)), private=True)
+
+
+def _path(folder: Path, stages: int) -> Path:
+    return folder / f"buffer-{stages:04d}.jsonl"
+
+
+def _versions(folder: Path) -> list[int]:
+    return [int(path.stem.removeprefix("buffer-")) for path in folder.glob("buffer-*.jsonl")]
+
+
+# -- a visit ----------------------------------------------------------------------------------------
+
+
+def prepare(
+    rows: Sequence[Example], folder: Path, client: str, config: RunConfig, number: int, past: Memory
+) -> StageData:
+    """What a client trains on in a round. Without stages that is all of its rows, with nothing to replay.
+
+    At the first visit in a stage the rows of all earlier stages are offered to the buffer, and those of the stage
+    itself to its next version, which is used from the next stage on: old rows may leave the site's data once a stage is
+    over, and no row is new and replayed at the same time.
+
+    Args:
+        rows: the client's training rows, curated if they are to be.
+        folder: the client's own folder of this run.
+        client: its name.
+        config: the run.
+        number: the round, from 1.
+        past: the client's memory before this round.
+    """
+    stages = config.continual.stages
+    if not stages:
+        return StageData(0, tuple(rows), (), past.cursor, Cursor(), number - 1, config.rounds)
+    stage = stage_of(number, config.rounds, len(stages))
+    of = stage_numbers(rows, config)
+    parts = [tuple(row for row, at in zip(rows, of, strict=True) if at == s) for s in range(len(stages))]
+    entered = past.round > 0 and past.stage == stage
+    kept = _kept(folder, rule(config.continual, config.seed, client, int((of >= 0).sum())), parts, stage, entered)
+    cursor, replay = (past.cursor, past.replay) if entered else (Cursor(), Cursor())
+    planned = rounds_of(stage, config.rounds, len(stages))
+    return StageData(stage, parts[stage], kept, cursor, replay, number - planned.start, len(planned))
+
+
+def _kept(folder: Path, rule: Rule, parts: Sequence[Sequence[Example]], stage: int, entered: bool) -> tuple[Kept, ...]:
+    """The buffer of a stage; makes it, and the next one ahead of time, when the stage is entered."""
+    _forget_beyond(folder, stage + 1)
+    if entered or rule.rows == 0 or rule.chance == 0:
+        return load(folder, stage)
+    buffer = Buffer(rule, load(folder, stage))
+    for earlier in range(stage):
+        buffer = admit(buffer, parts[earlier], earlier)
+    if stage:
+        save(folder, stage, buffer.rows)
+    save(folder, stage + 1, admit(buffer, parts[stage], stage).rows)
+    for old in _versions(folder):
+        if old < stage - _KEPT_BACK:
+            _path(folder, old).unlink(missing_ok=True)
+    return buffer.rows
+
+
+def _forget_beyond(folder: Path, stages: int) -> None:
+    """Remove what a run that crashed wrote ahead in later stages, before they are done again."""
+    for number in _versions(folder):
+        if number > stages:
+            _path(folder, number).unlink(missing_ok=True)

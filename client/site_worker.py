@@ -1,0 +1,298 @@
+"""The site's worker: a process that keeps the base model and answers one message after the other.
+
+It listens on a socket in a folder of its owner alone, with the standard gRPC health service beside. `python -m
+client.site_worker --help` says what it needs; `apiary deploy client` starts it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent import futures
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grpc
+from flwr.app import RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from apiary.config import schema as configs
+from apiary.config.schema import Method, RunConfig, UserError
+from apiary.data import examples, templates
+from apiary.evaluation import continual
+from apiary.models import adapters, availability
+from apiary.models.availability import Rows
+from client import device_rank, handlers, worker_rpc
+from client.worker import Site, Worker
+from client.worker_rpc import Envelope
+
+_log = logging.getLogger(__name__)
+_RUN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
+_ROUND = re.compile(r"[0-9]{1,9}")
+_KINDS = ("query.hello", "train", "evaluate")
+
+
+class Facts(NamedTuple):
+    """What the site's operator says; nothing of it comes from the server."""
+
+    client: str  # the site's name
+    data: Path  # a file, or a folder of files
+    state: Path  # memory of runs, the ledger, errors in full
+    model: str | None = None  # the site's own place of the base
+    device: str | None = None
+    rank: int | None = None  # the highest that it trains; as the run says where None
+    max_epsilon: float | None = None  # train only under record-level privacy, and within this budget
+    max_delta: float = 1e-5  # likewise, where there is a `max_epsilon`
+
+
+class _Job(NamedTuple):
+    """A run as this site carries it out."""
+
+    name: str
+    text: str  # the run's configuration as it came
+    worker: Worker
+    site: Site
+
+
+class Service:
+    """Answers calls one at a time, for one run after the other; the base stays loaded between them."""
+
+    def __init__(self, facts: Facts) -> None:
+        self._facts = facts
+        self._job: _Job | None = None
+        self._one = threading.Lock()
+
+    def answer(self, call: Envelope, wanted: Callable[[], bool] = lambda: True) -> Envelope:
+        """The answer to a call; whatever goes wrong becomes an answer with `error` in its header.
+
+        Args:
+            call: `kind`, `round`, `config` and `name` in the header, the content of the message in the body.
+            wanted: whether somebody still waits for the answer; asked when its turn has come.
+        """
+        with self._one:
+            if not wanted():
+                return Envelope({"error": "nobody waited any more"})
+            began, loads = time.monotonic(), adapters.base_loads()
+            kind, number = (str(call.header.get(key, "")) for key in ("kind", "round"))
+            answer = self._answer(kind, call)
+            # Both come from the server and end up in a log: only what they may be is written.
+            what = kind if kind in _KINDS else "an unknown message"
+            place = f"round {number} " if _ROUND.fullmatch(number) and number != "0" else ""
+            new, seconds = adapters.base_loads() - loads, time.monotonic() - began
+            failed = f": {answer.header['error']}" if "error" in answer.header else ""
+            _log.info("%s%s: %.1f s, %d base loads%s", place, what, seconds, new, failed)
+            return answer
+
+    def _answer(self, kind: str, call: Envelope) -> Envelope:
+        try:
+            job = self._job_of(call)
+            content = recorddict_from_proto(RecordDictProto.FromString(call.body))
+            reply: RecordDict = handlers.answer(
+                kind, content, lambda: job().worker, lambda: job().site, errors=self._facts.state
+            )
+        except handlers.Refusal as refusal:
+            return Envelope({"error": str(refusal)})
+        except OSError as error:
+            return Envelope({"error": f"its disk takes no more ({error.strerror})"})
+        except Exception as error:  # a message of another version
+            return Envelope({"error": f"its worker cannot read the message ({type(error).__name__})"})
+        return Envelope({}, recorddict_to_proto(reply).SerializeToString())
+
+    def _job_of(self, call: Envelope) -> Callable[[], _Job]:
+        """What makes the run of a call, once; the run before it is then let go.
+
+        Raises:
+            Refusal: the run's name could lead out of the site's folder.
+        """
+        name, text = str(call.header["name"]), str(call.header["config"])
+        if not _RUN_NAME.fullmatch(name):
+            raise handlers.Refusal("the run's name is not allowed: letters, digits, '.', '_' and '-'")
+
+        def make() -> _Job:
+            if self._job is None or (self._job.name, self._job.text) != (name, text):
+                self._job = None
+                sent = configs.from_json(text)
+                _refuse_foreign_places(sent, self._facts)
+                config = at_home(sent, self._facts)
+                _refuse_foreign_code(config)
+                _refuse_less_privacy(config, self._facts)
+                site = _read_site(config, self._facts, name)
+                self._job = _Job(name, text, Worker(config), site)
+            return self._job
+
+        return make
+
+
+def at_home(config: RunConfig, facts: Facts) -> RunConfig:
+    """The run's configuration with this site's own places; what the server says of data on its disk is left out."""
+    model = {"name": facts.model} if facts.model else {}
+    device = {"device": facts.device} if facts.device else {}
+    data = {"source": str(facts.data), "test": None, "clients": 1, "partition": Method(name="iid")}
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update=model | device),
+            "data": config.data.model_copy(update=data),
+        }
+    )
+
+
+def _refuse_foreign_places(config: RunConfig, facts: Facts) -> None:
+    """Check that the server names no file of this site, and nothing to download; looks at no path.
+
+    Raises:
+        Refusal: it does.
+    """
+    if config.prompt.template not in templates.BUILTIN:
+        raise handlers.Refusal(
+            f"prompt.template names a file: this site takes built-in templates alone ({', '.join(templates.BUILTIN)})"
+        )
+    if facts.model is None and not config.model.name.startswith("builtin:"):
+        raise handlers.Refusal(
+            "the run's base model is not built in, and this site was started without --model, its own place of it"
+        )
+
+
+def _refuse_foreign_code(config: RunConfig) -> None:
+    """Check that the server names no code: what a method `module:function` runs is for the site to choose.
+
+    Raises:
+        Refusal: it does.
+    """
+    methods = (*config.train.penalties, *config.curate.steps, config.wire.up, config.wire.down)
+    if any(":" in name for name in (config.train.objective, *(method.name for method in methods))):
+        raise handlers.Refusal("the run names code by module:function, which this site does not load")
+
+
+def _refuse_less_privacy(config: RunConfig, facts: Facts) -> None:
+    """Check that the run promises the site's rows what its operator asks for.
+
+    Which rows make a stage, and which columns hold them, are then not for the server to say: how many rows there are
+    is taken to be public, so each choice of theirs would be a question about the rows that costs nothing.
+
+    Raises:
+        Refusal: it promises less, or nothing, or names stages or columns.
+    """
+    privacy, limit = config.privacy, facts.max_epsilon
+    if limit is None:
+        return
+    kept = privacy.epsilon <= limit and privacy.delta <= facts.max_delta  # so written, NaN is refused
+    if privacy.unit != "record" or not kept:
+        told = f"epsilon = {privacy.epsilon:g}, delta = {privacy.delta:g}" if privacy.unit == "record" else "nothing"
+        raise handlers.Refusal(
+            f'this site asks for privacy.unit = "record", epsilon <= {limit:g} and delta <= {facts.max_delta:g}; '
+            f"the run promises {told}"
+        )
+    if config.continual.stages or config.data.columns:
+        raise handlers.Refusal(
+            "this site insists on privacy, so it takes no continual.stages or data.columns from a run"
+        )
+
+
+def _read_site(config: RunConfig, facts: Facts, run: str) -> Site:
+    """The site's rows, as one client; which are held out, and which are in a stage, is decided as in a simulation."""
+    federation = continual.within(examples.federate(config.data, config.seed), config, whole=False)
+    for report in federation.reports:
+        for line in report.lines():
+            _log.warning("%s", line)
+    (client,) = federation.clients
+    folder = facts.state / "runs" / run
+    if facts.rank is None and config.adapter.ranks == "memory":
+        rank = device_rank.of_device(config, folder)
+    else:
+        rank = min(facts.rank or config.adapter.rank, config.adapter.rank)
+    return Site(facts.client, client.train, client.test, folder, facts.state / "ledger.json", rank)
+
+
+def check(facts: Facts) -> Rows:
+    """What was found of the site's rows, once all that its operator says is known to be usable.
+
+    Raises:
+        UserError: no run could use the data, the model or the device; or limits that limit nothing.
+    """
+    if facts.max_epsilon is not None and not 0.0 < facts.max_epsilon < math.inf:
+        raise UserError(f"--max-epsilon {facts.max_epsilon:g}: expected a number above 0, such as 8")
+    if not 0.0 < facts.max_delta < 1.0:
+        raise UserError(f"--max-delta {facts.max_delta:g}: expected a number between 0 and 1, such as 1e-5")
+    if facts.rank is not None and facts.rank < 1:
+        raise UserError(f"--rank {facts.rank}: expected 1 or more")
+    if facts.device:
+        availability.check_device(facts.device, "--device")
+    if facts.model:
+        availability.check_model(facts.model, "--model")
+    # A site that insists on privacy takes no `data.columns` from a run.
+    return availability.check_rows(str(facts.data), "--data", columns_may_be_named=facts.max_epsilon is None)
+
+
+def make_server(service: Service, address: str) -> grpc.Server:
+    """A server, not yet started, that answers at `address` (as gRPC writes it), with its health beside."""
+
+    def handle(data: bytes, context: Any) -> bytes:
+        return service.answer(worker_rpc.unpack(data), context.is_active).pack()
+
+    _, package, method = worker_rpc.METHOD.split("/")
+    server = grpc.server(
+        futures.ThreadPoolExecutor(4), options=worker_rpc.OPTIONS
+    )  # 4: health answers while one trains
+    own = grpc.method_handlers_generic_handler(package, {method: grpc.unary_unary_rpc_method_handler(handle)})
+    server.add_generic_rpc_handlers((own,))
+    state = health.HealthServicer()
+    state.set("", health_pb2.HealthCheckResponse.SERVING)
+    health_pb2_grpc.add_HealthServicer_to_server(state, server)
+    server.add_insecure_port(address)
+    return server
+
+
+def _arguments(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="client.site_worker", description="The worker of one site.")
+    parser.add_argument("--address", required=True, help="unix:PATH of the socket to listen on")
+    parser.add_argument("--site", required=True, help="the site's name")
+    parser.add_argument("--data", required=True, type=Path, help="a file, or a folder of files")
+    parser.add_argument("--state", required=True, type=Path, help="folder of what the site remembers")
+    parser.add_argument("--model", help="the site's own place of the base model")
+    parser.add_argument("--device", help="the site's own device")
+    parser.add_argument("--rank", type=int, help="the highest rank of an adapter that the site trains")
+    parser.add_argument("--max-epsilon", type=float, help="refuse runs that promise the rows less privacy")
+    parser.add_argument("--max-delta", type=float, default=Facts._field_defaults["max_delta"], help="likewise")
+    return parser.parse_args(words)
+
+
+def _facts(given: argparse.Namespace) -> Facts:
+    named = {name: value for name, value in vars(given).items() if name in Facts._fields}
+    return Facts(client=given.site, **named)
+
+
+def main() -> None:
+    """Serve until the process is ended; exit code 2 with one line where data, model or device cannot be used."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)  # at once: nothing is half-written, and a message is asked again
+    given = _arguments()
+    facts = _facts(given)
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stdout, format=f"%(asctime)s {given.site}: %(message)s", force=True
+    )
+    for noisy in ("flwr", "transformers", "httpx", "huggingface_hub", "datasets", "peft"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    try:
+        rows = check(facts)
+    except UserError as error:
+        print(f"apiary: {error}", file=sys.stderr)
+        sys.exit(2)
+    server = make_server(Service(facts), given.address)
+    server.start()
+    for line in rows.warnings:
+        _log.warning("warning: %s", line)
+    _log.info("worker ready, %d rows", rows.total)
+    server.wait_for_termination()
+
+
+if __name__ == "__main__":
+    main()

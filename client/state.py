@@ -1,0 +1,104 @@
+"""What a client remembers between rounds, in files under its own organisation's folder.
+
+One file a round, so that a server that was killed and goes back to an earlier round finds the client's memory of that
+moment, and the run repeats itself bit for bit. Of what the server sends in changes there is one copy, the newest, for
+the server asks which one that is.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors.torch import load_file
+from safetensors.torch import save as pack
+
+from apiary.core.tensors import StateDict
+from apiary.tracking.event_log import finite, for_owner, write_atomic
+from client.training.trainer import Cursor, Observer, StepRecord
+
+_COPY = "copy.safetensors"  # of the server's adapter
+
+
+class Memory(NamedTuple):
+    """A client's state after a round."""
+
+    round: int = 0  # 0 = never trained
+    cursor: Cursor = Cursor()
+    stage: int = 0  # of that round, from 0
+    replay: Cursor = Cursor()  # in the rows kept of earlier stages
+    choice: int = 0  # the round in which the rows were chosen that the cursor walks through
+
+
+def own(folder: Path) -> None:
+    """Make a client's folder, for the eyes of its owner alone: what is kept in it tells of the rows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+
+
+def load(folder: Path, before: int) -> Memory:
+    """The newest memory of a round earlier than `before`; a blank one when there is none."""
+    for number in sorted(_rounds(folder), reverse=True):
+        if number < before:
+            values = json.loads(_path(folder, number).read_text(encoding="utf-8"))
+            cursors = {name: Cursor(*values.get(name, ())) for name in ("cursor", "replay")}
+            return Memory(**{**values, **cursors})
+    return Memory()
+
+
+def forget_from(folder: Path, number: int) -> None:
+    """Remove what a run that crashed left of round `number` and later, before that round is done again."""
+    for later in _rounds(folder):
+        if later >= number:
+            _path(folder, later).unlink(missing_ok=True)
+
+
+def save(folder: Path, memory: Memory, keep: int = 3) -> None:
+    """Write the memory of a round atomically, and remove all but the newest `keep`.
+
+    A straggler that ends after a later round has been saved changes nothing.
+    """
+    if any(number > memory.round for number in _rounds(folder)):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(_path(folder, memory.round), json.dumps(memory._asdict()), private=True)
+    for old in sorted(_rounds(folder))[:-keep]:
+        _path(folder, old).unlink(missing_ok=True)
+
+
+def load_copy(folder: Path) -> StateDict | None:
+    """The server's adapter as this client holds it; None where it holds none that can be read."""
+    try:
+        return load_file(folder / _COPY)
+    except Exception:  # not there, or torn: safetensors raises an error type of its own
+        return None
+
+
+def save_copy(folder: Path, adapter: StateDict) -> None:
+    """Write the server's adapter in place of the one before."""
+    own(folder)
+    body = pack({name: tensor.contiguous() for name, tensor in adapter.items()})
+    write_atomic(folder / _COPY, body, private=True)
+
+
+def step_log(folder: Path, number: int) -> Observer:
+    """An observer that adds each step of round `number` to `steps.jsonl`: the client's own, which nobody else is sent.
+
+    A round that is done again after a crash is told again.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def observe(record: StepRecord) -> None:
+        with open(folder / "steps.jsonl", "a", encoding="utf-8", opener=for_owner) as file:
+            file.write(json.dumps(finite({"round": number, **record._asdict()})) + "\n")
+
+    return observe
+
+
+def _path(folder: Path, number: int) -> Path:
+    return folder / f"round-{number:04d}.json"
+
+
+def _rounds(folder: Path) -> list[int]:
+    return [int(path.stem.removeprefix("round-")) for path in folder.glob("round-*.json")]

@@ -1,0 +1,130 @@
+"""Flower's own command line, asked for JSON: how the SuperLink on this machine is told and asked things."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+import ssl
+import subprocess
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from apiary.config.schema import UserError
+from deploy import kits, processes
+from deploy.kits import Kit
+
+CONNECTION = "apiary"  # the name of the SuperLink in Flower's configuration
+DATABASE = "superlink.db"
+_LONGEST_S = 120.0
+
+
+class FlowerError(RuntimeError):
+    """Flower refused what it was asked; the message is its own line."""
+
+
+def configure(kit: Kit, state: Path, port: int) -> None:
+    """Tell the command line where the SuperLink listens."""
+    home = state / "flwr"
+    home.mkdir(mode=0o700, exist_ok=True)
+    lines = [
+        "[superlink]",
+        f'default = "{CONNECTION}"',
+        f"[superlink.{CONNECTION}]",
+        f'address = "127.0.0.1:{port}"',
+        f"root-certificates = {toml(str(kit.folder / kits.CA))}",
+    ]
+    kits.write(home / "config.toml", "\n".join(lines) + "\n")
+
+
+def toml(value: str | int) -> str:
+    """A value as TOML writes it: unlike JSON it knows no halves of a character beyond U+FFFF, and no bare U+007F."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def call(state: Path, *words: str, options: Sequence[str] = ()) -> dict[str, Any]:
+    """The JSON answer to `flwr WORDS... CONNECTION OPTIONS...`.
+
+    Raises:
+        FlowerError: it refused, or gave no answer.
+    """
+    command = [processes.program("flwr"), *words, CONNECTION, *options, "--format", "json"]
+    try:
+        done = subprocess.run(
+            command,
+            env=processes.environment(state),
+            cwd=state,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_LONGEST_S,
+        )
+    except subprocess.TimeoutExpired:
+        raise FlowerError(f"no answer to `flwr {words[0]}` within {_LONGEST_S:g} s") from None
+    start = done.stdout.find("{")
+    try:
+        answer: dict[str, Any] = json.loads(done.stdout[start:]) if start >= 0 else {}
+    except ValueError:
+        answer = {}
+    if not answer.get("success"):
+        raise FlowerError(_line(str(answer.get("error-message") or done.stderr or done.stdout)))
+    return answer
+
+
+def node_of(state: Path, public: bytes) -> tuple[str, bool] | None:
+    """The node that has a public key, and whether it was struck off; None where Flower knows no such key.
+
+    Args:
+        state: of the server.
+        public: the key as PEM.
+
+    Raises:
+        FlowerError: the database cannot be read.
+    """
+    # The command line lists no keys. Table and columns are private to flwr 1.41; node ids lie there as signed numbers.
+    try:
+        with contextlib.closing(sqlite3.connect((state / DATABASE).as_uri() + "?mode=ro", uri=True)) as database:
+            found = database.execute("SELECT node_id, status FROM node WHERE public_key = ?", (public,)).fetchone()
+    except sqlite3.Error as error:
+        raise FlowerError(f"Flower's database cannot be read: {error}") from None
+    return (str(int(found[0]) % 2**64), found[1] == "unregistered") if found else None
+
+
+def _line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " ".join(lines)[:400] or "no reason given"
+
+
+def check_trust(ca: Path) -> None:
+    """Check that certificates can be checked by a file.
+
+    Raises:
+        UserError: it holds no authority.
+    """
+    try:
+        ssl.create_default_context(cafile=str(ca))
+    except (ssl.SSLError, OSError) as error:
+        raise UserError(f"{str(ca)!r} is no certificate ({error.strerror or error}); copy it from the kit") from None
+
+
+def healthy(address: str, ca: Path, timeout_s: float = 5.0) -> bool:
+    """Whether `/health` answers at HOST:PORT.
+
+    Raises:
+        ssl.SSLCertVerificationError: who answers there is not certified by `ca` for that name.
+    """
+    trust = ssl.create_default_context(cafile=str(ca))
+    handler = urllib.request.HTTPSHandler(context=trust)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), handler)
+    try:
+        with opener.open(f"https://{address}/health", timeout=timeout_s) as answer:
+            return bool(answer.status == 200)
+    except urllib.error.URLError as error:
+        if isinstance(error.reason, ssl.SSLCertVerificationError):
+            raise error.reason from None
+        return False
+    except OSError:
+        return False

@@ -1,0 +1,333 @@
+"""Starting a run on a federation's server, following it, and saying how things stand."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import secrets
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from apiary.config import schema as configs
+from apiary.config.schema import RunConfig, UserError
+from apiary.core.formatting import seconds_text
+from apiary.tracking import event_log
+from apiary.tracking.event_log import Event, Observer
+from deploy import bundle, flower_cli, kits, server
+
+_LOOK_S, _ASK_S = 0.5, 20.0  # how often the run's log is read, and Flower is asked whether the run is alive
+_PATIENCE_S = 15.0  # an earlier run has said its last word, and its process is about to end
+_LOST_S = 60.0  # how long the server may give no answer
+_SHOWN = 20  # runs
+_APP = "apiary-run"  # the folder that Flower bundles
+_ID = "run-id"  # in a run directory: what tells it from others of its name
+_FIRST = (_ID, "config.toml", event_log.LOG_FILE)  # all that is in a run directory before the first checkpoint
+_STARTED = "started"  # folder of the server's state: the newest of Flower's runs for each run directory
+_DIRECTORIES = "directories"  # folder of the server's state: where each of Flower's runs writes
+_GOING = ("pending", "starting", "running")  # as Flower calls it
+_NAME = re.compile(r"[^A-Za-z0-9._-]+")
+_LONGEST = 90  # characters of a run's name; sites take 100, and the id follows
+
+
+def start(state: Path, config: RunConfig, out: Path, *, resume: bool = False) -> str:
+    """Start a run; returns its id at the SuperLink.
+
+    Args:
+        state: of a running server.
+        config: the run.
+        out: the run directory on this machine.
+        resume: go on after the last finished round in `out`.
+
+    Raises:
+        UserError: no server is running, no site is online, the configuration cannot be run here, `out` does not fit,
+            or a run still writes it.
+        flower.FlowerError: the SuperLink refused the run.
+    """
+    server.port_of(state)
+    check_folder(config, out, resume)
+    check(config)
+    online = [name for name, status in sites(state).items() if status == "online"]
+    if not online:
+        raise UserError("no site is online: start `apiary deploy client` there first")
+    expected = max(config.strategy.min_clients, len(online))
+    deadline = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            return _start_alone(state, config, out, expected, resume)
+        except StillGoing:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_LOOK_S)
+
+
+class StillGoing(UserError):
+    """A run in the same directory has not ended."""
+
+
+def _start_alone(state: Path, config: RunConfig, out: Path, expected: int, resume: bool) -> str:
+    if not resume and _failed_at_once(out):
+        _clear(state, out)
+    with _reserved(out) as number:
+        known = state / _STARTED / number
+        _check_earlier(state, known, out)
+        values: dict[str, str | int] = {
+            "config": config.to_json(),
+            "out": str(out),
+            "name": f"{run_name(out.name)}-{number}",
+            "expected": expected,
+        }
+        run = _start(state, values)
+        where = state / _DIRECTORIES / run
+        for path, text in ((known, f"{run} {server.port_of(state)}\n"), (where, f"{out}\n")):
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            event_log.write_atomic(path, text)
+    return run
+
+
+def _clear(state: Path, out: Path) -> None:
+    """Take away what a run left that failed before its first checkpoint, with its id: the next is another to sites.
+
+    Raises:
+        StillGoing: somebody goes on with it.
+    """
+    with _reserved(out) as number:
+        _check_earlier(state, state / _STARTED / number, out)
+        for name in _FIRST:
+            (out / name).unlink(missing_ok=True)
+
+
+def _check_earlier(state: Path, known: Path, out: Path) -> None:
+    """Check that the run started before in `out` has ended; until its process is up, nobody but Flower knows of it.
+
+    Raises:
+        StillGoing: it has not.
+    """
+    if not known.exists():
+        return
+    run, port = known.read_text(encoding="utf-8").split()
+    # A server that was started anew since has another port; its Flower takes an old run for alive for a while.
+    if int(port) == server.port_of(state) and status_of(state, run).startswith(_GOING):
+        raise _still_going(out, f"run {run}")
+
+
+def _start(state: Path, values: dict[str, str | int]) -> str:
+    with tempfile.TemporaryDirectory(dir=state, prefix=".submit-") as own:  # others may submit at this moment
+        app, given = bundle.write(Path(own) / _APP), Path(own) / "run-config.toml"
+        kits.write(given, "".join(f"{key} = {flower_cli.toml(value)}\n" for key, value in values.items()), 0o600)
+        return str(flower_cli.call(state, "run", str(app), options=("--run-config", str(given)))["run-id"])
+
+
+@contextlib.contextmanager
+def _reserved(out: Path) -> Iterator[str]:
+    """The id of a run directory, made where there is none; held, so that nobody else starts a run in it meanwhile.
+
+    Raises:
+        StillGoing: somebody does, or a run still writes it.
+    """
+    made = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / _ID
+    with contextlib.ExitStack() as stack:
+        try:
+            with event_log.hold(out):  # which the server's process does as long as it works
+                new = not path.exists()
+                if new:
+                    event_log.write_atomic(path, f"{secrets.token_hex(4)}\n")
+            stack.enter_context(event_log.hold(path))
+        except BlockingIOError:
+            raise _still_going(out, "a run") from None
+        try:
+            yield path.read_text(encoding="utf-8").strip()
+        except BaseException:
+            if new:
+                path.unlink(missing_ok=True)
+            if made:
+                with contextlib.suppress(OSError):
+                    out.rmdir()
+            raise
+
+
+def _still_going(out: Path, which: str) -> StillGoing:
+    return StillGoing(f"{str(out)!r}: {which} still goes on in it; wait for its end, or choose another --out")
+
+
+def check(config: RunConfig) -> None:
+    """Check that sites can take this run, and that this machine can.
+
+    Raises:
+        UserError: it names a template file, which no site would open; or the server has not the model, the device, the
+            held-out rows or its own root set; or attackers are to be simulated.
+    """
+    from apiary.data import (
+        examples,
+        templates,  # here, for `status` needs no torch
+    )
+    from apiary.models import availability
+
+    if config.prompt.template not in templates.BUILTIN:
+        known = ", ".join(templates.BUILTIN)
+        raise UserError(f"prompt.template = {config.prompt.template!r}: sites take the built-in ones alone ({known})")
+    availability.check_device(config.model.device, "model.device =")
+    availability.check_model(config.model.name, "model.name =", config.model.revision)
+    if config.data.test is not None:
+        examples.read(config.data.test, split="test", columns=config.data.columns, key="data.test")
+    if config.strategy.root is not None:
+        examples.read(config.strategy.root, columns=config.data.columns, key="strategy.root")
+    if config.simulate.attackers:
+        raise UserError("simulate.attackers: sites are real, and none is made to attack; leave it out")
+
+
+def remarks(config: RunConfig) -> list[str]:
+    """What means something else than in a simulation, or may hurt; a line for each."""
+    lines = []
+    if config.data.max_rows is not None:
+        lines.append(f"data.max_rows = {config.data.max_rows} is for each site here; in a simulation, for all together")
+    if config.strategy.deadline_s == 0:
+        lines.append("strategy.deadline_s = 0: a round waits without end for a site that is alive but stuck; set it")
+    return lines
+
+
+def check_folder(config: RunConfig, out: Path, resume: bool) -> None:
+    """Check that the run directory can take this run.
+
+    Raises:
+        UserError: it holds another one, or nothing to go on with.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{str(out)!r} is a file; choose another --out")
+    if not resume and out.exists() and not (_names(out) <= {_ID} or _failed_at_once(out)):
+        raise UserError(f"{str(out)!r} is not empty: add --resume to go on with that run, or choose another --out")
+    if resume:
+        if not (out / "config.toml").exists():
+            raise UserError(f"--resume: {str(out)!r} holds no run (no config.toml)")
+        if configs.load(out / "config.toml") != config:
+            raise UserError("--resume: the configuration differs from the run's own; leave CONFIG and -s away")
+
+
+def _names(out: Path) -> set[str]:
+    return {path.name for path in out.iterdir() if not event_log.is_draft(path)}
+
+
+def _failed_at_once(out: Path) -> bool:
+    """Whether all that is in a run directory is a run that failed before its first checkpoint."""
+    events = _events(out)
+    return bool(events) and events[-1]["event"] == "failed" and _names(out) <= set(_FIRST)
+
+
+def run_name(text: str) -> str:
+    """A name that every site takes: letters, digits, '.', '_' and '-', without a dot in front."""
+    return _NAME.sub("-", text).lstrip(".")[:_LONGEST] or "run"
+
+
+def follow(state: Path, run: str, out: Path, observers: Iterable[Observer]) -> str | None:
+    """Tell the observers what the run logs, until it ends; None when it went well, else the reason in one line.
+
+    Raises:
+        flower.FlowerError: the server has not answered for a minute, and the log tells no end.
+    """
+    asked = answered = time.monotonic()
+    failure: str | None = None
+    known = 0
+    while True:
+        events = _events_of(out, run)
+        for event in events[known:]:
+            for observer in observers:
+                observer(event)
+            if event["event"] == "finish":
+                return None
+            if event["event"] == "failed":
+                failure = str(event["message"])
+        if len(events) > known:
+            answered = time.monotonic()  # in its way
+        known = len(events)
+        if failure is not None:
+            return failure
+        if time.monotonic() - asked > _ASK_S:
+            status = status_of(state, run)
+            asked = time.monotonic()
+            if status != "unknown":
+                answered = asked
+            elif asked - answered > _LOST_S and not _events_of(out, run)[known:]:
+                raise flower_cli.FlowerError(
+                    f"the server cannot be asked for {_LOST_S:g} s: is it gone? Once it is back, go on with --resume"
+                )
+            if status.startswith("finished") and not any(e["event"] == "finish" for e in _events_of(out, run)[known:]):
+                return f"the server's process ended ({status}); superlink.log in the state folder says more"
+        time.sleep(_LOOK_S)
+
+
+def _events_of(out: Path, run: str) -> list[Event]:
+    """What one of Flower's runs has logged; its part begins with its start, wherever a resumed run has cut the log."""
+    events = _events(out)
+    starts = [i for i, event in enumerate(events) if event["event"] == "start" and event.get("run") == run]
+    return events[starts[-1] :] if starts else []
+
+
+def _events(out: Path) -> list[Event]:
+    with contextlib.suppress(UserError, OSError):
+        return event_log.read_events(out)
+    return []
+
+
+def status_of(state: Path, run: str) -> str:
+    """What Flower says of a run; "unknown" when it cannot be asked."""
+    try:
+        found = runs(state, run)
+    except flower_cli.FlowerError:
+        return "unknown"
+    return str(found[0].get("status", "unknown")) if found else "unknown"
+
+
+def runs(state: Path, run: str | None = None) -> list[dict[str, Any]]:
+    """Flower's runs, newest first, or one of them.
+
+    Raises:
+        flower.FlowerError: it cannot be asked.
+    """
+    options = ("--run-id", run) if run else ()
+    found: list[dict[str, Any]] = flower_cli.call(state, "list", options=options).get("runs", [])
+    return found
+
+
+def sites(state: Path) -> dict[str, str]:
+    """Each registered site with its status: online, offline, or registered (never seen).
+
+    Raises:
+        flower.FlowerError: Flower cannot be asked.
+    """
+    status = {node["node-id"]: node["status"] for node in flower_cli.call(state, "supernode", "list").get("nodes", [])}
+    return {name: str(status.get(node, "unknown")) for name, node in server.site_nodes(state).items()}
+
+
+def describe(state: Path) -> list[str]:
+    """Lines about the sites and the newest runs.
+
+    Raises:
+        UserError: no server is running.
+        flower.FlowerError: Flower cannot be asked.
+    """
+    server.port_of(state)
+    there = sites(state)
+    online = sum(status == "online" for status in there.values())
+    lines = [f"{online} of {len(there)} sites online", *(f"site {name}: {status}" for name, status in there.items())]
+    found = runs(state)
+    if not found:
+        return [*lines, "no run yet"]
+    if len(found) > _SHOWN:
+        lines.append(f"{len(found)} runs; the newest {_SHOWN}:")
+    rows = [("run", "status", "time", "run directory"), *(_row(state, run) for run in found[:_SHOWN])]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return lines + ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
+def _row(state: Path, run: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    number, elapsed = str(run.get("run-id")), run.get("elapsed")
+    taken = seconds_text(float(elapsed) if isinstance(elapsed, int | float) else None)
+    try:
+        where = (state / _DIRECTORIES / number).read_text(encoding="utf-8").strip()
+    except OSError:
+        where = "not known"  # started by an earlier version, or by hand
+    return number, str(run.get("status")), taken, where

@@ -1,0 +1,61 @@
+"""What clients report, added up, and whether a run still gets better: pure functions."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from apiary.core.messages import FitReport, Score
+
+Scores = Mapping[str, Sequence[float]]  # by client, the sums of its `Score`
+
+
+class Best(NamedTuple):
+    """The best evaluation of a run so far."""
+
+    scores: Scores
+    without_gain: int  # evaluations since
+
+
+def after(best: Best, scores: Scores) -> Best:
+    """The best evaluation once another one has been made.
+
+    They are compared on the clients that both have, for others may be easier or harder; and by the median client, not
+    by their sum: one that lies must not end the run, nor keep it going.
+    """
+    gains = [
+        total([best.scores[name]]).loss - total([sums]).loss for name, sums in scores.items() if name in best.scores
+    ]
+    if statistics.median(gains) > 0 if gains else math.isfinite(total(scores.values()).loss):
+        return Best(scores, 0)
+    return best._replace(without_gain=best.without_gain + 1)
+
+
+def of_clients(sums: Scores) -> tuple[dict[str, Score], dict[str, Any]]:
+    """The scores of clients that have rows enough, and the fields of an `evaluate` event about all."""
+    told = {name: total([own]) for name, own in sums.items()}
+    scores = {name: score for name, score in told.items() if score.tokens}
+    return scores, {
+        "clients": {name: score.loss for name, score in scores.items()},
+        "clients_loss": total(scores.values()).loss,
+        "clients_rows": {name: [score.examples, score.tokens] for name, score in scores.items()},
+        "clients_few": [name for name in told if name not in scores],
+    }
+
+
+def total(scores: Iterable[Sequence[float]]) -> Score:
+    """The sums of scores added up."""
+    nats, tokens, examples = 0.0, 0, 0
+    for score in scores:
+        nats, tokens, examples = nats + score[0], tokens + int(score[1]), examples + int(score[2])
+    return Score(nats, tokens, examples)
+
+
+def trained(reports: Sequence[FitReport]) -> dict[str, float]:
+    """The counts of a round; without the loss where privacy withholds it."""
+    tokens = sum(report.tokens for report in reports)
+    loss = sum(report.loss * report.tokens for report in reports) / max(tokens, 1)
+    known = {"train_loss": loss} if reports and math.isfinite(loss) else {}
+    return {"clients": len(reports), "tokens": tokens, **known}

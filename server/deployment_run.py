@@ -1,0 +1,177 @@
+"""What surrounds the rounds where no simulation does it: the run's folder, its log, the table and the report."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from apiary.config import summary
+from apiary.config.schema import RunConfig, UserError
+from apiary.config.summary import public_name
+from apiary.core.tensors import StateDict
+from apiary.data import examples, tokenization
+from apiary.data.examples import Federation
+from apiary.evaluation import comparison, continual
+from apiary.evaluation.comparison import HeldOut
+from apiary.export.tuned import exported_rank
+from apiary.models import adapters
+from apiary.models.adapters import LanguageModel
+from apiary.privacy import statement
+from apiary.report import write_report
+from apiary.report.sites import own_rounds
+from apiary.tracking import event_log, trackers
+from apiary.tracking.event_log import RunLog
+from server import checkpoint
+
+Federate = Callable[[RunLog, HeldOut | None], StateDict]
+_NOT_MEASURED = (
+    'data.test is not measured: with adapter.share = "a" the server holds half of each adapter; the sites score their '
+    "own models on their own rows"
+)
+_NODES = "APIARY_NODES"  # in the environment: the file in which `apiary deploy server` keeps which site is which node
+
+
+def site_name(node: int) -> str | None:
+    """The name under which a site's key was registered: empty for a node without one, None outside a deployment."""
+    if _NODES not in os.environ:
+        return None
+    try:
+        sites = json.loads(Path(os.environ[_NODES]).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    return next((name for name, entry in sites.items() if entry["node"] == str(node % 2**64)), "")
+
+
+def run(config: RunConfig, folder: Path, expected: int, federate: Federate, number: int = 0) -> None:
+    """A whole run on the server of a deployment, from its newest checkpoint in `folder` or from the start.
+
+    Args:
+        config: the run.
+        folder: the run directory, on the server's disk.
+        expected: clients that the first round waits for.
+        federate: does the rounds, given the log and the server's held-out examples (None without `data.test`), and
+            returns the final adapter.
+        number: Flower's own of the run, by which whoever follows it finds its part of the log.
+
+    Raises:
+        UserError: another process still writes the folder; nothing in it was touched.
+        Exception: whatever ended the run; its line stands in the log as a `failed` event.
+    """
+    began = time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(event_log.hold(folder))
+        except BlockingIOError:
+            raise UserError(f"run folder {folder.name!r}: another process still writes it; wait for its end") from None
+        _run(config, folder, expected, federate, number, began)
+
+
+def _run(config: RunConfig, folder: Path, expected: int, federate: Federate, number: int, began: float) -> None:
+    log = _open(config, folder, expected, number)
+    try:
+        held_out = _held_out(config, log)
+        adapter = federate(log, held_out)
+        metrics = _summarise(config, folder, adapter, held_out)
+        metrics["seconds"] = round(event_log.spent_before(folder) + time.monotonic() - began, 1)
+        event_log.write_metrics(folder, metrics)
+        write_report(folder)
+        log.event("finish", seconds=metrics["seconds"])  # last: who follows the log then finds everything there
+    except BaseException as error:
+        log.event("failed", message=_line(error))
+        raise
+    finally:
+        log.close()
+
+
+def _open(config: RunConfig, folder: Path, expected: int, number: int) -> RunLog:
+    event_log.sweep(folder)
+    event_log.write_atomic(folder / "config.toml", config.to_toml())
+    found = checkpoint.load(folder / "checkpoints")
+    done = found[0].round if found else 0
+    if (folder / event_log.LOG_FILE).exists():
+        event_log.truncate_after(folder, done)
+    log = RunLog(folder, [trackers.tracker(config, folder)] if config.log.trackers else [])
+    start = event_log.start_fields(config)
+    start["outline"] = summary.sentence(config)
+    log.event("start", **start, rounds=config.rounds, clients=expected, resumed=done, run=str(number))
+    return log
+
+
+def _held_out(config: RunConfig, log: RunLog) -> HeldOut | None:
+    """The server's own examples to measure on, where `data.test` names some; the log is told what they lack."""
+    if config.data.test is None:
+        return None
+    if config.adapter.share != "both":
+        log.event("warning", message=_NOT_MEASURED)
+        return None
+    source = examples.read(config.data.test, split="test", columns=config.data.columns, key="data.test")
+    rows = continual.inside(source.examples if source.test is None else source.test, config)
+    if not rows and config.continual.stages:
+        raise UserError(f"data.test = {config.data.test!r}: no row of it is in a stage of continual.stages")
+    lm, template = _model(config)
+    prepared = comparison.prepare(rows, template, lm, config)
+    if not prepared.examples:
+        raise UserError(f"data.test = {config.data.test!r}: no example fits prompt.max_tokens and prompt.template")
+    here = config.data.model_copy(update={"source": config.data.test, "split": "test", "test": None, "max_rows": None})
+    own = config.model_copy(update={"data": here})  # of the sites' data nothing is here to be read again
+    lines = [line for report in source.reports for line in report.lines()]
+    lines += comparison.data_warnings(Federation((), rows, source.reports), prepared, template, lm, own)
+    for line in [*lines, *continual.unmeasured(prepared, config)]:
+        log.event("warning", message=line)
+    return prepared
+
+
+def _model(config: RunConfig) -> tuple[LanguageModel, tokenization.Template]:
+    lm = adapters.load(config.model, config.adapter)
+    return lm, tokenization.make_template(config.prompt, lm.tokenizer)
+
+
+def _summarise(config: RunConfig, folder: Path, adapter: StateDict, held_out: HeldOut | None) -> dict[str, Any]:
+    """The content of metrics.json: what the server can know, which is neither rows nor baselines of the sites."""
+    events = event_log.read_events(folder)
+    clients = {e["client"]: e for e in events if e["event"] == "handshake"}
+    ranks = event_log.ranks(events)
+    table: list[dict[str, Any]] = []
+    more: dict[str, Any] = {}
+    if held_out is not None:
+        rows = comparison.compare(_model(config)[0], held_out, config, adapter, {}, None).rows
+        steps = sum(event["steps"] for event in events if event["event"] == "client")
+        made = {"base": 0, "federated": steps}
+        table = [{**comparison.table_row(name, row, config.seed), "steps": made[name]} for name, row in rows.items()]
+        more = {
+            "paired": comparison.differences(rows, config.seed),
+            **continual.results(events, rows, held_out, config),
+        }
+    return {
+        "schema": event_log.SCHEMA,
+        "run": folder.name,
+        "task": f"{len(clients)} sites, {public_name(config.model.name)}",
+        "table": table,
+        "clients": [_client(name, clients[name], ranks.get(name)) for name in sorted(clients)],
+        "rounds": event_log.rounds_table(events),
+        "sites": own_rounds(events),
+        **more,
+        "rank": exported_rank(adapter),
+        "curation": event_log.curation_counts(events),
+        "privacy": statement.read(folder),
+        **{key: value for key, value in event_log.start_fields(config).items() if key in ("machine", "versions")},
+    }
+
+
+def _client(name: str, hello: Mapping[str, Any], rank: int | None) -> dict[str, Any]:
+    return {"client": name, "examples": hello["examples"], "tokens": hello["tokens"], "rank": rank}
+
+
+def _line(error: BaseException) -> str:
+    """One line for who follows the run."""
+    if isinstance(error, KeyboardInterrupt | SystemExit):
+        return "it was stopped"
+    lines: Sequence[str] = str(error).strip().splitlines() or [type(error).__name__]
+    known = isinstance(error, UserError) or type(error).__name__ == "RunFailed"
+    return lines[0] if known else f"{type(error).__name__}: {lines[0]}"

@@ -1,0 +1,208 @@
+"""What may come from a client: every number is held against what this run allows before it counts.
+
+A client is not trusted: it may be broken, of another version, or lying. Each check raises `WireError`, whose one line
+names the client's fault and never quotes what it sent beyond numbers.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from apiary.config.schema import RunConfig
+from apiary.core.lora import is_b
+from apiary.core.messages import Curated, Decline, FitReport, Payload, Score, Spent, Visit
+from apiary.core.tensors import StateDict, add, is_finite
+from apiary.transport.flower_records import WireError
+from strategies import seed_scalars
+
+MOST = 2**53  # counts travel as float64, which holds no larger number exactly
+_MOST_ENTRY = 1e12  # of a change; beyond it products of factors, and their decompositions, leave float32
+_SLACK = 1e-6  # of a budget, for two sides that add in another order
+
+
+class Poisoned(WireError):
+    """A well-formed change that no training makes. Whoever sends it is hostile, or as good as that."""
+
+
+def check_visit(visit: Visit, config: RunConfig, examples: int, payload: Payload, number: int) -> None:
+    """Check a client's answer to a round.
+
+    Args:
+        visit: the answer.
+        config: the run.
+        examples: training examples that the client named at the handshake.
+        payload: what the client was sent, which the update must fit.
+        number: the round, from 1.
+
+    Raises:
+        WireError: the first thing that cannot be.
+    """
+    private = config.privacy.unit == "record"
+    _check_report(visit.report, config, examples, private)
+    if visit.update.weight != visit.report.tokens:
+        raise WireError(f"its weight is {visit.update.weight:g}, but it reports {visit.report.tokens} tokens")
+    _check_curated(visit.curated, config, private)
+    _check_spent(visit.spent, config, private)
+    check_delta(visit.update.delta, payload.adapter)
+    _check_resting(visit.update.delta, config.adapter.trained(number))
+
+
+def wrong_rank(rank: int, config: RunConfig, mixed: bool) -> str:
+    """Why a client cannot take part with an adapter of this rank; nothing where it can.
+
+    Args:
+        rank: the client's.
+        config: the run.
+        mixed: whether the aggregation method takes clients of lower ranks than the run's.
+    """
+    most = config.adapter.rank
+    if rank == most or (mixed and 0 < rank < most):
+        return ""
+    allowed = f"1 to {most}" if mixed else f"{most} alone, for strategy.name = {config.strategy.name!r} takes one rank"
+    return f"its adapter has rank {rank}; this run allows {allowed}"
+
+
+def possible(tokens: int, examples: int, config: RunConfig) -> bool:
+    """Whether so many examples can hold so many tokens."""
+    return 0 <= tokens <= examples * config.prompt.max_tokens <= MOST
+
+
+def check_delta(delta: StateDict, adapter: StateDict) -> None:
+    """Check that a change has the adapter's tensors and leads to finite numbers.
+
+    Raises:
+        WireError: it has other names, shapes or dtypes, or holds NaN, infinity or too large numbers.
+    """
+    if set(delta) != set(adapter):
+        odd = sorted(set(delta) ^ set(adapter))
+        raise WireError(f"its update has other tensors than the adapter ({len(odd)} differ, first {odd[0]})")
+    for name, tensor in delta.items():
+        if tensor.dtype != adapter[name].dtype:
+            raise WireError(f"its {name} is {tensor.dtype}, the adapter's {adapter[name].dtype}")
+        if tensor.shape != adapter[name].shape:
+            raise WireError(f"its {name} is {tuple(tensor.shape)}, the adapter's {tuple(adapter[name].shape)}")
+    if seed_scalars.NAME in delta:
+        _check_scalars(delta[seed_scalars.NAME], adapter[seed_scalars.NAME])
+    if any(tensor.numel() and not float(tensor.abs().max()) < _MOST_ENTRY for tensor in delta.values()):
+        raise Poisoned("its update holds NaN or infinity, or numbers too large to add to the adapter")
+    if not is_finite(add(adapter, delta)):
+        raise WireError("its update and the adapter add up to numbers that are too large")
+
+
+def _check_resting(delta: StateDict, factors: str) -> None:
+    """The factors that rest in a round: averaging is exact because they are the same everywhere."""
+    if factors == "both":
+        return
+    resting = (tensor for name, tensor in delta.items() if is_b(name) != (factors == "b"))
+    if any(bool(tensor.any()) for tensor in resting):
+        raise Poisoned(f"its update moves a factor that rests in this round: {factors.upper()} alone is trained")
+
+
+def _check_scalars(change: Tensor, pool: Tensor) -> None:
+    """Each client's scalars must fit on top of the pool by themselves: then their mean does."""
+    try:
+        seed_scalars.of_tensor(change, range(len(pool)))
+        seed_scalars.check_sum((pool.abs() + change.abs()).tolist())
+    except ValueError as error:
+        raise WireError(f"its scalars cannot be taken: {error}") from None
+
+
+def check_score(score: Score, config: RunConfig) -> None:
+    """Check the sums over a client's held-out examples.
+
+    Raises:
+        WireError: they cannot be.
+    """
+    if not (math.isfinite(score.nats) and score.nats >= 0 and possible(score.tokens, score.examples, config)):
+        raise WireError(
+            f"its score is {score.nats:g} nats on {score.tokens:g} tokens of {score.examples:g} examples; "
+            "that cannot be"
+        )
+
+
+def _check_report(report: FitReport, config: RunConfig, examples: int, private: bool) -> None:
+    steps = _most_steps(config, examples, private)
+    tokens = min(MOST, steps * _most_tokens(config, private))
+    if not (report.tokens > 0 and report.tokens + report.replayed <= tokens and 0 < report.steps <= steps):
+        raise WireError(
+            f"it reports {report.tokens + report.replayed:g} tokens in {report.steps:g} steps; "
+            f"this run allows 1 to {tokens} tokens in 1 to {steps} steps"
+        )
+    if report.replayed < 0 or (report.replayed and not config.continual.buffer):
+        raise WireError(f"it reports {report.replayed} replayed tokens; continual.buffer = {config.continual.buffer:g}")
+    if private and not math.isnan(report.loss):
+        raise WireError("it tells its training loss, which differential privacy withholds; is it another version?")
+    if not private and not math.isfinite(report.loss):
+        raise WireError(f"its loss is {report.loss}")
+
+
+def check_walk(report: FitReport, config: RunConfig) -> None:
+    """Check the steps of a client whose gradient is read off how far it went.
+
+    Raises:
+        WireError: they are not those that every visit has in this run.
+    """
+    if config.train.epochs is None and report.steps != config.train.steps:
+        raise WireError(f"it reports {report.steps:g} steps; a visit has train.steps = {config.train.steps}")
+
+
+def _most_steps(config: RunConfig, examples: int, private: bool) -> int:
+    """Optimizer steps in a round, at most."""
+    train = config.train
+    if train.epochs is None:
+        return train.steps or 1
+    if private:
+        new = config.privacy.batch_rows * (1 - config.continual.replay if config.continual.buffer else 1)
+        return max(1, math.ceil(round(train.epochs * examples / new, 6)))
+    return max(1, math.ceil(train.epochs * examples / train.accumulate))  # with a batch for each example
+
+
+def _most_tokens(config: RunConfig, private: bool) -> int:
+    """Tokens that may be reported for a step; under differential privacy these are expected rows."""
+    if private:
+        return config.privacy.batch_rows
+    batches = config.train.accumulate * (2 if config.continual.buffer else 1)  # one new, one replayed
+    return batches * max(config.train.batch_tokens, config.prompt.max_tokens)
+
+
+def check_decline(decline: Decline, config: RunConfig) -> None:
+    """Check that a client's reason not to train can be one in this run.
+
+    Raises:
+        WireError: it cannot.
+    """
+    if decline.reason == "budget" and config.privacy.unit == "none":
+        raise WireError("it says that its privacy budget is spent, but privacy.unit is none")
+    if decline.reason == "idle" and not config.continual.stages:
+        raise WireError("it says that it has no rows for this stage, but there are no stages")
+
+
+def _check_curated(curated: Curated | None, config: RunConfig, private: bool) -> None:
+    if curated is None:
+        return
+    if private:
+        raise WireError("it tells what its curation dropped, which differential privacy withholds")
+    dropped = sum(curated.dropped.values())
+    if min(curated.kept, *curated.dropped.values(), MOST) < 0 or not curated.kept + dropped == curated.rows <= MOST:
+        raise WireError(
+            f"its curation kept {curated.kept} and dropped {dropped} of {curated.rows} rows; that cannot be"
+        )
+    strangers = set(curated.dropped) - {step.name for step in config.curate.steps}
+    if strangers:
+        raise WireError(f"its curation names {len(strangers)} steps that curate.steps does not")
+
+
+def _check_spent(spent: Spent | None, config: RunConfig, private: bool) -> None:
+    privacy = config.privacy
+    if not private:
+        if spent is not None:
+            raise WireError("it accounts for privacy, but privacy.unit is none; is it another version?")
+        return
+    if spent is None:
+        raise WireError("its update comes without an account of the privacy spent")
+    if not all(map(math.isfinite, spent)) or spent.delta != privacy.delta or spent.epsilon < 0:
+        raise WireError(f"its account of privacy is for delta = {spent.delta:g}; privacy.delta = {privacy.delta:g}")
+    if spent.epsilon > privacy.epsilon * (1 + _SLACK):
+        raise WireError(f"it has spent epsilon = {spent.epsilon:.4g}; privacy.epsilon = {privacy.epsilon:g}")

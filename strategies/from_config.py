@@ -1,0 +1,118 @@
+"""The aggregation method that a configuration names, with all that goes with it; or why it cannot be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from inspect import signature
+
+from apiary.config.schema import RunConfig, UserError
+from apiary.core import lora
+from apiary.transport import codec
+from strategies.aggregator import AGGREGATORS, Aggregator
+from strategies.server_optimizers import SERVER_OPTIMIZERS, with_optimizer
+
+
+def from_config(config: RunConfig) -> Aggregator:
+    """The method of `strategy.name`, with the server optimiser of the run around it.
+
+    Raises:
+        UserError: unknown names or options, or parts that do not go together, one line each.
+    """
+    strategy = config.strategy
+    aggregator = AGGREGATORS.build(
+        strategy.name,
+        strategy.options,
+        weighting=strategy.weighting,
+        alike=config.train.epochs is None,
+        scaling=lora.scaling(config.adapter.alpha, config.adapter.scaling),
+        seed=config.seed,
+    )
+    optimizer = SERVER_OPTIMIZERS.build(strategy.server_optimizer.name, strategy.server_optimizer.options)
+    if problems := list(_problems(config, aggregator)):
+        raise UserError(*problems)
+    return with_optimizer(aggregator, optimizer, config.adapter.trained)
+
+
+def _problems(config: RunConfig, aggregator: Aggregator) -> Iterator[str]:
+    name, adapter = config.strategy.name, config.adapter
+    if adapter.train not in aggregator.trains:
+        yield (
+            f"adapter.train = {adapter.train!r}: strategy.name = {name!r} moves the factor that clients hold fixed; "
+            f"it allows {' and '.join(map(repr, aggregator.trains))}"
+        )
+    if adapter.init != "kaiming" and _renewed(config, aggregator):
+        how = "draws A anew in every round, Kaiming-uniform" if aggregator.renews else "factors A anew in every round"
+        yield f"adapter.init = {adapter.init!r}: strategy.name = {name!r} {how}; leave adapter.init out"
+    ranks = "memory" if adapter.ranks == "memory" else list(adapter.ranks)
+    if aggregator.ranks == "one" and (ranks == "memory" or set(ranks) - {adapter.rank}):
+        mixed = "auto, flora, flexlora, hetlora, rank_slices, norm_clip, krum, multi_krum, geometric_median, fltrust"
+        yield (
+            f"adapter.ranks = {ranks!r}: strategy.name = {name!r} takes the rank {adapter.rank} alone; "
+            f"methods for several ranks are {mixed}"
+        )
+    weighed = "weighting" in signature(AGGREGATORS.builder(name)).parameters
+    if config.strategy.weighting != "tokens" and not weighed:
+        yield (
+            f"strategy.weighting = {config.strategy.weighting!r}: strategy.name = {name!r} has its own weights of the "
+            "clients; leave it out"
+        )
+    if aggregator.root and config.strategy.root is None:
+        yield (
+            f"strategy.root: strategy.name = {name!r} holds clients against the server's own update; name about 100 "
+            "rows that the server trusts"
+        )
+    if config.strategy.root is not None and not aggregator.root:
+        yield f"strategy.root: strategy.name = {name!r} does not use rows of the server's own; leave it out"
+    if aggregator.prunes:
+        yield from _pruning_problems(config)
+    yield from _wire_problems(config, aggregator)
+    if config.strategy.min_clients < aggregator.fewest:
+        few = config.data.partition.name != "natural" and config.data.clients < aggregator.fewest
+        also = f" (and data.clients, now {config.data.clients}, with it)" if few else ""
+        yield (
+            f"strategy.min_clients = {config.strategy.min_clients}: strategy.name = {name!r} with these options needs "
+            f"{aggregator.fewest} answers to keep its promise; raise it{also}, or lower strategy.options.byzantine"
+        )
+
+
+def _renewed(config: RunConfig, aggregator: Aggregator) -> bool:
+    """Whether the factors have another basis after each round."""
+    return aggregator.renews or (aggregator.space == "products" and config.adapter.train not in aggregator.keeps)
+
+
+def _pruning_problems(config: RunConfig) -> Iterator[str]:
+    key = f"strategy.options.prune = {config.strategy.options['prune']}"
+    if config.privacy.unit != "none":
+        yield f"{key}: the rank that a client prunes itself to tells of its rows; leave it out under privacy"
+    if config.simulate.attackers:
+        yield f"{key}: simulated attackers keep their rank; leave simulate.attackers out"
+
+
+def _wire_problems(config: RunConfig, aggregator: Aggregator) -> Iterator[str]:
+    try:
+        up, down = codec.of_run(config, "up"), codec.of_run(config, "down")
+    except UserError as error:
+        yield from error.problems
+        return
+    name = config.strategy.name
+    renewed = _renewed(config, aggregator)
+    if up.feedback and renewed:
+        yield (
+            f"wire.up = {config.wire.up.name!r}: its error feedback is kept in the factors' basis, which "
+            f"strategy.name = {name!r} changes in every round; use a codec with feedback = false, such as int8"
+        )
+    if aggregator.prunes and (up.feedback or not down.whole):
+        yield (
+            "strategy.options.prune: clients that prune change their rank, and what a codec keeps for the next message "
+            "has the rank of this one; use wire.down fp32, and up a codec without feedback"
+        )
+    if not down.whole and renewed:
+        yield (
+            f"wire.down = {config.wire.down.name!r}: strategy.name = {name!r} factors the adapter anew in every round, "
+            "and the difference of two factorisations is as large as the weights; use fp32"
+        )
+    elif not down.whole and aggregator.base:
+        yield (
+            f"wire.down = {config.wire.down.name!r}: strategy.name = {name!r} counts the residual of products from the "
+            "server's own adapter, which clients would then hold only nearly; use fp32"
+        )

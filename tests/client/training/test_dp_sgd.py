@@ -1,0 +1,452 @@
+"""Training under record-level privacy against the papers' equations in numpy, row by row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small_models
+import torch
+from scipy import stats
+from small_models import same
+
+from apiary.config.schema import Method, ModelConfig, RunConfig, UserError, parse
+from apiary.core.tensors import StateDict, norm, subtract
+from apiary.data.batches import Batch, Corpus, Encoded, collate, gather
+from apiary.models import adapters, fused_layers
+from apiary.models.inference import row_losses
+from apiary.privacy.accounting import Mechanism, epsilon
+from apiary.privacy.noise import SecretNoise
+from client.training import dp_sgd
+from client.training.objectives import build_penalties
+from client.training.trainer import FitResult, StepRecord
+
+KEY = bytes(32)
+CORPUS = small_models.make_corpus(40)
+CLIP = 0.5
+
+
+def load(folder: Path, dtype: str = "float32", **adapter: object) -> adapters.LanguageModel:
+    config = settings_of(adapter=adapter).adapter
+    return adapters.load(ModelConfig(name=str(folder), dtype=dtype, device="cpu"), config)
+
+
+def settings_of(
+    adapter: dict[str, object] | None = None, privacy: dict[str, object] | None = None, **train: object
+) -> RunConfig:
+    return parse(
+        {
+            "adapter": {"rank": 4, "alpha": 6.0, **(adapter or {})},
+            "train": {"batch_tokens": 96, "lr": 0.1, "warmup": 0.0, "schedule": "constant", "steps": 1, **train},
+            "privacy": {"clip": CLIP, "batch_rows": 10, **(privacy or {})},
+        }
+    )
+
+
+@pytest.fixture
+def lm(tiny_model: Path) -> adapters.LanguageModel:
+    return load(tiny_model)
+
+
+def stream(purpose: str, request: str = "r") -> SecretNoise:
+    return SecretNoise(KEY, purpose, request)
+
+
+def fit(lm: adapters.LanguageModel, config: RunConfig, steps: int, **keys: object) -> FitResult:
+    corpus = keys.get("corpus", CORPUS)
+    assert isinstance(corpus, Corpus)
+    given = {
+        "start": small_models.random_state(adapters.get_adapter(lm)),
+        "corpus": corpus,
+        "rates": np.full(len(corpus), 0.25),
+        "noise_multiplier": 0.0,
+        "noise": stream("noise"),
+        "sampling": stream("rows"),
+        "first_step": 0,
+        "total_steps": steps,
+        **keys,
+    }
+    return dp_sgd.fit_private(lm, config=config, steps=steps, **given)
+
+
+def clipped_by_hand(lm: adapters.LanguageModel, corpus: Corpus, rows: list[int], clip: float) -> dict[str, np.ndarray]:
+    """One row at a time through the lean model: g_i min(1, C / ||g_i||) for the row's mean nats per trained token."""
+    total = {name: np.zeros(tuple(p.shape)) for name, p in lm.adapter.items()}
+    for row in rows:
+        batch = collate(corpus, np.array([row]), 0)
+        loss = row_losses(lm.model, batch).sum() / batch.targets.sum()
+        grads = [g.double().numpy() for g in torch.autograd.grad(loss, list(lm.adapter.values()))]
+        length = math.sqrt(sum(float((g**2).sum()) for g in grads))
+        for name, g in zip(lm.adapter, grads, strict=True):
+            total[name] += g * min(1.0, clip / length)
+    return total
+
+
+def summed(
+    lm: adapters.LanguageModel, corpus: Corpus, rows: list[int], clip: float = CLIP, room: int = 96
+) -> StateDict:
+    with dp_sgd.row_gradients(lm):
+        return dp_sgd.clipped_sum(lm, row_losses, corpus, np.array(rows, np.int64), clip, room).gradients
+
+
+def close(ours: StateDict, theirs: dict[str, np.ndarray], tolerance: float = 1e-5) -> None:
+    for name, expected in theirs.items():
+        np.testing.assert_allclose(ours[name].numpy(), expected, rtol=tolerance, atol=tolerance * 0.1, err_msg=name)
+
+
+@pytest.mark.parametrize("family", small_models.FAMILIES)
+def test_the_clipped_sum_is_that_of_a_loop_over_rows(family: str, tiny_model: Path, tmp_path: Path) -> None:
+    lm = load(small_models.make_folder(family, tiny_model, tmp_path / family))
+    adapters.set_adapter(lm, small_models.random_state(adapters.get_adapter(lm)))
+    rows = [0, 3, 4, 8, 9, 15, 16, 23, 30, 39]
+    by_hand = clipped_by_hand(lm, CORPUS, rows, CLIP)
+    free = clipped_by_hand(lm, CORPUS, rows, 1e9)
+    assert any(not np.allclose(by_hand[n], free[n], rtol=0.1) for n in free)  # clipping is at work
+    close(summed(lm, CORPUS, rows), by_hand, 1e-4 if family == "gemma2" else 3e-5)
+    close(summed(lm, CORPUS, rows, clip=1e6), clipped_by_hand(lm, CORPUS, rows, 1e6), 1e-4)
+
+
+def test_the_sum_does_not_depend_on_how_rows_share_batches(
+    lm: adapters.LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapters.set_adapter(lm, small_models.random_state(adapters.get_adapter(lm)))
+    rows = list(range(40))
+    one = summed(lm, CORPUS, rows, room=100_000)
+    shortest = int(CORPUS.lengths.min())
+    alone = summed(lm, CORPUS, rows, room=shortest)  # longer rows than the room are alone
+    monkeypatch.setattr(dp_sgd, "_ROOM", 3 * sum(p.numel() for p in lm.adapter.values()))
+    in_threes = summed(lm, CORPUS, rows, room=100_000)
+    for other in (alone, in_threes):
+        for name, expected in one.items():
+            torch.testing.assert_close(other[name], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_one_row_moves_the_sum_by_the_clipping_norm_at_most(tiny_model: Path, tmp_path: Path) -> None:
+    """Every row of this model has a gradient far above the norm, so the bound is met with equality."""
+    lm = load(small_models.make_folder("llama", tiny_model, tmp_path / "m"))
+    adapters.set_adapter(lm, small_models.random_state(adapters.get_adapter(lm), 0.3))
+    rows = list(range(12))
+    whole = summed(lm, CORPUS, rows, clip=1e-3)
+    for row in rows:
+        moved = norm(subtract(whole, summed(lm, CORPUS, [r for r in rows if r != row], clip=1e-3)))
+        assert moved == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_the_model_is_left_as_it_was(lm: adapters.LanguageModel) -> None:
+    start = small_models.random_state(adapters.get_adapter(lm))
+
+    def shape() -> object:
+        adapters.set_adapter(lm, start)
+        batch = collate(CORPUS, np.arange(6), 0)
+        loss = row_losses(lm.model, batch).sum()
+        grads = torch.autograd.grad(loss, list(lm.adapter.values()))
+        hooks = [(len(m._forward_hooks), len(m._backward_hooks), m.training) for m in lm.model.modules()]
+        extra = [sorted(vars(p)) for p in lm.adapter.values()], [sorted(vars(m)) for m in lm.model.modules()]
+        plain = [m.is_plain() for m in lm.model.modules() if isinstance(m, fused_layers.LeanLinear)]
+        assert plain and all(plain)
+        return hooks, extra, loss.item(), [g.sum().item() for g in grads]
+
+    before = shape()
+    fit(lm, settings_of(), 2, noise_multiplier=1.0)
+    assert shape() == before
+    for fail in (lambda losses: 1 // 0, lambda losses: losses.sum().backward()):
+        blocker = lm.model.get_output_embeddings().register_full_backward_hook(lambda *_: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            _failing_pass(lm, fail)
+        blocker.remove()
+        assert shape() == before
+
+
+def _failing_pass(lm: adapters.LanguageModel, fail: Callable[[torch.Tensor], object]) -> None:
+    with dp_sgd.row_gradients(lm):
+        fail(row_losses(lm.model, collate(CORPUS, np.arange(3), 0)))
+
+
+def test_lean_layers_go_the_plain_way_only_within(lm: adapters.LanguageModel) -> None:
+    layers = [m for m in lm.model.modules() if isinstance(m, fused_layers.LeanLinear)]
+    with fused_layers.as_peft(lm.model):
+        assert layers and not any(layer.is_plain() for layer in layers)
+        with fused_layers.as_peft(lm.model):
+            pass
+        assert not any(layer.is_plain() for layer in layers)
+    assert all(layer.is_plain() for layer in layers)
+
+
+def by_hand(
+    lm: adapters.LanguageModel, config: RunConfig, steps: int, noise_multiplier: float, rate: float = 0.25
+) -> dict[str, np.ndarray]:
+    """Abadi et al. 2016, algorithm 1, with stochastic gradient descent; the streams drawn from in the same order."""
+    start = small_models.random_state(adapters.get_adapter(lm))
+    now = {name: t.double().numpy() for name, t in start.items()}
+    noise, sampling = stream("noise"), stream("rows")
+    for _ in range(steps):
+        adapters.set_adapter(lm, {name: torch.from_numpy(v).float() for name, v in now.items()})
+        drawn = np.flatnonzero(sampling.uniform(len(CORPUS)) < rate).tolist()
+        total = clipped_by_hand(lm, CORPUS, drawn, config.privacy.clip)
+        for name in lm.adapter:
+            z = noise.normal(now[name].size).reshape(now[name].shape) if noise_multiplier else 0.0
+            step = (total[name] + noise_multiplier * config.privacy.clip * z) / config.privacy.batch_rows
+            now[name] = now[name] - config.train.lr * step
+    return {name: now[name] - start[name].double().numpy() for name in now}
+
+
+@pytest.mark.parametrize("noise_multiplier", [0.0, 0.7])
+def test_a_visit_is_private_gradient_descent_by_the_paper(lm: adapters.LanguageModel, noise_multiplier: float) -> None:
+    config = settings_of(optimizer="sgd")
+    expected = by_hand(lm, config, 3, noise_multiplier)
+    result = fit(lm, config, 3, noise_multiplier=noise_multiplier)
+    for name, value in expected.items():
+        np.testing.assert_allclose(result.delta[name].numpy(), value, rtol=2e-3, atol=2e-6, err_msg=name)
+    size = math.sqrt(sum(float((v**2).sum()) for v in expected.values()))
+    if noise_multiplier:  # three steps of noise z C lr / batch_rows on every number
+        numbers = sum(v.size for v in expected.values())
+        assert size == pytest.approx(0.1 * 0.7 * CLIP / 10 * math.sqrt(3 * numbers), rel=0.1)
+
+
+def test_the_adam_of_a_visit_is_adamw_on_the_same_private_gradients(
+    lm: adapters.LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[StateDict] = []
+    own: Callable[..., dict[str, torch.Tensor]] = dp_sgd.privatised
+
+    def noting(*args: object) -> dict[str, torch.Tensor]:
+        seen.append(own(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(dp_sgd, "privatised", noting)
+    start = small_models.random_state(adapters.get_adapter(lm))
+    config = settings_of(lr=1e-2, weight_decay=0.1)
+    result = fit(lm, config, 4, noise_multiplier=0.5, start=start)
+    for name, first in start.items():
+        p, m, v = first.double().numpy(), 0.0, 0.0
+        for t, gradients in enumerate(seen, 1):
+            g = gradients[name].double().numpy()
+            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+            p = p * (1 - 1e-2 * 0.1) - 1e-2 * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+        np.testing.assert_allclose(result.delta[name].numpy(), p - first.double().numpy(), rtol=1e-3, atol=2e-6)
+
+
+def test_an_empty_draw_is_a_step_of_noise_alone(lm: adapters.LanguageModel) -> None:
+    config = settings_of(optimizer="sgd")
+    result = fit(lm, config, 1, rates=np.zeros(40), noise_multiplier=2.0)
+    numbers = torch.cat([t.flatten() for t in result.delta.values()]).double().numpy()
+    deviation = 0.1 * 2.0 * CLIP / 10
+    assert stats.kstest(numbers / deviation, "norm").pvalue > 1e-3
+
+
+def test_the_sum_is_divided_by_the_expected_rows_never_by_the_drawn_ones(lm: adapters.LanguageModel) -> None:
+    """With every row drawn, 40 of them where 10 were expected, the step is a tenth of the sum."""
+    config = settings_of(optimizer="sgd")
+    adapters.set_adapter(lm, start := small_models.random_state(adapters.get_adapter(lm)))
+    total = clipped_by_hand(lm, CORPUS, list(range(40)), CLIP)
+    result = fit(lm, config, 1, rates=np.ones(40), start=start)
+    for name, value in total.items():
+        np.testing.assert_allclose(result.delta[name].numpy(), -0.1 * value / 10, rtol=1e-3, atol=1e-6)
+    assert result.report.examples == 10
+
+
+def test_rows_can_have_rates_of_their_own(lm: adapters.LanguageModel) -> None:
+    seen: list[int] = []
+    rates = np.where(np.arange(40) < 20, 1.0, 0.0)
+    fit(lm, settings_of(), 1, rates=rates, observers=[lambda record: seen.append(record.tokens)])
+    assert seen == [sum(int(CORPUS.trained[CORPUS.offsets[i] : CORPUS.offsets[i + 1]].sum()) for i in range(20))]
+
+
+def test_penalties_are_added_after_the_noise_and_cost_nothing(lm: adapters.LanguageModel) -> None:
+    """The pull of FedProx, mu (w - anchor), is neither clipped nor divided."""
+    start = small_models.random_state(adapters.get_adapter(lm))
+    anchor = {name: torch.zeros_like(t) for name, t in start.items()}
+    penalties = build_penalties((Method(name="fedprox", mu=3.0),), anchor)
+    config = settings_of(optimizer="sgd", lr=0.01)
+    without = fit(lm, config, 1, noise_multiplier=0.5, start=start).delta
+    pulled = fit(lm, config, 1, noise_multiplier=0.5, start=start, penalties=penalties).delta
+    for name, t in start.items():
+        torch.testing.assert_close(pulled[name] - without[name], -0.01 * 3.0 * t, rtol=1e-3, atol=1e-6)
+
+
+def test_no_number_about_the_rows_is_reported(lm: adapters.LanguageModel) -> None:
+    """The same report, but for the clock, whatever the rows hold."""
+    reports = []
+    for seed in (0, 1):
+        result = fit(
+            lm, settings_of(), 3, noise_multiplier=1.0, corpus=small_models.make_corpus(40, seed, 24 - 10 * seed)
+        )
+        reports.append(result.report._replace(seconds=0.0))
+    assert [tuple(map(str, r)) for r in reports[:1]] == [tuple(map(str, r)) for r in reports[1:]]
+    assert math.isnan(reports[0].loss) and reports[0].tokens == reports[0].examples == 30
+
+
+def test_the_same_request_is_the_same_bits_and_another_is_not(lm: adapters.LanguageModel) -> None:
+    one, again = (fit(lm, settings_of(), 2, noise_multiplier=1.0).delta for _ in range(2))
+    assert same(one, again)
+    other = fit(lm, settings_of(), 2, noise_multiplier=1.0, noise=stream("noise", "another")).delta
+    assert not same(one, other)
+
+
+def test_an_answer_given_once_is_given_again(lm: adapters.LanguageModel, tmp_path: Path) -> None:
+    made = []
+
+    def make() -> FitResult:
+        made.append(fit(lm, settings_of(), 1, noise_multiplier=1.0, noise=stream("noise", str(len(made)))))
+        return made[-1]
+
+    first = dp_sgd.released(tmp_path, 1, "a", make)
+    again = dp_sgd.released(tmp_path, 1, "a", make)
+    assert len(made) == 1
+    assert same(first.delta, again.delta)
+    assert str(first.report) == str(again.report)
+    assert not same(dp_sgd.released(tmp_path, 1, "b", make).delta, first.delta)
+    for number in (2, 3):
+        dp_sgd.released(tmp_path, number, "c", make)
+    assert len(list(tmp_path.glob("release-*"))) == 3
+
+
+def with_row(row: Encoded) -> Corpus:
+    bounds = zip(CORPUS.offsets[:-1], CORPUS.offsets[1:], strict=True)
+    return gather([*(Encoded(CORPUS.ids[a:b], CORPUS.trained[a:b], False) for a, b in bounds), row])
+
+
+@pytest.mark.parametrize("spoilt_by", [math.nan, math.inf])
+def test_a_row_without_a_usable_gradient_adds_nothing(lm: adapters.LanguageModel, spoilt_by: float) -> None:
+    adapters.set_adapter(lm, small_models.random_state(adapters.get_adapter(lm)))
+    rows, bad = list(range(0, 40, 4)), 8
+    good = [row for row in rows if row != bad]
+
+    def spoiling(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        factor = torch.where(batch.rows == bad, spoilt_by, 1.0)
+        return row_losses(model, batch) * factor
+
+    with dp_sgd.row_gradients(lm):
+        spoilt = dp_sgd.clipped_sum(lm, spoiling, CORPUS, np.array(rows), CLIP, 96).gradients
+    close(spoilt, clipped_by_hand(lm, CORPUS, good, CLIP), 3e-5)
+
+
+def test_a_row_without_trained_tokens_is_harmless(lm: adapters.LanguageModel) -> None:
+    corpus = with_row(Encoded(np.array([5, 6, 7], np.int32), np.zeros(3, bool), False))
+    adapters.set_adapter(lm, small_models.random_state(adapters.get_adapter(lm)))
+    close(summed(lm, corpus, [1, 2, 40]), clipped_by_hand(lm, CORPUS, [1, 2], CLIP), 3e-5)
+
+
+def test_dropout_and_strange_rates_are_refused(lm: adapters.LanguageModel) -> None:
+    with pytest.raises(UserError, match=r"adapter\.dropout = 0\.1"):
+        fit(
+            lm,
+            settings_of().model_copy(update={"adapter": settings_of().adapter.model_copy(update={"dropout": 0.1})}),
+            1,
+        )
+    with pytest.raises(ValueError, match="39 rates for 40 rows"):
+        fit(lm, settings_of(), 1, rates=np.full(39, 0.1))
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
+def test_layers_whose_rows_cannot_be_told_apart_are_refused(tiny_model: Path) -> None:
+    """The output head sees tokens of all rows in one list; a row's own gradient cannot be had from it."""
+    lm = load(tiny_model, targets=("q_proj", "lm_head"))
+    with pytest.raises(RuntimeError, match=r"lm_head.*adapter\.targets"):
+        fit(lm, settings_of(), 1)
+
+
+def test_an_adapter_that_hooks_do_not_reach_is_an_error_not_noise(
+    lm: adapters.LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the plain way the lean layers pass by the modules that Opacus watches."""
+    import contextlib
+
+    monkeypatch.setattr(dp_sgd, "as_peft", lambda _: contextlib.nullcontext())
+    with pytest.raises(RuntimeError, match="row by row"):
+        fit(lm, settings_of(), 1, noise_multiplier=1.0)
+
+
+def test_an_adapter_that_does_not_move_is_an_error(lm: adapters.LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dp_sgd, "_take", lambda *_: None)
+    with pytest.raises(RuntimeError, match="left the adapter as it was"):
+        fit(lm, settings_of(), 1, noise_multiplier=1.0)
+
+
+def test_a_bfloat16_base_trains_privately(tiny_model: Path) -> None:
+    narrow, wide = load(tiny_model, "bfloat16"), load(tiny_model)
+    start = small_models.random_state(adapters.get_adapter(wide))
+    a, b = (fit(m, settings_of(optimizer="sgd"), 1, start=start).delta for m in (narrow, wide))
+    assert all(t.dtype is torch.float32 for t in a.values())
+    assert norm(subtract(a, b)) < 0.05 * norm(b)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_gpu_makes_the_same_private_steps(tiny_model: Path, dtype: str) -> None:
+    """The noise is the same to the bit, whatever the device; the gradients to its rounding."""
+    here = load(tiny_model)
+    there = adapters.load(ModelConfig(name=str(tiny_model), dtype=dtype, device="cuda"), settings_of().adapter)
+    a, b = (fit(m, settings_of(optimizer="sgd"), 2, noise_multiplier=0.3).delta for m in (here, there))
+    assert norm(subtract(a, b)) < (0.02 if dtype == "bfloat16" else 1e-3) * norm(a)
+    a, b = (fit(m, settings_of(optimizer="sgd"), 2).delta for m in (here, there))
+    assert norm(subtract(a, b)) < (0.1 if dtype == "bfloat16" else 1e-2) * norm(a)
+
+
+# -- audit ------------------------------------------------------------------------------------------
+
+
+def lower_bound(scores_in: np.ndarray, scores_out: np.ndarray, delta: float) -> float:
+    """A 95% lower bound on epsilon from one run with coin-flipped canaries (Steinke, Nasr and Jagielski 2023).
+
+    Of m canaries the r with the highest and lowest scores are guessed in and out; v guesses are right. Under
+    (epsilon, delta) P[v or more] is at most that of r coins with chance e^epsilon / (1 + e^epsilon), plus what delta
+    may add.
+    """
+    scores = np.concatenate([scores_in, scores_out])
+    truth = np.arange(len(scores)) < len(scores_in)
+    order, half = np.argsort(-scores, kind="stable"), len(scores) // 10  # fixed beforehand
+    right = int(truth[order[:half]].sum() + (~truth[order[-half:]]).sum())
+    guesses, best = 2 * half, 0.0
+    for eps in np.arange(0, 12, 0.05):
+        coins = stats.binom(guesses, 1 / (1 + math.exp(-eps)))
+        slips = max((coins.cdf(right - 1) - coins.cdf(right - i - 1)) / i for i in range(1, right + 1)) if right else 0
+        if coins.sf(right - 1) + 2 * len(scores) * delta * slips <= 0.05:
+            best = float(eps)
+    return best
+
+
+CANARIES, AUDIT_STEPS, AUDIT_NOISE = 300, 4, 4.0
+
+
+def audited(lm: adapters.LanguageModel, noise_multiplier: float) -> float:
+    """The bound for a visit on rows of random tokens, each there by a coin's flip and drawn in every step.
+
+    Who audits knows all but the coins: a canary's score is how far the adapter went along its own clipped gradient,
+    beyond what all canaries have in common.
+    """
+    rng = np.random.default_rng(1)
+    rows = [Encoded(rng.integers(2, 320, 8).astype(np.int32), np.arange(8) >= 1, False) for _ in range(CANARIES)]
+    inside = rng.random(CANARIES) < 0.5
+    start = small_models.random_state(adapters.get_adapter(lm), 0.02)
+    adapters.set_adapter(lm, start)
+    every, held = gather(rows), gather([row for row, there in zip(rows, inside, strict=True) if there])
+    with dp_sgd.row_gradients(lm):
+        single = [dp_sgd.clipped_sum(lm, row_losses, every, np.array([i]), 0.01, 512) for i in range(CANARIES)]
+    gradients = torch.stack([torch.cat([g.flatten() for g in one.gradients.values()]) for one in single])
+    config = settings_of(optimizer="sgd", lr=1e-3, batch_tokens=512, privacy={"clip": 0.01, "batch_rows": 1})
+    result = fit(
+        lm, config, AUDIT_STEPS, corpus=held, rates=np.ones(len(held)), noise_multiplier=noise_multiplier, start=start
+    )
+    went = torch.cat([result.delta[name].flatten() for name in lm.adapter])
+    scores = -((gradients - gradients.mean(0)) @ went).numpy()
+    return lower_bound(scores[inside], scores[~inside], 1e-5)
+
+
+@pytest.mark.slow
+def test_an_audit_sees_canaries_without_noise_and_not_more_than_is_claimed_with_it(tiny_model: Path) -> None:
+    lm = load(tiny_model, rank=16)
+    claimed = epsilon([Mechanism(AUDIT_NOISE, 1.0, AUDIT_STEPS)], 1e-5)
+    assert audited(lm, 0.0) > claimed
+    assert audited(lm, AUDIT_NOISE) <= claimed
+
+
+def test_observers_see_what_stays_at_home(lm: adapters.LanguageModel) -> None:
+    seen: list[StepRecord] = []
+    fit(lm, settings_of(), 3, observers=[seen.append], noise_multiplier=1.0)
+    assert [record.step for record in seen] == [0, 1, 2]
+    assert all(math.isfinite(record.loss) and record.grad_norm > 0 for record in seen)

@@ -1,0 +1,804 @@
+"""Deployment: kits, what is sent to the sites, processes that are kept, and the front door."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import hashlib
+import io
+import ipaddress
+import json
+import os
+import socket
+import sqlite3
+import stat
+import subprocess
+import sys
+import threading
+import time
+import warnings
+import zipfile
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import pytest
+import torch
+import uvicorn
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
+from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
+from deployment import descendants
+from starlette.testclient import TestClient
+
+from apiary.config import schema
+from apiary.config.schema import UserError
+from apiary.tracking.console import Lines
+from apiary.tracking.event_log import RunLog, truncate_after
+from client import site_worker, worker_rpc
+from client.site_worker import Facts
+from deploy import bundle, certificates, code_guard, flower_cli, kits, processes, runs, site
+from deploy import server as deployed_server
+from deploy.proxy import make_door
+from server import deployment_run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# -- kits ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("kits") / "federation"
+    kits.init(folder, "fl.example.org:8443", ["north", "south"])
+    return folder
+
+
+def _certificate(path: Path) -> x509.Certificate:
+    return x509.load_pem_x509_certificate(path.read_bytes())
+
+
+@pytest.mark.parametrize("name", ["fl.example.org", "localhost", "127.0.0.1"])
+def test_the_server_is_certified_for_its_name_and_this_machine(made: Path, name: str) -> None:
+    subject: Any = x509.IPAddress(ipaddress.ip_address(name)) if name[0].isdigit() else x509.DNSName(name)
+    trust = PolicyBuilder().store(Store([_certificate(made / "north" / "ca.crt")]))
+    trust.build_server_verifier(subject).verify(_certificate(made / "server" / "server.crt"), [])
+
+
+def test_another_name_and_another_authority_are_not_certified(made: Path, tmp_path: Path) -> None:
+    leaf = _certificate(made / "server" / "server.crt")
+    ours = PolicyBuilder().store(Store([_certificate(made / "ca" / "ca.crt")]))
+    with pytest.raises(VerificationError):
+        ours.build_server_verifier(x509.DNSName("elsewhere.example.org")).verify(leaf, [])
+    kits.init(tmp_path / "other", "fl.example.org:8443", ["north"])
+    theirs = PolicyBuilder().store(Store([_certificate(tmp_path / "other" / "ca" / "ca.crt")]))
+    with pytest.raises(VerificationError):
+        theirs.build_server_verifier(x509.DNSName("fl.example.org")).verify(leaf, [])
+
+
+def test_the_authority_signs_certificates_and_the_server_none(made: Path) -> None:
+    authority, leaf = (_certificate(made / folder / f"{name}.crt") for folder, name in (("ca", "ca"), ("server",) * 2))
+    uses = [c.extensions.get_extension_for_class(x509.KeyUsage) for c in (authority, leaf)]
+    assert all(use.critical for use in uses)
+    assert (uses[0].value.key_cert_sign, uses[0].value.digital_signature) == (True, False)
+    assert (uses[1].value.key_cert_sign, uses[1].value.digital_signature) == (False, True)
+    assert leaf.extensions.get_extension_for_class(x509.BasicConstraints).value.ca is False
+    assert leaf.not_valid_after_utc > datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=365)
+
+
+def test_private_keys_are_for_their_owner_alone_and_nowhere_else(made: Path) -> None:
+    private = {path for path in made.rglob("*") if path.is_file() and b"PRIVATE KEY" in path.read_bytes()}
+    assert private == {made / "ca" / "ca.key", made / "server" / "server.key", *(made.glob("*/site.key"))}
+    assert len(private) == 4
+    assert {stat.S_IMODE(path.stat().st_mode) for path in private} == {0o600}
+    folders = [made, *(path for path in made.rglob("*") if path.is_dir())]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folders} == {0o700}
+
+
+def test_the_server_knows_each_site_by_its_own_key(made: Path) -> None:
+    known = {name: load_ssh_public_key(path.read_bytes()) for name, path in kits.public_keys(_server(made)).items()}
+    assert set(known) == {"north", "south"}
+    for name, public in known.items():
+        assert load_ssh_private_key((made / name / "site.key").read_bytes(), None).public_key() == public
+    assert known["north"] != known["south"]
+
+
+def _server(folder: Path) -> kits.Kit:
+    return kits.read(folder / "server", "server")
+
+
+def test_a_site_comes_later_without_the_authority(made: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "federation"
+    kits.init(folder, "10.0.0.7:8443", ["north"])
+    (folder / "ca" / "ca.key").rename(tmp_path / "safe.key")
+    kits.add(folder, ["east"])
+    assert set(kits.public_keys(_server(folder))) == {"north", "east"}
+    assert kits.read(folder / "east", "site") == kits.Kit(
+        (folder / "east").resolve(), "site", kits.Address("10.0.0.7", 8443), "east"
+    )
+    with pytest.raises(UserError, match="there is one of this name already"):
+        kits.add(folder, ["East"])
+    with pytest.raises(UserError, match=r"ca\.key.*bring it back"):
+        kits.renew(folder)
+    (tmp_path / "safe.key").rename(folder / "ca" / "ca.key")
+    before = _certificate(folder / "server" / "server.crt")
+    kits.renew(folder)
+    after = _certificate(folder / "server" / "server.crt")
+    assert after.serial_number != before.serial_number
+    PolicyBuilder().store(Store([_certificate(folder / "north" / "ca.crt")])).build_server_verifier(
+        x509.IPAddress(ipaddress.ip_address("10.0.0.7"))
+    ).verify(after, [])
+
+
+@pytest.mark.parametrize(
+    ("address", "sites", "line"),
+    [
+        ("fl.example.org", ["a"], "expected HOST:PORT"),
+        ("fl.example.org:0", ["a"], "expected HOST:PORT"),
+        ("https://fl.example.org:8443", ["a"], "expected HOST:PORT"),
+        ("::1:8443", ["a"], "expected HOST:PORT"),
+        ("fl.example.org:8443", [], "name at least one"),
+        ("fl.example.org:8443", ["a", "a"], "there is one of this name already"),
+        ("fl.example.org:8443", ["../a"], "letters, digits"),
+        ("fl.example.org:8443", [".a"], "letters, digits"),
+        ("fl.example.org:8443", ["a b"], "letters, digits"),
+        ("fl.example.org:8443", ["Server"], "kept for a folder of ours"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(
+    address: str, sites: list[str], line: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=line) as caught:
+        kits.init(tmp_path / "new", address, sites)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not empty"):
+        kits.init(tmp_path, "[::1]:8443", ["a"])
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_kit_of_the_wrong_kind_is_told(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="a site's kit"):
+        kits.read(made / "north", "server")
+    with pytest.raises(UserError, match="the server's kit"):
+        kits.read(made / "server", "site")
+    with pytest.raises(UserError, match=r"holds no kit\.toml"):
+        kits.read(tmp_path, "site")
+
+
+def test_a_site_is_added_where_the_servers_key_no_longer_lies(tmp_path: Path) -> None:
+    folder = tmp_path / "federation"
+    kits.init(folder, "10.0.0.7:8443", ["north"])
+    (folder / "server" / "server.key").unlink()
+    kits.add(folder, ["east"])
+    assert kits.read(folder / "east", "site").site == "east"
+    with pytest.raises(UserError, match=r"lacks server\.key"):
+        _server(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ('role = "site"\nsite = "a"\nserver = 8443', "server = 8443: expected a text"),
+        ('role = "site"\nsite = "a"\nserver = "host:\u00b2"', "expected HOST:PORT"),
+        ('role = "site"\nsite = 7\nserver = "host:1"', "site = 7"),
+        ('role = "site"\nserver = "host:1"', "site = ''"),
+        ('role = "site"', "cannot be read"),
+    ],
+)
+def test_a_defective_kit_is_told_in_a_line(text: str, line: str, tmp_path: Path) -> None:
+    (tmp_path / "kit.toml").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=line) as caught:
+        kits.read(tmp_path, "site")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_server_does_not_start_with_files_that_do_not_fit(made: Path, tmp_path: Path) -> None:
+    ca, leaf, key = ((made / "server" / name).read_bytes() for name in ("ca.crt", "server.crt", "server.key"))
+    kits.init(tmp_path / "other", "fl.example.org:8443", ["a"])
+    other = tmp_path / "other" / "server"
+    certificates.check_server(ca, leaf, key)
+    for files, line in (
+        (((other / "ca.crt").read_bytes(), leaf, key), "not signed by the authority"),
+        ((ca, leaf, (other / "server.key").read_bytes()), "not the key"),
+        ((b"garbage", leaf, key), "ca.crt is no certificate"),
+        ((ca, leaf, b"garbage"), "no private key"),
+    ):
+        with pytest.raises(ValueError, match=line):
+            certificates.check_server(*files)
+    (other / "ca.crt").write_bytes(ca)
+    with pytest.raises(UserError, match="not signed"):
+        deployed_server.run(_server(tmp_path / "other"), tmp_path / "state")
+
+
+def test_an_expired_certificate_is_told(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(certificates, "_SERVER_DAYS", -1)
+    ca, ca_key = ((made / "ca" / name).read_bytes() for name in ("ca.crt", "ca.key"))
+    builder = x509.CertificateBuilder.not_valid_before
+    monkeypatch.setattr(
+        x509.CertificateBuilder, "not_valid_before", lambda self, time: builder(self, time - datetime.timedelta(days=9))
+    )
+    key, leaf = certificates.server(ca, ca_key, "localhost")
+    with pytest.raises(ValueError, match="renew"):
+        certificates.check_server(ca, leaf, key)
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--data", "nothing.jsonl"], "no such file or folder"),
+        (["--data", "x" * 300], "no such file or folder"),
+        (["--data", "empty.jsonl"], "empty.jsonl is empty"),
+        (["--data", "rows.jsonl", "--model", "./base"], "no such folder"),
+    ],
+)
+def test_a_site_that_could_take_no_part_ends_before_it_connects(
+    options: list[str], line: str, made: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
+    words = ["deploy", "client", str(made / "north"), "--state", "state", *options]
+    command = [sys.executable, "-m", "apiary.cli.main", *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert line in done.stderr and len(done.stderr.splitlines()) == 1
+    assert "answers" not in done.stdout and "connected" not in done.stdout  # the server was not even looked for
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        ("site.key", b"garbage", "no private key"),
+        ("site.key", b"", "no private key"),
+        ("ca.crt", b"garbage", "is no certificate"),
+    ],
+)
+def test_a_site_does_not_start_with_a_defective_file(name: str, content: bytes, line: str, tmp_path: Path) -> None:
+    kits.init(tmp_path / "f", "localhost:8443", ["a"])
+    (tmp_path / "f" / "a" / name).write_bytes(content)
+    with pytest.raises(UserError, match=line):
+        site.run(kits.read(tmp_path / "f" / "a", "site"), tmp_path / "state", site.Options(tmp_path))
+
+
+def test_a_site_does_not_start_on_a_port_that_is_taken(made: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"--port {port}"):
+            site.run(kits.read(made / "north", "site"), tmp_path / "state", site.Options(tmp_path, port=port))
+    with pytest.raises(UserError, match="from 1 to 65535"):
+        site.run(kits.read(made / "north", "site"), tmp_path / "state", site.Options(tmp_path, port=70_000))
+
+
+# -- the list of sites ---------------------------------------------------------------------------
+
+
+class _Flower:
+    """The SuperLink's list of keys: a key is taken once and never again, as in Flower's own database."""
+
+    def __init__(self, state: Path) -> None:
+        self.down, self.asked = False, 0
+        self.database = sqlite3.connect(state / flower_cli.DATABASE)
+        self.database.execute("CREATE TABLE node (node_id INTEGER, status TEXT, public_key BLOB UNIQUE)")
+
+    def call(self, state: Path, *words: str, options: tuple[str, ...] = ()) -> dict[str, Any]:
+        self.asked += 1
+        if self.down:
+            raise flower_cli.FlowerError("not now")
+        if words[1] == "unregister":
+            sql = "UPDATE node SET status = 'unregistered' WHERE node_id = ? AND status != 'unregistered'"
+            if not self.database.execute(sql, (_signed(int(words[2])),)).rowcount:
+                raise flower_cli.FlowerError("[code: 24] not found")
+            self.database.commit()
+            return {}
+        node = 2**64 - 1 - self.asked
+        try:
+            pem = certificates.public_pem(Path(words[2]).read_text())
+            self.database.execute("INSERT INTO node VALUES (?, 'registered', ?)", (_signed(node), pem))
+        except sqlite3.IntegrityError:
+            raise flower_cli.FlowerError("[code: 23] in use") from None
+        self.database.commit()
+        return {"node-id": node}
+
+    def active(self) -> set[str]:
+        found = self.database.execute("SELECT node_id FROM node WHERE status != 'unregistered'")
+        return {str(node % 2**64) for (node,) in found}
+
+
+def _signed(node: int) -> int:
+    return node - 2**64 if node >= 2**63 else node
+
+
+class _List(NamedTuple):
+    folder: Path
+    state: Path
+    flower: _Flower
+    failures: dict[tuple[str, str], tuple[str, float]]
+
+    def look(self) -> list[str]:
+        return deployed_server.register(_server(self.folder), self.state, self.failures)
+
+    def file(self, name: str) -> Path:
+        return self.folder / "server" / "sites" / f"{name}.pub"
+
+
+@pytest.fixture
+def listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> _List:
+    kits.init(tmp_path / "f", "localhost:8443", ["a", "b"])
+    (tmp_path / "state").mkdir()
+    made = _List(tmp_path / "f", tmp_path / "state", _Flower(tmp_path / "state"), {})
+    monkeypatch.setattr(flower_cli, "call", made.flower.call)
+    monkeypatch.setattr(deployed_server, "_AGAIN_S", 0.0)
+    return made
+
+
+def test_a_key_that_was_written_over_is_taken_up_and_the_old_one_struck_off(listed: _List) -> None:
+    assert listed.look() == ["a", "b"]
+    before = deployed_server.site_nodes(listed.state)
+    listed.file("a").write_bytes(certificates.site_keys()[1])
+    assert listed.look() == ["a", "b"]
+    after = deployed_server.site_nodes(listed.state)
+    assert after["a"] != before["a"] and after["b"] == before["b"]
+    assert listed.flower.active() == set(after.values())
+    listed.file("a").unlink()
+    assert listed.look() == ["b"]
+    assert listed.flower.active() == {after["b"]}
+
+
+def test_another_comment_is_no_other_key(listed: _List) -> None:
+    listed.look()
+    asked = listed.flower.asked
+    listed.file("a").write_text(" ".join(listed.file("a").read_text().split()[:2]) + " somebody else\n")
+    assert listed.look() == ["a", "b"]
+    assert listed.flower.asked == asked
+
+
+@pytest.mark.parametrize("forgotten", ["all", "node"])
+def test_a_site_that_flower_knows_already_can_be_struck_off(listed: _List, forgotten: str) -> None:
+    listed.look()
+    nodes, file = deployed_server.site_nodes(listed.state), listed.state / "nodes.json"
+    entries = json.loads(file.read_text())
+    file.write_text(json.dumps({} if forgotten == "all" else {n: {**e, "node": ""} for n, e in entries.items()}))
+    assert listed.look() == ["a", "b"]
+    assert deployed_server.site_nodes(listed.state) == nodes
+    listed.file("a").unlink()
+    listed.look()
+    assert listed.flower.active() == {nodes["b"]}
+
+
+def test_what_failed_is_tried_again_and_said_once(listed: _List, capsys: pytest.CaptureFixture[str]) -> None:
+    listed.flower.down = True
+    assert listed.look() == listed.look() == []
+    assert capsys.readouterr().out.count("site a: not now") == 1
+    listed.flower.down = False
+    assert listed.look() == ["a", "b"]
+    listed.flower.down = True
+    listed.file("a").unlink()
+    assert listed.look() == ["a", "b"]
+    listed.flower.down = False
+    assert listed.look() == ["b"]
+    assert listed.flower.active() == set(deployed_server.site_nodes(listed.state).values())
+
+
+def test_a_key_that_cannot_be_used_is_told_and_the_others_stay(
+    listed: _List, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = listed.file("a").read_text()
+    listed.file("c").write_bytes(b"\xff\xfe")
+    listed.file("d").symlink_to("nowhere")
+    listed.file("e").mkdir()
+    listed.file("g").write_text(text)
+    assert listed.look() == listed.look() == ["a", "b"]
+    said = capsys.readouterr().out
+    assert all(said.count(f"site {name}: {name}.pub") == 1 for name in "cdeg") and "key of site a" in said
+    listed.file("a").write_text("")  # it is just being copied
+    assert listed.look() == ["a", "b"]
+    listed.file("a").unlink()
+    listed.file("g").unlink()
+    assert listed.look() == ["b"]
+    listed.file("a").write_text(text)
+    assert listed.look() == ["b"]
+    assert "cannot come back" in capsys.readouterr().out
+
+
+def test_a_run_knows_a_site_by_its_key(listed: _List, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the site has told its name, which one that refuses the handshake never does."""
+    listed.look()
+    nodes = {name: int(node) for name, node in deployed_server.site_nodes(listed.state).items()}
+    assert deployment_run.site_name(nodes["a"]) is None  # in a simulation
+    started = deployed_server._superlink(_server(listed.folder), listed.state, 4000)
+    for name, value in started._environment.items():
+        monkeypatch.setenv(name, value)
+    assert [deployment_run.site_name(node) for node in (nodes["a"], nodes["b"], _signed(nodes["b"]))] == ["a", "b", "b"]
+    assert deployment_run.site_name(7) == ""
+    (listed.state / "nodes.json").unlink()
+    assert deployment_run.site_name(nodes["a"]) == ""
+
+
+def test_without_a_running_server_nothing_is_submitted(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no server is running"):
+        runs.start(tmp_path, schema.load(), tmp_path / "run")
+    with pytest.raises(UserError, match="no server is running"):
+        deployed_server.port_of(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["../../etc", "..", "a b", ".hidden", "ä", "x" * 300, "", "runs/7", "plain-1.0"])
+def test_every_site_takes_the_name_of_a_run(text: str, tmp_path: Path) -> None:
+    name = runs.run_name(text)
+    call = worker_rpc.Envelope({"kind": "train", "round": "1", "config": "{", "name": name})
+    answer = site_worker.Service(Facts("a", tmp_path, tmp_path)).answer(call)
+    assert "name" not in str(answer.header["error"])  # it is the configuration that cannot be read
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_directory_is_not_mixed_up_with_another(resume: bool, tmp_path: Path) -> None:
+    run = schema.load()
+    runs.check_folder(run, tmp_path / "new", resume=False)
+    (tmp_path / "config.toml").write_text(run.to_toml())
+    if resume:
+        runs.check_folder(run, tmp_path, resume=True)
+        with pytest.raises(UserError, match="holds no run"):
+            runs.check_folder(run, tmp_path / "new", resume=True)
+    other = schema.load(None, ["seed=1"])
+    with pytest.raises(UserError, match="differs from the run's own" if resume else "is not empty"):
+        runs.check_folder(other, tmp_path, resume=resume)
+
+
+def test_a_run_is_followed_to_its_end(tmp_path: Path) -> None:
+    def follow(*kinds: str) -> tuple[str | None, list[str]]:
+        seen: list[str] = []
+        log = RunLog(tmp_path / "-".join(kinds))
+        late = threading.Timer(0.2, lambda: [log.event(kind, message="too few", run="1") for kind in kinds])
+        late.start()
+        end = runs.follow(tmp_path, "1", tmp_path / "-".join(kinds), [lambda event: seen.append(event["event"])])
+        log.close()
+        return end, seen
+
+    assert follow("start", "finish") == (None, ["start", "finish"])
+    assert follow("start", "failed") == ("too few", ["start", "failed"])
+
+
+@pytest.mark.parametrize("checkpoint", [0, 1])
+def test_a_resumed_run_is_followed_from_its_start(checkpoint: int, tmp_path: Path) -> None:
+    """Though the log, cut back to the checkpoint, is no longer than it was."""
+    out, shown = tmp_path / "run", io.StringIO()
+
+    def write(run: str, *rounds: int) -> None:
+        log = RunLog(out)
+        log.event("start", rounds=3, clients=2, seed=0, run=run)
+        log.event("evaluate", round=0, loss=2.0)
+        for number in rounds:
+            log.event("asked", round=number, clients=["ant"])
+            log.event("round", round=number, clients=1, asked=1, tokens=9, seconds=1.0)
+        log.event("failed" if run == "1" else "finish", message="the power went")
+        log.close()
+
+    def resume() -> None:
+        truncate_after(out, checkpoint)
+        write("2", *range(checkpoint + 1, 4))
+
+    write("1", *range(1, checkpoint + 1))
+    late = threading.Timer(0.2, resume)
+    late.start()
+    assert runs.follow(tmp_path, "2", out, [Lines(shown)]) is None
+    assert "run: 2 clients, 3 rounds" in shown.getvalue() and "round 3/3" in shown.getvalue()
+    assert f"round {checkpoint}/3" not in shown.getvalue() and "/0" not in shown.getvalue()
+
+
+# -- processes -----------------------------------------------------------------------------------
+
+
+def test_processes_die_with_the_one_that_keeps_them_even_by_kill_9(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, time; from pathlib import Path; from deploy.processes import Kept;"
+        "kept = Kept([sys.executable, '-c', 'import time; time.sleep(600)'], os.environ, Path('.'));"
+        "kept.look(); print(kept.process.pid, flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as keeper:
+        assert keeper.stdout is not None
+        child = int(keeper.stdout.readline())
+        assert child in descendants(keeper.pid)
+        keeper.kill()
+    deadline = threading.Event()
+    for _ in range(100):
+        state = Path(f"/proc/{child}/stat")
+        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
+            break
+        deadline.wait(0.1)
+    else:
+        pytest.fail("the child lives on")
+
+
+def test_pauses_grow_to_a_bound() -> None:
+    pauses = [processes.pause(failures) for failures in range(8)]
+    assert pauses == sorted(pauses)
+    assert pauses[0] >= 2 and pauses[-1] == pauses[-2] <= 60
+
+
+def test_a_log_is_searched_for_what_the_present_process_wrote(tmp_path: Path) -> None:
+    log = tmp_path / "its.log"
+    log.write_text("connected\n")
+    code = (
+        "import pathlib, time\nprint('conn', end='', flush=True)\n"
+        "while not pathlib.Path('go').exists(): time.sleep(0.01)\nprint('ected')"
+    )
+    kept = processes.Kept([sys.executable, "-c", code], os.environ, tmp_path, log)
+    assert kept.look() is None and kept.process is not None
+    while not log.read_text().endswith("conn"):
+        time.sleep(0.01)
+    assert not kept.has_said("connected")
+    (tmp_path / "go").touch()
+    kept.process.wait()
+    assert kept.has_said("connected") and not kept.has_said("connected")
+    assert kept.look() == 0 and kept.failures == 1
+    assert kept.said().strip() == "connected" and kept.said(most=5).strip() == "cted"
+
+
+def test_the_workers_socket_is_for_its_owner_and_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = tmp_path / "t"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    state, odd = tmp_path / "s", tmp_path / "with space"
+    state.mkdir()
+    folder = site.socket_folder(state)
+    (folder / "worker.sock").touch()  # left by kill -9
+    assert site.socket_folder(state) == folder and not list(folder.iterdir())
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    odd.mkdir()
+    first = site.socket_folder(odd)
+    (first / "worker.sock").touch()
+    second = site.socket_folder(odd)
+    assert stat.S_IMODE(second.stat().st_mode) == 0o700
+    assert first != second and list(temporary.glob("apiary-*")) == [second]
+
+
+def test_a_state_folder_has_one_user(tmp_path: Path) -> None:
+    with processes.hold(tmp_path / "state"), pytest.raises(UserError, match="another `apiary deploy`"):
+        processes.hold(tmp_path / "state")
+    processes.hold(tmp_path / "state").close()
+
+
+# -- what is sent --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bundled(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The bundle as Flower itself makes it."""
+    folder = bundle.write(tmp_path_factory.mktemp("bundle") / "apiary-run")
+    environment = {**os.environ, "FLWR_HOME": str(folder.parent), "FLWR_TELEMETRY_ENABLED": "0"}
+    environment["FLWR_DISABLE_UPDATE_CHECK"] = "1"
+    subprocess.run([processes.program("flwr"), "build"], cwd=folder, env=environment, capture_output=True, check=True)
+    (built,) = folder.glob("*.fab")
+    return built.read_bytes()
+
+
+def test_our_bundle_passes_and_carries_no_code_of_ours(bundled: bytes) -> None:
+    bundle.check(bundled)
+    assert len(bundled) < 5_000
+
+
+def _changed(fab: bytes, change: dict[str, str], twice: str = "") -> bytes:
+    with zipfile.ZipFile(io.BytesIO(fab)) as archive:
+        files = {name: archive.read(name).decode() for name in archive.namelist()}
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about a name that stands there twice
+        if twice:
+            archive.writestr(twice, "import os")
+        for name, text in {**files, **change}.items():
+            archive.writestr(name, text)
+    return made.getvalue()
+
+
+def test_every_other_bundle_is_refused(bundled: bytes) -> None:
+    with zipfile.ZipFile(io.BytesIO(bundled)) as archive:
+        project = archive.read("pyproject.toml").decode()
+    bundle.check(_changed(bundled, {}))
+    foreign = [
+        _changed(bundled, {"extra.py": ""}),
+        _changed(bundled, {"client/app.py": ""}),
+        _changed(bundled, {"../outside.py": ""}),
+        _changed(bundled, {".info/more.py": ""}),
+        _changed(bundled, {"run_client.py": "import os\n"}),
+        _changed(bundled, {"pyproject.toml": project.replace("run_client:app", "os:app")}),
+        _changed(bundled, {"pyproject.toml": project + "[tool.other]\n"}),
+        _changed(bundled, {}, twice="run_client.py"),
+        b"no archive",
+        b"",
+    ]
+    for fab in foreign:
+        with pytest.raises(bundle.ForeignCode):
+            bundle.check(fab)
+
+
+def test_no_name_that_the_server_gives_leads_to_other_code(
+    bundled: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flwr.cli.config_utils import get_fab_metadata
+    from flwr.clientapp.client_app import LoadClientAppError
+    from flwr.supernode.runtime import run_clientapp as runtime
+
+    foreign, trace = tmp_path / "foreign", tmp_path / "foreign-code-ran"
+    foreign.mkdir()
+    (tmp_path / "home" / "apps" / "a.b.").mkdir(parents=True)
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "home"))
+    (foreign / "pyproject.toml").write_text(
+        '[project]\nname = "foreign"\nversion = "1"\nlicense = { text = "-" }\n[tool.flwr.app]\npublisher = "a"\n'
+        '[tool.flwr.app.components]\nserverapp = "run_foreign:app"\nclientapp = "run_foreign:app"\n'
+    )
+    (foreign / "run_foreign.py").write_text(f"open({str(trace)!r}, 'w').close()\napp = None\n")
+    names = ("a/b", "/../../../foreign/", "/")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(LoadClientAppError):
+        runtime.get_load_client_app_fn("", None, True)(*names)
+    assert trace.exists()  # Flower itself would run it
+    trace.unlink()
+    sys.modules.pop("run_foreign", None)
+
+    for name in ("install_from_fab", "get_project_dir", "get_load_client_app_fn", "install_app_dependencies"):
+        monkeypatch.setattr(runtime, name, getattr(runtime, name))  # put back at the end
+    code_guard.seal(runtime)
+    load = runtime.get_load_client_app_fn(default_app_ref="", app_path=None, multi_app=True)
+    fab_id, version = get_fab_metadata(bundled)
+    digest = hashlib.sha256(bundled).hexdigest()
+    runtime.install_from_fab(bundled, skip_prompt=True)
+    runtime.get_project_dir(fab_id, version, digest)
+    from client.app import app
+
+    assert load(fab_id, version, digest) is app
+    for wrong in (names, ("apiary/../../foreign", version, digest), (fab_id, "../x", digest), (fab_id, version, "../")):
+        with pytest.raises(bundle.ForeignCode):
+            load(*wrong)
+        with pytest.raises(bundle.ForeignCode):
+            runtime.get_project_dir(*wrong)
+    with pytest.raises(bundle.ForeignCode):
+        runtime.install_from_fab(_changed(bundled, {"extra.py": ""}), skip_prompt=True)
+    with pytest.raises(bundle.ForeignCode):
+        runtime.install_app_dependencies(foreign)
+    assert not trace.exists() and not list((tmp_path / "home" / "apps").glob("apiary*"))
+
+
+# -- the front door ------------------------------------------------------------------------------
+
+
+class _Behind(ThreadingHTTPServer):
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, str, str]] = []
+        super().__init__(("127.0.0.1", 0), _Echo)
+
+
+class _Echo(BaseHTTPRequestHandler):
+    server: _Behind
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["content-length"]))
+        self.server.seen.append((self.path, hashlib.sha256(body).hexdigest(), self.headers["x-signed"] or ""))
+        self.send_response(401 if self.path.endswith("activate-node") else 200)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        self.server.seen.append((self.path, "", ""))
+        self.send_response(200)
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def behind() -> Iterator[_Behind]:
+    with _Behind() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def test_the_door_passes_a_sites_call_on_as_it_is(behind: _Behind) -> None:
+    body = torch.arange(3 * 2**20, dtype=torch.int64).numpy().tobytes()  # 24 MiB
+    with TestClient(make_door(f"http://127.0.0.1:{behind.server_port}")) as outside:
+        reply = outside.post("/v1/fleet/push-object", content=body, headers={"x-signed": "by-north"})
+        assert reply.status_code == 200 and reply.content == body
+        assert behind.seen == [("/v1/fleet/push-object", hashlib.sha256(body).hexdigest(), "by-north")]
+        assert outside.post("/v1/fleet/activate-node", content=b"x").status_code == 401
+        assert outside.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/control/list-runs",
+        "/v1/control/start-run",
+        "/v1/runtime/acquire-task",
+        "/v1/fleet/../control/start-run",
+        "/v1/fleet/%2e%2e/control/start-run",
+        "/v1/fleet/%2e%2e%2fcontrol%2fstart-run",
+        "/v1/fleet//v1/control/start-run",
+        "/v1/fleet/",
+        "/openapi.json",
+        "/docs",
+        "/",
+        "//v1/control/start-run",
+        "/health/../v1/control/start-run",
+    ],
+)
+def test_the_door_lets_nothing_else_through(behind: _Behind, method: str, path: str) -> None:
+    with TestClient(make_door(f"http://127.0.0.1:{behind.server_port}")) as outside:
+        url = httpx.URL("http://testserver").copy_with(raw_path=path.encode())
+        assert outside.request(method, url, content=b"x").status_code in (404, 405)
+    assert behind.seen == []
+
+
+def test_a_server_that_starts_again_is_told_as_such(behind: _Behind) -> None:
+    """SuperNodes try again after 502; other errors end them."""
+    port = processes.free_port()
+    with TestClient(make_door(f"http://127.0.0.1:{port}")) as outside:
+        assert outside.post("/v1/fleet/pull-messages", content=b"x").status_code == 502
+
+
+async def _served(app: Any, talk: Any) -> Any:
+    """What `talk(port)` returns while uvicorn serves the app."""
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=processes.free_port(), log_level="error"))
+    serving = asyncio.create_task(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    try:
+        return await talk(server.config.port)
+    finally:
+        server.should_exit = server.force_exit = True
+        await serving
+
+
+async def _send(port: int, body: bytes, header: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(f"POST /v1/fleet/push-object HTTP/1.1\r\nhost: x\r\n{header}\r\n\r\n".encode() + body)
+    await writer.drain()
+    return reader, writer
+
+
+def test_a_body_that_hides_its_size_is_counted(behind: _Behind) -> None:
+    async def talk(port: int) -> tuple[bytes, bytes]:
+        told, _ = await _send(port, b"", "content-length: 2000")
+        hidden, _ = await _send(
+            port, b"1f4\r\n" + b"x" * 500 + b"\r\n" + b"1f5\r\n" + b"x" * 501, "transfer-encoding: chunked"
+        )
+        return await told.readline(), await hidden.readline()
+
+    told, hidden = asyncio.run(_served(make_door(f"http://127.0.0.1:{behind.server_port}", most=1000), talk))
+    assert b" 413 " in told and b" 413 " in hidden
+    assert behind.seen == []
+
+
+def test_who_sends_nothing_more_shuts_nobody_out(behind: _Behind) -> None:
+    async def talk(port: int) -> list[int]:
+        idle = [await _send(port, b"x", "content-length: 100") for _ in range(150)]
+        async with httpx.AsyncClient(trust_env=False, timeout=20) as outside:
+            answers = [
+                await outside.post(f"http://127.0.0.1:{port}/v1/fleet/pull-messages", content=b"y"),
+                await outside.get(f"http://127.0.0.1:{port}/health"),
+            ]
+        for _, writer in idle:
+            writer.close()
+        return [answer.status_code for answer in answers]
+
+    door = make_door(f"http://127.0.0.1:{behind.server_port}", idle_s=600.0)
+    assert asyncio.run(_served(door, talk)) == [200, 200]
+
+
+def test_who_sends_nothing_more_is_sent_away(behind: _Behind) -> None:
+    async def talk(port: int) -> bytes:
+        reader, _ = await _send(port, b"x", "content-length: 100")
+        return await asyncio.wait_for(reader.readline(), 20)
+
+    door = make_door(f"http://127.0.0.1:{behind.server_port}", idle_s=0.2)
+    assert b" 408 " in asyncio.run(_served(door, talk))

@@ -1,0 +1,120 @@
+"""What a deployment does when sites fail: real processes, and minutes, for Flower gives a silent node up after one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from deployment import SITES, Deployment, descendants, events_of, overrides, running
+
+pytestmark = pytest.mark.long
+_SILENT_S = 60.0  # Flower: two missed heartbeats of 30 s
+
+
+@pytest.fixture
+def federation(tmp_path: Path, tiny_model: Path) -> Iterator[Deployment]:
+    with running(tmp_path, tiny_model) as made:
+        yield made
+
+
+def _submit(made: Deployment, model: Path, *more: str) -> None:
+    texts = [*overrides(model, made.folder / "rows"), "strategy.min_clients=1", "evaluate.every=0", *more]
+    words = [word for text in texts for word in ("-s", text)]
+    made.start("submit", "deploy", "submit", str(made.kits / "server"), "--out", "run", *words)
+
+
+def _wait_for_event(made: Deployment, kind: str, number: int, limit_s: float = 240.0) -> dict[str, Any]:
+    deadline = time.monotonic() + limit_s
+    while True:
+        if (made.folder / "run" / "log.jsonl").exists():
+            found = [event for event in events_of(made.folder / "run", kind) if event.get("round") == number]
+            if found:
+                return found[0]
+        assert time.monotonic() < deadline, made.said("submit")
+        time.sleep(0.2)
+
+
+def _kill(made: Deployment, site: str) -> None:
+    """As when a machine loses its power: everything of the site at once, without a word to the server."""
+    keeper = made.running[site].pid
+    os.kill(keeper, signal.SIGSTOP)  # or it would start anew what is killed
+    for pid in reversed([keeper, *descendants(keeper)]):
+        os.kill(pid, signal.SIGKILL)
+    made.running[site].wait()
+
+
+def test_a_site_that_dies_costs_a_round_and_comes_back(federation: Deployment, tiny_model: Path) -> None:
+    _submit(federation, tiny_model, "rounds=14", "train.steps=1")
+    _wait_for_event(federation, "asked", 2)
+    _kill(federation, "bee")
+    died = time.monotonic()
+    lost = _wait_for_event(federation, "round", 2)
+    assert time.monotonic() - died < _SILENT_S + 30
+    assert (lost["asked"], lost["clients"]) == (3, 2)
+    (line,) = [e for e in events_of(federation.folder / "run", "refused") if e.get("round") == 2]
+    assert line["client"] == "bee" and "Node Unavailable" in line["reason"]
+    federation.join("bee", federation.folder / "rows")
+    federation.wait_for("bee", "connected to", times=2)
+    federation.running["submit"].wait(timeout=600)
+    assert federation.running["submit"].returncode == 0, federation.said("submit")
+    took_part = [e["round"] for e in events_of(federation.folder / "run", "client") if e["client"] == "bee"]
+    assert took_part[0] == 1 and 2 not in took_part and max(took_part) == 14
+
+
+def test_a_worker_that_dies_is_started_again(federation: Deployment, tiny_model: Path) -> None:
+    _submit(federation, tiny_model, "rounds=4")
+    _wait_for_event(federation, "round", 1)
+    (worker,) = [
+        pid
+        for pid in descendants(federation.running["ant"].pid)
+        if b"client.site_worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    os.kill(worker, signal.SIGKILL)
+    federation.running["submit"].wait(timeout=300)
+    assert federation.running["submit"].returncode == 0, federation.said("submit")
+    assert "the worker ended (exit code -9) and is started again" in federation.said("ant")
+    last = [e["client"] for e in events_of(federation.folder / "run", "client") if e["round"] == 4]
+    assert sorted(last) == sorted(SITES)
+
+
+def test_a_run_in_which_nothing_usable_arrives_fails_and_goes_on_later(
+    federation: Deployment, tiny_model: Path
+) -> None:
+    rows = federation.folder / "rows"
+    good = {site: (rows / f"{site}.jsonl").read_bytes() for site in SITES}
+    _submit(federation, tiny_model, "rounds=2")
+    for site in SITES:  # read when the run begins
+        (rows / f"{site}.jsonl").write_text('{"instruction": "no answer"}\n')
+    federation.running["submit"].wait(timeout=300)
+    assert federation.running["submit"].returncode == 1
+    assert "the run failed" in federation.said("submit") and "Traceback" not in federation.said("submit")
+    (failed,) = events_of(federation.folder / "run", "failed")
+    assert "handshake" in failed["message"]
+    assert {event["client"] for event in events_of(federation.folder / "run", "refused")} == set(SITES)
+    status = federation.call("deploy", "status", str(federation.kits / "server"))
+    assert "finished:failed" in status.stdout
+    for site in SITES:
+        (rows / f"{site}.jsonl").write_bytes(good[site])
+    again = federation.call("deploy", "submit", str(federation.kits / "server"), "--out", "run", "--resume")
+    assert again.returncode == 0, again.stderr
+    assert [event["round"] for event in events_of(federation.folder / "run", "round")] == [1, 2]
+
+
+def test_a_server_that_is_killed_leaves_a_run_to_go_on_with(federation: Deployment, tiny_model: Path) -> None:
+    _submit(federation, tiny_model, "rounds=3")
+    _wait_for_event(federation, "round", 1)
+    _kill(federation, "server")
+    federation.running["submit"].kill()
+    federation.serve()
+    kit = str(federation.kits / "server")
+    deadline = time.monotonic() + 180
+    while (status := federation.call("deploy", "status", kit).stdout).count(": online") < 3:
+        assert time.monotonic() < deadline, status
+    again = federation.call("deploy", "submit", kit, "--out", "run", "--resume")
+    assert again.returncode == 0, again.stderr
+    assert [event["round"] for event in events_of(federation.folder / "run", "round")] == [1, 2, 3]

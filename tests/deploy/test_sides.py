@@ -1,0 +1,638 @@
+"""Deployment: what answers at a site, and what surrounds the rounds on the server."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+from conftest import instruction_rows
+from deployment import SITES, overrides, write_rows
+from flwr.app import ArrayRecord, Context, Message, RecordDict
+from flwr.clientapp.typing import ClientAppCallable, Mod
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from typer.testing import CliRunner
+
+from apiary.cli import main
+from apiary.config import schema
+from apiary.config.schema import UserError
+from apiary.core.messages import Decline, Visit
+from apiary.core.tensors import StateDict
+from apiary.data import examples
+from apiary.evaluation import continual
+from apiary.evaluation.comparison import HeldOut
+from apiary.models import adapters
+from apiary.tracking import event_log
+from apiary.tracking.event_log import RunLog, read_events, read_metrics
+from apiary.transport import flower_records
+from client import app as client_app
+from client import handlers, site_worker, worker_rpc
+from client.site_worker import Facts
+from deploy import flower_cli, runs
+from server import deployment_run
+from server.membership import RunFailed
+from simulation import engines
+from simulation.in_process_grid import LocalGrid
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    return write_rows(tmp_path / "rows")
+
+
+# -- the thin app and the worker -----------------------------------------------------------------
+
+
+def test_the_process_of_a_message_loads_neither_torch_nor_a_model() -> None:
+    code = (
+        "import sys; import client.app, client.worker_rpc;"
+        "print([m for m in ('torch', 'transformers', 'peft', 'datasets') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+class Site:
+    """A worker behind a real socket, and a Flower node that reaches it."""
+
+    def __init__(self, folder: Path, overrides: list[str], rows: Path) -> None:
+        self.state, self.socket = folder / "state", folder / "w.sock"
+        self.run = schema.load(None, overrides)
+        self.facts = Facts("ant", rows / "ant.jsonl", self.state, self.run.model.name)
+        self.server = self.serve(self.facts)
+        adapter = flower_records.to_arrays(adapters.fresh_adapter(adapters.load(self.run.model, self.run.adapter), 0))
+        self.content = flower_records.request(1, adapter, ArrayRecord())
+
+    def serve(self, facts: Facts) -> grpc.Server:
+        server = site_worker.make_server(site_worker.Service(facts), self.address)
+        server.start()
+        return server
+
+    @property
+    def address(self) -> str:
+        return f"unix:{self.socket}"
+
+    def ask(self, kind: str, content: RecordDict | None = None, **values: str) -> Message:
+        given = {"config": self.run.to_json(), "name": "first", **values}
+        grid = LocalGrid(client_app.make_app(_at(self.address, given)), 1)
+        message = Message(self.content if content is None else content, 1000, kind, group_id="1")
+        (reply,) = grid.send_and_receive([message])
+        return reply
+
+
+def _at(address: str, values: dict[str, str]) -> Mod:
+    def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+        facts = {"worker-address": address, "site": "ant"}
+        return call_next(message, Context(context.run_id, context.node_id, facts, context.state, dict(values)))
+
+    return mod
+
+
+@pytest.fixture
+def site(tmp_path: Path, tiny_model: Path, rows: Path) -> Iterator[Site]:
+    made = Site(tmp_path, overrides(tiny_model, rows), rows)
+    yield made
+    made.server.stop(None)
+
+
+def test_the_worker_answers_what_a_virtual_client_would(site: Site, rows: Path, tmp_path: Path) -> None:
+    own = site.ask("train")
+    handlers.forget()
+    grid = LocalGrid(client_app.make_app(engines.site_facts(site.run.to_json(), tmp_path / "simulated")), len(SITES))
+    (virtual,) = grid.send_and_receive([Message(site.content, 1000, "train", group_id="1")])
+    ours, theirs = (flower_records.read_train_reply(reply.content) for reply in (own, virtual))
+    assert ours.update.client == theirs.update.client == "ant"  # type: ignore[union-attr]
+    assert flower_records.read_message(own.content) == flower_records.read_message(virtual.content) != b""
+    assert (site.state / "runs" / "first" / "round-0001.json").exists()
+
+
+def test_the_worker_is_healthy_and_reads_its_base_once(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    with grpc.insecure_channel(site.address) as channel:
+        asked = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=""), timeout=5)
+        assert asked.status == health_pb2.HealthCheckResponse.SERVING
+    caplog.set_level("INFO", logger="client.site_worker")
+    site.ask(flower_records.HELLO)
+    loads = adapters.base_loads()
+    for name in ("first", "second", "first"):
+        assert not site.ask("train", name=name).has_error()
+    assert adapters.base_loads() == loads
+    lines = [r.getMessage() for r in caplog.records if r.name == "client.site_worker"]
+    assert "query.hello" in lines[0]
+    assert all("round 1 train" in line and "0 base loads" in line for line in lines[1:])
+
+
+def test_what_goes_wrong_at_a_site_stays_there(site: Site, rows: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    site.state.mkdir()
+    (site.state / "errors.log").touch(0o644)
+    (rows / "ant.jsonl").write_text('{"instruction": "the queen is in hive 9"}\n')
+    reply = site.ask("train")
+    assert reply.has_error() and "UserError" in reply.error.reason and "errors.log" in reply.error.reason
+    assert "hive" not in reply.error.reason and "jsonl" not in reply.error.reason
+    log = site.state / "errors.log"
+    assert "ant.jsonl" in log.read_text() and stat.S_IMODE(log.stat().st_mode) == 0o600
+    # Nor is it on the site's terminal, where its service tells of what goes on.
+    assert not [r for r in caplog.records if r.exc_info and r.levelno >= logging.INFO]
+
+
+@pytest.mark.parametrize("name", ["../out", "a/b", "..", ".x", "a\nb", ""])
+def test_a_run_cannot_lead_out_of_the_sites_folder(site: Site, name: str) -> None:
+    assert "name is not allowed" in site.ask("train", name=name).error.reason
+    assert not site.state.exists() or not list(site.state.rglob("round-*"))
+
+
+def test_a_run_cannot_name_code_for_the_site_to_load(site: Site, tmp_path: Path) -> None:
+    run = site.run.model_copy(update={"train": site.run.train.model_copy(update={"objective": "os:system"})})
+    assert "module:function" in site.ask("train", config=run.to_json()).error.reason
+
+
+def test_a_run_cannot_make_the_site_open_a_file_of_its_choice(site: Site, tmp_path: Path) -> None:
+    pipe, file = tmp_path / "pipe", tmp_path / "honest.txt"
+    os.mkfifo(pipe)  # a site that opens it waits without end
+    file.write_text("{instruction}\n{response}")
+    told = set()
+    for template in (pipe, file, tmp_path / "nothing.txt"):
+        prompt = site.run.prompt.model_copy(update={"template": str(template)})
+        reply = site.ask("train", config=site.run.model_copy(update={"prompt": prompt}).to_json())
+        told.add(reply.error.reason)
+    assert len(told) == 1 and "built-in templates alone" in told.pop()
+
+
+@pytest.mark.parametrize("name", ["some-org/some-model", "../elsewhere", "here"])
+def test_without_a_model_of_its_own_a_site_takes_none_but_the_built_in(site: Site, name: str) -> None:
+    site.server.stop(None)
+    site.server = site.serve(site.facts._replace(model=None))
+    loads = adapters.base_loads()
+    run = site.run.model_copy(update={"model": site.run.model.model_copy(update={"name": name})})
+    assert "without --model" in site.ask(flower_records.HELLO, config=run.to_json()).error.reason
+    assert adapters.base_loads() == loads
+    built_in = run.model_copy(update={"model": run.model.model_copy(update={"name": "builtin:tiny"})})
+    assert not site.ask(flower_records.HELLO, config=built_in.to_json()).has_error()
+
+
+@pytest.mark.parametrize(
+    ("limits", "option"),
+    [
+        *(({"max_epsilon": value}, "--max-epsilon") for value in (math.nan, math.inf, 0.0, -1.0)),
+        *(({"max_delta": value}, "--max-delta") for value in (math.nan, 0.0, 1.0)),
+    ],
+)
+def test_limits_that_limit_nothing_are_refused(
+    limits: dict[str, float], option: str, tmp_path: Path, rows: Path
+) -> None:
+    facts = Facts("ant", rows / "ant.jsonl", tmp_path, max_epsilon=8.0)._replace(**limits)
+    with pytest.raises(UserError, match=option):
+        site_worker.check(facts)
+    words = ["deploy", "client", str(tmp_path), "--data", str(rows), option, str(next(iter(limits.values())))]
+    done = CliRunner().invoke(main.app, words)
+    assert isinstance(done.exception, UserError) and option in str(done.exception)
+
+
+GOOD = '{"instruction": "a", "output": "b"}\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("", "is empty"),
+        ("not json\n", "row 1: bad JSON"),
+        ("[1, 2]\n", "not an object"),
+        ('{"instruction": "a"}\n', "both a question and an answer"),
+        ('{"instruction": "a", "output": " "}\n', "both a question and an answer"),
+    ],
+)
+def test_rows_that_no_run_could_use_are_told_at_once(text: str, line: str, tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / "good.jsonl").write_text(GOOD)
+    (folder / "odd.jsonl").write_text(text)
+    for place in (folder, folder / "odd.jsonl"):
+        with pytest.raises(UserError, match=f"--data.*odd.jsonl.*{line}") as caught:
+            site_worker.check(Facts("ant", place, tmp_path))
+        assert "\n" not in str(caught.value)
+    assert site_worker.check(Facts("ant", folder / "good.jsonl", tmp_path)) == (1, ())
+
+
+def test_rows_whose_columns_a_run_may_name_are_a_warning(tmp_path: Path) -> None:
+    odd, partly = tmp_path / "odd.jsonl", tmp_path / "partly.jsonl"
+    odd.write_text('{"text": "a", "label": "b"}\n{"text": "c"}\n')
+    partly.write_text(GOOD + '{"instruction": "a"}\n')
+    count, (line,) = site_worker.check(Facts("ant", odd, tmp_path))
+    assert count == 2 and "odd.jsonl" in line and "text, label" in line and "data.columns" in line
+    with pytest.raises(UserError, match=r"text, label.*takes no names from a run"):
+        site_worker.check(Facts("ant", odd, tmp_path, max_epsilon=8.0))
+    assert site_worker.check(Facts("ant", partly, tmp_path)).warnings == (
+        "partly.jsonl: 1 of 2 rows left out: missing field 'output' (rows 2)",
+    )
+
+
+@pytest.mark.parametrize(
+    ("missing", "line"),
+    [
+        (["config.json"], "has no configuration"),
+        (["tokenizer.json", "tokenizer_config.json"], "has no tokenizer"),
+        (["model.safetensors"], None),  # no weight is read
+    ],
+)
+def test_a_model_is_looked_at_before_the_site_connects(
+    missing: list[str], line: str | None, tmp_path: Path, tiny_model: Path, rows: Path
+) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns(*missing))
+    facts = Facts("ant", rows / "ant.jsonl", tmp_path, str(folder))
+    if line is None:
+        site_worker.check(facts)
+        return
+    with pytest.raises(UserError, match=rf"--model .*{line}") as caught:
+        site_worker.check(facts)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"model": "./nowhere"}, "--model './nowhere': no such folder"),
+        ({"model": "builtin:large"}, "--model 'builtin:large'"),
+        ({"model": "x" * 300}, "--model 'x+': no such folder here"),
+        ({"device": "gpu0"}, "--device 'gpu0': allowed are"),
+        ({"device": "cuda:99"}, "--device 'cuda:99'"),
+    ],
+)
+def test_a_model_or_device_that_is_not_here_is_told_at_once(
+    given: dict[str, str], line: str, tmp_path: Path, rows: Path
+) -> None:
+    with pytest.raises(UserError, match=line):
+        site_worker.check(Facts("ant", rows / "ant.jsonl", tmp_path)._replace(**given))  # type: ignore[arg-type]
+
+
+def test_a_site_leaves_out_the_rows_of_no_stage_as_a_simulation_does(tmp_path: Path, tiny_model: Path) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for site, skills in (("ant", ("first", "other")), ("bee", ("second", "other", "first"))):
+        rows = [{**row, "skill": skills[i % len(skills)]} for i, row in enumerate(instruction_rows(60))]
+        (folder / f"{site}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = [*overrides(tiny_model, folder), "rounds=2", 'continual.stages=[["first"], ["second"]]']
+    run = schema.load(None, [*given, "strategy.min_clients=2"])
+    simulated = continual.within(examples.federate(run.data, run.seed), run)
+    for client in simulated.clients:
+        facts = Facts(client.name, folder / f"{client.name}.jsonl", tmp_path / "state")
+        site = site_worker._read_site(site_worker.at_home(run, facts), facts, "first")
+        assert (site.train, site.test) == (client.train, client.test)
+        assert 0 < len(site.train) + len(site.test) < 60
+
+
+def _private(run: schema.RunConfig, **privacy: object) -> schema.RunConfig:
+    changed = {"unit": "record", "batch_rows": 8, "noise_multiplier": 1.0, "epsilon": 8.0, **privacy}
+    return schema.parse({**run.model_dump(mode="json"), "privacy": {**run.privacy.model_dump(), **changed}})
+
+
+def test_a_site_may_insist_on_privacy(site: Site) -> None:
+    facts = site.facts._replace(max_epsilon=8.0)
+    site.server.stop(None)
+    site.server = site.serve(facts)
+    private = _private(site.run)
+    stages = schema.parse({**private.model_dump(mode="json"), "rounds": 3, "continual": {"stages": [["first"]]}})
+    columns = private.model_copy(update={"data": private.data.model_copy(update={"columns": {"output": "skill"}})})
+    for run, why in (
+        (site.run, "the run promises nothing"),
+        (_private(site.run, epsilon=8.5), "epsilon <= 8"),
+        (_private(site.run, delta=1e-3), "delta <= 1e-05"),
+        (stages, "takes no continual.stages"),
+        (columns, "data.columns"),
+    ):
+        assert why in site.ask("train", config=run.to_json()).error.reason
+    assert not (site.state / "ledger.json").exists()
+    assert not site.ask("train", config=private.to_json()).has_error()
+    # And no loss of its held-out rows, though the server asks.
+    _, score = flower_records.read_score_reply(site.ask("evaluate", config=private.to_json()).content)
+    assert score == (0.0, 0, 0)
+
+
+def test_what_one_run_spent_the_next_run_finds_spent(site: Site) -> None:
+    """The ledger is of the site's rows, not of a run: a server cannot start anew by starting a new run."""
+    run = _private(site.run, epsilon=5.0)
+    spent = []
+    for name in ("first", "second", "third"):
+        answer = flower_records.read_train_reply(site.ask("train", config=run.to_json(), name=name).content)
+        spent.append(answer.spent.epsilon if isinstance(answer, Visit) and answer.spent else None)
+    assert spent[0] is not None and spent[1] is not None and spent[0] < spent[1] <= 5.0
+    for name in map(str, range(20)):
+        answer = flower_records.read_train_reply(site.ask("train", config=run.to_json(), name=name).content)
+    assert answer == Decline("ant", "budget")
+
+
+def test_a_worker_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(worker_rpc.Unanswered, match="did not come up"):
+        worker_rpc.ask(f"unix:{tmp_path / 'nobody.sock'}", worker_rpc.Envelope({}), ready_s=0.3)
+
+
+def test_a_site_goes_by_its_own_places(tmp_path: Path, rows: Path) -> None:
+    given = ["model.name=org/base", "data.test=builtin:skills", "data.partition=natural", f"data.source={rows}"]
+    sent = schema.load(None, [*given, "data.test_fraction=0.3"])
+    own = site_worker.at_home(sent, Facts("bee", rows / "bee.jsonl", tmp_path, "here/base", "cuda:1"))
+    assert (own.model.name, own.model.device) == ("here/base", "cuda:1")
+    assert own.data.test is None  # a place on the server's disk
+    alone = sent.data.model_copy(update={"test": None})
+    simulated = {client.name: client for client in examples.federate(alone, sent.seed).clients}["bee"]
+    (client,) = examples.federate(own.data, own.seed).clients
+    assert (client.train, client.test) == (simulated.train, simulated.test)
+    assert len(client.test) > 3 and len(client.train) + len(client.test) == 40
+
+
+def test_an_envelope_comes_out_as_it_went_in() -> None:
+    packed = worker_rpc.Envelope({"kind": "träin", "n": 1}, b"\x00\xff" * 9).pack()
+    assert worker_rpc.unpack(packed) == ({"kind": "träin", "n": 1}, b"\x00\xff" * 9)
+    with pytest.raises(ValueError, match="envelope"):
+        worker_rpc.unpack(packed[:6])
+
+
+# -- the server's side of a run ------------------------------------------------------------------
+
+
+def test_the_server_app_keeps_the_run_directory(tmp_path: Path, tiny_model: Path, rows: Path) -> None:
+    run = schema.load(None, [*overrides(tiny_model, rows), f"data.test={rows / 'bee.jsonl'}"])
+    lm = adapters.load(run.model, run.adapter)
+    tuned = {name: tensor + 0.1 for name, tensor in adapters.fresh_adapter(lm, run.seed).items()}
+    measured: list[int] = []
+
+    def federate(log: RunLog, held_out: HeldOut | None) -> StateDict:
+        assert held_out is not None
+        measured.append(len(held_out.examples))
+        log.event("handshake", client="ant", examples=3, tokens=9)
+        return tuned
+
+    deployment_run.run(run, tmp_path / "run", 1, federate)
+    assert measured == [8]
+    metrics = read_metrics(tmp_path / "run")
+    assert [row["method"] for row in metrics["table"]] == ["base", "federated"]
+    assert metrics["table"][0]["loss"] != pytest.approx(metrics["table"][1]["loss"])
+    assert [client["client"] for client in metrics["clients"]] == ["ant"]
+    assert schema.load(tmp_path / "run" / "config.toml") == run
+    assert "<html" in (tmp_path / "run" / "report.html").read_text()
+    assert [event["event"] for event in read_events(tmp_path / "run")] == ["start", "handshake", "finish"]
+
+
+def test_without_held_out_rows_the_server_measures_nothing(tmp_path: Path, tiny_model: Path, rows: Path) -> None:
+    run = schema.load(None, overrides(tiny_model, rows))
+
+    def federate(log: RunLog, held_out: HeldOut | None) -> StateDict:
+        assert held_out is None
+        return adapters.fresh_adapter(adapters.load(run.model, run.adapter), 0)
+
+    deployment_run.run(run, tmp_path / "run", 1, federate)
+    assert read_metrics(tmp_path / "run")["table"] == []
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_failed_run_says_so_and_fails_in_flower_too(tmp_path: Path, tiny_model: Path, rows: Path) -> None:
+    def federate(log: RunLog, held_out: HeldOut | None) -> StateDict:
+        raise RunFailed("round 1: too few")
+
+    with pytest.raises(RunFailed):
+        deployment_run.run(schema.load(None, overrides(tiny_model, rows)), tmp_path / "run", 1, federate)
+    assert read_events(tmp_path / "run")[-1]["message"] == "round 1: too few"
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_a_second_process_leaves_a_run_directory_alone(tmp_path: Path, tiny_model: Path, rows: Path) -> None:
+    run = schema.load(None, overrides(tiny_model, rows))
+
+    def federate(log: RunLog, held_out: HeldOut | None) -> StateDict:
+        before = _files(tmp_path / "run")
+        with pytest.raises(UserError, match="another process still writes it"):
+            deployment_run.run(run, tmp_path / "run", 1, federate)
+        assert _files(tmp_path / "run") == before
+        raise RunFailed("enough")
+
+    for _ in range(2):  # what has ended holds nothing
+        with pytest.raises(RunFailed):
+            deployment_run.run(run, tmp_path / "run", 1, federate)
+
+
+def _files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_resumed_run_sweeps_and_counts_all_its_seconds(tmp_path: Path, tiny_model: Path, rows: Path) -> None:
+    run = schema.load(None, overrides(tiny_model, rows))
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    earlier = [{"event": "start", "time": 1000.0}, {"event": "phase", "time": 1600.0}]
+    (folder / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in earlier))
+    drafts = [folder / ".metrics.json.tmp", folder / "checkpoints" / ".round-0001.tmp", folder / ".adapter-1" / "part"]
+    for draft in drafts:
+        draft.parent.mkdir(exist_ok=True)
+        draft.touch()
+    (folder / ".mine").touch()
+
+    def federate(log: RunLog, held_out: HeldOut | None) -> StateDict:
+        assert not [draft for draft in drafts if draft.exists()] and (folder / ".mine").exists()
+        return adapters.fresh_adapter(adapters.load(run.model, run.adapter), 0)
+
+    deployment_run.run(run, folder, 1, federate)
+    assert 600 <= read_metrics(folder)["seconds"] < 700
+
+
+def test_the_server_measures_on_rows_of_a_stage_and_tells_what_is_not_measured(
+    tmp_path: Path, tiny_model: Path, rows: Path
+) -> None:
+    tests = [{**row, "skill": "first" if i < 6 else "other"} for i, row in enumerate(instruction_rows(10))]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*tests, {"instruction": "no"}]))
+    more = [f"data.test={tmp_path / 'test.jsonl'}", "rounds=2", 'continual.stages=[["first"], ["second"]]']
+    run = schema.load(None, [*overrides(tiny_model, rows), *more])
+    measured: list[int] = []
+
+    def federate(log: RunLog, held_out: HeldOut | None) -> StateDict:
+        assert held_out is not None
+        measured.append(len(held_out.examples))
+        raise RunFailed("enough")
+
+    with pytest.raises(RunFailed):
+        deployment_run.run(run, tmp_path / "run", 1, federate)
+    assert measured == [6]
+    told = [event["message"] for event in read_events(tmp_path / "run") if event["event"] == "warning"]
+    assert any("stage 2 has no held-out example" in line for line in told)
+    assert any("test.jsonl" in line for line in told)  # its row without an answer
+
+
+# -- starting a run ------------------------------------------------------------------------------
+
+
+class SuperLink:
+    """Stands in for Flower's command line: takes runs, and says of each what it is told to say."""
+
+    def __init__(self, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.given: list[dict[str, object]] = []
+        self.runs: list[dict[str, object]] = []
+        self.status = "running"
+        state.mkdir()
+        (state / "nodes.json").write_text(json.dumps({"ant": {"node": "7", "key": ""}}))
+        self.up(state, 4000)
+        monkeypatch.setattr(flower_cli, "call", self.call)
+        monkeypatch.setattr(runs, "_PATIENCE_S", 0.0)
+
+    def up(self, state: Path, port: int) -> None:
+        (state / "running.json").write_text(json.dumps({"port": port}))
+
+    def call(self, state: Path, *words: str, options: tuple[str, ...] = ()) -> dict[str, object]:
+        if words[0] == "supernode":
+            return {"nodes": [{"node-id": "7", "status": "online"}]}
+        if words[0] == "list":
+            if self.status == "gone":
+                raise flower_cli.FlowerError("no answer")
+            return {"runs": [{"run-id": options[1], "status": self.status}] if options else self.runs}
+        assert Path(words[1], "pyproject.toml").exists()
+        self.given.append(tomllib.loads(Path(options[1]).read_text(encoding="utf-8")))
+        if self.status == "refused":
+            raise flower_cli.FlowerError("no")
+        return {"run-id": len(self.given)}
+
+
+@pytest.fixture
+def superlink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SuperLink:
+    return SuperLink(tmp_path / "state", monkeypatch)
+
+
+def test_a_run_gets_a_name_of_its_own_and_keeps_it(superlink: SuperLink, tmp_path: Path) -> None:
+    run, state = schema.load(), tmp_path / "state"
+    for folder in ("exp1", "exp2"):
+        runs.start(state, run, tmp_path / folder / "first")
+    superlink.status = "finished:failed"
+    (tmp_path / "exp1" / "first" / "config.toml").write_text(run.to_toml())
+    runs.start(state, run, tmp_path / "exp1" / "first", resume=True)
+    one, two, again = (str(values["name"]) for values in superlink.given)
+    assert one == again != two and one.startswith("first-") and two.startswith("first-")
+    assert all(site_worker._RUN_NAME.fullmatch(name) for name in (one, two))
+    kept = ["directories", "nodes.json", "running.json", "started"]  # no drafts
+    assert sorted(path.name for path in state.iterdir()) == kept
+
+
+def test_a_configuration_of_any_characters_arrives(superlink: SuperLink, tmp_path: Path) -> None:
+    run = schema.load(None, ['prompt.system=be kind \U0001f41d\x7f\\ "quoted"'])
+    runs.start(tmp_path / "state", run, tmp_path / "\U0001f41d")
+    (values,) = superlink.given
+    assert schema.from_json(str(values["config"])) == run
+    assert values["out"] == str(tmp_path / "\U0001f41d") and values["expected"] == run.strategy.min_clients
+
+
+def test_a_directory_takes_no_second_run_while_one_goes_on(superlink: SuperLink, tmp_path: Path) -> None:
+    run, state, out = schema.load(), tmp_path / "state", tmp_path / "run"
+    runs.start(state, run, out)
+    with pytest.raises(UserError, match="run 1 still goes on"):  # its process is not up yet
+        runs.start(state, run, out)
+    superlink.status = "finished:failed"
+    (out / "config.toml").write_text(run.to_toml())
+    with event_log.hold(out), pytest.raises(UserError, match="still goes on"):  # Flower has lost it, but it works
+        runs.start(state, run, out, resume=True)
+    assert len(superlink.given) == 1
+    runs.start(state, run, out, resume=True)
+    superlink.status = "running"
+    superlink.up(state, 4001)  # a server that was killed: Flower's database still has the run alive
+    runs.start(state, run, out, resume=True)
+    assert len(superlink.given) == 3
+
+
+def test_a_run_that_is_not_started_leaves_no_trace(superlink: SuperLink, tmp_path: Path) -> None:
+    superlink.status = "refused"
+    with pytest.raises(flower_cli.FlowerError):
+        runs.start(tmp_path / "state", schema.load(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "own.txt").write_text("{instruction}{response}")
+    with pytest.raises(UserError, match=r"prompt\.template.*built-in"):
+        runs.start(tmp_path / "state", schema.load(None, [f"prompt.template={tmp_path / 'own.txt'}"]), tmp_path / "run")
+    assert len(superlink.given) == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("model.name=./nowhere", "model.name = './nowhere': no such folder"),
+        ("model.name=builtin:large", "model.name = 'builtin:large'"),
+        ("model.name={folder}", "model.name = .*: has no configuration"),
+        ("model.device=cuda:99", "model.device = 'cuda:99'"),
+        ("data.test={folder}/none.jsonl", "data.test = .*none.jsonl': no such file"),
+        ("data.test={folder}/odd.jsonl", "odd.jsonl: no columns known .*text, label"),
+    ],
+)
+def test_what_the_server_has_not_is_told_before_the_start(
+    superlink: SuperLink, tmp_path: Path, override: str, line: str
+) -> None:
+    (tmp_path / "odd.jsonl").write_text('{"text": "a", "label": "b"}\n')
+    run = schema.load(None, [override.format(folder=tmp_path)])
+    with pytest.raises(UserError, match=line) as caught:
+        runs.start(tmp_path / "state", run, tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert superlink.given == [] and not (tmp_path / "run").exists()
+
+
+def test_a_run_that_failed_at_once_may_be_started_again_in_its_directory(
+    superlink: SuperLink, tmp_path: Path, tiny_model: Path, rows: Path
+) -> None:
+    run, state, out = schema.load(None, overrides(tiny_model, rows)), tmp_path / "state", tmp_path / "run"
+    number = []
+
+    def federate(log: RunLog, held_out: HeldOut | None) -> StateDict:
+        raise RunFailed("0 of 3 clients joined")
+
+    for seed in (1, 2):  # what was wrong with the configuration may be mended
+        runs.start(state, run.model_copy(update={"seed": seed}), out)
+        number.append((out / "run-id").read_text())
+        assert [path.name for path in out.iterdir()] == ["run-id"]
+        with pytest.raises(RunFailed):
+            deployment_run.run(run, out, 1, federate)
+        superlink.status = "finished:failed"
+    assert number[0] != number[1]
+    runs.start(state, run, out, resume=True)
+    superlink.status = "running"  # and its process is not up yet
+    with pytest.raises(UserError, match="still goes on"):
+        runs.start(state, run, out)
+    assert (out / "log.jsonl").exists()
+    superlink.status = "finished:failed"
+    (out / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="is not empty"):
+        runs.start(state, run, out)
+    assert (out / "log.jsonl").exists()
+
+
+def test_status_tells_where_each_run_writes_and_how_long_it_took(superlink: SuperLink, tmp_path: Path) -> None:
+    runs.start(tmp_path / "state", schema.load(), tmp_path / "first")
+    superlink.runs = [
+        {"run-id": "2", "status": "running", "elapsed": 7500.0},
+        {"run-id": "1", "status": "finished:completed", "elapsed": 185.2},
+    ]
+    sites, site, header, *rows = runs.describe(tmp_path / "state")
+    assert (sites, site) == ("1 of 1 sites online", "site ant: online")
+    assert header.split("  ")[0].strip() == "run" and header.endswith("run directory")
+    assert rows[0].split("  ")[0].strip() == "2" and "2 h 05 min" in rows[0] and rows[0].endswith("not known")
+    assert "finished:completed" in rows[1] and "3 min 05 s" in rows[1] and rows[1].endswith(str(tmp_path / "first"))
+    assert len({line.index(word) for line, word in zip([header, *rows], ("time", "2 h", "3 min"), strict=True)}) == 1
+    superlink.runs = []
+    assert runs.describe(tmp_path / "state")[-1] == "no run yet"
+
+
+def test_who_follows_is_told_that_the_server_is_gone(
+    superlink: SuperLink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, seconds in (("_LOOK_S", 0.01), ("_ASK_S", 0.02), ("_LOST_S", 0.1)):
+        monkeypatch.setattr(runs, name, seconds)
+    superlink.status = "gone"
+    with pytest.raises(flower_cli.FlowerError, match=r"cannot be asked.*--resume"):
+        runs.follow(tmp_path / "state", "1", tmp_path / "run", [])
+
+
+def test_what_differs_from_a_simulation_is_said_before_the_start() -> None:
+    lines = runs.remarks(schema.load(None, ["data.max_rows=7"]))
+    assert [line.partition(" =")[0] for line in lines] == ["data.max_rows", "strategy.deadline_s"]
+    assert runs.remarks(schema.load(None, ["strategy.deadline_s=60"])) == []

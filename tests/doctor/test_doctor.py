@@ -1,0 +1,328 @@
+"""The doctor: all problems at once, and a plan whose numbers are right."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import instruction_rows
+from rich.console import Console
+
+from apiary.config import schema as configs
+from apiary.config.schema import RunConfig, UserError
+from apiary.core.tensors import digest
+from apiary.data import examples, tokenization
+from apiary.doctor import examine, forecast
+from apiary.models import adapters
+from apiary.privacy.accounting import Mechanism, epsilon
+from apiary.tracking.event_log import read_events
+from client.training import trainer
+from simulation.run import simulate
+
+_SENT = ("bytes_up", "bytes_down", "bytes_evaluate")
+
+
+def _doctor(overrides: list[str], path: Path | None = None, *, colour: bool = False) -> tuple[bool, str]:
+    out = io.StringIO()
+    console = Console(file=out, width=200, force_terminal=colour, highlight=False)
+    return examine(path, overrides, console), out.getvalue()
+
+
+def _problems(text: str) -> list[str]:
+    return re.findall(r"^  - (.*)$", text, re.MULTILINE)
+
+
+def _fact(text: str, name: str) -> str:
+    (line,) = re.findall(rf"^  {name} +(.*)$", text, re.MULTILINE)
+    return str(line)
+
+
+def test_a_sound_run_is_told_in_numbers_that_hold(small_run: list[str]) -> None:
+    good, text = _doctor(small_run)
+    assert good, text
+    assert "no problem found" in text
+    assert _fact(text, "rows") == "120, of them 120 usable (100.0%)"
+    # Rank 4 on two layers of width 32 and 64: four square layers and three of the MLP.
+    parameters = 2 * 4 * (4 * (32 + 32) + 3 * (32 + 64))
+    assert _fact(text, "trained").startswith(f"{parameters:,} parameters")
+    assert _fact(text, "per round").startswith("17.4 kB down and 17.4 kB up a client")
+    # Three rounds down and up, and evaluations before the first round and after each.
+    assert f"{3 * 4 * parameters * (2 * 3 + 4) / 1000:.0f} kB in the whole run" in text
+    assert _fact(text, "steps") == "2 a client and round, 18 in 3 rounds"
+    assert "baseline local: 18 more" in text
+    assert "baseline central: 18 more" in text
+    assert "cpu (asked for)" in _fact(text, "device")
+    assert _fact(text, "arithmetic") == "float32 (asked for)"
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        ["wire.up=int4", "wire.down=int8"],
+        ["adapter.train=b"],
+        ["adapter.ranks=[4, 8, 16]", "strategy.name=flexlora"],
+        ["strategy.name=scaffold", "train.optimizer=sgd"],
+        ["strategy.name=flora", "adapter.ranks=[4, 8, 16]"],
+        ["strategy.name=fedex", "strategy.options.base_rank=20"],
+        ["strategy.name=fedkseed", "train.steps=40"],
+        ["adapter.train=b", "wire.down=sparse"],
+    ],
+)
+def test_the_bytes_are_those_that_a_run_sends(small_run: list[str], tmp_path: Path, more: list[str]) -> None:
+    """All that its log counts, messages' names and headers aside."""
+    settings = [*small_run, "adapter.rank=16", *more, "evaluate.baselines=[]", "evaluate.generate=false"]
+    run = configs.load(None, settings)
+    simulate(run, tmp_path / "run")
+    events = read_events(tmp_path / "run")
+    sent = sum(e.get(key, 0) for e in events if e["event"] in ("round", "evaluate") for key in _SENT)
+    steps = run.train.steps or 0
+    planned = forecast.plan_traffic(run, adapters.load(run.model, run.adapter), forecast.Work((), (steps,) * 3, 3, 0))
+    assert planned.total == pytest.approx(sent, rel=0.1)
+    (up,) = {e["bytes_up"] / 3 for e in events if e["event"] == "round" and e["round"] == 2}
+    assert planned.up == pytest.approx(up, rel=0.1)
+
+
+def test_the_clients_are_told_with_their_tokens(small_run: list[str], tiny_model: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    _, text = _doctor(small_run)
+    federation = examples.federate(configs.load(None, small_run).data, 0)
+    for client in federation.clients:
+        # Each answer and the end-of-sequence token behind it.
+        tokens = sum(len(tokenizer(examples.answer(e))["input_ids"]) + 1 for e in client.train)
+        (row,) = re.findall(rf"^ *{client.name} +(\d+) +(\d+) ", text, re.MULTILINE)
+        assert row == (str(len(client.train)), str(tokens))
+
+
+def test_the_preview_brackets_the_answer_and_nothing_else(small_run: list[str]) -> None:
+    _, text = _doctor(small_run)
+    shown = text.split("One example")[1].split("Cost")[0]
+    (trained,) = re.findall(r"\[\[(.*)\]\]$", shown, re.MULTILINE)
+    prompt = next(row for row in instruction_rows(120) if row["instruction"] in shown)
+    assert trained == prompt["output"] + "<eos>"
+
+
+def test_colour_adds_to_the_brackets(small_run: list[str]) -> None:
+    _, plain = _doctor(small_run)
+    _, coloured = _doctor(small_run, colour=True)
+    assert "\x1b[" not in plain
+    assert re.search(r"\x1b\[1;32m\[\[", coloured)
+    assert re.search(r"\x1b\[2m", coloured)
+
+
+def test_all_problems_are_told_at_once(small_run: list[str], tmp_path: Path) -> None:
+    def refuse(config: RunConfig) -> None:
+        raise UserError(f"strategy.name = {config.strategy.name!r}: allowed are fedavg")
+
+    out = io.StringIO()
+    wrong = [
+        "model.device=cuda:99",
+        f"model.name={tmp_path / 'no-model'}",
+        f"data.source={tmp_path / 'no-data.jsonl'}",
+        f"prompt.template={tmp_path / 'no-template.txt'}",
+        "strategy.name=fedavgg",
+    ]
+    console = Console(file=out, width=60)
+    assert not examine(None, [*small_run, *wrong], console, checks=[refuse])
+    problems = _problems(out.getvalue())  # whole lines, though the console is narrow
+    assert len(problems) == 5
+    for key in ("strategy.name", "model.device", "data.source", "model.name", "prompt.template"):
+        assert sum(key in problem for problem in problems) == 1, (key, problems)
+    assert "5 problems" in out.getvalue()
+
+
+def test_a_file_that_does_not_load_is_told_in_full(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("[train]\nlr = -1.0\nstepz = 3\n[data]\nclients = 0\n", encoding="utf-8")
+    good, text = _doctor([], path)
+    assert not good
+    assert sorted(problem.split()[0] for problem in _problems(text)) == [
+        "data.clients",
+        "train.lr",
+        "unknown",
+    ]
+
+
+def test_what_works_is_told_beside_what_does_not(small_run: list[str], tmp_path: Path) -> None:
+    good, text = _doctor([*small_run, f"model.name={tmp_path / 'no-model'}"])
+    assert not good
+    assert _fact(text, "rows").startswith("120,")
+    assert len(_problems(text)) == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("strategy.min_clients=4", "strategy.min_clients = 4: there are 3 clients"),
+        ("data.test_fraction=0", "data.test_fraction = 0.0: leaves no held-out example"),
+    ],
+)
+def test_what_would_end_the_run_later_is_a_problem_now(small_run: list[str], override: str, said: str) -> None:
+    good, text = _doctor([*small_run, override])
+    assert not good
+    assert any(problem.startswith(said) for problem in _problems(text))
+
+
+def test_a_tracker_that_is_not_installed_is_a_problem(small_run: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    good, text = _doctor([*small_run, 'log.trackers=["wandb", "mlflow"]'])
+    assert not good
+    assert any("log.trackers" in problem and "pip install" in problem for problem in _problems(text))
+
+
+def test_examples_that_cannot_fit_are_a_problem_of_each_client(small_run: list[str]) -> None:
+    good, text = _doctor([*small_run, "prompt.max_tokens=8", "prompt.on_long=drop"])
+    assert not good
+    assert len(_problems(text)) == 4  # three clients and the held-out set
+    assert all("prompt.max_tokens = 8" in problem for problem in _problems(text))
+
+
+def test_bad_rows_and_long_rows_are_counted(small_run: list[str], tiny_model: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    rows: list[dict[str, str]] = list(instruction_rows(60))
+    rows[6]["output"] = ""
+    rows[9]["output"] = ""
+    for row in rows[20:30]:
+        row["output"] = "honey " * 200
+    path = tmp_path / "mixed.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    overrides = [*small_run, f"data.source={path}"]
+    _, text = _doctor(overrides)
+    assert _fact(text, "rows") == "60, of them 58 usable (96.7%)"
+    assert "mixed.jsonl: 2 of 60 left out (7, 10)" in text
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    federation = examples.federate(configs.load(None, overrides).data, 0)
+    kept = [e for client in federation.clients for e in client.train]
+    long = [e for e in kept if len(tokenizer(examples.answer(e))["input_ids"]) > 96]
+    assert long, "the split left no long row to train on"
+    share = 100 * len(long) / len(kept)
+    assert _fact(text, "too long").startswith(f"{len(long)} cut ({share:.1f}%), 0 dropped")
+    _, text = _doctor([*overrides, "prompt.on_long=drop"])
+    assert _fact(text, "too long").startswith(f"0 cut (0.0%), {len(long)} dropped ({share:.1f}%)")
+
+
+def test_nothing_in_the_data_steers_the_terminal(small_run: list[str], tmp_path: Path) -> None:
+    rows = instruction_rows(60)
+    for row in rows:
+        row["instruction"] += " \x1b]0;owned\x07 [bold]no markup[/bold]"
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    good, text = _doctor([*small_run, f"data.source={path}"])
+    assert good, text
+    assert "\x1b" not in text
+    assert "\x07" not in text
+    assert "[bold]no markup[/bold]" in text
+
+
+def test_many_clients_are_summed_up(small_run: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in instruction_rows(600)), encoding="utf-8")
+    good, text = _doctor([*small_run, f"data.source={path}", "data.clients=30"])
+    assert good, text
+    assert "client-07" not in text
+    sizes = [
+        len(c.train)
+        for c in examples.federate(
+            configs.load(None, [*small_run, f"data.source={path}", "data.clients=30"]).data, 0
+        ).clients
+    ]
+    for name, value in (("least", min(sizes)), ("median", np.median(sizes)), ("most", max(sizes))):
+        assert re.search(rf"{name} of 30 +{value:.0f} ", text), (name, value)
+
+
+def test_a_model_that_cannot_fit_is_never_loaded(small_run: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forecast, "device_bytes", lambda device: 10_000)
+    before = adapters.base_loads()
+    good, text = _doctor([*small_run, "model.dtype=bfloat16", "model.revision=other"])
+    assert not good
+    (problem,) = _problems(text)
+    assert "its weights take" in problem
+    assert "cpu has 10.0 kB" in problem
+    assert adapters.base_loads() == before
+
+
+def test_the_size_of_a_model_is_known_without_its_weights(tiny_model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    entries = sum(t.numel() for t in load_file(tiny_model / "model.safetensors").values())
+    (tmp_path / "config.json").write_text((tiny_model / "config.json").read_text())
+    model = configs.load(None, [f"model.name={tmp_path}", "model.dtype=float32"]).model
+    assert forecast.weights_bytes(model, torch.device("cpu")) == 4 * entries
+    absent = model.model_copy(update={"name": str(tmp_path / "absent")})
+    assert forecast.weights_bytes(absent, torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("override", ["train.steps=5", "train.epochs=1", "train.epochs=0.3", "train.epochs=2.5"])
+def test_forecast_and_trainer_count_the_same_steps(small_run: list[str], override: str) -> None:
+    config = configs.load(None, [*small_run, override, "train.accumulate=2", "strategy.fraction=0.5"])
+    lm = adapters.load(config.model, config.adapter)
+    template = tokenization.make_template(config.prompt, lm.tokenizer)
+    clients = examples.federate(config.data, 0).clients
+    corpora = [tokenization.encode_all(c.train, template, lm.tokenizer, config.prompt) for c in clients]
+    work = forecast.plan_work(config, corpora)
+    assert work.per_round == tuple(trainer.steps_per_round(config.train, c) for c in corpora)
+    assert work.cohort == 2
+    assert work.total == round(3 * 2 * np.mean(work.per_round))
+
+
+def test_trying_out_leaves_the_adapter_alone_and_sees_the_activations(small_run: list[str]) -> None:
+    config = configs.load(None, small_run)
+    lm = adapters.load(config.model, config.adapter)
+    template = tokenization.make_template(config.prompt, lm.tokenizer)
+    rows = examples.federate(config.data, 0).clients[0].train
+    corpus = tokenization.encode_all(rows, template, lm.tokenizer, config.prompt)
+    before = digest(adapters.get_adapter(lm))
+    trial = forecast.try_out(lm, corpus, config)
+    assert digest(adapters.get_adapter(lm)) == before
+    assert all(parameter.grad is None for parameter in lm.adapter.values())
+    assert math.isfinite(trial.seconds)
+    assert trial.tokens <= config.train.batch_tokens
+    # At least the inputs of the seven adapted layers of each block: six of width 32, one of 64...
+    per_token = 2 * 4 * (6 * 32 + 64)
+    assert trial.activation_bytes > trial.tokens * per_token / 3  # q, k, v share one input
+    assert trial.activation_bytes < trial.tokens * per_token * 30
+
+
+def test_the_base_is_counted_once(small_run: list[str], tiny_model: Path) -> None:
+    from safetensors.torch import load_file
+
+    config = configs.load(None, small_run)
+    entries = sum(t.numel() for t in load_file(tiny_model / "model.safetensors").values())
+    held = forecast.base_bytes(adapters.load(config.model, config.adapter))
+    assert 4 * entries <= held < 4 * entries + 10_000  # and a few buffers of rotary angles
+
+
+def test_what_a_private_run_costs_is_told_before_it_starts(small_run: list[str]) -> None:
+    good, text = _doctor([*small_run, "privacy.unit=record", "privacy.batch_rows=8", "privacy.noise_multiplier=1.0"])
+    assert good, text
+    # 8 rows expected of the smallest client's, 2 steps a round: the last line of the table is the whole run.
+    rows = min(len(c.train) for c in examples.federate(configs.load(None, small_run).data, 0).clients)
+    (last,) = re.findall(r"^ +3 +6 +([0-9.]+) ", text, re.MULTILINE)
+    assert float(last) == pytest.approx(epsilon([Mechanism(1.0, 8 / rows, 6)], 1e-5), abs=1e-3)
+
+
+def test_settings_that_hold_nothing_back_or_teach_nothing_are_warned_of(small_run: list[str]) -> None:
+    good, text = _doctor([*small_run, 'continual.stages=[["first"], ["last"]]', "continual.buffer=5000"])
+    assert good, text
+    assert text.count("warning: continual.buffer = 5000: every client would keep all rows") == 1
+    private = [*small_run, "privacy.unit=record", "privacy.batch_rows=8"]
+    good, text = _doctor([*private, "privacy.noise_multiplier=20.0"])
+    assert good and text.count("warning: noise drowns what the rows say") == 1
+    good, text = _doctor([*private, "privacy.noise_multiplier=0.05"])
+    assert not good and any("epsilon after round 1 would be" in line for line in _problems(text))
+
+
+def test_promises_and_stages_that_the_data_cannot_keep_are_problems(small_run: list[str]) -> None:
+    good, text = _doctor([*small_run, "privacy.unit=record", "privacy.batch_rows=1000"])
+    assert not good and any("privacy.batch_rows = 1000" in line for line in _problems(text))
+    good, text = _doctor([*small_run, 'continual.stages=[["first"], ["lost"]]'])
+    assert not good and any("continual.stages names 'lost'" in line for line in _problems(text))

@@ -1,0 +1,337 @@
+"""The whole run, end to end: both engines, resume after a kill, what stands in the run directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from apiary.config import schema
+from apiary.config.schema import UserError
+from apiary.export import tuned
+from apiary.models import adapters
+from apiary.report import table_plain
+from simulation.run import simulate
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(folder: Path, overrides: list[str], **kwargs: Any) -> dict[str, Any]:
+    return simulate(schema.load(None, overrides), folder, **kwargs)
+
+
+def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def events_of(folder: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    return [e for e in map(json.loads, lines) if e["event"] == kind]
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, rows_file: Path
+) -> tuple[Path, dict[str, Any]]:
+    """One finished run that several tests look at."""
+    from conftest import overrides_for
+
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    return folder, run(folder, overrides_for(tiny_model, rows_file))
+
+
+def test_run_directory(finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, metrics = finished
+    for name in (
+        "config.toml",
+        "log.jsonl",
+        "metrics.json",
+        "report.html",
+        "adapter/adapter_config.json",
+        "checkpoints/round-0003/state.json",
+    ):
+        assert (folder / name).exists(), name
+    assert [row["method"] for row in metrics["table"]] == ["base", "local", "federated", "central"]
+    assert [r["round"] for r in metrics["rounds"]] == [0, 1, 2, 3]
+    assert metrics["schema"] == 1 and metrics["privacy"] == {"unit": "none"}
+    assert json.loads((folder / "metrics.json").read_text())["table"][2]["loss"] == pytest.approx(
+        metrics["table"][2]["loss"]
+    )
+    assert len(metrics["clients"]) == 3 and metrics["gain"]["clients"] == 3
+
+
+def test_last_round_in_log_is_the_federated_row(finished: tuple[Path, dict[str, Any]]) -> None:
+    _, metrics = finished
+    assert metrics["rounds"][-1]["loss"] == pytest.approx(metrics["table"][2]["loss"], rel=1e-6)
+    assert metrics["rounds"][0]["loss"] == pytest.approx(metrics["table"][0]["loss"], rel=1e-6)
+
+
+def test_methods_are_compared_row_by_row(finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, metrics = finished
+    losses = {row["method"]: row["loss"] for row in metrics["table"]}
+    paired = json.loads((folder / "metrics.json").read_text())["paired"]
+    assert set(paired) == {"base", "local", "central"}
+    for method, pair in paired.items():
+        assert pair["difference"] == pytest.approx(losses["federated"] - losses[method])
+        assert pair["n"] == 8 and pair["ci95"] is None  # too few rows for one
+
+
+def test_a_private_run_says_that_its_baselines_had_no_noise(tmp_path: Path, tiny_model: Path, rows_file: Path) -> None:
+    from conftest import overrides_for
+
+    private = ["privacy.unit=record", "privacy.batch_rows=8", "rounds=1", "evaluate.baselines=['base', 'local']"]
+    more = ["evaluate.max_examples=20", "evaluate.generate=false", "data.test_fraction=0.3"]
+    metrics = run(tmp_path / "run", [*overrides_for(tiny_model, rows_file), *private, *more])
+    low, high = metrics["paired"]["base"]["ci95"]
+    assert low <= metrics["paired"]["base"]["difference"] <= high
+    note = "training alone (local) went without noise, federated training with it"
+    assert note in (tmp_path / "run" / "report.html").read_text() and note in table_plain(metrics)
+    _, remarks = tuned.score(tuned.open_tuned(tmp_path / "run"), str(rows_file))
+    assert any("trained without noise" in line for line in remarks)
+    assert note in tuned.card(schema.load(tmp_path / "run" / "config.toml"), 4, metrics, {})
+
+
+def test_training_lowers_the_loss(finished: tuple[Path, dict[str, Any]]) -> None:
+    _, metrics = finished
+    losses = {row["method"]: row["loss"] for row in metrics["table"]}
+    assert losses["federated"] < losses["base"] and losses["central"] < losses["base"]
+
+
+def test_central_gets_the_steps_of_all_clients(finished: tuple[Path, dict[str, Any]]) -> None:
+    """AdamW moves some weight by about the learning rate in each step, so the way that central went tells its steps."""
+    folder, metrics = finished
+    federated = sum(e["steps"] for e in events_of(folder, "client"))
+    assert federated == 3 * 3 * 2
+    steps = {row["method"]: row["steps"] for row in metrics["table"]}
+    assert steps == {"base": 0, "local": 6, "federated": federated, "central": federated}
+    settings = schema.load(folder / "config.toml")
+    start = adapters.fresh_adapter(adapters.load(settings.model, settings.adapter), 0)
+
+    def furthest(place: Path) -> float:
+        state = load_file(place / "adapter_model.safetensors")
+        return max(float((state[name] - start[name]).abs().max()) for name in state)
+
+    alone = furthest(folder / "baselines" / "local" / "client-00")
+    assert 1.5 * alone < furthest(folder / "baselines" / "central") < 3 * federated * 5e-3
+
+
+def test_each_client_keeps_its_own_steps(finished: tuple[Path, dict[str, Any]]) -> None:
+    """What a client tells of a round is the sum, or the mean over tokens, of what it wrote down for itself."""
+    folder, _ = finished
+    told = events_of(folder, "client")
+    assert len(told) == 9
+    for event in told:
+        lines = (folder / "clients" / event["client"] / "steps.jsonl").read_text().splitlines()
+        steps = [step for step in map(json.loads, lines) if step["round"] == event["round"]]
+        tokens = [step["tokens"] for step in steps]
+        assert [step["step"] for step in steps] == list(range(event["steps"]))
+        assert sum(tokens) == event["tokens"]
+        assert np.average([step["loss"] for step in steps], weights=tokens) == pytest.approx(event["loss"])
+
+
+def test_one_base_load_for_all_clients(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path, tiny_model: Path, rows_file: Path
+) -> None:
+    from conftest import overrides_for
+
+    before = adapters.base_loads()
+    run(tmp_path / "again", [*overrides_for(tiny_model, rows_file), "evaluate.baselines=[]"])
+    assert adapters.base_loads() == before
+
+
+def test_adapter_loads_in_plain_peft(finished: tuple[Path, dict[str, Any]], tiny_model: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder, _ = finished
+    settings = schema.load(folder / "config.toml")
+    lm = adapters.load(settings.model, settings.adapter)
+    adapters.set_adapter(lm, adapter_of(folder))
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        ours = lm.model(ids).logits
+        base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+        plain = PeftModel.from_pretrained(base, str(folder / "adapter"))(ids).logits
+    torch.testing.assert_close(plain, ours, rtol=0, atol=1e-5)
+    assert not torch.allclose(AutoModelForCausalLM.from_pretrained(tiny_model)(ids).logits, ours, atol=1e-4)
+
+
+def test_same_seed_same_adapter_other_seed_another(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path, tiny_model: Path, rows_file: Path
+) -> None:
+    from conftest import overrides_for
+
+    folder, _ = finished
+    overrides = [*overrides_for(tiny_model, rows_file), "evaluate.baselines=[]", "evaluate.generate=false"]
+    run(tmp_path / "same", overrides)
+    run(tmp_path / "other", [*overrides, "seed=1"])
+    first, same, other = adapter_of(folder), adapter_of(tmp_path / "same"), adapter_of(tmp_path / "other")
+    assert all(torch.equal(first[k], same[k]) for k in first)
+    assert not all(torch.equal(first[k], other[k]) for k in first)
+
+
+def test_nothing_private_is_on_the_wire_or_in_the_log(finished: tuple[Path, dict[str, Any]], rows_file: Path) -> None:
+    folder, _ = finished
+    log = (folder / "log.jsonl").read_text()
+    answers = {json.loads(line)["instruction"] for line in rows_file.read_text().splitlines()}
+    assert not any(text in log for text in answers)
+    assert str(rows_file.parent) not in log
+
+
+def test_fedprox_pulls_the_clients_together(tmp_path: Path, small_run: list[str]) -> None:
+    quiet = ["evaluate.baselines=[]", "evaluate.generate=false", "rounds=1", "train.steps=8"]
+    run(tmp_path / "plain", [*small_run, *quiet])
+    run(tmp_path / "prox", [*small_run, *quiet, 'train.penalties=[{name="fedprox", mu=100.0}]'])
+    start = adapters.fresh_adapter(adapters.load(*_model(small_run)), 0)
+
+    def moved(folder: Path) -> float:
+        return float(np.sqrt(sum(float((v - start[k]).square().sum()) for k, v in adapter_of(folder).items())))
+
+    assert moved(tmp_path / "prox") < 0.7 * moved(tmp_path / "plain")
+
+
+def _model(overrides: list[str]) -> tuple[Any, Any]:
+    settings = schema.load(None, overrides)
+    return settings.model, settings.adapter
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_ray_gives_the_same_adapter(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path, tiny_model: Path, rows_file: Path
+) -> None:
+    from conftest import overrides_for
+
+    folder, _ = finished
+    extra = ["simulate.engine=ray", "evaluate.baselines=[]", "evaluate.generate=false"]
+    command = [sys.executable, "-m", "apiary.cli.main", "simulate", "--quiet", "--out", str(tmp_path / "ray")]
+    for item in [*overrides_for(tiny_model, rows_file), *extra]:
+        command += ["-s", item]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    local, ray = adapter_of(folder), adapter_of(tmp_path / "ray")
+    assert set(local) == set(ray)
+    for name in local:
+        torch.testing.assert_close(ray[name], local[name], rtol=0, atol=1e-6)
+
+
+def start_process(folder: Path, overrides: list[str], *extra: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "apiary.cli.main", "simulate", "--out", str(folder), *extra]
+    for item in overrides:
+        command += ["-s", item]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    try:
+        out, err = process.communicate(timeout=240)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    return process.returncode, out, err
+
+
+@pytest.mark.slow
+def test_kill_9_then_resume_is_bit_identical(tmp_path: Path, tiny_model: Path, rows_file: Path) -> None:
+    from conftest import overrides_for
+
+    overrides = [*overrides_for(tiny_model, rows_file), "rounds=12", "evaluate.baselines=[]", "evaluate.generate=false"]
+    run(tmp_path / "unbroken", overrides)
+    rng = random.Random(time.time_ns())
+    folder = tmp_path / "broken"
+    for attempt in range(3):
+        process = start_process(folder, [] if attempt else overrides, *(["--resume"] if attempt else []))
+        target = 2 + 3 * attempt
+        _wait_for_round(folder, target, process)
+        time.sleep(rng.uniform(0, 0.15))
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+    code, _, err = finish(start_process(folder, [], "--resume"))
+    assert code == 0, err[-2000:]
+    unbroken, broken = adapter_of(tmp_path / "unbroken"), adapter_of(folder)
+    assert all(torch.equal(unbroken[k], broken[k]) for k in unbroken)
+    rounds = [e["round"] for e in events_of(folder, "round")]
+    assert rounds == list(range(1, 13))  # the log tells one story: each round once
+
+
+@pytest.mark.slow
+def test_kill_9_while_baselines_are_trained_changes_no_figure(
+    tmp_path: Path, tiny_model: Path, rows_file: Path
+) -> None:
+    from conftest import overrides_for
+
+    overrides = [*overrides_for(tiny_model, rows_file), "rounds=2", "train.steps=20"]
+    whole = run(tmp_path / "unbroken", overrides)
+    folder = tmp_path / "broken"
+    process = start_process(folder, overrides)
+    _wait_for(folder / "baselines" / "local" / "client-00", process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (folder / "metrics.json").exists()
+    code, _, err = finish(start_process(folder, [], "--resume"))
+    assert code == 0, err[-2000:]
+    assert json.loads((folder / "metrics.json").read_text())["table"] == json.loads(json.dumps(whole["table"]))
+
+
+def _wait_for_round(folder: Path, number: int, process: subprocess.Popen[str]) -> None:
+    _wait_for(folder / "checkpoints" / f"round-{number:04d}", process)
+
+
+def _wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 240  # on a busy machine Ray alone takes a minute to start
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[1][-2000:]
+        if time.monotonic() > deadline:
+            process.kill()
+            pytest.fail(f"no {path.name} in 240 s: {process.communicate()[1][-2000:]}")
+        time.sleep(0.01)
+
+
+def test_files_of_the_user_are_not_taken_for_drafts(tmp_path: Path, small_run: list[str]) -> None:
+    ours, theirs = tmp_path / ".config.toml.tmp", tmp_path / ".env"
+    ours.write_text("half")
+    theirs.write_text("TOKEN=1")
+    with pytest.raises(UserError, match="not empty"):
+        run(tmp_path, small_run)
+    theirs.unlink()
+    run(tmp_path, [*small_run, "rounds=1", "evaluate.baselines=[]", "evaluate.generate=false"])
+    assert not ours.exists()
+    theirs.write_text("TOKEN=1")
+    simulate(schema.load(tmp_path / "config.toml"), tmp_path, resume=True)
+    assert theirs.read_text() == "TOKEN=1"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path: Path, small_run: list[str], engine: str) -> None:
+    folder = tmp_path / "run"
+    settings = [*small_run, "rounds=2000", "evaluate.baselines=[]", f"simulate.engine={engine}"]
+    process = start_process(folder, settings)
+    _wait_for_round(folder, 1, process)
+    process.send_signal(signal.SIGINT)
+    code, _, err = finish(process)
+    assert code == 130
+    assert "--resume" in err and "Traceback" not in err
+
+
+def test_dolly_recipe(shared: Path, tmp_path: Path) -> None:
+    settings = schema.load(
+        ROOT / "configs" / "dolly.toml",
+        ["rounds=1", "train.steps=1", "evaluate.max_examples=20", "evaluate.generate=false", "data.max_rows=600"],
+    )
+    metrics = simulate(settings, tmp_path / "dolly")
+    assert len(metrics["clients"]) == 10
+    assert {row["method"] for row in metrics["table"]} >= {"base", "federated"}
+    assert (tmp_path / "dolly" / "report.html").stat().st_size > 10_000
