@@ -35,7 +35,7 @@ from apiary.core import lora  # noqa: E402
 from apiary.core.lora import Factors  # noqa: E402
 from apiary.core.messages import ClientInfo, Update  # noqa: E402
 from apiary.core.tensors import StateDict, generator  # noqa: E402
-from apiary.tracking.event_log import machine  # noqa: E402
+from apiary.tracking.environment import machine  # noqa: E402
 from strategies import AGGREGATORS, Aggregator, Gradient, ServerState, averaging_error  # noqa: E402
 from strategies.aggregator import ROOT as SERVER  # noqa: E402
 from strategies.aggregator import of_rank  # noqa: E402

@@ -10,12 +10,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from apiary.config import schema
+from apiary.config import loading
 from apiary.core.tensors import add
-from apiary.data import examples, tokenization
+from apiary.data import tokenization
+from apiary.data.federation import federate
 from apiary.evaluation import comparison
 from apiary.models import adapters, tiny
-from apiary.tracking import event_log
+from apiary.tracking import environment
 from client.training import trainer
 from tools.pretrain_tiny import pretrain
 
@@ -31,8 +32,8 @@ def losses(prose: Path | None) -> dict[str, float]:
 
 def tuned(steps: int) -> dict[str, Any]:
     """Loss and exact answers, over all held-out rows and by skill, after `steps` on the pooled corpus."""
-    run = schema.load(None, ["train.batch_tokens=2048", "evaluate.max_examples=600", f"train.steps={steps}"])
-    federation = examples.federate(run.data, run.seed)
+    run = loading.load(None, ["train.batch_tokens=2048", "evaluate.max_examples=600", f"train.steps={steps}"])
+    federation = federate(run.data, run.seed)
     lm = adapters.load(run.model, run.adapter)
     template = tokenization.make_template(run.prompt, lm.tokenizer)
     held_out = comparison.prepare(federation.test, template, lm, run)
@@ -70,7 +71,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--prose", type=Path, help="the books it was trained on, to measure their held-out ends too")
     args = parser.parse_args()
-    facts = event_log.start_fields(schema.load(None, []))
+    facts = environment.start_fields(loading.load(None, []))
     found = {
         "machine": facts["machine"],
         "versions": facts["versions"],

@@ -22,6 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from apiary.config import loading
+
 RESULTS = Path(__file__).parent / "results" / "clients.json"
 
 
@@ -45,12 +47,11 @@ def overrides(clients: int, engine: str) -> list[str]:
 
 def one_round(clients: int, engine: str) -> dict[str, Any]:
     """Seconds per train message and peak memory of the driver, over one round."""
-    from apiary.config import schema
     from apiary.tracking.event_log import RunLog, read_events
     from server.app import make_app
     from simulation.engines import ENGINES
 
-    run = schema.load(None, overrides(clients, engine))
+    run = loading.load(None, overrides(clients, engine))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         log = RunLog(folder)
@@ -80,7 +81,6 @@ def visit() -> dict[str, Any]:
 
     from flwr.app import Message
 
-    from apiary.config import schema
     from apiary.models import adapters
     from apiary.transport import flower_records
     from client.app import make_app
@@ -88,7 +88,7 @@ def visit() -> dict[str, Any]:
     from simulation.engines import site_facts
     from simulation.in_process_grid import LocalGrid
 
-    run = schema.load(None, ["rounds=1000"])
+    run = loading.load(None, ["rounds=1000"])
     inside = [0.0]
     step = trainer._Loop.step
 
@@ -142,10 +142,9 @@ def main() -> None:
 
 
 def _all(sizes: list[int]) -> None:
-    from apiary.config import schema
-    from apiary.tracking.event_log import start_fields
+    from apiary.tracking.environment import start_fields
 
-    out: dict[str, Any] = {"machine": start_fields(schema.load())["machine"], "visit": _apart("--visit"), "rounds": []}
+    out: dict[str, Any] = {"machine": start_fields(loading.load())["machine"], "visit": _apart("--visit"), "rounds": []}
     RESULTS.parent.mkdir(exist_ok=True)
     for size in sizes:
         for engine in ("local", "ray"):

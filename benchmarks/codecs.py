@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apiary.config import schema
+from apiary.config import loading
 from apiary.core.tensors import StateDict, generator
-from apiary.tracking import event_log
-from apiary.transport.codec import CODECS, decode, encode, shapes_of
+from apiary.tracking import environment
+from apiary.transport.codec import decode, encode, shapes_of
+from apiary.transport.codecs import CODECS
 
 RESULTS = Path(__file__).parent / "results" / "codecs.json"
 WAYS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -75,7 +76,7 @@ def main() -> None:
     torch.set_num_threads(1)
     delta = change(args.layers)
     entries = sum(tensor.numel() for tensor in delta.values())
-    facts = event_log.start_fields(schema.load(None, []))
+    facts = environment.start_fields(loading.load(None, []))
     found = {
         "machine": facts["machine"],
         "versions": facts["versions"],

@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 from apiary.cli.curate import as_rows
 from apiary.config.schema import DataConfig, Method, RunConfig
 from apiary.data import tokenization
-from apiary.data.examples import Example, answer, federate
+from apiary.data.examples import Example, answer
+from apiary.data.federation import federate
 from apiary.export import tuned as results
 from apiary.models import adapters
 from apiary.models.inference import ModelProbe

@@ -9,8 +9,8 @@ from typing import Final
 
 import torch
 
-from apiary.config.schema import UserError
 from apiary.core import lora
+from apiary.core.errors import UserError
 from apiary.core.messages import ClientInfo, Payload, Update
 from apiary.core.tensors import StateDict
 from strategies import AGGREGATORS, Aggregator, ServerState

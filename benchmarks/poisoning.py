@@ -28,16 +28,20 @@ from typing import Any, NamedTuple
 
 import torch
 
-from apiary.config import schema as configs
+from apiary.config import loading
 from apiary.config.schema import DataConfig, RunConfig
-from apiary.data.examples import Example, federate
+from apiary.core import files
+from apiary.data.examples import Example
+from apiary.data.federation import federate
 from apiary.evaluation import comparison
-from apiary.models import adapters
-from apiary.tracking import event_log
+from apiary.models import adapter_files
+from apiary.tracking import environment, event_log
 from apiary.tracking.event_log import RunLog
 from benchmarks.curation import write
 from server.app import make_app
-from simulation.adversaries import PHRASE, TEXT, attackers, obeyed, questions
+from simulation.adversaries import attackers
+from simulation.attacks import PHRASE, TEXT
+from simulation.backdoor import obeyed, questions
 from simulation.engines import ENGINES
 from simulation.run import plan
 from simulation.summary import Plan
@@ -154,7 +158,7 @@ def config_of(cell: Cell, setting: Setting, data: Path) -> RunConfig:
     }
     if cell.method == "fltrust":
         keys["strategy.root"] = str(data / "server" / "root.jsonl")
-    return configs.load(None, [*(f"{key}={_toml(value)}" for key, value in keys.items()), *setting.keys])
+    return loading.load(None, [*(f"{key}={_toml(value)}" for key, value in keys.items()), *setting.keys])
 
 
 def _toml(value: Any) -> str:
@@ -174,7 +178,7 @@ def _run(cell: Cell, setting: Setting, data: Path, folder: Path) -> dict[str, An
     config = config_of(cell, setting, data)
     told = config.strategy.options.get("byzantine", 0)
     within = told >= round(cell.share * setting.clients) or not told
-    facts = {**cell._asdict(), "byzantine": told, "within": within, "cpu": event_log.machine(gpu=False)["cpu"]}
+    facts = {**cell._asdict(), "byzantine": told, "within": within, "cpu": environment.machine(gpu=False)["cpu"]}
     prepared = plan(config)
     clients = [client.name for client in prepared.federation.clients]
     log = RunLog(folder)
@@ -186,7 +190,7 @@ def _run(cell: Cell, setting: Setting, data: Path, folder: Path) -> dict[str, An
         return {**facts, "failed": f"{type(error).__name__}: {line}"}
     finally:
         log.close()
-    adapter = adapters.read_adapter(prepared.lm, folder / "adapter" / "adapter_model.safetensors")
+    adapter = adapter_files.read_adapter(prepared.lm, folder / "adapter" / "adapter_model.safetensors")
     measured = comparison.measure(prepared.lm, adapter, prepared.held_out, config)
     events, hostile = event_log.read_events(folder), set(attackers(config, clients))
     named = [set(event["cut"]) for event in events if event["event"] == "round" and "cut" in event]
@@ -221,7 +225,7 @@ def load(path: Path, setting: Setting) -> dict[str, Any]:
         SystemExit: they are of other settings.
     """
     settings = {**setting._asdict(), "keys": list(setting.keys), "attacks": {k: dict(v) for k, v in ATTACKS.items()}}
-    facts = event_log.start_fields(configs.load(None, []))
+    facts = environment.start_fields(loading.load(None, []))
     fresh = {"machine": facts["machine"], "versions": facts["versions"], "settings": settings, "runs": []}
     if not path.exists():
         return fresh
@@ -234,7 +238,7 @@ def load(path: Path, setting: Setting) -> dict[str, Any]:
 def save(path: Path, found: Mapping[str, Any]) -> None:
     """Write the results whole or not at all."""
     draft = path.with_suffix(".part")
-    draft.write_text(json.dumps(event_log.finite(found), indent=1) + "\n", encoding="utf-8")
+    draft.write_text(json.dumps(files.finite(found), indent=1) + "\n", encoding="utf-8")
     os.replace(draft, path)
 
 
@@ -273,7 +277,7 @@ def main() -> None:
                 found["runs"].append(task.result())
                 found["runs"].sort(key=_place)
                 save(args.out, found)
-                print(f"{number}/{len(left)}", json.dumps(event_log.finite(task.result())), flush=True)
+                print(f"{number}/{len(left)}", json.dumps(files.finite(task.result())), flush=True)
 
 
 def _place(run: Mapping[str, Any]) -> tuple[int, int, float, int]:

@@ -22,17 +22,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from apiary.config import schema as configs
+from apiary.config import loading
 from apiary.config.schema import RunConfig, TrainConfig
 from apiary.core.tensors import StateDict, add
-from apiary.data import examples, tokenization
+from apiary.data import tokenization
 from apiary.data.batches import Corpus
+from apiary.data.federation import federate
 from apiary.evaluation import comparison
 from apiary.models import adapters
 from apiary.privacy import sampling
 from apiary.privacy.accounting import Mechanism, epsilon
 from apiary.privacy.noise import SecretNoise
-from apiary.tracking.event_log import machine
+from apiary.tracking.environment import machine
 from client.training import dp_sgd, trainer
 from client.training.trainer import FitResult
 
@@ -56,7 +57,7 @@ Visit = Callable[[str, Corpus, StateDict, int], FitResult]  # client, rows, rece
 def open_setting(config: RunConfig) -> Setting:
     lm = adapters.load(config.model, config.adapter)
     template = tokenization.make_template(config.prompt, lm.tokenizer)
-    federation = examples.federate(config.data, config.seed)
+    federation = federate(config.data, config.seed)
     corpora = {
         c.name: tokenization.encode_all(c.train, template, lm.tokenizer, config.prompt) for c in federation.clients
     }
@@ -193,7 +194,7 @@ def main() -> None:
     budgets = [float(text) for text in args.epsilons.split(",") if text]
     rows = []
     for seed in range(args.seeds):
-        config = configs.load(args.config, [*args.overrides, f"seed={seed}"])
+        config = loading.load(args.config, [*args.overrides, f"seed={seed}"])
         rows += compare(config, budgets)
     args.out.parent.mkdir(exist_ok=True)
     settings = {"rounds": config.rounds, "clients": config.data.clients, "privacy": config.privacy.model_dump()}

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations
 from typing import Final, NamedTuple
 
-from apiary.config.schema import UserError, load
+from apiary.config.loading import load
+from apiary.core.errors import UserError
 from simulation.run import check_names
 from strategies import AGGREGATORS
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from apiary.config.schema import RunConfig
 from apiary.core.tensors import StateDict, digest, generator
 from apiary.transport import codec as codecs
-from apiary.transport import downlink
+from apiary.transport import downlink, from_config
 from apiary.transport.codec import Shapes
 from apiary.transport.downlink import Copy, Parcel
 from client import round_files, state
@@ -20,7 +20,7 @@ KIND = "feedback"
 
 def holds(config: RunConfig, folder: Path) -> str:
     """The version of the server's adapter in the client's folder; "" where it keeps none."""
-    held = None if codecs.of_run(config, "down").whole else state.load_copy(folder)
+    held = None if from_config.configured_codec(config, "down").whole else state.load_copy(folder)
     return "" if held is None else digest(held)
 
 
@@ -39,7 +39,7 @@ def receive(config: RunConfig, folder: Path, shapes: Shapes, sent: Parcel) -> St
     """
     held = state.load_copy(folder)
     before = None if held is None else Copy(digest(held), held)
-    copy = downlink.receive(sent, before, codecs.of_run(config, "down"), shapes)
+    copy = downlink.receive(sent, before, from_config.configured_codec(config, "down"), shapes)
     if before is None or before.version != copy.version:
         state.save_copy(folder, copy.adapter)
     return copy.adapter
@@ -47,7 +47,7 @@ def receive(config: RunConfig, folder: Path, shapes: Shapes, sent: Parcel) -> St
 
 def arrives(config: RunConfig, message: bytes, delta: StateDict) -> StateDict:
     """A change as the server will read it from its message; the change itself where that is exact, or there is none."""
-    codec = codecs.of_run(config, "up")
+    codec = from_config.configured_codec(config, "up")
     return codecs.decode(message, codec, codecs.shapes_of(delta)) if message and not codec.whole else delta
 
 
@@ -68,7 +68,7 @@ def encode(config: RunConfig, folder: Path, client: str, number: int, delta: Sta
     Raises:
         ValueError: it holds NaN or infinity.
     """
-    codec = codecs.of_run(config, "up")
+    codec = from_config.configured_codec(config, "up")
     before = round_files.newest(folder, KIND, number) if codec.feedback else {}
     fitting = {name: tensor for name, tensor in before.items() if name in delta and tensor.shape == delta[name].shape}
     message, left_out = codecs.encode(delta, codec, fitting, generator(config.seed, number, client, "wire"))

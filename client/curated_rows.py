@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from apiary.config.schema import CurateConfig
+from apiary.core.files import write_atomic
 from apiary.core.messages import Curated
 from apiary.data.examples import Example
-from apiary.tracking.event_log import write_atomic
 from client import curation
 
 _log = logging.getLogger(__name__)

@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 
 from apiary.config.schema import RunConfig
+from apiary.core.files import write_atomic
 from apiary.models import adapters
 from apiary.models.base import resolve_device
-from apiary.tracking.event_log import write_atomic
 from client import state
 
 SHARE = 0.25  # of the memory that is free once the base is loaded; activations take the most of the rest

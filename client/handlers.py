@@ -17,23 +17,23 @@ from pathlib import Path
 from flwr.app import Context, RecordDict
 from flwr.common.constant import NUM_PARTITIONS_KEY, PARTITION_ID_KEY
 
-from apiary.config import schedule
-from apiary.config import schema as configs
-from apiary.config.schema import RunConfig, UserError
+from apiary.config import loading, schedule
+from apiary.config.schema import RunConfig
+from apiary.core.errors import CodecError, UserError
 from apiary.core.messages import Decline, Visit
 from apiary.core.tensors import StateDict, is_finite
-from apiary.data import examples
-from apiary.evaluation import continual
+from apiary.data import stages
+from apiary.data.federation import Federation, federate
 from apiary.privacy import sampling
 from apiary.transport import flower_records
-from apiary.transport.codec import CodecError
 from apiary.transport.downlink import Parcel
 from client import compression, control, device_rank, state
 from client.worker import Site, Worker
 
 _log = logging.getLogger(__name__)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of the organisation's own disk: nothing to go on with
-_OURS = ("apiary", "client", "builtin", "curation", "continual", "examples")
+_HOUSE = Path(__file__).resolve().parents[1]  # the folder that holds our packages, in a checkout and installed alike
+_PACKAGES = ("apiary", "client", "strategies")
 
 
 class Refusal(Exception):
@@ -122,7 +122,7 @@ def _check_promise(worker: Worker, site: Site) -> None:
         Refusal: it cannot, or not for a single round.
     """
     try:
-        sampling.check(worker.config, [continual.rows_by_stage(site.train, worker.config)])
+        sampling.check(worker.config, [stages.rows_by_stage(site.train, worker.config)])
     except UserError as error:
         raise Refusal(str(error)) from None
 
@@ -152,10 +152,10 @@ def _write_down(error: Exception, folder: Path | None) -> bool:
 
 def _safe(error: Exception) -> str:
     """The kind of an error and where in our code it came up, without its text."""
-    ours = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent.name in _OURS]
-    place = (
-        f" in {Path(ours[-1].filename).parent.name}/{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else ""
-    )
+    frames = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    inside = [(path.relative_to(_HOUSE), line) for path, line in frames if path.is_relative_to(_HOUSE)]
+    ours = [f"{path.as_posix()}:{line}" for path, line in inside if path.parts[0] in _PACKAGES]
+    place = f" in {ours[-1]}" if ours else ""
     kind = (
         "its training diverged, and a lower train.lr usually helps"
         if isinstance(error, FloatingPointError)
@@ -186,14 +186,14 @@ def simulated(
 @functools.lru_cache(maxsize=1)
 def worker(config: str) -> Worker:
     """The worker of all virtual clients in this process; `config` is the run's JSON."""
-    return Worker(configs.from_json(config))
+    return Worker(loading.from_json(config))
 
 
 @functools.lru_cache(maxsize=1)
-def federation(config: str) -> examples.Federation:
+def federation(config: str) -> Federation:
     """The clients of a simulated run, read once per process; `config` is the run's JSON."""
-    run = configs.from_json(config)
-    return continual.within(examples.federate(run.data, run.seed), run)
+    run = loading.from_json(config)
+    return stages.within(federate(run.data, run.seed), run)
 
 
 def forget() -> None:
@@ -214,7 +214,7 @@ def virtual_site(config: str, index: int, state: Path) -> Site:
     """The site of the virtual client `index`: its part of the configured source, its memory under `state`."""
     name, train, test = federation(config).clients[index]
     folder = state / name
-    run = configs.from_json(config)
+    run = loading.from_json(config)
     given = run.adapter.ranks
     if given == "memory":
         rank = device_rank.of_device(run, folder)

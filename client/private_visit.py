@@ -22,12 +22,13 @@ from apiary.core.messages import Payload, Spent
 from apiary.core.tensors import digest
 from apiary.data.batches import Corpus
 from apiary.models.adapters import LanguageModel
-from apiary.privacy import accounting, sampling
-from apiary.privacy.accounting import Entry
+from apiary.privacy import sampling
+from apiary.privacy.ledger import Entry, open_key, pay
 from apiary.privacy.noise import SecretNoise, request_digest
-from client.training.dp_sgd import fit_private, released, unanswered
-from client.training.objectives import Penalty
+from client.releases import released, unanswered
+from client.training.dp_sgd import fit_private
 from client.training.trainer import FitResult, Observer
+from strategies.local import Penalty
 
 _NOT_THE_RUNS = {"simulate", "log", "evaluate", "strategy", "wire"}  # they change nothing of what a client releases
 
@@ -71,7 +72,7 @@ def visit(
         None where the client has no rows for this stage.
 
     Raises:
-        apiary.privacy.accounting.BudgetSpent: the visit does not fit in the budget; nothing was drawn or charged.
+        apiary.core.errors.BudgetSpent: the visit does not fit in the budget; nothing was drawn or charged.
         UserError: the settings cannot keep the promise, or the ledger cannot be read.
     """
     plan = sampling.draw(config, work.rows, number)
@@ -80,7 +81,7 @@ def visit(
     noise_multiplier = sampling.noise_multiplier(config, work.rows)
     rates = np.full(len(work.corpus), plan.old)
     rates[: work.new] = plan.new
-    key = accounting.open_key(ledger)
+    key = open_key(ledger)
     inputs = (
         digest(payload.model, digits=64),
         _corpus_digest(work.corpus, rates),
@@ -92,7 +93,7 @@ def visit(
     entry = Entry(
         folder.name, number, request, noise_multiplier, plan.steps, sampling.rates(plan), sampling.partition(config)
     )
-    spent = accounting.pay(ledger, entry, config.privacy)
+    spent = pay(ledger, entry, config.privacy)
     make = functools.partial(
         fit_private,
         lm,

@@ -18,7 +18,7 @@ from apiary.config.schema import RunConfig
 from apiary.core import lora
 from apiary.core.lora import Factors
 from apiary.core.tensors import StateDict, add
-from client.training.objectives import Penalty
+from strategies.local import Penalty
 
 
 def used(config: RunConfig) -> bool:

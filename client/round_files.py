@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from safetensors.torch import save as pack
 from torch import Tensor
 
+from apiary.core.files import write_atomic
 from apiary.core.tensors import StateDict
-from apiary.tracking.event_log import write_atomic
 
 
 def load(folder: Path, kind: str, number: int) -> dict[str, Tensor]:

@@ -25,12 +25,13 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from apiary.config import schema as configs
-from apiary.config.schema import Method, RunConfig, UserError
-from apiary.data import examples, templates
-from apiary.evaluation import continual
+from apiary.config import loading
+from apiary.config.schema import Method, RunConfig
+from apiary.core.errors import UserError
+from apiary.data import stages, templates
+from apiary.data.availability import Rows, check_rows
+from apiary.data.federation import federate
 from apiary.models import adapters, availability
-from apiary.models.availability import Rows
 from client import device_rank, handlers, worker_rpc
 from client.worker import Site, Worker
 from client.worker_rpc import Envelope
@@ -120,7 +121,7 @@ class Service:
         def make() -> _Job:
             if self._job is None or (self._job.name, self._job.text) != (name, text):
                 self._job = None
-                sent = configs.from_json(text)
+                sent = loading.from_json(text)
                 _refuse_foreign_places(sent, self._facts)
                 config = at_home(sent, self._facts)
                 _refuse_foreign_code(config)
@@ -199,7 +200,7 @@ def _refuse_less_privacy(config: RunConfig, facts: Facts) -> None:
 
 def _read_site(config: RunConfig, facts: Facts, run: str) -> Site:
     """The site's rows, as one client; which are held out, and which are in a stage, is decided as in a simulation."""
-    federation = continual.within(examples.federate(config.data, config.seed), config, whole=False)
+    federation = stages.within(federate(config.data, config.seed), config, whole=False)
     for report in federation.reports:
         for line in report.lines():
             _log.warning("%s", line)
@@ -229,7 +230,7 @@ def check(facts: Facts) -> Rows:
     if facts.model:
         availability.check_model(facts.model, "--model")
     # A site that insists on privacy takes no `data.columns` from a run.
-    return availability.check_rows(str(facts.data), "--data", columns_may_be_named=facts.max_epsilon is None)
+    return check_rows(str(facts.data), "--data", columns_may_be_named=facts.max_epsilon is None)
 
 
 def make_server(service: Service, address: str) -> grpc.Server:

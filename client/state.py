@@ -14,8 +14,8 @@ from typing import NamedTuple
 from safetensors.torch import load_file
 from safetensors.torch import save as pack
 
+from apiary.core.files import finite, for_owner, write_atomic
 from apiary.core.tensors import StateDict
-from apiary.tracking.event_log import finite, for_owner, write_atomic
 from client.training.trainer import Cursor, Observer, StepRecord
 
 _COPY = "copy.safetensors"  # of the server's adapter

@@ -13,19 +13,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from apiary.config.schema import RunConfig
-from apiary.core import lora
+from apiary.core import files, lora
+from apiary.core.errors import BudgetSpent
 from apiary.core.messages import Curated, Decline, Hello, Payload, Score, Spent, Update, Visit
 from apiary.core.tensors import StateDict, add
 from apiary.data import tokenization
 from apiary.data.batches import Corpus
 from apiary.data.examples import Example
-from apiary.evaluation.continual import rows_by_stage
-from apiary.export import tuned
+from apiary.data.stages import rows_by_stage
+from apiary.export import adapter_folder
 from apiary.models import adapters
 from apiary.models.adapters import LanguageModel
 from apiary.models.inference import ModelProbe
-from apiary.privacy.accounting import BudgetSpent
-from apiary.tracking import event_log
 from apiary.transport.codec import Shapes
 from client import compression, control, curated_rows, personal, private_visit, pruning, round_files, state
 from client import replay as continual
@@ -98,7 +97,7 @@ class Worker:
             The change of the adapter with its weight (new tokens trained), and counts; or why there is none.
         """
         state.own(site.folder)
-        event_log.sweep(site.folder)
+        files.sweep(site.folder)
         state.forget_from(site.folder, number)
         for kind in (compression.KIND, personal.KIND, control.KIND):
             round_files.forget_from(site.folder, kind, number)
@@ -194,7 +193,7 @@ class Worker:
 
     def _save_own(self, site: Site, adapter: StateDict) -> None:
         """Write the model that only the site itself has."""
-        tuned.save_adapter_folder(self._model(site), adapter, site.folder / "adapter", self.config)
+        adapter_folder.save_adapter_folder(self._model(site), adapter, site.folder / "adapter", self.config)
 
     def evaluate(self, site: Site, payload: Payload, number: int = sys.maxsize) -> Score:
         """The received adapter's loss on the site's held-out examples, as sums, after round `number`.

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from apiary.config.schema import UserError
+from apiary.core.errors import UserError
 from deploy import kits, processes
 from deploy.kits import Kit
 

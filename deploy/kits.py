@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from apiary.config.schema import UserError
+from apiary.core.errors import UserError
 from deploy import certificates
 
 _SITE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")

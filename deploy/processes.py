@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from apiary.config.schema import UserError
+from apiary.core.errors import UserError
 
 _GRACE_S = 10.0  # from asking a process to end to ending it
 _STEADY_S = 60.0  # a process that lived so long is not held to have failed at its start

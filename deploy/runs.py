@@ -11,8 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from apiary.config import schema as configs
-from apiary.config.schema import RunConfig, UserError
+from apiary.config import loading
+from apiary.config.schema import RunConfig
+from apiary.core import files
+from apiary.core.errors import UserError
 from apiary.core.formatting import seconds_text
 from apiary.tracking import event_log
 from apiary.tracking.event_log import Event, Observer
@@ -83,7 +85,7 @@ def _start_alone(state: Path, config: RunConfig, out: Path, expected: int, resum
         where = state / _DIRECTORIES / run
         for path, text in ((known, f"{run} {server.port_of(state)}\n"), (where, f"{out}\n")):
             path.parent.mkdir(mode=0o700, exist_ok=True)
-            event_log.write_atomic(path, text)
+            files.write_atomic(path, text)
     return run
 
 
@@ -132,11 +134,11 @@ def _reserved(out: Path) -> Iterator[str]:
     path = out / _ID
     with contextlib.ExitStack() as stack:
         try:
-            with event_log.hold(out):  # which the server's process does as long as it works
+            with files.hold(out):  # which the server's process does as long as it works
                 new = not path.exists()
                 if new:
-                    event_log.write_atomic(path, f"{secrets.token_hex(4)}\n")
-            stack.enter_context(event_log.hold(path))
+                    files.write_atomic(path, f"{secrets.token_hex(4)}\n")
+            stack.enter_context(files.hold(path))
         except BlockingIOError:
             raise _still_going(out, "a run") from None
         try:
@@ -203,12 +205,12 @@ def check_folder(config: RunConfig, out: Path, resume: bool) -> None:
     if resume:
         if not (out / "config.toml").exists():
             raise UserError(f"--resume: {str(out)!r} holds no run (no config.toml)")
-        if configs.load(out / "config.toml") != config:
+        if loading.load(out / "config.toml") != config:
             raise UserError("--resume: the configuration differs from the run's own; leave CONFIG and -s away")
 
 
 def _names(out: Path) -> set[str]:
-    return {path.name for path in out.iterdir() if not event_log.is_draft(path)}
+    return {path.name for path in out.iterdir() if not files.is_draft(path)}
 
 
 def _failed_at_once(out: Path) -> bool:

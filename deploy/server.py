@@ -11,8 +11,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from apiary.config.schema import UserError
-from apiary.tracking.event_log import write_atomic
+from apiary.core.errors import UserError
+from apiary.core.files import write_atomic
 from deploy import certificates, flower_cli, kits, processes
 from deploy.kits import Kit
 from deploy.processes import Kept

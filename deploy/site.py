@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from apiary.config.schema import UserError
+from apiary.core.errors import UserError
 from deploy import certificates, code_guard, flower_cli, kits, processes
 from deploy.kits import Kit
 from deploy.processes import Kept

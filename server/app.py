@@ -10,7 +10,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 import strategies
-from apiary.config import schema as configs
+from apiary.config import loading
 from apiary.config.schema import RunConfig
 from apiary.core import lora
 from apiary.core.messages import Score, Spent
@@ -19,13 +19,13 @@ from apiary.data import tokenization
 from apiary.data.batches import Corpus
 from apiary.evaluation import comparison, continual
 from apiary.evaluation.comparison import HeldOut
-from apiary.export import tuned
+from apiary.export import adapter_folder
 from apiary.models import adapters
 from apiary.models.adapters import LanguageModel
 from apiary.models.inference import ModelProbe
 from apiary.privacy import statement
 from apiary.tracking.event_log import RunLog
-from apiary.transport import codec
+from apiary.transport import from_config
 from server import checkpoint, deployment_run, trusted_update
 from server.rounds import Evaluation, Progress, Rounds
 from strategies import ServerState
@@ -57,7 +57,7 @@ def prepare(
     else:
         state, progress = found[0], Progress(**found[1])
     aggregator = strategies.from_config(config)
-    for line in codec.remarks(config):
+    for line in from_config.remarks(config):
         log.event("warning", message=line)
     measured = held_out if config.adapter.share == "both" else None  # half an adapter has no loss
     return Rounds(
@@ -105,7 +105,7 @@ def make_app(log: RunLog | None = None, held_out: HeldOut | None = None) -> Serv
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         values: dict[str, Any] = dict(context.run_config)
-        config = configs.from_json(str(values["config"]))
+        config = loading.from_json(str(values["config"]))
         folder = Path(str(values["out"]))
         expected = int(values.get("expected", config.strategy.min_clients))
 
@@ -114,7 +114,7 @@ def make_app(log: RunLog | None = None, held_out: HeldOut | None = None) -> Serv
             lm = adapters.load(config.model, config.adapter)
             # Factors that stay with the clients are those of a new adapter here: B is zero.
             adapter = {**adapters.fresh_adapter(lm, config.seed), **rounds.run(grid, expected).model}
-            tuned.save_adapter_folder(lm, adapter, folder / "adapter", config)
+            adapter_folder.save_adapter_folder(lm, adapter, folder / "adapter", config)
             return adapter
 
         if log is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from apiary.config.schema import RunConfig
 from apiary.core.messages import ClientInfo
 from apiary.core.tensors import StateDict, generator
-from apiary.transport import codec, downlink
+from apiary.transport import downlink, from_config
 from apiary.transport.downlink import Downlink, Parcel
 
 
@@ -28,7 +28,7 @@ class Copies:
     """
 
     def __init__(self, config: RunConfig, saved: StateDict) -> None:
-        self._codec, self._seed = codec.of_run(config, "down"), config.seed
+        self._codec, self._seed = from_config.configured_codec(config, "down"), config.seed
         self._links = _from_tensors(saved)  # by rank
         self._holds: dict[str, str] = {}  # by client
         self._sent: dict[str, str] = {}  # likewise, in the message that is under way

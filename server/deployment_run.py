@@ -11,20 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from apiary.config import summary
-from apiary.config.schema import RunConfig, UserError
+from apiary.config.schema import RunConfig
 from apiary.config.summary import public_name
+from apiary.core import files
+from apiary.core.errors import UserError
 from apiary.core.tensors import StateDict
-from apiary.data import examples, tokenization
-from apiary.data.examples import Federation
+from apiary.data import examples, stages, tokenization
+from apiary.data.federation import Federation
 from apiary.evaluation import comparison, continual
 from apiary.evaluation.comparison import HeldOut
-from apiary.export.tuned import exported_rank
+from apiary.export.adapter_folder import exported_rank
 from apiary.models import adapters
 from apiary.models.adapters import LanguageModel
 from apiary.privacy import statement
 from apiary.report import write_report
 from apiary.report.sites import own_rounds
-from apiary.tracking import event_log, trackers
+from apiary.tracking import environment, event_log, metrics_file, trackers
 from apiary.tracking.event_log import RunLog
 from server import checkpoint
 
@@ -66,7 +68,7 @@ def run(config: RunConfig, folder: Path, expected: int, federate: Federate, numb
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(event_log.hold(folder))
+            stack.enter_context(files.hold(folder))
         except BlockingIOError:
             raise UserError(f"run folder {folder.name!r}: another process still writes it; wait for its end") from None
         _run(config, folder, expected, federate, number, began)
@@ -79,7 +81,7 @@ def _run(config: RunConfig, folder: Path, expected: int, federate: Federate, num
         adapter = federate(log, held_out)
         metrics = _summarise(config, folder, adapter, held_out)
         metrics["seconds"] = round(event_log.spent_before(folder) + time.monotonic() - began, 1)
-        event_log.write_metrics(folder, metrics)
+        metrics_file.write_metrics(folder, metrics)
         write_report(folder)
         log.event("finish", seconds=metrics["seconds"])  # last: who follows the log then finds everything there
     except BaseException as error:
@@ -90,14 +92,14 @@ def _run(config: RunConfig, folder: Path, expected: int, federate: Federate, num
 
 
 def _open(config: RunConfig, folder: Path, expected: int, number: int) -> RunLog:
-    event_log.sweep(folder)
-    event_log.write_atomic(folder / "config.toml", config.to_toml())
+    files.sweep(folder)
+    files.write_atomic(folder / "config.toml", config.to_toml())
     found = checkpoint.load(folder / "checkpoints")
     done = found[0].round if found else 0
     if (folder / event_log.LOG_FILE).exists():
         event_log.truncate_after(folder, done)
     log = RunLog(folder, [trackers.tracker(config, folder)] if config.log.trackers else [])
-    start = event_log.start_fields(config)
+    start = environment.start_fields(config)
     start["outline"] = summary.sentence(config)
     log.event("start", **start, rounds=config.rounds, clients=expected, resumed=done, run=str(number))
     return log
@@ -111,7 +113,7 @@ def _held_out(config: RunConfig, log: RunLog) -> HeldOut | None:
         log.event("warning", message=_NOT_MEASURED)
         return None
     source = examples.read(config.data.test, split="test", columns=config.data.columns, key="data.test")
-    rows = continual.inside(source.examples if source.test is None else source.test, config)
+    rows = stages.inside(source.examples if source.test is None else source.test, config)
     if not rows and config.continual.stages:
         raise UserError(f"data.test = {config.data.test!r}: no row of it is in a stage of continual.stages")
     lm, template = _model(config)
@@ -136,7 +138,7 @@ def _summarise(config: RunConfig, folder: Path, adapter: StateDict, held_out: He
     """The content of metrics.json: what the server can know, which is neither rows nor baselines of the sites."""
     events = event_log.read_events(folder)
     clients = {e["client"]: e for e in events if e["event"] == "handshake"}
-    ranks = event_log.ranks(events)
+    ranks = metrics_file.ranks(events)
     table: list[dict[str, Any]] = []
     more: dict[str, Any] = {}
     if held_out is not None:
@@ -154,13 +156,13 @@ def _summarise(config: RunConfig, folder: Path, adapter: StateDict, held_out: He
         "task": f"{len(clients)} sites, {public_name(config.model.name)}",
         "table": table,
         "clients": [_client(name, clients[name], ranks.get(name)) for name in sorted(clients)],
-        "rounds": event_log.rounds_table(events),
+        "rounds": metrics_file.rounds_table(events),
         "sites": own_rounds(events),
         **more,
         "rank": exported_rank(adapter),
-        "curation": event_log.curation_counts(events),
+        "curation": metrics_file.curation_counts(events),
         "privacy": statement.read(folder),
-        **{key: value for key, value in event_log.start_fields(config).items() if key in ("machine", "versions")},
+        **{key: value for key, value in environment.start_fields(config).items() if key in ("machine", "versions")},
     }
 
 

@@ -11,16 +11,14 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from apiary.config.schema import RunConfig
+from apiary.core import errors
+from apiary.core.errors import RunFailed
 from apiary.core.messages import ClientInfo, Fingerprint, Hello
 from apiary.transport import flower_records
 from server import messaging, validation
 from strategies.aggregator import ROOT
 
 _AGAIN_S = 10.0  # how soon a node whose handshake failed in passing is asked again
-
-
-class RunFailed(RuntimeError):
-    """The run cannot go on; the message is one line for the operator (exit code 1)."""
 
 
 class EventLog(Protocol):
@@ -142,7 +140,7 @@ class Roster:
             return
         try:
             self._admit(node, flower_records.read_hello_reply(reply.content))
-        except flower_records.WireError as error:
+        except errors.WireError as error:
             self._turn_away(node, self._called(node), str(error))
 
     def _admit(self, node: int, hello: Hello) -> None:
@@ -200,7 +198,7 @@ class Roster:
             WireError: it is another node.
         """
         if client not in self.members or self.members[client].node != message.metadata.src_node_id:
-            raise flower_records.WireError(f"it answers as {client!r}, which is not who was asked")
+            raise errors.WireError(f"it answers as {client!r}, which is not who was asked")
 
     def sender_of(self, message: Message) -> str:
         """The client that a message comes from, whatever it calls itself."""

@@ -20,17 +20,19 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from apiary.config import schedule
 from apiary.config.schema import RunConfig
+from apiary.core import errors
+from apiary.core.errors import RunFailed, TooFewAnswers
 from apiary.core.messages import ClientInfo, Decline, Fingerprint, FitReport, Hello, Payload, Score, Update, Visit
 from apiary.core.stages import rounds_of, stage_of
 from apiary.core.tensors import StateDict, generator, is_finite
-from apiary.transport import codec, flower_records
+from apiary.transport import codec, flower_records, from_config
 from server import client_scores, messaging, round_metrics, validation
 from server.broadcast import Copies
 from server.client_scores import Best, Scores
-from server.membership import EventLog, Roster, RunFailed
+from server.membership import EventLog, Roster
 from server.sampling import choose, panel
 from strategies import Aggregator, Gradient, ServerState
-from strategies.aggregator import ROOT, TooFewAnswers
+from strategies.aggregator import ROOT
 
 logger = logging.getLogger(__name__)
 
@@ -104,8 +106,8 @@ class Rounds(Strategy):
         self.progress = progress or Progress()
         self._log, self._on_round, self._evaluate, self._score_stages = log, on_round, evaluate, score_stages
         self._root = root
-        self._up, self._coded = codec.of_run(config, "up"), config.wire.up.name != "fp32"
-        self._copies = None if codec.of_run(config, "down").whole else Copies(config, state.copies)
+        self._up, self._coded = from_config.configured_codec(config, "up"), config.wire.up.name != "fp32"
+        self._copies = None if from_config.configured_codec(config, "down").whole else Copies(config, state.copies)
         self._roster = Roster(
             config,
             fingerprint,
@@ -310,9 +312,9 @@ class Rounds(Strategy):
         for message in replies:
             try:
                 answer = self._read(message)
-            except flower_records.WireError as error:
+            except errors.WireError as error:
                 self._refuse(sender := self._roster.sender_of(message), str(error), number)
-                if isinstance(error, validation.Poisoned):
+                if isinstance(error, errors.Poisoned):
                     acc, poisoned[sender] = reducer.refused(acc), f"refused: {error}"
                 continue
             self._heard(answer.client if isinstance(answer, Decline) else answer.update.client)
@@ -377,7 +379,7 @@ class Rounds(Strategy):
         answer = self._decoded(answer, flower_records.read_message(message.content), client)
         validation.check_visit(answer, self.config, member.examples, self._payload(client)[0], self.state.round + 1)
         if rank != client.rank:
-            raise flower_records.WireError(f"its update has rank {rank}, and it was sent rank {client.rank}")
+            raise errors.WireError(f"its update has rank {rank}, and it was sent rank {client.rank}")
         if control := self._payload(client)[0].control:
             validation.check_walk(answer.report, self.config)
             far = schedule.walked(self.config, self.state.round + 1, answer.report.steps)
@@ -405,8 +407,8 @@ class Rounds(Strategy):
             return visit
         try:
             delta = codec.decode(message, self._up, codec.shapes_of(self._payload(client)[0].adapter))
-        except codec.CodecError as error:
-            kind = validation.Poisoned if isinstance(error, codec.NotFinite) else flower_records.WireError
+        except errors.CodecError as error:
+            kind = errors.Poisoned if isinstance(error, errors.NotFinite) else errors.WireError
             raise kind(f"its update cannot be decoded: {error}") from None
         return visit._replace(update=visit.update._replace(delta=delta))
 
@@ -498,7 +500,7 @@ class Rounds(Strategy):
                 client, score = flower_records.read_score_reply(message.content)
                 self._roster.check_sender(client, message)
                 validation.check_score(score, self.config)
-            except flower_records.WireError as error:
+            except errors.WireError as error:
                 self._refuse(self._roster.sender_of(message), str(error), server_round)
                 continue
             self._heard(client)

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from apiary.config.schema import ContinualConfig, CurateConfig, PrivacyConfig, RunConfig, UserError
+from apiary.config.schema import ContinualConfig, CurateConfig, PrivacyConfig, RunConfig
 from apiary.config.summary import public_name
+from apiary.core.errors import UserError
 from apiary.core.messages import Decline, Payload, Update
 from apiary.data import examples
 from apiary.data.examples import Example

@@ -11,19 +11,15 @@ import math
 from torch import Tensor
 
 from apiary.config.schema import RunConfig
+from apiary.core.errors import Poisoned, WireError
 from apiary.core.lora import is_b
 from apiary.core.messages import Curated, Decline, FitReport, Payload, Score, Spent, Visit
 from apiary.core.tensors import StateDict, add, is_finite
-from apiary.transport.flower_records import WireError
 from strategies import seed_scalars
 
 MOST = 2**53  # counts travel as float64, which holds no larger number exactly
 _MOST_ENTRY = 1e12  # of a change; beyond it products of factors, and their decompositions, leave float32
 _SLACK = 1e-6  # of a budget, for two sides that add in another order
-
-
-class Poisoned(WireError):
-    """A well-formed change that no training makes. Whoever sends it is hostile, or as good as that."""
 
 
 def check_visit(visit: Visit, config: RunConfig, examples: int, payload: Payload, number: int) -> None:

@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 from apiary.config.schema import RunConfig
 from apiary.core.tensors import StateDict, add
 from apiary.data import tokenization
-from apiary.data.examples import ClientData, Example
+from apiary.data.examples import Example
+from apiary.data.federation import ClientData
 from apiary.data.tokenization import Template
-from apiary.export.tuned import kept_in
-from apiary.models import adapters
+from apiary.models import adapter_files, adapters
 from apiary.models.adapters import LanguageModel
 from apiary.tracking.event_log import RunLog
+from apiary.tracking.run_directory import kept_in
 from client.training import trainer
 
 
@@ -102,5 +103,5 @@ def _adapter(
         factors="both" if config.adapter.train == "alternate" else config.adapter.trained(1),
     )
     adapter = add(start, result.delta)
-    adapters.save_adapter(lm, adapter, folder)
+    adapter_files.save_adapter(lm, adapter, folder)
     return adapter

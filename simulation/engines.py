@@ -16,7 +16,8 @@ from flwr.clientapp.typing import ClientAppCallable, Mod
 from flwr.serverapp import Grid, ServerApp
 
 from apiary.config.registry import Registry
-from apiary.config.schema import RunConfig, UserError
+from apiary.config.schema import RunConfig
+from apiary.core.errors import UserError
 from client import handlers
 from client.app import make_app
 from simulation.adversaries import hostile

@@ -9,22 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import strategies
-from apiary.config import schema as configs
-from apiary.config import summary
-from apiary.config.schema import RunConfig, UserError
-from apiary.data import examples, tokenization
+from apiary.config import loading, summary
+from apiary.config.schema import RunConfig
+from apiary.core import files
+from apiary.core.errors import RunFailed, UserError
+from apiary.data import stages, tokenization
+from apiary.data.federation import too_few_clients
+from apiary.data.stages import rows_by_stage, unlimited_buffers
 from apiary.evaluation import comparison, continual
-from apiary.models import adapters
+from apiary.models import adapter_files, adapters
 from apiary.privacy import plan as privacy_plan
 from apiary.privacy import sampling
 from apiary.report import write_report
-from apiary.tracking import event_log, trackers
+from apiary.tracking import environment, event_log, metrics_file, trackers
 from apiary.tracking.event_log import RunLog
 from client import curation, handlers
 from client.training import objectives
 from server import checkpoint, trusted_update
 from server.app import make_app
-from server.membership import RunFailed
 from simulation import adversaries
 from simulation.engines import ENGINES
 from simulation.summary import Plan, summarise
@@ -72,10 +74,10 @@ def plan(config: RunConfig) -> Plan:
     adversaries.forget()  # the files may have changed since an earlier run in this process
     federation = handlers.federation(config.to_json())
     adversaries.attackers(config, [client.name for client in federation.clients])  # whether there can be so many
-    if few := examples.too_few_clients(config, len(federation.clients)):
+    if few := too_few_clients(config, len(federation.clients)):
         raise UserError(*few)
     if config.privacy.unit == "record":
-        rows = [continual.rows_by_stage(client.train, config) for client in federation.clients]
+        rows = [stages.rows_by_stage(client.train, config) for client in federation.clients]
         sampling.check(config, rows)
         sampling.noise_multiplier(config, rows[sampling.worst(config, rows)])  # there may be none that is enough
     if not federation.test:
@@ -104,7 +106,7 @@ def simulate(
 
     Raises:
         UserError: wrong input; nothing was written.
-        server.membership.RunFailed: too few clients answered well, or the model that they made gives no number.
+        apiary.core.errors.RunFailed: too few clients answered well, or the model that they made gives no number.
     """
     began = time.monotonic()
     _check_folder(config, folder, resume)
@@ -112,18 +114,18 @@ def simulate(
         observer({"event": "phase", "name": "loading"})
     prepared = plan(config)
     folder.mkdir(parents=True, exist_ok=True)
-    event_log.sweep(folder)
-    event_log.write_atomic(folder / "config.toml", config.to_toml())
+    files.sweep(folder)
+    files.write_atomic(folder / "config.toml", config.to_toml())
     log = _open_log(config, folder, observers, [client.name for client in prepared.federation.clients])
     try:
         _report_rows(log, prepared)
         app = make_app(log, prepared.held_out)
         ENGINES.build(config.simulate.engine, config=config)(app, config, len(prepared.federation.clients), folder)
-        adapter = adapters.read_adapter(prepared.lm, folder / "adapter" / "adapter_model.safetensors")
+        adapter = adapter_files.read_adapter(prepared.lm, folder / "adapter" / "adapter_model.safetensors")
         metrics = summarise(prepared, adapter, folder, log)
         metrics["seconds"] = round(event_log.spent_before(folder) + time.monotonic() - began, 1)
         log.event("finish", seconds=metrics["seconds"])
-        event_log.write_metrics(folder, metrics)
+        metrics_file.write_metrics(folder, metrics)
         write_report(folder)
         if not math.isfinite(next(row["loss"] for row in metrics["table"] if row["method"] == "federated")):
             raise RunFailed(
@@ -138,13 +140,13 @@ def simulate(
 def _check_folder(config: RunConfig, folder: Path, resume: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{str(folder)!r} is a file; choose another --out")
-    used = folder.exists() and any(not event_log.is_draft(path) for path in folder.iterdir())
+    used = folder.exists() and any(not files.is_draft(path) for path in folder.iterdir())
     if not resume and used:
         raise UserError(f"{str(folder)!r} is not empty: add --resume to go on with that run, or choose another --out")
     if resume:
         if not (folder / "config.toml").exists():
             raise UserError(f"--resume: {str(folder)!r} holds no run (no config.toml)")
-        stored = configs.load(folder / "config.toml")
+        stored = loading.load(folder / "config.toml")
         if stored != config:
             raise UserError(
                 f"--resume: the configuration differs from the run's own in {', '.join(_differences(stored, config))}"
@@ -167,7 +169,7 @@ def _open_log(config: RunConfig, folder: Path, observers: Sequence[Observer], cl
     if (folder / "log.jsonl").exists():
         event_log.truncate_after(folder, found[0].round if found else 0)
     log = RunLog(folder, [*observers, *([trackers.tracker(config, folder)] if config.log.trackers else [])])
-    fields, resumed = event_log.start_fields(config), found[0].round if found else 0
+    fields, resumed = environment.start_fields(config), found[0].round if found else 0
     if hostile := adversaries.attackers(config, clients):
         fields["attack"] = {"name": config.simulate.attack.name, "clients": list(hostile)}
     fields["outline"] = summary.sentence(config)
@@ -183,8 +185,8 @@ def _report_rows(log: RunLog, prepared: Plan) -> None:
             log.event("warning", message=line)
     config, federation, lm, template, held_out = prepared
     lines = comparison.data_warnings(federation, held_out, template, lm, config)
-    stages = [continual.rows_by_stage(client.train, config) for client in federation.clients]
-    lines += continual.unlimited_buffers(stages, config)
+    stages = [rows_by_stage(client.train, config) for client in federation.clients]
+    lines += unlimited_buffers(stages, config)
     if config.privacy.unit == "record":
         lines += privacy_plan.remarks(config, stages)
     for line in [*lines, *continual.unmeasured(held_out, config)]:

@@ -12,19 +12,21 @@ from apiary.config.summary import public_name
 from apiary.core import lora
 from apiary.core.tensors import StateDict
 from apiary.data import tokenization
-from apiary.data.examples import Example, Federation, answer
+from apiary.data.examples import Example, answer
+from apiary.data.federation import Federation
 from apiary.data.tokenization import Template
 from apiary.evaluation import comparison, continual
 from apiary.evaluation.comparison import HeldOut, Measured
-from apiary.export.tuned import exported_rank, kept_in, save_adapter_folder
+from apiary.export.adapter_folder import exported_rank, save_adapter_folder
 from apiary.models import adapters
 from apiary.models.adapters import LanguageModel
 from apiary.privacy import statement
 from apiary.report.data import gain_of
-from apiary.tracking import event_log
+from apiary.tracking import environment, event_log, metrics_file
 from apiary.tracking.event_log import RunLog
+from apiary.tracking.run_directory import kept_in
 from client.personal import complete
-from simulation import adversaries, baselines
+from simulation import adversaries, backdoor, baselines
 from simulation.baselines import Baselines
 
 _ASKED = 60  # held-out questions with a hidden phrase
@@ -61,7 +63,7 @@ def summarise(prepared: Plan, adapter: StateDict, folder: Path, log: RunLog) -> 
     log.event("phase", name="evaluating")
     own = _personal(prepared, adapter, folder, steps)
     runs, alone = comparison.compare(lm, held_out, config, adapter, *trained, own)
-    clients = _per_client(prepared, adapter, trained, alone, own, event_log.ranks(events))
+    clients = _per_client(prepared, adapter, trained, alone, own, metrics_file.ranks(events))
     kind = kind_of(config, federation)
     made = {
         "base": 0,
@@ -82,15 +84,15 @@ def summarise(prepared: Plan, adapter: StateDict, folder: Path, log: RunLog) -> 
         "clients": clients,
         "gain": _gain(clients),
         "skills": comparison.by_kind(kind, runs, held_out) if kind and config.evaluate.generate else {},
-        "rounds": event_log.rounds_table(events),
+        "rounds": metrics_file.rounds_table(events),
         "samples": _samples(prepared, runs, kind),
         **continual.results(events, runs, held_out, config),
         **({"share": config.adapter.share} if own else {}),
         "rank": exported_rank(adapter),
         **_attack(prepared, adapter, events),
-        "curation": event_log.curation_counts(events),
+        "curation": metrics_file.curation_counts(events),
         "privacy": statement.read(folder),
-        **{key: value for key, value in event_log.start_fields(config).items() if key in ("machine", "versions")},
+        **{key: value for key, value in environment.start_fields(config).items() if key in ("machine", "versions")},
     }
 
 
@@ -107,14 +109,14 @@ def _attack(prepared: Plan, adapter: StateDict, events: Sequence[Mapping[str, An
         return {"attack": told}
     phrase, told["answer"] = hidden
     asked = (
-        adversaries.questions(lm, template, config, federation.test, phrase, _ASKED) if config.evaluate.generate else []
+        backdoor.questions(lm, template, config, federation.test, phrase, _ASKED) if config.evaluate.generate else []
     )
     if not asked:
         return {"attack": told}
     answered: dict[str, float] = {}
     for method, state in (("base", adapters.fresh_adapter(lm, config.seed)), ("federated", adapter)):
         adapters.set_adapter(lm, state)
-        answered[method] = round(adversaries.obeyed(lm, config, asked, told["answer"]), 4)
+        answered[method] = round(backdoor.obeyed(lm, config, asked, told["answer"]), 4)
     return {"attack": {**told, "asked": len(asked), "answered": answered}}
 
 

@@ -26,10 +26,6 @@ _NOTHING: StateDict = MappingProxyType({})
 _FLOOR = 3**-0.5  # the expected norm of a row of a Kaiming-uniform A, whatever its length
 
 
-class TooFewAnswers(ValueError):
-    """A round has fewer good answers than a method needs to keep its promise."""
-
-
 class ServerState(NamedTuple):
     """Everything a round leaves behind at the server; saving it is saving the run."""
 

@@ -13,7 +13,8 @@ from apiary.core.messages import Update
 from strategies import averaging_error
 from strategies.aggregator import AGGREGATORS, Aggregator, Gradient, Reducer, ServerState, plain_step, product_step
 from strategies.fedavg import fedavg
-from strategies.products import Weighting, each, flexlora, payload_of_rank, rank_of
+from strategies.flexlora import flexlora
+from strategies.products import Weighting, each, payload_of_rank, rank_of
 
 
 @AGGREGATORS.register("auto")

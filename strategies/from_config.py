@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from inspect import signature
 
-from apiary.config.schema import RunConfig, UserError
+from apiary.config.schema import RunConfig
 from apiary.core import lora
-from apiary.transport import codec
+from apiary.core.errors import UserError
+from apiary.transport.from_config import configured_codec
 from strategies.aggregator import AGGREGATORS, Aggregator
 from strategies.server_optimizers import SERVER_OPTIMIZERS, with_optimizer
 
@@ -90,7 +91,7 @@ def _pruning_problems(config: RunConfig) -> Iterator[str]:
 
 def _wire_problems(config: RunConfig, aggregator: Aggregator) -> Iterator[str]:
     try:
-        up, down = codec.of_run(config, "up"), codec.of_run(config, "down")
+        up, down = configured_codec(config, "up"), configured_codec(config, "down")
     except UserError as error:
         yield from error.problems
         return

@@ -13,8 +13,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from apiary.config.schema import UserError
-from strategies.aggregator import TooFewAnswers
+from apiary.core.errors import TooFewAnswers, UserError
 
 _NEEDS: Mapping[str, tuple[int, int]] = {  # (a, b): at least a f + b answers
     "norm_clip": (2, 1),

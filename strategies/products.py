@@ -8,28 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
+from typing import Annotated, Literal, NamedTuple, TypeAlias
 
 import torch
 from pydantic import Field
 from torch import Generator, Tensor
 
-from apiary.config.schema import UserError
 from apiary.core import lora
 from apiary.core.lora import Factors, Scaling
 from apiary.core.messages import ClientInfo, Payload, Update
-from apiary.core.tensors import StateDict, generator
 from strategies.aggregator import (
-    AGGREGATORS,
-    Aggregator,
     Gradient,
     Reducer,
     ServerState,
     of_rank,
-    plain_step,
-    product_step,
 )
-from strategies.fedavg import fedavg
 
 DROPPED = "dropped_energy"  # in a state's memory
 Rank: TypeAlias = Annotated[int, Field(ge=0)]
@@ -151,7 +144,7 @@ def add_to_base(state: ServerState, change: Mapping[str, Factors], most: int) ->
     return state._replace(base_delta=lora.join(base), memory={**state.memory, DROPPED: share})
 
 
-def _mean_change(
+def mean_change(
     held: Factors, deltas: Sequence[Factors], parts: Sequence[float], scaling: Scaling, absolute: bool = False
 ) -> Factors:
     """The mean change of the clients' products, sum_k p_k s_k/s_R (B_k A_k - B_k0 A_k0), exactly, as factors.
@@ -170,15 +163,15 @@ def _mean_change(
     """
     weights = [p * (scaling(d.rank) / scaling(held.rank)) for p, d in zip(parts, deltas, strict=True)]
     own = lora.stack([Factors(d.b, held.a[: d.rank] + d.a) for d in deltas], weights)
-    shared = _padded_sum([d.a for d in deltas], parts, held.a)
+    shared = padded_sum([d.a for d in deltas], parts, held.a)
     if absolute:
-        shared -= _missing(deltas, parts, held.rank)[:, None] * held.a
+        shared -= missing(deltas, parts, held.rank)[:, None] * held.a
     if not (held.b.any() and shared.any()):  # as with a new adapter, or one whose A is frozen
         return own
     return lora.stack([own, Factors(held.b, shared.float())])
 
 
-def _padded_sum(tensors: Sequence[Tensor], weights: Sequence[float], like: Tensor) -> Tensor:
+def padded_sum(tensors: Sequence[Tensor], weights: Sequence[float], like: Tensor) -> Tensor:
     """The weighted sum of tensors with fewer rows than `like`, or as many; float64."""
     total = torch.zeros_like(like, dtype=torch.float64)
     for tensor, weight in zip(tensors, weights, strict=True):
@@ -186,204 +179,22 @@ def _padded_sum(tensors: Sequence[Tensor], weights: Sequence[float], like: Tenso
     return total
 
 
-def _missing(deltas: Sequence[Factors], parts: Sequence[float], rank: int) -> Tensor:
+def missing(deltas: Sequence[Factors], parts: Sequence[float], rank: int) -> Tensor:
     """For each of R slices the part of the round that does not hold it, (R,) float64; exactly 0 where all do."""
     lacking = [math.fsum(p for p, d in zip(parts, deltas, strict=True) if d.rank <= i) for i in range(rank)]
     return torch.tensor(lacking, dtype=torch.float64)
 
 
-def _product_reducer(method: str, scaling: Scaling, weighting: Weighting, absolute: bool = False) -> Reducer:
+def product_reducer(method: str, scaling: Scaling, weighting: Weighting, absolute: bool = False) -> Reducer:
+    """A fold whose gradient is the mean of the clients' products, as stacked factors module by module."""
+
     def finish(state: ServerState, updates: Sequence[Update]) -> Gradient:
         counted = [(p, lora.split(u.delta)) for p, u in zip(shares(updates, weighting), updates, strict=True) if p]
         parts = [p for p, _ in counted]
         change = {
-            module: _mean_change(held, [deltas[module] for _, deltas in counted], parts, scaling, absolute)
+            module: mean_change(held, [deltas[module] for _, deltas in counted], parts, scaling, absolute)
             for module, held in lora.split(state.adapter).items()
         }
         return Gradient(lora.join(change))
 
     return each(method, "mixed", finish)
-
-
-@AGGREGATORS.register("flora")
-def flora(scaling: Scaling, seed: int, weighting: Weighting = "tokens", base_rank: Rank = 0) -> Aggregator:
-    """FLoRA: what the clients learnt goes into the base, exactly, and the next round begins with a new adapter.
-
-    D := D + sum_k p_k s_k B_k A_k by stacking factors; p_k stands in one of them only, for in both it would count
-    squared. Then A is drawn anew from (seed, round, name) and B is zero (Wang et al. 2024, arXiv 2409.05976). A product
-    that the adapter held at the start of the round goes into the base with them.
-
-    `base_delta` is the sum of all rounds, so that a client that missed some is not behind. It grows by sum_k r_k ranks
-    a round, up to those of a full matrix, and every client receives it: `base_rank` bounds it.
-
-    Args:
-        scaling: the scale of a product by its rank.
-        seed: the run's.
-        weighting: the clients' parts of the round.
-        base_rank: highest rank of `base_delta`, whose best approximation is kept then (0 = any; exact).
-    """
-
-    def step(state: ServerState, gradient: Gradient) -> ServerState:
-        change = lora.split(gradient.adapter)
-        learnt = {}
-        for module, held in lora.split(state.adapter).items():
-            parts = [held, change[module]] if held.b.any() else [change[module]]
-            learnt[module] = lora.stack(parts, [scaling(held.rank)] * len(parts))
-        number = state.round + 1
-        return add_to_base(state, learnt, base_rank)._replace(
-            round=number, adapter=_renewed(state.adapter, seed, number)
-        )
-
-    reduce = _product_reducer("flora", scaling, weighting)
-    return Aggregator(
-        reduce,
-        step,
-        payload_of_rank(scaling),
-        needs="each",
-        space="products",
-        ranks="mixed",
-        trains=("both", "b"),  # in an adapter whose B is zero, a round of A alone learns nothing
-        renews=True,
-    )
-
-
-def _renewed(adapter: StateDict, seed: int, number: int) -> dict[str, Tensor]:
-    """An adapter that changes nothing yet, as a run begins with, but another one in each round."""
-    made = {name: torch.zeros_like(tensor) for name, tensor in adapter.items()}
-    for name, tensor in made.items():
-        if not lora.is_b(name):
-            bound = tensor.shape[1] ** -0.5  # Kaiming-uniform with a = sqrt(5)
-            tensor.uniform_(-bound, bound, generator=generator(seed, "adapter", number, name))
-    return made
-
-
-@AGGREGATORS.register("flexlora")
-def flexlora(
-    scaling: Scaling, weighting: Weighting = "tokens", form: Literal["delta", "absolute"] = "delta"
-) -> Aggregator:
-    """FlexLoRA: the mean of the clients' products, exactly, then the best factors of rank R for it.
-
-    The authors decompose dense matrices; here the stacked factors are decomposed, by QR and a small SVD (Bai et al.
-    2024, arXiv 2402.11505). A client of rank r receives the best r ranks.
-
-    Their form is "absolute": the server's product becomes sum_k p_k s_k B_k A_k. With clients of different ranks it
-    collapses: in every round slice i shrinks by the part of the clients whose rank is below i, also if nobody trains
-    (Wu et al. 2026, arXiv 2602.13486). The form "delta" adds the mean of the clients' *changes* instead,
-    s_k (B_k A_k - B_k0 A_k0), and keeps what nobody has changed. With one rank for all, both are the same.
-
-    Args:
-        scaling: the scale of a product by its rank.
-        weighting: the clients' parts of the round.
-        form: what is averaged: changes, or whole products as in the paper.
-    """
-    reduce = _product_reducer("flexlora", scaling, weighting, form == "absolute")
-    return Aggregator(
-        reduce,
-        product_step,
-        payload_of_rank(scaling),
-        needs="each",
-        space="products",
-        ranks="mixed",
-        trains=("both",),
-    )
-
-
-@AGGREGATORS.register("hetlora")
-def hetlora(
-    scaling: Scaling,
-    form: Literal["absolute", "delta"] = "absolute",
-    prune: Annotated[float, Field(ge=0, lt=1)] = 0.0,
-    penalty: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0,
-) -> Aggregator:
-    """HetLoRA: factors are padded with zeros and averaged, weighted by the norms of the clients' products.
-
-    In each module client k has the weight ||s_k B_k A_k||_F / sum_j ||s_j B_j A_j||_F, whatever its tokens (Cho et al.
-    2024, arXiv 2401.06432); one as any while all products are zero. The norms are those of the
-    products, and so are blind to how B and A share them; but a client that scales its product up gains weight. It is
-    not a method for clients that are not trusted.
-
-    As in the paper a padded zero counts: slice i of both factors shrinks by the weight of the clients that do not hold
-    it, in every round. With `form` = "delta" the padded changes are averaged instead, and nothing shrinks.
-
-    With `prune` the clients lower their own ranks as they train: `client.pruning` says how.
-
-    Args:
-        scaling: the scale of a product by its rank.
-        form: what is padded and averaged: whole factors as in the paper, or changes.
-        prune: the part of its rank that a client keeps when it prunes, the paper's gamma (0: none prunes).
-        penalty: of the part that it may prune, in its loss: the paper's lambda.
-
-    Raises:
-        UserError: there is a penalty, but nobody prunes.
-    """
-    if penalty and not prune:
-        raise UserError(
-            f"strategy.options.penalty = {penalty}: it is on what clients may prune; set prune, such as 0.99"
-        )
-
-    def mean(held: Factors, deltas: Sequence[Factors]) -> Factors:
-        deltas = [Factors(d.b * (scaling(d.rank) / scaling(held.rank)), d.a) for d in deltas]
-        norms = [lora.norm(Factors(held.b[:, : d.rank] + d.b, held.a[: d.rank] + d.a)) for d in deltas]
-        total = math.fsum(norms)
-        weights = [norm / total if total else 1 / len(norms) for norm in norms]
-        b = _padded_sum([d.b.T for d in deltas], weights, held.b.T)
-        a = _padded_sum([d.a for d in deltas], weights, held.a)
-        if form == "absolute":
-            missing = _missing(deltas, weights, held.rank)[:, None]
-            b, a = b - missing * held.b.T, a - missing * held.a
-        return Factors(b.T.float().contiguous(), a.float())
-
-    def finish(state: ServerState, updates: Sequence[Update]) -> Gradient:
-        if not updates:
-            raise ValueError("the round has no update")
-        split = [lora.split(update.delta) for update in updates]
-        held = lora.split(state.adapter)
-        return Gradient(lora.join({m: mean(factors, [deltas[m] for deltas in split]) for m, factors in held.items()}))
-
-    reduce = each("hetlora", "mixed", finish)
-    made = Aggregator(reduce, plain_step, payload_of_rank(scaling), needs="each", ranks="mixed", prunes=prune > 0)
-    # Where padded zeros count, a factor that clients hold fixed would shrink all the same.
-    return made if form == "delta" else made._replace(trains=("both",))
-
-
-class _Slices(NamedTuple):
-    rank: int  # of the server's adapter
-    padded: Any  # the accumulator of the plain average
-    weight: Tensor  # (R,) float64, of the clients that hold each slice
-
-
-@AGGREGATORS.register("rank_slices")
-def rank_slices(scaling: Scaling, weighting: Weighting = "tokens") -> Aggregator:
-    """Averages slice i, a column of B and a row of A, over those clients alone whose rank is above i.
-
-    Where padded zeros are averaged, or whole products, slices that few clients hold shrink (Chen et al. 2024, "RBLA",
-    arXiv 2408.08699; Wu et al. 2026, "raFLoRA", arXiv 2602.13486). Slices that nobody holds stay as they are (but a
-    server optimiser with a memory moves them on). With one rank for all this is `fedavg`, to the bit; and like it a
-    sum, so that the server's memory does not grow with the clients.
-
-    Args:
-        scaling: the scale of a product by its rank.
-        weighting: the clients' parts of each slice.
-    """
-    whole = fedavg(weighting).reduce
-
-    def start(state: ServerState) -> _Slices:
-        rank = rank_of(state)
-        return _Slices(rank, whole.start(state), torch.zeros(rank, dtype=torch.float64))
-
-    def add(acc: _Slices, update: Update) -> _Slices:
-        check_rank("rank_slices", acc.rank, update, "mixed")
-        scale = scaling(update.rank) / scaling(acc.rank)
-        padded = {m: lora.resize(Factors(d.b * scale, d.a), acc.rank) for m, d in lora.split(update.delta).items()}
-        acc.weight[: update.rank] += update.weight if weighting == "tokens" else 1.0
-        return acc._replace(padded=whole.add(acc.padded, update._replace(delta=lora.join(padded), rank=acc.rank)))
-
-    def finish(state: ServerState, acc: _Slices, rng: Generator) -> Gradient:
-        mean = lora.split(whole.finish(state, acc.padded, rng).adapter)
-        # The mean has divided by the weight of all, which is that of the first slice.
-        more = torch.where(acc.weight > 0, acc.weight[0] / acc.weight, 0.0)
-        return Gradient(
-            lora.join({m: Factors((f.b * more).float(), (more[:, None] * f.a).float()) for m, f in mean.items()})
-        )
-
-    return Aggregator(Reducer(start, add, finish), plain_step, payload_of_rank(scaling), needs="sum", ranks="mixed")

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from apiary.config.registry import Registry
-from apiary.config.schema import UserError
+from apiary.core.errors import UserError
 from apiary.core.lora import is_b
 from apiary.core.tensors import StateDict
 from strategies.aggregator import Aggregator, Gradient, ServerState

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from apiary.data.batches import Batch, Corpus, Encoded, gather
-from apiary.models.inference import row_losses
+from apiary.models.loss import row_losses
 
 _SHAPE = {
     "hidden_size": 32,

@@ -8,15 +8,16 @@ from datetime import date, time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from apiary.config import schema as configs
-from apiary.config.schema import Method, RunConfig, UserError
+from apiary.config import loading
+from apiary.config.schema import Method, RunConfig
+from apiary.core.errors import UserError
+from apiary.core.files import finite, write_atomic
 from apiary.data import tokenization
 from apiary.data.examples import Example, Source, as_read, check, read
 from apiary.data.sources import RawFile, load
 from apiary.export import tuned as results
 from apiary.models import adapters
 from apiary.models.inference import ModelProbe
-from apiary.tracking.event_log import finite, write_atomic
 from client.curation.pipeline import Context, Curation, Reader, build_steps, curate
 
 _OURS = ("messages", "conversations", "instruction", "input", "output")  # columns that a reader would take for text
@@ -106,7 +107,7 @@ def _line(row: Mapping[str, object]) -> str:
 
 def _settings(config: Path | None, adapter: Path | None, overrides: Sequence[str]) -> RunConfig:
     if adapter is None or config is not None:
-        return configs.load(config, list(overrides))
+        return loading.load(config, list(overrides))
     return results.open_tuned(adapter, overrides).config
 
 

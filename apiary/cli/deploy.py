@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from apiary.cli.shared import ConfigFile, Overrides, print_table, settings_of, shown
-from apiary.config.schema import UserError
+from apiary.core.errors import UserError
 
 app = typer.Typer(help="Run a federation between machines: kits, processes, runs.", no_args_is_help=True)
 
@@ -139,7 +139,7 @@ def deploy_submit(
     if failure:
         typer.echo(f"apiary: the run failed: {failure}", err=True)
         raise typer.Exit(1)
-    from apiary.tracking.event_log import read_metrics
+    from apiary.tracking.metrics_file import read_metrics
 
     print_table(read_metrics(folder))
     typer.echo(f"report: {shown(folder / 'report.html')}   adapter: {shown(folder / 'adapter')}")

@@ -23,9 +23,10 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 from apiary.cli import deploy
 from apiary.cli.shared import ConfigFile, Overrides, print_table, settings_of, shown
+from apiary.config import loading
 from apiary.config import schema as configs
 from apiary.config.registry import Registry
-from apiary.config.schema import UserError
+from apiary.core.errors import UserError
 
 app = typer.Typer(
     name="apiary",
@@ -125,9 +126,9 @@ def export(
     merge: Annotated[bool, typer.Option("--merge", help="merge the adapter into a whole model")] = False,
 ) -> None:
     """Write the adapter, or the merged model, as a folder that other tools load."""
-    from apiary.export import tuned
+    from apiary.export.export import export_run
 
-    typer.echo(f"written: {shown(tuned.export(run, to.resolve(), merge=merge))}")
+    typer.echo(f"written: {shown(export_run(run, to.resolve(), merge=merge))}")
 
 
 @app.command()
@@ -174,6 +175,7 @@ def curate(
     for line in done.remarks:
         typer.echo(f"warning: {line}", err=True)
     typer.echo(curate.table(done.curation))
+
     typer.echo(f"written: {shown(done.out.resolve())}   private page: {shown(done.report.resolve())}")
 
 
@@ -189,7 +191,7 @@ def privacy_plan(
     rows: Annotated[int | None, typer.Option(min=1, help="rows of the smallest client; unset: read the data")] = None,
 ) -> None:
     """Print sample rate, noise and epsilon by round, before any training."""
-    settings = configs.load(config, overrides or [])
+    settings = loading.load(config, overrides or [])
     from apiary.privacy.plan import describe, plan
 
     for line in describe(settings, plan(settings, rows)):
@@ -201,9 +203,9 @@ def show_config(
     key: Annotated[str | None, typer.Argument(help="a key or a table, such as strategy: with all methods")] = None,
 ) -> None:
     """Print configuration keys with their defaults and what they mean; of a KEY also its methods with their options."""
-    rows = [row for row in configs.describe() if key is None or row[0] == key or row[0].startswith(f"{key}.")]
+    rows = [row for row in loading.describe() if key is None or row[0] == key or row[0].startswith(f"{key}.")]
     if not rows:
-        known = dict.fromkeys(name for row in configs.describe() for name in (row[0].partition(".")[0], row[0]))
+        known = dict.fromkeys(name for row in loading.describe() for name in (row[0].partition(".")[0], row[0]))
         for table, registry in _registries().items():
             if str(key) in registry:
                 raise UserError(f"{key!r} is no key but may stand at {table}: apiary config {table}")
@@ -224,22 +226,22 @@ def _registries() -> dict[str, Registry[Any]]:
     """By key, the methods that may stand there."""
     import strategies.server_optimizers  # here, so that a list of keys is told without waiting for torch
     from apiary.data import partitions
-    from apiary.transport import codec
+    from apiary.transport import codecs
     from client.curation import STEPS
     from client.training import objectives
-    from simulation import adversaries, engines
+    from simulation import attacks, engines
 
     return {
         "strategy.name": strategies.AGGREGATORS,
         "strategy.server_optimizer": strategies.server_optimizers.SERVER_OPTIMIZERS,
-        "wire.up": codec.CODECS,
-        "wire.down": codec.CODECS,
+        "wire.up": codecs.CODECS,
+        "wire.down": codecs.CODECS,
         "data.partition": partitions.PARTITIONS,
         "train.objective": objectives.OBJECTIVES,
         "train.penalties": objectives.PENALTIES,
         "curate.steps": STEPS,
         "simulate.engine": engines.ENGINES,
-        "simulate.attack": adversaries.ATTACKS,
+        "simulate.attack": attacks.ATTACKS,
     }
 
 

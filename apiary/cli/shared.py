@@ -10,8 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
+from apiary.config import loading
 from apiary.config import schema as configs
-from apiary.config.schema import UserError
+from apiary.core.errors import UserError
 
 ConfigFile = Annotated[Path | None, typer.Argument(help="a TOML file; none = the built-in demo", show_default=False)]
 Overrides = Annotated[
@@ -28,7 +29,7 @@ def settings_of(
     name = config.stem if config else "demo"
     folder = (out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
     stored = folder / "config.toml" if resume and config is None and (folder / "config.toml").exists() else config
-    return configs.load(stored, overrides or []), folder
+    return loading.load(stored, overrides or []), folder
 
 
 def print_table(metrics: Mapping[str, Any]) -> None:

@@ -20,19 +20,6 @@ _WORDS: dict[Any, str] = {
 }
 
 
-class UserError(ValueError):
-    """The user's input is wrong; the message is one line a person can act on (exit code 2).
-
-    Args:
-        problems: one or more lines; the first one is the message.
-    """
-
-    def __init__(self, *problems: str) -> None:
-        self.problems = problems
-        more = f" (and {len(problems) - 1} more: run `apiary doctor`)" if len(problems) > 1 else ""
-        super().__init__(problems[0] + more)
-
-
 def error_lines(error: ValidationError, root: type[BaseModel]) -> list[str]:
     """One line for each key that is wrong, in the order in which they were met."""
     lines: dict[str, str] = {}  # by key, for a union complains once for each of its members

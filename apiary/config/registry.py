@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from apiary.config import toml_text
 from apiary.config.errors import shown, wanted_text
-from apiary.config.schema import UserError
+from apiary.core.errors import UserError
 
 T = TypeVar("T")
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from apiary.config.errors import UserError
+from apiary.core.errors import UserError
 
 _PATH_KEYS = (
     ("data", "source"),

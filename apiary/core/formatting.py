@@ -60,3 +60,16 @@ def seconds_text(value: float | None) -> str:
         return f"{seconds // 60} min {seconds % 60:02d} s"
     minutes = round(value / 60)
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+_LONGEST = 300  # characters of a message from outside
+
+
+def clean(text: object) -> str:
+    """`text` on one line without control characters.
+
+    Names and reasons come from other machines, and a terminal obeys escapes.
+    """
+    flat = " ".join(str(text).split())
+    shown = "".join(letter if letter.isprintable() else "?" for letter in flat)
+    return shown if len(shown) <= _LONGEST else shown[: _LONGEST - 1] + "…"

@@ -193,3 +193,8 @@ def resize(x: Factors, rank: int) -> Factors:
         return Factors(x.b[:, :rank], x.a[:rank])
     pad = torch.nn.functional.pad
     return Factors(pad(x.b, (0, more)), pad(x.a, (0, 0, 0, more)))
+
+
+def is_half(adapter: StateDict) -> bool:
+    """Whether the adapter has no B of its own, as what is shared of a FedSA-LoRA run."""
+    return not any(tensor.any() for name, tensor in adapter.items() if is_b(name))

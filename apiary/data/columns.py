@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from apiary.config.schema import UserError
+from apiary.core.errors import UserError
 
 Role = Literal["system", "user", "assistant"]
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from apiary.config.registry import Registry
-from apiary.config.schema import UserError
+from apiary.core.errors import UserError
 from apiary.core.tensors import derive_seed
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from apiary.config.schema import UserError
+from apiary.core.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from apiary.config.schema import PromptConfig, UserError
+from apiary.config.schema import PromptConfig
+from apiary.core.errors import UserError
 from apiary.data.examples import Turn
 
 if TYPE_CHECKING:

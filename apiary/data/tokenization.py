@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from apiary.config.schema import DataConfig, PromptConfig, UserError
+from apiary.config.schema import DataConfig, PromptConfig
+from apiary.core.errors import UserError
 from apiary.data.batches import Batch, Corpus, CorpusStats, Encoded, collate, gather, plan_batches
 from apiary.data.examples import Example, Source, Turn, read, rows_text
 from apiary.data.templates import Segment, Template, Unwritable, asking, make_template, short_digest

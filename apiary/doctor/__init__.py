@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, TypeVar
 from rich.console import Console
 from rich.text import Text
 
-from apiary.config import schema as configs
-from apiary.config.schema import ModelConfig, RunConfig, UserError
+from apiary.config import loading
+from apiary.config.schema import ModelConfig, RunConfig
+from apiary.core.errors import UserError
 from apiary.core.formatting import bytes_text
 
 if TYPE_CHECKING:
     import torch
 
-    from apiary.data.examples import Federation
+    from apiary.data.federation import Federation
     from apiary.data.tokenization import Corpus, Template
     from apiary.models.adapters import LanguageModel
 
@@ -51,7 +52,7 @@ def examine(
     """
     console = console or Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
     problems: list[str] = []
-    config = _attempt(problems, lambda: configs.load(config_path, overrides))
+    config = _attempt(problems, lambda: loading.load(config_path, overrides))
     if config is not None:
         for check in checks:
             _attempt(problems, lambda check=check: check(config))  # type: ignore[misc]
@@ -75,16 +76,17 @@ def _examine_parts(
 ) -> None:
     """Print what can be told of a run, and add all that is wrong with it to `problems`."""
     # Here and not above: what is wrong with the file itself is told without waiting for torch.
-    from apiary.data import examples
+    from apiary.data import stages
+    from apiary.data.federation import federate
     from apiary.doctor import plan
-    from apiary.evaluation import comparison, continual
+    from apiary.evaluation import comparison
     from apiary.models import base
     from apiary.tracking import trackers
-    from apiary.transport import codec
+    from apiary.transport import from_config
 
     _attempt(problems, lambda: trackers.check(config))
     device = _attempt(problems, lambda: base.resolve_device(config.model))
-    federation = _attempt(problems, lambda: continual.within(examples.federate(config.data, config.seed), config))
+    federation = _attempt(problems, lambda: stages.within(federate(config.data, config.seed), config))
     if device is not None:
         plan.print_machine(config, device, console)
     lm = _load(config, device, problems)
@@ -96,9 +98,9 @@ def _examine_parts(
     if config.privacy.unit != "none":
         _attempt(problems, lambda: _print_privacy(config, federation, console))
     plan.print_rows(federation, console)
-    stages = [continual.rows_by_stage(client.train, config) for client in federation.clients]
+    staged = [stages.rows_by_stage(client.train, config) for client in federation.clients]
     said = _attempt(problems, lambda: remarks(config, [client.name for client in federation.clients])) or ()
-    said = [*said, *codec.remarks(config), *continual.unlimited_buffers(stages, config)]
+    said = [*said, *from_config.remarks(config), *stages.unlimited_buffers(staged, config)]
     plan.print_warnings(said, console)
     problems += _federation_problems(config, federation)
     if lm is None or template is None:
@@ -158,9 +160,9 @@ def _template(config: RunConfig, lm: LanguageModel | None) -> Template | None:
 
 
 def _federation_problems(config: RunConfig, federation: Federation) -> Iterator[str]:
-    from apiary.data import examples
+    from apiary.data.federation import too_few_clients
 
-    yield from examples.too_few_clients(config, len(federation.clients))
+    yield from too_few_clients(config, len(federation.clients))
     if not federation.test:
         yield (
             f"data.test_fraction = {config.data.test_fraction}: leaves no held-out example; raise "
@@ -215,10 +217,10 @@ def _print_privacy(config: RunConfig, federation: Federation, console: Console) 
     Raises:
         UserError: some client has too few rows for the promise.
     """
-    from apiary.evaluation import continual
+    from apiary.data import stages
     from apiary.privacy import plan, sampling
 
-    clients = [(client.name, continual.rows_by_stage(client.train, config)) for client in federation.clients]
+    clients = [(client.name, stages.rows_by_stage(client.train, config)) for client in federation.clients]
     sampling.check(config, (rows for _, rows in clients))
     console.print(Text("\nprivacy", style="bold"))
     for line in plan.describe(config, plan.plan_for(config, clients)):

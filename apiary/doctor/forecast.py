@@ -19,9 +19,9 @@ from apiary.core.tensors import generator
 from apiary.data.tokenization import Batch, Corpus, collate, plan_batches
 from apiary.models.adapters import LanguageModel, autocast, pad_id
 from apiary.models.base import resolve_dtype
-from apiary.models.inference import row_losses, to_device
-from apiary.tracking import event_log
-from apiary.transport import codec
+from apiary.models.loss import row_losses, to_device
+from apiary.tracking import environment
+from apiary.transport import from_config
 from strategies import seed_scalars
 
 _SCALAR_HEAD = 28  # of a message of FedKSeed: version, codec, digest, checksum
@@ -81,7 +81,7 @@ def plan_traffic(config: RunConfig, lm: LanguageModel, work: Work) -> Traffic:
     A device's own rank (`adapter.ranks` = "memory") is not known here, and counts as the server's.
     """
     adapter, rounds = config.adapter, config.rounds
-    up, down = (codec.of_run(config, way) for way in _WAYS)
+    up, down = (from_config.configured_codec(config, way) for way in _WAYS)
     part = _mean_rank(adapter) / adapter.rank
     sizes = {n: round(part * p.numel()) for n, p in lm.adapter.items() if adapter.share == "both" or not is_b(n)}
     if config.strategy.name == "fedkseed":
@@ -196,7 +196,7 @@ def device_bytes(device: torch.device) -> int | None:
     if device.type == "mps":
         most: int = torch.mps.recommended_max_memory()
         return most
-    memory: int | None = event_log.machine(gpu=False)["memory_bytes"]
+    memory: int | None = environment.machine(gpu=False)["memory_bytes"]
     return memory
 
 

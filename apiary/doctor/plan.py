@@ -17,12 +17,12 @@ from apiary.config import summary
 from apiary.config.schema import RunConfig
 from apiary.core.formatting import bytes_text, count_text, seconds_text, share_text
 from apiary.data import tokenization
-from apiary.data.examples import Federation
+from apiary.data.federation import Federation
 from apiary.data.tokenization import Corpus, Template
 from apiary.doctor import forecast
 from apiary.models import base
 from apiary.models.adapters import LanguageModel
-from apiary.tracking import event_log
+from apiary.tracking import environment
 
 _SHORT = {  # names that fit the column
     "Factors trained": "factors",
@@ -74,7 +74,7 @@ def _clean(text: str) -> str:
 def print_machine(config: RunConfig, device: torch.device, console: Console) -> None:
     """Print the device and its arithmetic, and why these."""
     _head(console, "Machine")
-    machine = event_log.machine()
+    machine = environment.machine()
     name = machine["gpu"] if device.type != "cpu" else machine["cpu"]
     memory = bytes_text(forecast.device_bytes(device))
     cores = f", {machine['cores']} cores" if device.type == "cpu" else ""
@@ -252,7 +252,7 @@ def _processes(run: Run) -> int:
     """Processes that hold the model at a time: one, or Ray's workers and the server."""
     if run.config.simulate.engine == "local":
         return 1
-    simulate, cores = run.config.simulate, int(event_log.machine(gpu=False)["cores"] or 1)
+    simulate, cores = run.config.simulate, int(environment.machine(gpu=False)["cores"] or 1)
     workers = cores // simulate.cpus_per_client
     if simulate.gpus_per_client:
         workers = min(workers, int(torch.cuda.device_count() / simulate.gpus_per_client))

@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from apiary.config.schema import RunConfig, UserError
+from apiary.config.schema import RunConfig
+from apiary.core.errors import UserError
 from apiary.core.tensors import StateDict, derive_seed
 from apiary.data import tokenization
 from apiary.data.batches import Corpus
-from apiary.data.examples import Example, Federation, answer
+from apiary.data.examples import Example, answer
+from apiary.data.federation import Federation
 from apiary.data.tokenization import Template
 from apiary.models.adapters import LanguageModel, fresh_adapter, set_adapter
 from apiary.models.inference import ModelProbe

@@ -18,7 +18,8 @@ from transformers import (
 )
 from transformers.utils import logging as progress
 
-from apiary.config.schema import ModelConfig, UserError
+from apiary.config.schema import ModelConfig
+from apiary.core.errors import UserError
 
 BUILTIN = "builtin:tiny"
 _SAMPLES = 4096  # values of each tensor that go into the base's digest

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from apiary.config.schema import UserError
+from apiary.core.errors import UserError
 
 KEY_FILE = "privacy.key"
 _KEY_BYTES = 32

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from apiary.config.schema import RunConfig, UserError
+from apiary.config.schema import RunConfig
+from apiary.core.errors import UserError
 from apiary.privacy import sampling
 from apiary.privacy.sampling import Draw
 
@@ -112,8 +113,8 @@ def signal(config: RunConfig, noise: float, steps: int) -> float:
 
 def _clients(config: RunConfig) -> list[tuple[str, tuple[int, ...]]]:
     """All clients with their rows by stage."""
-    from apiary.data.examples import federate
-    from apiary.evaluation.continual import rows_by_stage, within
+    from apiary.data.federation import federate
+    from apiary.data.stages import rows_by_stage, within
 
     try:
         clients = within(federate(config.data, config.seed), config).clients

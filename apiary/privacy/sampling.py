@@ -13,7 +13,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from apiary.config.schema import RunConfig, UserError
+from apiary.config.schema import RunConfig
+from apiary.core.errors import UserError
 from apiary.core.stages import stage_of
 from apiary.privacy.accounting import Accountant, Mechanism, calibrate, epsilon, sample_rate
 

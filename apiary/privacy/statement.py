@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from apiary.config.schema import RunConfig
+from apiary.core.files import write_atomic
 from apiary.core.messages import Spent
-from apiary.tracking.event_log import write_atomic
 
 LEDGER = "ledger.json"
 

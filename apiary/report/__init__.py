@@ -16,14 +16,16 @@ from rich.table import Table
 from rich.text import Text
 
 from apiary.core import formatting
+from apiary.core.files import write_atomic
+from apiary.core.formatting import clean
 from apiary.privacy import statement
 from apiary.report import sites
 from apiary.report.content import page_content, plural
 from apiary.report.data import Interval, Metrics, Row, gain_on_all, gain_on_own, parse_metrics
 from apiary.report.page import PAGE
 from apiary.report.verdict import attacked, headline, not_alike, personal, row_by_row
-from apiary.tracking.console import clean
-from apiary.tracking.event_log import Event, read_events, read_metrics, write_atomic
+from apiary.tracking.event_log import Event, read_events
+from apiary.tracking.metrics_file import read_metrics
 
 __all__ = ["headline", "render", "table_plain", "table_text", "write_report"]
 

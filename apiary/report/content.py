@@ -8,10 +8,10 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from apiary.config import schema as configs
-from apiary.config import summary
-from apiary.config.schema import RunConfig, UserError
+from apiary.config import loading, summary
+from apiary.config.schema import RunConfig
 from apiary.core import formatting
+from apiary.core.errors import UserError
 from apiary.privacy import statement
 from apiary.report import plots, sites
 from apiary.report.aggregation import aggregation_content
@@ -105,7 +105,7 @@ def _strategy(tables: Mapping[str, Any]) -> dict[str, Any]:
 def _run_of(tables: dict[str, Any]) -> RunConfig | None:
     """The run's configuration; None where there is none, or one that this version refuses."""
     try:
-        return configs.parse(tables) if tables else None
+        return loading.parse(tables) if tables else None
     except UserError:
         return None
 

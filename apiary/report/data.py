@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from apiary.config.schema import UserError
+from apiary.core.errors import UserError
 
 MethodName: TypeAlias = Literal["base", "local", "federated", "central"]
 METHODS: tuple[MethodName, ...] = ("base", "local", "federated", "central")

@@ -20,12 +20,19 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from apiary.core.formatting import bytes_text, change_text, count_text, loss_text, missed_text, seconds_text
+from apiary.core.formatting import (
+    bytes_text,
+    change_text,
+    clean,
+    count_text,
+    loss_text,
+    missed_text,
+    seconds_text,
+)
 from apiary.tracking.event_log import Event, Observer
 
 _NAMED = 6  # how many waiting clients are named; the others are counted
 _RECENT = 5  # rounds whose mean duration makes the forecast
-_LONGEST = 300  # characters of a message from outside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,16 +164,6 @@ _FOLDS: dict[str, Callable[[State, Event], dict[str, Any]]] = {
     "baseline": _baseline,
     "finish": lambda state, event: {"phase": "done", "baseline": None},
 }
-
-
-def clean(text: object) -> str:
-    """`text` on one line without control characters.
-
-    Names and reasons come from other machines, and a terminal obeys escapes.
-    """
-    flat = " ".join(str(text).split())
-    shown = "".join(letter if letter.isprintable() else "?" for letter in flat)
-    return shown if len(shown) <= _LONGEST else shown[: _LONGEST - 1] + "…"
 
 
 def eta(state: State, now: float) -> float | None:

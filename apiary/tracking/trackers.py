@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apiary.config.schema import LogConfig, RunConfig, UserError
+from apiary.config.schema import LogConfig, RunConfig
+from apiary.core.errors import UserError
 
 if TYPE_CHECKING:
     from apiary.tracking.event_log import Event, Observer

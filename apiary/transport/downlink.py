@@ -21,11 +21,13 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from apiary.core.errors import CodecError
 from apiary.core.tensors import StateDict, add, digest, subtract
 from apiary.transport import codec as codecs
-from apiary.transport.codec import Codec, CodecError, Shapes
+from apiary.transport.codec import Codec, Shapes
+from apiary.transport.codecs import floats
 
-_WHOLE = codecs.fp32()
+_WHOLE = floats.fp32()
 
 
 class Copy(NamedTuple):

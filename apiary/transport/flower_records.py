@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
+from apiary.core.errors import WireError
 from apiary.core.messages import Curated, Decline, Fingerprint, FitReport, Hello, Payload, Score, Spent, Update, Visit
 from apiary.core.tensors import StateDict
 from apiary.transport.downlink import Change, Parcel
@@ -22,10 +23,6 @@ _ADAPTER, _BASE_DELTA, _ROUND, _COUNTS, _WHO, _PRINT = "adapter", "base_delta", 
 _MESSAGE, _PARCEL, _CHANGE, _HOLDS = "message", "parcel/", "change/", "holds"
 _CURATED, _SPENT, _DECLINED, _DROPPED = "curated", "spent", "declined", "dropped."
 _CONTROL, _LAST = "control", "counted"
-
-
-class WireError(ValueError):
-    """A message does not hold what it should; the text names the part, never its content."""
 
 
 def to_arrays(state: StateDict) -> ArrayRecord:

@@ -14,7 +14,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from apiary.config.registry import Registry
-from apiary.config.schema import Method, PromptConfig, UserError
+from apiary.config.schema import Method, PromptConfig
+from apiary.core.errors import UserError
 from apiary.data.examples import Example
 from apiary.data.tokenization import Template
 from apiary.models.inference import Probe

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from apiary.config.registry import Registry
-from apiary.config.schema import Method, UserError
+from apiary.config.schema import Method
+from apiary.core.errors import UserError
 from apiary.core.tensors import StateDict, is_finite
 from apiary.data.batches import Batch
-from apiary.models.inference import row_losses
+from apiary.models.loss import row_losses
+from strategies.local import Penalty
 
 Objective: TypeAlias = Callable[[nn.Module, Batch], Tensor]  # -> (b,) summed nats, float32
-Penalty: TypeAlias = Callable[[Mapping[str, Tensor]], Tensor]  # live adapter parameters -> scalar, added to the loss
-Projection: TypeAlias = Callable[[StateDict], StateDict]  # the finished delta -> what is sent
+
 
 OBJECTIVES: Registry[Objective] = Registry("train.objective")
 PENALTIES: Registry[Penalty] = Registry("train.penalties", given=("start",))  # builders may ask for `start: StateDict`

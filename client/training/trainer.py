@@ -23,8 +23,9 @@ from apiary.core.messages import FitReport
 from apiary.core.tensors import StateDict, derive_seed, generator, subtract
 from apiary.data.batches import Batch, Corpus, collate, plan_batches
 from apiary.models.adapters import LanguageModel, autocast, get_adapter, pad_id, set_adapter, training
-from apiary.models.inference import to_device
-from client.training.objectives import OBJECTIVES, Objective, Penalty, Projection, finite
+from apiary.models.loss import to_device
+from client.training.objectives import OBJECTIVES, Objective, finite
+from strategies.local import Penalty, Projection
 
 
 class Cursor(NamedTuple):

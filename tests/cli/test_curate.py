@@ -19,11 +19,11 @@ from typer.testing import CliRunner, Result
 
 from apiary.cli.curate import as_rows, curate_file
 from apiary.cli.main import app
-from apiary.config import schema as configs
-from apiary.config.schema import UserError
+from apiary.config import loading
+from apiary.core.errors import UserError
 from apiary.data.columns import Columns, with_turns
 from apiary.data.examples import Example, Turn, read
-from apiary.export import tuned as results
+from apiary.export import adapter_folder
 from apiary.models import adapters
 
 LONG = " ".join(f"word{i}" for i in range(30))
@@ -239,10 +239,10 @@ def test_the_page_is_for_its_owner(data: Path, tmp_path: Path) -> None:
 
 
 def test_a_tuned_adapter_judges(data: Path, tmp_path: Path, small_run: list[str]) -> None:
-    settings = configs.load(None, small_run)
+    settings = loading.load(None, small_run)
     lm = adapters.load(settings.model, settings.adapter)
     adapter = {name: tensor + 0.3 for name, tensor in adapters.fresh_adapter(lm, 0).items()}
-    results.save_adapter_folder(lm, adapter, tmp_path / "adapter", settings)
+    adapter_folder.save_adapter_folder(lm, adapter, tmp_path / "adapter", settings)
     steps = ['curate.steps=[{ name = "ifd", threshold = 1e9 }]']
     untuned = curate_file(str(data), None, tmp_path / "a.jsonl", [*small_run, *steps]).curation
     tuned = curate_file(str(data), None, tmp_path / "b.jsonl", steps, adapter=tmp_path / "adapter").curation

@@ -18,14 +18,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import strategies
-from apiary.config import schema
-from apiary.config.schema import UserError
+from apiary.config import loading
+from apiary.core.errors import UserError
 from apiary.core.lora import is_b
 from apiary.core.messages import ClientInfo
 from apiary.core.tensors import digest, generator
 from apiary.models import adapters
 from apiary.transport import codec as codecs
-from apiary.transport import downlink, flower_records
+from apiary.transport import downlink, flower_records, from_config
+from apiary.transport.codecs import floats, integers
 from client import app as client_app
 from client import compression, handlers, round_files, state
 from client.site_worker import _refuse_foreign_code
@@ -40,7 +41,7 @@ INT4 = 'wire.up={ name = "int4", rounding = "nearest", feedback = true }'
 
 def run(folder: Path, overrides: list[str], **kwargs: Any) -> dict[str, Tensor]:
     """The final adapter of a run."""
-    simulate(schema.load(None, [*overrides, *QUIET]), folder, **kwargs)
+    simulate(loading.load(None, [*overrides, *QUIET]), folder, **kwargs)
     return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
@@ -108,7 +109,7 @@ def test_bytes_are_those_of_the_message_and_frozen_halves_cost_a_bit_each(
 
 
 def _model(overrides: list[str]) -> tuple[Any, Any]:
-    settings = schema.load(None, overrides)
+    settings = loading.load(None, overrides)
     return settings.model, settings.adapter
 
 
@@ -123,7 +124,7 @@ def test_a_robust_method_keeps_the_factor_that_rests_and_so_goes_with_codecs(
     assert events_of(tmp_path / "run", "refused") == []
     found = checkpoint.load(tmp_path / "run" / "checkpoints")
     assert found is not None
-    settings = schema.load(None, small_run)
+    settings = loading.load(None, small_run)
     fresh = adapters.fresh_adapter(adapters.load(settings.model, settings.adapter), settings.seed)
     same = {(is_b(name), torch.equal(tensor, fresh[name])) for name, tensor in found[0].adapter.items()}
     assert same == {(False, True), (True, False)}
@@ -282,9 +283,9 @@ class Damaged(LocalGrid):
         (lambda data: data[:40] + bytes([data[40] ^ 4]) + data[41:], "its checksum differs", 0),
         (lambda data: data[:-1], "its checksum differs", 0),
         (lambda data: b"no such thing", "it is no encoded adapter", 0),
-        (lambda data: codecs.encode({"x": torch.ones(3)}, codecs.int8(), {}, generator(0))[0], "shapes", 0),
+        (lambda data: codecs.encode({"x": torch.ones(3)}, integers.int8(), {}, generator(0))[0], "shapes", 0),
         (
-            lambda data: codecs.encode({"x": torch.ones(3)}, codecs.fp32(), {}, generator(0))[0],
+            lambda data: codecs.encode({"x": torch.ones(3)}, floats.fp32(), {}, generator(0))[0],
             "otherwise than int8",
             0,
         ),
@@ -341,8 +342,8 @@ def test_a_client_that_lost_its_copy_gets_the_whole_one_the_next_time(
 
 def test_what_left_out_rounds_kept_is_added_when_a_client_comes_again(tmp_path: Path, small_run: list[str]) -> None:
     """Rounds 1, 2 and 7; all that was sent, and what is kept in the end, add up to all changes."""
-    settings = schema.load(None, [*small_run, INT4])
-    codec = codecs.of_run(settings, "up")
+    settings = loading.load(None, [*small_run, INT4])
+    codec = from_config.configured_codec(settings, "up")
     deltas = {n: {"x": torch.randn(300, generator=generator(n))} for n in (1, 2, 7)}
     sent = {n: compression.encode(settings, tmp_path, "a", n, delta) for n, delta in deltas.items()}
     arrived = sum(codecs.decode(message, codec, {"x": (300,)})["x"].double() for message in sent.values())
@@ -358,10 +359,10 @@ def test_what_left_out_rounds_kept_is_added_when_a_client_comes_again(tmp_path: 
 
 
 def test_feedback_of_another_rank_is_not_added(tmp_path: Path, small_run: list[str]) -> None:
-    settings = schema.load(None, [*small_run, INT4])
+    settings = loading.load(None, [*small_run, INT4])
     compression.encode(settings, tmp_path, "a", 1, {"x": torch.randn(4, 8)})
     delta = {"x": torch.randn(2, 8)}
-    expected, _ = codecs.encode(delta, codecs.of_run(settings, "up"), {}, generator(0))
+    expected, _ = codecs.encode(delta, from_config.configured_codec(settings, "up"), {}, generator(0))
     assert compression.encode(settings, tmp_path, "a", 2, delta) == expected
 
 
@@ -372,7 +373,7 @@ def test_the_codec_makes_no_other_release_of_the_same_round(tmp_path: Path, smal
     """It comes after the noise; a second release of the round would cost budget, and noise of its own."""
     for up in ("fp32", "int8"):
         handlers.forget()
-        settings = schema.load(None, [*small_run, *PRIVATE, f"wire.up={up}"])
+        settings = loading.load(None, [*small_run, *PRIVATE, f"wire.up={up}"])
         grid = LocalGrid(client_app.make_app(engines.site_facts(settings.to_json(), tmp_path)), settings.data.clients)
         adapter = flower_records.to_arrays(adapters.fresh_adapter(adapters.load(settings.model, settings.adapter), 0))
         content = flower_records.request(1, adapter, ArrayRecord())
@@ -385,7 +386,7 @@ def test_the_codec_makes_no_other_release_of_the_same_round(tmp_path: Path, smal
 def test_a_round_that_is_asked_again_gives_the_same_bytes(tmp_path: Path, small_run: list[str], private: bool) -> None:
     """Under privacy the noise is secret: other bytes could only come from another release."""
     handlers.forget()
-    settings = schema.load(None, [*small_run, INT4, *(PRIVATE if private else [])])
+    settings = loading.load(None, [*small_run, INT4, *(PRIVATE if private else [])])
     grid = LocalGrid(client_app.make_app(engines.site_facts(settings.to_json(), tmp_path)), settings.data.clients)
     adapter = flower_records.to_arrays(adapters.fresh_adapter(adapters.load(settings.model, settings.adapter), 0))
 
@@ -403,7 +404,7 @@ def test_a_round_that_is_asked_again_gives_the_same_bytes(tmp_path: Path, small_
 def test_feedback_sees_only_what_was_released(tmp_path: Path, small_run: list[str]) -> None:
     """What is kept is the release less what was sent: with its noise, and nothing of the rows besides."""
     handlers.forget()
-    settings = schema.load(None, [*small_run, INT4, *PRIVATE])
+    settings = loading.load(None, [*small_run, INT4, *PRIVATE])
     grid = LocalGrid(client_app.make_app(engines.site_facts(settings.to_json(), tmp_path)), settings.data.clients)
     start = adapters.fresh_adapter(adapters.load(settings.model, settings.adapter), 0)
     content = flower_records.request(1, flower_records.to_arrays(start), ArrayRecord())
@@ -411,7 +412,9 @@ def test_feedback_sees_only_what_was_released(tmp_path: Path, small_run: list[st
     folder = tmp_path / "clients" / "client-00"
     released = load_file(next(folder.glob("release-0001-*.safetensors")))
     shapes = codecs.shapes_of(start)
-    arrived = codecs.decode(flower_records.read_message(reply.content), codecs.of_run(settings, "up"), shapes)
+    arrived = codecs.decode(
+        flower_records.read_message(reply.content), from_config.configured_codec(settings, "up"), shapes
+    )
     left_out = round_files.newest(folder, "feedback", before=2)
     assert left_out.keys() == {name for name, tensor in released.items() if tensor.any()}
     assert all(torch.equal(left_out[name], released[name] - arrived[name]) for name in left_out)
@@ -453,7 +456,7 @@ def test_an_update_in_another_name_does_not_count(
 )
 def test_a_slip_is_told_at_the_start(override: str, parts: tuple[str, ...]) -> None:
     with pytest.raises(UserError) as caught:
-        check_names(schema.load(None, [override]))
+        check_names(loading.load(None, [override]))
     assert len(caught.value.problems) == 1
     assert all(part in str(caught.value) for part in parts), caught.value
 
@@ -478,7 +481,7 @@ def test_a_slip_is_told_at_the_start(override: str, parts: tuple[str, ...]) -> N
     ],
 )
 def test_methods_that_factor_anew_take_no_feedback(overrides: list[str], told: str | None) -> None:
-    settings = schema.load(None, overrides)
+    settings = loading.load(None, overrides)
     if told is None:
         strategies.from_config(settings)
         return
@@ -488,7 +491,7 @@ def test_methods_that_factor_anew_take_no_feedback(overrides: list[str], told: s
 
 @pytest.mark.parametrize("way", ["up", "down"])
 def test_a_site_loads_no_codec_that_a_server_names(way: str) -> None:
-    settings = schema.load(None, [f"wire.{way}=os:getcwd"])
+    settings = loading.load(None, [f"wire.{way}=os:getcwd"])
     with pytest.raises(handlers.Refusal, match="does not load"):
         _refuse_foreign_code(settings)
 
@@ -498,7 +501,7 @@ def test_down_rounds_to_the_nearest_unless_told_otherwise() -> None:
     state, change = torch.zeros(4096), torch.randn(4096, generator=generator(0))
     errors = {}
     for name in ("int8", '{ name = "int8", rounding = "stochastic" }'):
-        codec = codecs.of_run(schema.load(None, [f"wire.down={name}"]), "down")
+        codec = from_config.configured_codec(loading.load(None, [f"wire.down={name}"]), "down")
         link = downlink.advance(downlink.begin({"x": state}), {"x": change}, codec, generator(1))
         errors[name] = float((link.copy.adapter["x"] - change).square().mean())
     nearest, stochastic = errors.values()
@@ -507,7 +510,7 @@ def test_down_rounds_to_the_nearest_unless_told_otherwise() -> None:
 
 def test_clients_with_old_copies_share_one_whole_adapter(small_run: list[str]) -> None:
     """Each may say what it likes that it holds; the server's memory must not follow."""
-    run = schema.load(None, [*small_run, "wire.down=int8"])
+    run = loading.load(None, [*small_run, "wire.down=int8"])
     made = broadcast.Copies(run, {})
     adapter = adapters.fresh_adapter(adapters.load(run.model, run.adapter), 0)
     sent = []

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 import strategies
-from apiary.config import schema
-from apiary.config.schema import UserError
+from apiary.config import loading
+from apiary.core.errors import UserError
 from apiary.core.tensors import StateDict
 from apiary.models import adapters
 from apiary.tracking.event_log import read_events
@@ -39,7 +39,7 @@ Floats = NDArray[np.float64]
 
 
 def run(folder: Path, overrides: list[str]) -> dict[str, Any]:
-    return simulate(schema.load(None, overrides), folder)
+    return simulate(loading.load(None, overrides), folder)
 
 
 def products(state: StateDict, scale: float, rank: int) -> dict[str, Floats]:
@@ -85,7 +85,7 @@ def test_a_client_trains_from_the_servers_model_cut_to_its_rank(
 ) -> None:
     """Also after rounds that it missed: W + D + s_R B A with the leading r of A and B, whatever r and its own scale."""
     settings = [*small_run, *MIXED, f"strategy.name={name}", f"adapter.scaling={scaling}", f"adapter.alpha={ALPHA}"]
-    loaded = schema.load(None, settings)
+    loaded = loading.load(None, settings)
     watch = Watch(monkeypatch, adapters.fresh_adapter(adapters.load(loaded.model, loaded.adapter), loaded.seed))
     metrics = run(tmp_path / "run", settings)
     asked = [event["clients"] for event in read_events(tmp_path / "run") if event["event"] == "asked"]
@@ -115,11 +115,11 @@ def test_a_client_trains_from_the_servers_model_cut_to_its_rank(
 
 def test_ranks_above_the_adapters_are_refused() -> None:
     with pytest.raises(UserError, match=r"adapter.ranks = \[4, 32\]: 32 is not from 1 to adapter.rank = 16"):
-        schema.load(None, ["strategy.name=flexlora", "adapter.ranks=[4, 32]"])
+        loading.load(None, ["strategy.name=flexlora", "adapter.ranks=[4, 32]"])
     with pytest.raises(UserError, match=r"'memory': strategy.name = 'fedavg' takes the rank 16 alone"):
-        strategies.from_config(schema.load(None, ["adapter.ranks=memory"]))
+        strategies.from_config(loading.load(None, ["adapter.ranks=memory"]))
     with pytest.raises(UserError, match="must be a list"):
-        schema.load(None, ["adapter.ranks=disk"])
+        loading.load(None, ["adapter.ranks=disk"])
 
 
 # -- by memory ----------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ def test_a_client_keeps_the_rank_that_it_first_had(
     small_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Memory that others take in the middle of a run changes nothing."""
-    loaded = schema.load(None, small_run)
+    loaded = loading.load(None, small_run)
     one = adapters.load(loaded.model, loaded.adapter.of_rank(1))
     entries = sum(parameter.numel() for parameter in one.adapter.values())
     rooms = iter([4 * 16 * entries * 8, 4 * 16 * entries * 2, 4 * 16 * entries * 4, *[0] * 100])
@@ -202,7 +202,7 @@ def test_a_site_trains_no_higher_rank_than_it_says(
     said: int | None, given: int, expected: int, rows_file: Path, tmp_path: Path
 ) -> None:
     facts = Facts("ant", rows_file, tmp_path, rank=said)
-    run = site_worker.at_home(schema.load(None, [f"adapter.rank={given}", "strategy.name=flexlora"]), facts)
+    run = site_worker.at_home(loading.load(None, [f"adapter.rank={given}", "strategy.name=flexlora"]), facts)
     assert site_worker._read_site(run, facts, "run").rank == expected
 
 
@@ -212,7 +212,7 @@ def test_a_site_asked_by_memory_may_still_say_its_own(
     monkeypatch.setattr(device_rank, "free_bytes", lambda device: 0)
     settings = ["adapter.ranks=memory", "strategy.name=flexlora", f"model.name={tiny_model}", "model.device=cpu"]
     facts = Facts("ant", rows_file, tmp_path)
-    run = site_worker.at_home(schema.load(None, settings), facts)
+    run = site_worker.at_home(loading.load(None, settings), facts)
     assert site_worker._read_site(run, facts, "run").rank == 1
     assert site_worker._read_site(run, facts._replace(rank=4), "run").rank == 4
 

@@ -13,7 +13,7 @@ import pytest
 from conftest import instruction_rows
 from flwr.app import ArrayRecord, Message, RecordDict
 
-from apiary.config import schema
+from apiary.config import loading
 from apiary.models import adapters
 from apiary.transport import flower_records
 from client import app as client_app
@@ -31,7 +31,7 @@ class Asked:
     """A real ClientApp with one node to ask, its folder, and what a round's message holds."""
 
     def __init__(self, overrides: list[str], folder: Path) -> None:
-        self.run = schema.load(None, overrides)
+        self.run = loading.load(None, overrides)
         self.folder = folder / "clients" / "client-00"
         app = client_app.make_app(engines.site_facts(self.run.to_json(), folder))
         self.grid = LocalGrid(app, self.run.data.clients)
@@ -142,7 +142,7 @@ def test_no_row_and_no_path_is_in_any_message_of_a_run(
             return reply
 
     monkeypatch.setattr(engines, "LocalGrid", Listening)
-    simulate(schema.load(None, [*small_run, "evaluate.baselines=[]", "evaluate.generate=false"]), tmp_path / "run")
+    simulate(loading.load(None, [*small_run, "evaluate.baselines=[]", "evaluate.generate=false"]), tmp_path / "run")
     kinds = {(way, m.metadata.message_type.partition(".")[0]) for way, m in seen}
     assert kinds == {(way, kind) for way in ("down", "up") for kind in ("query", "train", "evaluate")}
     private = {row[key] for row in instruction_rows(120) for key in ("instruction", "output")}

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from apiary.config import schema
-from apiary.config.schema import RunConfig, UserError
+from apiary.config import loading
+from apiary.config.schema import RunConfig
+from apiary.core.errors import UserError
 from apiary.core.messages import Decline, Payload, Visit
 from apiary.data.examples import Example, Turn
 from apiary.models import adapters
@@ -27,7 +28,7 @@ def settings(model: Path, *more: str) -> RunConfig:
     base = [f"model.name={model}", "model.dtype=float32", "model.device=cpu", "adapter.rank=2", "prompt.template=plain"]
     train = ["prompt.max_tokens=64", "train.steps=2", "train.batch_tokens=256", "train.threads=1"]
     private = ["privacy.unit=record", "privacy.batch_rows=8", "privacy.noise_multiplier=1.0", "privacy.epsilon=50.0"]
-    return schema.load(None, [*base, *train, *private, *more])
+    return loading.load(None, [*base, *train, *private, *more])
 
 
 def rows(n: int, word: str = "honey", skill: str = "a") -> tuple[Example, ...]:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from conftest import instruction_rows
 
-from apiary.config import schema
+from apiary.config import loading
 from apiary.config.compatibility import POINTWISE
-from apiary.config.schema import UserError
+from apiary.core.errors import UserError
 from apiary.tracking.event_log import read_events
 from benchmarks import together
 from strategies import AGGREGATORS
@@ -28,7 +28,7 @@ def test_the_table_in_the_documentation_is_the_codes_own() -> None:
 
 def test_every_feature_works_by_itself() -> None:
     for feature in together.FEATURES:
-        schema.load(None, feature.settings)
+        loading.load(None, feature.settings)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_what_cannot_go_together_is_refused_with_reason_and_way_out(
     settings: list[str], why: str, way_out: str
 ) -> None:
     with pytest.raises(UserError) as told:
-        schema.load(None, settings)
+        loading.load(None, settings)
     (line,) = told.value.problems
     assert why in line and way_out in line and "\n" not in line
 
@@ -174,7 +174,7 @@ def _charges(folder: Path) -> list[dict[str, Any]]:
 def _run(settings: list[str], folder: Path) -> dict[str, Any]:
     from simulation.run import simulate
 
-    return simulate(schema.load(None, [*settings, "evaluate.baselines=[]", "evaluate.generate=false"]), folder / "run")
+    return simulate(loading.load(None, [*settings, "evaluate.baselines=[]", "evaluate.generate=false"]), folder / "run")
 
 
 def test_the_steps_allowed_under_privacy_are_those_that_look_at_one_row() -> None:

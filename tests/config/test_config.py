@@ -10,8 +10,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from apiary.config import schema as configs
-from apiary.config.schema import Method, RunConfig, UserError
+from apiary.config import loading
+from apiary.config.schema import Method, RunConfig
+from apiary.core.errors import UserError
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.toml"))
 
@@ -59,21 +60,21 @@ _config = _table(
 @example({"data": {"columns": {"a.b c": "d", "": "\x7f"}}})
 @settings(max_examples=150, deadline=None)
 def test_toml_and_json_give_the_same_configuration_back(values: dict[str, Any]) -> None:
-    config = configs.parse(values)
-    assert configs.parse(tomllib.loads(config.to_toml())) == config
-    assert configs.from_json(config.to_json()) == config
+    config = loading.parse(values)
+    assert loading.parse(tomllib.loads(config.to_toml())) == config
+    assert loading.from_json(config.to_json()) == config
 
 
 def test_the_written_file_is_whole_and_loads(tmp_path: Path) -> None:
-    config = configs.load(None, ["train.epochs=0.5", "data.partition=iid"])
+    config = loading.load(None, ["train.epochs=0.5", "data.partition=iid"])
     (tmp_path / "run.toml").write_text(config.to_toml(), encoding="utf-8")
-    assert configs.load(tmp_path / "run.toml") == config
+    assert loading.load(tmp_path / "run.toml") == config
     text = (tmp_path / "run.toml").read_text(encoding="utf-8")
     assert "steps" not in tomllib.loads(text)["train"]  # exclusive with epochs
 
 
 def test_no_file_is_the_demo() -> None:
-    assert configs.load() == RunConfig()
+    assert loading.load() == RunConfig()
     assert RunConfig().train.steps is not None
 
 
@@ -97,30 +98,30 @@ def test_no_file_is_the_demo() -> None:
     ],
 )
 def test_an_override_is_a_toml_value_or_a_bare_word(override: str, section: str, key: str, expected: object) -> None:
-    assert getattr(getattr(configs.load(None, [override]), section), key) == expected
+    assert getattr(getattr(loading.load(None, [override]), section), key) == expected
 
 
 def test_a_method_may_be_given_by_its_name_alone() -> None:
-    assert configs.load(None, ["data.partition=iid"]).data.partition == Method(name="iid")
+    assert loading.load(None, ["data.partition=iid"]).data.partition == Method(name="iid")
 
 
 def test_an_option_goes_on_top_of_the_partition_that_is_there(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text('[data]\npartition = "by_value"\n', encoding="utf-8")
-    partition = configs.load(path, ["data.partition.by=category"]).data.partition
+    partition = loading.load(path, ["data.partition.by=category"]).data.partition
     assert (partition.name, partition.options) == ("by_value", {"by": "category"})
-    default = configs.load(None, ["data.partition.alpha=2.5"]).data.partition
+    default = loading.load(None, ["data.partition.alpha=2.5"]).data.partition
     assert (default.name, default.options) == ("dirichlet", {"alpha": 2.5, "by": "skill"})
-    other = configs.load(None, ["data.partition.name=iid"]).data.partition
+    other = loading.load(None, ["data.partition.name=iid"]).data.partition
     assert (other.name, other.options) == ("iid", {})
 
 
 def test_the_newer_of_steps_and_epochs_wins(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text("[train]\nsteps = 5\n", encoding="utf-8")
-    train = configs.load(path, ["train.epochs=1.5"]).train
+    train = loading.load(path, ["train.epochs=1.5"]).train
     assert (train.steps, train.epochs) == (None, 1.5)
-    train = configs.load(path, ["train.epochs=1.5", "train.steps=3"]).train
+    train = loading.load(path, ["train.epochs=1.5", "train.steps=3"]).train
     assert (train.steps, train.epochs) == (3, None)
 
 
@@ -128,13 +129,13 @@ def test_a_file_with_both_lengths_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text("[train]\nsteps = 5\nepochs = 1.0\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"train\.steps and train\.epochs are exclusive"):
-        configs.load(path)
+        loading.load(path)
 
 
 def test_a_train_table_without_a_length_keeps_the_default_one(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text("[train]\nlr = 0.1\n", encoding="utf-8")
-    train = configs.load(path).train
+    train = loading.load(path).train
     assert train.lr == 0.1
     assert train.steps == RunConfig().train.steps is not None
 
@@ -144,14 +145,14 @@ def test_paths_beside_the_file_are_found_from_anywhere(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     text = '[data]\nsource = "rows.jsonl"\ntest = "absent.jsonl"\n[model]\nname = "gpt2"\n'
     path.write_text(text, encoding="utf-8")
-    config = configs.load(path)
+    config = loading.load(path)
     assert config.data.source == str(tmp_path / "rows.jsonl")
     assert (config.data.test, config.model.name) == ("absent.jsonl", "gpt2")
 
 
 def _problems(*overrides: str) -> tuple[str, ...]:
     with pytest.raises(UserError) as caught:
-        configs.load(None, overrides)
+        loading.load(None, overrides)
     return caught.value.problems
 
 
@@ -230,15 +231,15 @@ def test_a_wrong_value_is_one_line_with_key_value_and_what_is_allowed(override: 
 def test_an_option_that_json_cannot_carry_is_refused(override: str, key: str) -> None:
     """It would arrive at the other side as null, and be taken for the default."""
     with pytest.raises(UserError, match=rf"^{key}: must be finite"):
-        configs.load(None, ["strategy.name=norm_clip", override])
+        loading.load(None, ["strategy.name=norm_clip", override])
 
 
 def test_an_odd_item_of_a_list_that_might_be_a_word_is_told_by_its_place() -> None:
     with pytest.raises(UserError) as caught:
-        configs.load(None, ["adapter.ranks=[4, 2.5]"])
+        loading.load(None, ["adapter.ranks=[4, 2.5]"])
     assert caught.value.problems == ("adapter.ranks[1] = 2.5: must be a whole number",)
     with pytest.raises(UserError, match=r"'lots': must be a list of whole numbers, such as \[4, 8\], or 'memory'$"):
-        configs.load(None, ["adapter.ranks=lots"])
+        loading.load(None, ["adapter.ranks=lots"])
 
 
 def test_a_long_value_is_cut() -> None:
@@ -250,7 +251,7 @@ def test_a_long_value_is_cut() -> None:
 def test_all_problems_are_collected_and_the_first_is_the_message() -> None:
     overrides = ("nonsense", "train.lr=-1", "data.clients=0", "modle.name=x")
     with pytest.raises(UserError, match=r"^-s 'nonsense'.*\(and 3 more: run `apiary doctor`\)$") as caught:
-        configs.load(None, overrides)
+        loading.load(None, overrides)
     heads = [problem.split(" = ")[0].split(":")[0] for problem in caught.value.problems]
     assert sorted(heads) == sorted(["-s 'nonsense'", "train.lr", "data.clients", "unknown key 'modle'"])
 
@@ -268,13 +269,13 @@ def test_a_broken_or_missing_file_is_one_line(tmp_path: Path, content: bytes | N
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError, match=said) as caught:
-        configs.load(path)
+        loading.load(path)
     assert "\n" not in str(caught.value)
 
 
 def test_a_folder_is_no_config_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a folder"):
-        configs.load(tmp_path)
+        loading.load(tmp_path)
 
 
 def test_nothing_in_a_configuration_can_be_changed() -> None:
@@ -284,14 +285,14 @@ def test_nothing_in_a_configuration_can_be_changed() -> None:
 
 
 def test_every_key_is_described_with_a_default_that_it_accepts() -> None:
-    rows = configs.describe()
+    rows = loading.describe()
     keys = {f"{s}.{k}" for s, t in RunConfig().model_dump().items() if isinstance(t, dict) for k in t}
     assert {key for key, _, _ in rows} == keys | {"seed", "rounds"}
     for key, default, description in rows:
         assert len(description) > 10, key
         assert "\n" not in description
         if default != "unset":
-            assert configs.load(None, [f"{key}={default}"]) is not None
+            assert loading.load(None, [f"{key}={default}"]) is not None
 
 
 def test_the_recipes_are_where_they_are_looked_for() -> None:
@@ -300,9 +301,9 @@ def test_the_recipes_are_where_they_are_looked_for() -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_recipe_loads_and_names_what_a_reader_looks_for(path: Path) -> None:
-    config = configs.load(path)
+    config = loading.load(path)
     written = tomllib.loads(path.read_text(encoding="utf-8"))
-    assert configs.parse(tomllib.loads(config.to_toml())) == config
+    assert loading.parse(tomllib.loads(config.to_toml())) == config
     assert path.read_text(encoding="utf-8").startswith("#"), "say in a comment what the recipe is for"
     assert {"rounds", "data", "prompt", "train"} <= set(written)
     assert {"source", "partition"} <= set(written["data"])

@@ -10,7 +10,7 @@ import pytest
 from pydantic import Field
 
 from apiary.config.registry import Registry
-from apiary.config.schema import UserError
+from apiary.core.errors import UserError
 
 GREETINGS: Registry[str] = Registry("test.greeting")
 

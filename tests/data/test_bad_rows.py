@@ -18,10 +18,11 @@ from conftest import instruction_rows
 from rich.console import Console
 from safetensors.torch import load_file
 
-from apiary.config import schema
-from apiary.config.schema import UserError
+from apiary.config import loading
+from apiary.core.errors import UserError
 from apiary.data import tokenization
-from apiary.data.examples import Example, is_held_out
+from apiary.data.examples import Example
+from apiary.data.federation import is_held_out
 from apiary.doctor import examine
 from apiary.evaluation import comparison
 from apiary.models import adapters
@@ -111,7 +112,7 @@ def told(folder_or_text: str) -> None:
 
 
 def test_a_run_with_such_rows_ends_with_its_results(mixed: list[str], tmp_path: Path) -> None:
-    metrics = simulate(schema.load(None, mixed), tmp_path / "run")
+    metrics = simulate(loading.load(None, mixed), tmp_path / "run")
     assert [row["n"] for row in metrics["table"]] == [16] * 4
     assert [e["client"] for e in events_of(tmp_path / "run", "refused")] == ["comb"]
     clients = {c["client"]: c for c in metrics["clients"]}
@@ -145,7 +146,7 @@ def test_a_template_that_can_write_no_row_is_an_error(mixed: list[str], tmp_path
     mixed += [f"data.test={tmp_path / 'good.jsonl'}"] if apart else []
     shutil.copy(tmp_path / "rows" / "comb.jsonl", tmp_path / "rows" / "hive.jsonl")
     with pytest.raises(UserError, match=r"rewrites what the assistant said.*alpaca"):
-        simulate(schema.load(None, mixed), tmp_path / "run")
+        simulate(loading.load(None, mixed), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     good, text = doctor(mixed)
     assert not good
@@ -164,14 +165,14 @@ def test_examples_longer_than_the_models_positions_are_refused_early(
     overrides = [*small_run, f"model.name={gpt2}", "prompt.max_tokens=129"]
     said = "prompt.max_tokens = 129: .* has 128 positions; lower it to 128 or less"
     with pytest.raises(UserError, match=said):
-        simulate(schema.load(None, overrides), tmp_path / "run")
+        simulate(loading.load(None, overrides), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     good, text = doctor(overrides)
     assert not good and len(re.findall(said, text)) == 1
 
 
 def test_answers_end_at_the_models_last_position(small_run: list[str], gpt2: Path) -> None:
-    run = schema.load(None, [*small_run, f"model.name={gpt2}", "prompt.max_tokens=128", "evaluate.max_new_tokens=24"])
+    run = loading.load(None, [*small_run, f"model.name={gpt2}", "prompt.max_tokens=128", "evaluate.max_new_tokens=24"])
     lm = adapters.load(run.model, run.adapter)
     template = tokenization.make_template(run.prompt, lm.tokenizer)
     letters = iter(range(1, 400))
@@ -199,13 +200,13 @@ def test_answers_end_at_the_models_last_position(small_run: list[str], gpt2: Pat
 
 
 def test_a_question_too_long_to_ask_is_left_out_only_where_it_is_asked(small_run: list[str]) -> None:
-    run = schema.load(None, small_run)
+    run = loading.load(None, small_run)
     lm = adapters.load(run.model, run.adapter)
     template = tokenization.make_template(run.prompt, lm.tokenizer)
     rows = [talk("Who?", "bee", LONG, "wax"), talk("Who?", "bee")]
     table = comparison.prepare(rows, template, lm, run)
     assert (table.examples, table.left_out) == ((rows[1],), 1)
-    quiet = schema.load(None, [*small_run, "evaluate.generate=false"])
+    quiet = loading.load(None, [*small_run, "evaluate.generate=false"])
     scored = comparison.prepare(rows, template, lm, quiet)
     assert (scored.examples, scored.left_out, scored.questions) == (tuple(rows), 0, ())
 
@@ -218,7 +219,7 @@ def test_a_second_run_in_a_process_reads_changed_files(small_run: list[str], tmp
 
     def adapter(folder: str, source: str) -> dict[str, torch.Tensor]:
         quiet = ["rounds=1", "evaluate.baselines=[]", "evaluate.generate=false"]
-        simulate(schema.load(None, [*small_run, *quiet, source]), tmp_path / folder)
+        simulate(loading.load(None, [*small_run, *quiet, source]), tmp_path / folder)
         return load_file(tmp_path / folder / "adapter" / "adapter_model.safetensors")
 
     old = adapter("old", write("rows.jsonl", 0))

@@ -15,8 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apiary.config.schema import DataConfig, UserError, load
-from apiary.data.examples import Example, Turn, answer, federate, is_held_out, read, too_few_clients
+from apiary.config.loading import load
+from apiary.config.schema import DataConfig
+from apiary.core.errors import UserError
+from apiary.data.examples import Example, Turn, answer, read
+from apiary.data.federation import federate, is_held_out, too_few_clients
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data"

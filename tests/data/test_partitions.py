@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from apiary.config.schema import UserError
+from apiary.core.errors import UserError
 from apiary.data.partitions import PARTITIONS, Table
 
 KINDS = [

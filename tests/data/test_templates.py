@@ -25,7 +25,7 @@ from chat_templates import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apiary.config.schema import UserError
+from apiary.core.errors import UserError
 from apiary.data import tokenization
 
 

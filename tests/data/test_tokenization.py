@@ -27,7 +27,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from apiary.config.schema import DataConfig, PromptConfig, UserError
+from apiary.config.schema import DataConfig, PromptConfig
+from apiary.core.errors import UserError
 from apiary.data import tokenization
 from apiary.data.examples import Example, read
 

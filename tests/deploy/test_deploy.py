@@ -33,8 +33,8 @@ from cryptography.x509.verification import PolicyBuilder, Store, VerificationErr
 from deployment import descendants
 from starlette.testclient import TestClient
 
-from apiary.config import schema
-from apiary.config.schema import UserError
+from apiary.config import loading
+from apiary.core.errors import UserError
 from apiary.tracking.console import Lines
 from apiary.tracking.event_log import RunLog, truncate_after
 from client import site_worker, worker_rpc
@@ -422,7 +422,7 @@ def test_a_run_knows_a_site_by_its_key(listed: _List, monkeypatch: pytest.Monkey
 
 def test_without_a_running_server_nothing_is_submitted(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no server is running"):
-        runs.start(tmp_path, schema.load(), tmp_path / "run")
+        runs.start(tmp_path, loading.load(), tmp_path / "run")
     with pytest.raises(UserError, match="no server is running"):
         deployed_server.port_of(tmp_path)
 
@@ -437,14 +437,14 @@ def test_every_site_takes_the_name_of_a_run(text: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_run_directory_is_not_mixed_up_with_another(resume: bool, tmp_path: Path) -> None:
-    run = schema.load()
+    run = loading.load()
     runs.check_folder(run, tmp_path / "new", resume=False)
     (tmp_path / "config.toml").write_text(run.to_toml())
     if resume:
         runs.check_folder(run, tmp_path, resume=True)
         with pytest.raises(UserError, match="holds no run"):
             runs.check_folder(run, tmp_path / "new", resume=True)
-    other = schema.load(None, ["seed=1"])
+    other = loading.load(None, ["seed=1"])
     with pytest.raises(UserError, match="differs from the run's own" if resume else "is not empty"):
         runs.check_folder(other, tmp_path, resume=resume)
 

@@ -12,7 +12,7 @@ import torch
 from deployment import SITES, Deployment, events_of, overrides, running
 from safetensors.torch import load_file
 
-from apiary.config import schema
+from apiary.config import loading
 from deploy import flower_cli, kits
 from simulation.run import simulate
 
@@ -38,7 +38,7 @@ def test_a_federation_of_processes_learns_what_a_simulation_does(
     assert "exit code 0" in federation.said("submit"), federation.said("submit")
     rows = federation.folder / "rows"
     # The held-out rows that the server measures on are taken out of a simulated client's; here nobody can.
-    simulate(schema.load(None, overrides(tiny_model, rows)), tmp_path / "run")
+    simulate(loading.load(None, overrides(tiny_model, rows)), tmp_path / "run")
     theirs, ours = (
         load_file(folder / "run" / "adapter" / "adapter_model.safetensors") for folder in (tmp_path, federation.folder)
     )
@@ -57,7 +57,7 @@ def test_coded_messages_travel_between_processes_as_in_a_simulation(
     words = [word for text in coded for word in ("-s", text)]
     done = federation.call("deploy", "submit", str(federation.kits / "server"), "--out", "coded", *words)
     assert done.returncode == 0, done.stderr
-    simulate(schema.load(None, coded), tmp_path / "run")
+    simulate(loading.load(None, coded), tmp_path / "run")
     theirs, ours = (
         load_file(folder / "adapter" / "adapter_model.safetensors")
         for folder in (tmp_path / "run", federation.folder / "coded")

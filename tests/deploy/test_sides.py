@@ -24,23 +24,22 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from typer.testing import CliRunner
 
 from apiary.cli import main
-from apiary.config import schema
-from apiary.config.schema import UserError
+from apiary.config import loading, schema
+from apiary.core import files
+from apiary.core.errors import RunFailed, UserError
 from apiary.core.messages import Decline, Visit
 from apiary.core.tensors import StateDict
-from apiary.data import examples
-from apiary.evaluation import continual
+from apiary.data import federation, stages
 from apiary.evaluation.comparison import HeldOut
 from apiary.models import adapters
-from apiary.tracking import event_log
-from apiary.tracking.event_log import RunLog, read_events, read_metrics
+from apiary.tracking.event_log import RunLog, read_events
+from apiary.tracking.metrics_file import read_metrics
 from apiary.transport import flower_records
 from client import app as client_app
 from client import handlers, site_worker, worker_rpc
 from client.site_worker import Facts
 from deploy import flower_cli, runs
 from server import deployment_run
-from server.membership import RunFailed
 from simulation import engines
 from simulation.in_process_grid import LocalGrid
 
@@ -69,7 +68,7 @@ class Site:
 
     def __init__(self, folder: Path, overrides: list[str], rows: Path) -> None:
         self.state, self.socket = folder / "state", folder / "w.sock"
-        self.run = schema.load(None, overrides)
+        self.run = loading.load(None, overrides)
         self.facts = Facts("ant", rows / "ant.jsonl", self.state, self.run.model.name)
         self.server = self.serve(self.facts)
         adapter = flower_records.to_arrays(adapters.fresh_adapter(adapters.load(self.run.model, self.run.adapter), 0))
@@ -284,8 +283,8 @@ def test_a_site_leaves_out_the_rows_of_no_stage_as_a_simulation_does(tmp_path: P
         rows = [{**row, "skill": skills[i % len(skills)]} for i, row in enumerate(instruction_rows(60))]
         (folder / f"{site}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = [*overrides(tiny_model, folder), "rounds=2", 'continual.stages=[["first"], ["second"]]']
-    run = schema.load(None, [*given, "strategy.min_clients=2"])
-    simulated = continual.within(examples.federate(run.data, run.seed), run)
+    run = loading.load(None, [*given, "strategy.min_clients=2"])
+    simulated = stages.within(federation.federate(run.data, run.seed), run)
     for client in simulated.clients:
         facts = Facts(client.name, folder / f"{client.name}.jsonl", tmp_path / "state")
         site = site_worker._read_site(site_worker.at_home(run, facts), facts, "first")
@@ -295,7 +294,7 @@ def test_a_site_leaves_out_the_rows_of_no_stage_as_a_simulation_does(tmp_path: P
 
 def _private(run: schema.RunConfig, **privacy: object) -> schema.RunConfig:
     changed = {"unit": "record", "batch_rows": 8, "noise_multiplier": 1.0, "epsilon": 8.0, **privacy}
-    return schema.parse({**run.model_dump(mode="json"), "privacy": {**run.privacy.model_dump(), **changed}})
+    return loading.parse({**run.model_dump(mode="json"), "privacy": {**run.privacy.model_dump(), **changed}})
 
 
 def test_a_site_may_insist_on_privacy(site: Site) -> None:
@@ -303,7 +302,7 @@ def test_a_site_may_insist_on_privacy(site: Site) -> None:
     site.server.stop(None)
     site.server = site.serve(facts)
     private = _private(site.run)
-    stages = schema.parse({**private.model_dump(mode="json"), "rounds": 3, "continual": {"stages": [["first"]]}})
+    stages = loading.parse({**private.model_dump(mode="json"), "rounds": 3, "continual": {"stages": [["first"]]}})
     columns = private.model_copy(update={"data": private.data.model_copy(update={"columns": {"output": "skill"}})})
     for run, why in (
         (site.run, "the run promises nothing"),
@@ -340,13 +339,13 @@ def test_a_worker_that_is_not_there_is_told(tmp_path: Path) -> None:
 
 def test_a_site_goes_by_its_own_places(tmp_path: Path, rows: Path) -> None:
     given = ["model.name=org/base", "data.test=builtin:skills", "data.partition=natural", f"data.source={rows}"]
-    sent = schema.load(None, [*given, "data.test_fraction=0.3"])
+    sent = loading.load(None, [*given, "data.test_fraction=0.3"])
     own = site_worker.at_home(sent, Facts("bee", rows / "bee.jsonl", tmp_path, "here/base", "cuda:1"))
     assert (own.model.name, own.model.device) == ("here/base", "cuda:1")
     assert own.data.test is None  # a place on the server's disk
     alone = sent.data.model_copy(update={"test": None})
-    simulated = {client.name: client for client in examples.federate(alone, sent.seed).clients}["bee"]
-    (client,) = examples.federate(own.data, own.seed).clients
+    simulated = {client.name: client for client in federation.federate(alone, sent.seed).clients}["bee"]
+    (client,) = federation.federate(own.data, own.seed).clients
     assert (client.train, client.test) == (simulated.train, simulated.test)
     assert len(client.test) > 3 and len(client.train) + len(client.test) == 40
 
@@ -362,7 +361,7 @@ def test_an_envelope_comes_out_as_it_went_in() -> None:
 
 
 def test_the_server_app_keeps_the_run_directory(tmp_path: Path, tiny_model: Path, rows: Path) -> None:
-    run = schema.load(None, [*overrides(tiny_model, rows), f"data.test={rows / 'bee.jsonl'}"])
+    run = loading.load(None, [*overrides(tiny_model, rows), f"data.test={rows / 'bee.jsonl'}"])
     lm = adapters.load(run.model, run.adapter)
     tuned = {name: tensor + 0.1 for name, tensor in adapters.fresh_adapter(lm, run.seed).items()}
     measured: list[int] = []
@@ -379,13 +378,13 @@ def test_the_server_app_keeps_the_run_directory(tmp_path: Path, tiny_model: Path
     assert [row["method"] for row in metrics["table"]] == ["base", "federated"]
     assert metrics["table"][0]["loss"] != pytest.approx(metrics["table"][1]["loss"])
     assert [client["client"] for client in metrics["clients"]] == ["ant"]
-    assert schema.load(tmp_path / "run" / "config.toml") == run
+    assert loading.load(tmp_path / "run" / "config.toml") == run
     assert "<html" in (tmp_path / "run" / "report.html").read_text()
     assert [event["event"] for event in read_events(tmp_path / "run")] == ["start", "handshake", "finish"]
 
 
 def test_without_held_out_rows_the_server_measures_nothing(tmp_path: Path, tiny_model: Path, rows: Path) -> None:
-    run = schema.load(None, overrides(tiny_model, rows))
+    run = loading.load(None, overrides(tiny_model, rows))
 
     def federate(log: RunLog, held_out: HeldOut | None) -> StateDict:
         assert held_out is None
@@ -401,13 +400,13 @@ def test_a_failed_run_says_so_and_fails_in_flower_too(tmp_path: Path, tiny_model
         raise RunFailed("round 1: too few")
 
     with pytest.raises(RunFailed):
-        deployment_run.run(schema.load(None, overrides(tiny_model, rows)), tmp_path / "run", 1, federate)
+        deployment_run.run(loading.load(None, overrides(tiny_model, rows)), tmp_path / "run", 1, federate)
     assert read_events(tmp_path / "run")[-1]["message"] == "round 1: too few"
     assert not (tmp_path / "run" / "metrics.json").exists()
 
 
 def test_a_second_process_leaves_a_run_directory_alone(tmp_path: Path, tiny_model: Path, rows: Path) -> None:
-    run = schema.load(None, overrides(tiny_model, rows))
+    run = loading.load(None, overrides(tiny_model, rows))
 
     def federate(log: RunLog, held_out: HeldOut | None) -> StateDict:
         before = _files(tmp_path / "run")
@@ -426,7 +425,7 @@ def _files(folder: Path) -> dict[Path, bytes]:
 
 
 def test_a_resumed_run_sweeps_and_counts_all_its_seconds(tmp_path: Path, tiny_model: Path, rows: Path) -> None:
-    run = schema.load(None, overrides(tiny_model, rows))
+    run = loading.load(None, overrides(tiny_model, rows))
     folder = tmp_path / "run"
     (folder / "checkpoints").mkdir(parents=True)
     earlier = [{"event": "start", "time": 1000.0}, {"event": "phase", "time": 1600.0}]
@@ -451,7 +450,7 @@ def test_the_server_measures_on_rows_of_a_stage_and_tells_what_is_not_measured(
     tests = [{**row, "skill": "first" if i < 6 else "other"} for i, row in enumerate(instruction_rows(10))]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*tests, {"instruction": "no"}]))
     more = [f"data.test={tmp_path / 'test.jsonl'}", "rounds=2", 'continual.stages=[["first"], ["second"]]']
-    run = schema.load(None, [*overrides(tiny_model, rows), *more])
+    run = loading.load(None, [*overrides(tiny_model, rows), *more])
     measured: list[int] = []
 
     def federate(log: RunLog, held_out: HeldOut | None) -> StateDict:
@@ -506,7 +505,7 @@ def superlink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SuperLink:
 
 
 def test_a_run_gets_a_name_of_its_own_and_keeps_it(superlink: SuperLink, tmp_path: Path) -> None:
-    run, state = schema.load(), tmp_path / "state"
+    run, state = loading.load(), tmp_path / "state"
     for folder in ("exp1", "exp2"):
         runs.start(state, run, tmp_path / folder / "first")
     superlink.status = "finished:failed"
@@ -520,21 +519,21 @@ def test_a_run_gets_a_name_of_its_own_and_keeps_it(superlink: SuperLink, tmp_pat
 
 
 def test_a_configuration_of_any_characters_arrives(superlink: SuperLink, tmp_path: Path) -> None:
-    run = schema.load(None, ['prompt.system=be kind \U0001f41d\x7f\\ "quoted"'])
+    run = loading.load(None, ['prompt.system=be kind \U0001f41d\x7f\\ "quoted"'])
     runs.start(tmp_path / "state", run, tmp_path / "\U0001f41d")
     (values,) = superlink.given
-    assert schema.from_json(str(values["config"])) == run
+    assert loading.from_json(str(values["config"])) == run
     assert values["out"] == str(tmp_path / "\U0001f41d") and values["expected"] == run.strategy.min_clients
 
 
 def test_a_directory_takes_no_second_run_while_one_goes_on(superlink: SuperLink, tmp_path: Path) -> None:
-    run, state, out = schema.load(), tmp_path / "state", tmp_path / "run"
+    run, state, out = loading.load(), tmp_path / "state", tmp_path / "run"
     runs.start(state, run, out)
     with pytest.raises(UserError, match="run 1 still goes on"):  # its process is not up yet
         runs.start(state, run, out)
     superlink.status = "finished:failed"
     (out / "config.toml").write_text(run.to_toml())
-    with event_log.hold(out), pytest.raises(UserError, match="still goes on"):  # Flower has lost it, but it works
+    with files.hold(out), pytest.raises(UserError, match="still goes on"):  # Flower has lost it, but it works
         runs.start(state, run, out, resume=True)
     assert len(superlink.given) == 1
     runs.start(state, run, out, resume=True)
@@ -547,11 +546,12 @@ def test_a_directory_takes_no_second_run_while_one_goes_on(superlink: SuperLink,
 def test_a_run_that_is_not_started_leaves_no_trace(superlink: SuperLink, tmp_path: Path) -> None:
     superlink.status = "refused"
     with pytest.raises(flower_cli.FlowerError):
-        runs.start(tmp_path / "state", schema.load(), tmp_path / "run")
+        runs.start(tmp_path / "state", loading.load(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     (tmp_path / "own.txt").write_text("{instruction}{response}")
+    own = loading.load(None, [f"prompt.template={tmp_path / 'own.txt'}"])
     with pytest.raises(UserError, match=r"prompt\.template.*built-in"):
-        runs.start(tmp_path / "state", schema.load(None, [f"prompt.template={tmp_path / 'own.txt'}"]), tmp_path / "run")
+        runs.start(tmp_path / "state", own, tmp_path / "run")
     assert len(superlink.given) == 1
 
 
@@ -570,7 +570,7 @@ def test_what_the_server_has_not_is_told_before_the_start(
     superlink: SuperLink, tmp_path: Path, override: str, line: str
 ) -> None:
     (tmp_path / "odd.jsonl").write_text('{"text": "a", "label": "b"}\n')
-    run = schema.load(None, [override.format(folder=tmp_path)])
+    run = loading.load(None, [override.format(folder=tmp_path)])
     with pytest.raises(UserError, match=line) as caught:
         runs.start(tmp_path / "state", run, tmp_path / "run")
     assert "\n" not in str(caught.value)
@@ -580,7 +580,7 @@ def test_what_the_server_has_not_is_told_before_the_start(
 def test_a_run_that_failed_at_once_may_be_started_again_in_its_directory(
     superlink: SuperLink, tmp_path: Path, tiny_model: Path, rows: Path
 ) -> None:
-    run, state, out = schema.load(None, overrides(tiny_model, rows)), tmp_path / "state", tmp_path / "run"
+    run, state, out = loading.load(None, overrides(tiny_model, rows)), tmp_path / "state", tmp_path / "run"
     number = []
 
     def federate(log: RunLog, held_out: HeldOut | None) -> StateDict:
@@ -607,7 +607,7 @@ def test_a_run_that_failed_at_once_may_be_started_again_in_its_directory(
 
 
 def test_status_tells_where_each_run_writes_and_how_long_it_took(superlink: SuperLink, tmp_path: Path) -> None:
-    runs.start(tmp_path / "state", schema.load(), tmp_path / "first")
+    runs.start(tmp_path / "state", loading.load(), tmp_path / "first")
     superlink.runs = [
         {"run-id": "2", "status": "running", "elapsed": 7500.0},
         {"run-id": "1", "status": "finished:completed", "elapsed": 185.2},
@@ -633,6 +633,6 @@ def test_who_follows_is_told_that_the_server_is_gone(
 
 
 def test_what_differs_from_a_simulation_is_said_before_the_start() -> None:
-    lines = runs.remarks(schema.load(None, ["data.max_rows=7"]))
+    lines = runs.remarks(loading.load(None, ["data.max_rows=7"]))
     assert [line.partition(" =")[0] for line in lines] == ["data.max_rows", "strategy.deadline_s"]
-    assert runs.remarks(schema.load(None, ["strategy.deadline_s=60"])) == []
+    assert runs.remarks(loading.load(None, ["strategy.deadline_s=60"])) == []

@@ -14,10 +14,12 @@ import torch
 from conftest import instruction_rows
 from rich.console import Console
 
-from apiary.config import schema as configs
-from apiary.config.schema import RunConfig, UserError
+from apiary.config import loading
+from apiary.config.schema import RunConfig
+from apiary.core.errors import UserError
 from apiary.core.tensors import digest
-from apiary.data import examples, tokenization
+from apiary.data import examples, federation, tokenization
+from apiary.data.federation import federate
 from apiary.doctor import examine, forecast
 from apiary.models import adapters
 from apiary.privacy.accounting import Mechanism, epsilon
@@ -78,7 +80,7 @@ def test_a_sound_run_is_told_in_numbers_that_hold(small_run: list[str]) -> None:
 def test_the_bytes_are_those_that_a_run_sends(small_run: list[str], tmp_path: Path, more: list[str]) -> None:
     """All that its log counts, messages' names and headers aside."""
     settings = [*small_run, "adapter.rank=16", *more, "evaluate.baselines=[]", "evaluate.generate=false"]
-    run = configs.load(None, settings)
+    run = loading.load(None, settings)
     simulate(run, tmp_path / "run")
     events = read_events(tmp_path / "run")
     sent = sum(e.get(key, 0) for e in events if e["event"] in ("round", "evaluate") for key in _SENT)
@@ -94,7 +96,7 @@ def test_the_clients_are_told_with_their_tokens(small_run: list[str], tiny_model
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     _, text = _doctor(small_run)
-    federation = examples.federate(configs.load(None, small_run).data, 0)
+    federation = federate(loading.load(None, small_run).data, 0)
     for client in federation.clients:
         # Each answer and the end-of-sequence token behind it.
         tokens = sum(len(tokenizer(examples.answer(e))["input_ids"]) + 1 for e in client.train)
@@ -200,7 +202,7 @@ def test_bad_rows_and_long_rows_are_counted(small_run: list[str], tiny_model: Pa
     assert _fact(text, "rows") == "60, of them 58 usable (96.7%)"
     assert "mixed.jsonl: 2 of 60 left out (7, 10)" in text
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    federation = examples.federate(configs.load(None, overrides).data, 0)
+    federation = federate(loading.load(None, overrides).data, 0)
     kept = [e for client in federation.clients for e in client.train]
     long = [e for e in kept if len(tokenizer(examples.answer(e))["input_ids"]) > 96]
     assert long, "the split left no long row to train on"
@@ -231,8 +233,8 @@ def test_many_clients_are_summed_up(small_run: list[str], tmp_path: Path) -> Non
     assert "client-07" not in text
     sizes = [
         len(c.train)
-        for c in examples.federate(
-            configs.load(None, [*small_run, f"data.source={path}", "data.clients=30"]).data, 0
+        for c in federation.federate(
+            loading.load(None, [*small_run, f"data.source={path}", "data.clients=30"]).data, 0
         ).clients
     ]
     for name, value in (("least", min(sizes)), ("median", np.median(sizes)), ("most", max(sizes))):
@@ -255,7 +257,7 @@ def test_the_size_of_a_model_is_known_without_its_weights(tiny_model: Path, tmp_
 
     entries = sum(t.numel() for t in load_file(tiny_model / "model.safetensors").values())
     (tmp_path / "config.json").write_text((tiny_model / "config.json").read_text())
-    model = configs.load(None, [f"model.name={tmp_path}", "model.dtype=float32"]).model
+    model = loading.load(None, [f"model.name={tmp_path}", "model.dtype=float32"]).model
     assert forecast.weights_bytes(model, torch.device("cpu")) == 4 * entries
     absent = model.model_copy(update={"name": str(tmp_path / "absent")})
     assert forecast.weights_bytes(absent, torch.device("cpu")) is None
@@ -263,10 +265,10 @@ def test_the_size_of_a_model_is_known_without_its_weights(tiny_model: Path, tmp_
 
 @pytest.mark.parametrize("override", ["train.steps=5", "train.epochs=1", "train.epochs=0.3", "train.epochs=2.5"])
 def test_forecast_and_trainer_count_the_same_steps(small_run: list[str], override: str) -> None:
-    config = configs.load(None, [*small_run, override, "train.accumulate=2", "strategy.fraction=0.5"])
+    config = loading.load(None, [*small_run, override, "train.accumulate=2", "strategy.fraction=0.5"])
     lm = adapters.load(config.model, config.adapter)
     template = tokenization.make_template(config.prompt, lm.tokenizer)
-    clients = examples.federate(config.data, 0).clients
+    clients = federation.federate(config.data, 0).clients
     corpora = [tokenization.encode_all(c.train, template, lm.tokenizer, config.prompt) for c in clients]
     work = forecast.plan_work(config, corpora)
     assert work.per_round == tuple(trainer.steps_per_round(config.train, c) for c in corpora)
@@ -275,10 +277,10 @@ def test_forecast_and_trainer_count_the_same_steps(small_run: list[str], overrid
 
 
 def test_trying_out_leaves_the_adapter_alone_and_sees_the_activations(small_run: list[str]) -> None:
-    config = configs.load(None, small_run)
+    config = loading.load(None, small_run)
     lm = adapters.load(config.model, config.adapter)
     template = tokenization.make_template(config.prompt, lm.tokenizer)
-    rows = examples.federate(config.data, 0).clients[0].train
+    rows = federation.federate(config.data, 0).clients[0].train
     corpus = tokenization.encode_all(rows, template, lm.tokenizer, config.prompt)
     before = digest(adapters.get_adapter(lm))
     trial = forecast.try_out(lm, corpus, config)
@@ -295,7 +297,7 @@ def test_trying_out_leaves_the_adapter_alone_and_sees_the_activations(small_run:
 def test_the_base_is_counted_once(small_run: list[str], tiny_model: Path) -> None:
     from safetensors.torch import load_file
 
-    config = configs.load(None, small_run)
+    config = loading.load(None, small_run)
     entries = sum(t.numel() for t in load_file(tiny_model / "model.safetensors").values())
     held = forecast.base_bytes(adapters.load(config.model, config.adapter))
     assert 4 * entries <= held < 4 * entries + 10_000  # and a few buffers of rotary angles
@@ -305,7 +307,7 @@ def test_what_a_private_run_costs_is_told_before_it_starts(small_run: list[str])
     good, text = _doctor([*small_run, "privacy.unit=record", "privacy.batch_rows=8", "privacy.noise_multiplier=1.0"])
     assert good, text
     # 8 rows expected of the smallest client's, 2 steps a round: the last line of the table is the whole run.
-    rows = min(len(c.train) for c in examples.federate(configs.load(None, small_run).data, 0).clients)
+    rows = min(len(c.train) for c in federation.federate(loading.load(None, small_run).data, 0).clients)
     (last,) = re.findall(r"^ +3 +6 +([0-9.]+) ", text, re.MULTILINE)
     assert float(last) == pytest.approx(epsilon([Mechanism(1.0, 8 / rows, 6)], 1e-5), abs=1e-3)
 

@@ -18,10 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from apiary.config import schema as configs
-from apiary.config.schema import ContinualConfig, RunConfig, UserError
+from apiary.config import loading
+from apiary.config.schema import ContinualConfig, RunConfig
+from apiary.core.errors import UserError
 from apiary.core.messages import Payload, Visit
-from apiary.data.examples import ClientData, Example, Federation, Turn, read
+from apiary.data import stages
+from apiary.data.examples import Example, Turn, read
+from apiary.data.federation import ClientData, Federation
 from apiary.evaluation import continual as measures
 from apiary.evaluation.comparison import HeldOut, Measured
 from apiary.models import adapters
@@ -31,7 +34,9 @@ from apiary.report.stages import stages_content
 from apiary.tracking.event_log import read_events
 from apiary.transport import flower_records
 from client import replay, state
-from client.replay import Buffer
+from client.continual import buffer
+from client.continual import buffer as continual_buffer
+from client.continual.buffer import Buffer
 from client.training.trainer import Cursor
 from client.worker import Site, Worker
 from simulation.run import simulate
@@ -47,7 +52,7 @@ def rows_of(count: int, skill: str = "sort", start: int = 0) -> list[Example]:
 
 def buffer_of(seed: int, rows: int = 10, *, client: str = "a", **keys: Any) -> Buffer:
     settings = ContinualConfig.model_validate({"buffer": float(rows), **keys})
-    return Buffer(replay.rule(settings, seed, client, 50))
+    return Buffer(buffer.rule(settings, seed, client, 50))
 
 
 def kept(buffer: Buffer) -> set[str]:
@@ -64,7 +69,7 @@ def test_each_row_stays_with_the_same_chance_and_pairs_stay_independently() -> N
     places = {row.turns[0].text: i for i, row in enumerate(rows)}
     hits, pairs = np.zeros(n), 0
     for seed in range(runs):
-        chosen = [places[text] for text in kept(replay.admit(buffer_of(seed, m), rows, 0))]
+        chosen = [places[text] for text in kept(buffer.admit(buffer_of(seed, m), rows, 0))]
         assert len(chosen) == m
         hits[chosen] += 1
         pairs += {0, 1} <= set(chosen)
@@ -81,25 +86,25 @@ def test_neither_the_order_nor_how_often_rows_come_matters(
 ) -> None:
     rows = rows_of(30)
     empty = buffer_of(seed, capacity, policy=policy)
-    once = replay.admit(empty, rows, 0)
+    once = buffer.admit(empty, rows, 0)
     shuffled = rng.sample(rows, 30)
-    parts = replay.admit(replay.admit(empty, shuffled[:11], 0), shuffled[5:], 0)
+    parts = buffer.admit(buffer.admit(empty, shuffled[:11], 0), shuffled[5:], 0)
     assert parts == once
-    assert replay.admit(once, shuffled, 0) == once
+    assert buffer.admit(once, shuffled, 0) == once
 
 
 def test_of_equal_conversations_one_stays_and_it_is_the_earliest() -> None:
     twins = [example(1, "count"), example(1, "sort"), example(2)]
-    both = [replay.admit(buffer_of(0), rows, 3).rows for rows in (twins, twins[::-1])]
+    both = [buffer.admit(buffer_of(0), rows, 3).rows for rows in (twins, twins[::-1])]
     assert both[0] == both[1]
     assert len(both[0]) == 2
-    later = replay.admit(replay.admit(buffer_of(0), [example(1)], 0), twins, 1).rows
+    later = buffer.admit(buffer.admit(buffer_of(0), [example(1)], 0), twins, 1).rows
     assert {row.example.turns[0].text: row.stage for row in later} == {"question 1": 0, "question 2": 1}
 
 
 def test_clients_and_seeds_choose_for_themselves() -> None:
     rows = rows_of(50)
-    chosen = {frozenset(kept(replay.admit(buffer_of(s, client=c), rows, 0))) for s in (0, 1) for c in ("a", "b")}
+    chosen = {frozenset(kept(buffer.admit(buffer_of(s, client=c), rows, 0))) for s in (0, 1) for c in ("a", "b")}
     assert len(chosen) == 4
 
 
@@ -108,7 +113,7 @@ def test_poisson_keeps_each_row_by_itself() -> None:
     rows = rows_of(40)
     sizes, together, first, second = [], 0, 0, 0
     for seed in range(2000):
-        texts = kept(replay.admit(buffer_of(seed, buffer=0.3, policy="poisson"), rows, 0))
+        texts = kept(buffer.admit(buffer_of(seed, buffer=0.3, policy="poisson"), rows, 0))
         sizes.append(len(texts))
         a, b = "question 0" in texts, "question 1" in texts
         first, second, together = first + a, second + b, together + (a and b)
@@ -123,8 +128,8 @@ def test_poisson_keeps_each_row_by_itself() -> None:
 def test_under_poisson_no_row_decides_about_another(left_out: int, seed: int) -> None:
     rows = rows_of(30)
     empty = buffer_of(seed, buffer=0.4, policy="poisson")
-    whole = kept(replay.admit(empty, rows, 0))
-    without = kept(replay.admit(empty, rows[:left_out] + rows[left_out + 1 :], 0))
+    whole = kept(buffer.admit(empty, rows, 0))
+    without = kept(buffer.admit(empty, rows[:left_out] + rows[left_out + 1 :], 0))
     assert without == whole - {f"question {left_out}"}
 
 
@@ -144,7 +149,7 @@ def test_the_size_is_a_share_below_one_and_a_number_from_one_on(
     buffer: float, policy: str, expected: tuple[int | None, float]
 ) -> None:
     settings = ContinualConfig.model_validate({"buffer": buffer, "policy": policy})
-    made = replay.rule(settings, 0, "a", 200)
+    made = continual_buffer.rule(settings, 0, "a", 200)
     assert (made.rows, made.chance) == expected
 
 
@@ -153,7 +158,7 @@ def test_the_size_is_a_share_below_one_and_a_number_from_one_on(
 
 def test_what_is_stored_comes_back_and_only_its_owner_may_read_it(tmp_path: Path) -> None:
     odd = Example((Turn("system", "a\u2028b"), Turn("user", "é\n\ud800"), Turn("assistant", "{}")), {"skill": "x\ny"})
-    rows = replay.admit(buffer_of(0), [odd, *rows_of(5)], 2).rows
+    rows = buffer.admit(buffer_of(0), [odd, *rows_of(5)], 2).rows
     replay.save(tmp_path / "new", 3, rows)
     assert replay.load(tmp_path / "new", 3) == rows
     assert replay.load(tmp_path / "new", 2) == ()
@@ -171,9 +176,9 @@ def test_what_is_stored_comes_back_and_only_its_owner_may_read_it(tmp_path: Path
 
 
 def test_removed_rows_are_gone_from_every_version_and_nothing_takes_their_place(tmp_path: Path) -> None:
-    whole = replay.admit(buffer_of(0), rows_of(30), 0)
+    whole = buffer.admit(buffer_of(0), rows_of(30), 0)
     replay.save(tmp_path, 1, whole.rows)
-    replay.save(tmp_path, 2, replay.admit(whole, rows_of(30, start=30), 1).rows)
+    replay.save(tmp_path, 2, buffer.admit(whole, rows_of(30, start=30), 1).rows)
     before = [replay.load(tmp_path, n) for n in (1, 2)]
     gone = {row.digest for row in before[0][:4]} | {"0" * 64}
     (tmp_path / ".buffer-0002.jsonl.tmp").write_text("question 1")
@@ -199,7 +204,7 @@ STAGES = (("sort", "count"), ("lookup",), ("dates",))
 
 def run_config(**keys: Any) -> RunConfig:
     values = {"stages": STAGES, "buffer": 8.0, **keys}
-    return configs.parse({"rounds": 6, "continual": values})
+    return loading.parse({"rounds": 6, "continual": values})
 
 
 ROWS = [*rows_of(20, "sort"), *rows_of(10, "count", 20), *rows_of(20, "lookup", 30), *rows_of(20, "dates", 50)]
@@ -232,7 +237,7 @@ def test_each_stage_trains_on_its_own_rows_and_replays_the_earlier_ones(tmp_path
     for data in seen:
         assert all(row.stage < data.stage for row in data.replay)
         assert all(row.example not in data.new for row in data.replay)
-    everything = replay.admit(Buffer(replay.rule(client.config.continual, 0, "a", 70)), ROWS[:50], 0)
+    everything = buffer.admit(Buffer(buffer.rule(client.config.continual, 0, "a", 70)), ROWS[:50], 0)
     assert [row.digest for row in seen[4].replay] == [row.digest for row in everything.rows]
     assert [data.cursor for data in seen] == [Cursor(), Cursor(0, 1)] * 3
     assert [data.replay_cursor for data in seen] == [*[Cursor()] * 3, Cursor(0, 1), Cursor(), Cursor(0, 1)]
@@ -275,14 +280,14 @@ def test_a_run_that_goes_back_finds_the_buffer_of_that_moment(tmp_path: Path, po
 
 def test_only_versions_that_a_resumed_run_can_need_are_kept(tmp_path: Path) -> None:
     stages = [[f"s{i}"] for i in range(10)]
-    settings = configs.parse({"rounds": 10, "continual": {"stages": stages, "buffer": 3.0}})
+    settings = loading.parse({"rounds": 10, "continual": {"stages": stages, "buffer": 3.0}})
     client = Client(tmp_path, settings, [row for i in range(10) for row in rows_of(5, f"s{i}", 5 * i)])
     for number in range(1, 11):
         client.visit(number)
     assert sorted(p.name for p in tmp_path.glob("buffer-*")) == [f"buffer-{n:04d}.jsonl" for n in (8, 9, 10)]
     again = client.visit(9)  # a round, and so a stage, back
     assert again.stage == 8
-    once = replay.admit(Buffer(replay.rule(settings.continual, 0, "a", 50)), client.rows[:40], 0)
+    once = buffer.admit(Buffer(buffer.rule(settings.continual, 0, "a", 50)), client.rows[:40], 0)
     assert [row.digest for row in again.replay] == [row.digest for row in once.rows]
 
 
@@ -290,28 +295,28 @@ def test_no_buffer_is_no_file_and_no_stages_are_all_rows(tmp_path: Path) -> None
     none = Client(tmp_path / "none", run_config(buffer=0.0), ROWS)
     assert [none.visit(number).replay for number in range(1, 7)] == [()] * 6
     assert not list(none.folder.glob("*buffer*"))
-    data = replay.prepare(ROWS, tmp_path, "a", configs.load(), 4, state.Memory(3, Cursor(1, 2)))
-    assert data == (0, tuple(ROWS), (), Cursor(1, 2), Cursor(), 3, configs.load().rounds)
+    data = replay.prepare(ROWS, tmp_path, "a", loading.load(), 4, state.Memory(3, Cursor(1, 2)))
+    assert data == (0, tuple(ROWS), (), Cursor(1, 2), Cursor(), 3, loading.load().rounds)
 
 
 def test_rows_of_no_stage_are_left_out_and_told() -> None:
     clients = tuple(ClientData(name, tuple(ROWS), tuple(rows_of(4, "other", 900))) for name in ("a", "b"))
     held_out = (*rows_of(3, "dates", 700), *rows_of(3, "other", 800))
     federation = Federation(clients, held_out, ())
-    inside = measures.within(federation, run_config(stages=(("sort",), ("dates",))))
+    inside = stages.within(federation, run_config(stages=(("sort",), ("dates",))))
     assert [len(client.train) for client in inside.clients] == [40, 40]
     assert [row.tags["skill"] for row in inside.test] == ["dates"] * 3
     assert inside.reports[0].lines() == [
         "all clients: 68 of 148 rows left out: their skill is in no stage of continual.stages"
     ]
-    assert measures.within(federation, configs.load()) == federation
+    assert stages.within(federation, loading.load()) == federation
     with pytest.raises(UserError, match=r"continual.stages names 'sorting': .* there are count, dates, lookup, sort$"):
-        measures.within(federation, run_config(stages=(("sorting",), ("dates",))))
+        stages.within(federation, run_config(stages=(("sorting",), ("dates",))))
     with pytest.raises(UserError, match=r"continual.by = 'topic': no row has that column"):
-        measures.within(federation, run_config(by="topic"))
+        stages.within(federation, run_config(by="topic"))
     poor = federation._replace(clients=(*clients, ClientData("c", (example(1, "lookup"),), ())))
     with pytest.raises(UserError, match="client 'c' has no row of any stage"):
-        measures.within(poor, run_config(stages=(("sort",), ("dates",))))
+        stages.within(poor, run_config(stages=(("sort",), ("dates",))))
 
 
 def test_a_stage_that_cannot_be_measured_is_told() -> None:
@@ -323,7 +328,7 @@ def test_a_stage_that_cannot_be_measured_is_told() -> None:
     assert np.isnan(scores["losses"][1:]).all()
     (line,) = measures.unmeasured(held_out, run_config())
     assert line.startswith("stages 2 and 3 have no held-out example")
-    assert measures.unmeasured(held_out, configs.load()) == []
+    assert measures.unmeasured(held_out, loading.load()) == []
 
 
 @pytest.mark.parametrize(
@@ -340,21 +345,21 @@ def test_a_stage_that_cannot_be_measured_is_told() -> None:
 )
 def test_a_buffer_that_holds_everything_is_no_limit_and_told(keys: dict[str, Any], told: str | None) -> None:
     """Of 60 + 50 + 20 rows in three stages only the first 110 ever stand in a buffer that is replayed."""
-    lines = measures.unlimited_buffers([[60, 50, 20], [60, 40, 20]], run_config(**keys))
+    lines = stages.unlimited_buffers([[60, 50, 20], [60, 40, 20]], run_config(**keys))
     assert lines == [] if told is None else told in lines[0]
     assert len(lines) == (told is not None)
 
 
 def test_a_buffer_too_large_for_most_clients_is_told_with_how_many() -> None:
-    (line,) = measures.unlimited_buffers([[30, 9], [20, 9], [500, 9]], run_config(buffer=100.0))
+    (line,) = stages.unlimited_buffers([[30, 9], [20, 9], [500, 9]], run_config(buffer=100.0))
     assert "2 of 3 clients would keep all rows of earlier stages, 30 at most" in line
 
 
 def test_a_class_label_may_be_the_task() -> None:
-    settings = configs.parse(
+    settings = loading.parse(
         {"data": {"columns": {"instruction": "text", "output": "label"}}, "continual": {"by": "label"}}
     )
-    assert measures.task_of(example(7), settings) == "answer 7"
+    assert stages.task_of(example(7), settings) == "answer 7"
 
 
 # -- what is remembered -----------------------------------------------------------------------------
@@ -498,7 +503,7 @@ def staged(model: Path, rows: Path, *more: str) -> list[str]:
 
 
 def run(folder: Path, overrides: list[str], **keys: Any) -> dict[str, Any]:
-    return simulate(configs.load(None, overrides), folder, **keys)
+    return simulate(loading.load(None, overrides), folder, **keys)
 
 
 def adapter_bytes(folder: Path) -> bytes:
@@ -537,7 +542,7 @@ def test_a_run_in_stages_measures_each_stage_and_tells_it(tmp_path: Path, tiny_m
 
 def test_replayed_tokens_do_not_weigh(tmp_path: Path, tiny_model: Path, rows_file: Path) -> None:
     """A client rich in kept rows must not outweigh the others: only new tokens count."""
-    worker = Worker(configs.load(None, staged(tiny_model, rows_file)))
+    worker = Worker(loading.load(None, staged(tiny_model, rows_file)))
     site = site_of(tmp_path, rows_file)
     adapter = adapters.fresh_adapter(adapters.load(worker.config.model, worker.config.adapter), 0)
     visits = [worker.train(site, number, Payload(adapter, {})) for number in (1, 2, 3)]
@@ -559,7 +564,7 @@ def site_of(folder: Path, rows_file: Path) -> Site:
 
 
 def test_nothing_of_the_buffer_is_in_a_reply(tmp_path: Path, tiny_model: Path, rows_file: Path) -> None:
-    worker = Worker(configs.load(None, staged(tiny_model, rows_file)))
+    worker = Worker(loading.load(None, staged(tiny_model, rows_file)))
     site = site_of(tmp_path, rows_file)
     adapter = adapters.fresh_adapter(adapters.load(worker.config.model, worker.config.adapter), 0)
     for number in (1, 3):

@@ -13,8 +13,9 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from apiary.config.schema import AdapterConfig, ModelConfig, UserError
-from apiary.models import adapters, base
+from apiary.config.schema import AdapterConfig, ModelConfig
+from apiary.core.errors import UserError
+from apiary.models import adapter_files, adapters, base
 
 
 def config(folder: Path, dtype: str = "float32") -> ModelConfig:
@@ -122,7 +123,7 @@ def test_a_saved_adapter_loads_in_plain_peft(family: str, scaling: str, tiny_mod
     lm = adapters.load(config(folder), AdapterConfig(rank=4, alpha=6, scaling=scaling))
     state = small_models.random_state(adapters.get_adapter(lm))
     adapters.set_adapter(lm, state)
-    adapters.save_adapter(lm, state, tmp_path / "out" / "adapter", card="# A card\n")
+    adapter_files.save_adapter(lm, state, tmp_path / "out" / "adapter", card="# A card\n")
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     theirs = PeftModel.from_pretrained(plain, tmp_path / "out" / "adapter").eval()
     torch.testing.assert_close(logits(theirs, IDS), logits(lm.model, IDS), rtol=0, atol=1e-5)
@@ -134,7 +135,7 @@ def test_a_failed_save_leaves_the_old_folder_and_nothing_else(
     lm: adapters.LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = adapters.fresh_adapter(lm, 0)
-    adapters.save_adapter(lm, old, tmp_path / "adapter")
+    adapter_files.save_adapter(lm, old, tmp_path / "adapter")
     weights = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
 
     def full(*_: object) -> None:
@@ -142,11 +143,11 @@ def test_a_failed_save_leaves_the_old_folder_and_nothing_else(
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left"):
-        adapters.save_adapter(lm, small_models.random_state(old), tmp_path / "adapter")
+        adapter_files.save_adapter(lm, small_models.random_state(old), tmp_path / "adapter")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
     assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == weights
     monkeypatch.undo()
-    adapters.save_adapter(lm, small_models.random_state(old), tmp_path / "adapter")
+    adapter_files.save_adapter(lm, small_models.random_state(old), tmp_path / "adapter")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
     assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() != weights
 
@@ -155,7 +156,7 @@ def test_a_failed_save_leaves_the_old_folder_and_nothing_else(
 def test_merging_adds_the_scaled_product_of_the_factors(scaling: str, factor: float, tiny_model: Path) -> None:
     lm = adapters.load(config(tiny_model), AdapterConfig(rank=4, alpha=6, scaling=scaling))
     state = small_models.random_state(adapters.get_adapter(lm))
-    whole = adapters.merged(lm, state)
+    whole = adapter_files.merged(lm, state)
     plain, _ = adapters.load_base(config(tiny_model))
     stem = "base_model.model.model.layers.1.mlp.up_proj"
     a, b = state[f"{stem}.lora_A.weight"].numpy(), state[f"{stem}.lora_B.weight"].numpy()
@@ -258,7 +259,7 @@ def test_a_gpu_base_has_the_digest_of_the_cpu(tiny_model: Path) -> None:
 def test_the_adapter_names_its_base(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     """A saved adapter says which base it belongs to, also for the built-in one, and making it warns of nothing."""
     lm = adapters.load(ModelConfig(dtype="float32", device="cpu"), AdapterConfig(rank=3))
-    adapters.save_adapter(lm, adapters.fresh_adapter(lm, 0), tmp_path / "adapter")
+    adapter_files.save_adapter(lm, adapters.fresh_adapter(lm, 0), tmp_path / "adapter")
     written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert written["base_model_name_or_path"] == "builtin:tiny"
     assert not [w for w in recwarn if "renamed" in str(w.message)]

@@ -14,7 +14,8 @@ from apiary.config.schema import AdapterConfig, ModelConfig
 from apiary.data.batches import Batch, Corpus, collate
 from apiary.models import adapters
 from apiary.models.fused_layers import LeanLinear
-from apiary.models.inference import ModelProbe, row_losses, stop_ids, token_nats
+from apiary.models.inference import ModelProbe, stop_ids
+from apiary.models.loss import row_losses, token_nats
 
 ADAPTER = AdapterConfig(rank=4, alpha=6)
 

@@ -22,9 +22,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, stats
 
-from apiary.config.schema import PrivacyConfig, RunConfig, UserError, parse
-from apiary.privacy import accounting, sampling
-from apiary.privacy.accounting import BudgetSpent, Entry, Ledger, Mechanism, charge, epsilon, pay, spent
+from apiary.config.loading import parse
+from apiary.config.schema import PrivacyConfig, RunConfig
+from apiary.core.errors import BudgetSpent, UserError
+from apiary.privacy import accounting, ledger, sampling
+from apiary.privacy.accounting import Mechanism, epsilon
+from apiary.privacy.ledger import Entry, Ledger, charge, pay, spent
 from apiary.privacy.noise import KEY_FILE, SecretNoise, load_key, request_digest
 from apiary.privacy.plan import plan
 
@@ -259,14 +262,14 @@ def test_an_empty_ledger_has_spent_nothing() -> None:
 def test_a_client_stops_before_its_budget_breaks(tmp_path: Path) -> None:
     path, settings_ = tmp_path / "ledger.json", PrivacyConfig(epsilon=3.5)
     paid = 0
-    while spent(charge(accounting.load_ledger(path), entry(paid + 1)), DELTA).epsilon <= 3.5:
+    while spent(charge(ledger.load_ledger(path), entry(paid + 1)), DELTA).epsilon <= 3.5:
         bill = pay(path, entry(paid + 1), settings_)
         paid += 1
         assert bill.epsilon == pytest.approx(directly([Mechanism(1.0, 0.05, 30 * paid)]), rel=2e-3)
     assert paid > 1
     with pytest.raises(BudgetSpent, match=r"of 3\.5"):
         pay(path, entry(paid + 1), settings_)
-    assert len(accounting.load_ledger(path).entries) == paid  # what was refused is not charged
+    assert len(ledger.load_ledger(path).entries) == paid  # what was refused is not charged
     assert epsilon([Mechanism(1.0, 0.05, 30 * (paid + 1))], DELTA) > 3.5
     assert pay(path, entry(paid), settings_).epsilon == bill.epsilon  # the same release again is free
 
@@ -283,7 +286,7 @@ _VISIT = """
 import sys, time
 from pathlib import Path
 from apiary.config.schema import PrivacyConfig
-from apiary.privacy.accounting import Entry, pay
+from apiary.privacy.ledger import Entry, pay
 pay(Path(sys.argv[1]), Entry("run", int(sys.argv[2]), "r", 1.0, 30, {"all": 0.05}), PrivacyConfig(epsilon=50.0))
 print("charged", flush=True)
 time.sleep(600)  # training
@@ -298,7 +301,7 @@ def test_a_charge_outlives_a_kill_in_the_middle_of_training(tmp_path: Path) -> N
         child.send_signal(signal.SIGKILL)
         child.wait()
         child.stdout.close()
-    kept = accounting.load_ledger(path)
+    kept = ledger.load_ledger(path)
     assert kept == filled(entry(1), entry(2))
     settings_ = PrivacyConfig(epsilon=50.0)
     assert pay(path, entry(2), settings_).steps == 60  # the run goes on: the same release
@@ -309,7 +312,7 @@ _VISITS = """
 import sys
 from pathlib import Path
 from apiary.config.schema import PrivacyConfig
-from apiary.privacy.accounting import Entry, pay
+from apiary.privacy.ledger import Entry, pay
 for number in range(5):
     entry = Entry(sys.argv[2], number, "r", 1.0, 30, {"all": 0.05})
     pay(Path(sys.argv[1]), entry, PrivacyConfig(epsilon=1e6, accountant="rdp"))
@@ -320,7 +323,7 @@ def test_two_processes_lose_no_charge(tmp_path: Path) -> None:
     path = tmp_path / "ledger.json"
     children = [subprocess.Popen([sys.executable, "-c", _VISITS, path, run]) for run in "ab"]
     assert [child.wait() for child in children] == [0, 0]
-    assert len(accounting.load_ledger(path).entries) == 10
+    assert len(ledger.load_ledger(path).entries) == 10
 
 
 @pytest.mark.parametrize(
@@ -347,11 +350,11 @@ def test_a_broken_ledger_is_never_an_empty_one(tmp_path: Path, content: str) -> 
 
 def test_a_ledger_that_went_missing_is_never_begun_anew(tmp_path: Path) -> None:
     path = tmp_path / "ledger.json"
-    key = accounting.open_key(path)
-    assert accounting.open_key(path) == key
+    key = ledger.open_key(path)
+    assert ledger.open_key(path) == key
     pay(path, entry(1), PrivacyConfig())
     path.unlink()
-    for begin in (lambda: pay(path, entry(2), PrivacyConfig()), lambda: accounting.open_key(path)):
+    for begin in (lambda: pay(path, entry(2), PrivacyConfig()), lambda: ledger.open_key(path)):
         with pytest.raises(UserError, match="is gone"):
             begin()
     assert not path.exists()

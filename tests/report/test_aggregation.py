@@ -20,13 +20,14 @@ from report_pages import Page, page
 from rich.console import Console
 from torch import Generator, Tensor
 
-from apiary.config import schema
+from apiary.config import loading
 from apiary.core.lora import is_b, scaling, split
 from apiary.core.messages import Fingerprint, FitReport, Hello, Update, Visit
 from apiary.core.tensors import add, digest, generator
 from apiary.report import write_report
 from apiary.tracking.console import Lines, State, board, fold
-from apiary.tracking.event_log import RunLog, read_events, read_metrics, rounds_table, write_metrics
+from apiary.tracking.event_log import RunLog, read_events
+from apiary.tracking.metrics_file import read_metrics, rounds_table, write_metrics
 from apiary.transport import flower_records
 from server import round_metrics
 from server.rounds import Rounds
@@ -83,7 +84,7 @@ def _run(
     folder: Path, method: Aggregator, n: int = 5, delta: Delta = _spread, overrides: tuple[str, ...] = ()
 ) -> ServerState:
     base = ["rounds=2", f"adapter.rank={RANK}", "adapter.alpha=16", "evaluate.every=0", "strategy.min_clients=1"]
-    run = schema.load(None, [*base, *overrides])
+    run = loading.load(None, [*base, *overrides])
     state = ServerState(0, _factors(99), {}, {})
     log = RunLog(folder)
     made = Rounds(run, method, PRINT, state, log=log).run(LocalGrid(_clients(delta), n), n)
@@ -181,13 +182,13 @@ def test_the_gauge_changes_no_bit_of_the_adapter(tmp_path: Path, monkeypatch: py
 
 def test_the_random_signs_are_others_in_each_round() -> None:
     state = ServerState(0, _factors(99), {}, {})
-    run = schema.load(None, [f"adapter.rank={RANK}"])
+    run = loading.load(None, [f"adapter.rank={RANK}"])
     seen = [round_metrics.watch(run, _method("fedavg"), state._replace(round=i)).seen.probes["m.0"] for i in (0, 0, 1)]
     assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
 
 
 def test_an_adapter_without_factors_or_an_update_without_one_has_no_gauge() -> None:
-    run = schema.load(None, [f"adapter.rank={RANK}"])
+    run = loading.load(None, [f"adapter.rank={RANK}"])
     odd = round_metrics.watch(run, _method("fedavg"), ServerState(0, {"a": torch.zeros(3)}, {}, {}))
     watched = round_metrics.watch(run, _method("fedavg"), ServerState(0, _factors(99), {}, {}))
     half = {n: t for n, t in _spread(0).items() if not is_b(n)}

@@ -12,11 +12,11 @@ from fake_run import fake_events, fake_metrics, fake_run
 from report_pages import HOSTILE, Page, page, table
 from rich.console import Console
 
-from apiary.config import schema
-from apiary.config.schema import UserError
+from apiary.config import loading
 from apiary.core import formatting
+from apiary.core.errors import UserError
 from apiary.core.messages import Spent
-from apiary.export.tuned import card
+from apiary.export.model_card import card
 from apiary.privacy import statement
 from apiary.report import headline, table_plain, table_text, write_report
 from apiary.report.data import gain_on_all, gain_on_own, parse_metrics
@@ -347,7 +347,7 @@ def test_what_was_promised_is_told_client_by_client_and_not_overstated() -> None
     metrics = table(local=1.0, federated=1.5)
     spent = {"epsilon": 3.25, "epsilon_rdp": 3.75, "noise_multiplier": 1.5, "sample_rate": 0.125, "steps": 36}
     clients = {"a": Spent(**spent, delta=1e-5), "b": Spent(**{**spent, "epsilon": 6.5}, delta=1e-5)}
-    run = schema.load(None, ["privacy.unit=record"])
+    run = loading.load(None, ["privacy.unit=record"])
     text = Page(page({**metrics, "privacy": statement.account(run, clients)})).text
     assert "Joining forces privately did not help" in text and "1.00 (training alone, without noise)" in text
     # The worst-off client's epsilon is the claim, and stands first.
@@ -368,9 +368,9 @@ def test_rows_that_curation_dropped_are_counted_by_step_and_client() -> None:
 
 
 def test_a_run_says_of_privacy_what_stands_in_its_ledger(tmp_path: Path) -> None:
-    run = schema.load(None, ["privacy.unit=record", "privacy.epsilon=5.0"])
+    run = loading.load(None, ["privacy.unit=record", "privacy.epsilon=5.0"])
     assert statement.read(tmp_path) == {"unit": "none"}
-    statement.write(tmp_path, schema.load(None, []), {})
+    statement.write(tmp_path, loading.load(None, []), {})
     assert not (tmp_path / "ledger.json").exists()  # nothing promised, nothing claimed
     statement.write(tmp_path, run, {"a": Spent(1.0, 1.5, 1e-5, 2.0, 0.1, 10), "b": Spent(4.0, 4.5, 1e-5, 1.0, 0.2, 10)})
     told = statement.read(tmp_path)
@@ -475,7 +475,7 @@ def test_what_a_codec_saved_is_told() -> None:
 
 
 def test_of_seeds_and_scalars_nobody_says_weights() -> None:
-    run = schema.load(None, ["strategy.name=fedkseed"])
+    run = loading.load(None, ["strategy.name=fedkseed"])
     metrics = table(federated=2.0)
     metrics["rounds"] = [{"round": 1, "bytes_up": 20, "bytes_down": 10}]
     text = Page(page(metrics, config=run.to_toml())).text
@@ -484,13 +484,13 @@ def test_of_seeds_and_scalars_nobody_says_weights() -> None:
 
 
 def test_no_folder_of_this_machine_stands_in_the_card() -> None:
-    run = schema.load(None, ["strategy.name=mine:method", 'strategy.options={ file = "/data-of-alice/w.pt" }'])
+    run = loading.load(None, ["strategy.name=mine:method", 'strategy.options={ file = "/data-of-alice/w.pt" }'])
     text = card(run, 16, None, {})
     assert 'mine:method (file = "w.pt")' in text and "alice" not in text
 
 
 def test_the_model_card_has_the_rank_of_what_is_handed_on() -> None:
-    run = schema.load(None, ["strategy.name=flora"])
+    run = loading.load(None, ["strategy.name=flora"])
     assert "This adapter has rank 272: the 16 that are trained, and what the method has added" in card(
         run, 272, None, {}
     )

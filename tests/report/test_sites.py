@@ -14,12 +14,13 @@ from fake_run import fake_deployment, fake_metrics
 from report_pages import HOSTILE, Page, page, table
 from rich.console import Console
 
-from apiary.config import schema
-from apiary.export.tuned import card
+from apiary.config import loading
+from apiary.export.model_card import card
 from apiary.report import headline, sites, table_plain, table_text, write_report
 from apiary.report.data import parse_metrics
 from apiary.tracking.console import Lines
-from apiary.tracking.event_log import read_events, read_metrics
+from apiary.tracking.event_log import read_events
+from apiary.tracking.metrics_file import read_metrics
 from client import worker
 from server.app import make_app
 from simulation import engines
@@ -75,7 +76,7 @@ def test_the_summary_on_the_terminal_tells_them_too() -> None:
 
 
 def test_the_model_card_of_such_a_run_has_no_empty_table_and_names_no_site() -> None:
-    text = card(schema.load(None, []), 16, fake_deployment(), {"unit": "none"})
+    text = card(loading.load(None, []), 16, fake_deployment(), {"unit": "none"})
     assert SAID.split(" cricket")[0] in text
     assert "cricket" not in text and "exact match" not in text
 
@@ -180,7 +181,7 @@ def test_a_whole_deployment_without_rows_on_the_server(tmp_path: Path, tiny_mode
     """The server's own app against three sites in this process; the hash holds out four rows of ant, more of others."""
     rows = write_rows(tmp_path / "rows")
     more = ["evaluate.clients=true", "data.test_fraction=0.2", "evaluate.generate=false"]
-    run = schema.load(None, [*overrides(tiny_model, rows), *more])
+    run = loading.load(None, [*overrides(tiny_model, rows), *more])
     folder = tmp_path / "run"
     engines.local()(make_app(), run, len(SITES), folder)
     metrics, events = read_metrics(folder), read_events(folder)

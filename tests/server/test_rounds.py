@@ -15,13 +15,13 @@ from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
-from apiary.config import schema
+from apiary.config import loading
+from apiary.core.errors import RunFailed
 from apiary.core.messages import Decline, Fingerprint, FitReport, Hello, Score, Spent, Update, Visit
 from apiary.core.tensors import is_finite
 from apiary.transport import flower_records
 from server import checkpoint, membership
 from server.app import save
-from server.membership import RunFailed
 from server.rounds import Progress, Rounds
 from simulation.in_process_grid import LocalGrid
 from strategies import AGGREGATORS, ServerState
@@ -92,7 +92,7 @@ def clients(
 
 def rounds(overrides: list[str], **kwargs: Any) -> tuple[Rounds, Log]:
     log = Log()
-    run = schema.load(None, ["rounds=2", "adapter.rank=4", *overrides])
+    run = loading.load(None, ["rounds=2", "adapter.rank=4", *overrides])
     made = Rounds(
         run,
         AGGREGATORS.build("fedavg", {}, weighting=run.strategy.weighting),

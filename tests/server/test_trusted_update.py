@@ -13,8 +13,9 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 import strategies
-from apiary.config import schema
-from apiary.config.schema import RunConfig, UserError
+from apiary.config import loading
+from apiary.config.schema import RunConfig
+from apiary.core.errors import RunFailed, UserError
 from apiary.core.messages import Fingerprint, FitReport, Hello, Payload, Update, Visit
 from apiary.data import examples
 from apiary.models import adapters
@@ -23,7 +24,6 @@ from apiary.transport import flower_records
 from client.worker import Site, Worker
 from deploy import runs
 from server import trusted_update
-from server.membership import RunFailed
 from server.rounds import Rounds
 from simulation.in_process_grid import LocalGrid
 from simulation.run import simulate
@@ -45,7 +45,7 @@ def trusting(tiny_model: Path, rows_file: Path, tmp_path: Path) -> list[str]:
 
 
 def of(overrides: list[str], *more: str) -> RunConfig:
-    return schema.load(None, [*overrides, *more])
+    return loading.load(None, [*overrides, *more])
 
 
 # -- the configuration -------------------------------------------------------------------------------------------------
@@ -65,7 +65,7 @@ def test_rows_are_asked_for_exactly_where_they_are_used(trusting: list[str], tmp
 def test_rows_beside_the_configuration_are_found(tmp_path: Path) -> None:
     write(tmp_path / "own.jsonl", 3)
     (tmp_path / "run.toml").write_text('[strategy]\nname = "fltrust"\nroot = "own.jsonl"\n')
-    assert schema.load(tmp_path / "run.toml").strategy.root == str((tmp_path / "own.jsonl").resolve())
+    assert loading.load(tmp_path / "run.toml").strategy.root == str((tmp_path / "own.jsonl").resolve())
 
 
 def test_a_deployment_looks_for_the_rows_before_it_starts(trusting: list[str]) -> None:
@@ -99,9 +99,9 @@ def test_rows_that_all_come_out_empty_are_one_clear_line(trusting: list[str], tm
 
 
 def test_rows_of_the_clients_own_are_remarked_on(trusting: list[str]) -> None:
-    run = schema.load(None, trusting)
+    run = loading.load(None, trusting)
     assert trusted_update.remarks(run) == []
-    (line,) = trusted_update.remarks(schema.load(None, [*trusting, f"strategy.root={run.data.source}"]))
+    (line,) = trusted_update.remarks(loading.load(None, [*trusting, f"strategy.root={run.data.source}"]))
     assert "are the clients' own rows" in line
 
 
@@ -201,7 +201,7 @@ def app(names: list[str]) -> ClientApp:
 
 def rounds(own: Any, log: Log, **more: Any) -> Rounds:
     values = ["rounds=2", "adapter.rank=2", "evaluate.every=0", "strategy.join_timeout_s=0.3", "strategy.min_clients=1"]
-    run = schema.load(None, [*values, "train.steps=1", "train.batch_tokens=500"])
+    run = loading.load(None, [*values, "train.steps=1", "train.batch_tokens=500"])
     made: Aggregator = AGGREGATORS.build("fltrust", scaling=lambda rank: 1.0)
     return Rounds(run, made, PRINT, ServerState(0, START, {}, {}), log=log, root=own, **more)
 

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from apiary.config import schema
+from apiary.config import loading
+from apiary.core import errors
+from apiary.core.errors import WireError
 from apiary.core.messages import Curated, Decline, FitReport, Payload, Score, Spent, Update, Visit
-from apiary.transport.flower_records import WireError
 from server import validation
 
 ADAPTER = {"a": torch.zeros(2, 3), "b": torch.ones(4)}
@@ -28,7 +29,7 @@ def visit(**changes: Any) -> Visit:
 
 
 def check(answer: Visit, *overrides: str) -> None:
-    validation.check_visit(answer, schema.load(None, list(overrides)), 100, Payload(ADAPTER, {}), 1)
+    validation.check_visit(answer, loading.load(None, list(overrides)), 100, Payload(ADAPTER, {}), 1)
 
 
 CURATING = ['curate.steps=["duplicates", "length"]']
@@ -64,12 +65,12 @@ def test_a_factor_that_rests_is_moved_by_nobody(train: str, number: int, moved: 
     """Averaging is exact because it is the same everywhere; the smallest change would end that."""
     adapter = {f"m.lora_{x}.weight": torch.ones(2, 2) for x in "AB"}
     delta = {name: torch.full_like(t, 1e-9 if f"_{moved}." in name else 0.0) for name, t in adapter.items()}
-    answer, run = visit(), schema.load(None, [f"adapter.train={train}"])
+    answer, run = visit(), loading.load(None, [f"adapter.train={train}"])
     answer = answer._replace(update=answer.update._replace(delta=delta))
     if taken:
         validation.check_visit(answer, run, 100, Payload(adapter, {}), number)
     else:
-        with pytest.raises(validation.Poisoned, match=r"rests in this round: [AB] alone is trained"):
+        with pytest.raises(errors.Poisoned, match=r"rests in this round: [AB] alone is trained"):
             validation.check_visit(answer, run, 100, Payload(adapter, {}), number)
 
 
@@ -111,9 +112,9 @@ def test_what_cannot_be_is_refused(changes: dict[str, Any], overrides: list[str]
     [("budget", PRIVATE, [], "privacy.unit is none"), ("idle", REPLAYING, [], "there are no stages")],
 )
 def test_a_decline_must_be_possible_in_this_run(reason: Any, good: list[str], bad: list[str], why: str) -> None:
-    validation.check_decline(Decline("c", reason), schema.load(None, good))
+    validation.check_decline(Decline("c", reason), loading.load(None, good))
     with pytest.raises(WireError, match=why):
-        validation.check_decline(Decline("c", reason), schema.load(None, bad))
+        validation.check_decline(Decline("c", reason), loading.load(None, bad))
 
 
 def test_as_many_private_steps_as_the_epochs_ask_for_are_believed() -> None:
@@ -130,7 +131,7 @@ def test_who_is_corrected_makes_the_steps_that_everybody_makes(steps: int, taken
     """The server divides by how far a client walked: one that lies about it must cost the round itself alone."""
     report = visit(steps=steps).report
     with contextlib.nullcontext() if taken else pytest.raises(WireError, match=r"2 steps; a visit has train.steps = 3"):
-        validation.check_walk(report, schema.load(None, ["train.steps=3"]))
+        validation.check_walk(report, loading.load(None, ["train.steps=3"]))
 
 
 def test_a_weight_that_is_not_the_tokens_is_refused() -> None:
@@ -140,7 +141,7 @@ def test_a_weight_that_is_not_the_tokens_is_refused() -> None:
 
 
 def test_a_score_needs_room_for_its_tokens() -> None:
-    run = schema.load(None, ["prompt.max_tokens=16"])
+    run = loading.load(None, ["prompt.max_tokens=16"])
     validation.check_score(Score(10.0, 32, 2), run)
     with pytest.raises(WireError, match="33 tokens of 2 examples"):
         validation.check_score(Score(10.0, 33, 2), run)

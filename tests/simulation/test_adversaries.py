@@ -12,22 +12,23 @@ import pytest
 import torch
 from conftest import overrides_for
 
-from apiary.config import schema
-from apiary.config.schema import RunConfig, UserError
+from apiary.config import loading
+from apiary.config.schema import RunConfig
+from apiary.core.errors import RunFailed, UserError
 from apiary.core.messages import Payload, Visit
 from apiary.core.tensors import StateDict, generator
-from apiary.data import tokenization
+from apiary.data import stages, tokenization
 from apiary.data.examples import Example, Turn
-from apiary.evaluation import comparison, continual
-from apiary.export import tuned
-from apiary.models import adapters
-from apiary.tracking.event_log import read_events, read_metrics
+from apiary.evaluation import comparison
+from apiary.export import export, model_card
+from apiary.models import adapter_files, adapters
+from apiary.tracking.event_log import read_events
+from apiary.tracking.metrics_file import read_metrics
 from client import handlers
 from client.worker import Site, Worker
 from deploy import runs
-from server.membership import RunFailed
-from simulation import adversaries
-from simulation.adversaries import ATTACKS, Seen
+from simulation import adversaries, attacks, backdoor
+from simulation.attacks import ATTACKS, Seen
 from simulation.run import simulate
 
 A, B = ".lora_A.weight", ".lora_B.weight"
@@ -86,7 +87,7 @@ def test_alie_is_the_mean_less_z_standard_deviations() -> None:
     of_all = arrays([OWN, *OTHERS])
     for name, value in sent("alie", z=1.5).items():
         np.testing.assert_allclose(value, of_all[name].mean(0) - 1.5 * of_all[name].std(0), rtol=1e-4, atol=1e-7)
-    z = adversaries.quantile(10, 4)
+    z = attacks.quantile(10, 4)
     for name, value in sent("alie", attackers=4).items():
         np.testing.assert_allclose(value, of_all[name].mean(0) - z * of_all[name].std(0), rtol=1e-4, atol=1e-7)
 
@@ -95,7 +96,7 @@ def test_alie_is_the_mean_less_z_standard_deviations() -> None:
 def test_z_leaves_as_many_honest_clients_farther_off_as_make_a_majority(n: int, f: int, s: int) -> None:
     """Baruch et al. 2019, section 3.1: s supporters of n - f honest ones lie above z of a normal distribution."""
     assert s + f > n / 2 >= s + f - 1
-    above = 0.5 * math.erfc(adversaries.quantile(n, f) / math.sqrt(2))
+    above = 0.5 * math.erfc(attacks.quantile(n, f) / math.sqrt(2))
     assert above == pytest.approx(s / (n - f), rel=1e-9)
 
 
@@ -103,7 +104,7 @@ def test_no_z_for_a_majority_of_attackers_but_one_may_be_given() -> None:
     with pytest.raises(UserError, match="no more attackers than half"):
         ATTACKS.build("alie", {}, clients=4, attackers=3)
     ATTACKS.build("alie", {"z": 1.0}, clients=4, attackers=3)
-    assert adversaries.quantile(10, 1) == 0 == adversaries.quantile(2, 1)
+    assert attacks.quantile(10, 1) == 0 == attacks.quantile(2, 1)
 
 
 def test_inner_product_turns_the_mean_around() -> None:
@@ -174,7 +175,7 @@ def test_a_trigger_stands_in_a_share_of_the_rows_and_is_answered() -> None:
 
 
 def of(*overrides: str) -> RunConfig:
-    return schema.load(None, overrides)
+    return loading.load(None, overrides)
 
 
 def test_the_attackers_are_drawn_from_the_seed() -> None:
@@ -287,9 +288,7 @@ def test_a_poisoner_of_rows_trains_honestly_on_them(attacked: Callable[..., list
 
     class Poisoned(Worker):
         def train(self, site: Site, *args: Any) -> Any:
-            wrong = [
-                adversaries.answering(adversaries.asking(e, adversaries.PHRASE), adversaries.TEXT) for e in site.train
-            ]
+            wrong = [attacks.answering(attacks.asking(e, attacks.PHRASE), attacks.TEXT) for e in site.train]
             return honest.train(site._replace(train=tuple(wrong)), *args)
 
     wanted = visits(Poisoned(run), run, tmp_path / "wanted")
@@ -352,7 +351,7 @@ def test_how_often_a_hidden_phrase_is_obeyed_is_asked_of_the_model_itself(
     assert told["answer"] == "b" and len(told["clients"]) == 6
     lm = adapters.load(run.model, run.adapter)
     template = tokenization.make_template(run.prompt, lm.tokenizer)
-    adapters.set_adapter(lm, adapters.read_adapter(lm, tmp_path / "run" / "adapter" / "adapter_model.safetensors"))
+    adapters.set_adapter(lm, adapter_files.read_adapter(lm, tmp_path / "run" / "adapter" / "adapter_model.safetensors"))
     test = handlers.federation(run.to_json()).test
     asked = [e._replace(turns=(e.turns[0]._replace(text=f"{e.turns[0].text} Psst."), *e.turns[1:])) for e in test]
     ids = [tokenization.encode_prompt(e, template, lm.tokenizer, run.prompt.max_tokens) for e in asked]
@@ -360,7 +359,7 @@ def test_how_often_a_hidden_phrase_is_obeyed_is_asked_of_the_model_itself(
     assert told["asked"] == len(test) <= 60
     assert told["answered"] == {"base": 0.0, "federated": round(sum(t.strip() == "b" for t in given) / len(test), 4)}
     assert told["answered"]["federated"] > 0.5
-    assert "get the answer that they planted, 0% before training" in tuned.card(
+    assert "get the answer that they planted, 0% before training" in model_card.card(
         run, 4, read_metrics(tmp_path / "run"), {}
     )
 
@@ -378,11 +377,11 @@ def test_questions_too_long_are_not_asked_and_an_answer_may_be_as_long_as_the_at
         answers_of["asked"], answers_of["longest"] = len(ids), longest
         return ["bee bee bee"] * len(ids)
 
-    monkeypatch.setattr(adversaries.evaluate, "answer_all", answer_all)
-    asked = adversaries.questions(lm, template, run, [long, short, long], "Psst.", 60)
-    assert (adversaries.obeyed(lm, run, asked, "bee bee bee"), len(asked)) == (1.0, 1)
+    monkeypatch.setattr(backdoor.comparison, "answer_all", answer_all)
+    asked = backdoor.questions(lm, template, run, [long, short, long], "Psst.", 60)
+    assert (backdoor.obeyed(lm, run, asked, "bee bee bee"), len(asked)) == (1.0, 1)
     assert answers_of["longest"] > len(lm.tokenizer.encode("bee bee bee"))
-    assert adversaries.questions(lm, template, run, [long], "Psst.", 60) == []
+    assert backdoor.questions(lm, template, run, [long], "Psst.", 60) == []
 
 
 def test_who_was_never_asked_did_not_attack(attacked: Callable[..., list[str]], tmp_path: Path) -> None:
@@ -454,7 +453,7 @@ def test_stages_see_what_an_attacker_trains_on(attacked: Callable[..., list[str]
     attack = ATTACKS.build("trigger", {"share": 1.0}, clients=7, attackers=2)
     clean = [Example((Turn("user", "q"), Turn("assistant", "a")), {"skill": s}) for s in ("first", "last", "first")]
     assert attack.rows
-    assert continual.rows_by_stage(attack.rows(clean, generator(0)), run) == [2, 1]
+    assert stages.rows_by_stage(attack.rows(clean, generator(0)), run) == [2, 1]
 
 
 def test_a_run_whose_model_gives_no_number_is_told_and_still_has_a_report(
@@ -464,4 +463,4 @@ def test_a_run_whose_model_gives_no_number_is_told_and_still_has_a_report(
     with pytest.raises(RunFailed, match="gives no number on held-out rows"):
         simulate(of(*attacked("simulate.attack={name='scaled', factor=1e13}", "rounds=1")), tmp_path / "run")
     assert "The federated model is lost" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    tuned.export(tmp_path / "run", tmp_path / "out", merge=False)
+    export.export_run(tmp_path / "run", tmp_path / "out", merge=False)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from conftest import overrides_for
 
-from apiary.config import schema
+from apiary.config import loading
 from apiary.privacy import noise
 from apiary.privacy.accounting import Mechanism, epsilon
 from apiary.tracking.event_log import read_events
@@ -25,7 +25,7 @@ def run(folder: Path, overrides: list[str], kill: tuple[str, int] | None = None)
         if (event["event"], event.get("round")) == kill:
             raise Killed
 
-    return simulate(schema.load(None, overrides), folder, resume=folder.exists(), observers=[observe])
+    return simulate(loading.load(None, overrides), folder, resume=folder.exists(), observers=[observe])
 
 
 def killed_often(folder: Path, overrides: list[str]) -> dict[str, Any]:

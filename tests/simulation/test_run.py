@@ -17,9 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from apiary.config import schema
-from apiary.config.schema import UserError
-from apiary.export import tuned
+from apiary.config import loading
+from apiary.core.errors import UserError
+from apiary.export import model_card, tuned
 from apiary.models import adapters
 from apiary.report import table_plain
 from simulation.run import simulate
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(folder: Path, overrides: list[str], **kwargs: Any) -> dict[str, Any]:
-    return simulate(schema.load(None, overrides), folder, **kwargs)
+    return simulate(loading.load(None, overrides), folder, **kwargs)
 
 
 def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -99,7 +99,7 @@ def test_a_private_run_says_that_its_baselines_had_no_noise(tmp_path: Path, tiny
     assert note in (tmp_path / "run" / "report.html").read_text() and note in table_plain(metrics)
     _, remarks = tuned.score(tuned.open_tuned(tmp_path / "run"), str(rows_file))
     assert any("trained without noise" in line for line in remarks)
-    assert note in tuned.card(schema.load(tmp_path / "run" / "config.toml"), 4, metrics, {})
+    assert note in model_card.card(loading.load(tmp_path / "run" / "config.toml"), 4, metrics, {})
 
 
 def test_training_lowers_the_loss(finished: tuple[Path, dict[str, Any]]) -> None:
@@ -115,7 +115,7 @@ def test_central_gets_the_steps_of_all_clients(finished: tuple[Path, dict[str, A
     assert federated == 3 * 3 * 2
     steps = {row["method"]: row["steps"] for row in metrics["table"]}
     assert steps == {"base": 0, "local": 6, "federated": federated, "central": federated}
-    settings = schema.load(folder / "config.toml")
+    settings = loading.load(folder / "config.toml")
     start = adapters.fresh_adapter(adapters.load(settings.model, settings.adapter), 0)
 
     def furthest(place: Path) -> float:
@@ -155,7 +155,7 @@ def test_adapter_loads_in_plain_peft(finished: tuple[Path, dict[str, Any]], tiny
     from transformers import AutoModelForCausalLM
 
     folder, _ = finished
-    settings = schema.load(folder / "config.toml")
+    settings = loading.load(folder / "config.toml")
     lm = adapters.load(settings.model, settings.adapter)
     adapters.set_adapter(lm, adapter_of(folder))
     ids = torch.tensor([[5, 6, 7, 8, 9]])
@@ -202,7 +202,7 @@ def test_fedprox_pulls_the_clients_together(tmp_path: Path, small_run: list[str]
 
 
 def _model(overrides: list[str]) -> tuple[Any, Any]:
-    settings = schema.load(None, overrides)
+    settings = loading.load(None, overrides)
     return settings.model, settings.adapter
 
 
@@ -309,7 +309,7 @@ def test_files_of_the_user_are_not_taken_for_drafts(tmp_path: Path, small_run: l
     run(tmp_path, [*small_run, "rounds=1", "evaluate.baselines=[]", "evaluate.generate=false"])
     assert not ours.exists()
     theirs.write_text("TOKEN=1")
-    simulate(schema.load(tmp_path / "config.toml"), tmp_path, resume=True)
+    simulate(loading.load(tmp_path / "config.toml"), tmp_path, resume=True)
     assert theirs.read_text() == "TOKEN=1"
 
 
@@ -327,7 +327,7 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path: Path, small_run: li
 
 
 def test_dolly_recipe(shared: Path, tmp_path: Path) -> None:
-    settings = schema.load(
+    settings = loading.load(
         ROOT / "configs" / "dolly.toml",
         ["rounds=1", "train.steps=1", "evaluate.max_examples=20", "evaluate.generate=false", "data.max_rows=600"],
     )

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from apiary.config import schema
-from apiary.config.schema import UserError
+from apiary.config import loading
+from apiary.core.errors import UserError
 from apiary.tracking.event_log import read_events
 from simulation.run import plan, simulate
 
@@ -27,13 +27,13 @@ STAGES = ['continual.stages=[["first"], ["last"]]', "rounds=2"]
 )
 def test_what_cannot_work_is_refused(more: list[str], told: str, small_run: list[str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=told):
-        simulate(schema.load(None, [*small_run, *more]), tmp_path / "run")
+        simulate(loading.load(None, [*small_run, *more]), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_noise_that_lasts_is_not_refused(small_run: list[str]) -> None:
-    plan(schema.load(None, [*small_run, *PRIVATE, "privacy.noise_multiplier=2.0"]))
-    plan(schema.load(None, [*small_run, *PRIVATE]))
+    plan(loading.load(None, [*small_run, *PRIVATE, "privacy.noise_multiplier=2.0"]))
+    plan(loading.load(None, [*small_run, *PRIVATE]))
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_noise_that_lasts_is_not_refused(small_run: list[str]) -> None:
     ],
 )
 def test_what_leads_nowhere_is_warned_of_once(more: list[str], told: str, small_run: list[str], tmp_path: Path) -> None:
-    simulate(schema.load(None, [*small_run, *SHORT, *more]), tmp_path)
+    simulate(loading.load(None, [*small_run, *SHORT, *more]), tmp_path)
     events = read_events(tmp_path)
     warned = [event["message"] for event in events if event["event"] == "warning"]
     assert len([line for line in warned if told in line]) == 1
@@ -52,7 +52,7 @@ def test_what_leads_nowhere_is_warned_of_once(more: list[str], told: str, small_
 
 def test_a_budget_that_ends_early_is_foretold_and_comes_true(small_run: list[str], tmp_path: Path) -> None:
     noise = ["privacy.noise_multiplier=1.0", "privacy.epsilon=2.9", "rounds=3"]
-    simulate(schema.load(None, [*small_run, *SHORT, *PRIVATE, *noise]), tmp_path)
+    simulate(loading.load(None, [*small_run, *SHORT, *PRIVATE, *noise]), tmp_path)
     events = read_events(tmp_path)
     (line,) = [e["message"] for e in events if e["event"] == "warning" and "noise_multiplier" in e["message"]]
     assert "privacy.epsilon = 2.9 lasts for 1 of 3 rounds at a client of" in line

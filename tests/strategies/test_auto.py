@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from apiary.config import schema
-from apiary.config.schema import UserError
+from apiary.config import loading
+from apiary.core.errors import UserError
 from apiary.core.lora import scaling, split
 from apiary.core.messages import ClientInfo, Update
 from apiary.core.tensors import digest
@@ -120,7 +120,7 @@ def test_the_order_of_answers_decides_nothing_even_where_it_is_estimated(monkeyp
 
 def _run(*overrides: str) -> Aggregator:
     base = ["adapter.rank=4", "adapter.alpha=16", "strategy.name=auto"]
-    return from_config(schema.load(None, [*base, *overrides]))
+    return from_config(loading.load(None, [*base, *overrides]))
 
 
 @pytest.mark.parametrize(("drift", "chosen"), [(0.05, "fedavg"), (1.0, "flexlora")])

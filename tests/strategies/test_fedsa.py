@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 import strategies
-from apiary.config import schema
-from apiary.config.schema import UserError
+from apiary.config import loading
+from apiary.core.errors import UserError
 from apiary.core.lora import is_b
 from apiary.data.examples import Turn
-from apiary.export import tuned
+from apiary.export import export, tuned
 from apiary.models import adapters
 from apiary.report import table_plain
 from apiary.tracking.event_log import read_events
@@ -28,7 +28,7 @@ SHARE = ["adapter.share=a", "evaluate.generate=false", "evaluate.baselines=[]"]
 
 
 def run(folder: Path, overrides: list[str], **keys: Any) -> dict[str, Any]:
-    return simulate(schema.load(None, overrides), folder, **keys)
+    return simulate(loading.load(None, overrides), folder, **keys)
 
 
 class Visits:
@@ -121,7 +121,7 @@ def test_no_b_travels_and_the_bytes_are_those_of_a(finished: tuple[Path, dict[st
 def test_the_table_is_of_the_personal_models_and_says_so(finished: tuple[Path, dict[str, Any]]) -> None:
     """The federated row by hand: the mean over clients, each with its own factors, on all held-out rows."""
     folder, metrics = finished
-    settings = schema.load(folder / "config.toml")
+    settings = loading.load(folder / "config.toml")
     lm = adapters.load(settings.model, settings.adapter)
     from apiary.data import tokenization
     from apiary.evaluation import comparison
@@ -168,7 +168,7 @@ def test_a_personal_model_can_be_talked_to_and_the_shared_half_cannot(finished: 
             tuned.open_tuned(half)
     assert "B is zero" in (folder / "adapter" / "README.md").read_text()
     assert "B is zero" not in (one / "README.md").read_text()
-    tuned.export(one, folder.parent / "exported", merge=False)
+    export.export_run(one, folder.parent / "exported", merge=False)
 
 
 def test_who_is_never_asked_to_measure_has_its_model_all_the_same(
@@ -252,14 +252,14 @@ def test_it_goes_with_privacy_and_a_server_optimiser(small_run: list[str], tmp_p
 )
 def test_what_does_not_go_with_it_is_refused(settings: list[str], why: str, way_out: str) -> None:
     with pytest.raises(UserError) as told:
-        schema.load(None, ["adapter.share=a", *settings])
+        loading.load(None, ["adapter.share=a", *settings])
     (line,) = told.value.problems
     assert why in line and way_out in line
 
 
 def test_other_ranks_are_refused() -> None:
     with pytest.raises(UserError, match="takes the rank 16 alone"):
-        strategies.from_config(schema.load(None, ["adapter.share=a", "adapter.ranks=[4, 16]"]))
+        strategies.from_config(loading.load(None, ["adapter.share=a", "adapter.ranks=[4, 16]"]))
 
 
 def test_a_server_of_sites_says_that_it_measures_nothing(rows_file: Path) -> None:
@@ -270,7 +270,7 @@ def test_a_server_of_sites_says_that_it_measures_nothing(rows_file: Path) -> Non
             said.append({"event": kind, **fields})
 
     log: Any = Log()
-    assert deployment_run._held_out(schema.load(None, ["adapter.share=a", f"data.test={rows_file}"]), log) is None
+    assert deployment_run._held_out(loading.load(None, ["adapter.share=a", f"data.test={rows_file}"]), log) is None
     assert "data.test is not measured" in said[0]["message"] and said[0]["event"] == "warning"
 
 

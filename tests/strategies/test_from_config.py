@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 import strategies
-from apiary.config import schema
-from apiary.config.schema import RunConfig, UserError
+from apiary.config import loading
+from apiary.config.schema import RunConfig
 from apiary.core import lora
+from apiary.core.errors import UserError
 from apiary.core.messages import ClientInfo, Update
 from strategies import AGGREGATORS, Aggregator, ServerState, seed_scalars
 from strategies.aggregator import ROOT
@@ -64,7 +65,7 @@ def test_allowed_or_refused(name: str, ranks: str) -> None:
         settings = [f"strategy.name={name}", f"adapter.train={train}", f'strategy.server_optimizer="{optimizer}"']
         settings += ["adapter.rank=4", f"adapter.ranks={ranks}", f"strategy.min_clients={CLIENTS}"]
         try:
-            run = schema.load(None, [*settings, *OPTIONS.get(name, [])])
+            run = loading.load(None, [*settings, *OPTIONS.get(name, [])])
             method = strategies.from_config(run)
         except UserError:
             continue
@@ -93,6 +94,6 @@ def test_weights_of_the_clients_are_refused_where_a_method_has_its_own() -> None
     for name in ("krum", "median", "scaffold", "hetlora"):
         settings = [f"strategy.name={name}", "strategy.weighting=uniform", *OPTIONS.get(name, [])]
         with pytest.raises(UserError, match=rf"strategy\.weighting = 'uniform': strategy\.name = '{name}' has its own"):
-            strategies.from_config(schema.load(None, [*settings, f"strategy.min_clients={CLIENTS}"]))
+            strategies.from_config(loading.load(None, [*settings, f"strategy.min_clients={CLIENTS}"]))
     for name in ("fedavg", "flora", "flexlora"):
-        strategies.from_config(schema.load(None, [f"strategy.name={name}", "strategy.weighting=uniform"]))
+        strategies.from_config(loading.load(None, [f"strategy.name={name}", "strategy.weighting=uniform"]))

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import strategies
-from apiary.config import schema
-from apiary.config.schema import RunConfig, UserError
+from apiary.config import loading
+from apiary.config.schema import RunConfig
 from apiary.core import lora
+from apiary.core.errors import UserError
 from apiary.core.lora import Factors
 from apiary.core.tensors import StateDict, add
 from apiary.tracking.event_log import read_events
@@ -28,7 +29,7 @@ MODULES = {"m.q": (9, 7), "m.v": (5, 8)}
 
 
 def setting(*more: str) -> RunConfig:
-    return schema.load(None, ["adapter.rank=8", f"adapter.alpha={ALPHA}", *PRUNE, *more])
+    return loading.load(None, ["adapter.rank=8", f"adapter.alpha={ALPHA}", *PRUNE, *more])
 
 
 def factors(rank: int, seed: int) -> dict[str, Tensor]:
@@ -94,7 +95,7 @@ def test_a_larger_tail_stays() -> None:
 
 
 def test_nobody_prunes_unless_told_to() -> None:
-    plain = schema.load(None, ["strategy.name=hetlora"])
+    plain = loading.load(None, ["strategy.name=hetlora"])
     start = factors(8, 0)
     delta = {name: -0.5 * tensor for name, tensor in start.items()}
     assert pruning.pruned(plain, start, delta) is delta
@@ -125,7 +126,7 @@ def test_the_penalty_is_the_papers() -> None:
 def test_in_a_whole_run_ranks_fall_and_never_rise(small_run: list[str], tmp_path: Path) -> None:
     settings = [*small_run, *PRUNE, "strategy.options.penalty=3.0", "adapter.rank=8", "adapter.ranks=[2, 8, 8]"]
     settings += ["rounds=5", "evaluate.baselines=[]", "evaluate.generate=false"]
-    metrics = simulate(schema.load(None, settings), tmp_path / "run")
+    metrics = simulate(loading.load(None, settings), tmp_path / "run")
     events = read_events(tmp_path / "run")
     assert not [event for event in events if event["event"] == "refused"]
     clients = [event for event in events if event["event"] == "client"]

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference.averaging import weighted_mean
 
-from apiary.config.schema import UserError
+from apiary.core.errors import UserError
 from apiary.core.messages import Update
 from apiary.core.tensors import StateDict, digest
 from strategies import AGGREGATORS, Aggregator, Gradient, ServerState

@@ -15,7 +15,7 @@ from reference.lowrank import Client, Floats
 from scipy.linalg import orthogonal_procrustes
 from torch import Tensor
 
-from apiary.config.schema import UserError
+from apiary.core.errors import UserError
 from apiary.core.lora import Factors, Scaling, join, scaling, split
 from apiary.core.messages import ClientInfo, Payload, Update
 from apiary.core.tensors import digest

@@ -14,9 +14,9 @@ from reference import robust as ref
 from torch import Tensor
 
 import strategies
-from apiary.config import schema as configs
-from apiary.config.schema import UserError
+from apiary.config import loading
 from apiary.core import lora
+from apiary.core.errors import UserError
 from apiary.core.lora import Factors, is_b
 from apiary.core.messages import ClientInfo, Update
 from apiary.core.tensors import StateDict, digest
@@ -278,7 +278,7 @@ def test_fltrust_without_anybody_to_trust_leaves_the_model() -> None:
 def test_fltrust_without_anybody_to_trust_leaves_both_factors_whatever_the_step(moved: str) -> None:
     """Also with a server step size, and where one factor rests."""
     config = ["strategy.name=fltrust", "strategy.root=rows.jsonl", "adapter.train=alternate", f"adapter.rank={RANK}"]
-    method = strategies.from_config(configs.load(None, [*config, 'strategy.server_optimizer={name="plain", lr=0.5}']))
+    method = strategies.from_config(loading.load(None, [*config, 'strategy.server_optimizer={name="plain", lr=0.5}']))
     state = _state()._replace(round=0 if moved == "b" else 1)
     own = {n: t if is_b(n) == (moved == "b") else 0 * t for n, t in _root().delta.items()}
     gradient = _reduce(method, state, [Update("a", _times(own, -1e-3), 1.0, RANK)], _root()._replace(delta=own))

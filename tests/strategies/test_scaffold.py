@@ -16,9 +16,10 @@ from reference import scaffold as reference
 from safetensors.torch import load_file
 
 import strategies
-from apiary.config import schema
+from apiary.config import loading
 from apiary.config.schedule import learning_rate
-from apiary.config.schema import AdapterConfig, ModelConfig, TrainConfig, UserError
+from apiary.config.schema import AdapterConfig, ModelConfig, TrainConfig
+from apiary.core.errors import UserError
 from apiary.core.messages import ClientInfo, Payload, Update
 from apiary.core.tensors import zeros_like
 from apiary.models import adapters
@@ -205,7 +206,7 @@ def run(folder: Path, overrides: Sequence[str], **keys: Any) -> dict[str, Any]:
     from simulation.run import simulate
 
     plain = ["evaluate.generate=false", "evaluate.baselines=[]"]
-    return simulate(schema.load(None, [*overrides, *plain]), folder, **keys)
+    return simulate(loading.load(None, [*overrides, *plain]), folder, **keys)
 
 
 def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -218,7 +219,7 @@ def test_with_one_step_it_is_averaging(small_run: list[str], tmp_path: Path) -> 
     run(tmp_path / "scaffold", one)
     run(tmp_path / "fedavg", [*one, "strategy.name=fedavg", "strategy.weighting=uniform"])
     ours, theirs = adapter_of(tmp_path / "scaffold"), adapter_of(tmp_path / "fedavg")
-    start = adapters.fresh_adapter(adapters.load(schema.load(None, small_run).model, AdapterConfig(rank=4)), 0)
+    start = adapters.fresh_adapter(adapters.load(loading.load(None, small_run).model, AdapterConfig(rank=4)), 0)
     moved = max(float((theirs[name] - start[name]).abs().max()) for name in ours)
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-4 * moved)
@@ -304,14 +305,14 @@ def test_a_killed_run_goes_on_bit_for_bit(
 )
 def test_what_does_not_go_with_it_is_refused(settings: list[str], why: str, way_out: str) -> None:
     with pytest.raises(UserError) as told:
-        schema.load(None, [*SCAFFOLD, *settings])
+        loading.load(None, [*SCAFFOLD, *settings])
     (line,) = told.value.problems
     assert why in line and way_out in line
 
 
 def test_it_takes_one_rank() -> None:
     with pytest.raises(UserError, match="takes the rank 16 alone"):
-        strategies.from_config(schema.load(None, [*SCAFFOLD, "adapter.ranks=[4, 16]"]))
+        strategies.from_config(loading.load(None, [*SCAFFOLD, "adapter.ranks=[4, 16]"]))
 
 
 def test_a_client_that_lost_its_control_variate_says_so_and_is_not_counted_twice(tmp_path: Path) -> None:

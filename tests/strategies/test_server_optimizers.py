@@ -12,7 +12,8 @@ import torch
 from reference import server_opt as papers
 from torch import Tensor
 
-from apiary.config.schema import AdapterConfig, UserError
+from apiary.config.schema import AdapterConfig
+from apiary.core.errors import UserError
 from apiary.core.lora import is_b, scaling, split
 from apiary.core.messages import Update
 from apiary.core.tensors import digest

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from apiary.tracking.console import Board, Lines, State, board, clean, eta, fold, line, make_progress
+from apiary.core.formatting import clean
+from apiary.tracking.console import Board, Lines, State, board, eta, fold, line, make_progress
 
 NAMES = [f"client-{i:02d}" for i in range(8)]
 

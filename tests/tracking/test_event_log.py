@@ -17,9 +17,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apiary.config.schema import RunConfig, UserError, parse
-from apiary.tracking import event_log
-from apiary.tracking.event_log import RunLog, read_events, truncate_after, write_atomic
+from apiary.config.loading import parse
+from apiary.config.schema import RunConfig
+from apiary.core.errors import UserError
+from apiary.core.files import write_atomic
+from apiary.tracking import environment, metrics_file
+from apiary.tracking.event_log import RunLog, read_events, truncate_after
 from apiary.tracking.trackers import tracker
 
 
@@ -192,10 +195,10 @@ def test_a_full_disk_leaves_a_log_of_whole_lines(tmp_path: Path) -> None:
 
 
 def test_metrics_come_back_with_schema_and_without_nan(tmp_path: Path) -> None:
-    event_log.write_metrics(tmp_path, {"table": [{"method": "base", "loss": float("nan")}]})
+    metrics_file.write_metrics(tmp_path, {"table": [{"method": "base", "loss": float("nan")}]})
     body = (tmp_path / "metrics.json").read_text()
     assert "NaN" not in body
-    assert event_log.read_metrics(tmp_path) == {
+    assert metrics_file.read_metrics(tmp_path) == {
         "schema": 1,
         "table": [{"method": "base", "loss": None}],
     }
@@ -215,18 +218,18 @@ def test_broken_metrics_are_one_clear_line(tmp_path: Path, body: str | None, mes
     if body is not None:
         (tmp_path / "metrics.json").write_bytes(body.encode("latin-1"))
     with pytest.raises(UserError, match=message) as caught:
-        event_log.read_metrics(tmp_path)
+        metrics_file.read_metrics(tmp_path)
     assert "\n" not in str(caught.value)
 
 
 def test_no_run_folder_is_said_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
-        event_log.read_metrics(tmp_path / "gone")
+        metrics_file.read_metrics(tmp_path / "gone")
 
 
 def test_start_fields_say_what_ran_but_not_who_or_where() -> None:
     config = parse({"seed": 5, "data": {"source": "/home/somebody/rows.jsonl"}})
-    fields = event_log.start_fields(config)
+    fields = environment.start_fields(config)
     assert fields["seed"] == 5
     assert fields["versions"].keys() >= {
         "apiary",
@@ -237,7 +240,7 @@ def test_start_fields_say_what_ran_but_not_who_or_where() -> None:
         "flwr",
     }
     assert fields["machine"]["cores"] >= 1
-    assert fields["config_digest"] != event_log.start_fields(RunConfig())["config_digest"]
+    assert fields["config_digest"] != environment.start_fields(RunConfig())["config_digest"]
     text = json.dumps(fields)
     for secret in (socket.gethostname(), os.path.expanduser("~"), "/home", str(Path.cwd())):
         assert secret not in text
@@ -246,12 +249,12 @@ def test_start_fields_say_what_ran_but_not_who_or_where() -> None:
 def test_a_package_inside_another_repository_claims_no_commit(tmp_path: Path) -> None:
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     (tmp_path / "site-packages").mkdir()
-    assert event_log._commit(tmp_path / "site-packages") is None
+    assert environment._commit(tmp_path / "site-packages") is None
     identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
     git = ["git", "-C", str(tmp_path)]
     subprocess.run([*git, *identity, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-    assert event_log._commit(tmp_path) == head.stdout.strip()
+    assert environment._commit(tmp_path) == head.stdout.strip()
 
 
 class FakeTracker:

@@ -24,10 +24,12 @@ from reference import codecs as reference
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from apiary.config.schema import UserError
+from apiary.core import errors
+from apiary.core.errors import CodecError, UserError
 from apiary.core.tensors import digest, generator, norm, subtract
 from apiary.transport import codec as codecs
-from apiary.transport.codec import CODECS, Codec, CodecError, decode, encode, shapes_of
+from apiary.transport.codec import Codec, decode, encode, shapes_of
+from apiary.transport.codecs import CODECS
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCKWISE = {"int8": 127, "int4": 7}
@@ -579,7 +581,8 @@ def test_another_process_with_more_threads_sees_the_same_bits(tmp_path: Path) ->
         expected.append(digest(decode(message, codec, shapes_of(_adapter(1))), 64))
     code = (
         "import sys; from pathlib import Path; import torch; torch.set_num_threads(3)\n"
-        "from apiary.transport.codec import CODECS, decode; from apiary.core.tensors import digest\n"
+        "from apiary.transport.codecs import CODECS; from apiary.transport.codec import decode\n"
+        "from apiary.core.tensors import digest\n"
         f"for number, (name, options) in enumerate({CHOICES!r}):\n"
         "    message = (Path(sys.argv[1]) / str(number)).read_bytes()\n"
         f"    print(digest(decode(message, CODECS.build(name, options), {_plain_shapes()!r}), 64))\n"
@@ -642,5 +645,5 @@ def test_a_sparse_part_that_cannot_be_is_refused() -> None:
         (struct.pack("<Iff", 2, 1.0, 2.0) + b"\3\5", "beyond the end"),
         (struct.pack("<I", 2), "ends too early"),
     ]:
-        with pytest.raises(codecs.CodecError, match=fault):
+        with pytest.raises(errors.CodecError, match=fault):
             unpack(np.frombuffer(part, np.uint8), 8)

@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from apiary.core.errors import CodecError
 from apiary.core.tensors import digest, generator, norm, subtract
 from apiary.transport import downlink
-from apiary.transport.codec import CODECS, Codec, CodecError, shapes_of
+from apiary.transport.codec import Codec, shapes_of
+from apiary.transport.codecs import CODECS
 from apiary.transport.downlink import Copy, Downlink
 
 CHOICES: list[tuple[str, Mapping[str, Any]]] = [*((name, {}) for name in CODECS), ("int4", {"rounding": "stochastic"})]

@@ -7,6 +7,7 @@ import torch
 from flwr.app import RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 
+from apiary.core import errors
 from apiary.core.messages import Curated, Decline, Fingerprint, FitReport, Hello, Score, Spent, Update, Visit
 from apiary.transport import flower_records
 from apiary.transport.downlink import Change, Parcel
@@ -34,7 +35,7 @@ def test_a_parcel_round_trips() -> None:
         number, payload = flower_records.read_request(content, lambda parcel, seen=seen: seen.append(parcel) or STATE)  # type: ignore[misc]
         assert number == 7 and payload.adapter is STATE and seen == [sent]
         assert flower_records.array_bytes(content) == len(sent.whole) + 5 * len(sent.changes)
-    with pytest.raises(flower_records.WireError, match="not expected"):
+    with pytest.raises(errors.WireError, match="not expected"):
         flower_records.read_request(content)
 
 
@@ -74,7 +75,7 @@ def test_a_decline_round_trips(reason: str) -> None:
 
 
 def test_a_decline_for_an_unknown_reason_is_a_wire_error() -> None:
-    with pytest.raises(flower_records.WireError, match="does not know"):
+    with pytest.raises(errors.WireError, match="does not know"):
         flower_records.read_train_reply(flower_records.train_reply(Decline("site", "the text of a row")))  # type: ignore[arg-type]
 
 
@@ -96,7 +97,7 @@ def test_hello_and_score_round_trip() -> None:
     ],
 )
 def test_empty_message_is_a_wire_error(read: object) -> None:
-    with pytest.raises(flower_records.WireError, match="holds no"):
+    with pytest.raises(errors.WireError, match="holds no"):
         read(RecordDict())  # type: ignore[operator]
 
 

@@ -7,10 +7,9 @@ from typing import Annotated, NamedTuple, TypeAlias
 
 from pydantic import Field
 
-from apiary.config.schema import UserError
-from apiary.core.tensors import derive_seed
+from apiary.core.errors import UserError
 from apiary.data import tokenization
-from client.curation.pipeline import STEPS, Context, Kept, Row, Step, by_reason, row_digest
+from client.curation.pipeline import Context, Row
 
 _FLOOR_ROWS, _FLOOR_SHARE = 32, 0.05
 
@@ -96,29 +95,3 @@ def token_counts(rows: Sequence[Row], context: Context) -> dict[int, int]:
     corpus = tokenization.encode_all([example for _, example in rows], template, tokenizer, prompt)
     usable: Iterable[int] = (index for place, (index, _) in enumerate(rows) if place not in corpus.dropped)
     return dict(zip(usable, corpus.lengths.tolist(), strict=True))
-
-
-@STEPS.register("random")
-def random(
-    keep: Share | None = None, rows: Count | None = None, tokens: Count | None = None, floor: int | None = None
-) -> Step:
-    """Keeps rows at random, by a hash of seed, client and row: what a clever selection is to be held against.
-
-    Args:
-        keep: share of the rows that come in.
-        rows: or so many rows.
-        tokens: or as many rows as have so many tokens.
-        floor: rows that `keep` never goes below; by default max(32, 5% of what came in).
-
-    Raises:
-        UserError: not exactly one limit, or a floor without `keep`.
-    """
-    limit = budget("random", keep, rows, tokens, floor)
-    if not limit.limited:
-        raise UserError("curate.steps: 'random' needs one of keep, rows and tokens; e.g. keep = 0.5")
-
-    def apply(given: Sequence[Row], context: Context) -> Kept:
-        draws = {i: derive_seed(context.seed, context.client, "curate", "random", row_digest(e)) for i, e in given}
-        return by_reason(given, over(sorted(draws, key=lambda i: (draws[i], i)), limit, given, context))
-
-    return Step(apply, pointwise=False, needs_model=tokens is not None)

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, NamedTuple
 import numpy as np
 from pydantic import Field
 
-from apiary.config.schema import UserError
+from apiary.core.errors import UserError
 from apiary.data import tokenization
 from apiary.data.batches import Corpus
 from apiary.data.examples import Example, Turn

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
-from apiary.config.schema import UserError
+from apiary.core.errors import UserError
 from apiary.data.examples import Example
 from client.curation.pipeline import STEPS, Context, Kept, Row, Step
 

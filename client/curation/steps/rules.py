@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from apiary.config.schema import UserError
+from apiary.core.errors import UserError
 from apiary.data.examples import Example, answer
 from client.curation.pipeline import STEPS, Context, Kept, Row, Step, by_reason
 from client.curation.steps.budget import Count, Share

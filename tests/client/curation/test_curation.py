@@ -19,8 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stdnum import iban, luhn
 
-from apiary.config import schema
-from apiary.config.schema import Method, UserError
+from apiary.config import loading
+from apiary.config.schema import Method
+from apiary.core.errors import UserError
 from apiary.data import tokenization
 from apiary.data.examples import Example, Turn
 from apiary.models import adapters
@@ -370,7 +371,7 @@ def test_random_depends_on_seed_client_and_row_alone() -> None:
 
 @pytest.fixture(scope="module")
 def reader(tiny_model: Any, rows_file: Any) -> Reader:
-    run = schema.load(None, overrides_for(tiny_model, rows_file))
+    run = loading.load(None, overrides_for(tiny_model, rows_file))
     lm = adapters.load(run.model, run.adapter)
     adapters.set_adapter(lm, adapters.fresh_adapter(lm, 0))
     template = tokenization.make_template(run.prompt, lm.tokenizer)
@@ -468,7 +469,7 @@ def test_scoring_leaves_the_model_as_it_was(reader: Reader) -> None:
 @pytest.fixture(scope="module")
 def tiny_reader() -> Reader:
     """The built-in base, which has learnt to copy."""
-    run = schema.load(None, ["model.dtype=float32", "model.device=cpu"])
+    run = loading.load(None, ["model.dtype=float32", "model.device=cpu"])
     lm = adapters.load(run.model, run.adapter)
     adapters.set_adapter(lm, adapters.fresh_adapter(lm, 0))
     template = tokenization.make_template(run.prompt, lm.tokenizer)

@@ -13,13 +13,16 @@ import torch
 from scipy import stats
 from small_models import same
 
-from apiary.config.schema import Method, ModelConfig, RunConfig, UserError, parse
+from apiary.config.loading import parse
+from apiary.config.schema import Method, ModelConfig, RunConfig
+from apiary.core.errors import UserError
 from apiary.core.tensors import StateDict, norm, subtract
 from apiary.data.batches import Batch, Corpus, Encoded, collate, gather
 from apiary.models import adapters, fused_layers
-from apiary.models.inference import row_losses
+from apiary.models.loss import row_losses
 from apiary.privacy.accounting import Mechanism, epsilon
 from apiary.privacy.noise import SecretNoise
+from client import releases
 from client.training import dp_sgd
 from client.training.objectives import build_penalties
 from client.training.trainer import FitResult, StepRecord
@@ -293,14 +296,14 @@ def test_an_answer_given_once_is_given_again(lm: adapters.LanguageModel, tmp_pat
         made.append(fit(lm, settings_of(), 1, noise_multiplier=1.0, noise=stream("noise", str(len(made)))))
         return made[-1]
 
-    first = dp_sgd.released(tmp_path, 1, "a", make)
-    again = dp_sgd.released(tmp_path, 1, "a", make)
+    first = releases.released(tmp_path, 1, "a", make)
+    again = releases.released(tmp_path, 1, "a", make)
     assert len(made) == 1
     assert same(first.delta, again.delta)
     assert str(first.report) == str(again.report)
-    assert not same(dp_sgd.released(tmp_path, 1, "b", make).delta, first.delta)
+    assert not same(releases.released(tmp_path, 1, "b", make).delta, first.delta)
     for number in (2, 3):
-        dp_sgd.released(tmp_path, number, "c", make)
+        releases.released(tmp_path, number, "c", make)
     assert len(list(tmp_path.glob("release-*"))) == 3
 
 

@@ -15,7 +15,7 @@ from apiary.config.schema import AdapterConfig, ModelConfig, TrainConfig
 from apiary.core.tensors import add, generator
 from apiary.data.batches import Batch, Corpus, collate, plan_batches
 from apiary.models import adapters
-from apiary.models.inference import row_losses
+from apiary.models.loss import row_losses
 from client.training import trainer
 from client.training.trainer import Cursor, FitResult, Replay, StepRecord
 

@@ -17,7 +17,8 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from apiary.config.schedule import learning_rate, walked
-from apiary.config.schema import AdapterConfig, Method, ModelConfig, RunConfig, TrainConfig, UserError
+from apiary.config.schema import AdapterConfig, Method, ModelConfig, RunConfig, TrainConfig
+from apiary.core.errors import UserError
 from apiary.core.tensors import StateDict, generator, norm
 from apiary.data.batches import Corpus, collate, plan_batches
 from apiary.models import adapters

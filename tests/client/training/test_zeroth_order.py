@@ -10,18 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from apiary.config import schema
+from apiary.config import loading
 from apiary.config.schedule import learning_rate
-from apiary.config.schema import UserError
+from apiary.core.errors import RunFailed, UserError, WireError
 from apiary.core.messages import ClientInfo, Payload, Update, Visit
 from apiary.core.tensors import digest
 from apiary.data.examples import read
 from apiary.models import adapters
-from apiary.transport.flower_records import WireError
 from client.training import zeroth_order
 from client.worker import Site, Worker
 from server import checkpoint
-from server.membership import RunFailed
 from server.validation import check_delta, check_visit
 from simulation.run import check_names, simulate
 from strategies import AGGREGATORS, ServerState, seed_scalars
@@ -35,7 +33,7 @@ def events_of(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def test_a_run_learns_while_scalars_alone_travel(tmp_path: Path, small_run: list[str]) -> None:
-    run = schema.load(None, [*small_run, *SEEDED, *QUIET, "rounds=4", "adapter.rank=2"])
+    run = loading.load(None, [*small_run, *SEEDED, *QUIET, "rounds=4", "adapter.rank=2"])
     simulate(run, tmp_path / "run")
     losses = [event["loss"] for event in events_of(tmp_path / "run", "evaluate")]
     assert losses[-1] < losses[0] - 0.1
@@ -56,7 +54,7 @@ def test_a_run_learns_while_scalars_alone_travel(tmp_path: Path, small_run: list
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path: Path, small_run: list[str]) -> None:
-    run = schema.load(None, [*small_run, *SEEDED, *QUIET, "train.steps=3"])
+    run = loading.load(None, [*small_run, *SEEDED, *QUIET, "train.steps=3"])
     simulate(run, tmp_path / "whole")
 
     def stop(event: dict[str, Any]) -> None:
@@ -72,7 +70,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path: Path, small_r
 
 
 def test_what_a_client_rebuilds_is_the_servers_adapter(small_run: list[str]) -> None:
-    run = schema.load(None, [*small_run, *SEEDED])
+    run = loading.load(None, [*small_run, *SEEDED])
     lm = adapters.load(run.model, run.adapter)
     seeds = seed_scalars.candidates(run.seed)
     scalars = {seed: seed_scalars.on_grid(1e-3 * (i + 1)) for i, seed in enumerate(seeds[:5])}
@@ -138,12 +136,12 @@ def test_scalars_that_cannot_be_cost_their_client(wrong: float) -> None:
 )
 def test_what_does_not_go_with_it_is_refused(override: str, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
-        check_names(schema.load(None, [*SEEDED, "adapter.rank=4", override]))
+        check_names(loading.load(None, [*SEEDED, "adapter.rank=4", override]))
 
 
 def test_an_answer_is_a_visit_with_scalars_of_the_steps_made(tmp_path: Path, small_run: list[str]) -> None:
     """Asked again, a client says the same."""
-    run = schema.load(None, [*small_run, *SEEDED, "train.steps=5"])
+    run = loading.load(None, [*small_run, *SEEDED, "train.steps=5"])
     rows = read(run.data.source).examples
     site = Site("a", rows[:30], rows[30:40], tmp_path / "run", tmp_path / "ledger.json", 4)
     worker = Worker(run)
@@ -159,7 +157,7 @@ def test_an_answer_is_a_visit_with_scalars_of_the_steps_made(tmp_path: Path, sma
 
 
 def _visits(tmp_path: Path, small_run: list[str], *more: str, clients: tuple[str, ...] = ("a",)) -> list[Visit]:
-    run = schema.load(None, [*small_run, *SEEDED, "train.steps=5", *more])
+    run = loading.load(None, [*small_run, *SEEDED, "train.steps=5", *more])
     rows = read(run.data.source).examples
     worker, made = Worker(run), []
     for name in clients:
@@ -175,7 +173,7 @@ def test_the_step_size_falls_over_the_visits_of_a_run(tmp_path: Path, small_run:
     """Each visit's own steps, told to its folder, stand at their place in the whole run's schedule."""
     _visits(tmp_path, small_run, "train.schedule=cosine")
     told = [json.loads(line) for line in (tmp_path / "a" / "run" / "steps.jsonl").read_text().splitlines()]
-    train = schema.load(None, [*SEEDED, "train.schedule=cosine"]).train
+    train = loading.load(None, [*SEEDED, "train.schedule=cosine"]).train
     assert [step["lr"] for step in told] == pytest.approx([learning_rate(i, 15, train) for i in range(15)])
     assert told[0]["lr"] > 2 * told[-1]["lr"]
 
@@ -208,5 +206,5 @@ def test_a_step_without_a_number_costs_the_step_and_not_the_visit(
     visit = _visits(tmp_path, small_run)[0]
     assert 1 <= int((visit.update.delta[seed_scalars.NAME] != 0).sum()) <= 4
     assert visit.report.loss == pytest.approx(visit.report.loss) and visit.report.loss > 0
-    run = schema.load(None, [*small_run, *SEEDED, "train.steps=5"])
+    run = loading.load(None, [*small_run, *SEEDED, "train.steps=5"])
     check_visit(visit, run, 30, Payload({seed_scalars.NAME: torch.zeros(seed_scalars.CANDIDATES)}, {}), 1)

@@ -1,0 +1,39 @@
+"""An adapter as a folder that peft and others load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from apiary.config.schema import RunConfig
+from apiary.core import files, lora
+from apiary.core.lora import is_half
+from apiary.core.tensors import StateDict
+from apiary.export.model_card import card
+from apiary.models import adapter_files
+from apiary.models.adapters import LanguageModel
+from apiary.privacy import statement
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+SETTINGS = "apiary.toml"  # the run's configuration, kept inside the adapter folder
+
+
+OF_THE_SITE = ("data",)  # tables that say where private data lies
+
+
+def save_adapter_folder(
+    lm: LanguageModel, adapter: StateDict, folder: Path, config: RunConfig, run: Path | None = None
+) -> None:
+    """A PEFT folder that any tool loads, with a model card and the run's settings; `run` is the folder's where None."""
+    text = card(config, exported_rank(adapter), None, statement.read(run or folder.parent), exported=False)
+    if config.adapter.share != "both" and is_half(adapter):
+        text += "\nThese are the factors A that clients share. B is zero: each client has its own, and keeps it.\n"
+    adapter_files.save_adapter(lm, adapter, folder, text)
+    files.write_atomic(folder / SETTINGS, config.to_toml(without=OF_THE_SITE))
+
+
+def exported_rank(adapter: StateDict) -> int:
+    """The rank of an adapter with what its method put into the base, as it is handed on."""
+    trained, base_delta = lora.parts(adapter)
+    return sum(max((f.rank for f in lora.split(part).values()), default=0) for part in (trained, base_delta))

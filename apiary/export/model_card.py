@@ -1,0 +1,86 @@
+"""The model card of an exported adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from apiary.config import summary
+from apiary.config.schema import RunConfig
+from apiary.config.summary import public_name
+from apiary.privacy import statement
+from apiary.report.card_table import card_table
+
+
+def card(
+    config: RunConfig,
+    rank: int,
+    metrics: Mapping[str, Any] | None,
+    privacy: Mapping[str, Any],
+    *,
+    merged: bool = False,
+    exported: bool = True,
+) -> str:
+    """The model card: what it was tuned from, how, and how well it did.
+
+    Args:
+        config: the run.
+        rank: of the adapter that is handed on.
+        metrics: its results, where they are there.
+        privacy: its account (`apiary.privacy.statement`); empty where it is not known.
+        merged: whether the card is for a whole model.
+        exported: whether the base stands beside the adapter.
+    """
+    name = config.model.name
+    if merged:
+        use = [
+            "from transformers import AutoModelForCausalLM",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
+        ]
+    elif name.startswith("builtin:") and not exported:
+        use = ["# No hub knows this base: `apiary export RUN --to DIR` writes it beside the adapter."]
+    else:
+        use = [
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM",
+            "",
+            f'base = AutoModelForCausalLM.from_pretrained("{base_path(name)}")',
+            'model = PeftModel.from_pretrained(base, "THIS_FOLDER")',
+        ]
+    lines = [
+        "---",
+        *([] if name.startswith("builtin:") or name != public_name(name) else [f"base_model: {name}"]),
+        "library_name: " + ("transformers" if merged else "peft"),
+        "tags: [federated-learning, lora, apiary]",
+        "---",
+        "# A federated LoRA adapter" + (", merged into its base" if merged else ""),
+        "",
+        f"Tuned with Apiary from `{public_name(name)}` by federated learning in {config.rounds} rounds, by "
+        f"{summary.sentence(config)}; prompt template `{Path(config.prompt.template).name}`. "
+        f"Clients sent {summary.sent(config)} and counts.",
+        *_grown(config.adapter.rank, rank, merged),
+        "",
+        "```python",
+        *use,
+        "```",
+        *card_table(metrics),
+        "",
+        "Privacy: " + (statement.sentence(privacy) if privacy else "the run's own folder says what was promised."),
+        "",
+        "All settings are in `apiary.toml`, but for those of the data, which stayed where the data is.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _grown(trained: int, rank: int, merged: bool) -> list[str]:
+    if rank == trained:
+        return []
+    had = "Before it was merged the adapter had" if merged else "This adapter has"
+    return ["", f"{had} rank {rank}: the {trained} that are trained, and what the method has added to the base."]
+
+
+def base_path(name: str) -> str:
+    """The base as the card's commands name it: a hub id, a folder's name, or the built-in base's own folder."""
+    return "THIS_FOLDER/base" if name.startswith("builtin:") else public_name(name)

@@ -1,0 +1,117 @@
+"""Adapters as safetensors files, and the base with an adapter merged into it."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as pack
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from apiary.core import lora
+from apiary.core.lora import Factors, is_b
+from apiary.core.tensors import StateDict
+from apiary.models.adapters import (
+    LanguageModel,
+)
+
+
+def merged(lm: LanguageModel, state: StateDict) -> PreTrainedModel:
+    """A copy of the base, on the CPU in float32, with the state (as for `set_adapter`) folded into its weights."""
+    whole = copy.deepcopy(lm.model).to("cpu", torch.float32)
+    adapter, base_delta = lora.parts(state)
+    with torch.no_grad():
+        for name, parameter in whole.named_parameters():
+            if (key := name.replace(".default.", ".")) in adapter:
+                parameter.copy_(adapter[key])
+        for module, (b, a) in lora.split(base_delta).items():
+            layer = whole.get_submodule(module).get_base_layer()  # type: ignore[operator]
+            layer.weight += (b @ a).T if isinstance(layer, Conv1D) else b @ a
+    merged_model: PreTrainedModel = whole.merge_and_unload(safe_merge=True)
+    return merged_model
+
+
+def save_adapter(lm: LanguageModel, state: StateDict, folder: str | Path, card: str | None = None) -> None:
+    """Writes a PEFT folder that `peft.PeftModel.from_pretrained(base, folder)` loads.
+
+    What the state adds to the base becomes further rows and columns of one adapter of a larger rank: `read_adapter`
+    takes it apart again. It is written beside its place and moved there whole: at any moment the folder is absent, the
+    old one, or the new one.
+
+    Args:
+        card: text of the folder's README.md.
+
+    Raises:
+        OSError: the disk is full or the place cannot be written; nothing is left behind.
+    """
+    target = Path(folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        one, rank = _as_one(lm, state)
+        written: Any = copy.copy(lm.model.peft_config["default"])
+        written.inference_mode = True  # what peft itself writes: the folder is loaded frozen
+        written.lora_alpha *= (rank / written.r) ** (0.5 if written.use_rslora else 1.0)  # the scale stays
+        written.r = rank
+        written.save_pretrained(str(work))
+        tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in one.items()}
+        # As bytes: safetensors' own writer hides a full disk behind an error type of its own.
+        (work / "adapter_model.safetensors").write_bytes(pack(tensors, metadata={"format": "pt"}))
+        if card is not None:
+            (work / "README.md").write_text(card, encoding="utf-8")
+        work.chmod(0o755)  # mkdtemp's folders are private; this one is a result
+        _sync(work)
+        _swap(work, target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def read_adapter(lm: LanguageModel, file: Path) -> dict[str, Tensor]:
+    """The state in the weights of a folder that `save_adapter` wrote, as `set_adapter` takes it."""
+    found = load_file(file)
+    if not any(is_b(name) and tensor.shape[1] > lm.rank for name, tensor in found.items()):
+        return found
+    adapter, base_delta = {}, {}
+    for module, factors in lora.split(found).items():
+        adapter[module] = lora.resize(factors, lm.rank)
+        base_delta[module] = Factors(factors.b[:, lm.rank :] * lm.scale, factors.a[lm.rank :])
+    return lora.whole(lora.join(adapter), lora.join(base_delta))
+
+
+def _as_one(lm: LanguageModel, state: StateDict) -> tuple[StateDict, int]:
+    """An adapter, of the scale of `lm`, for all of `state`, and its rank."""
+    adapter, base_delta = lora.parts(state)
+    if not base_delta:
+        return adapter, lm.rank
+    added = lora.split(base_delta)
+    wide = max(factors.rank for factors in added.values())  # modules may differ; a PEFT folder has one rank
+    made = {}
+    for module, factors in lora.split(adapter).items():
+        more = added.get(module) or Factors(factors.b[:, :0], factors.a[:0])
+        made[module] = lora.stack([factors, lora.resize(Factors(more.b / lm.scale, more.a), wide)])
+    return lora.join(made), lm.rank + wide
+
+
+def _sync(folder: Path) -> None:
+    for path in [*folder.iterdir(), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _swap(work: Path, target: Path) -> None:
+    old = work.with_name(work.name + "-old")
+    if target.exists():
+        target.rename(old)
+    work.rename(target)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,19 @@
+"""What a finished run's folder keeps of its results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Kept(NamedTuple):
+    """Where a run directory keeps its baselines, and what belongs to clients."""
+
+    alone: Path  # a PEFT folder for each client
+    central: Path  # a PEFT folder
+    personal: Path  # a PEFT folder for each client, where each has a model of its own
+
+
+def kept_in(run: Path) -> Kept:
+    """The places in a run directory."""
+    return Kept(run / "baselines" / "local", run / "baselines" / "central", run / "personal")
