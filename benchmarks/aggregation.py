@@ -75,7 +75,7 @@ Shapes = Mapping[str, tuple[int, int]]  # d_out, d_in by module
 
 def methods() -> list[str]:
     """Those that take changes of an adapter."""
-    return [name for name in AGGREGATORS if build(name).sends != "seeds"]
+    return [name for name in AGGREGATORS if not build(name).scalars]
 
 
 class Done(NamedTuple):
@@ -96,8 +96,8 @@ def build(name: str, options: Mapping[str, Any] | None = None) -> Aggregator:
 def run_round(method: Aggregator, state: ServerState, updates: Sequence[Update]) -> Done:
     """Fold the updates in, and step."""
     own = [updates[0]._replace(client=SERVER)] if method.root else []
-    if control := method.payload(state, ClientInfo("", 16, 0, len(updates))).control:
-        updates = [update._replace(control=control, walked=0.01) for update in updates]
+    if extra := method.payload(state, ClientInfo("", 16, 0, len(updates))).extra:
+        updates = [update._replace(extra=extra, lr_sum=0.01) for update in updates]
     began = time.perf_counter()
     acc = method.reduce.start(state)
     for update in [*own, *updates]:
@@ -277,11 +277,11 @@ def folded(name: str, updates: int, entries: int) -> list[dict[str, Any]]:
     method, state = build(name), adapter_of(shapes, 16)
     delta = draw(shapes, 16, 0.001, "client")
     size = sum(tensor.numel() * tensor.element_size() for tensor in delta.values())
-    control = method.payload(state, ClientInfo("", 16, 0, updates)).control
+    extra = method.payload(state, ClientInfo("", 16, 0, updates)).extra
     acc, made = method.reduce.start(state), []
     for count in range(1, updates + 1):
         fresh = {tensor_name: tensor * (1 + 1 / count) for tensor_name, tensor in delta.items()}
-        acc = method.reduce.add(acc, Update(f"client-{count}", fresh, float(count), 16, control, 0.01))
+        acc = method.reduce.add(acc, Update(f"client-{count}", fresh, float(count), 16, extra, 0.01))
         if count == updates or count in (10, 100):
             row = {"method": name, "updates": count, "update_bytes": size, "peak_bytes": peak_bytes()}
             made.append(row)

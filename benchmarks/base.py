@@ -39,18 +39,9 @@ def tuned(steps: int) -> dict[str, Any]:
     held_out = comparison.prepare(federation.test, template, lm, run)
     rows = [example for client in federation.clients for example in client.train]
     start = adapters.fresh_adapter(lm, run.seed)
-    result = trainer.fit(
-        lm,
-        start,
-        tokenization.encode_all(rows, template, lm.tokenizer, run.prompt),
-        run.train,
-        seed=run.seed,
-        client="central",
-        cursor=trainer.Cursor(),
-        first_step=0,
-        total_steps=steps,
-        steps=steps,
-    )
+    corpus = tokenization.encode_all(rows, template, lm.tokenizer, run.prompt)
+    plan = trainer.VisitPlan(run.seed, "central", steps=steps, total_steps=steps)
+    result = trainer.fit(lm, start, corpus, run.train, plan)
     measured = comparison.measure(lm, add(start, result.delta), held_out, run)
     skills = comparison.by_kind(lambda example: example.tags["skill"], {"tuned": measured}, held_out)
     return {

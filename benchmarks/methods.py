@@ -106,7 +106,7 @@ def _tensors(value: object) -> int:
 def _wire(method: Aggregator) -> tuple[str, str]:
     """What one client receives and sends in the round after the first of 16 clients, in adapters of float32."""
     state = ServerState(0, {n: torch.zeros(s) if lora.is_b(n) else _draw(0)[n] for n, s in _SHAPES.items()}, {}, {})
-    if method.sends == "seeds":  # as large for every adapter
+    if method.scalars:  # as large for every adapter
         size = 4 * _entries(method.payload(state, ClientInfo("c01", 2, 0)).adapter) / 1000
         return f"{size:.0f} kB", f"at most {size:.0f} kB"
     updates = [Update(ROOT if k == 0 and method.root else f"c{k:02}", _draw(k), 1.0, 2) for k in range(CLIENTS + 1)]
@@ -116,7 +116,7 @@ def _wire(method: Aggregator) -> tuple[str, str]:
     after = method.step(state, method.reduce.finish(state, acc, torch.Generator()))
     payload: Payload = method.payload(after, ClientInfo("c01", 2, 1))
     own = _entries(payload.adapter)
-    times = sum(_entries(part) for part in (payload.adapter, payload.base_delta, payload.control)) / own
+    times = sum(_entries(part) for part in (payload.adapter, payload.base_delta, payload.extra)) / own
     grows = ", more each round" if payload.base_delta else ""
     return f"{times:g}{grows}", "1"
 

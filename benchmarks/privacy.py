@@ -96,18 +96,15 @@ def plain_visit(setting: Setting, steps: int) -> Visit:
     def visit(client: str, corpus: Corpus, adapter: StateDict, number: int) -> FitResult:
         tokens = config.privacy.batch_rows * float(corpus.lengths.mean())
         train = config.train.model_copy(update={"batch_tokens": int(tokens), "accumulate": 1, "clip_norm": 1.0})
-        result = trainer.fit(
-            setting.lm,
-            adapter,
-            corpus,
-            train,
+        plan = trainer.VisitPlan(
             seed=config.seed,
             client=client,
-            cursor=cursors.get(client, trainer.Cursor()),
-            first_step=number * steps,
-            total_steps=config.rounds * steps,
             steps=steps,
+            total_steps=config.rounds * steps,
+            first_step=number * steps,
+            cursor=cursors.get(client, trainer.Cursor()),
         )
+        result = trainer.fit(setting.lm, adapter, corpus, train, plan)
         cursors[client] = result.cursor
         return result
 

@@ -148,19 +148,8 @@ def run_apiary(setting: Setting) -> Callable[[], int]:
     steps = trainer.steps_per_round(config, setting.corpus)
 
     def run() -> int:
-        result = trainer.fit(
-            lm,
-            start,
-            setting.corpus,
-            config,
-            seed=0,
-            client="bench",
-            cursor=trainer.Cursor(),
-            first_step=0,
-            total_steps=steps,
-            steps=steps,
-        )
-        return result.report.tokens
+        plan = trainer.VisitPlan(seed=0, client="bench", steps=steps, total_steps=steps)
+        return trainer.fit(lm, start, setting.corpus, config, plan).report.tokens
 
     return run
 

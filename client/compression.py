@@ -11,9 +11,11 @@ from apiary.config.schema import RunConfig
 from apiary.core.tensors import StateDict, digest, generator
 from apiary.transport import codec as codecs
 from apiary.transport import downlink, from_config
-from apiary.transport.codec import Shapes
+from apiary.transport.codec import Codec, Shapes
 from apiary.transport.downlink import Copy, Parcel
 from client import round_files, state
+from client.site import Site
+from strategies.local import LocalAlgorithm
 
 KIND = "feedback"
 
@@ -45,13 +47,17 @@ def receive(config: RunConfig, folder: Path, shapes: Shapes, sent: Parcel) -> St
     return copy.adapter
 
 
-def arrives(config: RunConfig, message: bytes, delta: StateDict) -> StateDict:
+def up(config: RunConfig, local: LocalAlgorithm) -> Codec:
+    """The codec of the client's own messages."""
+    return from_config.configured_codec(config, "up", local.codec)
+
+
+def arrives(codec: Codec, message: bytes, delta: StateDict) -> StateDict:
     """A change as the server will read it from its message; the change itself where that is exact, or there is none."""
-    codec = from_config.configured_codec(config, "up")
     return codecs.decode(message, codec, codecs.shapes_of(delta)) if message and not codec.whole else delta
 
 
-def encode(config: RunConfig, folder: Path, client: str, number: int, delta: StateDict) -> bytes:
+def encode(config: RunConfig, codec: Codec, site: Site, number: int, delta: StateDict) -> bytes:
     """The message of a client's change in round `number`.
 
     The same change makes the same bytes however often the round is asked: what was left out of it is kept under its
@@ -60,18 +66,17 @@ def encode(config: RunConfig, folder: Path, client: str, number: int, delta: Sta
 
     Args:
         config: the run.
-        folder: the client's own of this run.
-        client: its name.
+        codec: from `up`.
+        site: the client; what is left out is kept in its folder.
         number: the round, from 1.
         delta: the change.
 
     Raises:
         ValueError: it holds NaN or infinity.
     """
-    codec = from_config.configured_codec(config, "up")
-    before = round_files.newest(folder, KIND, number) if codec.feedback else {}
+    before = round_files.newest(site.folder, KIND, number) if codec.feedback else {}
     fitting = {name: tensor for name, tensor in before.items() if name in delta and tensor.shape == delta[name].shape}
-    message, left_out = codecs.encode(delta, codec, fitting, generator(config.seed, number, client, "wire"))
+    message, left_out = codecs.encode(delta, codec, fitting, generator(config.seed, number, site.client, "wire"))
     if codec.feedback:
-        round_files.save(folder, KIND, number, left_out)
+        round_files.save(site.folder, KIND, number, left_out)
     return message

@@ -13,20 +13,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 from apiary.config.schema import CurateConfig
-from apiary.core.files import write_atomic
-from apiary.core.messages import Curated
+from apiary.core.messages import CurationCounts
 from apiary.data.examples import Example
 from client import curation
+from client.round_files import RoundFiles
 
 _log = logging.getLogger(__name__)
-_KEPT = 3  # choices; a run that was killed goes back a round or two
 
 
 class Choice(NamedTuple):
     """The rows to train on, as they now read."""
 
     examples: tuple[Example, ...]
-    counts: Curated
+    counts: CurationCounts
     round: int  # in which it was made
 
 
@@ -54,33 +53,20 @@ def choose(
     Raises:
         UserError: unknown steps or options, or nothing is left.
     """
-    made = [at for at in _rounds(folder) if at < number]
-    for later in set(_rounds(folder)) - set(made):  # left by a run that crashed
-        _path(folder, later).unlink(missing_ok=True)
-    due = not made or (config.every and number - max(made) >= config.every)
-    if not due and known and known.round == max(made):
+    files = RoundFiles(folder, "curated", ".json")
+    last = files.newest(number)
+    due = last is None or (config.every and number - last >= config.every)
+    if not due and known and known.round == last:
         return known
     digest = curation.digest(rows, config.steps)
-    if not due:
-        stored = json.loads(_path(folder, max(made)).read_text(encoding="utf-8"))
+    if last is not None and not due:
+        stored = json.loads(files.path(last).read_text(encoding="utf-8"))
         if stored["digest"] == digest:
             again = curation.restore(rows, config.steps, stored["kept"], context)
-            counts = Curated(len(rows), len(again), stored["dropped"])
-            return Choice(tuple(example for _, example in again), counts, max(made))
+            counts = CurationCounts(len(rows), len(again), stored["dropped"])
+            return Choice(tuple(example for _, example in again), counts, last)
     new = curation.curate(rows, config.steps, context, empty_ok=empty_ok)
     for line in new.warnings:  # for the owner: what a client logs stays on its machine
         _log.warning("%s: %s", context.client, line)
-    folder.mkdir(parents=True, exist_ok=True)
-    values = {"digest": digest, "kept": new.kept, "dropped": new.dropped}
-    write_atomic(_path(folder, number), json.dumps(values), private=True)
-    for old in sorted([*made, number])[:-_KEPT]:
-        _path(folder, old).unlink(missing_ok=True)
-    return Choice(new.examples, Curated(len(rows), len(new.rows), new.dropped), number)
-
-
-def _path(folder: Path, number: int) -> Path:
-    return folder / f"curated-{number:04d}.json"
-
-
-def _rounds(folder: Path) -> list[int]:
-    return [int(path.stem.removeprefix("curated-")) for path in folder.glob("curated-*.json")]
+    files.write(number, json.dumps({"digest": digest, "kept": new.kept, "dropped": new.dropped}))
+    return Choice(new.examples, CurationCounts(len(rows), len(new.rows), new.dropped), number)

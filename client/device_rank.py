@@ -9,10 +9,9 @@ from typing import Literal
 import torch
 
 from apiary.config.schema import RunConfig
-from apiary.core.files import write_atomic
+from apiary.core.files import own_folder, write_atomic
 from apiary.models import adapters
 from apiary.models.base import resolve_device
-from client import state
 
 SHARE = 0.25  # of the memory that is free once the base is loaded; activations take the most of the rest
 _ENTRY: dict[Literal["adamw", "sgd"], int] = {"adamw": 16, "sgd": 8}  # bytes: weight and gradient; with two moments
@@ -51,7 +50,7 @@ def of_device(config: RunConfig, folder: Path) -> int:
     one = adapters.load(config.model, config.adapter.of_rank(1))  # the base with it, once for the process
     entries = sum(parameter.numel() for parameter in one.adapter.values())
     rank = fitting(config.adapter.rank, entries, free_bytes(resolve_device(config.model)), config.train.optimizer)
-    state.own(folder)
+    own_folder(folder)
     write_atomic(path, str(rank), private=True)
     return rank
 

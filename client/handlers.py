@@ -17,18 +17,18 @@ from pathlib import Path
 from flwr.app import Context, RecordDict
 from flwr.common.constant import NUM_PARTITIONS_KEY, PARTITION_ID_KEY
 
-from apiary.config import loading, schedule
-from apiary.config.schema import RunConfig
+from apiary.config import loading
 from apiary.core.errors import CodecError, UserError
-from apiary.core.messages import Decline, Visit
-from apiary.core.tensors import StateDict, is_finite
+from apiary.core.files import own_folder
+from apiary.core.tensors import StateDict
 from apiary.data import stages
 from apiary.data.federation import Federation, federate
 from apiary.privacy import sampling
 from apiary.transport import flower_records
 from apiary.transport.downlink import Parcel
-from client import compression, control, device_rank, state
-from client.worker import Site, Worker
+from client import compression, device_rank
+from client.site import Site
+from client.worker import Worker
 
 _log = logging.getLogger(__name__)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of the organisation's own disk: nothing to go on with
@@ -84,13 +84,7 @@ def _ask(worker: Worker, site: Site, kind: str, content: RecordDict) -> RecordDi
     number, payload = flower_records.read_request(content, functools.partial(_receive, worker, site))
     if kind == "train":
         answer = worker.train(site, number, payload)
-        message = _encoded(worker.config, site, number, answer)
-        if isinstance(answer, Visit) and payload.control:
-            far = schedule.walked(worker.config, number, answer.report.steps)
-            control.renew(
-                site.folder, number, payload, compression.arrives(worker.config, message, answer.update.delta), far
-            )
-        return flower_records.train_reply(answer, message)
+        return flower_records.train_reply(answer, worker.send(site, number, payload, answer))
     if kind == "evaluate":
         return flower_records.score_reply(site.client, worker.evaluate(site, payload, number))
     raise ValueError(f"no answer to messages of type {kind!r}")
@@ -106,13 +100,6 @@ def _receive(worker: Worker, site: Site, sent: Parcel) -> StateDict:
         return compression.receive(worker.config, site.folder, worker.shapes(site), sent)
     except CodecError as error:
         raise Refusal(f"the server's changes are of no use to it: {error}; it needs the whole adapter") from None
-
-
-def _encoded(config: RunConfig, site: Site, number: int, answer: Visit | Decline) -> bytes:
-    """A visit's change as one message. One with NaN, which only an attacker has, goes as it is: no codec takes it."""
-    if isinstance(answer, Decline) or not is_finite(answer.update.delta):
-        return b""
-    return compression.encode(config, site.folder, site.client, number, answer.update.delta)
 
 
 def _check_promise(worker: Worker, site: Site) -> None:
@@ -140,7 +127,7 @@ def _write_down(error: Exception, folder: Path | None) -> bool:
     if folder is None:
         return False
     try:
-        state.own(folder)
+        own_folder(folder)
         handle = os.open(folder / "errors.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         with os.fdopen(handle, "a", encoding="utf-8", errors="replace") as log:
             os.fchmod(handle, 0o600)  # of an older one too: a traceback can quote a row

@@ -17,7 +17,8 @@ from apiary.core.files import write_atomic
 from apiary.core.stages import rounds_of, stage_of
 from apiary.data.examples import Example, Turn
 from apiary.data.stages import stage_numbers
-from client.continual.buffer import Buffer, Kept, Rule, admit, rule
+from client.continual.buffer import Buffer, BufferedRow, Rule, admit, buffer_rule
+from client.round_files import RoundFiles
 from client.state import Memory
 from client.training.trainer import Cursor
 
@@ -29,7 +30,7 @@ class StageData(NamedTuple):
 
     stage: int  # from 0
     new: tuple[Example, ...]
-    replay: tuple[Kept, ...]
+    replay: tuple[BufferedRow, ...]
     cursor: Cursor  # in the new rows
     replay_cursor: Cursor
     rounds_before: int  # rounds of this stage that are over
@@ -39,22 +40,22 @@ class StageData(NamedTuple):
 # -- the buffer -------------------------------------------------------------------------------------
 
 
-def load(folder: Path, stages: int) -> tuple[Kept, ...]:
+def load(folder: Path, stages: int) -> tuple[BufferedRow, ...]:
     """The rows kept of the first `stages` stages; none where nothing is stored.
 
     Raises:
         ValueError: the file was torn or edited.
     """
-    path = _path(folder, stages)
+    path = _files(folder).path(stages)
     if not path.exists():
         return ()
     return tuple(_row(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines())
 
 
-def save(folder: Path, stages: int, rows: Iterable[Kept]) -> None:
+def save(folder: Path, stages: int, rows: Iterable[BufferedRow]) -> None:
     """Write what is kept of the first `stages` stages, whole or not at all, for the owner's eyes only."""
     folder.mkdir(parents=True, exist_ok=True)
-    _write(_path(folder, stages), rows)
+    _write(_files(folder).path(stages), rows)
 
 
 def remove(folder: Path, digests: Collection[str]) -> int:
@@ -65,36 +66,33 @@ def remove(folder: Path, digests: Collection[str]) -> int:
     for draft in folder.glob(".buffer-*"):
         draft.unlink(missing_ok=True)
     wanted, found = set(digests), set[str]()
-    for number in _versions(folder):
+    for number in _files(folder).numbers():
         rows = load(folder, number)
         if gone := {row.digest for row in rows} & wanted:
             found |= gone
-            _write(_path(folder, number), (row for row in rows if row.digest not in wanted))
+            _write(_files(folder).path(number), (row for row in rows if row.digest not in wanted))
     return len(found)
 
 
-def _row(values: dict[str, object]) -> Kept:
+def _row(values: dict[str, object]) -> BufferedRow:
     match values:
         case {"digest": str(digest), "stage": int(stage), "turns": list(turns), "tags": dict(tags)}:
-            return Kept(digest, stage, Example(tuple(Turn(*turn) for turn in turns), tags))
+            return BufferedRow(digest, stage, Example(tuple(Turn(*turn) for turn in turns), tags))
     raise ValueError("a buffer file does not hold rows: was it edited? Remove it, and the stage's buffer is made again")
 
 
-def _line(row: Kept) -> str:
+def _line(row: BufferedRow) -> str:
     turns, tags = [list(turn) for turn in row.example.turns], dict(row.example.tags)
     return json.dumps({"digest": row.digest, "stage": row.stage, "turns": turns, "tags": tags}) + "\n"
 
 
-def _write(path: Path, rows: Iterable[Kept]) -> None:
+def _write(path: Path, rows: Iterable[BufferedRow]) -> None:
     write_atomic(path, "".join(map(_line, rows)), private=True)
 
 
-def _path(folder: Path, stages: int) -> Path:
-    return folder / f"buffer-{stages:04d}.jsonl"
-
-
-def _versions(folder: Path) -> list[int]:
-    return [int(path.stem.removeprefix("buffer-")) for path in folder.glob("buffer-*.jsonl")]
+def _files(folder: Path) -> RoundFiles:
+    """The versions of the buffer, by how many stages they hold; an older one goes once its stage is over."""
+    return RoundFiles(folder, "buffer", ".jsonl")
 
 
 # -- a visit ----------------------------------------------------------------------------------------
@@ -124,13 +122,17 @@ def prepare(
     of = stage_numbers(rows, config)
     parts = [tuple(row for row, at in zip(rows, of, strict=True) if at == s) for s in range(len(stages))]
     entered = past.round > 0 and past.stage == stage
-    kept = _kept(folder, rule(config.continual, config.seed, client, int((of >= 0).sum())), parts, stage, entered)
+    kept = _kept(
+        folder, buffer_rule(config.continual, config.seed, client, int((of >= 0).sum())), parts, stage, entered
+    )
     cursor, replay = (past.cursor, past.replay) if entered else (Cursor(), Cursor())
     planned = rounds_of(stage, config.rounds, len(stages))
     return StageData(stage, parts[stage], kept, cursor, replay, number - planned.start, len(planned))
 
 
-def _kept(folder: Path, rule: Rule, parts: Sequence[Sequence[Example]], stage: int, entered: bool) -> tuple[Kept, ...]:
+def _kept(
+    folder: Path, rule: Rule, parts: Sequence[Sequence[Example]], stage: int, entered: bool
+) -> tuple[BufferedRow, ...]:
     """The buffer of a stage; makes it, and the next one ahead of time, when the stage is entered."""
     _forget_beyond(folder, stage + 1)
     if entered or rule.rows == 0 or rule.chance == 0:
@@ -141,14 +143,14 @@ def _kept(folder: Path, rule: Rule, parts: Sequence[Sequence[Example]], stage: i
     if stage:
         save(folder, stage, buffer.rows)
     save(folder, stage + 1, admit(buffer, parts[stage], stage).rows)
-    for old in _versions(folder):
+    for old in _files(folder).numbers():
         if old < stage - _KEPT_BACK:
-            _path(folder, old).unlink(missing_ok=True)
+            _files(folder).path(old).unlink(missing_ok=True)
     return buffer.rows
 
 
 def _forget_beyond(folder: Path, stages: int) -> None:
     """Remove what a run that crashed wrote ahead in later stages, before they are done again."""
-    for number in _versions(folder):
+    for number in _files(folder).numbers():
         if number > stages:
-            _path(folder, number).unlink(missing_ok=True)
+            _files(folder).path(number).unlink(missing_ok=True)

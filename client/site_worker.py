@@ -33,8 +33,11 @@ from apiary.data.availability import Rows, check_rows
 from apiary.data.federation import federate
 from apiary.models import adapters, availability
 from client import device_rank, handlers, worker_rpc
-from client.worker import Site, Worker
+from client.site import Site
+from client.worker import Worker
 from client.worker_rpc import Envelope
+from strategies.from_config import local_from_config
+from strategies.local import PLAIN, LocalAlgorithm
 
 _log = logging.getLogger(__name__)
 _RUN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
@@ -127,7 +130,7 @@ class Service:
                 _refuse_foreign_code(config)
                 _refuse_less_privacy(config, self._facts)
                 site = _read_site(config, self._facts, name)
-                self._job = _Job(name, text, Worker(config), site)
+                self._job = _Job(name, text, Worker(config, _local(config)), site)
             return self._job
 
         return make
@@ -171,6 +174,14 @@ def _refuse_foreign_code(config: RunConfig) -> None:
     methods = (*config.train.penalties, *config.curate.steps, config.wire.up, config.wire.down)
     if any(":" in name for name in (config.train.objective, *(method.name for method in methods))):
         raise handlers.Refusal("the run names code by module:function, which this site does not load")
+
+
+def _local(config: RunConfig) -> LocalAlgorithm:
+    """The client's half of the run's method; plain training for one by module:function, whose code is the server's.
+
+    The server refuses to start such a run where its method has a client half (`server.deployment_run`).
+    """
+    return PLAIN if ":" in config.strategy.name else local_from_config(config)
 
 
 def _refuse_less_privacy(config: RunConfig, facts: Facts) -> None:

@@ -1,7 +1,6 @@
-"""What a client remembers between rounds, in files under its own organisation's folder.
+"""What a client remembers between rounds, in files under its own organisation's folder: see `client.round_files`.
 
-One file a round, so that a server that was killed and goes back to an earlier round finds the client's memory of that
-moment, and the run repeats itself bit for bit. Of what the server sends in changes there is one copy, the newest, for
+Of what the server sends in changes there is one copy, the newest, for
 the server asks which one that is.
 """
 
@@ -14,8 +13,9 @@ from typing import NamedTuple
 from safetensors.torch import load_file
 from safetensors.torch import save as pack
 
-from apiary.core.files import finite, for_owner, write_atomic
+from apiary.core.files import finite, for_owner, own_folder, write_atomic
 from apiary.core.tensors import StateDict
+from client.round_files import RoundFiles
 from client.training.trainer import Cursor, Observer, StepRecord
 
 _COPY = "copy.safetensors"  # of the server's adapter
@@ -31,40 +31,20 @@ class Memory(NamedTuple):
     choice: int = 0  # the round in which the rows were chosen that the cursor walks through
 
 
-def own(folder: Path) -> None:
-    """Make a client's folder, for the eyes of its owner alone: what is kept in it tells of the rows."""
-    folder.mkdir(parents=True, exist_ok=True)
-    folder.chmod(0o700)
-
-
 def load(folder: Path, before: int) -> Memory:
     """The newest memory of a round earlier than `before`; a blank one when there is none."""
-    for number in sorted(_rounds(folder), reverse=True):
-        if number < before:
-            values = json.loads(_path(folder, number).read_text(encoding="utf-8"))
-            cursors = {name: Cursor(*values.get(name, ())) for name in ("cursor", "replay")}
-            return Memory(**{**values, **cursors})
-    return Memory()
+    files = _files(folder)
+    number = files.newest(before)
+    if number is None:
+        return Memory()
+    values = json.loads(files.path(number).read_text(encoding="utf-8"))
+    cursors = {name: Cursor(*values.get(name, ())) for name in ("cursor", "replay")}
+    return Memory(**{**values, **cursors})
 
 
-def forget_from(folder: Path, number: int) -> None:
-    """Remove what a run that crashed left of round `number` and later, before that round is done again."""
-    for later in _rounds(folder):
-        if later >= number:
-            _path(folder, later).unlink(missing_ok=True)
-
-
-def save(folder: Path, memory: Memory, keep: int = 3) -> None:
-    """Write the memory of a round atomically, and remove all but the newest `keep`.
-
-    A straggler that ends after a later round has been saved changes nothing.
-    """
-    if any(number > memory.round for number in _rounds(folder)):
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(_path(folder, memory.round), json.dumps(memory._asdict()), private=True)
-    for old in sorted(_rounds(folder))[:-keep]:
-        _path(folder, old).unlink(missing_ok=True)
+def save(folder: Path, memory: Memory) -> None:
+    """Write the memory of a round. A straggler that ends after a later round has been saved changes nothing."""
+    _files(folder).write(memory.round, json.dumps(memory._asdict()))
 
 
 def load_copy(folder: Path) -> StateDict | None:
@@ -77,7 +57,7 @@ def load_copy(folder: Path) -> StateDict | None:
 
 def save_copy(folder: Path, adapter: StateDict) -> None:
     """Write the server's adapter in place of the one before."""
-    own(folder)
+    own_folder(folder)
     body = pack({name: tensor.contiguous() for name, tensor in adapter.items()})
     write_atomic(folder / _COPY, body, private=True)
 
@@ -96,9 +76,5 @@ def step_log(folder: Path, number: int) -> Observer:
     return observe
 
 
-def _path(folder: Path, number: int) -> Path:
-    return folder / f"round-{number:04d}.json"
-
-
-def _rounds(folder: Path) -> list[int]:
-    return [int(path.stem.removeprefix("round-")) for path in folder.glob("round-*.json")]
+def _files(folder: Path) -> RoundFiles:
+    return RoundFiles(folder, "round", ".json")

@@ -7,69 +7,67 @@ or the one site of an organisation.
 from __future__ import annotations
 
 import sys
-from collections import OrderedDict
-from collections.abc import Sequence
-from pathlib import Path
-from typing import NamedTuple
 
+from apiary.config import schedule
 from apiary.config.schema import RunConfig
-from apiary.core import files, lora
+from apiary.core import lora
 from apiary.core.errors import BudgetSpent
-from apiary.core.messages import Curated, Decline, Hello, Payload, Score, Spent, Update, Visit
-from apiary.core.tensors import StateDict, add
+from apiary.core.messages import CurationCounts, Decline, Hello, Payload, Score, Spent, Update, Visit
+from apiary.core.tensors import StateDict, add, is_finite
 from apiary.data import tokenization
 from apiary.data.batches import Corpus
-from apiary.data.examples import Example
 from apiary.data.stages import rows_by_stage
 from apiary.export import adapter_folder
 from apiary.models import adapters
 from apiary.models.adapters import LanguageModel
 from apiary.models.inference import ModelProbe
 from apiary.transport.codec import Shapes
-from client import compression, control, curated_rows, personal, private_visit, pruning, round_files, state
-from client import replay as continual
-from client.curated_rows import Choice
-from client.curation import Context, Reader
+from client import compression, private_visit, replay, round_files, state
 from client.private_visit import Work
 from client.replay import StageData
+from client.site import Site
+from client.site_rows import SiteRows
 from client.state import Memory
 from client.training import trainer, zeroth_order
 from client.training.objectives import build_penalties
-from client.training.trainer import FitResult, Replay
+from client.training.trainer import FitResult, Replay, VisitPlan
+from strategies.from_config import local_from_config
+from strategies.local import Client, Hooks, LocalAlgorithm, Opened
 
-_HELD_TOKENS = 50_000_000  # tokenised data held at a time (250 MB), however many virtual clients there are
 _FEWEST = 5  # held-out examples
 
 
-class Site(NamedTuple):
-    """One organisation: its name, its examples, and the places that are its own."""
-
-    client: str
-    train: Sequence[Example]
-    test: Sequence[Example]
-    folder: Path  # of this run
-    ledger: Path  # of all runs on these data
-    rank: int  # of its adapter
-
-
 class Worker:
-    """Answers the server's questions for the sites it is given."""
+    """Answers the server's questions for the sites it is given. What it holds between them can be made again.
 
-    def __init__(self, config: RunConfig) -> None:
+    Args:
+        config: the run.
+        local: the client's half of the run's method; None: the one that the configuration names.
+
+    Raises:
+        UserError: unknown names or options, or the model or the template can't be had.
+    """
+
+    def __init__(self, config: RunConfig, local: LocalAlgorithm | None = None) -> None:
         self.config = config
+        self.local = local or local_from_config(config)
         self.tokenizer = adapters.load_base(config.model)[1]
         self.template = tokenization.make_template(config.prompt, self.tokenizer)
-        self._corpora: OrderedDict[tuple[str, str], tuple[object, Corpus]] = OrderedDict()
-        self._choices: dict[str, Choice] = {}
+        self._rows = SiteRows(config, self.tokenizer, self.template)
 
     def _model(self, site: Site) -> LanguageModel:
         """The model with an adapter of the site's rank; all ranks share one base."""
         return adapters.load(self.config.model, self.config.adapter.of_rank(site.rank))
 
+    def _probe(self, site: Site, payload: Payload) -> ModelProbe:
+        """The model with a received adapter, to be asked."""
+        lm = self._model(site)
+        adapters.set_adapter(lm, payload.model)
+        return ModelProbe(lm)
+
     def shapes(self, site: Site) -> Shapes:
         """The shapes of what the site's adapter has in common with the server's."""
-        adapter = self._model(site).adapter
-        return {n: p.shape for n, p in adapter.items() if self.config.adapter.share == "both" or not lora.is_b(n)}
+        return {n: p.shape for n, p in self._model(site).adapter.items() if self.local.shares(n)}
 
     def hello(self, site: Site) -> Hello:
         """Who the site is, what it runs, and how much it has to train on.
@@ -80,8 +78,10 @@ class Worker:
         if self.config.privacy.unit == "record":
             rows = len(site.train)
             return Hello(site.client, fingerprint, site.rank, rows, rows)
-        stats = self._corpus(site, "train", tuple(site.train)).stats
+        stats = self._rows.corpus(site, "train", tuple(site.train)).stats
         return Hello(site.client, fingerprint, site.rank, stats.examples, stats.response_tokens)
+
+    # -- training -------------------------------------------------------------------------------
 
     def train(self, site: Site, number: int, payload: Payload) -> Visit | Decline:
         """Train from the received adapter on the next part of the site's data.
@@ -96,61 +96,65 @@ class Worker:
         Returns:
             The change of the adapter with its weight (new tokens trained), and counts; or why there is none.
         """
-        state.own(site.folder)
-        files.sweep(site.folder)
-        state.forget_from(site.folder, number)
-        for kind in (compression.KIND, personal.KIND, control.KIND):
-            round_files.forget_from(site.folder, kind, number)
-        site = site._replace(rank=pruning.rank_of(self.config, payload.adapter, site.rank))
+        round_files.begin(site.folder, number)
+        site = self._of_round(site, payload)
         past = state.load(site.folder, before=number)
-        payload = self._completed(site, number, payload)
-        rows, chosen = self._chosen(site, number, payload)
-        data = continual.prepare(rows, site.folder, site.client, self.config, number, past)
-        if chosen and past.choice and past.choice != chosen.round:  # other rows: their walk begins anew
+        opened = self._open(site, number, payload)
+        payload = payload._replace(adapter=opened.adapter)
+        rows, chosen = self._rows.chosen(site, number, lambda: self._probe(site, payload))
+        data = replay.prepare(rows, site.folder, site.client, self.config, number, past)
+        if chosen and past.choice and past.choice != chosen.round:  # other rows: their epochs begin anew
             data = data._replace(cursor=trainer.Cursor(data.cursor.epoch + 1))
         if self.config.privacy.unit == "record":
-            return self._train_privately(site, number, payload, data)
-        corpus = self._corpus(site, "train", data.new)
+            return self._train_privately(site, number, payload, opened.hooks, data)
+        corpus = self._rows.corpus(site, "train", data.new)
         if not len(corpus):
             return Decline(site.client, "idle")
-        config = self.config.train
-        old = self._corpus(site, "buffer", tuple(row.example for row in data.replay))
-        replay = Replay(old, data.replay_cursor, self.config.continual.replay)
-        steps = trainer.steps_per_round(config, corpus, replay)
-        first, total = data.rounds_before * steps, data.rounds * steps
-        observers = [state.step_log(site.folder, number)]
-        if zeroth_order.used(self.config):
-            place = zeroth_order.Place(site.client, data.cursor, first, total, steps)
-            result = zeroth_order.fit(self._model(site), payload.model, corpus, self.config, place, observers)
-        else:
-            result = trainer.fit(
-                self._model(site),
-                payload.model,
-                corpus,
-                config,
-                seed=self.config.seed,
-                client=site.client,
-                cursor=data.cursor,
-                first_step=first,
-                total_steps=total,
-                steps=steps,
-                replay=replay,
-                penalties=(
-                    *build_penalties(config.penalties, payload.adapter),
-                    *pruning.penalties(self.config, site.rank),
-                ),
-                observers=observers,
-                factors=self.config.adapter.trained(number),
-                correction=control.correction(site.folder, payload),
-            )
-        result = result._replace(delta=pruning.pruned(self.config, payload.adapter, result.delta))
+        result = self._fit(site, number, payload, opened.hooks, corpus, data)
         at = Memory(number, result.cursor, data.stage, result.replay, chosen.round if chosen else 0)
         return self._visit(site, at, payload, result, chosen.counts if chosen else None)
 
-    def _train_privately(self, site: Site, number: int, payload: Payload, data: StageData) -> Visit | Decline:
-        """As `train`, under record-level differential privacy: no count of what curation did leaves."""
+    def _fit(
+        self, site: Site, number: int, payload: Payload, hooks: Hooks, corpus: Corpus, data: StageData
+    ) -> FitResult:
+        config = self.config.train
+        old = self._rows.corpus(site, "buffer", tuple(row.example for row in data.replay))
+        again = Replay(old, data.replay_cursor, self.config.continual.replay)
+        steps = trainer.steps_per_round(config, corpus, again)
+        plan = VisitPlan(
+            seed=self.config.seed,
+            client=site.client,
+            steps=steps,
+            total_steps=data.rounds * steps,
+            first_step=data.rounds_before * steps,
+            cursor=data.cursor,
+            replay=again,
+            factors=self.config.adapter.trained(number),
+            hooks=self._with_penalties(hooks, payload),
+            observers=(state.step_log(site.folder, number),),
+        )
+        lm = self._model(site)
+        if hooks.descend:
+            return zeroth_order.fit(lm, payload.model, corpus, config, plan, hooks.descend)
+        return trainer.fit(lm, payload.model, corpus, config, plan)
+
+    def _with_penalties(self, hooks: Hooks, payload: Payload) -> Hooks:
+        """The method's hooks with the configured penalties, which come first."""
+        configured = build_penalties(self.config.train.penalties, payload.adapter)
+        return hooks._replace(penalties=(*configured, *hooks.penalties))
+
+    def _train_privately(
+        self, site: Site, number: int, payload: Payload, hooks: Hooks, data: StageData
+    ) -> Visit | Decline:
+        """As `train`, under record-level differential privacy: no count of what curation did leaves.
+
+        Raises:
+            ValueError: the method asks for more than penalties, which alone are known to cost no privacy.
+        """
+        if hooks != Hooks(penalties=hooks.penalties):
+            raise ValueError("the client's half of this method does not go with record-level privacy")
         both = (*data.new, *(row.example for row in data.replay))
-        corpus = self._corpus(site, "train", both)
+        corpus = self._rows.corpus(site, "train", both)
         new = len(data.new) - sum(row < len(data.new) for row in corpus.dropped)
         rows = rows_by_stage(site.train, self.config)
         try:
@@ -162,7 +166,7 @@ class Worker:
                 number,
                 folder=site.folder,
                 ledger=site.ledger,
-                penalties=build_penalties(self.config.train.penalties, payload.adapter),
+                penalties=self._with_penalties(hooks, payload).penalties,
                 observers=[state.step_log(site.folder, number)],
             )
         except BudgetSpent:
@@ -178,22 +182,37 @@ class Worker:
         at: Memory,
         payload: Payload,
         result: FitResult,
-        curated: Curated | None = None,
+        curated: CurationCounts | None = None,
         spent: Spent | None = None,
     ) -> Visit:
-        delta: StateDict = result.delta
-        if self.config.adapter.share == "a":
-            personal.keep(site.folder, at.round, payload.adapter, delta)
-            self._save_own(site, add(payload.adapter, delta))  # it may never be asked to measure
-            delta = lora.only_a(delta)
+        """The answer of a finished visit, once what the site keeps of it is on its disk."""
+        sent, kept = self.local.finish(payload.adapter, result.delta)
+        if kept:
+            round_files.save(site.folder, self.local.keeps, at.round, kept)
+        if self.local.personal:
+            self._save_own(site, add(payload.adapter, result.delta))  # it may never be asked to measure
         state.save(site.folder, at)
-        rank = pruning.rank_of(self.config, delta, site.rank)
-        update = Update(site.client, delta, float(result.report.tokens), rank)
+        update = Update(site.client, sent, float(result.report.tokens), self.local.rank(sent, site.rank))
         return Visit(update, result.report, curated, spent)
 
-    def _save_own(self, site: Site, adapter: StateDict) -> None:
-        """Write the model that only the site itself has."""
-        adapter_folder.save_adapter_folder(self._model(site), adapter, site.folder / "adapter", self.config)
+    def send(self, site: Site, number: int, payload: Payload, answer: Visit | Decline) -> bytes:
+        """The message of an answer's change, once what the method keeps of a change that is sent is on disk.
+
+        A change with NaN, which only an attacker has, is not coded, for no codec takes it; nor is there one to decline.
+        """
+        if isinstance(answer, Decline):
+            return b""
+        delta, coded = answer.update.delta, is_finite(answer.update.delta)
+        up = compression.up(self.config, self.local)
+        message = compression.encode(self.config, up, site, number, delta) if coded else b""
+        if self.local.settle and payload.extra:
+            arrived = compression.arrives(up, message, delta)
+            lr_sum = schedule.lr_sum(self.config, number, answer.report.steps)
+            kept = self.local.settle(self._kept(site, number, payload), payload, arrived, lr_sum)
+            round_files.save(site.folder, self.local.keeps, number, kept, also=payload.last_round)
+        return message
+
+    # -- measuring ------------------------------------------------------------------------------
 
     def evaluate(self, site: Site, payload: Payload, number: int = sys.maxsize) -> Score:
         """The received adapter's loss on the site's held-out examples, as sums, after round `number`.
@@ -201,64 +220,56 @@ class Worker:
         Below `_FEWEST` examples nothing is told: the sum would say too much of each. Under differential privacy
         nothing is told at all, whatever the server asks: a loss without noise would be a way around it.
         """
-        site = site._replace(rank=pruning.rank_of(self.config, payload.adapter, site.rank))
-        payload = self._completed(site, number + 1, payload)
-        if self.config.adapter.share != "both":  # nobody else can put the site's own model together
+        site = self._of_round(site, payload)
+        payload = payload._replace(adapter=self._open(site, number + 1, payload).adapter)
+        if self.local.personal:
             self._save_own(site, payload.model)
         if self.config.privacy.unit == "record":
             return Score(0.0, 0, 0)
-        corpus = self._corpus(site, "test", site.test)
+        corpus = self._rows.corpus(site, "test", site.test)
         if len(corpus) < _FEWEST:
             return Score(0.0, 0, 0)
-        lm = self._model(site)
-        adapters.set_adapter(lm, payload.model)
-        nats, tokens = ModelProbe(lm).losses(corpus)
+        nats, tokens = self._probe(site, payload).losses(corpus)
         return Score(float(nats.sum()), int(tokens.sum()), len(nats))
 
-    def _completed(self, site: Site, number: int, payload: Payload) -> Payload:
-        """What was sent as a whole adapter.
+    def _save_own(self, site: Site, adapter: StateDict) -> None:
+        """Write the model that only the site itself has."""
+        adapter_folder.save_adapter_folder(self._model(site), adapter, site.folder / "adapter", self.config)
 
-        That is with the site's own factors as of before round `number` where it keeps some to itself, or rebuilt where
-        scalars alone travel.
-        """
-        if zeroth_order.used(self.config):
-            return zeroth_order.opened(self._model(site), payload, self.config)
-        if self.config.adapter.share == "both":
-            return payload
-        return payload._replace(adapter=personal.complete(self._model(site), site.folder, number, payload.adapter))
+    # -- the method -----------------------------------------------------------------------------
 
-    def _chosen(self, site: Site, number: int, payload: Payload) -> tuple[Sequence[Example], Choice | None]:
-        """The rows that curation leaves for a round, and what it did; all of them where nothing is configured."""
-        if not self.config.curate.steps:
-            return tuple(site.train), None
-        made = curated_rows.choose(
-            site.train,
-            self.config.curate,
-            self._context(site, payload, number),
-            site.folder,
-            number,
-            self._choices.get(site.client),
-            empty_ok=self.config.privacy.unit == "record",
-        )
-        self._choices[site.client] = made
-        return made.examples, made
+    def _of_round(self, site: Site, payload: Payload) -> Site:
+        """The site with the rank that it has in this round."""
+        return site._replace(rank=self.local.rank(payload.adapter, site.rank))
 
-    def _context(self, site: Site, payload: Payload, number: int) -> Context:
-        def probe() -> ModelProbe:
-            lm = self._model(site)
-            adapters.set_adapter(lm, payload.model)
-            return ModelProbe(lm)
+    def _open(self, site: Site, number: int, payload: Payload) -> Opened:
+        """What a visit of round `number` starts from: a whole adapter, and the method's hooks."""
+        return open_received(self._model(site), self.config, self.local, self._kept(site, number, payload), payload)
 
-        reader = Reader(self.template, self.tokenizer, self.config.prompt, probe)
-        return Context(self.config.seed, site.client, site.test, reader, trained=number - 1)
+    def _kept(self, site: Site, number: int, payload: Payload) -> StateDict:
+        """The method's state that a visit of round `number` starts with."""
+        if not self.local.keeps:
+            return {}
+        if self.local.resumes == "counted":
+            return round_files.load(site.folder, self.local.keeps, payload.last_round)
+        return round_files.newest(site.folder, self.local.keeps, before=number)
 
-    def _corpus(self, site: Site, part: str, examples: Sequence[Example]) -> Corpus:
-        """The tokens of a part of the site's rows; made again where it has come to hold others."""
-        key = (site.client, part)
-        if key not in self._corpora or self._corpora[key][0] != examples:
-            made = tokenization.encode_all(examples, self.template, self.tokenizer, self.config.prompt)
-            self._corpora[key] = (examples, made)
-            while len(self._corpora) > 1 and sum(c.stats.tokens for _, c in self._corpora.values()) > _HELD_TOKENS:
-                self._corpora.popitem(last=False)
-        self._corpora.move_to_end(key)
-        return self._corpora[key][1]
+
+def open_received(
+    lm: LanguageModel, config: RunConfig, local: LocalAlgorithm, kept: StateDict, payload: Payload
+) -> Opened:
+    """What a client makes of a payload: a whole adapter, and the hooks that the method asks for.
+
+    Args:
+        lm: the model with an adapter of the client's rank.
+        config: the run.
+        local: the client's half of its method.
+        kept: the method's state at the client.
+        payload: as it was received.
+
+    Raises:
+        apiary.core.errors.StateLost: the client no longer has the state that the server counts on.
+    """
+    shapes = {name: parameter.shape for name, parameter in lm.adapter.items()}
+    rank = next(iter(lora.split(lm.adapter).values())).rank
+    return local.open(kept, payload, Client(rank, shapes, fresh=lambda: adapters.fresh_adapter(lm, config.seed)))

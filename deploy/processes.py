@@ -27,7 +27,7 @@ _DEATH_SIGNAL, _ADOPT_ORPHANS = 1, 36  # of prctl(2): PR_SET_PDEATHSIG, PR_SET_C
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
-class Kept:
+class SupervisedProcess:
     """A process that is started again when it ends, after a pause that grows while it keeps ending soon.
 
     Args:
@@ -135,7 +135,7 @@ def _end_with_parent(parent: int) -> Callable[[], None] | None:
     return ask
 
 
-def end_all(kept: Iterable[Kept]) -> None:
+def end_all(kept: Iterable[SupervisedProcess]) -> None:
     """End the processes, and whatever of theirs is left: politely first, by SIGKILL after ten seconds."""
     running = [process for each in kept if (process := each.process)]
     for process in running:
@@ -169,7 +169,7 @@ def adopt_orphans() -> None:
         _LIBC.prctl(_ADOPT_ORPHANS, 1)
 
 
-def reap(kept: Iterable[Kept]) -> set[int]:
+def reap(kept: Iterable[SupervisedProcess]) -> set[int]:
     """The processes adopted by this one that still run; those that have ended are cleared away."""
     ours = {process.pid for each in kept if (process := each.process)}
     found: set[int] = set()

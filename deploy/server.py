@@ -15,7 +15,7 @@ from apiary.core.errors import UserError
 from apiary.core.files import write_atomic
 from deploy import certificates, flower_cli, kits, processes
 from deploy.kits import Kit
-from deploy.processes import Kept
+from deploy.processes import SupervisedProcess
 
 _RUNNING, _NODES = "running.json", "nodes.json"
 _NODES_VARIABLE = "APIARY_NODES"  # tells the runs' own processes where the latter is: they name a site by it
@@ -89,7 +89,7 @@ def _nodes(state: Path) -> dict[str, dict[str, str]]:
     return {name: {"node": entry["node"], "key": keys[name]} for name, entry in values.items() if entry["node"]}
 
 
-def _superlink(kit: Kit, state: Path, port: int) -> Kept:
+def _superlink(kit: Kit, state: Path, port: int) -> SupervisedProcess:
     command = [
         processes.program("flower-superlink"),
         *("--host", "127.0.0.1", "--port", str(port)),
@@ -100,10 +100,10 @@ def _superlink(kit: Kit, state: Path, port: int) -> Kept:
         "--disable-runtime-dependency-installation",
     ]
     environment = {**processes.environment(state), _NODES_VARIABLE: str(state / _NODES)}
-    return Kept(command, environment, state, state / "superlink.log")
+    return SupervisedProcess(command, environment, state, state / "superlink.log")
 
 
-def _door(kit: Kit, state: Path, port: int, bind: str) -> Kept:
+def _door(kit: Kit, state: Path, port: int, bind: str) -> SupervisedProcess:
     command = [
         *(sys.executable, "-P", "-m", "deploy.proxy"),
         *("--bind", bind, "--port", str(kit.server.port)),
@@ -111,7 +111,7 @@ def _door(kit: Kit, state: Path, port: int, bind: str) -> Kept:
         *("--certificate", str(kit.folder / kits.CERTIFICATE), "--key", str(kit.folder / kits.SERVER_KEY)),
         *("--ca", str(kit.folder / kits.CA)),
     ]
-    return Kept(command, processes.environment(state), state, state / "door.log")
+    return SupervisedProcess(command, processes.environment(state), state, state / "door.log")
 
 
 def _check(kit: Kit) -> None:
@@ -124,7 +124,7 @@ def _check(kit: Kit) -> None:
         raise UserError(f"{str(kit.folder)!r}: {error}") from None
 
 
-def _wait_until_up(kit: Kit, kept: list[Kept], port: int, end: threading.Event) -> bool:
+def _wait_until_up(kit: Kit, kept: list[SupervisedProcess], port: int, end: threading.Event) -> bool:
     deadline = time.monotonic() + _START_S
     while not end.wait(0.3):
         for each in kept:
@@ -138,7 +138,7 @@ def _wait_until_up(kit: Kit, kept: list[Kept], port: int, end: threading.Event) 
 
 
 def _watch(
-    kit: Kit, state: Path, kept: list[Kept], end: threading.Event, known: list[str], failures: _Failures
+    kit: Kit, state: Path, kept: list[SupervisedProcess], end: threading.Event, known: list[str], failures: _Failures
 ) -> None:
     looked = time.monotonic()
     while not end.wait(0.3):

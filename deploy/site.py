@@ -17,7 +17,7 @@ from typing import NamedTuple
 from apiary.core.errors import UserError
 from deploy import certificates, code_guard, flower_cli, kits, processes
 from deploy.kits import Kit
-from deploy.processes import Kept
+from deploy.processes import SupervisedProcess
 
 _START_S = 300.0
 _GIVE_UP_S = 90.0  # an earlier session that was killed counts as online for a minute
@@ -132,7 +132,7 @@ def _is_there(path: Path, kind: Callable[[Path], bool]) -> bool:
         return False
 
 
-def _worker(kit: Kit, state: Path, options: Options, address: str) -> Kept:
+def _worker(kit: Kit, state: Path, options: Options, address: str) -> SupervisedProcess:
     command = [
         *(sys.executable, "-P", "-m", "client.site_worker"),
         *("--address", address, "--site", kit.site),
@@ -147,10 +147,10 @@ def _worker(kit: Kit, state: Path, options: Options, address: str) -> Kept:
         command += ["--rank", str(options.rank)]
     if options.max_epsilon is not None:
         command += ["--max-epsilon", str(options.max_epsilon), "--max-delta", str(options.max_delta)]
-    return Kept(command, processes.environment(state), state)
+    return SupervisedProcess(command, processes.environment(state), state)
 
 
-def _supernode(kit: Kit, state: Path, address: str, port: int | None) -> Kept:
+def _supernode(kit: Kit, state: Path, address: str, port: int | None) -> SupervisedProcess:
     command = [
         processes.program("flower-supernode"),
         *("--superlink", str(kit.server)),
@@ -160,10 +160,10 @@ def _supernode(kit: Kit, state: Path, address: str, port: int | None) -> Kept:
         *("--node-config", f'site="{kit.site}" worker-address="{address}"'),
     ]
     guarded = code_guard.install(state / "bin", processes.environment(state))
-    return Kept(command, guarded, state, state / "supernode.log")
+    return SupervisedProcess(command, guarded, state, state / "supernode.log")
 
 
-def _wait_for_worker(worker: Kept, path: Path, end: threading.Event) -> int | None:
+def _wait_for_worker(worker: SupervisedProcess, path: Path, end: threading.Event) -> int | None:
     """None when the worker answers; else the exit code of it all."""
     deadline = time.monotonic() + _START_S
     while not end.wait(0.2):
@@ -196,7 +196,7 @@ def _look_for_server(kit: Kit) -> int | None:
     return None
 
 
-def _watch(kit: Kit, worker: Kept, supernode: Kept, end: threading.Event) -> int | None:
+def _watch(kit: Kit, worker: SupervisedProcess, supernode: SupervisedProcess, end: threading.Event) -> int | None:
     line = _Line()
     while not end.wait(0.2):
         code = worker.look()

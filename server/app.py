@@ -1,4 +1,4 @@
-"""The ServerApp: prepares a run's state, lets `Rounds` do the work, and writes the adapter."""
+"""The ServerApp: prepares the state of a run, does its rounds, and writes the adapter."""
 
 from __future__ import annotations
 
@@ -12,22 +12,18 @@ from flwr.serverapp import Grid, ServerApp
 import strategies
 from apiary.config import loading
 from apiary.config.schema import RunConfig
-from apiary.core import lora
-from apiary.core.messages import Score, Spent
+from apiary.core.messages import Spent
 from apiary.core.tensors import StateDict
 from apiary.data import tokenization
-from apiary.data.batches import Corpus
-from apiary.evaluation import comparison, continual
+from apiary.evaluation import continual
 from apiary.evaluation.comparison import HeldOut
 from apiary.export import adapter_folder
 from apiary.models import adapters
-from apiary.models.adapters import LanguageModel
-from apiary.models.inference import ModelProbe
 from apiary.privacy import statement
 from apiary.tracking.event_log import RunLog
 from apiary.transport import from_config
-from server import checkpoint, deployment_run, trusted_update
-from server.rounds import Evaluation, Progress, Rounds
+from server import checkpoint, deployment_run, evaluation, trusted_update
+from server.rounds import Hooks, Progress, Rounds
 from strategies import ServerState
 
 
@@ -45,60 +41,51 @@ def prepare(
         folder: the run directory.
         log: receives the events.
         held_out: the server's own held-out examples; None when it has none.
-        name_of: the name under which the server knows a node, where it knows one.
+        name_of: the name that a node's key is registered under; see `Roster`.
     """
     lm = adapters.load(config.model, config.adapter)
     template = tokenization.make_template(config.prompt, lm.tokenizer)
-    found = checkpoint.load(folder / "checkpoints")
-    if found is None:
+    aggregator = strategies.from_config(config)
+    saved = checkpoint.load(folder / "checkpoints")
+    if saved is None:
         fresh = adapters.fresh_adapter(lm, config.seed)
-        state = ServerState(0, fresh if config.adapter.share == "both" else lora.only_a(fresh), {}, {})
+        state = ServerState(0, {n: t for n, t in fresh.items() if aggregator.local.shares(n)}, {}, {})
         progress = Progress()
     else:
-        state, progress = found[0], Progress(**found[1])
-    aggregator = strategies.from_config(config)
+        state, progress = saved[0], Progress(**saved[1])
     for line in from_config.remarks(config):
         log.event("warning", message=line)
-    measured = held_out if config.adapter.share == "both" else None  # half an adapter has no loss
-    return Rounds(
-        config,
-        aggregator,
-        adapters.fingerprint(lm, template),
-        state,
-        log=log,
-        progress=progress,
+    measured = None if aggregator.local.personal else held_out  # half an adapter has no loss
+    hooks = Hooks(
+        log,
         on_round=lambda state, progress: save(folder, config, state, progress),
-        evaluate=_measure(lm, measured.corpus, config.seed) if measured else None,
+        evaluate=evaluation.on_held_out(lm, measured.corpus, config.seed) if measured else None,
         score_stages=continual.scorer(lm, measured, config) if measured else None,
         name_of=name_of,
-        root=trusted_update.trainer(config, held_out.examples if held_out else (), folder / "root")
+        own_update=trusted_update.trainer(config, held_out.examples if held_out else (), folder / "root")
         if aggregator.root
         else None,
     )
-
-
-def _measure(lm: LanguageModel, held_out: Corpus, seed: int) -> Callable[[StateDict], Evaluation]:
-    def measure(adapter: StateDict) -> Evaluation:
-        adapters.set_adapter(lm, adapter)
-        nats, tokens = ModelProbe(lm).losses(held_out)
-        score = Score(float(nats.sum()), int(tokens.sum()), len(nats))
-        return Evaluation(score, comparison.interval(nats, tokens, seed=seed))
-
-    return measure
+    return Rounds(config, aggregator, adapters.fingerprint(lm, template), state, hooks, progress)
 
 
 def save(folder: Path, config: RunConfig, state: ServerState, progress: Progress) -> None:
-    """Write a round's checkpoint, and the account of the privacy spent."""
+    """Write the checkpoint of a round, and the statement of the privacy that clients have spent so far."""
     plain = {name: dict(value) for name, value in progress._asdict().items() if isinstance(value, Mapping)}
     checkpoint.save(folder / "checkpoints", state, {**progress._asdict(), **plain})
     statement.write(folder, config, {client: Spent._make(values) for client, values in progress.spent.items()})
 
 
 def make_app(log: RunLog | None = None, held_out: HeldOut | None = None) -> ServerApp:
-    """A ServerApp for one run; without a simulation around it, it keeps the whole run directory by itself.
+    """A ServerApp for one run.
 
     The run config holds `config` (the whole configuration as JSON), `out` (the run directory, on the server's disk) and
     `expected` (clients to wait for; the configured minimum when absent).
+
+    Args:
+        log: the run's, from a simulation, which then also writes the table and the report; without it the app keeps
+            the whole run directory by itself, as in a deployment.
+        held_out: the server's own held-out examples, from a simulation; a deployment reads its own.
     """
     app = ServerApp()
 

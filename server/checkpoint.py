@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from safetensors.torch import load_file
 from safetensors.torch import save as pack
 
+from apiary.core.files import sync
 from apiary.core.tensors import StateDict, digest
 from strategies import ServerState
 
@@ -20,12 +20,19 @@ _ALWAYS = frozenset(_PARTS) - {"copies"}  # the others have a file only where th
 
 
 def save(folder: Path, state: ServerState, progress: Mapping[str, Any], keep: int = 2) -> Path:
-    """The folder `round-NNNN` that now holds the state; older ones beyond `keep` are removed.
+    """Save the state in a folder `round-NNNN`.
 
-    Everything is written to a folder beside, flushed to disk, and renamed: a kill at any moment leaves either the whole
-    checkpoint or none.
+    Everything is written to a folder beside it, flushed to disk, and renamed: a kill at any moment leaves either the
+    whole checkpoint or none.
 
-    `progress` holds plain values that belong to the state, such as the best loss so far.
+    Args:
+        folder: of all checkpoints.
+        state: the server's after a round.
+        progress: plain values that belong to the state, such as the best loss so far.
+        keep: how many of the newest checkpoints stay; older ones are removed.
+
+    Returns:
+        The folder of this checkpoint.
     """
     final = folder / f"round-{state.round:04d}"
     draft = folder / ".draft"
@@ -37,22 +44,25 @@ def save(folder: Path, state: ServerState, progress: Mapping[str, Any], keep: in
         index = {"round": state.round, "digests": digests, "progress": dict(progress)}
         (draft / "state.json").write_text(json.dumps(index), encoding="utf-8")
         for path in [*draft.iterdir(), draft]:
-            _flush(path)
+            sync(path)
         shutil.rmtree(final, ignore_errors=True)
         draft.rename(final)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
-    _flush(folder)
+    sync(folder)
     for old in _rounds(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
 
 def load(folder: Path) -> tuple[ServerState, dict[str, Any]] | None:
-    """The newest complete state and its progress values; None when there is none.
+    """Load the newest complete checkpoint.
 
-    A folder whose tensors do not match their digests is passed over.
+    A folder that cannot be read, or whose tensors do not match their digests, is passed over.
+
+    Returns:
+        The state and its progress values; None where there is no complete checkpoint.
     """
     for path in reversed(_rounds(folder)):
         try:
@@ -74,11 +84,3 @@ def _write(path: Path, state: StateDict) -> str:
     # As bytes: safetensors' own writer hides a full disk behind an error type of its own.
     path.write_bytes(pack({name: tensor.contiguous() for name, tensor in state.items()}))
     return digest(state)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,4 +1,4 @@
-"""What clients report, added up, and whether a run still gets better: pure functions."""
+"""Scores and counts that clients report, added up, and whether a run still gets better: pure functions."""
 
 from __future__ import annotations
 
@@ -19,33 +19,40 @@ class Best(NamedTuple):
     without_gain: int  # evaluations since
 
 
-def after(best: Best, scores: Scores) -> Best:
+def update_best(best: Best, scores: Scores) -> Best:
     """The best evaluation once another one has been made.
 
     They are compared on the clients that both have, for others may be easier or harder; and by the median client, not
     by their sum: one that lies must not end the run, nor keep it going.
     """
     gains = [
-        total([best.scores[name]]).loss - total([sums]).loss for name, sums in scores.items() if name in best.scores
+        add_up([best.scores[name]]).loss - add_up([sums]).loss for name, sums in scores.items() if name in best.scores
     ]
-    if statistics.median(gains) > 0 if gains else math.isfinite(total(scores.values()).loss):
+    if statistics.median(gains) > 0 if gains else math.isfinite(add_up(scores.values()).loss):
         return Best(scores, 0)
     return best._replace(without_gain=best.without_gain + 1)
 
 
-def of_clients(sums: Scores) -> tuple[dict[str, Score], dict[str, Any]]:
-    """The scores of clients that have rows enough, and the fields of an `evaluate` event about all."""
-    told = {name: total([own]) for name, own in sums.items()}
-    scores = {name: score for name, score in told.items() if score.tokens}
+def panel_fields(sums: Scores) -> tuple[dict[str, Score], dict[str, Any]]:
+    """Sum up what the panel reported.
+
+    Args:
+        sums: the score of each client of the panel; without tokens where it has too few rows to tell a loss.
+
+    Returns:
+        The scores of the clients with rows enough, and the fields of the `evaluate` event about all of them.
+    """
+    reported = {name: add_up([own]) for name, own in sums.items()}
+    scores = {name: score for name, score in reported.items() if score.tokens}
     return scores, {
         "clients": {name: score.loss for name, score in scores.items()},
-        "clients_loss": total(scores.values()).loss,
+        "clients_loss": add_up(scores.values()).loss,
         "clients_rows": {name: [score.examples, score.tokens] for name, score in scores.items()},
-        "clients_few": [name for name in told if name not in scores],
+        "clients_few": [name for name in reported if name not in scores],
     }
 
 
-def total(scores: Iterable[Sequence[float]]) -> Score:
+def add_up(scores: Iterable[Sequence[float]]) -> Score:
     """The sums of scores added up."""
     nats, tokens, examples = 0.0, 0, 0
     for score in scores:
@@ -53,8 +60,8 @@ def total(scores: Iterable[Sequence[float]]) -> Score:
     return Score(nats, tokens, examples)
 
 
-def trained(reports: Sequence[FitReport]) -> dict[str, float]:
-    """The counts of a round; without the loss where privacy withholds it."""
+def training_fields(reports: Sequence[FitReport]) -> dict[str, float]:
+    """The counts of a round, as fields of its event; without the loss where privacy withholds it."""
     tokens = sum(report.tokens for report in reports)
     loss = sum(report.loss * report.tokens for report in reports) / max(tokens, 1)
     known = {"train_loss": loss} if reports and math.isfinite(loss) else {}

@@ -1,4 +1,4 @@
-"""What surrounds the rounds where no simulation does it: the run's folder, its log, the table and the report."""
+"""A run on the server of a deployment: its folder, log, table and report, around the rounds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from apiary.config import summary
 from apiary.config.schema import RunConfig
 from apiary.config.summary import public_name
 from apiary.core import files
-from apiary.core.errors import UserError
+from apiary.core.errors import RunFailed, UserError
 from apiary.core.tensors import StateDict
 from apiary.data import examples, stages, tokenization
 from apiary.data.federation import Federation
@@ -29,6 +29,7 @@ from apiary.report.sites import own_rounds
 from apiary.tracking import environment, event_log, metrics_file, trackers
 from apiary.tracking.event_log import RunLog
 from server import checkpoint
+from strategies.from_config import check_for_sites
 
 Federate = Callable[[RunLog, HeldOut | None], StateDict]
 _NOT_MEASURED = (
@@ -58,11 +59,11 @@ def run(config: RunConfig, folder: Path, expected: int, federate: Federate, numb
         expected: clients that the first round waits for.
         federate: does the rounds, given the log and the server's held-out examples (None without `data.test`), and
             returns the final adapter.
-        number: Flower's own of the run, by which whoever follows it finds its part of the log.
+        number: the number that Flower gave the run, by which `apiary deploy` finds the run's part of the log.
 
     Raises:
         UserError: another process still writes the folder; nothing in it was touched.
-        Exception: whatever ended the run; its line stands in the log as a `failed` event.
+        Exception: whatever ended the run, once it is in the log as a `failed` event.
     """
     began = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,6 +78,7 @@ def run(config: RunConfig, folder: Path, expected: int, federate: Federate, numb
 def _run(config: RunConfig, folder: Path, expected: int, federate: Federate, number: int, began: float) -> None:
     log = _open(config, folder, expected, number)
     try:
+        check_for_sites(config)
         held_out = _held_out(config, log)
         adapter = federate(log, held_out)
         metrics = _summarise(config, folder, adapter, held_out)
@@ -106,7 +108,11 @@ def _open(config: RunConfig, folder: Path, expected: int, number: int) -> RunLog
 
 
 def _held_out(config: RunConfig, log: RunLog) -> HeldOut | None:
-    """The server's own examples to measure on, where `data.test` names some; the log is told what they lack."""
+    """The server's own held-out examples, where `data.test` names some; what is wrong with them is logged.
+
+    Raises:
+        UserError: they cannot be read, none is in a stage of the run, or none fits the prompt.
+    """
     if config.data.test is None:
         return None
     if config.adapter.share != "both":
@@ -135,7 +141,7 @@ def _model(config: RunConfig) -> tuple[LanguageModel, tokenization.Template]:
 
 
 def _summarise(config: RunConfig, folder: Path, adapter: StateDict, held_out: HeldOut | None) -> dict[str, Any]:
-    """The content of metrics.json: what the server can know, which is neither rows nor baselines of the sites."""
+    """The content of metrics.json: what the server can know, which leaves out the sites' rows and baselines."""
     events = event_log.read_events(folder)
     clients = {e["client"]: e for e in events if e["event"] == "handshake"}
     ranks = metrics_file.ranks(events)
@@ -171,9 +177,9 @@ def _client(name: str, hello: Mapping[str, Any], rank: int | None) -> dict[str, 
 
 
 def _line(error: BaseException) -> str:
-    """One line for who follows the run."""
+    """What ended a run, in one line for its log."""
     if isinstance(error, KeyboardInterrupt | SystemExit):
         return "it was stopped"
     lines: Sequence[str] = str(error).strip().splitlines() or [type(error).__name__]
-    known = isinstance(error, UserError) or type(error).__name__ == "RunFailed"
+    known = isinstance(error, UserError | RunFailed)
     return lines[0] if known else f"{type(error).__name__}: {lines[0]}"

@@ -1,4 +1,4 @@
-"""Who takes part: nodes that come and leave, and the handshake in between."""
+"""Membership: which clients take part. Nodes come and leave, and each new one shakes hands before it is asked."""
 
 from __future__ import annotations
 
@@ -29,29 +29,40 @@ class EventLog(Protocol):
 
 
 class Member(NamedTuple):
-    """A client that has passed the handshake and is there."""
+    """A client that has passed the handshake and whose node is there."""
 
     node: int
     info: ClientInfo
-    examples: int
+    examples: int  # training examples that it named at the handshake
 
 
-class _Refusal(NamedTuple):
-    reasons: frozenset[str]  # all that were logged
-    until: float  # monotonic seconds; asked again from then on
+class _Refused(NamedTuple):
+    reasons: frozenset[str]  # all that were logged of this node
+    until: float  # monotonic seconds; from then on it is asked again
+
+
+class _Objection(NamedTuple):
+    """Why a client may not join."""
+
+    reason: str
+    by_name: bool = True  # whether the event gives the client's own name; if not, the one that the server has for it
+    for_s: float = math.inf  # seconds until its node is asked again
 
 
 class Roster:
-    """The clients that a run may ask, by name.
+    """The members of a run, by name.
+
+    It owns the members, the handshakes without an answer yet, and the nodes that were refused: for how long, and for
+    which reasons, so that each reason is logged once.
 
     Args:
         config: the run.
         fingerprint: what a client must agree on to take part.
         mixed: whether the aggregation method takes clients of lower ranks than the run's.
-        log: receives the run's events.
-        name_of: the name that a node's key is registered under, which it must then tell as its own; empty where a key
-            has none, and None where there are no keys, as in a simulation.
-        info_of: what the run knows of a client that has passed, beside what it says of itself.
+        log: receives `handshake` and `refused` events.
+        name_of: the name that a node's key is registered under, which must then be the one that the client gives; ""
+            for a node whose key has none, None where there are no keys, as in a simulation.
+        info_of: what the run knows of a client whose handshake passed.
     """
 
     def __init__(
@@ -66,15 +77,16 @@ class Roster:
     ) -> None:
         self.config, self.fingerprint = config, fingerprint
         self.members: dict[str, Member] = {}
+        self._clients: dict[int, str] = {}  # the name of each member, by its node
         self._mixed, self._log, self._name_of, self._info_of = mixed, log, name_of, info_of
-        self._refused: dict[int, _Refusal] = {}
-        self._greeted: dict[str, int] = {}  # hellos without an answer yet: message id -> node
+        self._refused: dict[int, _Refused] = {}  # by node
+        self._unanswered: dict[str, int] = {}  # the node of each handshake without an answer yet, by message id
 
     def wait_for(self, grid: Grid, expected: int) -> None:
         """Wait for the nodes of `expected` clients and shake hands with them.
 
         Raises:
-            RunFailed: they did not come in `strategy.join_timeout_s`, or too few passed.
+            RunFailed: fewer nodes came within `strategy.join_timeout_s`, or too few clients passed the handshake.
         """
         deadline, pause = time.monotonic() + self.config.strategy.join_timeout_s, messaging.Pause()
         while len(nodes := list(grid.get_node_ids())) < expected:
@@ -84,7 +96,7 @@ class Roster:
                     f"{self.config.strategy.join_timeout_s:g} s"
                 )
             pause.sleep()
-        self._greet(grid, patience=self.config.strategy.join_timeout_s)
+        self._update(grid, patience=self.config.strategy.join_timeout_s)
         needed = min(self.config.strategy.min_clients, expected)
         if len(self.members) < needed:
             raise RunFailed(
@@ -92,118 +104,110 @@ class Roster:
             )
 
     def gather(self, grid: Grid, number: int) -> None:
-        """Look who is there now; wait a while if that is fewer than a round may have.
+        """Update the members before a round; wait while they are fewer than `strategy.min_clients`.
 
         Raises:
-            RunFailed: it still is after `strategy.join_timeout_s`.
+            RunFailed: they still are fewer after `strategy.join_timeout_s`.
         """
         needed = self.config.strategy.min_clients
         deadline, pause = time.monotonic() + self.config.strategy.join_timeout_s, messaging.Pause()
-        self._greet(grid)
+        self._update(grid)
         while len(self.members) < needed:
             if time.monotonic() > deadline:
                 there = len(self.members)
                 raise RunFailed(f"round {number}: {there} clients are left, strategy.min_clients = {needed} are needed")
             pause.sleep()
-            self._greet(grid)
+            self._update(grid)
 
-    def _greet(self, grid: Grid, patience: float = 0.0) -> None:
-        """Shake hands with nodes that are new, and forget those that left.
+    def set_info(self, info: ClientInfo) -> None:
+        """Replace what the run knows of a member."""
+        self.members[info.client] = self.members[info.client]._replace(info=info)
 
-        Waits as long as answers keep coming within `patience` seconds of each other. Who has not answered by then
-        holds nobody up: a later call admits it.
+    def name(self, node: int) -> str:
+        """The server's own name for the client on a node, whatever it calls itself."""
+        unknown = f"a site that did not tell its name (node {node})"
+        return self._clients.get(node) or self._name_of(node) or unknown
+
+    def member(self, node: int) -> Member | None:
+        """The member on a node; None where there is none."""
+        return self.members[self._clients[node]] if node in self._clients else None
+
+    def _update(self, grid: Grid, patience: float = 0.0) -> None:
+        """Shake hands with nodes that are new, and drop members whose nodes left.
+
+        Waits as long as answers keep coming within `patience` seconds of each other. A node that has not answered by
+        then is not waited for: a later call takes in its answer.
         """
         nodes, now = set(grid.get_node_ids()), time.monotonic()
         self.members = {name: m for name, m in self.members.items() if m.node in nodes}
-        self._greeted = {i: node for i, node in self._greeted.items() if node in nodes}
-        self._refused = {node: refusal for node, refusal in self._refused.items() if node in nodes}
-        refused = {node for node, refusal in self._refused.items() if now < refusal.until}
-        known = {member.node for member in self.members.values()} | refused | set(self._greeted.values())
+        self._clients = {m.node: name for name, m in self.members.items()}
+        self._unanswered = {i: node for i, node in self._unanswered.items() if node in nodes}
+        self._refused = {node: refused for node, refused in self._refused.items() if node in nodes}
+        still_refused = {node for node, refused in self._refused.items() if now < refused.until}
+        known = set(self._clients) | still_refused | set(self._unanswered.values())
         if new := sorted(nodes - known):
             hellos = [Message(RecordDict(), node, flower_records.HELLO, group_id="0") for node in new]
-            self._greeted |= messaging.push(grid, hellos)
+            self._unanswered |= messaging.push(grid, hellos)
         last, pause = time.monotonic(), messaging.Pause()
-        while self._greeted:
-            answers = messaging.pull(grid, self._greeted)
+        while self._unanswered:
+            answers = messaging.pull(grid, self._unanswered)
             for node, reply in answers:
-                self._meet(node, reply)
+                self._read(node, reply)
                 last, pause = time.monotonic(), messaging.Pause()
             if not answers:
                 if time.monotonic() - last >= patience:
                     return
-                pause.sleep(len(self._greeted))
+                pause.sleep(len(self._unanswered))
 
-    def _meet(self, node: int, reply: Message) -> None:
+    def _read(self, node: int, reply: Message) -> None:
+        """Take in a node's answer to the handshake: its client becomes a member, or is refused with a reason."""
         if reply.has_error():
-            reason = reply.error.reason or "it failed without a reason"
-            self._turn_away(node, self._called(node), reason, for_s=_AGAIN_S)
+            self._refuse(node, self.name(node), messaging.failure(reply), for_s=_AGAIN_S)
             return
         try:
-            self._admit(node, flower_records.read_hello_reply(reply.content))
+            hello = flower_records.read_hello_reply(reply.content)
         except errors.WireError as error:
-            self._turn_away(node, self._called(node), str(error))
+            self._refuse(node, self.name(node), str(error))
+            return
+        if objection := self._objection(node, hello):
+            client = hello.client if objection.by_name else self.name(node)
+            self._refuse(node, client, objection.reason, objection.for_s)
+            return
+        info = self._info_of(hello)
+        self.members[hello.client] = Member(node, info, hello.examples)
+        self._clients[node] = hello.client
+        self._refused.pop(node, None)
+        self._log.event("handshake", client=hello.client, examples=hello.examples, tokens=hello.tokens, rank=info.rank)
 
-    def _admit(self, node: int, hello: Hello) -> None:
-        wrong = [
-            part
-            for part, ours, theirs in zip(Fingerprint._fields, self.fingerprint, hello.fingerprint, strict=True)
-            if ours != theirs
-        ]
+    def _objection(self, node: int, hello: Hello) -> _Objection | None:
         registered = self._name_of(node)
         if registered is not None and registered != hello.client:
             # Before all else: nothing that it says in another's name may count. Not for good: it may be mended.
-            told = f"it calls itself {hello.client[:64]!r}, which is not the name that its key is registered under"
-            self._turn_away(node, self._called(node), told, for_s=_AGAIN_S)
-        elif hello.client == ROOT:
-            self._turn_away(node, self._called(node), "it calls itself as the server does; give it another name")
-        elif wrong:
-            reason = f"it holds another {' and '.join(wrong)} than the server (fingerprints differ)"
-            self._turn_away(node, hello.client, reason)
-        elif (other := self.members.get(hello.client)) and other.node != node:
+            reason = f"it calls itself {hello.client[:64]!r}, which is not the name that its key is registered under"
+            return _Objection(reason, by_name=False, for_s=_AGAIN_S)
+        if hello.client == ROOT:
+            return _Objection("it calls itself as the server does; give it another name", by_name=False)
+        if wrong := _differing(self.fingerprint, hello.fingerprint):
+            return _Objection(f"it holds another {' and '.join(wrong)} than the server (fingerprints differ)")
+        if (other := self.members.get(hello.client)) and other.node != node:
             # Not for good: an organisation that restarted may come before its old node is given up.
-            self._turn_away(node, hello.client, "another client of this name is still there", for_s=_AGAIN_S)
-        elif hello.tokens == 0:
-            self._turn_away(node, hello.client, "it has nothing to train on")
-        elif reason := validation.wrong_rank(hello.rank, self.config, self._mixed):
-            self._turn_away(node, hello.client, reason)
-        elif not validation.possible(hello.tokens, hello.examples, self.config):
-            self._turn_away(
-                node, hello.client, f"it claims {hello.tokens:g} tokens in {hello.examples:g} examples; that cannot be"
-            )
-        else:
-            self.members[hello.client] = Member(node, self._info_of(hello), hello.examples)
-            self._refused.pop(node, None)
-            info = self.members[hello.client].info
-            self._log.event(
-                "handshake", client=hello.client, examples=hello.examples, tokens=hello.tokens, rank=info.rank
-            )
+            return _Objection("another client of this name is still there", for_s=_AGAIN_S)
+        if hello.tokens == 0:
+            return _Objection("it has nothing to train on")
+        if reason := validation.wrong_rank(hello.rank, self.config, self._mixed):
+            return _Objection(reason)
+        if not validation.possible(hello.tokens, hello.examples, self.config):
+            return _Objection(f"it claims {hello.tokens:g} tokens in {hello.examples:g} examples; that cannot be")
+        return None
 
-    def _turn_away(self, node: int, client: str, reason: str, for_s: float = math.inf) -> None:
-        """Refuse a node at the handshake until `for_s` seconds have passed or it has left; logs a reason once."""
-        told = self._refused[node].reasons if node in self._refused else frozenset()
-        self._refused[node] = _Refusal(told | {reason}, time.monotonic() + for_s)
-        if reason not in told:
+    def _refuse(self, node: int, client: str, reason: str, for_s: float = math.inf) -> None:
+        """Refuse a node at the handshake until `for_s` seconds have passed or it has left; logs each reason once."""
+        logged = self._refused[node].reasons if node in self._refused else frozenset()
+        self._refused[node] = _Refused(logged | {reason}, time.monotonic() + for_s)
+        if reason not in logged:
             self._log.event("refused", client=client, reason=reason)
 
-    # -- names ----------------------------------------------------------------------------------
 
-    def note(self, info: ClientInfo) -> None:
-        """Keep what a round has told of a member."""
-        self.members[info.client] = self.members[info.client]._replace(info=info)
-
-    def check_sender(self, client: str, message: Message) -> None:
-        """Check that who answers as `client` is who was asked.
-
-        Raises:
-            WireError: it is another node.
-        """
-        if client not in self.members or self.members[client].node != message.metadata.src_node_id:
-            raise errors.WireError(f"it answers as {client!r}, which is not who was asked")
-
-    def sender_of(self, message: Message) -> str:
-        """The client that a message comes from, whatever it calls itself."""
-        node = message.metadata.src_node_id
-        return next((name for name, m in self.members.items() if m.node == node), None) or self._called(node)
-
-    def _called(self, node: int) -> str:
-        return self._name_of(node) or f"a site that did not tell its name (node {node})"
+def _differing(ours: Fingerprint, theirs: Fingerprint) -> list[str]:
+    """The parts in which two fingerprints differ."""
+    return [part for part, a, b in zip(Fingerprint._fields, ours, theirs, strict=True) if a != b]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -13,7 +14,11 @@ _POLL_S, _POLL_MOST_S = 0.05, 1.0  # between looks for something new: first, and
 
 
 def push(grid: Grid, messages: Sequence[Message]) -> dict[str, int]:
-    """The ids of the messages that got under way, with their nodes; grids leave the others out, or without id."""
+    """Send messages.
+
+    Returns:
+        The node of each message that could be sent, by message id. Grids leave out the others, or give them no id.
+    """
     ids = list(grid.push_messages(messages))
     if len(ids) == len(messages):
         return {i: m.metadata.dst_node_id for i, m in zip(ids, messages, strict=True) if i}
@@ -21,26 +26,81 @@ def push(grid: Grid, messages: Sequence[Message]) -> dict[str, int]:
 
 
 def pull(grid: Grid, waiting: dict[str, int]) -> list[tuple[int, Message]]:
-    """A few replies with their nodes, taken out of `waiting`; asking for few keeps few in memory."""
+    """Take in a few replies; asking for few at a time keeps few in memory.
+
+    Args:
+        grid: how to reach the nodes.
+        waiting: the node of each message without a reply yet, by message id. Messages with a reply are taken out; a
+            reply to any other message, such as one of an earlier round, is dropped.
+
+    Returns:
+        The replies, each with the node that it comes from.
+    """
     asked = list(waiting)[:AT_ONCE]
-    found = []
+    replies = []
     for reply in grid.pull_messages(asked):
         node = waiting.pop(reply.metadata.reply_to_message_id, None)
         if node is not None:
-            found.append((node, reply))
+            replies.append((node, reply))
     for message_id in asked:  # the next call asks for others
         if message_id in waiting:
             waiting[message_id] = waiting.pop(message_id)
-    return found
+    return replies
+
+
+def exchange(
+    grid: Grid, messages: Sequence[Message], deadline_s: float | None, refuse: Callable[[int, str], None]
+) -> Iterator[Message]:
+    """Send messages and yield the replies one by one as they arrive.
+
+    Args:
+        grid: how to reach the nodes.
+        messages: one for each node that is asked.
+        deadline_s: seconds to wait for replies; None for no limit.
+        refuse: called with a node and the reason, in one line, when the node could not be reached, failed, or did not
+            reply in time.
+    """
+    limit = deadline_s or math.inf
+    deadline = time.monotonic() + limit
+    waiting, pause = push(grid, messages), Pause()
+    for message in messages:
+        if message.metadata.dst_node_id not in waiting.values():
+            refuse(message.metadata.dst_node_id, "it could not be reached")
+    while waiting and time.monotonic() < deadline:
+        arrived = pull(grid, waiting)
+        for node, reply in arrived:
+            if reply.has_error():
+                refuse(node, failure(reply))
+            else:
+                yield reply
+        if arrived:
+            pause = Pause()
+        else:
+            pause.sleep(len(waiting))
+    for node in waiting.values():
+        refuse(node, f"no answer within {limit:g} s")
+
+
+def failure(reply: Message) -> str:
+    """The reason that an error reply gives."""
+    return reply.error.reason or "it failed without a reason"
 
 
 class Pause:
-    """Sleeps between looks, longer each time: a look at a distant grid is a call over the network."""
+    """Sleeps between looks at a grid, longer each time: a look at a distant grid is a call over the network.
+
+    It owns the length of the next sleep.
+    """
 
     def __init__(self) -> None:
         self._seconds = _POLL_S
 
     def sleep(self, waiting: int = 1) -> None:
-        """Sleep; a part of the pause where a look asks for that part of the `waiting` replies."""
+        """Sleep once.
+
+        Args:
+            waiting: replies that are still to come. A look asks for `AT_ONCE` of them, so with more of them the sleep
+                is shorter in proportion, and all are asked for in one whole pause.
+        """
         time.sleep(self._seconds * AT_ONCE / max(AT_ONCE, waiting))
         self._seconds = min(_POLL_MOST_S, self._seconds * 1.3)

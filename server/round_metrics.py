@@ -1,4 +1,8 @@
-"""What the server tells of how a round was put together: the gauge of the error, the method, and who was cut."""
+"""What the log says of a round: the fields of its `client` and `round` events beside counts and bytes.
+
+Among them is the averaging error of the round: how far averaging A and B apart ends from the mean of the products
+(`strategies.averaging_error`), measured while the updates arrive.
+"""
 
 from __future__ import annotations
 
@@ -12,87 +16,109 @@ import torch
 
 from apiary.config.schema import RunConfig
 from apiary.core import lora
-from apiary.core.messages import Update
-from strategies import Aggregator, Gradient, ServerState
-from strategies import averaging_error as gauges
+from apiary.core.messages import Update, Visit
+from strategies import Aggregator, Gradient, ServerState, averaging_error
 from strategies.averaging_error import Fold, Gauge
 from strategies.products import DROPPED
 
-_DIGITS = 5  # after the point, of what is told as a share
+_DIGITS = 5  # after the point, of what is logged as a share
 
 
-class Watched(NamedTuple):
-    """The gauge of a round whose updates are arriving."""
+class ErrorFold(NamedTuple):
+    """The averaging error of a round whose updates are arriving."""
 
     fold: Fold
     state: ServerState  # at the start of the round
-    seen: Any  # the fold's accumulator; None where the gauge cannot be told
-    held: list[Update] | None  # of a method that judges: it holds them too, and says at the end who counts
+    accumulator: Any  # the fold's; None where the error cannot be measured
+    updates: list[Update] | None  # of a method that judges clients: all, as only its gradient says how much each counts
 
 
-def watch(config: RunConfig, aggregator: Aggregator, state: ServerState) -> Watched:
-    """The gauge of a round, before its first update; `add` works in place.
+def start(config: RunConfig, aggregator: Aggregator, state: ServerState) -> ErrorFold:
+    """Begin to measure the averaging error of a round, before its first update.
 
-    It is that of averaging with the parts of `strategy.weighting`, whatever the method makes of the updates; of a
-    method that judges its clients, that of averaging with the shares that it gave them. Updates are kept only where the
-    method may keep each of them too. Its random numbers are its own: a run is the same with it and without it. An
-    adapter that is not made of factors has no gauge.
+    It is that of averaging with the weights of `strategy.weighting`, whatever the method makes of the updates; for a
+    method that judges its clients, with the shares that it gave them. Updates are kept only where the method may keep
+    each of them too. Its random numbers serve nothing else, so a run is the same with and without it. For an adapter
+    that is not made of factors there is no such error.
     """
-    build = gauges.exact_if_few if aggregator.needs == "each" else gauges.estimated
+    build = averaging_error.exact_if_few if aggregator.needs == "each" else averaging_error.estimated
     # A share is given as an update's weight.
     weighting = "tokens" if aggregator.judges else config.strategy.weighting
     fold = build(lora.scaling(config.adapter.alpha, config.adapter.scaling), weighting)
     try:
-        seen = fold.start(state, gauges.probes_of(config.seed, state.round + 1)) if lora.split(state.adapter) else None
+        rng = averaging_error.probes_of(config.seed, state.round + 1)
+        accumulator = fold.start(state, rng) if lora.split(state.adapter) else None
     except ValueError:
-        seen = None
-    return Watched(fold, state, seen, [] if aggregator.judges else None)
+        accumulator = None
+    return ErrorFold(fold, state, accumulator, [] if aggregator.judges else None)
 
 
-def add(watched: Watched, update: Update) -> Watched:
-    """Fold an update in. One without both factors of all modules, as of a method of its own, leaves no gauge."""
-    if watched.seen is None or update.delta.keys() != watched.state.adapter.keys():
-        return watched._replace(seen=None)
-    if watched.held is not None:
-        watched.held.append(update)
-        return watched
-    return watched._replace(seen=watched.fold.add(watched.seen, update))
+def add(error: ErrorFold, update: Update) -> ErrorFold:
+    """Fold an update in; works in place.
+
+    After an update that lacks factors of the adapter, as some methods' own updates do, the error cannot be measured.
+    """
+    if error.accumulator is None or update.delta.keys() != error.state.adapter.keys():
+        return error._replace(accumulator=None)
+    if error.updates is not None:
+        error.updates.append(update)
+        return error
+    return error._replace(accumulator=error.fold.add(error.accumulator, update))
 
 
-def facts(
-    watched: Watched, gradient: Gradient, after: ServerState, poisoned: Mapping[str, str] = MappingProxyType({})
+def round_fields(
+    error: ErrorFold, gradient: Gradient, after: ServerState, poisoned: Mapping[str, str] = MappingProxyType({})
 ) -> dict[str, Any]:
-    """The fields of the `round` event on how the round was put together.
-
-    `gauge` has the relative error of averaging A and B apart, its standard error (0 where it is exact), and by method
-    how much of it that would take away. `method` is the one that was chosen, where the run chooses by the round.
-    `shares` are the factors that the clients' changes got, and `cut` says why one counted for little or nothing.
-    `dropped` is what was lost of what stands in the base, where its rank has a bound: a share of its squared norm.
+    """The fields of the `round` event that say how the updates were put together.
 
     Args:
-        watched: the gauge.
+        error: the averaging error, with all updates folded in.
         gradient: of the round.
         after: the state that the round has led to.
-        poisoned: by client, why an answer was refused that no honest client gives.
+        poisoned: by client, why a reply was refused that no honest client sends.
+
+    Returns:
+        `gauge`: the averaging error relative to the round's change, its standard error (0 where it is exact), and by
+        method how much of it that method would take away. `method`: the one that was chosen, where the aggregator
+        chooses by the round. `shares`: by client, the factor that its change got; `cut`: by client, why it counted for
+        little or nothing. `dropped`: the share of the squared norm that was dropped from the base delta, where its rank
+        has a bound. Each is left out where there is nothing to say.
     """
-    told: dict[str, Any] = {"method": gradient.method} if gradient.method else {}
-    if (gauge := _finished(watched, gradient.shares)) is not None:
+    fields: dict[str, Any] = {"method": gradient.method} if gradient.method else {}
+    if (gauge := _finish(error, gradient.shares)) is not None:
         figures = {"relative": gauge.relative, "stderr": gauge.stderr, **gauge.gains}
-        told["gauge"] = {n: round(value, _DIGITS) if math.isfinite(value) else None for n, value in figures.items()}
+        fields["gauge"] = {n: round(value, _DIGITS) if math.isfinite(value) else None for n, value in figures.items()}
     if gradient.shares:
         shares = {**gradient.shares, **dict.fromkeys(poisoned, 0.0)}
-        told["shares"] = {client: round(share, _DIGITS) for client, share in sorted(shares.items())}
-        told["cut"] = {**gradient.notes, **poisoned}
+        fields["shares"] = {client: round(share, _DIGITS) for client, share in sorted(shares.items())}
+        fields["cut"] = {**gradient.notes, **poisoned}
     if dropped := float(after.memory.get(DROPPED, 0.0)):
-        told["dropped"] = round(dropped, _DIGITS)
-    return told
+        fields["dropped"] = round(dropped, _DIGITS)
+    return fields
 
 
-def _finished(watched: Watched, shares: Mapping[str, float]) -> Gauge | None:
-    counted = [u._replace(weight=share) for u in watched.held or () if (share := shares.get(u.client, 0.0)) > 0]
-    if watched.seen is None or (watched.held is not None and not counted):
+def visit_fields(visit: Visit, prunes: bool) -> dict[str, Any]:
+    """The fields of the `client` event of a visit.
+
+    Args:
+        visit: the client's valid reply.
+        prunes: whether clients may lower their own ranks as they train, so that the rank is worth a field.
+    """
+    fields: dict[str, Any] = visit.report._asdict()
+    if visit.curated is not None:
+        fields["curated"] = visit.curated._asdict()
+    if visit.spent is not None:
+        fields["spent"] = visit.spent._asdict()
+    if prunes:
+        fields["rank"] = visit.update.rank
+    return fields
+
+
+def _finish(error: ErrorFold, shares: Mapping[str, float]) -> Gauge | None:
+    counted = [u._replace(weight=share) for u in error.updates or () if (share := shares.get(u.client, 0.0)) > 0]
+    if error.accumulator is None or (error.updates is not None and not counted):
         return None
     try:
-        return watched.fold.finish(watched.state, functools.reduce(watched.fold.add, counted, watched.seen))
+        return error.fold.finish(error.state, functools.reduce(error.fold.add, counted, error.accumulator))
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return None  # a decomposition that does not converge is not worth a run

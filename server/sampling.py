@@ -4,32 +4,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 
 from apiary.core.tensors import derive_seed, generator
 
 
-def choose(clients: Iterable[str], *, fraction: float, minimum: int, seed: int, round_number: int) -> list[str]:
-    """The cohort of a round, sorted by name: `fraction` of the clients without replacement, at least `minimum`.
+class Draw(NamedTuple):
+    """How clients are drawn."""
+
+    fraction: float  # of the clients that are there
+    minimum: int  # clients, or all where there are fewer
+    seed: int  # of the run
+
+
+def choose(clients: Iterable[str], draw: Draw, number: int) -> list[str]:
+    """The cohort of round `number`, sorted by name, drawn without replacement.
 
     The draw depends on the seed, the round and the set of names alone, so that every engine and a resumed run ask
     the same clients.
     """
     names = sorted(clients)
-    order = torch.randperm(len(names), generator=generator(seed, round_number, "sampling"))
-    return sorted(names[i] for i in order[: _size(len(names), fraction, minimum)].tolist())
+    order = torch.randperm(len(names), generator=generator(draw.seed, number, "sampling"))
+    return sorted(names[i] for i in order[: _size(len(names), draw)].tolist())
 
 
-def panel(clients: Iterable[str], *, fraction: float, minimum: int, seed: int) -> list[str]:
+def panel(clients: Iterable[str], draw: Draw) -> list[str]:
     """The clients whose losses are compared from round to round, sorted by name: as many as a cohort.
 
     Every name has a place in one random order, and those in front are taken. Who comes or leaves thus changes the place
     of one other client at most.
     """
-    order = sorted(clients, key=lambda name: (derive_seed(seed, name, "panel"), name))
-    return sorted(order[: _size(len(order), fraction, minimum)])
+    order = sorted(clients, key=lambda name: (derive_seed(draw.seed, name, "panel"), name))
+    return sorted(order[: _size(len(order), draw)])
 
 
-def _size(clients: int, fraction: float, minimum: int) -> int:
-    return min(clients, max(minimum, math.ceil(fraction * clients - 1e-9)))
+def _size(clients: int, draw: Draw) -> int:
+    return min(clients, max(draw.minimum, math.ceil(draw.fraction * clients - 1e-9)))

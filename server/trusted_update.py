@@ -1,4 +1,4 @@
-"""The server's own update, for methods that hold clients against it: training on a few rows that the server trusts."""
+"""The server's own update, for methods that compare clients with it: training on a few rows that the server trusts."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from apiary.core.errors import UserError
 from apiary.core.messages import Decline, Payload, Update
 from apiary.data import examples
 from apiary.data.examples import Example
-from client.worker import Site, Worker
+from client.site import Site
+from client.worker import Worker
 from strategies.aggregator import ROOT
 
 Train: TypeAlias = Callable[[int, Payload], Update]  # of the round's number and of what clients of full rank receive
 
 
 def rows(config: RunConfig, held_out: Sequence[Example] = ()) -> tuple[Example, ...]:
-    """The rows of `strategy.root`, but for questions that are measured on; none where the key is unset.
+    """The rows of `strategy.root`, without those whose questions are in the evaluation; none where the key is unset.
 
     Args:
         config: the run.
-        held_out: what the server measures on.
+        held_out: the server's held-out examples.
 
     Raises:
-        UserError: the source cannot be read, or nothing of it is left.
+        UserError: the source cannot be read, or all its questions are held out.
     """
     source = config.strategy.root
     if source is None:
@@ -39,7 +40,7 @@ def rows(config: RunConfig, held_out: Sequence[Example] = ()) -> tuple[Example, 
 
 
 def remarks(config: RunConfig) -> list[str]:
-    """What is to be known of the root set of a simulation, a line each."""
+    """What a user of a simulation should know of its root set, a line each."""
     if config.strategy.root is None or config.strategy.root != config.data.source:
         return []
     return [
@@ -49,10 +50,15 @@ def remarks(config: RunConfig) -> list[str]:
 
 
 def trainer(config: RunConfig, held_out: Sequence[Example], folder: Path) -> Train:
-    """What makes the server's own update of each round, as a client makes one; its memory is in `folder`.
+    """The function that trains the server's own update of each round, just as a client trains its update.
 
     The rows are taken as they are, all of them in every round: they are chosen by hand, so nothing is curated and there
     are no stages. Privacy is promised to the rows of clients, and these are the server's.
+
+    Args:
+        config: the run.
+        held_out: the server's held-out examples, whose questions are not trained on.
+        folder: where the state is kept that a client keeps between rounds.
 
     Raises:
         UserError: the rows cannot be read, or none of them can be trained on.

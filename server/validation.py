@@ -1,7 +1,7 @@
-"""What may come from a client: every number is held against what this run allows before it counts.
+"""Limits: every number that a client sends is held against what this run allows before it counts.
 
 A client is not trusted: it may be broken, of another version, or lying. Each check raises `WireError`, whose one line
-names the client's fault and never quotes what it sent beyond numbers.
+says what is wrong and quotes only numbers of what was sent.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from apiary.config.schema import RunConfig
 from apiary.core.errors import Poisoned, WireError
 from apiary.core.lora import is_b
-from apiary.core.messages import Curated, Decline, FitReport, Payload, Score, Spent, Visit
+from apiary.core.messages import CurationCounts, Decline, FitReport, Payload, Score, Spent, Visit
 from apiary.core.tensors import StateDict, add, is_finite
 from strategies import seed_scalars
 
@@ -23,17 +23,18 @@ _SLACK = 1e-6  # of a budget, for two sides that add in another order
 
 
 def check_visit(visit: Visit, config: RunConfig, examples: int, payload: Payload, number: int) -> None:
-    """Check a client's answer to a round.
+    """Check a client's visit of a round.
 
     Args:
-        visit: the answer.
+        visit: the visit, with its change decoded.
         config: the run.
         examples: training examples that the client named at the handshake.
         payload: what the client was sent, which the update must fit.
         number: the round, from 1.
 
     Raises:
-        WireError: the first thing that cannot be.
+        WireError: a count, the weight, the account of privacy or the change is not possible in this run; the first
+            fault found.
     """
     private = config.privacy.unit == "record"
     _check_report(visit.report, config, examples, private)
@@ -46,10 +47,10 @@ def check_visit(visit: Visit, config: RunConfig, examples: int, payload: Payload
 
 
 def wrong_rank(rank: int, config: RunConfig, mixed: bool) -> str:
-    """Why a client cannot take part with an adapter of this rank; nothing where it can.
+    """Why a client cannot take part with an adapter of this rank; "" where it can.
 
     Args:
-        rank: the client's.
+        rank: of the client's adapter.
         config: the run.
         mixed: whether the aggregation method takes clients of lower ranks than the run's.
     """
@@ -61,15 +62,20 @@ def wrong_rank(rank: int, config: RunConfig, mixed: bool) -> str:
 
 
 def possible(tokens: int, examples: int, config: RunConfig) -> bool:
-    """Whether so many examples can hold so many tokens."""
+    """Whether `examples` examples can hold `tokens` response tokens."""
     return 0 <= tokens <= examples * config.prompt.max_tokens <= MOST
 
 
 def check_delta(delta: StateDict, adapter: StateDict) -> None:
     """Check that a change has the adapter's tensors and leads to finite numbers.
 
+    Args:
+        delta: the change.
+        adapter: what it is a change of.
+
     Raises:
-        WireError: it has other names, shapes or dtypes, or holds NaN, infinity or too large numbers.
+        WireError: it has other names, shapes or dtypes, or the sum with the adapter is too large; `Poisoned` where it
+            holds NaN, infinity or numbers that no training makes.
     """
     if set(delta) != set(adapter):
         odd = sorted(set(delta) ^ set(adapter))
@@ -88,7 +94,13 @@ def check_delta(delta: StateDict, adapter: StateDict) -> None:
 
 
 def _check_resting(delta: StateDict, factors: str) -> None:
-    """The factors that rest in a round: averaging is exact because they are the same everywhere."""
+    """Check that the factors that are not trained in a round do not move.
+
+    Averaging is exact because they are the same everywhere.
+
+    Raises:
+        Poisoned: one of them moves.
+    """
     if factors == "both":
         return
     resting = (tensor for name, tensor in delta.items() if is_b(name) != (factors == "b"))
@@ -97,7 +109,11 @@ def _check_resting(delta: StateDict, factors: str) -> None:
 
 
 def _check_scalars(change: Tensor, pool: Tensor) -> None:
-    """Each client's scalars must fit on top of the pool by themselves: then their mean does."""
+    """Check that a client's scalars fit on top of the pool by themselves: then the mean of all clients' does.
+
+    Raises:
+        WireError: they do not, or they are not what the wire carries.
+    """
     try:
         seed_scalars.of_tensor(change, range(len(pool)))
         seed_scalars.check_sum((pool.abs() + change.abs()).tolist())
@@ -109,7 +125,7 @@ def check_score(score: Score, config: RunConfig) -> None:
     """Check the sums over a client's held-out examples.
 
     Raises:
-        WireError: they cannot be.
+        WireError: the loss is negative or no number, or there are more tokens than the examples can hold.
     """
     if not (math.isfinite(score.nats) and score.nats >= 0 and possible(score.tokens, score.examples, config)):
         raise WireError(
@@ -135,10 +151,10 @@ def _check_report(report: FitReport, config: RunConfig, examples: int, private: 
 
 
 def check_walk(report: FitReport, config: RunConfig) -> None:
-    """Check the steps of a client whose gradient is read off how far it went.
+    """Check the number of steps where the server derives a client's mean gradient from how far the client went.
 
     Raises:
-        WireError: they are not those that every visit has in this run.
+        WireError: it is not `train.steps`, where that is what every visit has in this run.
     """
     if config.train.epochs is None and report.steps != config.train.steps:
         raise WireError(f"it reports {report.steps:g} steps; a visit has train.steps = {config.train.steps}")
@@ -164,10 +180,11 @@ def _most_tokens(config: RunConfig, private: bool) -> int:
 
 
 def check_decline(decline: Decline, config: RunConfig) -> None:
-    """Check that a client's reason not to train can be one in this run.
+    """Check that a client's reason not to train is possible in this run.
 
     Raises:
-        WireError: it cannot.
+        WireError: it says that its budget is spent or that it has no rows for a stage, in a run without privacy or
+            without stages.
     """
     if decline.reason == "budget" and config.privacy.unit == "none":
         raise WireError("it says that its privacy budget is spent, but privacy.unit is none")
@@ -175,7 +192,7 @@ def check_decline(decline: Decline, config: RunConfig) -> None:
         raise WireError("it says that it has no rows for this stage, but there are no stages")
 
 
-def _check_curated(curated: Curated | None, config: RunConfig, private: bool) -> None:
+def _check_curated(curated: CurationCounts | None, config: RunConfig, private: bool) -> None:
     if curated is None:
         return
     if private:

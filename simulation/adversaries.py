@@ -24,7 +24,8 @@ from apiary.core.errors import UserError
 from apiary.core.messages import Decline, Payload, Visit
 from apiary.core.tensors import StateDict, generator
 from client import handlers
-from client.worker import Site, Worker
+from client.site import Site
+from client.worker import Worker
 from simulation.attacks import (
     ATTACKS,
     Attack,
@@ -95,7 +96,7 @@ def _build(config: RunConfig, clients: int, count: int) -> Attack:
     return ATTACKS.build(attack.name, attack.options, clients=clients, attackers=count)
 
 
-class Hostile(Worker):
+class MaliciousWorker(Worker):
     """Answers for all virtual clients of a run, some of which attack.
 
     Args:
@@ -143,12 +144,12 @@ class Hostile(Worker):
 
 
 @functools.lru_cache(maxsize=1)
-def hostile(config: str, state: Path) -> Hostile:
-    """The one `Hostile` of this process."""
-    return Hostile(config, state)
+def malicious_worker(config: str, state: Path) -> MaliciousWorker:
+    """The one `MaliciousWorker` of this process."""
+    return MaliciousWorker(config, state)
 
 
 def forget() -> None:
     """Read everything again when it is next asked for."""
     handlers.forget()
-    hostile.cache_clear()
+    malicious_worker.cache_clear()

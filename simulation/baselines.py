@@ -22,8 +22,9 @@ from apiary.data.tokenization import Template
 from apiary.models import adapter_files, adapters
 from apiary.models.adapters import LanguageModel
 from apiary.tracking.event_log import RunLog
-from apiary.tracking.run_directory import kept_in
+from apiary.tracking.run_directory import result_folders
 from client.training import trainer
+from client.training.trainer import VisitPlan
 
 
 class Baselines(NamedTuple):
@@ -55,7 +56,7 @@ def train_all(
         folder: the run directory.
         log: receives `baseline` events.
     """
-    places = kept_in(folder)
+    places = result_folders(folder)
     work: list[tuple[str, str, Path, tuple[Example, ...], int]] = []
     if "local" in config.evaluate.baselines:
         taught = [client for client in clients if steps.get(client.name)]
@@ -94,13 +95,13 @@ def _adapter(
         start,
         corpus,
         config.train,
-        seed=config.seed,
-        client=name,
-        cursor=trainer.Cursor(),
-        first_step=0,
-        total_steps=steps,
-        steps=steps,
-        factors="both" if config.adapter.train == "alternate" else config.adapter.trained(1),
+        VisitPlan(
+            seed=config.seed,
+            client=name,
+            steps=steps,
+            total_steps=steps,
+            factors="both" if config.adapter.train == "alternate" else config.adapter.trained(1),
+        ),
     )
     adapter = add(start, result.delta)
     adapter_files.save_adapter(lm, adapter, folder)

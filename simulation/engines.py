@@ -20,7 +20,7 @@ from apiary.config.schema import RunConfig
 from apiary.core.errors import UserError
 from client import handlers
 from client.app import make_app
-from simulation.adversaries import hostile
+from simulation.adversaries import malicious_worker
 from simulation.in_process_grid import LocalGrid
 
 
@@ -114,7 +114,9 @@ class _Stoppable:
 def _client_app(config: RunConfig, folder: Path) -> ClientApp:
     virtual = None
     if config.simulate.attackers:
-        virtual = functools.partial(handlers.simulated, worker_of=functools.partial(hostile, state=folder / "clients"))
+        virtual = functools.partial(
+            handlers.simulated, worker_of=functools.partial(malicious_worker, state=folder / "clients")
+        )
     return make_app(site_facts(config.to_json(), folder), virtual=virtual)
 
 

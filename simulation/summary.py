@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from apiary.config.schema import RunConfig
 from apiary.config.summary import public_name
-from apiary.core import lora
+from apiary.core.messages import Payload
 from apiary.core.tensors import StateDict
 from apiary.data import tokenization
 from apiary.data.examples import Example, answer
@@ -24,10 +24,12 @@ from apiary.privacy import statement
 from apiary.report.data import gain_of
 from apiary.tracking import environment, event_log, metrics_file
 from apiary.tracking.event_log import RunLog
-from apiary.tracking.run_directory import kept_in
-from client.personal import complete
+from apiary.tracking.run_directory import result_folders
+from client import round_files
+from client.worker import open_received
 from simulation import adversaries, backdoor, baselines
 from simulation.baselines import Baselines
+from strategies.from_config import local_from_config
 
 _ASKED = 60  # held-out questions with a hidden phrase
 
@@ -121,16 +123,18 @@ def _attack(prepared: Plan, adapter: StateDict, events: Sequence[Mapping[str, An
 
 
 def _personal(prepared: Plan, adapter: StateDict, folder: Path, trained: Mapping[str, int]) -> dict[str, StateDict]:
-    """Each client's model of its own, where `adapter.share` makes one; that of who has trained is kept as a folder."""
+    """Each client's model of its own, where the method makes one; that of who has trained is kept as a folder."""
     config, federation, lm, _, _ = prepared
-    if config.adapter.share == "both":
+    local = local_from_config(config)
+    if not local.personal:
         return {}
+    shared = Payload({name: tensor for name, tensor in adapter.items() if local.shares(name)}, {})
     made: dict[str, StateDict] = {}
     for client in federation.clients:
-        kept = folder / "clients" / client.name
-        made[client.name] = complete(lm, kept, config.rounds + 1, lora.only_a(adapter))
+        kept = round_files.newest(folder / "clients" / client.name, local.keeps, config.rounds + 1)
+        made[client.name] = open_received(lm, config, local, kept, shared).adapter
         if trained.get(client.name):
-            place = kept_in(folder).personal / client.name
+            place = result_folders(folder).personal / client.name
             save_adapter_folder(lm, made[client.name], place, config, folder)
     return made
 

@@ -1,7 +1,8 @@
 """The contract of an aggregation method, written once.
 
-A method is a value: a `Reducer` that folds the cohort's updates into one pseudo-gradient as they arrive, a `step` that
-applies it to the server's state, and a `payload` that says what a client receives. Nothing here knows Flower.
+The server's half of a method is a value: a `Reducer` that folds the cohort's updates into one pseudo-gradient as they
+arrive, a `step` that applies it to the server's state, and a `payload` that says what a client receives. The client's
+half (`strategies.local`) stands in it as `local`. Nothing here knows Flower.
 
 The model that a state stands for is W + D + s_R B A, with B A the adapter of rank R, s_R its scale, and D the product
 of `base_delta`, whose scale is 1. Clients may have lower ranks: what they hold is `of_rank` of the state.
@@ -20,6 +21,7 @@ from apiary.core import lora
 from apiary.core.lora import Factors, Scaling
 from apiary.core.messages import ClientInfo, Payload, Update
 from apiary.core.tensors import StateDict, add
+from strategies.local import PLAIN, LocalAlgorithm
 
 ROOT = "server/root"  # the client name of the server's own update; no file and no site can have it
 _NOTHING: StateDict = MappingProxyType({})
@@ -85,11 +87,15 @@ class Aggregator(NamedTuple):
     renews: bool = False  # whether A is drawn anew in every round
     keeps: tuple[str, ...] = ()  # of "products": the values of `adapter.train` with which it does not factor anew
     fewest: int = 1  # answers of a round without which its promise means nothing
-    sends: Literal["factors", "seeds"] = "factors"  # what travels: an adapter's, or `strategies.seed_scalars`'s scalars
+    scalars: int = 0  # how many scalars travel in place of an adapter; 0: an adapter does
+    extra: bool = False  # whether its payloads have tensors of its own, as large as the adapter
+    # The rank of what stands in the base, as (finished rounds, clients a round, their mean rank) -> rank.
+    base_rank: Callable[[int, int, float], float] = lambda rounds, cohort, rank: 0.0
     prunes: bool = False  # whether clients may lower their own ranks as they train
     judges: bool = False  # whether its gradients tell the `shares` that clients got, and why one got little
     root: bool = False  # whether each fold must also get the server's own update, in the name of `ROOT`
     base: bool = False  # whether its gradients have a `base_delta` beside factors, which no server optimiser may scale
+    local: LocalAlgorithm = PLAIN  # the client's half
 
 
 AGGREGATORS: Registry[Aggregator] = Registry(

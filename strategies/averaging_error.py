@@ -136,17 +136,21 @@ def estimated(scaling: Scaling, weighting: Weighting = "tokens", probes: int = 8
             raise ValueError(f"the weights of the round sum to {acc.weight}; at least one must be positive")
         total = torch.zeros(3, probes, dtype=torch.float64)
         for module, held in lora.split(state.adapter).items():
-            b, a, product = (part[module] / acc.weight for part in (acc.b, acc.a, acc.product))
-            start_b = held.b.double()
-            error = product - a @ b.T
-            change = product + (acc.probes[module].double() @ held.a.double().T) @ b.T + a @ start_b.T
-            span = torch.linalg.qr(start_b + b).Q
-            outside = error - (error @ span) @ span.T
-            seen = torch.stack([error, change, outside]).square().sum(2)  # (3, m): by vector
-            total += scaling(held.rank) ** 2 * seen
+            total += scaling(held.rank) ** 2 * _squared_looks(acc, module, held)
         return _gauge(*total)
 
     return Fold(start, add, finish)
+
+
+def _squared_looks(acc: _Sketch, module: str, held: Factors) -> Tensor:
+    """||M w||^2 of a module's error, change, and error outside the span of B', in units of s_R^2: (3, m), by vector."""
+    b, a, product = (part[module] / acc.weight for part in (acc.b, acc.a, acc.product))
+    start_b = held.b.double()
+    error = product - a @ b.T
+    change = product + (acc.probes[module].double() @ held.a.double().T) @ b.T + a @ start_b.T
+    span = torch.linalg.qr(start_b + b).Q
+    outside = error - (error @ span) @ span.T
+    return torch.stack([error, change, outside]).square().sum(2)
 
 
 def _seen(b: Tensor, a: Tensor, probes: Tensor) -> tuple[Tensor, Tensor]:

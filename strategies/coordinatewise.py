@@ -22,7 +22,7 @@ from torch import Tensor
 from apiary.core.messages import Update
 from strategies import gram_rules as rules
 from strategies.aggregator import AGGREGATORS, Aggregator, Gradient, ServerState, plain_step, same_payload
-from strategies.gram_rules import Before, check_answers
+from strategies.gram_rules import Preprocessing, check_answers
 from strategies.products import each_and_refused
 
 
@@ -46,7 +46,7 @@ def median(byzantine: NonNegativeInt | None = None, clip: bool = False, nearest:
         clip: clip each change of the factors to the median norm before.
         nearest: mix each change with its n - f nearest before; for clients whose data differ.
     """
-    return _entrywise("median", _median, byzantine, Before(clip, nearest))
+    return _entrywise("median", _median, byzantine, Preprocessing(clip, nearest))
 
 
 @AGGREGATORS.register("trimmed_mean")
@@ -58,7 +58,7 @@ def trimmed_mean(byzantine: NonNegativeInt, clip: bool = False, nearest: bool = 
         clip: clip each change of the factors to the median norm before.
         nearest: mix each change with its n - f nearest before; for clients whose data differ.
     """
-    return _entrywise("trimmed_mean", _trimmed_mean, byzantine, Before(clip, nearest))
+    return _entrywise("trimmed_mean", _trimmed_mean, byzantine, Preprocessing(clip, nearest))
 
 
 @AGGREGATORS.register("bulyan")
@@ -72,7 +72,7 @@ def bulyan(byzantine: NonNegativeInt, clip: bool = False, nearest: bool = False)
         clip: clip each change of the factors to the median norm before.
         nearest: mix each change with its n - f nearest before; for clients whose data differ.
     """
-    return _entrywise("bulyan", _around_the_median, byzantine, Before(clip, nearest), _picked_by_krum)
+    return _entrywise("bulyan", _around_the_median, byzantine, Preprocessing(clip, nearest), _picked_by_krum)
 
 
 # -- rules ------------------------------------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ def _entrywise(
     name: str,
     rule: Entrywise,
     byzantine: int | None,
-    before: Before,
+    before: Preprocessing,
     choose: Callable[[Tensor, int], tuple[list[int], dict[int, str]]] = _everyone,
 ) -> Aggregator:
     """The aggregator that chooses clients by the Gram matrix of the factors, then applies a rule to each entry."""

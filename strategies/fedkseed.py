@@ -1,7 +1,11 @@
-"""FedKSeed at the server: the model is a start and a pool of scalars, of which alone anything travels."""
+"""FedKSeed: the model is a start and a pool of scalars, of which alone anything travels (Qin et al. 2024).
+
+`strategies.seed_scalars` has the mathematics that both sides share.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import torch
@@ -9,9 +13,11 @@ from pydantic import Field
 from torch import Generator, Tensor
 
 from apiary.core.messages import ClientInfo, Payload
+from apiary.core.tensors import StateDict
 from strategies import seed_scalars
 from strategies.aggregator import AGGREGATORS, Aggregator, Gradient, Reducer, ServerState
 from strategies.fedavg import fedavg
+from strategies.local import Client, Descent, Hooks, LocalAlgorithm, Loss, Opened
 from strategies.products import Weighting
 
 _START = "start."
@@ -27,9 +33,9 @@ def fedkseed(
     """FedKSeed: clients train without gradients, along directions that a seed stands for (Qin et al. 2024).
 
     What travels is a scalar for each of the candidate seeds, down and up, whatever the size of the adapter: see
-    `strategies.seed_scalars`, and `client.training.zeroth_order` for the clients' part. Here the clients'
-    scalars are averaged on top of those of earlier rounds, and the adapter is rebuilt from its start. Directions span
-    the adapter, not the whole model as in the paper.
+    `strategies.seed_scalars`. A client makes two forward passes a step and keeps no activations, so its memory is that
+    of using the model. At the server the clients' scalars are averaged on top of those of earlier rounds, and the
+    adapter is rebuilt from its start. Directions span the adapter, not the whole model as in the paper.
 
     Args:
         seed: the run's; the candidates follow from it.
@@ -65,4 +71,30 @@ def fedkseed(
     def _pool(state: ServerState) -> Tensor:
         return state.memory.get(seed_scalars.NAME, torch.zeros(len(seeds)))
 
-    return Aggregator(Reducer(start, mean.add, finish), step, payload, needs="sum", trains=("both",), sends="seeds")
+    return Aggregator(
+        Reducer(start, mean.add, finish),
+        step,
+        payload,
+        needs="sum",
+        trains=("both",),
+        scalars=len(seeds),
+        local=_local(seeds, epsilon),
+    )
+
+
+def _local(seeds: tuple[int, ...], epsilon: float) -> LocalAlgorithm:
+    """The client's half: the adapter rebuilt from its scalars, and steps of which scalars alone are sent."""
+
+    def open_(state: StateDict, payload: Payload, client: Client) -> Opened:
+        scalars = seed_scalars.of_tensor(payload.adapter[seed_scalars.NAME], seeds)
+        return Opened(seed_scalars.rebuild(client.fresh(), scalars), Hooks(descend=descend))
+
+    def descend(losses: Iterable[tuple[Loss, float]], start: StateDict, rng: Generator) -> Descent:
+        try:
+            made = seed_scalars.descend(losses, start, seeds, epsilon=epsilon, rng=rng)
+        except seed_scalars.TooFar as error:
+            raise FloatingPointError(str(error)) from error
+        return Descent({seed_scalars.NAME: seed_scalars.to_tensor(made.scalars, seeds)}, made.skipped)
+
+    # A visit has scalars for few of the seeds.
+    return LocalAlgorithm(open_, gradient_free=True, codec="sparse")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -52,6 +54,9 @@ def flora(scaling: Scaling, seed: int, weighting: Weighting = "tokens", base_ran
             round=number, adapter=_renewed(state.adapter, seed, number)
         )
 
+    def ranks(rounds: int, cohort: int, mean_rank: float) -> float:
+        return min(rounds * cohort * mean_rank, base_rank or math.inf)
+
     reduce = product_reducer("flora", scaling, weighting)
     return Aggregator(
         reduce,
@@ -62,6 +67,7 @@ def flora(scaling: Scaling, seed: int, weighting: Weighting = "tokens", base_ran
         ranks="mixed",
         trains=("both", "b"),  # in an adapter whose B is zero, a round of A alone learns nothing
         renews=True,
+        base_rank=ranks,
     )
 
 

@@ -10,6 +10,8 @@ from apiary.core import lora
 from apiary.core.errors import UserError
 from apiary.transport.from_config import configured_codec
 from strategies.aggregator import AGGREGATORS, Aggregator
+from strategies.fedsa import with_own_b
+from strategies.local import PLAIN, LocalAlgorithm
 from strategies.server_optimizers import SERVER_OPTIMIZERS, with_optimizer
 
 
@@ -18,6 +20,28 @@ def from_config(config: RunConfig) -> Aggregator:
 
     Raises:
         UserError: unknown names or options, or parts that do not go together, one line each.
+    """
+    strategy, aggregator = config.strategy, method_from_config(config)
+    optimizer = SERVER_OPTIMIZERS.build(strategy.server_optimizer.name, strategy.server_optimizer.options)
+    if problems := list(_problems(config, aggregator)):
+        raise UserError(*problems)
+    return with_optimizer(aggregator, optimizer, config.adapter.trained)
+
+
+def local_from_config(config: RunConfig) -> LocalAlgorithm:
+    """The client's half of the run's method.
+
+    Raises:
+        UserError: unknown names or options.
+    """
+    return method_from_config(config).local
+
+
+def method_from_config(config: RunConfig) -> Aggregator:
+    """The method of `strategy.name` over what `adapter.share` lets travel, without the server optimizer around it.
+
+    Raises:
+        UserError: unknown names or options.
     """
     strategy = config.strategy
     aggregator = AGGREGATORS.build(
@@ -28,10 +52,21 @@ def from_config(config: RunConfig) -> Aggregator:
         scaling=lora.scaling(config.adapter.alpha, config.adapter.scaling),
         seed=config.seed,
     )
-    optimizer = SERVER_OPTIMIZERS.build(strategy.server_optimizer.name, strategy.server_optimizer.options)
-    if problems := list(_problems(config, aggregator)):
-        raise UserError(*problems)
-    return with_optimizer(aggregator, optimizer, config.adapter.trained)
+    return aggregator if config.adapter.share == "both" else with_own_b(aggregator)
+
+
+def check_for_sites(config: RunConfig) -> None:
+    """Check that the sites of a deployment have the client's half of the run's method; they load no code by name.
+
+    Raises:
+        UserError: the method comes by module:function and has one.
+    """
+    name = config.strategy.name
+    if ":" in name and method_from_config(config).local != PLAIN:
+        raise UserError(
+            f"strategy.name = {name!r}: this method has a part at the clients, and sites load no code that a server "
+            "names; put it into strategies/ of what server and sites have installed"
+        )
 
 
 def _problems(config: RunConfig, aggregator: Aggregator) -> Iterator[str]:
@@ -64,6 +99,11 @@ def _problems(config: RunConfig, aggregator: Aggregator) -> Iterator[str]:
         )
     if config.strategy.root is not None and not aggregator.root:
         yield f"strategy.root: strategy.name = {name!r} does not use rows of the server's own; leave it out"
+    if config.privacy.unit == "record" and (aggregator.local.settle or aggregator.local.gradient_free):
+        yield (
+            f"privacy.unit = 'record': strategy.name = {name!r} has a part at the clients that no noise covers; use a "
+            "method without one, such as fedavg"
+        )
     if aggregator.prunes:
         yield from _pruning_problems(config)
     yield from _wire_problems(config, aggregator)
@@ -91,7 +131,7 @@ def _pruning_problems(config: RunConfig) -> Iterator[str]:
 
 def _wire_problems(config: RunConfig, aggregator: Aggregator) -> Iterator[str]:
     try:
-        up, down = configured_codec(config, "up"), configured_codec(config, "down")
+        up, down = configured_codec(config, "up", aggregator.local.codec), configured_codec(config, "down")
     except UserError as error:
         yield from error.problems
         return

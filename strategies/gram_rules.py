@@ -65,7 +65,7 @@ def check_answers(name: str, byzantine: int, answers: int) -> None:
 # -- before the rule --------------------------------------------------------------------------------------------------
 
 
-class Before(NamedTuple):
+class Preprocessing(NamedTuple):
     """What is done to the changes before the rule sees them."""
 
     clip: bool  # each to the median norm

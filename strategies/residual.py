@@ -6,6 +6,7 @@ with B' and A' the means. The last term, of rank at most (K - 1) r, is the resid
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -71,7 +72,10 @@ def fedex(scaling: Scaling, weighting: Weighting = "tokens", rank: Rank = 0, bas
     def step(state: ServerState, gradient: Gradient) -> ServerState:
         return add_to_base(plain_step(state, gradient), lora.split(gradient.base_delta), base_rank)
 
-    return Aggregator(each("fedex", "one", finish), step, same_payload, needs="each", base=True)
+    def ranks(rounds: int, cohort: int, mean_rank: float) -> float:
+        return min(rounds * (rank or (cohort - 1) * mean_rank), base_rank or math.inf)
+
+    return Aggregator(each("fedex", "one", finish), step, same_payload, needs="each", base=True, base_rank=ranks)
 
 
 def _residual(parts: Sequence[float], deltas: Sequence[Factors], mean: Factors) -> Factors | None:

@@ -23,7 +23,7 @@ from apiary.core.lora import Factors, Scaling
 from apiary.core.messages import Update
 from strategies import gram_rules as rules
 from strategies.aggregator import AGGREGATORS, ROOT, Aggregator, Gradient, ServerState, plain_step, product_step
-from strategies.gram_rules import Before, Rule, check_answers
+from strategies.gram_rules import Preprocessing, Rule, check_answers
 from strategies.products import each_and_refused, payload_of_rank
 
 _LOST = 0.01  # most that rounding may add in a client's name, relative to its norm or the median norm
@@ -48,7 +48,7 @@ def norm_clip(
         byzantine: hostile clients expected; more than half honest must be among a round's answers.
         nearest: mix each change with its n - byzantine nearest before.
     """
-    return _robust(_Method("norm_clip", rules.mean_clipped(limit), byzantine, Before(False, nearest)), scaling)
+    return _robust(_Method("norm_clip", rules.mean_clipped(limit), byzantine, Preprocessing(False, nearest)), scaling)
 
 
 @AGGREGATORS.register("krum")
@@ -63,7 +63,7 @@ def krum(scaling: Scaling, byzantine: NonNegativeInt, clip: bool = False, neares
         clip: clip each change to the median norm before.
         nearest: mix each change with its n - f nearest before; for clients whose data differ.
     """
-    return _robust(_Method("krum", rules.krum(1), byzantine, Before(clip, nearest)), scaling)
+    return _robust(_Method("krum", rules.krum(1), byzantine, Preprocessing(clip, nearest)), scaling)
 
 
 @AGGREGATORS.register("multi_krum")
@@ -83,7 +83,7 @@ def multi_krum(
         clip: clip each change to the median norm before.
         nearest: mix each change with its n - f nearest before; for clients whose data differ.
     """
-    return _robust(_Method("multi_krum", rules.krum(select), byzantine, Before(clip, nearest)), scaling)
+    return _robust(_Method("multi_krum", rules.krum(select), byzantine, Preprocessing(clip, nearest)), scaling)
 
 
 @AGGREGATORS.register("geometric_median")
@@ -98,7 +98,9 @@ def geometric_median(
         clip: clip each change to the median norm before.
         nearest: mix each change with its n - f nearest before; for clients whose data differ.
     """
-    return _robust(_Method("geometric_median", rules.geometric_median, byzantine, Before(clip, nearest)), scaling)
+    return _robust(
+        _Method("geometric_median", rules.geometric_median, byzantine, Preprocessing(clip, nearest)), scaling
+    )
 
 
 @AGGREGATORS.register("fltrust")
@@ -117,14 +119,14 @@ def fltrust(
         clip: clip each change to the median norm before, which shows after mixing only.
         nearest: mix each change with its n - f nearest before.
     """
-    return _robust(_Method("fltrust", rules.trust, byzantine, Before(clip, nearest)), scaling, root=True)
+    return _robust(_Method("fltrust", rules.trust, byzantine, Preprocessing(clip, nearest)), scaling, root=True)
 
 
 class _Method(NamedTuple):
     name: str
     rule: Rule
     byzantine: int | None
-    before: Before
+    before: Preprocessing
 
 
 def _robust(method: _Method, scaling: Scaling, root: bool = False) -> Aggregator:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -27,10 +27,10 @@ import torch
 from torch import Generator, Tensor
 
 from apiary.core.tensors import StateDict, derive_seed
+from strategies.local import Loss
 
 Shapes: TypeAlias = Mapping[str, Sequence[int]]
 Scalars: TypeAlias = Mapping[int, float]  # by seed, whole multiples of `GRAIN`
-Loss: TypeAlias = Callable[[StateDict], float]
 
 NAME = "kseed"  # of the one tensor that travels in place of an adapter: a scalar for each candidate
 CANDIDATES, EPSILON = 4096, 1e-3
@@ -147,7 +147,7 @@ def estimate(loss: Loss, x: StateDict, z: StateDict, epsilon: float) -> float:
     return (ahead - back) / (2 * epsilon)
 
 
-class Walk(NamedTuple):
+class Descended(NamedTuple):
     """Where a client's steps ended."""
 
     x: dict[str, Tensor]  # to the bit `rebuild` of where it began and the scalars
@@ -155,9 +155,9 @@ class Walk(NamedTuple):
     skipped: int  # steps whose slope was NaN or infinite
 
 
-def walk(
+def descend(
     losses: Iterable[tuple[Loss, float]], start: StateDict, seeds: Sequence[int], *, epsilon: float, rng: Generator
-) -> Walk:
+) -> Descended:
     """Zeroth-order descent: in each step one of the seeds, drawn uniformly, and x := x - lr g z.
 
     Unlike the paper's pools, which sum g and so need one lr for all steps, the scalars hold lr g: it may fall.
@@ -188,7 +188,7 @@ def walk(
         for name, tensor in moved.items():
             tensor += (scalars[seed] - held) * z[name].double()
             x[name] = (start[name].double() + tensor).float()
-    return Walk(x, scalars, skipped)
+    return Descended(x, scalars, skipped)
 
 
 def added(pool: Scalars, change: Scalars) -> dict[int, float]:

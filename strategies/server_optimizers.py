@@ -71,7 +71,7 @@ def with_optimizer(
     """
     if optimizer.name == "none":
         return aggregator
-    if aggregator.sends == "seeds":
+    if aggregator.scalars:
         raise _refused(optimizer, _SEEDS)
     if aggregator.base:
         raise _refused(optimizer, _BASE)

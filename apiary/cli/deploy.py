@@ -110,8 +110,10 @@ def deploy_submit(
     from apiary.tracking import trackers
     from deploy import flower_cli, kits, runs
     from simulation.run import check_names
+    from strategies.from_config import check_for_sites
 
     check_names(settings)
+    check_for_sites(settings)
     trackers.check(settings)
     for line in () if quiet else runs.remarks(settings):
         typer.echo(f"warning: {line}", err=True)

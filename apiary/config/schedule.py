@@ -23,7 +23,7 @@ def learning_rate(step: int, total: int, config: TrainConfig) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def walked(config: RunConfig, number: int, steps: int) -> float:
+def lr_sum(config: RunConfig, number: int, steps: int) -> float:
     """The sum of the learning rates of a visit of so many steps in round `number` (from 1)."""
     planned = range(1, config.rounds + 1)
     if stages := len(config.continual.stages):

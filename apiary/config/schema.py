@@ -6,6 +6,7 @@ refused with the nearest known name, and all problems of a file are reported tog
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -58,7 +59,7 @@ class ModelConfig(_Section):
     revision: str | None = Field(None, description="hub revision (branch, tag or commit) of the model")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="arithmetic of the frozen base; auto is bfloat16 where the device has it"
+        "auto", description="data type of the frozen base; auto is bfloat16 where the device supports it"
     )
     quantization: Literal["none", "int8", "nf4"] = Field(
         "none", description="hold the base in 8 or 4 bits (bitsandbytes, CUDA)"
@@ -77,19 +78,20 @@ class AdapterConfig(_Section):
         "all-linear", description="all-linear, or a list of module name endings such as q_proj"
     )
     train: Literal["both", "b", "alternate"] = Field(
-        "both", description="factors that clients train: both, b (FFA-LoRA), or b and a in turns (RoLoRA)"
+        "both", description="factors that clients train: both, b (FFA-LoRA), or alternate: b and a in turns (RoLoRA)"
     )
     share: Literal["both", "a"] = Field(
         "both", description="factors that travel: both, or a: each client keeps a b of its own (FedSA-LoRA)"
     )
     init: Literal["kaiming", "orthonormal"] = Field(
-        "kaiming", description="A at the start; orthonormal rows lose least where A is never trained (train = b)"
+        "kaiming", description="initial A; orthonormal rows lose least where A is never trained (train = b)"
     )
 
     ranks: tuple[int, ...] | Literal["memory"] = Field(
         (),
-        description="ranks of the clients in turn, each at most `rank`; none: all have `rank`; memory: as high as fits "
-        "each client's device (a site may say its own)",
+        description="ranks of the clients in turn, each at most `rank`; empty: all have "
+        "`rank`; memory: as high as fits "
+        "each client's device (a site may set its own)",
     )
 
     def of_rank(self, rank: int) -> AdapterConfig:
@@ -111,10 +113,10 @@ class DataConfig(_Section):
     )
     split: str = Field("train", description="split of a hub data set")
     test: str | None = Field(
-        None, description="a separate held-out source; unset: part of each client's rows, by content hash"
+        None, description="a separate source of held-out rows; unset: part of each client's rows, by content hash"
     )
     test_fraction: float = Field(
-        0.1, ge=0, lt=1, description="share of each client's rows held out, chosen by content hash"
+        0.1, ge=0, lt=1, description="fraction of each client's rows that is held out, chosen by content hash"
     )
     columns: Mapping[str, str] = Field(
         default_factory=dict,
@@ -145,22 +147,28 @@ class TrainConfig(_Section):
     """Local training at a client."""
 
     objective: str = Field("sft", description="per-example loss: sft")
-    steps: int | None = Field(None, ge=1, description="optimizer steps per round; exclusive with epochs")
-    epochs: float | None = Field(None, gt=0, description="passes over the client's data per round")
+    steps: int | None = Field(None, ge=1, description="optimizer steps of a client per round; set this or epochs")
+    epochs: float | None = Field(None, gt=0, description="passes over the client's data per round; set this or steps")
     batch_tokens: int = Field(1024, ge=16, description="padded tokens in one forward pass")
     accumulate: int = Field(1, ge=1, description="forward passes per optimizer step")
     optimizer: Literal["adamw", "sgd"] = Field(
-        "adamw", description="adamw, or sgd without momentum; fedkseed has steps of its own"
+        "adamw", description="adamw, or sgd without momentum; not used by fedkseed"
     )
     lr: float = Field(3e-3, gt=0, description="peak learning rate")
     schedule: Literal["cosine", "constant"] = Field(
         "cosine", description="learning rate over the whole federated run, after warm-up"
     )
-    warmup: float = Field(0.03, ge=0, lt=1, description="share of the whole run spent warming up")
+    warmup: float = Field(
+        0.03, ge=0, lt=1, description="fraction of the run's steps in which the learning rate rises to lr"
+    )
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of AdamW")
-    clip_norm: float = Field(1.0, ge=0, description="clip the gradient's L2 norm to this; 0 = never (as with fedkseed)")
+    clip_norm: float = Field(
+        1.0,
+        ge=0,
+        description="largest L2 norm of a step's gradient, clipped above it; 0 = no limit; not used by fedkseed",
+    )
     penalties: tuple[MethodField, ...] = Field(
-        (), description='added to the loss, e.g. [{ name = "fedprox", mu = 0.01 }]'
+        (), description='terms added to the loss, e.g. [{ name = "fedprox", mu = 0.01 }]'
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of one client; unset: all cores")
 
@@ -172,30 +180,37 @@ class TrainConfig(_Section):
 
 
 class CurateConfig(_Section):
-    """What each client does to its rows before it trains on them; nothing of it leaves but row counts."""
+    """Curation of a client's rows before training; only row counts leave the client."""
 
     steps: tuple[MethodField, ...] = Field(
         (),
-        description="in this order: mask, duplicates, near_duplicates, length, held_out, ifd, random, with options",
+        description="steps in the order they run: mask, duplicates, near_duplicates, "
+        "length, held_out, ifd, random, with options",
     )
     every: int = Field(
-        0, ge=0, description="choose again, with the adapter of that time, every n rounds; 0 = once, before the first"
+        0, ge=0, description="curate again, with the current adapter, every n rounds; 0 = once, before the first round"
     )
 
 
 class ContinualConfig(_Section):
-    """Tasks that come one after the other, and how a client remembers the earlier ones."""
+    """Continual learning: tasks that come one after the other, and replay of earlier ones."""
 
     by: str = Field("skill", description="column of the data whose values are the tasks")
     stages: tuple[tuple[str, ...], ...] = Field(
         (), description='values of that column, stage by stage: [["sort", "count"], ["lookup"]]; empty: no stages'
     )
     buffer: float = Field(
-        0.0, ge=0, description="rows a client keeps for replay: below 1 a share of its training rows, else a number"
+        0.0,
+        ge=0,
+        description="size of a client's replay buffer: below 1 a fraction of its training rows, else a number of rows",
     )
-    replay: float = Field(0.5, gt=0, lt=1, description="share of each step's tokens that is replayed from the buffer")
+    replay: float = Field(
+        0.5, gt=0, lt=1, description="fraction of each step's tokens that comes from the replay buffer"
+    )
     policy: Literal["reservoir", "poisson"] = Field(
-        "reservoir", description="reservoir: exactly so many rows; poisson: each row by itself, with that chance"
+        "reservoir",
+        description="how rows enter the buffer: reservoir keeps exactly `buffer` rows; "
+        "poisson keeps each row independently",
     )
 
     @model_validator(mode="after")
@@ -209,58 +224,72 @@ class ContinualConfig(_Section):
 
 
 class PrivacyConfig(_Section):
-    """What is promised to the people whose rows a client holds."""
+    """Differential privacy of the rows that clients hold."""
 
     unit: Literal["none", "record"] = Field(
         "none", description="none, or record: differential privacy for each row of a client (DP-SGD, DP-Adam)"
     )
-    epsilon: float = Field(8.0, gt=0, description="budget of each row over all rounds")
-    delta: float = Field(1e-5, gt=0, lt=1, description="chance that the promise fails; well below 1 / rows")
-    clip: float = Field(1.0, gt=0, description="L2 norm that each row's gradient is clipped to")
-    batch_rows: int = Field(64, ge=1, description="expected rows of a step; each row is drawn by itself (Poisson)")
-    noise_multiplier: float | None = Field(
-        None, ge=0.01, description="noise over clip; unset: the least that keeps to epsilon for the rounds planned"
+    epsilon: float = Field(
+        8.0, gt=0, description="epsilon of the (epsilon, delta) guarantee, for each row over all rounds"
     )
-    accountant: Literal["pld", "rdp"] = Field("pld", description="pld: tight; rdp: looser, and always told beside it")
+    delta: float = Field(1e-5, gt=0, lt=1, description="delta of the (epsilon, delta) guarantee; well below 1 / rows")
+    clip: float = Field(1.0, gt=0, description="clipping norm: largest L2 norm of one row's gradient")
+    batch_rows: int = Field(
+        64, ge=1, description="expected batch size in rows; each row is drawn independently (Poisson sampling)"
+    )
+    noise_multiplier: float | None = Field(
+        None,
+        ge=0.01,
+        description="standard deviation of the noise over clip; unset: the smallest that "
+        "keeps the planned rounds within epsilon",
+    )
+    accountant: Literal["pld", "rdp"] = Field(
+        "pld", description="how epsilon is computed: pld (tight) or rdp (looser, always reported as well)"
+    )
 
 
 class StrategyConfig(_Section):
-    """What the server does with a round."""
+    """How the server aggregates a round."""
 
     name: str = Field(
         "fedavg",
         description="aggregation method: fedavg, auto, ... (see docs/aggregation.md), or module:function of your own",
     )
     options: Mapping[str, Any] = Field(default_factory=dict, description="options of the method")
-    root: str | None = Field(
-        None, description="for fltrust: rows that the server trusts, about 100, a source as data.test is one"
-    )
+    root: str | None = Field(None, description="for fltrust: a source of about 100 rows that the server trusts")
     server_optimizer: MethodField = Field(
         Method(name="none"),
-        description="what becomes of a round's change: none, plain, momentum, nesterov, adam, yogi or adagrad, with "
-        "options",
+        description="server optimizer applied to the aggregated update: none, plain, momentum, nesterov, adam, yogi or "
+        "adagrad, with options",
     )
     weighting: Literal["tokens", "uniform"] = Field(
-        "tokens", description="weight of a client's update: its trained tokens, or the same for all"
+        "tokens", description="weight of a client's update: tokens (as many as it trained) or uniform"
     )
-    fraction: float = Field(1.0, gt=0, le=1, description="share of the clients asked in each round")
-    min_clients: int = Field(2, ge=1, description="never ask fewer clients than this; also what the start waits for")
+    fraction: float = Field(1.0, gt=0, le=1, description="fraction of the clients asked in each round (the cohort)")
+    min_clients: int = Field(
+        2, ge=1, description="smallest cohort; also the number of clients to wait for before round 1"
+    )
     quorum: float = Field(
-        0.5, gt=0, le=1, description="share of the asked clients that must answer well, else the run fails"
+        0.5, gt=0, le=1, description="fraction of the cohort that must return a valid update, or the run fails"
     )
-    deadline_s: float = Field(0.0, ge=0, description="seconds the server waits for a round's replies; 0 = no limit")
-    join_timeout_s: float = Field(120.0, gt=0, description="seconds the server waits for min_clients at the start")
+    deadline_s: float = Field(0.0, ge=0, description="seconds to wait for the replies of a round; 0 = no limit")
+    join_timeout_s: float = Field(120.0, gt=0, description="seconds to wait for min_clients clients before round 1")
+
+    def cohort_size(self, clients: int) -> int:
+        """How many of so many clients are asked in a round."""
+        return min(clients, max(self.min_clients, math.ceil(self.fraction * clients - 1e-9)))
 
 
 class WireConfig(_Section):
     """How the change of an adapter travels; docs/wire.md says which codec is for what."""
 
     up: MethodField = Field(
-        Method(name="fp32"), description="from client to server: fp32, bf16, int8, int4, topk or sparse, with options"
+        Method(name="fp32"),
+        description="codec from client to server: fp32, bf16, int8, int4, topk or sparse, with options",
     )
     down: MethodField = Field(
         Method(name="fp32"),
-        description="from server to client: likewise; with all but fp32 changes travel, and clients keep a copy",
+        description="codec from server to client, the same choice; all but fp32 send changes, and clients keep a copy",
     )
 
 
@@ -276,30 +305,31 @@ class EvaluateConfig(_Section):
     generate: bool = Field(True, description="measure exact-match accuracy by greedy decoding for the table")
     max_new_tokens: int = Field(24, ge=1, description="longest answer decoded, in tokens")
     baselines: tuple[Literal["base", "local", "central"], ...] = Field(
-        ("base", "local", "central"), description="rows of the table beside federated"
+        ("base", "local", "central"), description="what the federated model is compared with in the table"
     )
     patience: int = Field(0, ge=0, description="stop after this many evaluations without a better loss; 0 = never")
     samples: int = Field(6, ge=0, description="held-out prompts whose answers are shown in the report")
 
 
 class SimulateConfig(_Section):
-    """How many clients run on one machine."""
+    """How a simulation runs, and its attackers."""
 
     engine: Literal["local", "ray"] = Field("local", description="local: one process; ray: Flower's engine on Ray")
     cpus_per_client: int = Field(1, ge=1, description="CPU cores of one Ray worker")
-    gpus_per_client: float = Field(0.0, ge=0, description="share of a GPU of one Ray worker")
+    gpus_per_client: float = Field(0.0, ge=0, description="GPUs of one Ray worker, such as 0.5")
     attackers: float = Field(
-        0.0, ge=0, lt=1, description="share of the clients that attack, to see what a method withstands; 0 = none"
+        0.0, ge=0, lt=1, description="fraction of the clients that attack, to measure how robust a method is; 0 = none"
     )
     attack: MethodField = Field(
         Method(name="sign_flip"),
-        description="what they do: sign_flip, scaled, gaussian, alie, inner_product, gauge, not_a_number or trigger, "
+        description="what attackers send: sign_flip, scaled, gaussian, alie, "
+        "inner_product, gauge, not_a_number or trigger, "
         "with options",
     )
 
 
 class LogConfig(_Section):
-    """Where a run is followed beside its own folder."""
+    """Experiment trackers beside the run directory."""
 
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml"], ...] = Field(
         (), description="trackers, through accelerate; each needs its own package"
@@ -310,7 +340,7 @@ class LogConfig(_Section):
 class RunConfig(_Section):
     """A whole run."""
 
-    seed: int = Field(0, ge=0, lt=2**63, description="all randomness is derived from it")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of all randomness but that of privacy noise")
     rounds: int = Field(12, ge=1, description="federated rounds")
     model: ModelConfig = ModelConfig()
     adapter: AdapterConfig = AdapterConfig()

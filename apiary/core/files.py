@@ -51,6 +51,12 @@ def hold(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def own_folder(folder: Path) -> None:
+    """Make a folder for the eyes of its owner alone, as what is kept in a client's tells of its rows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+
+
 def is_draft(path: Path) -> bool:
     """Whether it is an unfinished file or adapter folder of ours; other names with a dot in front are the user's."""
     return path.name.startswith(".") and (path.name.endswith(".tmp") or path.name.startswith(".adapter-"))
@@ -102,10 +108,15 @@ def _private(path: str, flags: int) -> int:
     return for_owner(path, flags | os.O_EXCL)
 
 
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def _sync_folder(folder: Path) -> None:
     with contextlib.suppress(OSError):  # some file systems cannot sync a folder; the rename still stands
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        sync(folder)

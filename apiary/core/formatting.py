@@ -65,6 +65,12 @@ def seconds_text(value: float | None) -> str:
 _LONGEST = 300  # characters of a message from outside
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of another library says first, short enough to stand inside a line of ours."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:200].rstrip(".")
+
+
 def clean(text: object) -> str:
     """`text` on one line without control characters.
 

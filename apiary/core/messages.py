@@ -49,7 +49,7 @@ class Payload(NamedTuple):
 
     adapter: StateDict
     base_delta: StateDict  # low-rank factors to add to the base, of scale 1; may be empty
-    control: StateDict = _NOTHING  # the mean control variate of all clients, where the method has one
+    extra: StateDict = _NOTHING  # tensors of the method's own for those who train, such as a control variate
     last_round: int = 0  # the last round in which this client's answer counted; 0 = none
 
     @property
@@ -65,9 +65,9 @@ class Update(NamedTuple):
     delta: StateDict
     weight: float
     rank: int
-    # Where the method has control variates, what the server knows of the visit's steps; neither travels.
-    control: StateDict = _NOTHING  # the mean control variate that corrected them
-    walked: float = 0.0  # the sum of their learning rates
+    # Where the method sends tensors of its own, what the server knows of the visit; neither travels.
+    extra: StateDict = _NOTHING  # those that the client was sent
+    lr_sum: float = 0.0  # the sum of its steps' learning rates
 
 
 class FitReport(NamedTuple):
@@ -84,7 +84,7 @@ class FitReport(NamedTuple):
     replayed: int = 0  # response tokens trained from the client's buffer
 
 
-class Curated(NamedTuple):
+class CurationCounts(NamedTuple):
     """What curation did to a client's training rows, as counts."""
 
     rows: int
@@ -108,7 +108,7 @@ class Visit(NamedTuple):
 
     update: Update
     report: FitReport
-    curated: Curated | None = None
+    curated: CurationCounts | None = None
     spent: Spent | None = None
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from apiary.core.errors import UserError
+from apiary.core.formatting import first_line
 
 log = logging.getLogger(__name__)
 
@@ -250,7 +251,7 @@ def _parquet(path: Path) -> Rows:
                     number += 1
                     yield number, row
     except pa.ArrowException as error:
-        raise UserError(f"{path.name}: not a readable Parquet file: {_line(error)}") from None
+        raise UserError(f"{path.name}: not a readable Parquet file: {first_line(error)}") from None
 
 
 _READERS: dict[str, Callable[[Path], Rows]] = {
@@ -274,7 +275,11 @@ def _hub(source: str, split: str, key: str) -> RawFile:
         with _hub_client(offline=away is not None):
             data = datasets.load_dataset(name, configuration or None, split=split)
     except Exception as error:  # the hub client raises a dozen unrelated types
-        why = _line(error) if away is None else f"the hub does not answer ({_line(away)}), and no copy of it is here"
+        why = (
+            first_line(error)
+            if away is None
+            else f"the hub does not answer ({first_line(away)}), and no copy of it is here"
+        )
         raise UserError(
             f"{key} = {source!r}: no file or folder of that name here, and as a hub data set "
             f"(split {split!r}) "
@@ -317,7 +322,3 @@ def _hub_client(*, offline: bool) -> Iterator[None]:
         datasets.config.HF_HUB_OFFLINE = was_offline
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -109,7 +109,7 @@ def _examine_parts(
     warnings = _attempt(problems, lambda: _warnings(config, federation, lm, template))
     plan.print_warnings(warnings or (), console)
     if corpora is not None and warnings is not None:
-        plan.print_run(plan.Run(config, federation, lm, template, corpora), console)
+        plan.print_run(plan.PreparedRun(config, federation, lm, template, corpora), console)
 
 
 # --- checks

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Final, Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,12 +20,12 @@ from apiary.models.adapters import LanguageModel, autocast, pad_id
 from apiary.models.base import resolve_dtype
 from apiary.models.loss import row_losses, to_device
 from apiary.tracking import environment
-from apiary.transport import from_config
-from strategies import seed_scalars
+from apiary.transport.from_config import configured_codec
+from client.training.trainer import threads
+from strategies.from_config import method_from_config
 
-_SCALAR_HEAD = 28  # of a message of FedKSeed: version, codec, digest, checksum
+_SCALAR_HEAD = 28  # of a message of scalars: version, codec, digest, checksum
 _SCALAR_BYTES = 5.4  # a float32 and how many of the pool were skipped before it, one or two bytes
-_WAYS: Final[tuple[Literal["up", "down"], ...]] = ("up", "down")
 _TRIAL_SECONDS = 20.0  # a full batch is only run where it should take less
 
 
@@ -70,7 +69,7 @@ def plan_work(config: RunConfig, corpora: Sequence[Corpus]) -> Work:
         else:
             per_round.append(max(1, math.ceil(train.epochs * batches / train.accumulate)))
     n = len(corpora)
-    cohort = min(n, max(strategy.min_clients, math.ceil(strategy.fraction * n - 1e-9)))
+    cohort = strategy.cohort_size(n)
     total = round(config.rounds * cohort * sum(per_round) / max(n, 1))
     return Work(tuple(per_epoch), tuple(per_round), cohort, total)
 
@@ -81,31 +80,32 @@ def plan_traffic(config: RunConfig, lm: LanguageModel, work: Work) -> Traffic:
     A device's own rank (`adapter.ranks` = "memory") is not known here, and counts as the server's.
     """
     adapter, rounds = config.adapter, config.rounds
-    up, down = (from_config.configured_codec(config, way) for way in _WAYS)
+    method = method_from_config(config)
+    up, down = configured_codec(config, "up", method.local.codec), configured_codec(config, "down")
     part = _mean_rank(adapter) / adapter.rank
-    sizes = {n: round(part * p.numel()) for n, p in lm.adapter.items() if adapter.share == "both" or not is_b(n)}
-    if config.strategy.name == "fedkseed":
-        pool = int(config.strategy.options.get("candidates", seed_scalars.CANDIDATES))
-        sizes = {seed_scalars.NAME: pool}
+    sizes = {n: round(part * p.numel()) for n, p in lm.adapter.items() if method.local.shares(n)}
+    if method.scalars:
+        sizes = {"scalars": method.scalars}
         steps = sum(work.per_round) / len(work.per_round)
-        answer = round(min(4 * pool, _SCALAR_HEAD + _SCALAR_BYTES * steps))
+        answer = round(min(4 * method.scalars, _SCALAR_HEAD + _SCALAR_BYTES * steps))
     else:
         answer = _mean([_moved(sizes, adapter, number, up.most) for number in (1, 2)])
     whole = 4 * sum(sizes.values())
     change = whole if down.whole else _mean([_moved(sizes, adapter, number, down.most) for number in (1, 2)])
-    control = whole if config.strategy.name == "scaffold" else 0
+    extra = whole if method.extra else 0
     measured = _evaluations(config)
-    base = [_base_bytes(config, lm, work.cohort, number) for number in range(rounds + 1)]  # by finished rounds
+    ranks = [method.base_rank(number, work.cohort, _mean_rank(adapter)) for number in range(rounds + 1)]
+    base = [_base_bytes(lm, rank) for rank in ranks]  # by finished rounds
     # A change travels once, with the next message of any kind; before the first there is A alone, for B is zero.
     first = 4 * sum(n for name, n in sizes.items() if not is_b(name))
     sent = whole * (rounds + len(measured)) if down.whole else first + change * (rounds - 1 + bool(measured))
     sent += sum(base[:-1]) + sum(base[number] for number in measured)
     return Traffic(
-        down=change + control + _mean(base[1:-1] or [0]),
+        down=change + extra + _mean(base[1:-1] or [0]),
         up=answer,
         grows=base[-1] > base[1],
         evaluations=len(measured),
-        total=work.cohort * (sent + (control + answer) * rounds),
+        total=work.cohort * (sent + (extra + answer) * rounds),
     )
 
 
@@ -132,16 +132,10 @@ def _evaluations(config: RunConfig) -> list[int]:
     return sorted({*range(0, config.rounds + 1, every), config.rounds})
 
 
-def _base_bytes(config: RunConfig, lm: LanguageModel, cohort: int, number: int) -> int:
-    """Bytes of what stands in the base after so many rounds, which methods that add to it send with every message."""
-    options, rank = config.strategy.options, config.adapter.rank
-    grows = {
-        "flora": cohort * _mean_rank(config.adapter),
-        "fedex": options.get("rank") or (cohort - 1) * rank,
-    }.get(config.strategy.name, 0)
-    most = min(number * grows, options.get("base_rank") or math.inf)
+def _base_bytes(lm: LanguageModel, rank: float) -> int:
+    """Bytes of factors of this rank in the base, which methods that add to it send with every message."""
     sides = [(len(f.b), f.a.shape[1]) for f in lora.split(lm.adapter).values()]
-    return round(4 * sum(min(most, *side) * sum(side) for side in sides))
+    return round(4 * sum(min(rank, *side) * sum(side) for side in sides))
 
 
 def adapter_size(lm: LanguageModel) -> int:
@@ -151,7 +145,7 @@ def adapter_size(lm: LanguageModel) -> int:
 
 def state_bytes(config: RunConfig) -> tuple[int, str]:
     """Bytes that training takes for each entry of the adapter, and what they are."""
-    if config.strategy.name == "fedkseed":
+    if method_from_config(config).local.gradient_free:
         return 12, "adapter and the sum of its moves"
     return (8, "adapter and gradient") if config.train.optimizer == "sgd" else (16, "adapter, gradient and Adam")
 
@@ -210,7 +204,7 @@ def try_out(lm: LanguageModel, corpus: Corpus, config: RunConfig) -> Trial:
     full = max(plan, key=lambda rows: _padded(corpus, rows))
     part = full[: max(1, len(full) // 8)]
     ratio = _padded(corpus, full) / _padded(corpus, part)
-    with _threads(config.train.threads):
+    with threads(config.train.threads):
         saved, seconds = _best_pass(lm, _batch(lm, corpus, part))
         if ratio == 1.0 or seconds * ratio > _TRIAL_SECONDS:
             return Trial(round(saved * ratio), _padded(corpus, part), seconds * ratio)
@@ -253,13 +247,3 @@ def _pass(lm: LanguageModel, batch: Batch) -> tuple[int, float]:
     for parameter in lm.adapter.values():
         parameter.grad = None
     return sum(kept.values()), seconds
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

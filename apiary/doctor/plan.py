@@ -23,6 +23,7 @@ from apiary.doctor import forecast
 from apiary.models import base
 from apiary.models.adapters import LanguageModel
 from apiary.tracking import environment
+from strategies.from_config import method_from_config
 
 _SHORT = {  # names that fit the column
     "Factors trained": "factors",
@@ -39,7 +40,7 @@ _STRETCH = 700  # characters of a stretch of the preview
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
-class Run(NamedTuple):
+class PreparedRun(NamedTuple):
     """A run of which everything could be had."""
 
     config: RunConfig
@@ -49,7 +50,7 @@ class Run(NamedTuple):
     corpora: tuple[Corpus, ...]  # of the clients' training examples, in order
 
 
-def print_run(run: Run, console: Console) -> None:
+def print_run(run: PreparedRun, console: Console) -> None:
     """Print what follows from data and model together."""
     for show in (_print_lengths, _print_clients, _print_preview, _print_cost):
         show(run, console)
@@ -119,7 +120,7 @@ def print_warnings(lines: Sequence[str], console: Console) -> None:
         _warn(console, f"and {len(lines) - _FILES} more files of which rows are cut or left out")
 
 
-def _print_lengths(run: Run, console: Console) -> None:
+def _print_lengths(run: PreparedRun, console: Console) -> None:
     cut = sum(corpus.stats.cut for corpus in run.corpora)
     dropped = sum(corpus.stats.dropped for corpus in run.corpora)
     n = sum(len(corpus) for corpus in run.corpora) + dropped
@@ -134,7 +135,7 @@ def _print_lengths(run: Run, console: Console) -> None:
     _fact(console, "tokens", f"{said} ({share_text(trained / tokens)})")
 
 
-def _print_clients(run: Run, console: Console) -> None:
+def _print_clients(run: PreparedRun, console: Console) -> None:
     work = forecast.plan_work(run.config, run.corpora)
     ranks = run.config.adapter.ranks
     own = len(run.corpora) <= _FEW and ranks != "memory" and len(set(ranks)) > 1  # whether they are told one by one
@@ -162,7 +163,7 @@ def _cells(row: Sequence[float]) -> list[str]:
     return [*(count_text(value) for value in row[:3]), f"{row[3]:.2f}" if row[3] < 1 else f"{row[3]:.1f}"]
 
 
-def _print_preview(run: Run, console: Console) -> None:
+def _print_preview(run: PreparedRun, console: Console) -> None:
     for example in run.federation.clients[0].train:
         tokenizer = run.lm.tokenizer
         stretches = tokenization.preview(example, run.template, tokenizer, run.config.prompt)
@@ -183,7 +184,7 @@ def _shorten(text: str) -> str:
     return f"{text[:half]} ... ({len(text) - 2 * half} characters) ... {text[-half:]}"
 
 
-def _print_cost(run: Run, console: Console) -> None:
+def _print_cost(run: PreparedRun, console: Console) -> None:
     _head(console, "Cost")
     size, rank = forecast.adapter_size(run.lm), run.config.adapter.rank
     for name, value in summary.facts(run.config):
@@ -201,13 +202,13 @@ def _print_cost(run: Run, console: Console) -> None:
     _fact(console, "time", f"about {seconds_text(seconds)} of training{also} ({tried})")
 
 
-def _print_traffic(run: Run, work: forecast.Work, console: Console) -> None:
+def _print_traffic(run: PreparedRun, work: forecast.Work, console: Console) -> None:
     traffic = forecast.plan_traffic(run.config, run.lm, work)
     ranks = run.config.adapter.ranks
     mean = " of mean rank" if ranks != "memory" and set(ranks) - {run.config.adapter.rank} else ""
     # What stands in the base travels with each message.
     grows = " in the mean round (less in the first ones, for the base grows)" if traffic.grows else ""
-    most = "at most " if run.config.strategy.name == "fedkseed" else ""
+    most = "at most " if method_from_config(run.config).scalars else ""
     said = f"{bytes_text(traffic.down)} down{grows} and {most}{bytes_text(traffic.up)} up a client{mean}"
     _fact(console, "per round", f"{said}; {work.cohort} clients:")
     again = f", {traffic.evaluations} evaluations at the clients included"
@@ -218,7 +219,7 @@ def _print_traffic(run: Run, work: forecast.Work, console: Console) -> None:
         _fact(console, "", "what stands in the base grows in every round; strategy.options.base_rank bounds it")
 
 
-def _print_steps(run: Run, work: forecast.Work, console: Console) -> None:
+def _print_steps(run: PreparedRun, work: forecast.Work, console: Console) -> None:
     least, most = min(work.per_round), max(work.per_round)
     each = count_text(least) if least == most else f"{count_text(least)} to {count_text(most)}"
     said = f"{each} a client and round, {count_text(work.total)} in {run.config.rounds} rounds"
@@ -228,7 +229,7 @@ def _print_steps(run: Run, work: forecast.Work, console: Console) -> None:
             _fact(console, "", f"baseline {name}: {count_text(work.total)} more")
 
 
-def _print_memory(run: Run, trial: forecast.Trial, console: Console) -> None:
+def _print_memory(run: PreparedRun, trial: forecast.Trial, console: Console) -> None:
     base = forecast.base_bytes(run.lm)
     entry, what = forecast.state_bytes(run.config)
     adapter = entry * forecast.adapter_size(run.lm)
@@ -248,7 +249,7 @@ def _print_memory(run: Run, trial: forecast.Trial, console: Console) -> None:
         _warn(console, f"this may not fit; {fix}")
 
 
-def _processes(run: Run) -> int:
+def _processes(run: PreparedRun) -> int:
     """Processes that hold the model at a time: one, or Ray's workers and the server."""
     if run.config.simulate.engine == "local":
         return 1

@@ -21,7 +21,7 @@ from apiary.export.adapter_folder import SETTINGS, WEIGHTS
 from apiary.models import adapters
 from apiary.models.adapter_files import read_adapter
 from apiary.models.adapters import LanguageModel
-from apiary.tracking.run_directory import kept_in
+from apiary.tracking.run_directory import result_folders
 
 
 class Tuned(NamedTuple):
@@ -64,7 +64,7 @@ def open_tuned(path: Path, overrides: Sequence[str] = ()) -> Tuned:
     except ValueError as error:
         raise UserError(f"{str(path)!r} does not fit the base {config.model.name!r}: {error}") from None
     if config.adapter.share != "both" and is_half(adapter):
-        kept = kept_in(run or path.parent).personal
+        kept = result_folders(run or path.parent).personal
         at_site = "a site has it in its state folder, as runs/RUN/adapter"
         where = f"open one in {str(kept)!r}" if kept.is_dir() else at_site
         raise UserError(
@@ -110,7 +110,7 @@ def score(tuned: Tuned, source: str) -> tuple[dict[str, Measured], list[str]]:
     alone: dict[str, StateDict] = {}
     central = None
     if run:
-        places = kept_in(run)
+        places = result_folders(run)
         # A name with a dot in front is what a kill left of a folder under way.
         alone = {f.parent.name: read_adapter(lm, f) for f in sorted(places.alone.glob(f"[!.]*/{WEIGHTS}"))}
         central = read_adapter(lm, places.central / WEIGHTS) if (places.central / WEIGHTS).exists() else None

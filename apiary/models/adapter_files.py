@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from apiary.core import lora
+from apiary.core.files import sync
 from apiary.core.lora import Factors, is_b
 from apiary.core.tensors import StateDict
 from apiary.models.adapters import (
@@ -68,7 +68,8 @@ def save_adapter(lm: LanguageModel, state: StateDict, folder: str | Path, card: 
         if card is not None:
             (work / "README.md").write_text(card, encoding="utf-8")
         work.chmod(0o755)  # mkdtemp's folders are private; this one is a result
-        _sync(work)
+        for path in [*work.iterdir(), work]:
+            sync(path)
         _swap(work, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -98,15 +99,6 @@ def _as_one(lm: LanguageModel, state: StateDict) -> tuple[StateDict, int]:
         more = added.get(module) or Factors(factors.b[:, :0], factors.a[:0])
         made[module] = lora.stack([factors, lora.resize(Factors(more.b / lm.scale, more.a), wide)])
     return lora.join(made), lm.rank + wide
-
-
-def _sync(folder: Path) -> None:
-    for path in [*folder.iterdir(), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _swap(work: Path, target: Path) -> None:

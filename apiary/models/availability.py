@@ -6,7 +6,8 @@ from pathlib import Path
 
 from apiary.config.schema import ModelConfig
 from apiary.core.errors import UserError
-from apiary.models.base import BUILTIN, ask_hub, first_line, resolve_device
+from apiary.core.formatting import first_line
+from apiary.models.base import BUILTIN, ask_hub, resolve_device
 
 
 def check_device(name: str, key: str) -> None:

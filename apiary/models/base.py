@@ -20,6 +20,7 @@ from transformers.utils import logging as progress
 
 from apiary.config.schema import ModelConfig
 from apiary.core.errors import UserError
+from apiary.core.formatting import first_line
 
 BUILTIN = "builtin:tiny"
 _SAMPLES = 4096  # values of each tensor that go into the base's digest
@@ -117,12 +118,6 @@ def ask_hub(name: str, revision: str | None) -> None:
     cached = try_to_load_from_cache(name, "config.json", revision=revision)
     if not constants.HF_HUB_OFFLINE and not isinstance(cached, str):
         HfApi().model_info(name, revision=revision, timeout=10)
-
-
-def first_line(error: Exception) -> str:
-    """What an error of another library says first, short enough to stand inside a line of ours."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:200].rstrip(".")
 
 
 @contextmanager

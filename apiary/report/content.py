@@ -15,17 +15,7 @@ from apiary.core.errors import UserError
 from apiary.privacy import statement
 from apiary.report import plots, sites
 from apiary.report.aggregation import aggregation_content
-from apiary.report.data import (
-    MEANING,
-    METHODS,
-    Client,
-    Curated,
-    Gain,
-    Metrics,
-    Row,
-    gain_on_all,
-    gain_on_own,
-)
+from apiary.report.data import MEANING, METHODS, Client, CurationPart, Gain, Metrics, Row, gain_on_all, gain_on_own
 from apiary.report.stages import stages_content
 from apiary.report.verdict import headline, nats, not_alike, row_by_row, second, value
 from apiary.tracking.event_log import Event
@@ -329,7 +319,7 @@ def _troubles(events: Iterable[Event]) -> dict[str, Any]:
     return {"rows": rows[:_TROUBLES], "left_out": max(0, len(rows) - _TROUBLES)}
 
 
-def _curation(curation: Mapping[str, Curated]) -> dict[str, Any] | None:
+def _curation(curation: Mapping[str, CurationPart]) -> dict[str, Any] | None:
     """Rows that each step dropped at each client; of many clients all are summed up in the last row."""
     if not curation:
         return None

@@ -175,7 +175,7 @@ class Continual(_Part):
         return self
 
 
-class Curated(_Part):
+class CurationPart(_Part):
     """What curation left of a client's rows, and what each step dropped."""
 
     rows: int
@@ -206,7 +206,7 @@ class Metrics(_Part):
     sites: tuple[OwnRound, ...] | None = None  # None where it is no deployment
     samples: tuple[Sample, ...] = ()
     continual: Continual | None = None
-    curation: Mapping[str, Curated] = Field(default_factory=dict)
+    curation: Mapping[str, CurationPart] = Field(default_factory=dict)
     share: str = "both"  # `adapter.share`
     rank: int | None = None  # of the adapter that is exported
     attack: Attack | None = None  # of a simulation with attackers

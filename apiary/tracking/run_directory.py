@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 
-class Kept(NamedTuple):
+class ResultFolders(NamedTuple):
     """Where a run directory keeps its baselines, and what belongs to clients."""
 
     alone: Path  # a PEFT folder for each client
@@ -14,6 +14,6 @@ class Kept(NamedTuple):
     personal: Path  # a PEFT folder for each client, where each has a model of its own
 
 
-def kept_in(run: Path) -> Kept:
+def result_folders(run: Path) -> ResultFolders:
     """The places in a run directory."""
-    return Kept(run / "baselines" / "local", run / "baselines" / "central", run / "personal")
+    return ResultFolders(run / "baselines" / "local", run / "baselines" / "central", run / "personal")

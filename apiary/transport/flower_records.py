@@ -13,7 +13,18 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from apiary.core.errors import WireError
-from apiary.core.messages import Curated, Decline, Fingerprint, FitReport, Hello, Payload, Score, Spent, Update, Visit
+from apiary.core.messages import (
+    CurationCounts,
+    Decline,
+    Fingerprint,
+    FitReport,
+    Hello,
+    Payload,
+    Score,
+    Spent,
+    Update,
+    Visit,
+)
 from apiary.core.tensors import StateDict
 from apiary.transport.downlink import Change, Parcel
 
@@ -22,7 +33,7 @@ HELLO = "query.hello"
 _ADAPTER, _BASE_DELTA, _ROUND, _COUNTS, _WHO, _PRINT = "adapter", "base_delta", "round", "counts", "who", "fingerprint"
 _MESSAGE, _PARCEL, _CHANGE, _HOLDS = "message", "parcel/", "change/", "holds"
 _CURATED, _SPENT, _DECLINED, _DROPPED = "curated", "spent", "declined", "dropped."
-_CONTROL, _LAST = "control", "counted"
+_EXTRA, _LAST = "control", "counted"  # the first is named after the first method that had one
 
 
 def to_arrays(state: StateDict) -> ArrayRecord:
@@ -72,15 +83,15 @@ def request(
     round_number: int,
     adapter: ArrayRecord,
     base_delta: ArrayRecord,
-    control: ArrayRecord | None = None,
+    extra: ArrayRecord | None = None,
     *,
     last_round: int = 0,
 ) -> RecordDict:
     """The content of a train or evaluate message; the caller makes the records, so that equal payloads share them."""
     numbers = ConfigRecord({_ROUND: round_number, _LAST: last_round})
     content = RecordDict({_ADAPTER: adapter, _BASE_DELTA: base_delta, _ROUND: numbers})
-    if control:
-        content[_CONTROL] = control
+    if extra:
+        content[_EXTRA] = extra
     return content
 
 
@@ -102,8 +113,8 @@ def read_request(content: RecordDict, receive: Callable[[Parcel], StateDict] = _
     number, last = numbers[_ROUND], numbers.get(_LAST, 0)
     if not isinstance(number, int) or not isinstance(last, int):
         raise WireError("its round is not a number")
-    control = from_arrays(_part(content, _CONTROL, ArrayRecord)) if _CONTROL in content else {}
-    return number, Payload(adapter, base_delta, control, last)
+    extra = from_arrays(_part(content, _EXTRA, ArrayRecord)) if _EXTRA in content else {}
+    return number, Payload(adapter, base_delta, extra, last)
 
 
 def train_reply(answer: Visit | Decline, message: bytes = b"") -> RecordDict:
@@ -166,12 +177,12 @@ def _read_decline(content: RecordDict) -> Decline:
     return Decline(_name(content), reason)  # type: ignore[arg-type]
 
 
-def _read_curated(content: RecordDict) -> Curated | None:
+def _read_curated(content: RecordDict) -> CurationCounts | None:
     if _CURATED not in content:
         return None
     counts = {key: int(value) for key, value in _numbers(content, _CURATED).items()}
     dropped = {key.removeprefix(_DROPPED): value for key, value in counts.items() if key.startswith(_DROPPED)}
-    return Curated(counts["rows"], counts["kept"], dropped)
+    return CurationCounts(counts["rows"], counts["kept"], dropped)
 
 
 def _read_spent(content: RecordDict) -> Spent | None:

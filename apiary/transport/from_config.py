@@ -13,23 +13,25 @@ from apiary.transport.codec import (
     Codec,
 )
 from apiary.transport.codecs import CODECS
-from apiary.transport.codecs.sparse import (
-    sparse,
-)
 
 
-def configured_codec(config: RunConfig, way: Literal["up", "down"]) -> Codec:
-    """The codec that a run names for one way.
+def configured_codec(config: RunConfig, way: Literal["up", "down"], own: str = "fp32") -> Codec:
+    """The codec of one direction in a run.
 
     On the way down each message has in it what the last one left out (`apiary.transport.downlink`). There a codec
     needs no feedback of its own and rounds to the nearest unless told otherwise, for nothing is lost by it.
+
+    Args:
+        config: the run.
+        way: "up" to the server, or "down" to the clients.
+        own: the codec of the method itself, which carries its updates up where `wire.up` is left as it is.
 
     Raises:
         UserError: unknown name or options, by their key.
     """
     method = config.wire.up if way == "up" else config.wire.down
-    if way == "up" and config.strategy.name == "fedkseed" and method.name == "fp32":
-        return sparse()  # a visit has scalars for few of the seeds
+    if way == "up" and method.name == "fp32" != own:
+        return CODECS.build(own)
     options = method.options
     try:
         if way == "down" and "feedback" in options:

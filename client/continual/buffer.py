@@ -20,7 +20,7 @@ class Rule(NamedTuple):
     chance: float = 1.0
 
 
-class Kept(NamedTuple):
+class BufferedRow(NamedTuple):
     """A row in the buffer."""
 
     digest: str  # of its conversation, SHA-256 in hex
@@ -32,10 +32,10 @@ class Buffer(NamedTuple):
     """Rows of finished stages, by rising priority."""
 
     rule: Rule
-    rows: tuple[Kept, ...] = ()
+    rows: tuple[BufferedRow, ...] = ()
 
 
-def rule(config: ContinualConfig, seed: int, client: str, rows: int) -> Rule:
+def buffer_rule(config: ContinualConfig, seed: int, client: str, rows: int) -> Rule:
     """The rule of a client that has so many training rows over all stages."""
     key = derive_seed(seed, client, "buffer").to_bytes(8, "big")
     share = config.buffer if config.buffer < 1 else min(1.0, int(config.buffer) / max(rows, 1))
@@ -64,7 +64,7 @@ def admit(buffer: Buffer, rows: Iterable[Example], stage: int) -> Buffer:
     else there is, as differential privacy has it.
     """
     key = buffer.rule.key
-    offered = [*buffer.rows, *(Kept(row_digest(row), stage, row) for row in rows)]
+    offered = [*buffer.rows, *(BufferedRow(row_digest(row), stage, row) for row in rows)]
     # Of equal conversations the one of the earliest stage stays, whichever came first.
     offered.sort(key=lambda row: (row.digest, row.stage, sorted(row.example.tags.items())))
     once = {row.digest: row for row in reversed(offered)}

@@ -25,7 +25,7 @@ from apiary.data.batches import Batch, Corpus, collate, plan_batches
 from apiary.models.adapters import LanguageModel, autocast, get_adapter, pad_id, set_adapter, training
 from apiary.models.loss import to_device
 from client.training.objectives import OBJECTIVES, Objective, finite
-from strategies.local import Penalty, Projection
+from strategies.local import Hooks
 
 
 class Cursor(NamedTuple):
@@ -74,26 +74,26 @@ def steps_per_round(config: TrainConfig, corpus: Corpus, replay: Replay | None =
     return max(1, math.ceil(config.epochs * batches / config.accumulate))
 
 
-def fit(
-    lm: LanguageModel,
-    start: StateDict,
-    corpus: Corpus,
-    config: TrainConfig,
-    *,
-    seed: int,
-    client: str,
-    cursor: Cursor,
-    first_step: int,
-    total_steps: int,
-    steps: int,
-    replay: Replay | None = None,
-    penalties: Sequence[Penalty] = (),
-    projections: Sequence[Projection] = (),
-    observers: Sequence[Observer] = (),
-    factors: Literal["both", "b", "a"] = "both",
-    correction: StateDict | None = None,
-) -> FitResult:
-    """The change that `steps` optimizer steps make to the adapter `start`, and where they ended in the data.
+class VisitPlan(NamedTuple):
+    """What a visit is made of beside its model, its rows and `[train]`.
+
+    Everything random in it follows from `seed`, `client` and the cursors.
+    """
+
+    seed: int  # of the run
+    client: str
+    steps: int  # optimizer steps of this visit
+    total_steps: int  # of the whole run, or of the visit's stage: the length of the learning-rate schedule
+    first_step: int = 0  # steps of the schedule that were made before this visit
+    cursor: Cursor = Cursor()  # where the visit begins in its rows
+    replay: Replay | None = None  # rows of earlier tasks; None, or an empty corpus in it, is new rows alone
+    factors: Literal["both", "b", "a"] = "both"  # those that are trained; the change of the others is zero
+    hooks: Hooks = Hooks()  # what the run's method asks for
+    observers: tuple[Observer, ...] = ()  # told of every step
+
+
+def fit(lm: LanguageModel, start: StateDict, corpus: Corpus, config: TrainConfig, plan: VisitPlan) -> FitResult:
+    """The change that a visit's optimizer steps make to the adapter `start`, and where they ended in the data.
 
     The loss of a step is the sum of its token losses divided by its trained tokens, over all its
     `accumulate` batches, so the split into batches does not change the gradient. AdamW starts with
@@ -104,12 +104,12 @@ def fit(
     the loss, tokens and examples of the new rows, and how many tokens were replayed.
 
     Args:
-        first_step: steps made before this visit, of `total_steps` in the run (or in its stage); they place it on the
-            schedule.
-        replay: None, or an empty corpus in it, is training on new rows alone.
-        factors: which of the adapter's factors are trained; the change of the others is zero.
-        correction: added to every step's gradient once that is clipped, so that what it says of other clients'
-            gradients counts in full.
+        lm: the model.
+        start: the received adapter, with the factors to add to the base.
+        corpus: the client's new rows.
+        config: the optimizer, its schedule, and how batches are made.
+        plan: the visit; its `hooks.correction` is added once a gradient is clipped, so that what it says of other
+            clients' gradients counts in full.
 
     Raises:
         FloatingPointError: the loss or a gradient became NaN or infinite.
@@ -120,32 +120,38 @@ def fit(
     began = time.perf_counter()
     set_adapter(lm, start)
     received = get_adapter(lm)
-    budget, old_budget = _budgets(config, replay)
-    walk = Way(corpus, budget, functools.partial(generator, seed, client, "epoch"), cursor)
-    old = None
-    if replay and old_budget:
-        old = Way(replay.corpus, old_budget, functools.partial(generator, seed, client, "replay"), replay.cursor)
+    rows, old = _streams(corpus, config, plan)
     nats, tokens, examples, replayed = 0.0, 0, 0, 0
     with (
         threads(config.threads),
-        _training(lm, derive_seed(seed, client, "dropout", *cursor)),
-        training(lm, factors) as moving,
+        _training(lm, derive_seed(plan.seed, plan.client, "dropout", *plan.cursor)),
+        training(lm, plan.factors) as moving,
     ):
-        loop = _Loop(moving, config, OBJECTIVES.build(config.objective), tuple(penalties), correction or {})
-        for step in range(steps):
-            batches = walk.take(config.accumulate, lm)
+        loop = _Loop(moving, config, OBJECTIVES.build(config.objective), plan.hooks)
+        for step in range(plan.steps):
+            batches = rows.take(config.accumulate, lm)
             again = old.take(config.accumulate, lm) if old else ()
-            record = loop.step(step, batches, learning_rate(first_step + step, total_steps, config), again)
+            record = loop.step(step, batches, learning_rate(plan.first_step + step, plan.total_steps, config), again)
             nats, tokens = nats + record.loss * record.tokens, tokens + record.tokens
             examples, replayed = examples + sum(len(batch.rows) for batch in batches), replayed + record.replayed
-            for observe in observers:
+            for observe in plan.observers:
                 observe(record)
     delta: StateDict = subtract(get_adapter(lm), received)
-    for project in (*projections, finite):
+    for project in (*plan.hooks.projections, finite):
         delta = project(delta)
     loss = nats / tokens if tokens else float("nan")
-    report = FitReport(tokens, examples, steps, loss, time.perf_counter() - began, replayed)
-    return FitResult(dict(delta), walk.cursor, report, old.cursor if old else Cursor())
+    report = FitReport(tokens, examples, plan.steps, loss, time.perf_counter() - began, replayed)
+    return FitResult(dict(delta), rows.cursor, report, old.cursor if old else Cursor())
+
+
+def _streams(corpus: Corpus, config: TrainConfig, plan: VisitPlan) -> tuple[BatchStream, BatchStream | None]:
+    """The batches of new rows, and those of replayed ones, which have a stream of their own."""
+    budget, old_budget = _budgets(config, plan.replay)
+    rows = BatchStream(corpus, budget, functools.partial(generator, plan.seed, plan.client, "epoch"), plan.cursor)
+    if not (plan.replay and old_budget):
+        return rows, None
+    again = functools.partial(generator, plan.seed, plan.client, "replay")
+    return rows, BatchStream(plan.replay.corpus, old_budget, again, plan.replay.cursor)
 
 
 def _budgets(config: TrainConfig, replay: Replay | None) -> tuple[int, int]:
@@ -156,8 +162,8 @@ def _budgets(config: TrainConfig, replay: Replay | None) -> tuple[int, int]:
     return config.batch_tokens - old, old
 
 
-class Way:
-    """A client's way through its data: each epoch's plan from end to end, then the next epoch's."""
+class BatchStream:
+    """A client's batches without end: each epoch's plan from end to end, then the next epoch's. Owns the cursor."""
 
     def __init__(self, corpus: Corpus, budget: int, rng: Callable[[int], torch.Generator], cursor: Cursor) -> None:
         self._corpus, self._budget, self._rng = corpus, budget, rng
@@ -200,10 +206,10 @@ class _Loop:
         lm: LanguageModel,
         config: TrainConfig,
         objective: Objective,
-        penalties: tuple[Penalty, ...],
-        correction: StateDict,
+        hooks: Hooks,
     ) -> None:
-        self._lm, self._config, self._objective, self._penalties = lm, config, objective, penalties
+        self._lm, self._config, self._objective, self._penalties = lm, config, objective, hooks.penalties
+        correction = hooks.correction
         self._parameters = list(lm.adapter.values())
         for parameter in self._parameters:
             parameter.grad = None

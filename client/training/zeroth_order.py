@@ -1,7 +1,7 @@
-"""A client's part of FedKSeed: steps without a gradient, of which scalars for seeds are all that leaves.
+"""Training without a gradient, for methods that bring their own steps (`strategies.local.Hooks.descend`).
 
-Two forward passes make a step, and no activations are kept, so that memory is that of using the model. See
-`strategies.seed_scalars` for what travels, and `strategies.fedkseed` for the server.
+Each step asks for the loss of its rows at adapters that the method chooses. No activations are kept, so the memory is
+that of using the model.
 """
 
 from __future__ import annotations
@@ -10,64 +10,36 @@ import functools
 import math
 import time
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 
 from apiary.config.schedule import learning_rate
-from apiary.config.schema import RunConfig
-from apiary.core.messages import FitReport, Payload
+from apiary.config.schema import TrainConfig
+from apiary.core.messages import FitReport
 from apiary.core.tensors import StateDict, generator
 from apiary.data.batches import Batch, Corpus
 from apiary.models import adapters
 from apiary.models.adapters import LanguageModel
 from client.training.objectives import OBJECTIVES
-from client.training.trainer import Cursor, FitResult, Observer, StepRecord, Way, threads
-from strategies import seed_scalars
-
-
-class Place(NamedTuple):
-    """A visit in the run, as `client.training.trainer.fit` has it."""
-
-    client: str
-    cursor: Cursor
-    first_step: int
-    total_steps: int
-    steps: int
-
-
-def used(config: RunConfig) -> bool:
-    """Whether the run's clients train this way."""
-    return config.strategy.name == "fedkseed"
-
-
-def opened(lm: LanguageModel, payload: Payload, config: RunConfig) -> Payload:
-    """The payload with the adapter that its scalars stand for."""
-    start = adapters.fresh_adapter(lm, config.seed)
-    scalars = seed_scalars.of_tensor(payload.adapter[seed_scalars.NAME], _seeds(config))
-    return payload._replace(adapter=seed_scalars.rebuild(start, scalars))
+from client.training.trainer import BatchStream, FitResult, StepRecord, VisitPlan, threads
+from strategies.local import Descend, Loss
 
 
 def fit(
-    lm: LanguageModel,
-    start: StateDict,
-    corpus: Corpus,
-    config: RunConfig,
-    place: Place,
-    observers: Sequence[Observer] = (),
+    lm: LanguageModel, start: StateDict, corpus: Corpus, config: TrainConfig, plan: VisitPlan, descend: Descend
 ) -> FitResult:
-    """What the steps of a visit come to that go from `start` without a gradient; the delta is one tensor of scalars.
+    """What a method makes of the steps of a visit that go from `start` without a gradient.
 
-    Seeds follow from (seed, client, cursor), and so a client that is asked again makes the same steps. Dropout is off,
-    and neither `train.clip_norm` nor weight decay plays a part.
+    What the method draws follows from (seed, client, cursor), and so a client that is asked again makes the same steps.
+    Dropout is off, and neither `train.clip_norm` nor weight decay plays a part; there are no replayed rows.
 
     Args:
         lm: the model.
-        start: the adapter, as `opened` gives it.
+        start: the whole adapter.
         corpus: the client's rows.
-        config: the run.
-        place: of the visit in the run.
-        observers: told of every step; the gradient norm is NaN.
+        config: batches, learning rate and objective.
+        plan: the visit; its observers are told a gradient norm of NaN.
+        descend: the method's steps.
 
     Raises:
         FloatingPointError: no step at all had a loss that is a number, or the steps are far too long.
@@ -76,52 +48,51 @@ def fit(
     if not len(corpus):
         raise ValueError("there is nothing to train on: the corpus is empty")
     began = time.perf_counter()
-    train, (client, cursor, first, total, steps) = config.train, place
-    way = Way(corpus, train.batch_tokens, functools.partial(generator, config.seed, client, "epoch"), cursor)
-    measure = _Measure(lm, train.objective)
-    counts = {"tokens": 0, "examples": 0}
-
-    def losses() -> Iterator[tuple[seed_scalars.Loss, float]]:
-        for step in range(steps):
-            batches, lr = way.take(train.accumulate, lm), learning_rate(first + step, total, train)
-            measure.seen.clear()
-            yield functools.partial(measure, batches), lr
-            if not all(map(math.isfinite, measure.seen)):
-                continue  # the walk has skipped this step
-            tokens = sum(int(batch.targets.sum()) for batch in batches)
-            counts["tokens"] += tokens
-            counts["examples"] += sum(len(batch.rows) for batch in batches)
-            record = StepRecord(step, sum(measure.seen) / len(measure.seen), tokens, lr, float("nan"))
-            measure.total += record.loss * tokens
-            for observe in observers:
-                observe(record)
-
-    try:
-        with threads(train.threads):
-            went = seed_scalars.walk(
-                losses(),
-                start,
-                _seeds(config),
-                epsilon=_option(config, "epsilon", seed_scalars.EPSILON),
-                rng=generator(config.seed, client, "seeds", *cursor),
-            )
-    except seed_scalars.TooFar as error:
-        raise FloatingPointError(str(error)) from error
-    if went.skipped == steps:
+    steps = _Steps(lm, corpus, config, plan)
+    with threads(config.threads):
+        made = descend(steps.losses(), start, generator(plan.seed, plan.client, "seeds", *plan.cursor))
+    if made.skipped == plan.steps:
         raise FloatingPointError("the loss is no number in any step of this visit; a lower train.lr usually helps")
-    delta = {seed_scalars.NAME: seed_scalars.to_tensor(went.scalars, _seeds(config))}
-    loss = measure.total / counts["tokens"] if counts["tokens"] else float("nan")
-    report = FitReport(counts["tokens"], counts["examples"], steps, loss, time.perf_counter() - began)
-    return FitResult(delta, way.cursor, report)
+    loss = steps.nats / steps.tokens if steps.tokens else float("nan")
+    report = FitReport(steps.tokens, steps.examples, plan.steps, loss, time.perf_counter() - began)
+    return FitResult(made.delta, steps.rows.cursor, report)
+
+
+class _Steps:
+    """The losses of a visit's steps, and the sums over the steps that were made."""
+
+    def __init__(self, lm: LanguageModel, corpus: Corpus, config: TrainConfig, plan: VisitPlan) -> None:
+        self._lm, self._config, self._plan = lm, config, plan
+        epochs = functools.partial(generator, plan.seed, plan.client, "epoch")
+        self.rows = BatchStream(corpus, config.batch_tokens, epochs, plan.cursor)
+        self._measure = _Measure(lm, config.objective)
+        self.nats, self.tokens, self.examples = 0.0, 0, 0
+
+    def losses(self) -> Iterator[tuple[Loss, float]]:
+        """Of each step in turn the loss of its rows and its learning rate."""
+        plan, seen = self._plan, self._measure.seen
+        for step in range(plan.steps):
+            batches = self.rows.take(self._config.accumulate, self._lm)
+            lr = learning_rate(plan.first_step + step, plan.total_steps, self._config)
+            seen.clear()
+            yield functools.partial(self._measure, batches), lr
+            if not all(map(math.isfinite, seen)):
+                continue  # the method has skipped this step
+            tokens = sum(int(batch.targets.sum()) for batch in batches)
+            record = StepRecord(step, sum(seen) / len(seen), tokens, lr, float("nan"))
+            self.tokens += tokens
+            self.examples += sum(len(batch.rows) for batch in batches)
+            self.nats += record.loss * tokens
+            for observe in plan.observers:
+                observe(record)
 
 
 class _Measure:
-    """The loss of batches under an adapter, in nats per trained token; keeps what it has seen."""
+    """The loss of batches under an adapter, in nats per trained token; `seen` holds those of the step so far."""
 
     def __init__(self, lm: LanguageModel, objective: str) -> None:
         self._lm, self._objective = lm, OBJECTIVES.build(objective)
         self.seen: list[float] = []
-        self.total = 0.0
 
     def __call__(self, batches: Sequence[Batch], adapter: StateDict) -> float:
         adapters.set_adapter(self._lm, adapter)
@@ -129,11 +100,3 @@ class _Measure:
             nats = sum(float(self._objective(self._lm.model, batch).double().sum()) for batch in batches)
         self.seen.append(nats / max(1, sum(int(batch.targets.sum()) for batch in batches)))
         return self.seen[-1]
-
-
-def _seeds(config: RunConfig) -> tuple[int, ...]:
-    return seed_scalars.candidates(config.seed, int(_option(config, "candidates", seed_scalars.CANDIDATES)))
-
-
-def _option(config: RunConfig, name: str, default: float) -> float:
-    return float(config.strategy.options.get(name, default))

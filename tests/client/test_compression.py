@@ -29,11 +29,14 @@ from apiary.transport import downlink, flower_records, from_config
 from apiary.transport.codecs import floats, integers
 from client import app as client_app
 from client import compression, handlers, round_files, state
+from client.site import Site
 from client.site_worker import _refuse_foreign_code
+from client.worker import Worker
 from server import broadcast, checkpoint
 from simulation import engines
 from simulation.in_process_grid import LocalGrid
 from simulation.run import check_names, simulate
+from strategies.local import PLAIN
 
 QUIET = ["evaluate.baselines=[]", "evaluate.generate=false", "evaluate.max_examples=8"]
 INT4 = 'wire.up={ name = "int4", rounding = "nearest", feedback = true }'
@@ -49,6 +52,10 @@ def events_of(folder: Path, kind: str) -> list[dict[str, Any]]:
     return [e for e in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if e["event"] == kind]
 
 
+def site_in(folder: Path) -> Site:
+    return Site("a", (), (), folder, folder / "ledger.json", 4)
+
+
 def held_by(folder: Path, client: str) -> dict[str, Tensor]:
     return load_file(folder / "clients" / client / "copy.safetensors")
 
@@ -60,7 +67,7 @@ def test_the_default_is_what_unencoded_tensors_make(
     tmp_path: Path, small_run: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     coded = run(tmp_path / "coded", small_run)
-    monkeypatch.setattr(handlers, "_encoded", lambda *args: b"")
+    monkeypatch.setattr(Worker, "send", lambda *args: b"")
     assert digest(run(tmp_path / "plain", small_run), 64) == digest(coded, 64)
     files = {path.name.partition("-")[0] for path in (tmp_path / "coded" / "clients" / "client-00").iterdir()}
     assert files == {"round", "steps.jsonl"}
@@ -345,25 +352,26 @@ def test_what_left_out_rounds_kept_is_added_when_a_client_comes_again(tmp_path: 
     settings = loading.load(None, [*small_run, INT4])
     codec = from_config.configured_codec(settings, "up")
     deltas = {n: {"x": torch.randn(300, generator=generator(n))} for n in (1, 2, 7)}
-    sent = {n: compression.encode(settings, tmp_path, "a", n, delta) for n, delta in deltas.items()}
+    sent = {n: compression.encode(settings, codec, site_in(tmp_path), n, delta) for n, delta in deltas.items()}
     arrived = sum(codecs.decode(message, codec, {"x": (300,)})["x"].double() for message in sent.values())
     left_out = round_files.newest(tmp_path, "feedback", before=8)["x"].double()
     torch.testing.assert_close(arrived + left_out, sum(d["x"].double() for d in deltas.values()), rtol=0, atol=1e-6)
     assert left_out.abs().max() > 0.01
-    again = {n: compression.encode(settings, tmp_path, "a", n, deltas[n]) for n in (7, 7)}
+    again = {n: compression.encode(settings, codec, site_in(tmp_path), n, deltas[n]) for n in (7, 7)}
     assert again[7] == sent[7]
     # A server that went back:
-    assert {n: compression.encode(settings, tmp_path, "a", n, deltas[n]) for n in (2, 7)} == {
+    assert {n: compression.encode(settings, codec, site_in(tmp_path), n, deltas[n]) for n in (2, 7)} == {
         n: sent[n] for n in (2, 7)
     }
 
 
 def test_feedback_of_another_rank_is_not_added(tmp_path: Path, small_run: list[str]) -> None:
     settings = loading.load(None, [*small_run, INT4])
-    compression.encode(settings, tmp_path, "a", 1, {"x": torch.randn(4, 8)})
+    codec = compression.up(settings, PLAIN)
+    compression.encode(settings, codec, site_in(tmp_path), 1, {"x": torch.randn(4, 8)})
     delta = {"x": torch.randn(2, 8)}
     expected, _ = codecs.encode(delta, from_config.configured_codec(settings, "up"), {}, generator(0))
-    assert compression.encode(settings, tmp_path, "a", 2, delta) == expected
+    assert compression.encode(settings, codec, site_in(tmp_path), 2, delta) == expected
 
 
 PRIVATE = ["privacy.unit=record", "privacy.batch_rows=8", "train.steps=1"]
@@ -511,10 +519,10 @@ def test_down_rounds_to_the_nearest_unless_told_otherwise() -> None:
 def test_clients_with_old_copies_share_one_whole_adapter(small_run: list[str]) -> None:
     """Each may say what it likes that it holds; the server's memory must not follow."""
     run = loading.load(None, [*small_run, "wire.down=int8"])
-    made = broadcast.Copies(run, {})
+    made = broadcast.Broadcast(run, {})
     adapter = adapters.fresh_adapter(adapters.load(run.model, run.adapter), 0)
     sent = []
     for i in range(5):
-        made.greet(f"c{i}", f"{i:016x}")
-        sent.append(made.pack(ClientInfo(f"c{i}", run.adapter.rank, 0), adapter))
+        made.set_version(f"c{i}", f"{i:016x}")
+        sent.append(made.parcel(ClientInfo(f"c{i}", run.adapter.rank, 0), adapter))
     assert all(record is sent[0] for record in sent)

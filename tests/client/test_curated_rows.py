@@ -9,7 +9,7 @@ import pytest
 from apiary.config.schema import CurateConfig, Method
 from apiary.data.examples import Example, Turn
 from apiary.models.inference import ModelProbe
-from client import curated_rows
+from client import curated_rows, round_files
 from client.curation import Context, Reader
 
 RANDOM = Method(name="random", keep=0.5, floor=0)
@@ -47,8 +47,16 @@ def test_every_so_many_rounds_rows_are_chosen_again(tmp_path: Path) -> None:
 def test_a_run_that_goes_back_finds_the_choice_of_that_moment(tmp_path: Path) -> None:
     before = [pick(tmp_path, number, every=2, seed=number) for number in range(1, 6)]
     # Killed in round 5 and gone on from round 4: round 5's own choice is forgotten and made anew.
+    round_files.begin(tmp_path, 4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["curated-0001.json", "curated-0003.json"]
     assert pick(tmp_path, 4, every=2, seed=99) == before[3]
+    round_files.begin(tmp_path, 5)
     assert pick(tmp_path, 5, every=2, seed=5) == before[4]
+    # Gone back once more, to a round that chooses: the new choice is the one that stands.
+    round_files.begin(tmp_path, 3)
+    anew = pick(tmp_path, 3, every=2, seed=98)
+    assert anew.round == 3 and anew.examples != before[2].examples
+    assert pick(tmp_path, 4, every=2, seed=97) == anew
 
 
 def test_other_rows_are_chosen_from_anew(tmp_path: Path) -> None:

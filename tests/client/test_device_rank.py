@@ -61,14 +61,16 @@ class Watch:
         self.server: list[tuple[StateDict, StateDict]] = []
         fit, save = trainer.fit, app.save
 
-        def fitting(lm: adapters.LanguageModel, start: StateDict, *args: Any, **keys: Any) -> trainer.FitResult:
+        def fitting(
+            lm: adapters.LanguageModel, start: StateDict, corpus: Any, config: Any, plan: trainer.VisitPlan
+        ) -> trainer.FitResult:
             own = {name: t for name, t in start.items() if not name.startswith("base_delta.")}
             base = {name.removeprefix("base_delta."): t for name, t in start.items() if name not in own}
             self.visits.append(
-                (keys["client"], lm.rank, lm.scale, products(own, lm.scale, 99), products(base, 1.0, 10**6))
+                (plan.client, lm.rank, lm.scale, products(own, lm.scale, 99), products(base, 1.0, 10**6))
             )
             self.server.append((self.adapter, self.base))
-            return fit(lm, start, *args, **keys)
+            return fit(lm, start, corpus, config, plan)
 
         def saving(folder: Path, run: Any, state: strategies.ServerState, progress: Any) -> None:
             self.adapter, self.base = state.adapter, state.base_delta
@@ -181,7 +183,7 @@ def test_a_client_keeps_the_rank_that_it_first_had(
 
 def test_what_the_operator_says_reaches_the_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each word under its own name: a limit on privacy that became a rank would limit nothing."""
-    monkeypatch.setattr(site, "Kept", lambda command, *more: command)
+    monkeypatch.setattr(site, "SupervisedProcess", lambda command, *more: command)
     options = site.Options(tmp_path / "rows.jsonl", "base", "cpu", 1, 3.0, 1e-6, 8)
     command: Any = site._worker(_kit(tmp_path), tmp_path, options, "unix:socket")
     facts = site_worker._facts(site_worker._arguments(command[command.index("--address") :]))

@@ -19,7 +19,8 @@ from apiary.data.examples import Example, Turn
 from apiary.models import adapters
 from apiary.privacy import sampling
 from apiary.privacy.accounting import epsilon
-from client.worker import Site, Worker
+from client.site import Site
+from client.worker import Worker
 
 STAGES = ['continual.stages=[["a"], ["b"], ["c"]]', "continual.buffer=0.5", "continual.policy=poisson", "rounds=6"]
 

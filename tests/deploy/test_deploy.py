@@ -527,7 +527,7 @@ def test_a_log_is_searched_for_what_the_present_process_wrote(tmp_path: Path) ->
         "import pathlib, time\nprint('conn', end='', flush=True)\n"
         "while not pathlib.Path('go').exists(): time.sleep(0.01)\nprint('ected')"
     )
-    kept = processes.Kept([sys.executable, "-c", code], os.environ, tmp_path, log)
+    kept = processes.SupervisedProcess([sys.executable, "-c", code], os.environ, tmp_path, log)
     assert kept.look() is None and kept.process is not None
     while not log.read_text().endswith("conn"):
         time.sleep(0.01)

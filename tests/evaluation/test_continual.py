@@ -33,12 +33,13 @@ from apiary.report.data import parse_metrics
 from apiary.report.stages import stages_content
 from apiary.tracking.event_log import read_events
 from apiary.transport import flower_records
-from client import replay, state
+from client import replay, round_files, state
 from client.continual import buffer
 from client.continual import buffer as continual_buffer
 from client.continual.buffer import Buffer
+from client.site import Site
 from client.training.trainer import Cursor
-from client.worker import Site, Worker
+from client.worker import Worker
 from simulation.run import simulate
 
 
@@ -52,7 +53,7 @@ def rows_of(count: int, skill: str = "sort", start: int = 0) -> list[Example]:
 
 def buffer_of(seed: int, rows: int = 10, *, client: str = "a", **keys: Any) -> Buffer:
     settings = ContinualConfig.model_validate({"buffer": float(rows), **keys})
-    return Buffer(buffer.rule(settings, seed, client, 50))
+    return Buffer(buffer.buffer_rule(settings, seed, client, 50))
 
 
 def kept(buffer: Buffer) -> set[str]:
@@ -149,7 +150,7 @@ def test_the_size_is_a_share_below_one_and_a_number_from_one_on(
     buffer: float, policy: str, expected: tuple[int | None, float]
 ) -> None:
     settings = ContinualConfig.model_validate({"buffer": buffer, "policy": policy})
-    made = continual_buffer.rule(settings, 0, "a", 200)
+    made = continual_buffer.buffer_rule(settings, 0, "a", 200)
     assert (made.rows, made.chance) == expected
 
 
@@ -217,7 +218,7 @@ class Client:
         self.folder, self.config, self.rows = folder, config, rows
 
     def visit(self, number: int) -> replay.StageData:
-        state.forget_from(self.folder, number)
+        round_files.begin(self.folder, number)
         past = state.load(self.folder, before=number)
         data = replay.prepare(self.rows, self.folder, "a", self.config, number, past)
         if data.new:
@@ -237,7 +238,7 @@ def test_each_stage_trains_on_its_own_rows_and_replays_the_earlier_ones(tmp_path
     for data in seen:
         assert all(row.stage < data.stage for row in data.replay)
         assert all(row.example not in data.new for row in data.replay)
-    everything = buffer.admit(Buffer(buffer.rule(client.config.continual, 0, "a", 70)), ROWS[:50], 0)
+    everything = buffer.admit(Buffer(buffer.buffer_rule(client.config.continual, 0, "a", 70)), ROWS[:50], 0)
     assert [row.digest for row in seen[4].replay] == [row.digest for row in everything.rows]
     assert [data.cursor for data in seen] == [Cursor(), Cursor(0, 1)] * 3
     assert [data.replay_cursor for data in seen] == [*[Cursor()] * 3, Cursor(0, 1), Cursor(), Cursor(0, 1)]
@@ -287,7 +288,7 @@ def test_only_versions_that_a_resumed_run_can_need_are_kept(tmp_path: Path) -> N
     assert sorted(p.name for p in tmp_path.glob("buffer-*")) == [f"buffer-{n:04d}.jsonl" for n in (8, 9, 10)]
     again = client.visit(9)  # a round, and so a stage, back
     assert again.stage == 8
-    once = buffer.admit(Buffer(buffer.rule(settings.continual, 0, "a", 50)), client.rows[:40], 0)
+    once = buffer.admit(Buffer(buffer.buffer_rule(settings.continual, 0, "a", 50)), client.rows[:40], 0)
     assert [row.digest for row in again.replay] == [row.digest for row in once.rows]
 
 

@@ -30,7 +30,7 @@ from apiary.tracking.event_log import RunLog, read_events
 from apiary.tracking.metrics_file import read_metrics, rounds_table, write_metrics
 from apiary.transport import flower_records
 from server import round_metrics
-from server.rounds import Rounds
+from server.rounds import Hooks, Rounds
 from simulation.engines import LocalGrid
 from strategies import AGGREGATORS, Aggregator, Gradient, Reducer, ServerState
 from strategies.averaging_error import exact
@@ -87,7 +87,7 @@ def _run(
     run = loading.load(None, [*base, *overrides])
     state = ServerState(0, _factors(99), {}, {})
     log = RunLog(folder)
-    made = Rounds(run, method, PRINT, state, log=log).run(LocalGrid(_clients(delta), n), n)
+    made = Rounds(run, method, PRINT, state, Hooks(log)).run(LocalGrid(_clients(delta), n), n)
     log.close()
     return made
 
@@ -172,8 +172,8 @@ def _noisy() -> Aggregator:
 def test_the_gauge_changes_no_bit_of_the_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(5)
     with_it = _run(tmp_path / "with", _noisy())
-    blind = round_metrics.Watched(exact(scaling(16.0, "rslora")), with_it, None, None)
-    monkeypatch.setattr(round_metrics, "watch", lambda *_: blind)
+    blind = round_metrics.ErrorFold(exact(scaling(16.0, "rslora")), with_it, None, None)
+    monkeypatch.setattr(round_metrics, "start", lambda *_: blind)
     torch.manual_seed(5)
     without = _run(tmp_path / "without", _noisy())
     assert "gauge" in _rounds(tmp_path / "with")[0] and "gauge" not in _rounds(tmp_path / "without")[0]
@@ -183,19 +183,20 @@ def test_the_gauge_changes_no_bit_of_the_adapter(tmp_path: Path, monkeypatch: py
 def test_the_random_signs_are_others_in_each_round() -> None:
     state = ServerState(0, _factors(99), {}, {})
     run = loading.load(None, [f"adapter.rank={RANK}"])
-    seen = [round_metrics.watch(run, _method("fedavg"), state._replace(round=i)).seen.probes["m.0"] for i in (0, 0, 1)]
+    folds = [round_metrics.start(run, _method("fedavg"), state._replace(round=i)) for i in (0, 0, 1)]
+    seen = [fold.accumulator.probes["m.0"] for fold in folds]
     assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
 
 
 def test_an_adapter_without_factors_or_an_update_without_one_has_no_gauge() -> None:
     run = loading.load(None, [f"adapter.rank={RANK}"])
-    odd = round_metrics.watch(run, _method("fedavg"), ServerState(0, {"a": torch.zeros(3)}, {}, {}))
-    watched = round_metrics.watch(run, _method("fedavg"), ServerState(0, _factors(99), {}, {}))
+    odd = round_metrics.start(run, _method("fedavg"), ServerState(0, {"a": torch.zeros(3)}, {}, {}))
+    watched = round_metrics.start(run, _method("fedavg"), ServerState(0, _factors(99), {}, {}))
     half = {n: t for n, t in _spread(0).items() if not is_b(n)}
     for one in (odd, watched):
         for update in (Update("a", half, 1.0, RANK), Update("b", _spread(1), 1.0, RANK)):
             one = round_metrics.add(one, update)
-        assert round_metrics.facts(one, Gradient({}), one.state) == {}
+        assert round_metrics.round_fields(one, Gradient({}), one.state) == {}
 
 
 def test_what_a_bound_on_the_base_drops_is_told(tmp_path: Path) -> None:

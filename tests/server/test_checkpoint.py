@@ -15,11 +15,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from client import round_files
 from client import state as memory
 from client.state import Memory
 from client.training.trainer import Cursor
 from server import checkpoint
-from server.sampling import choose, panel
+from server.sampling import Draw, choose, panel
 from strategies import ServerState
 
 
@@ -99,7 +100,7 @@ def test_full_disk_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest
     def full(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_flush", full)
+    monkeypatch.setattr(checkpoint, "sync", full)
     with pytest.raises(OSError, match="No space"):
         checkpoint.save(tmp_path, state(2), {})
     assert sorted(os.listdir(tmp_path)) == ["round-0001"]
@@ -110,7 +111,7 @@ def test_memory_goes_back_with_the_server(tmp_path: Path) -> None:
         memory.save(tmp_path, Memory(number, Cursor(0, number * 7)))
     assert memory.load(tmp_path, before=4) == Memory(3, Cursor(0, 21))
     assert memory.load(tmp_path, before=2) == Memory(1, Cursor(0, 7))
-    memory.forget_from(tmp_path, 2)  # rounds 2 and 3 are done again after a crash
+    round_files.begin(tmp_path, 2)  # rounds 2 and 3 are done again after a crash
     assert memory.load(tmp_path, before=10) == Memory(1, Cursor(0, 7))
     memory.save(tmp_path, Memory(2, Cursor(0, 99)))
     assert memory.load(tmp_path, before=10) == Memory(2, Cursor(0, 99))
@@ -134,8 +135,8 @@ def test_memory_of_a_rarely_asked_client_is_kept(tmp_path: Path) -> None:
 @given(st.integers(1, 60), st.floats(0.01, 1.0), st.integers(1, 70), st.integers(0, 10**6), st.integers(1, 100))
 def test_cohort_size_and_determinism(n: int, fraction: float, minimum: int, seed: int, number: int) -> None:
     names = [f"c{i}" for i in range(n)]
-    one = choose(names, fraction=fraction, minimum=minimum, seed=seed, round_number=number)
-    two = choose(reversed(names), fraction=fraction, minimum=minimum, seed=seed, round_number=number)
+    one = choose(names, Draw(fraction, minimum, seed), number)
+    two = choose(reversed(names), Draw(fraction, minimum, seed), number)
     assert one == two == sorted(set(one))
     assert len(one) >= min(n, minimum) and len(one) >= fraction * n - 1e-6 and len(one) <= n
     assert len(one) <= max(minimum, fraction * n + 1)
@@ -145,7 +146,7 @@ def test_sampling_is_uniform() -> None:
     names = [f"c{i}" for i in range(10)]
     counts = dict.fromkeys(names, 0)
     for number in range(2000):
-        for name in choose(names, fraction=0.3, minimum=1, seed=1, round_number=number):
+        for name in choose(names, Draw(0.3, 1, seed=1), number):
             counts[name] += 1
     # 2000 rounds x 3 of 10: mean 600, standard deviation sqrt(2000 * 0.3 * 0.7) = 20.5
     assert all(abs(count - 600) < 5 * 20.5 for count in counts.values())
@@ -157,18 +158,18 @@ def test_the_panel_is_of_a_cohorts_size_and_outlasts_who_comes_and_leaves(
     n: int, fraction: float, minimum: int, seed: int
 ) -> None:
     names = [f"c{i}" for i in range(n)]
-    size = len(choose(names, fraction=fraction, minimum=minimum, seed=seed, round_number=1))
-    all_of = {"fraction": fraction, "minimum": minimum, "seed": seed}
-    before = panel(reversed(names), **all_of)
+    size = len(choose(names, Draw(fraction, minimum, seed), 1))
+    draw = Draw(fraction, minimum, seed)
+    before = panel(reversed(names), draw)
     assert before == sorted(set(before)) and len(before) == size
     for gone in names:
-        after = panel([name for name in names if name != gone], **all_of)
+        after = panel([name for name in names if name != gone], draw)
         # Read the other way round: somebody came.
         assert len(set(before) - {gone} ^ set(after)) <= 1
 
 
 def test_every_client_is_on_the_panel_of_some_seed() -> None:
     names = [f"c{i}" for i in range(10)]
-    counts = Counter(name for seed in range(2000) for name in panel(names, fraction=0.3, minimum=1, seed=seed))
+    counts = Counter(name for seed in range(2000) for name in panel(names, Draw(0.3, 1, seed)))
     # 2000 seeds x 3 of 10: mean 600, standard deviation sqrt(2000 * 0.3 * 0.7) = 20.5
     assert all(abs(counts[name] - 600) < 5 * 20.5 for name in names)

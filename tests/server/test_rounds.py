@@ -22,7 +22,7 @@ from apiary.core.tensors import is_finite
 from apiary.transport import flower_records
 from server import checkpoint, membership
 from server.app import save
-from server.rounds import Progress, Rounds
+from server.rounds import Hooks, Progress, Rounds
 from simulation.in_process_grid import LocalGrid
 from strategies import AGGREGATORS, ServerState
 
@@ -90,7 +90,7 @@ def clients(
     return app
 
 
-def rounds(overrides: list[str], **kwargs: Any) -> tuple[Rounds, Log]:
+def rounds(overrides: list[str], progress: Progress = Progress(), **hooks: Any) -> tuple[Rounds, Log]:
     log = Log()
     run = loading.load(None, ["rounds=2", "adapter.rank=4", *overrides])
     made = Rounds(
@@ -98,8 +98,8 @@ def rounds(overrides: list[str], **kwargs: Any) -> tuple[Rounds, Log]:
         AGGREGATORS.build("fedavg", {}, weighting=run.strategy.weighting),
         PRINT,
         ServerState(0, START, {}, {}),
-        log=log,
-        **kwargs,
+        Hooks(log, **hooks),
+        progress,
     )
     return made, log
 

@@ -21,10 +21,11 @@ from apiary.data import examples
 from apiary.models import adapters
 from apiary.tracking.event_log import read_events
 from apiary.transport import flower_records
-from client.worker import Site, Worker
+from client.site import Site
+from client.worker import Worker
 from deploy import runs
 from server import trusted_update
-from server.rounds import Rounds
+from server.rounds import Hooks, Rounds
 from simulation.in_process_grid import LocalGrid
 from simulation.run import simulate
 from strategies import Aggregator, ServerState
@@ -199,11 +200,11 @@ def app(names: list[str]) -> ClientApp:
     return made
 
 
-def rounds(own: Any, log: Log, **more: Any) -> Rounds:
+def rounds(own: Any, log: Log) -> Rounds:
     values = ["rounds=2", "adapter.rank=2", "evaluate.every=0", "strategy.join_timeout_s=0.3", "strategy.min_clients=1"]
     run = loading.load(None, [*values, "train.steps=1", "train.batch_tokens=500"])
     made: Aggregator = AGGREGATORS.build("fltrust", scaling=lambda rank: 1.0)
-    return Rounds(run, made, PRINT, ServerState(0, START, {}, {}), log=log, root=own, **more)
+    return Rounds(run, made, PRINT, ServerState(0, START, {}, {}), Hooks(log, own_update=own))
 
 
 def test_each_fold_gets_one_update_of_the_servers_own() -> None:

@@ -12,7 +12,7 @@ import torch
 from apiary.config import loading
 from apiary.core import errors
 from apiary.core.errors import WireError
-from apiary.core.messages import Curated, Decline, FitReport, Payload, Score, Spent, Update, Visit
+from apiary.core.messages import CurationCounts, Decline, FitReport, Payload, Score, Spent, Update, Visit
 from server import validation
 
 ADAPTER = {"a": torch.zeros(2, 3), "b": torch.ones(4)}
@@ -41,7 +41,7 @@ REPLAYING = ['continual.stages=[["a"], ["b"]]', "continual.buffer=0.1"]
     [
         ({}, []),
         ({"replayed": 20}, REPLAYING),
-        ({"curated": Curated(100, 70, {"duplicates": 10, "length": 20})}, CURATING),
+        ({"curated": CurationCounts(100, 70, {"duplicates": 10, "length": 20})}, CURATING),
         ({"loss": math.nan, "spent": SPENT}, PRIVATE),
     ],
 )
@@ -83,9 +83,13 @@ def test_a_factor_that_rests_is_moved_by_nobody(train: str, number: int, moved: 
         ({"replayed": 20}, [], "20 replayed tokens"),
         ({"replayed": -1}, REPLAYING, "-1 replayed"),
         ({"replayed": 6 * 1024}, REPLAYING, "tokens in 3 steps"),  # with the new ones more than a step holds
-        ({"curated": Curated(100, 70, {"duplicates": 10})}, CURATING, "that cannot be"),
-        ({"curated": Curated(100, 130, {"duplicates": -30})}, CURATING, "that cannot be"),
-        ({"curated": Curated(100, 70, {"the text of a row": 30})}, CURATING, "1 steps that curate.steps does not"),
+        ({"curated": CurationCounts(100, 70, {"duplicates": 10})}, CURATING, "that cannot be"),
+        ({"curated": CurationCounts(100, 130, {"duplicates": -30})}, CURATING, "that cannot be"),
+        (
+            {"curated": CurationCounts(100, 70, {"the text of a row": 30})},
+            CURATING,
+            "1 steps that curate.steps does not",
+        ),
         ({"spent": SPENT}, [], "privacy.unit is none"),
         ({"loss": math.nan}, PRIVATE, "without an account"),
         ({"loss": 1.0, "spent": SPENT}, PRIVATE, "withholds"),
@@ -94,7 +98,7 @@ def test_a_factor_that_rests_is_moved_by_nobody(train: str, number: int, moved: 
         ({"loss": math.nan, "spent": SPENT._replace(delta=1e-3)}, PRIVATE, "privacy.delta = 1e-05"),
         ({"loss": math.nan, "spent": SPENT, "tokens": 25}, PRIVATE, "1 to 24 tokens"),
         (
-            {"loss": math.nan, "spent": SPENT, "curated": Curated(9, 8, {"length": 1})},
+            {"loss": math.nan, "spent": SPENT, "curated": CurationCounts(9, 8, {"length": 1})},
             [*PRIVATE, 'curate.steps=["length"]'],
             "what its curation dropped",
         ),

@@ -25,7 +25,8 @@ from apiary.models import adapter_files, adapters
 from apiary.tracking.event_log import read_events
 from apiary.tracking.metrics_file import read_metrics
 from client import handlers
-from client.worker import Site, Worker
+from client.site import Site
+from client.worker import Worker
 from deploy import runs
 from simulation import adversaries, attacks, backdoor
 from simulation.attacks import ATTACKS, Seen
@@ -253,7 +254,7 @@ def test_attackers_differ_from_honest_clients_in_what_they_send_alone(
     hostile = adversaries.attackers(run, names)
     assert len(hostile) == 2
     honest = visits(Worker(run), run, tmp_path / "honest")
-    made = visits(adversaries.Hostile(run.to_json(), tmp_path / "made"), run, tmp_path / "made")
+    made = visits(adversaries.MaliciousWorker(run.to_json(), tmp_path / "made"), run, tmp_path / "made")
     for before, after in zip(honest, made, strict=True):
         of_all = arrays([before[name].update.delta for name in hostile])
         for name in names:
@@ -283,7 +284,7 @@ def test_a_poisoner_of_rows_trains_honestly_on_them(attacked: Callable[..., list
     run = of(*attacked('simulate.attack={name="trigger", share=1.0}'))
     clients = handlers.federation(run.to_json()).clients
     (name, other) = adversaries.attackers(run, [client.name for client in clients])
-    made = visits(adversaries.Hostile(run.to_json(), tmp_path / "made"), run, tmp_path / "made")
+    made = visits(adversaries.MaliciousWorker(run.to_json(), tmp_path / "made"), run, tmp_path / "made")
     honest = Worker(run)
 
     class Poisoned(Worker):
@@ -303,7 +304,7 @@ def test_attackers_of_one_rank_go_together(attacked: Callable[..., list[str]], t
     adversaries.forget()
     more = ["adapter.ranks=[4, 2]", "simulate.attackers=0.6", "simulate.attack=inner_product", "data.clients=7"]
     run = of(*attacked(*more))
-    worker = adversaries.Hostile(run.to_json(), tmp_path)
+    worker = adversaries.MaliciousWorker(run.to_json(), tmp_path)
     names = [client.name for client in handlers.federation(run.to_json()).clients]
     seen = {names.index(name) % 2 for name in adversaries.attackers(run, names)}
     assert seen == {0, 1}

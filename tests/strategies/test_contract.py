@@ -68,9 +68,9 @@ def _products(state: ServerState, scale: float) -> dict[str, Tensor]:
 
 def _fold(method: Aggregator, state: ServerState, updates: Sequence[Update], seed: int = 0) -> Gradient:
     acc = method.reduce.start(state)
-    control = method.payload(state, ClientInfo("c", 4, 0, len(updates))).control
+    extra = method.payload(state, ClientInfo("c", 4, 0, len(updates))).extra
     for update in _answers(method, updates):
-        acc = method.reduce.add(acc, update._replace(control=control, walked=0.1) if control else update)
+        acc = method.reduce.add(acc, update._replace(extra=extra, lr_sum=0.1) if extra else update)
     return method.reduce.finish(state, acc, torch.Generator().manual_seed(seed))
 
 

@@ -19,10 +19,11 @@ from apiary.export import export, tuned
 from apiary.models import adapters
 from apiary.report import table_plain
 from apiary.tracking.event_log import read_events
-from client import compression, control, handlers, personal, round_files
+from client import compression, handlers, round_files
 from client.training import trainer
 from server import checkpoint, deployment_run
 from simulation.run import simulate
+from strategies import fedsa, scaffold
 
 SHARE = ["adapter.share=a", "evaluate.generate=false", "evaluate.baselines=[]"]
 
@@ -40,12 +41,12 @@ class Visits:
         self.tokens: dict[str, list[int]] = {}
         fit = trainer.fit
 
-        def noted(lm: Any, start: Any, *args: Any, **keys: Any) -> trainer.FitResult:
-            result = fit(lm, start, *args, **keys)
-            if keys["client"] != "central":
-                self.starts.setdefault(keys["client"], []).append({n: t.clone() for n, t in start.items()})
-                self.deltas.setdefault(keys["client"], []).append(result.delta)
-                self.tokens.setdefault(keys["client"], []).append(result.report.tokens)
+        def noted(lm: Any, start: Any, corpus: Any, config: Any, plan: trainer.VisitPlan) -> trainer.FitResult:
+            result = fit(lm, start, corpus, config, plan)
+            if plan.client != "central":
+                self.starts.setdefault(plan.client, []).append({n: t.clone() for n, t in start.items()})
+                self.deltas.setdefault(plan.client, []).append(result.delta)
+                self.tokens.setdefault(plan.client, []).append(result.report.tokens)
             return result
 
         monkeypatch.setattr(trainer, "fit", noted)
@@ -228,7 +229,7 @@ def test_what_is_kept_is_for_its_owner_and_old_files_go(tmp_path: Path) -> None:
         round_files.newest(tmp_path, "personal", before=8)["b"] == 6
         and round_files.newest(tmp_path, "other", before=8) == {}
     )
-    round_files.forget_from(tmp_path, "personal", 6)
+    round_files.begin(tmp_path, 6)
     assert (
         round_files.newest(tmp_path, "personal", before=9)["b"] == 5 and round_files.load(tmp_path, "personal", 6) == {}
     )
@@ -274,7 +275,7 @@ def test_a_server_of_sites_says_that_it_measures_nothing(rows_file: Path) -> Non
     assert "data.test is not measured" in said[0]["message"] and said[0]["event"] == "warning"
 
 
-@pytest.mark.parametrize("kind", [personal.KIND, control.KIND, compression.KIND])
+@pytest.mark.parametrize("kind", [fedsa.LOCAL.keeps, scaffold.LOCAL.keeps, compression.KIND])
 def test_a_straggler_changes_nothing_of_what_a_later_round_left(kind: str, tmp_path: Path) -> None:
     round_files.save(tmp_path, kind, 6, {"x": torch.tensor([6.0])})
     round_files.save(tmp_path, kind, 5, {"x": torch.tensor([5.0])})
@@ -283,6 +284,7 @@ def test_a_straggler_changes_nothing_of_what_a_later_round_left(kind: str, tmp_p
 
 def test_a_visit_that_ends_late_does_not_undo_a_later_one(tmp_path: Path) -> None:
     start, delta = {"m.lora_B.weight": torch.zeros(2, 1)}, {"m.lora_B.weight": torch.ones(2, 1)}
-    personal.keep(tmp_path, 6, start, delta)
-    personal.keep(tmp_path, 5, start, {name: 5 * t for name, t in delta.items()})
-    assert round_files.newest(tmp_path, personal.KIND, before=7)["m.lora_B.weight"].tolist() == [[1.0], [1.0]]
+    for number, size in ((6, 1), (5, 5)):
+        _, kept = fedsa.LOCAL.finish(start, {name: size * t for name, t in delta.items()})
+        round_files.save(tmp_path, fedsa.LOCAL.keeps, number, kept)
+    assert round_files.newest(tmp_path, fedsa.LOCAL.keeps, before=7)["m.lora_B.weight"].tolist() == [[1.0], [1.0]]

@@ -17,11 +17,13 @@ from apiary.config.schema import RunConfig
 from apiary.core import lora
 from apiary.core.errors import UserError
 from apiary.core.lora import Factors
-from apiary.core.tensors import StateDict, add
+from apiary.core.messages import Payload
+from apiary.core.tensors import StateDict, add, digest
 from apiary.tracking.event_log import read_events
-from client import pruning
 from simulation.run import simulate
+from strategies import hetlora
 from strategies.aggregator import of_rank
+from strategies.local import Client, Hooks, LocalAlgorithm, Opened, Penalty
 
 ALPHA = 16.0
 PRUNE = ["strategy.name=hetlora", "strategy.options.prune=0.5"]
@@ -55,11 +57,24 @@ def product(adapter: StateDict, rank: int, scale: float) -> dict[str, NDArray[np
     }
 
 
+def local_of(run: RunConfig) -> LocalAlgorithm:
+    return strategies.from_config(run).local
+
+
+def penalties(run: RunConfig, rank: int) -> tuple[Penalty, ...]:
+    """What a client of this rank adds to its loss."""
+    received = factors(rank, 2)
+    shapes = {name: tensor.shape for name, tensor in received.items()}
+    opened = local_of(run).open({}, Payload(received, {}), Client(rank, shapes, dict))
+    assert opened == Opened(received, Hooks(penalties=opened.hooks.penalties))
+    return opened.hooks.penalties
+
+
 @pytest.mark.parametrize(
     ("rank", "gamma", "left"), [(16, 0.99, 15), (16, 0.5, 8), (5, 0.5, 2), (2, 0.99, 1), (1, 0.5, 1)]
 )
 def test_the_tail_begins_at_the_floor_of_gamma_r(rank: int, gamma: float, left: int) -> None:
-    assert pruning.kept(rank, gamma) == left
+    assert hetlora.kept_rank(rank, gamma) == left
 
 
 @pytest.mark.parametrize("kind", ["rslora", "lora"])
@@ -74,7 +89,9 @@ def test_a_smaller_tail_is_cut_and_the_rest_keeps_its_product(kind: str) -> None
     shrunk = {m: Factors(-0.3 * f.b, torch.zeros_like(f.a)) for m, f in lora.split(start).items()}
     moved = add(lora.join(shrunk), {name: 0.01 * tensor for name, tensor in factors(8, 1).items()})
     assert tail_of(add(start, moved), 4) < tail_of(start, 4)
-    sent = pruning.pruned(run, start, moved)
+    sent, kept = local_of(run).finish(start, moved)
+    assert not kept
+    assert digest(sent) == digest(hetlora.pruned(start, moved, 0.5, scale))
     assert {f.rank for f in lora.split(sent).values()} == {4}
     got = product(add(of_rank(server, 4, scale), sent), 4, scale(4))
     for module, expected in product(add(start, moved), 4, scale(8)).items():
@@ -91,22 +108,23 @@ def test_a_larger_tail_stays() -> None:
         moved[module] = Factors(b, torch.zeros_like(f.a))
     delta = lora.join(moved)
     assert tail_of(add(start, delta), 4) > tail_of(start, 4)
-    assert pruning.pruned(setting(), start, delta) is delta
+    assert local_of(setting()).finish(start, delta)[0] is delta
 
 
 def test_nobody_prunes_unless_told_to() -> None:
     plain = loading.load(None, ["strategy.name=hetlora"])
     start = factors(8, 0)
     delta = {name: -0.5 * tensor for name, tensor in start.items()}
-    assert pruning.pruned(plain, start, delta) is delta
-    assert pruning.penalties(plain, 8) == ()
-    assert pruning.penalties(setting(), 8) == ()  # pruning without a penalty
-    assert pruning.penalties(setting("strategy.options.penalty=0.1"), 1) == ()  # nothing to cut
+    assert local_of(plain).finish(start, delta)[0] is delta
+    assert local_of(setting()).finish(start, delta)[0] is not delta
+    assert penalties(plain, 8) == ()
+    assert penalties(setting(), 8) == ()  # pruning without a penalty
+    assert penalties(setting("strategy.options.penalty=0.1"), 1) == ()  # nothing to cut
 
 
 def test_the_penalty_is_the_papers() -> None:
     """Its value by numpy, its slope by differences: nothing but the tail feels it, and at B = 0 it is finite."""
-    (penalty,) = pruning.penalties(setting("strategy.options.penalty=0.25"), 8)
+    (penalty,) = penalties(setting("strategy.options.penalty=0.25"), 8)
     adapter = {name: tensor.double().requires_grad_() for name, tensor in factors(8, 0).items()}
     value = penalty(adapter)
     assert float(value.detach()) == pytest.approx(

@@ -19,16 +19,19 @@ import strategies
 from apiary.config import loading
 from apiary.config.schedule import learning_rate
 from apiary.config.schema import AdapterConfig, ModelConfig, TrainConfig
-from apiary.core.errors import UserError
+from apiary.core.errors import StateLost, UserError
 from apiary.core.messages import ClientInfo, Payload, Update
-from apiary.core.tensors import zeros_like
+from apiary.core.tensors import StateDict, zeros_like
 from apiary.models import adapters
 from apiary.tracking.event_log import read_events
-from client import control, round_files
+from client import round_files
+from client.site import Site
 from client.training import trainer
-from client.training.trainer import Cursor
+from client.training.trainer import Cursor, VisitPlan
+from client.worker import Worker
 from server import checkpoint
-from strategies import ServerState
+from strategies import ServerState, scaffold
+from strategies.local import Client, Hooks, Opened
 from strategies.server_optimizers import SERVER_OPTIMIZERS, with_optimizer
 
 SCAFFOLD = ["strategy.name=scaffold", "train.optimizer=sgd", "train.lr=0.1", "train.warmup=0"]
@@ -44,6 +47,13 @@ def gradient(i: int, x: Floats) -> Floats:
 
 
 GRADIENTS = [functools.partial(gradient, i) for i in range(3)]
+
+
+def correction_of(state: StateDict, payload: Payload) -> StateDict:
+    """The c - c_k that a visit adds to each step's gradient."""
+    opened = scaffold.LOCAL.open(state, payload, Client(1, {}, dict))
+    assert opened == Opened(payload.adapter, Hooks(correction=opened.hooks.correction))
+    return opened.hooks.correction
 
 
 class Ours:
@@ -62,13 +72,14 @@ class Ours:
 
     def visit(self, i: int, number: int, rates: Sequence[float]) -> Update:
         payload = self.payload(i)
-        correction = control.correction(self.folder / f"c{i}", payload)
+        correction = correction_of(self.kept(i), payload)
         y = payload.adapter["x"].double()
         for rate in rates:
             y = y - rate * (torch.from_numpy(gradient(i, y.numpy())) + correction["x"])
         delta = {"x": (y - payload.adapter["x"]).float()}
-        control.renew(self.folder / f"c{i}", number, payload, delta, sum(rates))
-        return Update(f"c{i}", delta, 1.0 + i, 1, payload.control, sum(rates))
+        kept = scaffold.LOCAL.settle(self.kept(i), payload, delta, sum(rates))
+        round_files.save(self.folder / f"c{i}", scaffold.LOCAL.keeps, number, kept, also=payload.last_round)
+        return Update(f"c{i}", delta, 1.0 + i, 1, payload.extra, sum(rates))
 
     def round(self, cohort: Sequence[int], rates: Sequence[float], lost: Sequence[int] = ()) -> None:
         number = self.state.round + 1
@@ -79,6 +90,10 @@ class Ours:
                 acc = self.method.reduce.add(acc, update)
                 self.last[i] = number
         self.state = self.method.step(self.state, self.method.reduce.finish(self.state, acc, torch.Generator()))
+
+    def kept(self, i: int) -> dict[str, torch.Tensor]:
+        """What the worker loads for a visit: the state of the last round that counted."""
+        return round_files.load(self.folder / f"c{i}", scaffold.LOCAL.keeps, self.last[i])
 
     def own(self, i: int) -> Floats:
         """c_i, as the server knows it."""
@@ -101,7 +116,7 @@ def test_it_is_the_papers_algorithm_with_clients_that_skip_rounds(
     for cohort, (x, c, own) in zip(cohorts, expected, strict=True):
         ours.round(cohort, [0.1] * 5)
         np.testing.assert_allclose(ours.x, x, rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(ours.payload(0).control["x"], c, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(ours.payload(0).extra["x"], c, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose([ours.own(i) for i in range(3)], own, rtol=1e-4, atol=1e-5)
 
 
@@ -120,7 +135,7 @@ def test_a_schedule_of_learning_rates_gives_the_mean_gradient_by_rate(tmp_path: 
     """c_k' = sum lr_t g_t / sum lr_t, which for one rate is option II."""
     ours, rates = Ours(tmp_path, 3), [0.2, 0.1, 0.05]
     ours.round((0, 1, 2), [0.1] * 4)
-    correction = control.correction(tmp_path / "c1", ours.payload(1))["x"].double().numpy()
+    correction = correction_of(ours.kept(1), ours.payload(1))["x"].double().numpy()
     y, seen = ours.x, []
     for rate in rates:
         seen.append(gradient(1, y))
@@ -139,7 +154,7 @@ def test_clients_that_walk_differently_far_count_with_their_own_slopes(tmp_path:
             ours.last[i] = number
         ours.state = ours.method.step(ours.state, ours.method.reduce.finish(ours.state, acc, torch.Generator()))
         mean = np.mean([ours.own(i) for i in range(3)], axis=0)
-        np.testing.assert_allclose(ours.payload(0).control["x"], mean, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(ours.payload(0).extra["x"], mean, rtol=1e-4, atol=1e-6)
     assert np.abs(mean).max() > 0.1
     uneven = Ours(tmp_path / "uneven", 2, alike=True)
     acc = uneven.method.reduce.add(uneven.method.reduce.start(uneven.state), uneven.visit(0, 1, [0.1]))
@@ -156,7 +171,7 @@ def test_the_mean_stays_the_mean_when_an_answer_is_lost_and_a_client_joins(tmp_p
     ours.clients, ours.last = 3, [*ours.last, 0]
     ours.round((0, 1, 2), [0.1] * 4)
     mean = np.mean([ours.own(i) for i in range(3)], axis=0)
-    np.testing.assert_allclose(ours.payload(2).control["x"], mean, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(ours.payload(2).extra["x"], mean, rtol=1e-4, atol=1e-6)
 
 
 # -- in the trainer -----------------------------------------------------------------------------
@@ -174,9 +189,11 @@ def test_the_correction_is_added_to_the_clipped_gradient_in_each_step(tiny_model
     train = TrainConfig.model_validate(settings)
     corpus = small_models.make_corpus(40)
 
-    def fit(state: dict[str, torch.Tensor], cursor: Cursor, steps: int, **keys: Any) -> trainer.FitResult:
-        given = {"seed": 5, "client": "a", "first_step": 0, "total_steps": 3, "config": train, **keys}
-        return trainer.fit(lm, state, corpus, cursor=cursor, steps=steps, **given)
+    def fit(
+        state: dict[str, torch.Tensor], cursor: Cursor, steps: int, config: TrainConfig = train, hooks: Hooks = Hooks()
+    ) -> trainer.FitResult:
+        plan = VisitPlan(5, "a", steps=steps, total_steps=3, cursor=cursor, hooks=hooks)
+        return trainer.fit(lm, state, corpus, config, plan)
 
     rates = [learning_rate(step, 3, train) for step in range(3)]
     y, cursor, seen = dict(start), Cursor(), zeros_like(start)
@@ -188,13 +205,10 @@ def test_the_correction_is_added_to_the_clipped_gradient_in_each_step(tiny_model
         y = {name: y[name] - rate * (gradients[name] + mean[name]) for name in y}
         seen = {name: seen[name] + rate * gradients[name] / sum(rates) for name in y}
         cursor = plain.cursor
-    done = fit(start, Cursor(), 3, correction=mean)
+    done = fit(start, Cursor(), 3, hooks=Hooks(correction=mean))
     for name in start:
         torch.testing.assert_close(start[name] + done.delta[name], y[name], rtol=1e-4, atol=1e-5)
-    payload = Payload(start, {}, control=mean)
-    folder = tiny_model.parent / f"clip-{clip}"
-    control.renew(folder, 1, payload, done.delta, sum(rates))
-    own = round_files.load(folder, "control", 1)
+    own = scaffold.LOCAL.settle({}, Payload(start, {}, extra=mean), done.delta, sum(rates))
     for name in start:
         torch.testing.assert_close(own[name], seen[name], rtol=1e-3, atol=1e-4)
 
@@ -235,19 +249,19 @@ def test_a_run_with_skipped_rounds_keeps_the_mean_and_counts_the_bytes(
     settings = [*small_run, *SCAFFOLD, "rounds=5", *more, "strategy.fraction=0.5"]
     sums: list[dict[str, torch.Tensor]] = [{}]
     received: list[tuple[int, dict[str, torch.Tensor]]] = []
-    save, renew = checkpoint.save, control.renew
+    save, send = checkpoint.save, Worker.send
 
     def saving(folder: Path, state: ServerState, *args: Any, **keys: Any) -> Path:
         sums.append(dict(state.memory))
         return save(folder, state, *args, **keys)
 
-    def renewing(folder: Path, number: int, payload: Payload, *args: Any) -> None:
-        received.append((number, dict(payload.control)))
-        renew(folder, number, payload, *args)
+    def sending(self: Worker, site: Site, number: int, payload: Payload, answer: Any) -> bytes:
+        received.append((number, dict(payload.extra)))
+        return send(self, site, number, payload, answer)
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save", saving)
-        patch.setattr(control, "renew", renewing)
+        patch.setattr(Worker, "send", sending)
         metrics = run(tmp_path / "run", settings)
     assert len(received) == 10
     for number, mean in received:  # of all three clients, though two are asked in a round
@@ -315,9 +329,10 @@ def test_it_takes_one_rank() -> None:
         strategies.from_config(loading.load(None, [*SCAFFOLD, "adapter.ranks=[4, 16]"]))
 
 
-def test_a_client_that_lost_its_control_variate_says_so_and_is_not_counted_twice(tmp_path: Path) -> None:
+def test_a_client_that_lost_its_control_variate_says_so_and_is_not_counted_twice() -> None:
     payload = Payload({"x": torch.zeros(3)}, {}, {"x": torch.zeros(3)}, 2)
-    with pytest.raises(control.ControlLost, match="of round 2 is gone"):
-        control.correction(tmp_path, payload)
-    assert control.correction(tmp_path, payload._replace(last_round=0))["x"].tolist() == [0.0] * 3
-    assert control.correction(tmp_path, payload._replace(control={})) == {}
+    for half in (correction_of, lambda state, sent: scaffold.LOCAL.settle(state, sent, {"x": torch.zeros(3)}, 0.1)):
+        with pytest.raises(StateLost, match="of round 2 is gone"):
+            half({}, payload)
+    assert correction_of({}, payload._replace(last_round=0))["x"].tolist() == [0.0] * 3
+    assert correction_of({}, payload._replace(extra={})) == {}

@@ -188,12 +188,12 @@ def _least_squares(d: int = 10) -> tuple[seed_scalars.Loss, dict[str, Tensor]]:
 def test_a_walk_learns_and_is_told_by_its_scalars_to_the_bit() -> None:
     loss, start = _least_squares()
     seeds = seed_scalars.candidates(0, 64)
-    went = seed_scalars.walk([(loss, 0.02)] * 400, start, seeds, epsilon=1e-3, rng=torch.Generator().manual_seed(1))
+    went = seed_scalars.descend([(loss, 0.02)] * 400, start, seeds, epsilon=1e-3, rng=torch.Generator().manual_seed(1))
     assert loss(went.x) < 0.02 * loss(start)
     assert went.skipped == 0
     told = seed_scalars.of_tensor(seed_scalars.to_tensor(went.scalars, seeds), seeds)
     assert digest(seed_scalars.rebuild(start, told)) == digest(went.x)
-    again = seed_scalars.walk([(loss, 0.02)] * 400, start, seeds, epsilon=1e-3, rng=torch.Generator().manual_seed(1))
+    again = seed_scalars.descend([(loss, 0.02)] * 400, start, seeds, epsilon=1e-3, rng=torch.Generator().manual_seed(1))
     assert again.scalars == went.scalars
     assert start["w"].abs().max() == 0
 
@@ -210,7 +210,7 @@ def test_a_federated_run_of_scalars_learns() -> None:
     for number in range(10):
         x = seed_scalars.rebuild(start, pool)
         walks = [
-            seed_scalars.walk(
+            seed_scalars.descend(
                 [(loss(rows), 0.02)] * 50, x, seeds, epsilon=1e-3, rng=torch.Generator().manual_seed(10 * number + i)
             )
             for i, rows in enumerate(inputs.chunk(4))
@@ -225,7 +225,7 @@ def test_a_step_without_a_number_is_left_out() -> None:
     loss, start = _least_squares()
     rng = torch.Generator().manual_seed(1)
     broken: list[seed_scalars.Loss] = [loss, lambda state: math.nan, lambda state: math.inf, loss]
-    went = seed_scalars.walk([(one, 0.01) for one in broken], start, SEEDS, epsilon=1e-3, rng=rng)
+    went = seed_scalars.descend([(one, 0.01) for one in broken], start, SEEDS, epsilon=1e-3, rng=rng)
     assert went.skipped == 2
     assert len(went.scalars) == 2
 
@@ -233,7 +233,7 @@ def test_a_step_without_a_number_is_left_out() -> None:
 def test_steps_that_explode_are_an_error_and_not_a_model() -> None:
     loss, start = _least_squares()
     with pytest.raises(ValueError, match="lower the lr"):
-        seed_scalars.walk([(loss, 1e3)] * 100, start, SEEDS, epsilon=1e-3, rng=torch.Generator().manual_seed(1))
+        seed_scalars.descend([(loss, 1e3)] * 100, start, SEEDS, epsilon=1e-3, rng=torch.Generator().manual_seed(1))
 
 
 def test_the_order_of_answers_does_not_show_in_the_pool() -> None:

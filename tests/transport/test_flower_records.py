@@ -8,7 +8,7 @@ from flwr.app import RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 
 from apiary.core import errors
-from apiary.core.messages import Curated, Decline, Fingerprint, FitReport, Hello, Score, Spent, Update, Visit
+from apiary.core.messages import CurationCounts, Decline, Fingerprint, FitReport, Hello, Score, Spent, Update, Visit
 from apiary.transport import flower_records
 from apiary.transport.downlink import Change, Parcel
 
@@ -59,7 +59,7 @@ def test_train_reply_round_trip() -> None:
 
 
 def test_what_curation_and_privacy_add_round_trips() -> None:
-    curated = Curated(100, 60, {"duplicates": 30, "mine:step": 10})
+    curated = CurationCounts(100, 60, {"duplicates": 30, "mine:step": 10})
     spent = Spent(3.5, 4.0, 1e-5, 0.8, 0.05, 36)
     report = FitReport(12, 4, 2, 0.5, 1.5, replayed=7)
     visit = flower_records.read_train_reply(
@@ -103,7 +103,7 @@ def test_empty_message_is_a_wire_error(read: object) -> None:
 
 def test_replies_carry_numbers_and_names_only() -> None:
     """What leaves a client: adapter tensors, counts, its name. No other strings."""
-    whole = Visit(Update("site", STATE, 1.0, 4), FitReport(1, 1, 1, 1.0, 1.0), Curated(2, 1, {"ifd": 1}))
+    whole = Visit(Update("site", STATE, 1.0, 4), FitReport(1, 1, 1, 1.0, 1.0), CurationCounts(2, 1, {"ifd": 1}))
     content = flower_records.train_reply(whole)
     texts = [v for record in content.config_records.values() for v in record.values() if isinstance(v, str)]
     assert texts == ["site"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,12 +13,12 @@ import small_models
 import torch
 
 from apiary.config.schema import AdapterConfig, ModelConfig, TrainConfig
-from apiary.core.tensors import add, generator
+from apiary.core.tensors import StateDict, add, generator
 from apiary.data.batches import Batch, Corpus, collate, plan_batches
 from apiary.models import adapters
 from apiary.models.loss import row_losses
 from client.training import trainer
-from client.training.trainer import Cursor, FitResult, Replay, StepRecord
+from client.training.trainer import Cursor, FitResult, Replay, StepRecord, VisitPlan
 
 NEW = small_models.make_corpus(40)
 OLD = small_models.make_corpus(25, seed=1)
@@ -39,18 +40,18 @@ def replay_of(share: float = 0.5, cursor: Cursor = Cursor(), corpus: Corpus = OL
     return Replay(corpus, cursor, share)
 
 
-def fit(lm: adapters.LanguageModel, steps: int, config: TrainConfig | None = None, **keys: object) -> FitResult:
-    given = {
-        "start": adapters.fresh_adapter(lm, 0),
-        "corpus": NEW,
-        "seed": 5,
-        "client": "a",
-        "cursor": Cursor(),
-        "first_step": 0,
-        "total_steps": steps,
-        **keys,
-    }
-    return trainer.fit(lm, config=config or settings_of(), steps=steps, **given)
+def fit(
+    lm: adapters.LanguageModel,
+    steps: int,
+    config: TrainConfig | None = None,
+    *,
+    start: StateDict | None = None,
+    corpus: Corpus = NEW,
+    **keys: Any,
+) -> FitResult:
+    plan = VisitPlan(**{"seed": 5, "client": "a", "steps": steps, "total_steps": steps, **keys})
+    begin = adapters.fresh_adapter(lm, 0) if start is None else start
+    return trainer.fit(lm, begin, corpus, config or settings_of(), plan)
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -197,7 +198,7 @@ def test_extreme_shares_leave_room_for_both(lm: adapters.LanguageModel) -> None:
 
 def test_observers_are_told_both_kinds_apart(lm: adapters.LanguageModel) -> None:
     seen: list[StepRecord] = []
-    report = fit(lm, 3, replay=replay_of(), observers=[seen.append]).report
+    report = fit(lm, 3, replay=replay_of(), observers=(seen.append,)).report
     assert sum(record.tokens for record in seen) == report.tokens
     assert sum(record.replayed for record in seen) == report.replayed > 0
 

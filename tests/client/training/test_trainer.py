@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,14 +17,15 @@ from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from apiary.config.schedule import learning_rate, walked
+from apiary.config.schedule import learning_rate, lr_sum
 from apiary.config.schema import AdapterConfig, Method, ModelConfig, RunConfig, TrainConfig
 from apiary.core.errors import UserError
 from apiary.core.tensors import StateDict, generator, norm
 from apiary.data.batches import Corpus, collate, plan_batches
 from apiary.models import adapters
 from client.training import objectives, trainer
-from client.training.trainer import Cursor, FitResult, StepRecord
+from client.training.trainer import Cursor, FitResult, StepRecord, VisitPlan
+from strategies.local import Hooks
 
 CORPUS = small_models.make_corpus(40)
 
@@ -43,18 +45,17 @@ def settings_of(**keys: object) -> TrainConfig:
     return TrainConfig.model_validate({**base, **keys})
 
 
-def fit(lm: adapters.LanguageModel, config: TrainConfig, steps: int, **keys: object) -> FitResult:
-    given = {
-        "start": adapters.fresh_adapter(lm, 0),
-        "corpus": CORPUS,
-        "seed": 5,
-        "client": "a",
-        "cursor": Cursor(),
-        "first_step": 0,
-        "total_steps": steps,
-        **keys,
-    }
-    return trainer.fit(lm, config=config, steps=steps, **given)
+def fit(
+    lm: adapters.LanguageModel,
+    config: TrainConfig,
+    steps: int,
+    *,
+    start: StateDict | None = None,
+    corpus: Corpus = CORPUS,
+    **keys: Any,
+) -> FitResult:
+    plan = VisitPlan(**{"seed": 5, "client": "a", "steps": steps, "total_steps": steps, **keys})
+    return trainer.fit(lm, adapters.fresh_adapter(lm, 0) if start is None else start, corpus, config, plan)
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
@@ -172,7 +173,7 @@ def test_training_learns_and_leaves_the_base_alone(tiny_model: Path) -> None:
         lm = load(tiny_model, dtype)
         frozen = {n: p.clone() for n, p in lm.model.named_parameters() if not p.requires_grad}
         seen: list[StepRecord] = []
-        result = fit(lm, settings_of(batch_tokens=4096), 30, observers=[seen.append])
+        result = fit(lm, settings_of(batch_tokens=4096), 30, observers=(seen.append,))
         assert [record.step for record in seen] == list(range(30))
         assert seen[-1].loss < seen[0].loss - 0.2
         assert result.report.loss == pytest.approx(np.mean([r.loss for r in seen]), rel=1e-6)
@@ -211,13 +212,13 @@ def test_how_far_a_visit_walks_is_the_sum_of_its_learning_rates(
     config, number = RunConfig(rounds=rounds, train=train), data.draw(st.integers(1, rounds))
     visit = range((number - 1) * steps, number * steps)
     expected = math.fsum(learning_rate(step, rounds * steps, train) for step in visit)
-    assert walked(config, number, steps) == pytest.approx(expected, rel=1e-9)
+    assert lr_sum(config, number, steps) == pytest.approx(expected, rel=1e-9)
 
 
 def test_how_far_a_visit_walks_takes_no_longer_for_more_steps() -> None:
     """The number is a client's word; a server that added it up step by step could be kept busy for weeks."""
     train = settings_of(lr=0.3, warmup=0.1, schedule="cosine")
-    assert 0 < walked(RunConfig(rounds=3, train=train), 2, 10**15) < 0.3 * 10**15
+    assert 0 < lr_sum(RunConfig(rounds=3, train=train), 2, 10**15) < 0.3 * 10**15
 
 
 def test_steps_per_round() -> None:
@@ -247,10 +248,10 @@ def test_fedprox_keeps_a_client_near_the_start(lm: adapters.LanguageModel) -> No
     lengths = []
     for mu in (0.0, 1.0, 100.0):
         penalty = objectives.fedprox(start=start, mu=mu)
-        lengths.append(norm(fit(lm, settings_of(), 8, penalties=[penalty], start=start).delta))
+        lengths.append(norm(fit(lm, settings_of(), 8, hooks=Hooks(penalties=(penalty,)), start=start).delta))
     assert lengths[0] > 1.05 * lengths[1] > 1.1 * lengths[2] > 0
     assert small_models.same(
-        fit(lm, settings_of(), 3, penalties=[objectives.fedprox(start=start, mu=0.0)]).delta,
+        fit(lm, settings_of(), 3, hooks=Hooks(penalties=(objectives.fedprox(start=start, mu=0.0),))).delta,
         fit(lm, settings_of(), 3).delta,
     )
 
@@ -264,7 +265,7 @@ def test_projections_apply_to_the_delta(lm: adapters.LanguageModel) -> None:
     def without_a(delta: StateDict) -> StateDict:
         return {name: tensor * ("lora_B" in name) for name, tensor in delta.items()}
 
-    sent = fit(lm, settings_of(), 2, projections=[halved, without_a]).delta
+    sent = fit(lm, settings_of(), 2, hooks=Hooks(projections=(halved, without_a))).delta
     assert any(free[name].any() for name in free if "lora_A" in name)
     for name in free:
         torch.testing.assert_close(sent[name], free[name] / 2 if "lora_B" in name else torch.zeros_like(free[name]))
@@ -277,7 +278,7 @@ def test_nan_is_an_error_and_not_an_update(lm: adapters.LanguageModel) -> None:
     with pytest.raises(FloatingPointError, match=r"loss nan .* at step 1 "):
         fit(lm, settings_of(), 2, start=broken)
     with pytest.raises(FloatingPointError, match="NaN or infinite"):
-        fit(lm, settings_of(), 1, projections=[lambda delta: {**delta, name: broken[name]}])
+        fit(lm, settings_of(), 1, hooks=Hooks(projections=(lambda delta: {**delta, name: broken[name]},)))
     assert all(torch.isfinite(t).all() for t in fit(lm, settings_of(), 1).delta.values())
 
 
@@ -289,7 +290,7 @@ def test_an_empty_corpus_is_refused(lm: adapters.LanguageModel) -> None:
 
 def test_threads_are_set_for_the_visit_only(lm: adapters.LanguageModel) -> None:
     seen = []
-    fit(lm, settings_of(threads=2), 1, observers=[lambda _: seen.append(torch.get_num_threads())])
+    fit(lm, settings_of(threads=2), 1, observers=(lambda _: seen.append(torch.get_num_threads()),))
     assert seen == [2]
     assert torch.get_num_threads() == 1
 

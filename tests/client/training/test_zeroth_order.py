@@ -17,12 +17,14 @@ from apiary.core.messages import ClientInfo, Payload, Update, Visit
 from apiary.core.tensors import digest
 from apiary.data.examples import read
 from apiary.models import adapters
+from client.site import Site
 from client.training import zeroth_order
-from client.worker import Site, Worker
+from client.worker import Worker, open_received
 from server import checkpoint
 from server.validation import check_delta, check_visit
 from simulation.run import check_names, simulate
 from strategies import AGGREGATORS, ServerState, seed_scalars
+from strategies.from_config import local_from_config
 
 SEEDED = ["strategy.name=fedkseed", "train.lr=1e-3", "train.schedule=constant", "train.warmup=0", "train.steps=20"]
 QUIET = ["evaluate.baselines=[]", "evaluate.generate=false", "evaluate.clients=false"]
@@ -74,7 +76,8 @@ def test_what_a_client_rebuilds_is_the_servers_adapter(small_run: list[str]) -> 
     lm = adapters.load(run.model, run.adapter)
     seeds = seed_scalars.candidates(run.seed)
     scalars = {seed: seed_scalars.on_grid(1e-3 * (i + 1)) for i, seed in enumerate(seeds[:5])}
-    opened = zeroth_order.opened(lm, Payload({seed_scalars.NAME: seed_scalars.to_tensor(scalars, seeds)}, {}), run)
+    sent = Payload({seed_scalars.NAME: seed_scalars.to_tensor(scalars, seeds)}, {})
+    opened = open_received(lm, run, local_from_config(run), {}, sent)
     assert digest(opened.adapter) == digest(seed_scalars.rebuild(adapters.fresh_adapter(lm, run.seed), scalars))
 
 

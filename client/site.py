@@ -1,0 +1,20 @@
+"""One organisation, as its worker sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from apiary.data.examples import Example
+
+
+class Site(NamedTuple):
+    """One organisation: its name, its examples, and the places that are its own."""
+
+    client: str
+    train: Sequence[Example]
+    test: Sequence[Example]
+    folder: Path  # of this run
+    ledger: Path  # of all runs on these data
+    rank: int  # of its adapter

@@ -1,0 +1,152 @@
+"""From the replies of a round to the next state: valid updates are folded into sums, and the sums give the step.
+
+All functions here are pure but for the sums, which belong to the fold and are changed in place. The mathematics is the
+aggregator's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+from apiary.config.schema import RunConfig
+from apiary.core.errors import RunFailed
+from apiary.core.messages import ClientInfo, Decline, FitReport, Payload, Update, Visit
+from apiary.core.tensors import generator, is_finite
+from apiary.transport import codec
+from server import client_scores, round_metrics
+from server.replies import Refusal, Terms
+from strategies import Gradient, ServerState
+from strategies.aggregator import ROOT
+
+OwnUpdate: TypeAlias = Callable[[int, Payload], Update]  # of a round's number and what a client of full rank is sent
+
+
+class Folded(NamedTuple):
+    """The replies of a round so far, added up; it owns its accumulators and lists, so `fold` works in place."""
+
+    accumulator: Any  # the reducer's
+    error: round_metrics.ErrorFold
+    reports: list[FitReport]  # of all valid visits
+    poisoned: dict[str, str]  # by client, why its reply was refused, which no honest client sends
+    declined: int = 0  # clients that rightly did not train
+    bytes_up: int = 0  # of the valid visits' arrays
+    float32_up: int = 0  # bytes of the same changes without the codec; 0 where there is none
+
+
+def start(state: ServerState, terms: Terms) -> Folded:
+    """The sums of a round before its first reply.
+
+    Args:
+        state: at the start of the round.
+        terms: of the round.
+    """
+    error = round_metrics.start(terms.config, terms.aggregator, state)
+    return Folded(terms.aggregator.reduce.start(state), error, [], {})
+
+
+def fold(folded: Folded, reply: Visit | Decline | Refusal, client: str, size: int, terms: Terms) -> Folded:
+    """The sums with one more reply in them.
+
+    Args:
+        folded: the sums so far, which must not be used any more.
+        reply: as `read_train` returned it.
+        client: its sender, by the server's own name for it.
+        size: bytes of its arrays.
+        terms: of the round.
+
+    Raises:
+        RunFailed: the method cannot take an update that passed all checks; the sums may then hold a part of it.
+    """
+    reducer = terms.aggregator.reduce
+    if isinstance(reply, Decline):
+        return folded._replace(declined=folded.declined + 1)
+    if isinstance(reply, Refusal):
+        if not reply.poisoned:
+            return folded
+        folded.poisoned[client] = f"refused: {reply.reason}"
+        return folded._replace(accumulator=reducer.refused(folded.accumulator))
+    try:
+        accumulator = reducer.add(folded.accumulator, reply.update)
+        error = round_metrics.add(folded.error, reply.update)
+    except ValueError as problem:
+        raise RunFailed(f"round {terms.number}: {problem}") from problem
+    folded.reports.append(reply.report)
+    plain = codec.float32_bytes(reply.update.delta) if _is_coded(terms.config) else 0
+    return folded._replace(
+        accumulator=accumulator,
+        error=error,
+        bytes_up=folded.bytes_up + size,
+        float32_up=folded.float32_up + plain,
+    )
+
+
+def fold_own(folded: Folded, train: OwnUpdate, terms: Terms) -> Folded:
+    """The sums with the server's own update in them, which is trained from what clients of full rank were sent.
+
+    Raises:
+        RunFailed: its training diverged.
+    """
+    server = ClientInfo(ROOT, terms.config.adapter.rank, terms.number - 1)
+    try:
+        update = train(terms.number, terms.payload_of(server))
+    except FloatingPointError as error:
+        raise RunFailed(f"round {terms.number}: the server's own training on strategy.root diverged: {error}") from None
+    return folded._replace(accumulator=terms.aggregator.reduce.add(folded.accumulator, update))
+
+
+def check_quorum(folded: Folded, asked: int, terms: Terms) -> None:
+    """Check that enough clients sent a valid update.
+
+    Args:
+        folded: the sums, with all replies in them.
+        asked: clients that were asked and did not decline.
+        terms: of the round.
+
+    Raises:
+        RunFailed: they are a smaller share of those than `strategy.quorum`, or none.
+    """
+    valid, quorum = len(folded.reports), terms.config.strategy.quorum
+    needed = max(1, math.ceil(quorum * asked - 1e-9))
+    if valid < needed:
+        raise RunFailed(
+            f"round {terms.number}: {valid} of {asked} clients answered well, strategy.quorum = "
+            f"{quorum:g} asks for {needed}; the lines above say why"
+        )
+
+
+def step(folded: Folded, state: ServerState, terms: Terms) -> tuple[ServerState, Gradient]:
+    """The state that the updates of a round lead to, and the gradient of that step.
+
+    Args:
+        folded: the sums, with all replies in them.
+        state: at the start of the round.
+        terms: of the round.
+
+    Raises:
+        TooFewAnswers: the method needs more updates to keep its promise.
+        RunFailed: the new state holds NaN or infinity.
+        ValueError: the method cannot make a gradient of these updates, or a step of the gradient.
+        LinAlgError: a decomposition does not converge.
+    """
+    config, aggregator = terms.config, terms.aggregator
+    rng = generator(config.seed, terms.number, "aggregate")
+    gradient = aggregator.reduce.finish(state, folded.accumulator, rng)
+    state = aggregator.step(state, gradient)
+    if not all(is_finite(part) for part in (state.adapter, state.base_delta, state.memory)):
+        raise RunFailed(
+            f"round {terms.number}: strategy.name = {config.strategy.name!r} made NaN or infinity of finite "
+            "updates; the round before it is kept"
+        )
+    return state, gradient
+
+
+def training_fields(folded: Folded, config: RunConfig) -> dict[str, float]:
+    """The counts and bytes of a round's valid visits, as fields of its event; without a codec `bytes_up` alone."""
+    fields = {**client_scores.training_fields(folded.reports), "bytes_up": folded.bytes_up}
+    return {**fields, "float32_up": folded.float32_up} if _is_coded(config) else fields
+
+
+def _is_coded(config: RunConfig) -> bool:
+    return config.wire.up.name != "fp32"

@@ -1,0 +1,98 @@
+"""What is measured between rounds: when, on which rows, and when a run stops because it gets no better."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from apiary.config.schema import RunConfig
+from apiary.core.messages import Score
+from apiary.core.stages import rounds_of, stage_of
+from apiary.core.tensors import StateDict
+from apiary.data.batches import Corpus
+from apiary.evaluation import comparison
+from apiary.models import adapters
+from apiary.models.adapters import LanguageModel
+from apiary.models.inference import ModelProbe
+from server import client_scores
+from server.client_scores import Scores
+
+
+class Evaluation(NamedTuple):
+    """The shared adapter's loss on the server's held-out examples."""
+
+    score: Score
+    interval: tuple[float, float]  # 95% bootstrap interval of the loss
+
+
+def on_held_out(lm: LanguageModel, held_out: Corpus, seed: int) -> Callable[[StateDict], Evaluation]:
+    """The function that measures an adapter on the server's held-out examples.
+
+    Args:
+        lm: the model, whose adapter is replaced by the one that is measured.
+        held_out: the examples.
+        seed: of the bootstrap.
+    """
+
+    def evaluate(adapter: StateDict) -> Evaluation:
+        adapters.set_adapter(lm, adapter)
+        nats, tokens = ModelProbe(lm).losses(held_out)
+        score = Score(float(nats.sum()), int(tokens.sum()), len(nats))
+        return Evaluation(score, comparison.interval(nats, tokens, seed=seed))
+
+    return evaluate
+
+
+def is_due(number: int, config: RunConfig) -> bool:
+    """Whether the adapter is evaluated after round `number`, or before the first round for 0."""
+    every = config.evaluate.every
+    return every > 0 and (number % every == 0 or number == config.rounds)
+
+
+def finished_stages(number: int, config: RunConfig) -> int | None:
+    """How many stages are finished, where their scores are due after round `number`; None where they are not.
+
+    They are due before the first round (0) and after the last round of each stage.
+    """
+    stages = len(config.continual.stages)
+    if not stages:
+        return None
+    if number == 0:
+        return 0
+    stage = stage_of(number, config.rounds, stages)
+    return stage + 1 if number == rounds_of(stage, config.rounds, stages)[-1] else None
+
+
+def combine(server: Evaluation | None, panel: Scores | None) -> tuple[Scores, dict[str, Any]]:
+    """Put the results of an evaluation together.
+
+    Args:
+        server: on the server's held-out examples; None where it has none.
+        panel: what the clients of the panel reported; None where clients are not asked.
+
+    Returns:
+        The scores by which the run stops early, and the fields of the `evaluate` event.
+    """
+    scores: Scores = {}
+    fields: dict[str, Any] = {}
+    if server is not None:
+        scores = {"": server.score}
+        fields = {"loss": server.score.loss, "ci95": list(server.interval), "n": server.score.examples}
+    if panel is not None:
+        # Stopping early on the examples of the final table would flatter it.
+        scores, panel_fields = client_scores.panel_fields(panel)
+        fields |= panel_fields
+    return scores, fields
+
+
+def stop_reason(without_gain: int, config: RunConfig) -> str:
+    """Why a run stops after an evaluation; "" where it goes on.
+
+    Args:
+        without_gain: evaluations since the best one.
+        config: the run, which says how many of them it bears.
+    """
+    patience = config.evaluate.patience
+    if not 0 < patience <= without_gain:
+        return ""
+    return f"no better loss in {without_gain} evaluations (evaluate.patience = {patience})"
