@@ -49,6 +49,8 @@ def prepare(
     """
     lm = adapters.load(config.model, config.adapter)
     template = tokenization.make_template(config.prompt, lm.tokenizer)
+    if config.prompt.template == "auto":
+        log.event("template", template=template.words)
     found = checkpoint.load(folder / "checkpoints")
     if found is None:
         fresh = adapters.fresh_adapter(lm, config.seed)
