@@ -45,6 +45,8 @@ def prepare(
     """
     lm = adapters.load(config.model, config.adapter)
     template = tokenization.make_template(config.prompt, lm.tokenizer)
+    if config.prompt.template == "auto":
+        log.event("template", template=template.words)
     aggregator = strategies.from_config(config)
     saved = checkpoint.load(folder / "checkpoints")
     if saved is None:

@@ -134,7 +134,9 @@ class PromptConfig(_Section):
     """How an example becomes tokens."""
 
     template: str = Field(
-        "chat", description="chat, alpaca, plain, or a file with {instruction} and {response}, and {system} if you like"
+        "auto",
+        description="chat (the tokenizer's own), alpaca, plain, or a file with {instruction} and {response}, and "
+        "{system} if you like; auto: chat where the tokenizer has a chat template, else alpaca",
     )
     system: str | None = Field(None, description="a system message put before every conversation without one")
     max_tokens: int = Field(512, ge=8, description="longest example in tokens; see on_long")

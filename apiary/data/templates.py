@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from apiary.config.schema import PromptConfig
+from apiary.config.schema import PromptConfig, RunConfig
 from apiary.core.errors import UserError
 from apiary.data.examples import Turn
 
@@ -33,7 +33,7 @@ _ALPACA = (  # Taori et al., "Stanford Alpaca", 2023: the prompt for an instruct
     "### Instruction:\n{instruction}\n\n### Response:{response}\n\n"
 )
 _PLAIN = "User: {instruction}\n\nAssistant:\n{response}\n\n"
-BUILTIN = ("chat", "alpaca", "plain")  # what `prompt.template` names without a file
+BUILTIN = ("auto", "chat", "alpaca", "plain")  # what `prompt.template` names without a file
 _OTHERS = 'use prompt.template = "alpaca" or "plain"'
 
 
@@ -68,14 +68,20 @@ Splitter = Callable[[Sequence[Turn]], list[Segment]]
 class Template:
     """How a conversation is written for the model.
 
-    name: as configured; digest: 16 hex digits over all that shapes the text; system: put before
-    conversations without a system turn; split: turns -> segments.
+    name: as configured, with `auto` settled; digest: 16 hex digits over all that shapes the text; system: put before
+    conversations without a system turn; split: turns -> segments; why: what there is to say of the choice.
     """
 
     name: str
     digest: str
     system: str | None
     split: Splitter
+    why: str = ""
+
+    @property
+    def words(self) -> str:
+        """The choice on one line, such as `chat (the tokenizer's own)`; of a file its name alone."""
+        return Path(self.name).name + (f" ({self.why})" if self.why else "")
 
     def segments(self, turns: Sequence[Turn]) -> list[Segment]:
         """The conversation in segments; one that does not end in an assistant turn asks for it.
@@ -95,21 +101,32 @@ class Template:
 def make_template(config: PromptConfig, tokenizer: PreTrainedTokenizerBase) -> Template:
     """The template that `prompt.template` names: chat, alpaca, plain, or a file of your own.
 
+    `auto` is chat where the tokenizer has a chat template, else alpaca: the digest is that of the one it came to.
+
     Raises:
         UserError: no such file, no slot for the response, no chat template or one that cannot be
             masked, or a tokenizer without an EOS token.
     """
     split: Splitter
-    if config.template == "chat":
+    has_chat = _has_chat(tokenizer)
+    name = config.template if config.template != "auto" else "chat" if has_chat else "alpaca"
+    if name == "chat":
         split, text = _read_chat(tokenizer), _chat_source(tokenizer)
     else:
-        text = {"alpaca": _ALPACA, "plain": _PLAIN}.get(config.template) or _read_file(config.template)
+        text = {"alpaca": _ALPACA, "plain": _PLAIN}.get(name) or _read_file(name)
         before, after = text.split("{response}")
         eos = _eos(tokenizer)
         bos = _bos(tokenizer)
         split = _Pattern(before, after.removeprefix(eos), "" if before.startswith(bos) else bos, eos)
-    shape = json.dumps(["chat" if config.template == "chat" else "pattern", text, config.system])
-    return Template(config.template, short_digest(shape), config.system, split)
+    shape = json.dumps(["chat" if name == "chat" else "pattern", text, config.system])
+    why = "" if has_chat else "the tokenizer has no chat template"
+    why = {"chat": "the tokenizer's own", "alpaca": why}.get(name, "")
+    return Template(name, short_digest(shape), config.system, split, why)
+
+
+def with_template(config: RunConfig, name: str) -> RunConfig:
+    """The configuration with this `prompt.template`, such as the one that `auto` came to."""
+    return config.model_copy(update={"prompt": config.prompt.model_copy(update={"template": name})})
 
 
 def asking(turns: Sequence[Turn]) -> Sequence[Turn]:
@@ -163,7 +180,7 @@ def _read_file(name: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UserError(
-            f"{where}: cannot read this file ({reason}); allowed are chat, alpaca, plain, or a file"
+            f"{where}: cannot read this file ({reason}); allowed are auto, chat, alpaca, plain, or a file"
         ) from None
     if (count := text.count("{response}")) != 1:
         raise UserError(
@@ -299,6 +316,14 @@ def _rest(text: str, start: str, turn: int) -> str:
     if not text.startswith(start):
         raise Unwritable("changes earlier text as a conversation grows", f"seen at turn {turn + 1}")
     return text[len(start) :]
+
+
+def _has_chat(tokenizer: PreTrainedTokenizerBase) -> bool:
+    try:
+        _chat_source(tokenizer)
+    except UserError:
+        return False
+    return True
 
 
 def _chat_source(tokenizer: PreTrainedTokenizerBase) -> str:

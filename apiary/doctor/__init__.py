@@ -91,6 +91,8 @@ def _examine_parts(
         plan.print_machine(config, device, console)
     lm = _load(config, device, problems)
     template = _attempt(problems, lambda: _template(config, lm))
+    if template is not None:
+        plan.print_template(template, console)
     if lm is not None:
         _attempt(problems, lambda: comparison.check_positions(lm, config))
     if federation is None:
@@ -154,7 +156,7 @@ def _template(config: RunConfig, lm: LanguageModel | None) -> Template | None:
 
     if lm is not None:
         return tokenization.make_template(config.prompt, lm.tokenizer)
-    if config.prompt.template != "chat":
+    if config.prompt.template not in ("auto", "chat"):
         tokenization.make_template(config.prompt, tiny.load_tiny_tokenizer())
     return None
 

@@ -91,6 +91,11 @@ def print_machine(config: RunConfig, device: torch.device, console: Console) -> 
     _fact(console, "arithmetic", f"{dtype} ({why})")
 
 
+def print_template(template: Template, console: Console) -> None:
+    """Print how conversations are written for the model, and why so."""
+    _fact(console, "template", template.words)
+
+
 def print_rows(federation: Federation, console: Console) -> None:
     """Print how many rows there are, and which are left out for what."""
     _head(console, "Data")

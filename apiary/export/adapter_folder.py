@@ -8,6 +8,7 @@ from apiary.config.schema import RunConfig
 from apiary.core import files, lora
 from apiary.core.lora import is_half
 from apiary.core.tensors import StateDict
+from apiary.data.templates import make_template, with_template
 from apiary.export.model_card import card
 from apiary.models import adapter_files
 from apiary.models.adapters import LanguageModel
@@ -26,7 +27,10 @@ def save_adapter_folder(
     lm: LanguageModel, adapter: StateDict, folder: Path, config: RunConfig, run: Path | None = None
 ) -> None:
     """A PEFT folder that any tool loads, with a model card and the run's settings; `run` is the folder's where None."""
-    text = card(config, exported_rank(adapter), None, statement.read(run or folder.parent), exported=False)
+    template = make_template(config.prompt, lm.tokenizer)
+    config = with_template(config, template.name)
+    privacy = statement.read(run or folder.parent)
+    text = card(config, exported_rank(adapter), None, privacy, exported=False, why=template.why)
     if config.adapter.share != "both" and is_half(adapter):
         text += "\nThese are the factors A that clients share. B is zero: each client has its own, and keeps it.\n"
     adapter_files.save_adapter(lm, adapter, folder, text)

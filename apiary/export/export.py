@@ -10,6 +10,7 @@ from apiary.config.schema import RunConfig
 from apiary.config.summary import public_name
 from apiary.core import files
 from apiary.core.errors import UserError
+from apiary.data.templates import with_template
 from apiary.export.adapter_folder import OF_THE_SITE, SETTINGS, exported_rank
 from apiary.export.model_card import base_path, card
 from apiary.export.tuned import Tuned, open_tuned
@@ -37,7 +38,7 @@ def export_run(path: Path, to: Path, *, merge: bool) -> Path:
     draft.mkdir(parents=True)
     try:
         _write_export(tuned, draft, merge)
-        text = card(tuned.config, exported_rank(tuned.adapter), metrics, privacy, merged=merge)
+        text = card(tuned.config, exported_rank(tuned.adapter), metrics, privacy, merged=merge, why=tuned.template.why)
         files.write_atomic(draft / "README.md", text)
         files.write_atomic(draft / SETTINGS, _handed_on(tuned.config).to_toml(without=OF_THE_SITE))
         for file in draft.rglob("*.safetensors"):  # written by others with the owner's rights alone
@@ -54,9 +55,9 @@ def export_run(path: Path, to: Path, *, merge: bool) -> Path:
 def _handed_on(config: RunConfig) -> RunConfig:
     """The settings without what is nobody else's business: where the data lay, and folders of this machine."""
     model = config.model.model_copy(update={"name": public_name(config.model.name)})
-    prompt = config.prompt.model_copy(update={"template": public_name(config.prompt.template)})
     strategy = config.strategy.model_copy(update={"root": None})
-    return config.model_copy(update={"model": model, "prompt": prompt, "strategy": strategy})
+    config = with_template(config, public_name(config.prompt.template))
+    return config.model_copy(update={"model": model, "strategy": strategy})
 
 
 def _write_export(tuned: Tuned, draft: Path, merge: bool) -> None:

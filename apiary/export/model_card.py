@@ -21,6 +21,7 @@ def card(
     *,
     merged: bool = False,
     exported: bool = True,
+    why: str = "",
 ) -> str:
     """The model card: what it was tuned from, how, and how well it did.
 
@@ -31,8 +32,10 @@ def card(
         privacy: its account (`apiary.privacy.statement`); empty where it is not known.
         merged: whether the card is for a whole model.
         exported: whether the base stands beside the adapter.
+        why: what there is to say of the choice of the template.
     """
     name = config.model.name
+    template = f"`{Path(config.prompt.template).name}`" + (f" ({why})" if why else "")
     if merged:
         use = [
             "from transformers import AutoModelForCausalLM",
@@ -58,7 +61,7 @@ def card(
         "# A federated LoRA adapter" + (", merged into its base" if merged else ""),
         "",
         f"Tuned with Apiary from `{public_name(name)}` by federated learning in {config.rounds} rounds, by "
-        f"{summary.sentence(config)}; prompt template `{Path(config.prompt.template).name}`. "
+        f"{summary.sentence(config)}; prompt template {template}. "
         f"Clients sent {summary.sent(config)} and counts.",
         *_grown(config.adapter.rank, rank, merged),
         "",

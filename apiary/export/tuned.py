@@ -14,6 +14,7 @@ from apiary.core.lora import is_half
 from apiary.core.tensors import StateDict
 from apiary.data import examples, tokenization
 from apiary.data.examples import Example, Turn
+from apiary.data.templates import with_template
 from apiary.data.tokenization import Template
 from apiary.evaluation import comparison
 from apiary.evaluation.comparison import Measured
@@ -56,8 +57,11 @@ def open_tuned(path: Path, overrides: Sequence[str] = ()) -> Tuned:
         raise UserError(f"{str(path)!r} holds no adapter; {hint}")
     stored = next((f for f in (path / "config.toml", folder / SETTINGS) if f.exists()), None)
     config = loading.load(stored, [*_settings_of(folder, stored), *overrides])
+    if config.prompt.template == "auto" and (folder / SETTINGS).exists():  # a tokenizer may have got a template since
+        config = with_template(config, loading.load(folder / SETTINGS).prompt.template)
     lm = adapters.load(config.model, config.adapter)
     template = tokenization.make_template(config.prompt, lm.tokenizer)
+    config = with_template(config, template.name)
     try:
         adapter = read_adapter(lm, folder / WEIGHTS)
         adapters.set_adapter(lm, adapter)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+from transformers.cache_utils import DynamicLayer
 
 from apiary.core.tensors import generator
 from apiary.data.batches import Corpus, collate, plan_batches
 from apiary.models.adapters import LanguageModel, autocast, pad_id
 from apiary.models.loss import row_losses, to_device
+
+_BATCH_TOKENS, _ON_CPU = 8192, 4096  # padded tokens; larger batches no longer fit in the caches of a CPU
 
 
 class Probe(Protocol):
@@ -29,12 +34,12 @@ class ModelProbe:
 
     Args:
         lm: the model.
-        batch_tokens: padded tokens in one forward pass.
+        batch_tokens: padded tokens in one forward pass; None is what suits the device.
     """
 
-    def __init__(self, lm: LanguageModel, batch_tokens: int = 8192) -> None:
+    def __init__(self, lm: LanguageModel, batch_tokens: int | None = None) -> None:
         self._lm = lm
-        self._batch_tokens = batch_tokens
+        self._batch_tokens = batch_tokens or (_ON_CPU if lm.device.type == "cpu" else _BATCH_TOKENS)
 
     def losses(self, corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
         """Summed nats (n,) float64 and response tokens (n,) int64 of each example."""
@@ -72,25 +77,63 @@ class ModelProbe:
         # generate() counts positions from each prompt's own first token.
         ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=lm.device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=lm.device)
-        stops = stop_ids(lm)
+        stops, places, cache = stop_ids(lm), list(range(len(prompts))), None
+        written: list[list[int]] = [[]] * len(prompts)
         with torch.inference_mode(), autocast(lm):
-            out = lm.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                pad_token_id=pad,
-                eos_token_id=stops or None,
-            )
-        return [self._text(row, stops) for row in out[:, width:].tolist()]
+            while places:  # most answers are short: when half of the rows have ended, the others go on without them
+                out = self._decode(ids, mask, cache, stops, width + max_new_tokens - ids.shape[1])
+                rows = out.sequences[:, width:].tolist()
+                for place, row in zip(places, rows, strict=True):
+                    written[place] = row
+                left = [i for i, row in enumerate(rows) if len(row) < max_new_tokens and not set(row) & set(stops)]
+                places, chosen = [places[i] for i in left], torch.tensor(left, dtype=torch.long, device=lm.device)
+                ids = out.sequences[chosen]
+                mask = torch.nn.functional.pad(mask[chosen], (0, ids.shape[1] - mask.shape[1]), value=1)
+                cache = _rows_of(out.past_key_values, chosen)
+        return [self._text(row, stops) for row in written]
+
+    def _decode(self, ids: Tensor, mask: Tensor, cache: DynamicCache | None, stops: list[int], new: int) -> Any:
+        """At most `new` more tokens of each row: fewer when half of the rows have ended."""
+        return self._lm.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            max_new_tokens=new,
+            do_sample=False,
+            num_beams=1,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=pad_id(self._lm.tokenizer),
+            eos_token_id=stops or None,
+            stopping_criteria=StoppingCriteriaList([_HalfEnded(ids, stops)]),
+            return_dict_in_generate=True,
+        )
 
     def _text(self, ids: list[int], stops: list[int]) -> str:
         end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
         return str(self._lm.tokenizer.decode(ids[:end], skip_special_tokens=True))
+
+
+class _HalfEnded(StoppingCriteria):
+    """Ends a generate() call for all rows once half of them have written a stop token."""
+
+    def __init__(self, ids: Tensor, stops: list[int]) -> None:
+        self._stops = torch.tensor(stops, dtype=ids.dtype, device=ids.device)
+        self._ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Whether each row is to end: all of them or none."""
+        self._ended |= torch.isin(input_ids[:, -1], self._stops)
+        return (2 * self._ended.sum() >= len(self._ended)).expand(len(self._ended))
+
+
+def _rows_of(cache: Any, rows: Tensor) -> DynamicCache | None:
+    """The keys and values of these rows alone; None (compute them again) for a cache that may hold something else."""
+    if not isinstance(cache, DynamicCache) or not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
+        return None
+    cache.reorder_cache(rows)  # type: ignore[arg-type]  # a legacy class, which no tensor is an instance of
+    return cache
 
 
 _END_OF_TURN = (

@@ -6,6 +6,7 @@ import math
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from apiary.config import loading, summary
@@ -73,7 +74,7 @@ def page_content(metrics: Metrics, events: Sequence[Event], config: str) -> dict
         "logged": bool(events),
         "config": _ABSOLUTE.sub(r'"…/\1"', config),
         "privacy": statement.sentence(metrics.privacy),
-        "facts": [*_made(metrics, run), *_facts(metrics, start)],
+        "facts": [*_made(metrics, run), *_template(events, run), *_facts(metrics, start)],
     }
 
 
@@ -111,6 +112,14 @@ def _made(metrics: Metrics, run: RunConfig | None) -> list[tuple[str, str]]:
     """The choices that made the model, the ranks that clients then had, and that of what is handed on."""
     exported = [("Rank of the exported adapter", str(metrics.rank))] if metrics.rank else []
     return [*(summary.facts(run) if run else []), *(_ranks(metrics.clients) if metrics.mixed else []), *exported]
+
+
+def _template(events: Sequence[Event], run: RunConfig | None) -> list[tuple[str, str]]:
+    """How conversations were written for the model; where the configuration says `auto`, the log says which it was."""
+    told = [str(event["template"]) for event in events if event["event"] == "template" and "template" in event]
+    if run is not None and run.prompt.template != "auto":
+        told.append(Path(run.prompt.template).name)
+    return [("Prompt template", told[-1])] if told else []
 
 
 def _ranks(clients: Sequence[Client]) -> list[tuple[str, str]]:

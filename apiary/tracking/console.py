@@ -285,6 +285,8 @@ def line(state: State, event: Event) -> str | None:
             size = f"{event.get('clients')} clients, {event.get('rounds')} rounds"
             made = f"\nmade by: {clean(event['outline'])}" if "outline" in event else ""
             return f"run: {size}, seed {event.get('seed')}{made}"
+        case "template":
+            return f"prompt template: {clean(event['template'])}"
         case "phase" if event["name"] not in ("training", "evaluating"):
             return f"phase: {clean(event['name'])}"
         case "round":
@@ -386,7 +388,7 @@ class Lines:
 
 
 class Board:
-    """An observer that keeps `board` on a terminal up to date; above it stay refusals, warnings and who was cut.
+    """An observer that keeps `board` on a terminal up to date; above it stay template, refusals, warnings, who was cut.
 
     Use as a context manager, so that the cursor comes back even when the run fails.
     """
@@ -414,6 +416,8 @@ class Board:
         if event["event"] in ("refused", "warning", "stop"):
             style = "yellow" if event["event"] == "warning" else "red"
             self._console.print(Text(line(self._state, event) or "", style=style))
+        elif event["event"] == "template":
+            self._console.print(Text(line(self._state, event) or "", style="dim"))
         elif event["event"] == "round":
             for text in _asides(self._state, event):
                 self._console.print(Text(text, style="yellow"))

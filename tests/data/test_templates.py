@@ -25,6 +25,7 @@ from chat_templates import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from apiary.config.schema import PromptConfig
 from apiary.core.errors import UserError
 from apiary.data import tokenization
 
@@ -100,6 +101,33 @@ def test_missing_things_are_named(tmp_path: Path) -> None:
     endless.eos_token = None
     with pytest.raises(UserError, match="no EOS token"):
         build("plain", endless)
+
+
+def test_auto_is_chat_where_the_tokenizer_has_a_chat_template_else_alpaca() -> None:
+    with_chat = make_tokenizer(CHATML)
+    for tokenizer, name, words in (
+        (with_chat, "chat", "chat (the tokenizer's own)"),
+        (BYTE_TOKENIZER, "alpaca", "alpaca (the tokenizer has no chat template)"),
+    ):
+        auto, named = build("auto", tokenizer)[0], build(name, tokenizer)[0]
+        assert (auto.name, auto.words, auto.digest) == (name, words, named.digest)  # the handshake sees no difference
+        assert auto.segments(TALK.turns) == named.segments(TALK.turns)
+        system = build("auto", tokenizer, system="Be brief.")[0]
+        assert system.digest == build(name, tokenizer, system="Be brief.")[0].digest != auto.digest
+    assert build("auto", with_chat)[0].digest != build("auto", BYTE_TOKENIZER)[0].digest
+    assert build("alpaca", with_chat)[0].words == "alpaca" and build("plain", BYTE_TOKENIZER)[0].words == "plain"
+    assert PromptConfig().template == "auto"
+
+
+def test_auto_does_not_give_way_to_alpaca_where_the_chat_template_cannot_be_masked() -> None:
+    with pytest.raises(UserError, match=r"does not write out what is said.*alpaca"):
+        build("auto", make_tokenizer("{{ 'always the same' }}"))
+
+
+def test_of_a_template_file_only_its_name_is_told(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("{instruction}{response}")
+    template, _ = build(str(tmp_path / "mine.txt"), BYTE_TOKENIZER)
+    assert template.words == "mine.txt" and template.name == str(tmp_path / "mine.txt")
 
 
 @pytest.mark.parametrize("name", CHATS)

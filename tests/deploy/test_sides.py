@@ -16,6 +16,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from chat_templates import CHATML
 from conftest import instruction_rows
 from deployment import SITES, overrides, write_rows
 from flwr.app import ArrayRecord, Context, Message, RecordDict
@@ -29,7 +30,7 @@ from apiary.core import files
 from apiary.core.errors import RunFailed, UserError
 from apiary.core.messages import Decline, Visit
 from apiary.core.tensors import StateDict
-from apiary.data import federation, stages
+from apiary.data import federation, stages, tokenization
 from apiary.evaluation.comparison import HeldOut
 from apiary.models import adapters
 from apiary.tracking.event_log import RunLog, read_events
@@ -38,6 +39,7 @@ from apiary.transport import flower_records
 from client import app as client_app
 from client import handlers, site_worker, worker_rpc
 from client.site_worker import Facts
+from client.worker import Worker
 from deploy import flower_cli, runs
 from server import deployment_run
 from simulation import engines
@@ -330,6 +332,27 @@ def test_what_one_run_spent_the_next_run_finds_spent(site: Site) -> None:
     for name in map(str, range(20)):
         answer = flower_records.read_train_reply(site.ask("train", config=run.to_json(), name=name).content)
     assert answer == Decline("ant", "budget")
+
+
+def test_a_site_settles_auto_by_its_own_tokenizer(tmp_path: Path, rows: Path, tiny_model: Path) -> None:
+    """The run names no template: server and site agree where their tokenizers do, and the handshake tells where not."""
+    with_chat = shutil.copytree(tiny_model, tmp_path / "with-chat")
+    (with_chat / "chat_template.jinja").write_text(CHATML)
+    sent = loading.load(None, [*overrides(tiny_model, rows), "prompt.template=auto"])
+    assert loading.from_json(sent.to_json()) == sent
+    prints, names = {}, {}
+    for base in (tiny_model, with_chat):
+        facts = Facts("ant", rows / "ant.jsonl", tmp_path / "state", str(base))
+        site_worker._refuse_foreign_places(sent, facts)
+        config = site_worker.at_home(sent, facts)
+        worker = Worker(config)
+        names[base] = worker.template.name
+        prints[base] = worker.hello(site_worker._read_site(config, facts, "first")).fingerprint
+    assert names == {tiny_model: "alpaca", with_chat: "chat"}
+    lm = adapters.load(sent.model, sent.adapter)
+    here = adapters.fingerprint(lm, tokenization.make_template(sent.prompt, lm.tokenizer))
+    assert prints[tiny_model] == here
+    assert prints[with_chat] == here._replace(template=prints[with_chat].template) != here
 
 
 def test_a_worker_that_is_not_there_is_told(tmp_path: Path) -> None:

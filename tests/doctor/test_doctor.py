@@ -112,6 +112,18 @@ def test_the_preview_brackets_the_answer_and_nothing_else(small_run: list[str]) 
     assert trained == prompt["output"] + "<eos>"
 
 
+def test_the_template_is_told_and_why(small_run: list[str], tmp_path: Path) -> None:
+    for given, said in (
+        (["prompt.template=auto"], "alpaca (the tokenizer has no chat template)"),
+        (["prompt.template=auto", "model.name=builtin:tiny"], "chat (the tokenizer's own)"),
+        ([f"data.source={tmp_path / 'none.jsonl'}"], "plain"),  # whatever else is wrong
+    ):
+        _, text = _doctor([*small_run, *given])
+        assert re.findall(r"^  template +(.*)$", text, re.MULTILINE) == [said]
+    _, text = _doctor([*small_run, "prompt.template=auto", f"model.name={tmp_path / 'none'}"])
+    assert len(_problems(text)) == 1 and "model.name" in _problems(text)[0]  # nothing is said of a template then
+
+
 def test_colour_adds_to_the_brackets(small_run: list[str]) -> None:
     _, plain = _doctor(small_run)
     _, coloured = _doctor(small_run, colour=True)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from apiary.config.schema import AdapterConfig, ModelConfig
 from apiary.data.batches import Batch, Corpus, collate
-from apiary.models import adapters
+from apiary.models import adapters, inference
 from apiary.models.fused_layers import LeanLinear
 from apiary.models.inference import ModelProbe, stop_ids
 from apiary.models.loss import row_losses, token_nats
@@ -193,6 +194,71 @@ def test_an_answer_ends_at_the_end_mark(lm: adapters.LanguageModel, monkeypatch:
         end = min([ids.index(s) for s in (stop, 1) if s in ids], default=8)
         assert answer == lm.tokenizer.decode(ids[:end], skip_special_tokens=True)
     assert answers[0] == lm.tokenizer.decode(long[0][: long[0].index(stop)], skip_special_tokens=True)
+
+
+def answers_by_hand(lm: adapters.LanguageModel, prompts: list[list[int]], new: int) -> list[str]:
+    stops = stop_ids(lm)
+    return [lm.tokenizer.decode(by_hand(lm, p, new, stops), skip_special_tokens=True) for p in prompts]
+
+
+def many_prompts(count: int = 24) -> list[list[int]]:
+    rng = np.random.default_rng(3)
+    return [rng.integers(2, 320, int(rng.integers(2, 20))).tolist() for _ in range(count)]
+
+
+def stop_often(lm: adapters.LanguageModel, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the model end its answers at many different places: its stop tokens are those that it writes most."""
+    written = Counter(token for prompt in prompts for token in by_hand(lm, prompt, 12, []))
+    stops = [token for token, _ in written.most_common(9)[2:]]
+    monkeypatch.setattr(lm.model.generation_config, "eos_token_id", stops)
+    lengths = {len(by_hand(lm, prompt, 12, stop_ids(lm))) for prompt in prompts}
+    assert len(lengths) > 2 and {0, 12} <= lengths
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("again", [False, True])
+def test_rows_that_have_ended_are_left_behind_and_change_no_answer(
+    family: str, again: bool, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the other rows go on from their keys and values, or (`again`) read their prompt a second time."""
+    lm = tuned(small_models.make_folder(family, tiny_model, tmp_path / family))
+    prompts = many_prompts()
+    stop_often(lm, prompts, monkeypatch)
+    expected = answers_by_hand(lm, prompts, 12)
+    if again:
+        monkeypatch.setattr(inference, "_rows_of", lambda cache, rows: None)
+    fed: list[tuple[int, int]] = []
+    hook = lm.model.get_input_embeddings().register_forward_hook(lambda _, args, out: fed.append(tuple(args[0].shape)))
+    assert ModelProbe(lm).generate(prompts, 12) == expected
+    hook.remove()
+    rows = [count for count, _ in fed]
+    assert rows == sorted(rows, reverse=True) and rows[0] == len(prompts) and rows[-1] <= len(prompts) / 2
+    assert sum(width > 1 for _, width in fed) == (len(set(rows)) if again else 1)
+    assert ModelProbe(lm, batch_tokens=120).generate(prompts, 12) == expected
+
+
+def test_answers_of_several_adapters_are_greedy_whatever_the_model_suggests(
+    lm: adapters.LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = many_prompts(12)
+    for name, value in {"do_sample": True, "temperature": 5.0, "top_p": 0.9, "top_k": 50, "num_beams": 3}.items():
+        monkeypatch.setattr(lm.model.generation_config, name, value)
+    seen = set()
+    for seed in range(3):
+        adapters.set_adapter(lm, small_models.random_state(adapters.get_adapter(lm), 0.1 + 0.1 * seed))
+        expected = answers_by_hand(lm, prompts, 7)
+        assert ModelProbe(lm).generate(prompts, 7) == expected
+        seen.add(tuple(expected))
+    assert len(seen) == 3
+
+
+def test_answers_without_any_stop_token_have_the_length_asked_for(
+    lm: adapters.LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference, "stop_ids", lambda lm: [])
+    prompts = many_prompts(5)
+    expected = [by_hand(lm, prompt, 9, []) for prompt in prompts]
+    assert ModelProbe(lm).generate(prompts, 9) == [lm.tokenizer.decode(e, skip_special_tokens=True) for e in expected]
 
 
 def test_no_prompts_and_empty_prompts(lm: adapters.LanguageModel) -> None:

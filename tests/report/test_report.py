@@ -483,6 +483,18 @@ def test_of_seeds_and_scalars_nobody_says_weights() -> None:
     assert "Clients sent scalars with the seeds of their directions and counts." in card(run, 16, None, {})
 
 
+def test_the_report_has_the_template_that_was_used() -> None:
+    event = {"event": "template", "template": "alpaca (the tokenizer has no chat template)", "time": 1.0}
+    for settings, events, said in (
+        ([], [event], "Prompt template alpaca (the tokenizer has no chat template)"),
+        (["prompt.template=plain"], [], "Prompt template plain"),
+        (["prompt.template=/data-of-alice/mine.txt"], [], "Prompt template mine.txt"),
+    ):
+        text = Page(page(table(federated=2.0), events, loading.load(None, settings).to_toml())).text
+        assert said in text and "alice" not in text
+    assert "Prompt template" not in Page(page(table(federated=2.0), [], loading.load(None, []).to_toml())).text
+
+
 def test_no_folder_of_this_machine_stands_in_the_card() -> None:
     run = loading.load(None, ["strategy.name=mine:method", 'strategy.options={ file = "/data-of-alice/w.pt" }'])
     text = card(run, 16, None, {})

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,13 +18,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from chat_templates import CHATML
 from safetensors.torch import load_file
+from small_models import same
 
 from apiary.config import loading
 from apiary.core.errors import UserError
-from apiary.export import model_card, tuned
+from apiary.export import export, model_card, tuned
 from apiary.models import adapters
 from apiary.report import table_plain
+from apiary.tracking.console import make_progress
 from simulation.run import simulate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,6 +106,45 @@ def test_a_private_run_says_that_its_baselines_had_no_noise(tmp_path: Path, tiny
     _, remarks = tuned.score(tuned.open_tuned(tmp_path / "run"), str(rows_file))
     assert any("trained without noise" in line for line in remarks)
     assert note in model_card.card(loading.load(tmp_path / "run" / "config.toml"), 4, metrics, {})
+
+
+def test_a_base_without_a_chat_template_is_tuned_on_alpaca_and_says_so_everywhere(
+    tmp_path: Path, tiny_model: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `auto` came to stays with the run, though its tokenizer gets a chat template later."""
+    from conftest import overrides_for
+
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    given = [*overrides_for(base, rows_file), "rounds=1", "prompt.max_tokens=256", "evaluate.generate=false"]
+    one, other = tmp_path / "one", tmp_path / "other"
+    lines = io.StringIO()
+    with make_progress(quiet=False, stream=lines) as observer:
+        run(one, [*given, "prompt.template=auto", "evaluate.baselines=[]"], observers=[observer])
+    run(other, [*given, "prompt.template=alpaca", "evaluate.baselines=[]"])
+    assert same(adapter_of(one), adapter_of(other))
+    words = "alpaca (the tokenizer has no chat template)"
+    assert [event["template"] for event in events_of(one, "template")] == [words]
+    assert events_of(other, "template") == []  # there was nothing to settle
+    assert f"prompt template: {words}\n" in lines.getvalue()
+    assert re.search(rf"Prompt template.*{re.escape(words)}", (one / "report.html").read_text(), re.DOTALL)
+    card = "prompt template `alpaca` (the tokenizer has no chat template)"
+    assert card in (one / "adapter" / "README.md").read_text()
+    assert loading.load(one / "config.toml").prompt.template == "auto"
+    assert loading.load(one / "adapter" / "apiary.toml").prompt.template == "alpaca"
+
+    (base / "chat_template.jinja").write_text(CHATML)
+    monkeypatch.setattr(adapters, "_bases", {})
+    monkeypatch.setattr(adapters, "_models", {})
+    assert adapters.load_base(loading.load(one / "config.toml").model)[1].chat_template
+    digest = tuned.open_tuned(other).template.digest
+    for place in (one, one / "adapter"):
+        opened = tuned.open_tuned(place)
+        assert (opened.template.name, opened.template.digest) == ("alpaca", digest)
+        assert opened.config.prompt.template == "alpaca"
+    assert tuned.open_tuned(one, ["prompt.template=plain"]).template.name == "plain"
+    export.export_run(one, tmp_path / "export", merge=False)
+    assert loading.load(tmp_path / "export" / "apiary.toml").prompt.template == "alpaca"
+    assert "prompt template `alpaca`" in (tmp_path / "export" / "README.md").read_text()
 
 
 def test_training_lowers_the_loss(finished: tuple[Path, dict[str, Any]]) -> None:

@@ -54,6 +54,15 @@ def shown(state: State, now: float, width: int = 100) -> str:
     return console.file.getvalue()
 
 
+def test_the_template_is_one_line() -> None:
+    event = {"event": "template", "template": "chat (the \x1b[31mtokenizer's own)", "time": 100.0}
+    assert line(told(story()), event) == "prompt template: chat (the ?[31mtokenizer's own)"
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    with Board(console) as shown_board:
+        shown_board(event)
+    assert "prompt template: chat (the" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
 def test_the_state_is_what_the_events_add_up_to() -> None:
     state = told(story())
     assert (state.round, state.finished_rounds, state.rounds) == (3, 2, 4)

@@ -120,6 +120,7 @@ def _tell_from(log: RunLog, finished: int) -> None:
     """A run's events from its start after `finished` rounds to the end of round 3."""
     log.event("start", seed=0)
     log.event("warning", message="rows.jsonl: 3 of 90 rows left out")
+    log.event("template", template="alpaca (the tokenizer has no chat template)")
     log.event("handshake", client="a")
     log.event("refused", client="b", reason="it has nothing to train on")
     if not finished:
