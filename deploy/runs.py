@@ -7,9 +7,10 @@ import re
 import secrets
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent import futures
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from apiary.config import loading
 from apiary.config.schema import RunConfig
@@ -41,7 +42,7 @@ def start(state: Path, config: RunConfig, out: Path, *, resume: bool = False) ->
         state: of a running server.
         config: the run.
         out: the run directory on this machine.
-        resume: go on after the last finished round in `out`.
+        resume: go on after the last finished round in `out`, if there is a run in it.
 
     Raises:
         UserError: no server is running, no site is online, the configuration cannot be run here, `out` does not fit,
@@ -196,17 +197,20 @@ def check_folder(config: RunConfig, out: Path, resume: bool) -> None:
     """Check that the run directory can take this run.
 
     Raises:
-        UserError: it holds another one, or nothing to go on with.
+        UserError: it holds another run, or something that is none.
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"{str(out)!r} is a file; choose another --out")
-    if not resume and out.exists() and not (_names(out) <= {_ID} or _failed_at_once(out)):
+    if not out.exists() or _names(out) <= {_ID}:
+        return  # with --resume as well: a scheduler that always gives it begins the run so
+    if not resume:
+        if _failed_at_once(out):
+            return
         raise UserError(f"{str(out)!r} is not empty: add --resume to go on with that run, or choose another --out")
-    if resume:
-        if not (out / "config.toml").exists():
-            raise UserError(f"--resume: {str(out)!r} holds no run (no config.toml)")
-        if loading.load(out / "config.toml") != config:
-            raise UserError("--resume: the configuration differs from the run's own; leave CONFIG and -s away")
+    if not (out / "config.toml").exists():
+        raise UserError(f"--resume: {str(out)!r} holds no run (no config.toml), but other files; choose another --out")
+    if loading.load(out / "config.toml") != config:
+        raise UserError("--resume: the configuration differs from the run's own; leave CONFIG and -s away")
 
 
 def _names(out: Path) -> set[str]:
@@ -304,32 +308,72 @@ def sites(state: Path) -> dict[str, str]:
     return {name: str(status.get(node, "unknown")) for name, node in server.site_nodes(state).items()}
 
 
-def describe(state: Path) -> list[str]:
-    """Lines about the sites and the newest runs.
+class Standing(NamedTuple):
+    """How a federation stands."""
+
+    sites: Mapping[str, str]  # name -> online, offline, or registered (never seen)
+    runs: Sequence[Mapping[str, Any]]  # Flower's, newest first
+    folders: Mapping[str, str]  # the run directories that are known, by the run's id
+
+
+def standing(state: Path) -> Standing:
+    """The sites and the runs of a server.
 
     Raises:
         UserError: no server is running.
         flower.FlowerError: Flower cannot be asked.
     """
     server.port_of(state)
-    there = sites(state)
-    online = sum(status == "online" for status in there.values())
-    lines = [f"{online} of {len(there)} sites online", *(f"site {name}: {status}" for name, status in there.items())]
-    found = runs(state)
-    if not found:
+    with futures.ThreadPoolExecutor(2) as pool:  # each question is a process of Flower's, which takes a second to start
+        asked = pool.submit(sites, state), pool.submit(runs, state)
+        there, found = asked[0].result(), asked[1].result()
+    folders = {}
+    for run in found:
+        with contextlib.suppress(OSError):  # of a run that was started by an earlier version, or by hand
+            path = state / _DIRECTORIES / _number(run)
+            folders[_number(run)] = path.read_text(encoding="utf-8").strip()
+    return Standing(there, found, folders)
+
+
+def _number(run: Mapping[str, Any]) -> str:
+    return str(run.get("run-id"))
+
+
+def describe(found: Standing) -> list[str]:
+    """Lines about the sites and the newest runs."""
+    online = sum(status == "online" for status in found.sites.values())
+    lines = [f"{online} of {len(found.sites)} sites online"]
+    lines += [f"site {name}: {status}" for name, status in found.sites.items()]
+    if not found.runs:
         return [*lines, "no run yet"]
-    if len(found) > _SHOWN:
-        lines.append(f"{len(found)} runs; the newest {_SHOWN}:")
-    rows = [("run", "status", "time", "run directory"), *(_row(state, run) for run in found[:_SHOWN])]
+    if len(found.runs) > _SHOWN:
+        lines.append(f"{len(found.runs)} runs; the newest {_SHOWN}:")
+    rows = [("run", "status", "time", "run directory"), *(_row(found, run) for run in found.runs[:_SHOWN])]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return lines + ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
-def _row(state: Path, run: Mapping[str, Any]) -> tuple[str, str, str, str]:
-    number, elapsed = str(run.get("run-id")), run.get("elapsed")
-    taken = seconds_text(float(elapsed) if isinstance(elapsed, int | float) else None)
-    try:
-        where = (state / _DIRECTORIES / number).read_text(encoding="utf-8").strip()
-    except OSError:
-        where = "not known"  # started by an earlier version, or by hand
-    return number, str(run.get("status")), taken, where
+def _row(found: Standing, run: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    taken = seconds_text(_seconds(run))
+    return _number(run), str(run.get("status")), taken, found.folders.get(_number(run), "not known")
+
+
+def _seconds(run: Mapping[str, Any]) -> float | None:
+    elapsed = run.get("elapsed")
+    return float(elapsed) if isinstance(elapsed, int | float) else None
+
+
+def document(found: Standing) -> dict[str, Any]:
+    """The sites and all runs as `apiary deploy status --json` tells them."""
+    return {
+        "sites": [{"name": name, "status": status} for name, status in found.sites.items()],
+        "runs": [
+            {
+                "id": _number(run),
+                "status": str(run.get("status")),
+                "seconds": _seconds(run),
+                "folder": found.folders.get(_number(run)),
+            }
+            for run in found.runs
+        ],
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import socket
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from apiary.core.errors import UserError
+from apiary.data.availability import check_rows
 from deploy import certificates, code_guard, flower_cli, kits, processes
 from deploy.kits import Kit
 from deploy.processes import SupervisedProcess
@@ -28,6 +30,7 @@ _WRONG_DATA = 2  # the worker's exit code
 _TRIES = 10  # of a SuperNode that ends soon after its start and never once was connected
 _HEALTH_S = 60.0  # how often the server is asked whether it is there
 _SOCKET, _TEMPORARY = "worker.sock", "apiary-"
+_SOON_READ_BYTES = 50_000_000
 _PLAIN = re.compile(r"[A-Za-z0-9/._-]{1,100}")  # a path that Flower and gRPC take as it is; 107 bytes at most
 
 
@@ -123,6 +126,9 @@ def _check(kit: Kit, options: Options) -> None:
     model = options.model
     if model and (model.startswith(("/", ".", "~"))) and not _is_there(Path(model), Path.is_dir):
         raise UserError(f"--model {model!r}: no such folder")
+    data = options.data.expanduser().resolve()
+    if _soon_read(data):  # the worker looks at them too, but can tell of an empty file only once it has loaded torch
+        check_rows(str(data), "--data", columns_may_be_named=options.max_epsilon is None)
 
 
 def _is_there(path: Path, kind: Callable[[Path], bool]) -> bool:
@@ -130,6 +136,20 @@ def _is_there(path: Path, kind: Callable[[Path], bool]) -> bool:
         return kind(path.expanduser())
     except (OSError, RuntimeError):  # in a folder closed to us, a name that no file system takes, of nobody's home
         return False
+
+
+def _soon_read(data: Path) -> bool:
+    """Whether rows take less time to read than torch takes to load.
+
+    Parquet is left to the worker: its reader starts threads, and this process may have none when it starts others.
+    """
+    total = 0
+    for path in (data, *data.rglob("*")):
+        if path.suffix.lower() == ".parquet":
+            return False
+        with contextlib.suppress(OSError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total <= _SOON_READ_BYTES
 
 
 def _worker(kit: Kit, state: Path, options: Options, address: str) -> SupervisedProcess:

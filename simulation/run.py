@@ -101,7 +101,7 @@ def simulate(
     Args:
         config: the run.
         folder: the run directory; must be new or empty unless `resume`.
-        resume: go on after the last finished round of `folder`.
+        resume: go on after the last finished round of `folder`, if there is a run in it.
         observers: receive every event, for progress and trackers.
 
     Raises:
@@ -138,19 +138,26 @@ def simulate(
 
 
 def _check_folder(config: RunConfig, folder: Path, resume: bool) -> None:
+    """Check that the run directory can take this run.
+
+    Raises:
+        UserError: it holds another run, or something that is none.
+    """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{str(folder)!r} is a file; choose another --out")
-    used = folder.exists() and any(not files.is_draft(path) for path in folder.iterdir())
-    if not resume and used:
+    if not folder.exists() or all(files.is_draft(path) for path in folder.iterdir()):
+        return  # with --resume as well: a scheduler that always gives it begins the run so
+    if not resume:
         raise UserError(f"{str(folder)!r} is not empty: add --resume to go on with that run, or choose another --out")
-    if resume:
-        if not (folder / "config.toml").exists():
-            raise UserError(f"--resume: {str(folder)!r} holds no run (no config.toml)")
-        stored = loading.load(folder / "config.toml")
-        if stored != config:
-            raise UserError(
-                f"--resume: the configuration differs from the run's own in {', '.join(_differences(stored, config))}"
-            )
+    if not (folder / "config.toml").exists():
+        raise UserError(
+            f"--resume: {str(folder)!r} holds no run (no config.toml), but other files; choose another --out"
+        )
+    stored = loading.load(folder / "config.toml")
+    if stored != config:
+        raise UserError(
+            f"--resume: the configuration differs from the run's own in {', '.join(_differences(stored, config))}"
+        )
 
 
 def _differences(a: RunConfig, b: RunConfig) -> list[str]:

@@ -272,18 +272,34 @@ class Blocker:
         if name.partition(".")[0] in {blocked!r}:
             raise ModuleNotFoundError(f"{{name}} is not there", name=name)
 sys.meta_path.insert(0, Blocker())
+"""
+_LOAD = """
 import importlib
 for name in {names!r}:
     importlib.import_module(name)
 print("loaded", len({names!r}))
 """
+_CALL = """
+sys.argv = {words!r}
+from apiary.cli.main import main
+main()
+"""
+
+
+def _run_without(blocked: set[str], code: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """What code does in a Python of its own where some packages are not there."""
+    command = [sys.executable, "-c", _BLOCKER.format(blocked=blocked) + code]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240)
 
 
 def _load_without(blocked: set[str], names: list[str], cwd: Path = ROOT) -> str:
-    code = _BLOCKER.format(blocked=blocked, names=names)
-    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True)
+    done = _run_without(blocked, _LOAD.format(names=names), cwd)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
+
+
+def _apiary_without(blocked: set[str], *words: str | Path) -> subprocess.CompletedProcess[str]:
+    return _run_without(blocked, _CALL.format(words=["apiary", *map(str, words)]))
 
 
 def _modules(*folders: str) -> list[str]:
@@ -311,8 +327,92 @@ def test_training_loads_without_flower_and_the_privacy_libraries() -> None:
     _load_without(blocked, names)
 
 
+HEAVY = {"torch", "transformers", "peft", "flwr", "flwr_datasets", "datasets", "accelerate", "ray"}
+
+
 def test_a_wrong_key_is_told_without_waiting_for_torch() -> None:
-    _load_without({"torch", "transformers", "peft", "flwr", "numpy"}, ["apiary.cli.main", "apiary.config.schema"])
+    _load_without(HEAVY | {"numpy"}, ["apiary.cli.main", "apiary.config.schema"])
+
+
+def test_most_curation_and_a_site_load_without_torch() -> None:
+    names = ["client.curation", "apiary.cli.curate", "apiary.cli.curation_page", "apiary.report", "apiary.data.sources"]
+    _load_without(HEAVY | {"matplotlib"}, [*names, "deploy.site", "deploy.runs", "deploy.server"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--help",
+        "config",
+        "config strategy",
+        "config simulate.engine",
+        "config --json",
+        "config --schema",
+        "config wire.up --json",
+    ],
+)
+def test_help_and_configuration_need_nothing_heavy(words: str) -> None:
+    done = _apiary_without(HEAVY | {"numpy", "cryptography", "grpc"}, *words.split())
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+WRONG = {  # key -> a setting with the name of a method that there is not
+    "strategy.name": "strategy.name=fedavvg",
+    "strategy.server_optimizer": "strategy.server_optimizer=adamm",
+    "wire.up": "wire.up={name='int9', feedback=true}",
+    "wire.down": "wire.down=int9",
+    "data.partition": "data.partition=diriclet",
+    "train.objective": "train.objective=stf",
+    "train.penalties": "train.penalties=['fedproxx']",
+    "curate.steps": "curate.steps=['msk']",
+    "simulate.engine": "simulate.engine=rayy",
+    "simulate.attack": "simulate.attack=sign_filp",
+}
+
+
+@pytest.mark.parametrize("command", ["simulate", "doctor", "doctor --json", "curate", "deploy submit", "privacy plan"])
+def test_wrong_names_are_refused_before_torch_is_imported(command: str, tmp_path: Path) -> None:
+    rest = {"curate": ["rows.jsonl", "--out", tmp_path / "kept.jsonl"], "deploy submit": [tmp_path]}.get(command, [])
+    blocked = HEAVY if command == "curate" else HEAVY | {"numpy"}
+    for key in WRONG if command == "simulate" else ("strategy.name", "curate.steps"):
+        done = _apiary_without(blocked, *command.split(), *rest, "-s", WRONG[key])
+        assert done.returncode == 2, done.stderr
+        lines = (done.stdout if command == "doctor" else done.stderr).splitlines()
+        (line,) = [line for line in lines if " = '" in line]
+        assert re.search(rf"^(apiary: |  - ){re.escape(key)} = '\w+': allowed are .*; did you mean '\w+'\?$", line)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_are_curated_without_torch_where_no_step_needs_a_model(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"instruction": "Say {n}", "output": "a{n}@b.org"}}\n' for n in range(9)))
+    for steps in ([], ["-s", "curate.steps=['mask', {name='random', rows=9}]"]):
+        out = tmp_path / f"kept-{len(steps)}.jsonl"
+        done = _apiary_without(HEAVY | {"matplotlib"}, "curate", rows, "--out", out, *steps)
+        assert done.returncode == 0, done.stderr
+        assert out.read_text().count("<EMAIL_1>") == 9
+
+
+def test_a_site_hears_of_an_empty_file_before_its_worker_starts(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.touch()
+    kits = ["deploy", "init", tmp_path / "fed", "--server", "localhost:18443", "--site", "north"]
+    assert _apiary_without(HEAVY, *kits).returncode == 0
+    done = _apiary_without(HEAVY, "deploy", "client", tmp_path / "fed" / "north", "--data", rows)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "apiary: --data: rows.jsonl is empty, it holds no rows; remove it or fill it\n",
+    )
+    assert not (tmp_path / "fed" / "north" / "state").exists()
+    done = _apiary_without(HEAVY, "deploy", "status", tmp_path / "fed" / "server")
+    assert done.returncode == 2 and done.stderr.startswith("apiary: no server is running")
+
+
+def test_a_run_says_that_it_begins_before_torch_is_imported(tmp_path: Path) -> None:
+    done = _apiary_without(HEAVY, "simulate", "--out", tmp_path / "run")
+    assert done.stderr.splitlines()[0] == "phase: starting"
+    assert "torch is not there" in done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from apiary.config import loading
 from apiary.core.messages import Update
 from strategies import AGGREGATORS, ServerState
 
@@ -43,6 +47,29 @@ def test_readme_commands_exist() -> None:
     used = set(re.findall(r"^(?:\.venv/bin/)?apiary +(\w+)", text, flags=re.MULTILINE))
     assert used <= known
     assert {"simulate", "doctor", "evaluate", "chat", "export", "report"} <= used
+
+
+def test_every_command_is_in_the_table_with_what_it_does_and_its_json() -> None:
+    from typer.main import get_command
+
+    from apiary.cli.main import app
+
+    def leaves(group: Any, name: str) -> Iterator[tuple[str, str, str]]:
+        for part, command in group.commands.items():
+            if hasattr(command, "commands"):
+                yield from leaves(command, f"{name} {part}")
+            else:
+                told = any("--json" in option.opts for option in command.params)
+                yield f"{name} {part}", command.help, "yes" if told else ""
+
+    text = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(apiary [\w ]+)` \| (.*) \| ?(\w*) \|$", text, flags=re.MULTILINE)
+    assert sorted(rows) == sorted(leaves(get_command(app), "apiary"))
+
+
+def test_the_schema_in_the_docs_is_the_one_of_the_code() -> None:
+    stored = json.loads((ROOT / "docs" / "config.schema.json").read_text(encoding="utf-8"))
+    assert stored == loading.json_schema(), "run apiary config --schema > docs/config.schema.json"
 
 
 def test_the_example_of_a_new_method_works() -> None:

@@ -8,16 +8,12 @@ from datetime import date, time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from apiary.config import loading
+from apiary.cli import shared
 from apiary.config.schema import Method, RunConfig
 from apiary.core.errors import UserError
 from apiary.core.files import finite, write_atomic
-from apiary.data import tokenization
 from apiary.data.examples import Example, Source, as_read, check, read
 from apiary.data.sources import RawFile, load
-from apiary.export import tuned as results
-from apiary.models import adapters
-from apiary.models.inference import ModelProbe
 from client.curation.pipeline import Context, Curation, Reader, build_steps, curate
 
 _OURS = ("messages", "conversations", "instruction", "input", "output")  # columns that a reader would take for text
@@ -107,7 +103,9 @@ def _line(row: Mapping[str, object]) -> str:
 
 def _settings(config: Path | None, adapter: Path | None, overrides: Sequence[str]) -> RunConfig:
     if adapter is None or config is not None:
-        return loading.load(config, list(overrides))
+        return shared.load(config, overrides)
+    from apiary.export import tuned as results  # with torch, which most steps do without
+
     return results.open_tuned(adapter, overrides).config
 
 
@@ -127,6 +125,11 @@ def _methods(settings: RunConfig, held_out: bool, tuned: bool) -> tuple[tuple[Me
 
 def _reader(settings: RunConfig, adapter: Path | None, overrides: Sequence[str]) -> Reader:
     """The model that judges: of the adapter, or the configured base."""
+    from apiary.data import tokenization
+    from apiary.export import tuned as results
+    from apiary.models import adapters
+    from apiary.models.inference import ModelProbe
+
     if adapter is not None:
         of_model = [item for item in overrides if item.partition(".")[0] in ("model", "adapter", "prompt")]
         tuned = results.open_tuned(adapter, of_model)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from apiary.cli.shared import ConfigFile, Overrides, print_table, settings_of, shown
+from apiary.cli.shared import AsJson, ConfigFile, Overrides, Resume, print_json, print_table, settings_of, shown
 from apiary.core.errors import UserError
 
 app = typer.Typer(help="Run a federation between machines: kits, processes, runs.", no_args_is_help=True)
@@ -100,7 +100,7 @@ def deploy_submit(
     config: ConfigFile = None,
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="the run directory; default runs/NAME-TIME")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on after the last finished round of --out")] = False,
+    resume: Resume = False,
     detach: Annotated[bool, typer.Option("--detach", help="do not follow the run")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="print only errors and the final table")] = False,
     state: State = None,
@@ -148,14 +148,18 @@ def deploy_submit(
 
 
 @app.command("status")
-def deploy_status(kit: ServerKit, state: State = None) -> None:
+def deploy_status(kit: ServerKit, state: State = None, as_json: AsJson = False) -> None:
     """Print the sites, online or not, and the runs."""
     from deploy import flower_cli, kits, runs
 
     opened = kits.read(kit, "server")
     try:
-        for line in runs.describe((state or opened.folder / "state").resolve()):
-            typer.echo(line)
+        found = runs.standing((state or opened.folder / "state").resolve())
     except flower_cli.FlowerError as error:
         typer.echo(f"apiary: the server cannot be asked: {error}", err=True)
         raise typer.Exit(1) from None
+    if as_json:
+        print_json(runs.document(found))
+        return
+    for line in runs.describe(found):
+        typer.echo(line)

@@ -21,11 +21,10 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-from apiary.cli import deploy
-from apiary.cli.shared import ConfigFile, Overrides, print_table, settings_of, shown
-from apiary.config import loading
+from apiary.cli import deploy, shared
+from apiary.cli.shared import AsJson, ConfigFile, Overrides, Resume, print_json, print_table, settings_of, shown
+from apiary.config import loading, methods
 from apiary.config import schema as configs
-from apiary.config.registry import Registry
 from apiary.core.errors import UserError
 
 app = typer.Typer(
@@ -44,17 +43,19 @@ def simulate(
     config: ConfigFile = None,
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="the run directory; default runs/NAME-TIME")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on after the last finished round of --out")] = False,
+    resume: Resume = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="print only errors and the final table")] = False,
 ) -> None:
     """Run clients and server on this machine, compare with the baselines, and write a report."""
     settings, folder = settings_of(config, overrides, out, resume)
-    # Only now: what is wrong with the file is told without waiting for torch.
     from apiary.tracking.console import make_progress
-    from simulation.run import simulate as run
 
     try:
         with make_progress(quiet) as observer:
+            observer({"event": "phase", "name": "starting"})
+            # Only now: what is wrong with the file is told, and that something happens, without waiting for torch.
+            from simulation.run import simulate as run
+
             metrics = run(settings, folder, resume=resume, observers=[observer])
     except KeyboardInterrupt:
         again = (
@@ -73,18 +74,24 @@ def evaluate(
     tuned: Tuned,
     data: Annotated[str, typer.Option("--data", help="a file, a folder, a hub id, or builtin:skills")],
     overrides: Overrides = None,
+    as_json: AsJson = False,
 ) -> None:
     """Print the table (base, federated, and the run's baselines) for other data."""
     from apiary.evaluation.comparison import differences, table_row
     from apiary.export import tuned as results
 
-    opened = results.open_tuned(tuned, overrides or [])
-    rows, remarks = results.score(opened, data)
+    with shared.stdout_kept(as_json):
+        opened = results.open_tuned(tuned, overrides or [])
+        rows, remarks = results.score(opened, data)
     for line in remarks:
         typer.echo(f"warning: {line}", err=True)
     seed = opened.config.seed
     table = [table_row(method, run, seed) for method, run in rows.items()]
-    print_table({"table": table, "paired": differences(rows, seed)})
+    found = {"table": table, "paired": differences(rows, seed)}
+    if as_json:
+        print_json({**found, "warnings": remarks})
+    else:
+        print_table(found)
 
 
 @app.command()
@@ -140,9 +147,9 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="a run direct
 
 
 @app.command()
-def doctor(config: ConfigFile = None, overrides: Overrides = None) -> None:
+def doctor(config: ConfigFile = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Check a configuration against data, model and machine, and print the plan, before any training."""
-    from apiary.doctor import examine
+    from apiary.doctor import document, examine
 
     def names(settings: configs.RunConfig) -> None:
         from simulation.run import check_names  # here, so that a broken file is told without waiting for torch
@@ -154,7 +161,16 @@ def doctor(config: ConfigFile = None, overrides: Overrides = None) -> None:
 
         return remarks(settings, clients)
 
-    if not examine(config, overrides or [], checks=[names], remarks=remarks):
+    def load() -> configs.RunConfig:
+        return shared.load(config, overrides)
+
+    if as_json:
+        with shared.stdout_kept():
+            found = document(load, checks=[names], remarks=remarks)
+        print_json(found)
+        if found["problems"]:
+            raise UserError(*found["problems"])
+    elif not examine(load, checks=[names], remarks=remarks):
         raise typer.Exit(2)
 
 
@@ -189,60 +205,57 @@ def privacy_plan(
     config: ConfigFile = None,
     overrides: Overrides = None,
     rows: Annotated[int | None, typer.Option(min=1, help="rows of the smallest client; unset: read the data")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Print sample rate, noise and epsilon by round, before any training."""
-    settings = loading.load(config, overrides or [])
-    from apiary.privacy.plan import describe, plan
+    settings = shared.load(config, overrides)
+    from apiary.privacy.plan import describe, document, plan
 
-    for line in describe(settings, plan(settings, rows)):
+    with shared.stdout_kept(as_json):
+        made = plan(settings, rows)
+    if as_json:
+        print_json(document(settings, made))
+        return
+    for line in describe(settings, made):
         typer.echo(line)
 
 
 @app.command("config")
 def show_config(
     key: Annotated[str | None, typer.Argument(help="a key or a table, such as strategy: with all methods")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="the defaults as one JSON document")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="the JSON schema of a configuration")] = False,
 ) -> None:
     """Print configuration keys with their defaults and what they mean; of a KEY also its methods with their options."""
+    if schema:
+        if as_json or key is not None:
+            raise UserError("--schema is of the whole configuration: leave KEY and --json out")
+        print_json(loading.json_schema())
+        return
     rows = [row for row in loading.describe() if key is None or row[0] == key or row[0].startswith(f"{key}.")]
     if not rows:
-        known = dict.fromkeys(name for row in loading.describe() for name in (row[0].partition(".")[0], row[0]))
-        for table, registry in _registries().items():
-            if str(key) in registry:
-                raise UserError(f"{key!r} is no key but may stand at {table}: apiary config {table}")
-        close = difflib.get_close_matches(str(key), known, n=1)
-        raise UserError(f"no key {key!r}; " + (f"did you mean {close[0]!r}?" if close else "apiary config lists all"))
-    registries = _registries() if key is not None else {}
+        raise UserError(_no_key(str(key)))
+    if as_json:
+        print_json(loading.defaults([name for name, _, _ in rows]))
+        return
     for name, default, description in rows:
         typer.echo(f"{name} = {default}\n    {description}")
-        for method, summary, options in registries[name].describe() if name in registries else ():
-            typer.echo(f"    {method}: {summary}")
-            for option, value, said in options:
+        for method in methods.kinds()[name].describe() if key is not None and name in methods.kinds() else ():
+            typer.echo(f"    {method.name}: {method.summary}")
+            for option, value, said in method.options:
                 typer.echo(f"        {option} = {value}" + (f"  {said}" if said else ""))
     if key is None:
         typer.echo("\nThe methods of a table and their options: apiary config strategy, apiary config wire, ...")
 
 
-def _registries() -> dict[str, Registry[Any]]:
-    """By key, the methods that may stand there."""
-    import strategies.server_optimizers  # here, so that a list of keys is told without waiting for torch
-    from apiary.data import partitions
-    from apiary.transport import codecs
-    from client.curation import STEPS
-    from client.training import objectives
-    from simulation import attacks, engines
-
-    return {
-        "strategy.name": strategies.AGGREGATORS,
-        "strategy.server_optimizer": strategies.server_optimizers.SERVER_OPTIMIZERS,
-        "wire.up": codecs.CODECS,
-        "wire.down": codecs.CODECS,
-        "data.partition": partitions.PARTITIONS,
-        "train.objective": objectives.OBJECTIVES,
-        "train.penalties": objectives.PENALTIES,
-        "curate.steps": STEPS,
-        "simulate.engine": engines.ENGINES,
-        "simulate.attack": attacks.ATTACKS,
-    }
+def _no_key(key: str) -> str:
+    """What there is instead of a key that there is not."""
+    for table, kind in methods.kinds().items():
+        if key in kind.functions:
+            return f"{key!r} is no key but may stand at {table}: apiary config {table}"
+    known = dict.fromkeys(name for row in loading.describe() for name in (row[0].partition(".")[0], row[0]))
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"no key {key!r}; " + (f"did you mean {close[0]!r}?" if close else "apiary config lists all")
 
 
 def main() -> None:

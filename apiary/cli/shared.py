@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from apiary.config import loading
+from apiary.config import loading, methods
 from apiary.config import schema as configs
 from apiary.core.errors import UserError
+from apiary.core.files import finite
 
 ConfigFile = Annotated[Path | None, typer.Argument(help="a TOML file; none = the built-in demo", show_default=False)]
 Overrides = Annotated[
     list[str] | None, typer.Option("-s", metavar="KEY=VALUE", help="set one key, e.g. -s train.lr=1e-4")
 ]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume", help="go on after the last finished round of --out; where that holds nothing yet, begin anew"
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON document and nothing else")]
+
+
+def load(config: Path | None, overrides: Sequence[str] | None) -> configs.RunConfig:
+    """The configuration of a TOML file, or the defaults, with `key=value` overrides on top.
+
+    Raises:
+        UserError: what is wrong with it, names of methods included; nothing heavy is imported to find that out.
+    """
+    settings = loading.load(config, overrides or ())
+    if wrong := methods.problems(settings):
+        raise UserError(*wrong)
+    return settings
 
 
 def settings_of(
@@ -25,11 +47,11 @@ def settings_of(
 ) -> tuple[configs.RunConfig, Path]:
     """The configuration of a run, and its directory; of a run that goes on without a file, its own one."""
     if resume and out is None:
-        raise UserError("--resume needs --out DIR: the run to go on with")
+        raise UserError("--resume needs --out DIR: the run to go on with, or to begin")
     name = config.stem if config else "demo"
     folder = (out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
     stored = folder / "config.toml" if resume and config is None and (folder / "config.toml").exists() else config
-    return loading.load(stored, overrides or []), folder
+    return load(stored, overrides), folder
 
 
 def print_table(metrics: Mapping[str, Any]) -> None:
@@ -42,6 +64,18 @@ def print_table(metrics: Mapping[str, Any]) -> None:
         Console().print(table_text(metrics))
     else:
         typer.echo(table_plain(metrics))
+
+
+@contextlib.contextmanager
+def stdout_kept(wanted: bool = True) -> Iterator[None]:
+    """Send what libraries print to stderr, if `wanted`, so that a document stands alone on stdout."""
+    with contextlib.redirect_stdout(sys.stderr) if wanted else contextlib.nullcontext():
+        yield
+
+
+def print_json(document: Mapping[str, Any]) -> None:
+    """Print a document as JSON that every reader takes: what is not finite becomes null."""
+    typer.echo(json.dumps(finite(document), indent=2))
 
 
 def shown(path: Path) -> str:

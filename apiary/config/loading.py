@@ -19,6 +19,8 @@ from apiary.config.schema import (
 )
 from apiary.core.errors import UserError as UserError
 
+_DRAFT = "https://json-schema.org/draft/2020-12/schema"
+
 
 def parse(values: Mapping[str, Any]) -> RunConfig:
     """The configuration for nested plain values.
@@ -93,3 +95,21 @@ def describe() -> list[tuple[str, str, str]]:
         else:
             rows.append((name, toml_text.shown(field.default), field.description or ""))
     return rows
+
+
+def defaults(keys: Iterable[str]) -> dict[str, Any]:
+    """The values of these keys where a configuration names none of them, as nested plain values."""
+    everything = RunConfig().model_dump(mode="json")
+    found: dict[str, Any] = {}
+    for key in keys:
+        table, _, name = key.rpartition(".")
+        if table:
+            found.setdefault(table, {})[name] = everything[table][name]
+        else:
+            found[name] = everything[name]
+    return found
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a configuration as it is written, with every key's meaning and default."""
+    return {"$schema": _DRAFT, **RunConfig.model_json_schema(), "title": "A run of Apiary"}

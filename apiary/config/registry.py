@@ -6,9 +6,9 @@ import difflib
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, Generic, TypeVar, cast, get_type_hints
+from typing import Any, Generic, NamedTuple, TypeVar, cast, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -17,6 +17,14 @@ from apiary.config.errors import shown, wanted_text
 from apiary.core.errors import UserError
 
 T = TypeVar("T")
+
+
+class Described(NamedTuple):
+    """A method as a user reads of it."""
+
+    name: str
+    summary: str
+    options: list[tuple[str, str, str]]  # name, default, meaning
 
 
 class Registry(Generic[T]):
@@ -67,11 +75,7 @@ class Registry(Generic[T]):
             return self._builders[name]
         if ":" in name:
             return self._outside(name)
-        close = difflib.get_close_matches(name, self._builders, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "your own goes by module:function"
-        if name.lower() in self._elsewhere:
-            hint = f"for {name} set {self._elsewhere[name.lower()]}"
-        raise UserError(f"{self.key} = {name!r}: allowed are {', '.join(self._builders)}; {hint}")
+        raise UserError(unknown_name(self.key, name, self._builders, self._elsewhere))
 
     def _outside(self, name: str) -> Callable[..., T]:
         module, _, function = name.partition(":")
@@ -135,28 +139,45 @@ class Registry(Generic[T]):
                 raise UserError(f"{self.options_key}.{option} = {shown(value)}: {wanted}") from None
         for option, parameter in allowed.items():
             if parameter.default is inspect.Parameter.empty and option not in checked:
-                what = f", {said}" if (said := meaning(builder, option)) else ""
+                what = f", {said}" if (said := meaning(inspect.getdoc(builder) or "", option)) else ""
                 raise UserError(
                     f"{self.key}: {name!r} needs the option {option!r}{what}; set {self.options_key}.{option}"
                 )
         return checked
 
-    def describe(self) -> Iterator[tuple[str, str, list[tuple[str, str, str]]]]:
-        """Of each method its name, what it does, and its options: name, default, meaning."""
+    def describe(self) -> Iterator[Described]:
+        """Of each method its name, what it does, and its options."""
         for name, builder in self._builders.items():
-            summary = (inspect.getdoc(builder) or "").partition("\n")[0]
+            text = inspect.getdoc(builder) or ""
             options = []
             for option, parameter in inspect.signature(builder).parameters.items():
                 if option not in self._given:
                     default = parameter.default
-                    text = "needed" if default is inspect.Parameter.empty else toml_text.shown(default)
-                    options.append((option, text, meaning(builder, option)))
-            yield name, summary, options
+                    shown_default = "needed" if default is inspect.Parameter.empty else toml_text.shown(default)
+                    options.append((option, shown_default, meaning(text, option)))
+            yield Described(name, text.partition("\n")[0], options)
 
 
-def meaning(builder: Callable[..., Any], option: str) -> str:
+def unknown_name(key: str, name: str, known: Iterable[str], elsewhere: Mapping[str, str]) -> str:
+    """The line that refuses the name of a method.
+
+    Args:
+        key: of the configuration.
+        name: what stands there.
+        known: the names that may; told by the alphabet, for their own order is that of files and imports.
+        elsewhere: by a name that is looked for here, what to set instead.
+    """
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else "your own goes by module:function"
+    if name.lower() in elsewhere:
+        hint = f"for {name} set {elsewhere[name.lower()]}"
+    return f"{key} = {name!r}: allowed are {', '.join(names)}; {hint}"
+
+
+def meaning(text: str, option: str) -> str:
     """What a builder's docstring says of an option, without its full stop; nothing where it says nothing."""
-    lines = (inspect.getdoc(builder) or "").partition("Args:\n")[2].partition("\n\n")[0].splitlines()
+    lines = text.partition("Args:\n")[2].partition("\n\n")[0].splitlines()
     said: dict[str, str] = {}
     name = ""
     for line in lines:

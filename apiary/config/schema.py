@@ -49,7 +49,7 @@ def _method(value: object) -> object:
     return {"name": value} if isinstance(value, str) else value
 
 
-MethodField = Annotated[Method, BeforeValidator(_method)]
+MethodField = Annotated[Method, BeforeValidator(_method, json_schema_input_type=str | Method)]
 
 
 class ModelConfig(_Section):

@@ -79,3 +79,8 @@ def clean(text: object) -> str:
     flat = " ".join(str(text).split())
     shown = "".join(letter if letter.isprintable() else "?" for letter in flat)
     return shown if len(shown) <= _LONGEST else shown[: _LONGEST - 1] + "…"
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 client`, `2 clients`."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")

@@ -12,6 +12,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from apiary.core.seeds import derive_seed as derive_seed
+
 StateDict: TypeAlias = Mapping[str, Tensor]  # CPU float32 unless stated
 
 
@@ -51,15 +53,6 @@ def digest(state: StateDict, digits: int = 16) -> str:
         hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         hasher.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.ndim else repr(tensor.item()).encode())
     return hasher.hexdigest()[:digits]
-
-
-def derive_seed(seed: int, *path: int | str) -> int:
-    """A 63-bit seed for one purpose, from the run's seed and a path such as (round, client, "order").
-
-    Different paths give unrelated seeds, and adding a purpose never changes the others.
-    """
-    text = "\x1f".join([str(seed), *map(str, path)])
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def generator(seed: int, *path: int | str) -> torch.Generator:

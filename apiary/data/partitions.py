@@ -19,7 +19,7 @@ from pydantic import Field
 
 from apiary.config.registry import Registry
 from apiary.core.errors import UserError
-from apiary.core.tensors import derive_seed
+from apiary.core.seeds import derive_seed
 
 if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner

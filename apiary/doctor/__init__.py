@@ -9,13 +9,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
-from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from rich.console import Console
 from rich.text import Text
 
-from apiary.config import loading
 from apiary.config.schema import ModelConfig, RunConfig
 from apiary.core.errors import UserError
 from apiary.core.formatting import bytes_text
@@ -27,37 +25,54 @@ if TYPE_CHECKING:
     from apiary.data.tokenization import Corpus, Template
     from apiary.models.adapters import LanguageModel
 
-Check = Callable[[RunConfig], object]
+Check: TypeAlias = Callable[[RunConfig], object]
+Remarks: TypeAlias = Callable[[RunConfig, Sequence[str]], Sequence[str]]
 T = TypeVar("T")
 
 _WIDTH = 120  # columns where there is no terminal to ask
 
 
 def examine(
-    config_path: Path | None,
-    overrides: Sequence[str],
+    load: Callable[[], RunConfig],
     console: Console | None = None,
     *,
     checks: Sequence[Check] = (),
-    remarks: Callable[[RunConfig, Sequence[str]], Sequence[str]] = lambda config, clients: (),
+    remarks: Remarks = lambda config, clients: (),
 ) -> bool:
     """Print the plan of a run and all its problems, one line each; True when there is none.
 
     Args:
-        config_path: the TOML file; None = the defaults.
-        overrides: `key=value` on top of it.
+        load: gives the configuration, or raises `UserError`.
         console: where to print; the terminal, or plain text in a pipe.
         checks: further checks of the configuration that raise `UserError`.
         remarks: what else a run would say at its start, of its configuration and the names of its clients.
     """
     console = console or Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
+    return _print_problems(_examined(load, console, checks, remarks)["problems"], console)
+
+
+def document(
+    load: Callable[[], RunConfig],
+    *,
+    checks: Sequence[Check] = (),
+    remarks: Remarks = lambda config, clients: (),
+) -> dict[str, Any]:
+    """The same as plain values: `problems`, `warnings`, and what could be told of `config`, `machine` and the rest."""
+    return _examined(load, Console(quiet=True), checks, remarks)
+
+
+def _examined(
+    load: Callable[[], RunConfig], console: Console, checks: Sequence[Check], remarks: Remarks
+) -> dict[str, Any]:
     problems: list[str] = []
-    config = _attempt(problems, lambda: loading.load(config_path, overrides))
+    told: dict[str, Any] = {}
+    config = _attempt(problems, load)
     if config is not None:
+        told["config"] = config.model_dump(mode="json")
         for check in checks:
             _attempt(problems, lambda check=check: check(config))  # type: ignore[misc]
-        _examine_parts(config, problems, console, remarks)
-    return _print_problems(list(dict.fromkeys(problems)), console)
+        told |= _examine_parts(config, problems, console, remarks)
+    return {"problems": list(dict.fromkeys(problems)), "warnings": [], **told}
 
 
 def _attempt(problems: list[str], action: Callable[[], T]) -> T | None:
@@ -68,27 +83,24 @@ def _attempt(problems: list[str], action: Callable[[], T]) -> T | None:
         return None
 
 
-def _examine_parts(
-    config: RunConfig,
-    problems: list[str],
-    console: Console,
-    remarks: Callable[[RunConfig, Sequence[str]], Sequence[str]],
-) -> None:
-    """Print what can be told of a run, and add all that is wrong with it to `problems`."""
+def _examine_parts(config: RunConfig, problems: list[str], console: Console, remarks: Remarks) -> dict[str, Any]:
+    """Print what can be told of a run, and add all that is wrong with it to `problems`; the same as plain values."""
     # Here and not above: what is wrong with the file itself is told without waiting for torch.
     from apiary.data import stages
     from apiary.data.federation import federate
-    from apiary.doctor import plan
+    from apiary.doctor import plan, values
     from apiary.evaluation import comparison
     from apiary.models import base
     from apiary.tracking import trackers
     from apiary.transport import from_config
 
+    told: dict[str, Any] = {}
     _attempt(problems, lambda: trackers.check(config))
     device = _attempt(problems, lambda: base.resolve_device(config.model))
     federation = _attempt(problems, lambda: stages.within(federate(config.data, config.seed), config))
     if device is not None:
         plan.print_machine(config, device, console)
+        told["machine"] = values.machine_values(config, device)
     lm = _load(config, device, problems)
     template = _attempt(problems, lambda: _template(config, lm))
     if template is not None:
@@ -96,22 +108,29 @@ def _examine_parts(
     if lm is not None:
         _attempt(problems, lambda: comparison.check_positions(lm, config))
     if federation is None:
-        return
+        return told
     if config.privacy.unit != "none":
-        _attempt(problems, lambda: _print_privacy(config, federation, console))
+        told["privacy"] = _attempt(problems, lambda: _print_privacy(config, federation, console))
     plan.print_rows(federation, console)
+    told["data"] = values.rows_values(federation)
     staged = [stages.rows_by_stage(client.train, config) for client in federation.clients]
     said = _attempt(problems, lambda: remarks(config, [client.name for client in federation.clients])) or ()
     said = [*said, *from_config.remarks(config), *stages.unlimited_buffers(staged, config)]
     plan.print_warnings(said, console)
+    told["warnings"] = said
     problems += _federation_problems(config, federation)
     if lm is None or template is None:
-        return
+        return told
     corpora = _attempt(problems, lambda: _encode(config, federation, lm, template))
     warnings = _attempt(problems, lambda: _warnings(config, federation, lm, template))
     plan.print_warnings(warnings or (), console)
+    told["warnings"] = [*said, *(warnings or ())]
     if corpora is not None and warnings is not None:
-        plan.print_run(plan.PreparedRun(config, federation, lm, template, corpora), console)
+        run = plan.PreparedRun(config, federation, lm, template, corpora)
+        cost = plan.cost_of(run)
+        plan.print_run(run, cost, console)
+        told |= values.run_values(run, cost)
+    return told
 
 
 # --- checks
@@ -213,8 +232,8 @@ def _warnings(config: RunConfig, federation: Federation, lm: LanguageModel, temp
 # --- what is said
 
 
-def _print_privacy(config: RunConfig, federation: Federation, console: Console) -> None:
-    """Print what the run would cost each row, from the client whose rows pay most.
+def _print_privacy(config: RunConfig, federation: Federation, console: Console) -> dict[str, Any]:
+    """Print what the run would cost each row, from the client whose rows pay most; the same as plain values.
 
     Raises:
         UserError: some client has too few rows for the promise.
@@ -225,8 +244,10 @@ def _print_privacy(config: RunConfig, federation: Federation, console: Console) 
     clients = [(client.name, stages.rows_by_stage(client.train, config)) for client in federation.clients]
     sampling.check(config, (rows for _, rows in clients))
     console.print(Text("\nprivacy", style="bold"))
-    for line in plan.describe(config, plan.plan_for(config, clients)):
+    made = plan.plan_for(config, clients)
+    for line in plan.describe(config, made):
         console.print(Text(f"  {line}", style="yellow" if line.startswith("warning") else ""))
+    return plan.document(config, made)
 
 
 def _print_problems(problems: Sequence[str], console: Console) -> bool:

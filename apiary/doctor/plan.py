@@ -50,10 +50,43 @@ class PreparedRun(NamedTuple):
     corpora: tuple[Corpus, ...]  # of the clients' training examples, in order
 
 
-def print_run(run: PreparedRun, console: Console) -> None:
+class Cost(NamedTuple):
+    """What a run will take, all told."""
+
+    work: forecast.Work
+    traffic: forecast.Traffic
+    trial: forecast.Trial
+    seconds: float  # of training, without baselines and evaluation
+    copies: int  # runs of that length, baselines included
+    processes: int  # that hold the model at a time
+    memory: int  # bytes of each
+
+
+def cost_of(run: PreparedRun) -> Cost:
+    """What a run will take, found by trying out one pass."""
+    work = forecast.plan_work(run.config, run.corpora)
+    trial = forecast.try_out(run.lm, max(run.corpora, key=len), run.config)
+    return Cost(
+        work,
+        forecast.plan_traffic(run.config, run.lm, work),
+        trial,
+        seconds=trial.seconds * run.config.train.accumulate * work.total,
+        copies=1 + len({"local", "central"} & set(run.config.evaluate.baselines)),
+        processes=_processes(run),
+        memory=forecast.base_bytes(run.lm) + _adapter_bytes(run) + trial.activation_bytes,
+    )
+
+
+def _adapter_bytes(run: PreparedRun) -> int:
+    return forecast.state_bytes(run.config)[0] * forecast.adapter_size(run.lm)
+
+
+def print_run(run: PreparedRun, cost: Cost, console: Console) -> None:
     """Print what follows from data and model together."""
-    for show in (_print_lengths, _print_clients, _print_preview, _print_cost):
-        show(run, console)
+    _print_lengths(run, console)
+    _print_clients(run, cost.work, console)
+    _print_preview(run, console)
+    _print_cost(run, cost, console)
 
 
 def _head(console: Console, title: str) -> None:
@@ -140,8 +173,7 @@ def _print_lengths(run: PreparedRun, console: Console) -> None:
     _fact(console, "tokens", f"{said} ({share_text(trained / tokens)})")
 
 
-def _print_clients(run: PreparedRun, console: Console) -> None:
-    work = forecast.plan_work(run.config, run.corpora)
+def _print_clients(run: PreparedRun, work: forecast.Work, console: Console) -> None:
     ranks = run.config.adapter.ranks
     own = len(run.corpora) <= _FEW and ranks != "memory" and len(set(ranks)) > 1  # whether they are told one by one
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -189,26 +221,22 @@ def _shorten(text: str) -> str:
     return f"{text[:half]} ... ({len(text) - 2 * half} characters) ... {text[-half:]}"
 
 
-def _print_cost(run: PreparedRun, console: Console) -> None:
+def _print_cost(run: PreparedRun, cost: Cost, console: Console) -> None:
     _head(console, "Cost")
     size, rank = forecast.adapter_size(run.lm), run.config.adapter.rank
     for name, value in summary.facts(run.config):
         _fact(console, _SHORT.get(name, name.lower()), value)
     _fact(console, "trained", f"{count_text(size)} parameters at rank {rank}")
-    work = forecast.plan_work(run.config, run.corpora)
-    _print_traffic(run, work, console)
-    _print_steps(run, work, console)
-    trial = forecast.try_out(run.lm, max(run.corpora, key=len), run.config)
-    _print_memory(run, trial, console)
-    copies = 1 + len({"local", "central"} & set(run.config.evaluate.baselines))
-    seconds = trial.seconds * run.config.train.accumulate * work.total
-    also = f", {seconds_text(copies * seconds)} with the baselines" if copies > 1 else ""
-    tried = f"by a pass over {count_text(trial.tokens)} tokens, without evaluation"
-    _fact(console, "time", f"about {seconds_text(seconds)} of training{also} ({tried})")
+    _print_traffic(run, cost, console)
+    _print_steps(run, cost.work, console)
+    _print_memory(run, cost, console)
+    also = f", {seconds_text(cost.copies * cost.seconds)} with the baselines" if cost.copies > 1 else ""
+    tried = f"by a pass over {count_text(cost.trial.tokens)} tokens, without evaluation"
+    _fact(console, "time", f"about {seconds_text(cost.seconds)} of training{also} ({tried})")
 
 
-def _print_traffic(run: PreparedRun, work: forecast.Work, console: Console) -> None:
-    traffic = forecast.plan_traffic(run.config, run.lm, work)
+def _print_traffic(run: PreparedRun, cost: Cost, console: Console) -> None:
+    traffic, work = cost.traffic, cost.work
     ranks = run.config.adapter.ranks
     mean = " of mean rank" if ranks != "memory" and set(ranks) - {run.config.adapter.rank} else ""
     # What stands in the base travels with each message.
@@ -234,22 +262,18 @@ def _print_steps(run: PreparedRun, work: forecast.Work, console: Console) -> Non
             _fact(console, "", f"baseline {name}: {count_text(work.total)} more")
 
 
-def _print_memory(run: PreparedRun, trial: forecast.Trial, console: Console) -> None:
-    base = forecast.base_bytes(run.lm)
-    entry, what = forecast.state_bytes(run.config)
-    adapter = entry * forecast.adapter_size(run.lm)
+def _print_memory(run: PreparedRun, cost: Cost, console: Console) -> None:
+    what = forecast.state_bytes(run.config)[1]
     parts = (
-        f"{bytes_text(base)} base + {bytes_text(adapter)} {what} + "
-        f"{bytes_text(trial.activation_bytes)} for {run.config.train.batch_tokens} tokens a pass"
+        f"{bytes_text(forecast.base_bytes(run.lm))} base + {bytes_text(_adapter_bytes(run))} {what} + "
+        f"{bytes_text(cost.trial.activation_bytes)} for {run.config.train.batch_tokens} tokens a pass"
     )
-    total = base + adapter + trial.activation_bytes
-    processes = _processes(run)
-    there = forecast.device_bytes(run.lm.device)
-    said = f"about {bytes_text(processes * total)} of {bytes_text(there)}: {parts}"
-    if processes > 1:
-        said += f", in {processes} processes"
+    total, there = cost.processes * cost.memory, forecast.device_bytes(run.lm.device)
+    said = f"about {bytes_text(total)} of {bytes_text(there)}: {parts}"
+    if cost.processes > 1:
+        said += f", in {cost.processes} processes"
     _fact(console, "memory", said)
-    if there is not None and processes * total > there:
+    if there is not None and total > there:
         fix = "lower train.batch_tokens (and raise train.accumulate), or use a smaller model"
         _warn(console, f"this may not fit; {fix}")
 

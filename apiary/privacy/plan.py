@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from apiary.config.schema import RunConfig
 from apiary.core.errors import UserError
@@ -150,6 +150,33 @@ def describe(config: RunConfig, made: Plan) -> Iterator[str]:
         spent = line.pld if privacy.accountant == "pld" else line.rdp
         remark = "   over the budget: a client stops before" if spent > privacy.epsilon else ""
         yield f"{line.round:5d} {line.steps:7d} {line.pld:15.3f} {line.rdp:15.3f}{remark}"
+
+
+def document(config: RunConfig, made: Plan) -> dict[str, Any]:
+    """The plan as plain values; a round without rows of its stage has no chances."""
+    privacy = config.privacy
+    return {
+        "unit": privacy.unit,
+        "accountant": privacy.accountant,
+        "epsilon": privacy.epsilon,
+        "delta": privacy.delta,
+        "clip": privacy.clip,
+        "noise_multiplier": made.noise_multiplier,
+        "client": made.client or None,
+        "rows": list(made.rows),
+        "batch_rows": privacy.batch_rows,
+        "steps": made.lines[-1].steps,
+        "rounds": [
+            {"round": number, "steps": drawn.steps, "chance": drawn.new, "chance_in_buffer": drawn.old}
+            for number, drawn in enumerate(made.rounds, 1)
+            if drawn
+        ],
+        "spent": [
+            {"round": line.round, "steps": line.steps, "epsilon_pld": line.pld, "epsilon_rdp": line.rdp}
+            for line in made.lines
+        ],
+        "warnings": made.remarks,
+    }
 
 
 def _chances(made: Plan) -> str:

@@ -6,11 +6,13 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from apiary.config.schema import RunConfig
 from apiary.core.files import write_atomic
-from apiary.core.messages import Spent
+
+if TYPE_CHECKING:  # with torch, which a report does without
+    from apiary.core.messages import Spent
 
 LEDGER = "ledger.json"
 

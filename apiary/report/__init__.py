@@ -17,10 +17,9 @@ from rich.text import Text
 
 from apiary.core import formatting
 from apiary.core.files import write_atomic
-from apiary.core.formatting import clean
+from apiary.core.formatting import clean, plural
 from apiary.privacy import statement
 from apiary.report import sites
-from apiary.report.content import page_content, plural
 from apiary.report.data import Interval, Metrics, Row, gain_on_all, gain_on_own, parse_metrics
 from apiary.report.page import PAGE
 from apiary.report.verdict import attacked, headline, not_alike, personal, row_by_row
@@ -51,6 +50,8 @@ def write_report(folder: Path) -> Path:
 
 def render(metrics: Metrics, events: Sequence[Event] = (), config: str = "") -> str:
     """The page as one HTML text; the same input gives the same bytes."""
+    from apiary.report.content import page_content  # draws with Matplotlib, which a table does without
+
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     for name in (
         "loss_text",

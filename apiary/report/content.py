@@ -13,6 +13,7 @@ from apiary.config import loading, summary
 from apiary.config.schema import RunConfig
 from apiary.core import formatting
 from apiary.core.errors import UserError
+from apiary.core.formatting import plural
 from apiary.privacy import statement
 from apiary.report import plots, sites
 from apiary.report.aggregation import aggregation_content
@@ -213,11 +214,6 @@ def _site_tiles(metrics: Metrics) -> list[tuple[str, str, str]]:
     if metrics.sites is not None and examples:
         tiles.append(("Rows to train on", formatting.count_text(sum(examples)), f"at {plural(len(examples), 'site')}"))
     return tiles
-
-
-def plural(count: int, noun: str) -> str:
-    """`1 client`, `2 clients`."""
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
 def _row(row: Row, table: Sequence[Row]) -> dict[str, Any]:

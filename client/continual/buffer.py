@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from apiary.config.schema import ContinualConfig
-from apiary.core.tensors import derive_seed
+from apiary.core.seeds import derive_seed
 from apiary.data.examples import Example
 
 

@@ -17,11 +17,12 @@ from apiary.config.registry import Registry
 from apiary.config.schema import Method, PromptConfig
 from apiary.core.errors import UserError
 from apiary.data.examples import Example
-from apiary.data.tokenization import Template
-from apiary.models.inference import Probe
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # not otherwise: most steps need no model, and no torch
     from transformers import PreTrainedTokenizerBase
+
+    from apiary.data.templates import Template
+    from apiary.models.inference import Probe
 
 _NEARLY_ALL = 0.95  # a step that drops more than this share is probably set wrongly
 _FEW = 20  # of so few rows any share is soon reached

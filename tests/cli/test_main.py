@@ -94,9 +94,27 @@ def test_used_folder_is_not_overwritten(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_resume_needs_a_run(tmp_path: Path) -> None:
-    assert_refused(apiary("simulate", "--resume", "--out", tmp_path / "none"), "holds no run")
+def test_nothing_but_a_run_is_gone_on_with(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    assert_refused(apiary("simulate", "--resume", "--out", tmp_path), "holds no run", "other files")
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
     assert_refused(apiary("simulate", "--resume"), "--out")
+
+
+def test_resume_begins_a_run_where_there_is_none(tmp_path: Path, small_run: list[str]) -> None:
+    """And goes on with it when the same command comes again."""
+    settings = with_overrides(small_run, "rounds=1", "evaluate.generate=false", "evaluate.baselines=[]")
+    command = ("simulate", "--quiet", *settings, "--resume", "--out", tmp_path / "new")
+    done = apiary(*command)
+    assert done.returncode == 0, done.stderr
+    events = [json.loads(line) for line in (tmp_path / "new" / "log.jsonl").read_text().splitlines()]
+    assert [event["resumed"] for event in events if event["event"] == "start"] == [0]
+    assert [event["round"] for event in events if event["event"] == "round"] == [1]
+    assert apiary(*command).returncode == 0
+    events = [json.loads(line) for line in (tmp_path / "new" / "log.jsonl").read_text().splitlines()]
+    assert [event["round"] for event in events if event["event"] == "round"] == [1]
+    other = apiary(*command, "-s", "seed=9")
+    assert_refused(other, "--resume", "differs", "seed")
 
 
 def test_file_size_limit_stands_in_for_a_full_disk(tmp_path: Path, small_run: list[str]) -> None:
@@ -130,6 +148,14 @@ def test_results_can_be_used(tmp_path: Path, small_run: list[str], rows_file: Pa
     assert table.returncode == 0, table.stderr
     assert all(word in table.stdout for word in ("base", "local", "federated", "central"))
     assert "federated minus training alone is" in table.stdout or "too few to tell" in table.stdout
+    told = apiary("evaluate", out, "--data", rows_file, "--json")
+    rows = {row["method"]: row for row in json.loads(told.stdout)["table"]}
+    assert set(rows) == {"base", "local", "federated", "central"}
+    assert all(f"{row['loss']:.3f}" in table.stdout for row in rows.values())
+    assert {pair["method"] for pair in json.loads(told.stdout)["paired"]} <= set(rows)
+    assert [f"warning: {line}" for line in json.loads(told.stdout)["warnings"]] == [
+        line for line in told.stderr.splitlines() if line.startswith("warning: ")
+    ]
     assert apiary("evaluate", out / "adapter", "--data", rows_file).returncode == 0
 
     said = apiary("chat", out, "--prompt", "Say the last word: bee hive wax", "--max-new-tokens", "4")

@@ -71,6 +71,16 @@ def test_a_slip_is_one_line_that_says_what_is_allowed(
         assert part in line
 
 
+def test_allowed_names_are_told_by_the_alphabet() -> None:
+    """In whatever order files are read and modules imported."""
+    sizes: Registry[str] = Registry("test.size")
+    for name in ("small", "big", "medium"):
+        sizes.register(name)(plain)
+    assert list(sizes) == ["small", "big", "medium"]
+    with pytest.raises(UserError, match=r"^test\.size = 'huge': allowed are big, medium, small; "):
+        sizes.build("huge")
+
+
 def test_what_is_looked_for_here_and_is_elsewhere_is_said() -> None:
     colours: Registry[str] = Registry("test.colour", elsewhere={"loud": 'test.volume = "loud"'})
     colours.register("cloud")(plain)

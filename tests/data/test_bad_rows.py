@@ -39,7 +39,7 @@ def events_of(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 def doctor(overrides: list[str]) -> tuple[bool, str]:
     out = io.StringIO()
-    good = examine(None, overrides, Console(file=out, width=300, highlight=False))
+    good = examine(lambda: loading.load(None, overrides), Console(file=out, width=300, highlight=False))
     return good, out.getvalue()
 
 

@@ -438,12 +438,16 @@ def test_every_site_takes_the_name_of_a_run(text: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_run_directory_is_not_mixed_up_with_another(resume: bool, tmp_path: Path) -> None:
     run = loading.load()
-    runs.check_folder(run, tmp_path / "new", resume=False)
+    runs.check_folder(run, tmp_path / "new", resume=resume)
+    runs.check_folder(run, tmp_path, resume=resume)  # empty
+    (tmp_path / "run-id").write_text("0123abcd\n")  # of a run that was refused before it began
+    runs.check_folder(run, tmp_path, resume=resume)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds no run" if resume else "is not empty"):
+        runs.check_folder(run, tmp_path, resume=resume)
     (tmp_path / "config.toml").write_text(run.to_toml())
     if resume:
         runs.check_folder(run, tmp_path, resume=True)
-        with pytest.raises(UserError, match="holds no run"):
-            runs.check_folder(run, tmp_path / "new", resume=True)
     other = loading.load(None, ["seed=1"])
     with pytest.raises(UserError, match="differs from the run's own" if resume else "is not empty"):
         runs.check_folder(other, tmp_path, resume=resume)

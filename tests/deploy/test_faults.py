@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -98,6 +99,8 @@ def test_a_run_in_which_nothing_usable_arrives_fails_and_goes_on_later(
     assert {event["client"] for event in events_of(federation.folder / "run", "refused")} == set(SITES)
     status = federation.call("deploy", "status", str(federation.kits / "server"))
     assert "finished:failed" in status.stdout
+    told = federation.call("deploy", "status", str(federation.kits / "server"), "--json")
+    assert [run["status"] for run in json.loads(told.stdout)["runs"]] == ["finished:failed"]
     for site in SITES:
         (rows / f"{site}.jsonl").write_bytes(good[site])
     again = federation.call("deploy", "submit", str(federation.kits / "server"), "--out", "run", "--resume")

@@ -541,6 +541,17 @@ def test_a_run_gets_a_name_of_its_own_and_keeps_it(superlink: SuperLink, tmp_pat
     assert sorted(path.name for path in state.iterdir()) == kept
 
 
+def test_a_run_that_is_to_go_on_begins_where_there_is_none(superlink: SuperLink, tmp_path: Path) -> None:
+    """A scheduler gives --resume from the first time on."""
+    run, state, out = loading.load(), tmp_path / "state", tmp_path / "run"
+    runs.start(state, run, out, resume=True)
+    superlink.status = "finished:failed"
+    (out / "config.toml").write_text(run.to_toml())
+    runs.start(state, run, out, resume=True)
+    first, again = superlink.given
+    assert first == again and first["out"] == str(out)
+
+
 def test_a_configuration_of_any_characters_arrives(superlink: SuperLink, tmp_path: Path) -> None:
     run = loading.load(None, ['prompt.system=be kind \U0001f41d\x7f\\ "quoted"'])
     runs.start(tmp_path / "state", run, tmp_path / "\U0001f41d")
@@ -635,14 +646,21 @@ def test_status_tells_where_each_run_writes_and_how_long_it_took(superlink: Supe
         {"run-id": "2", "status": "running", "elapsed": 7500.0},
         {"run-id": "1", "status": "finished:completed", "elapsed": 185.2},
     ]
-    sites, site, header, *rows = runs.describe(tmp_path / "state")
+    sites, site, header, *rows = runs.describe(runs.standing(tmp_path / "state"))
     assert (sites, site) == ("1 of 1 sites online", "site ant: online")
     assert header.split("  ")[0].strip() == "run" and header.endswith("run directory")
     assert rows[0].split("  ")[0].strip() == "2" and "2 h 05 min" in rows[0] and rows[0].endswith("not known")
     assert "finished:completed" in rows[1] and "3 min 05 s" in rows[1] and rows[1].endswith(str(tmp_path / "first"))
     assert len({line.index(word) for line, word in zip([header, *rows], ("time", "2 h", "3 min"), strict=True)}) == 1
+    assert runs.document(runs.standing(tmp_path / "state")) == {
+        "sites": [{"name": "ant", "status": "online"}],
+        "runs": [
+            {"id": "2", "status": "running", "seconds": 7500.0, "folder": None},
+            {"id": "1", "status": "finished:completed", "seconds": 185.2, "folder": str(tmp_path / "first")},
+        ],
+    }
     superlink.runs = []
-    assert runs.describe(tmp_path / "state")[-1] == "no run yet"
+    assert runs.describe(runs.standing(tmp_path / "state"))[-1] == "no run yet"
 
 
 def test_who_follows_is_told_that_the_server_is_gone(

@@ -33,7 +33,7 @@ _SENT = ("bytes_up", "bytes_down", "bytes_evaluate")
 def _doctor(overrides: list[str], path: Path | None = None, *, colour: bool = False) -> tuple[bool, str]:
     out = io.StringIO()
     console = Console(file=out, width=200, force_terminal=colour, highlight=False)
-    return examine(path, overrides, console), out.getvalue()
+    return examine(lambda: loading.load(path, overrides), console), out.getvalue()
 
 
 def _problems(text: str) -> list[str]:
@@ -145,7 +145,7 @@ def test_all_problems_are_told_at_once(small_run: list[str], tmp_path: Path) -> 
         "strategy.name=fedavgg",
     ]
     console = Console(file=out, width=60)
-    assert not examine(None, [*small_run, *wrong], console, checks=[refuse])
+    assert not examine(lambda: loading.load(None, [*small_run, *wrong]), console, checks=[refuse])
     problems = _problems(out.getvalue())  # whole lines, though the console is narrow
     assert len(problems) == 5
     for key in ("strategy.name", "model.device", "data.source", "model.name", "prompt.template"):

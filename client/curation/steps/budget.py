@@ -8,7 +8,6 @@ from typing import Annotated, NamedTuple, TypeAlias
 from pydantic import Field
 
 from apiary.core.errors import UserError
-from apiary.data import tokenization
 from client.curation.pipeline import Context, Row
 
 _FLOOR_ROWS, _FLOOR_SHARE = 32, 0.05
@@ -91,6 +90,8 @@ def token_counts(rows: Sequence[Row], context: Context) -> dict[int, int]:
     """
     if context.reader is None:
         raise ValueError("counting tokens needs Context.reader")
+    from apiary.data import tokenization  # with torch, which a budget of rows does without
+
     template, tokenizer, prompt, _ = context.reader
     corpus = tokenization.encode_all([example for _, example in rows], template, tokenizer, prompt)
     usable: Iterable[int] = (index for place, (index, _) in enumerate(rows) if place not in corpus.dropped)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 from pydantic import Field
 
-from apiary.core.tensors import derive_seed
+from apiary.core.seeds import derive_seed
 from apiary.data.examples import Example, answer
 from client.curation.pipeline import STEPS, Context, Kept, Row, Step, by_reason
 from client.curation.steps.budget import Share

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field
 
 from apiary.core.errors import UserError
-from apiary.data import tokenization
-from apiary.data.batches import Corpus
 from apiary.data.examples import Example, Turn
-from apiary.data.tokenization import Segment, Template
-from apiary.models.inference import Probe
+from apiary.data.templates import Segment, Template
 from client.curation.pipeline import STEPS, Context, Kept, Reader, Row, Step, by_reason
 from client.curation.steps.budget import Count, Share, budget, over
+
+if TYPE_CHECKING:  # with torch, which naming this step does without
+    from apiary.data.batches import Corpus
+    from apiary.models.inference import Probe
 
 Quantile = Annotated[float, Field(ge=0, le=1)]
 
@@ -163,6 +164,8 @@ def _encoded(
     rows: Sequence[Row], examples: Sequence[Example], reader: Reader, lost: dict[int, str]
 ) -> tuple[Corpus, tuple[Row, ...]]:
     """The whole examples as tokens, and their rows; those that are cut or cannot be written go to `lost`."""
+    from apiary.data import tokenization
+
     prompt = reader.prompt.model_copy(update={"on_long": "drop"})  # half an answer has another loss
     corpus = tokenization.encode_all(examples, last_answer(reader.template), reader.tokenizer, prompt)
     lost |= {rows[place][0]: why for place, why in corpus.dropped.items()}

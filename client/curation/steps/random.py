@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from apiary.core.errors import UserError
-from apiary.core.tensors import derive_seed
+from apiary.core.seeds import derive_seed
 from client.curation.pipeline import STEPS, Context, Kept, Row, Step, by_reason, row_digest
 from client.curation.steps.budget import (
     Count,

@@ -1,0 +1,80 @@
+"""The plan of a run as plain values, for `apiary doctor --json`: numbers, and no words of the rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from apiary.config.schema import RunConfig
+from apiary.data.federation import Federation
+from apiary.doctor import forecast
+from apiary.doctor.plan import Cost, PreparedRun
+from apiary.models import base
+from apiary.tracking import environment
+
+
+def machine_values(config: RunConfig, device: torch.device) -> dict[str, Any]:
+    """The device and its arithmetic."""
+    dtype = str(base.resolve_dtype(config.model, device)).removeprefix("torch.")
+    found = environment.machine()
+    return {
+        "device": str(device),
+        "name": found["gpu"] if device.type != "cpu" else found["cpu"],
+        "cores": found["cores"],
+        "memory_bytes": forecast.device_bytes(device),
+        "dtype": dtype,
+    }
+
+
+def rows_values(federation: Federation) -> dict[str, Any]:
+    """How many rows there are, and which files have rows that are left out for what."""
+    return {
+        "rows": sum(report.rows for report in federation.reports),
+        "usable": sum(report.usable for report in federation.reports),
+        "train": sum(len(client.train) for client in federation.clients),
+        "held_out_at_clients": sum(len(client.test) for client in federation.clients),
+        "held_out": len(federation.test),
+        "left_out": [
+            {"file": report.name, "reason": reason, "rows": count, "first": list(first)}
+            for report in federation.reports
+            for reason, (count, first) in report.problems.items()
+        ],
+    }
+
+
+def run_values(run: PreparedRun, cost: Cost) -> dict[str, Any]:
+    """The clients, and what the run will take."""
+    work, traffic = cost.work, cost.traffic
+    stats = [corpus.stats for corpus in run.corpora]
+    return {
+        "clients": [
+            {
+                "name": client.name,
+                "examples": len(corpus),
+                "cut": corpus.stats.cut,
+                "dropped": corpus.stats.dropped,
+                "tokens": corpus.stats.tokens,
+                "trained_tokens": corpus.stats.response_tokens,
+                "steps_per_epoch": epoch,
+                "steps_per_round": steps,
+            }
+            for client, corpus, epoch, steps in zip(
+                run.federation.clients, run.corpora, work.per_epoch, work.per_round, strict=True
+            )
+        ],
+        "cost": {
+            "trained_parameters": forecast.adapter_size(run.lm),
+            "cohort": work.cohort,
+            "steps": work.total,
+            "tokens": sum(each.tokens for each in stats),
+            "trained_tokens": sum(each.response_tokens for each in stats),
+            "bytes_down": traffic.down,
+            "bytes_up": traffic.up,
+            "bytes": traffic.total,
+            "processes": cost.processes,
+            "memory_bytes": cost.processes * cost.memory,
+            "seconds": cost.seconds,
+            "seconds_with_baselines": cost.copies * cost.seconds,
+        },
+    }
