@@ -36,22 +36,6 @@ def card(
     """
     name = config.model.name
     template = f"`{Path(config.prompt.template).name}`" + (f" ({why})" if why else "")
-    if merged:
-        use = [
-            "from transformers import AutoModelForCausalLM",
-            "",
-            'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
-        ]
-    elif name.startswith("builtin:") and not exported:
-        use = ["# No hub knows this base: `apiary export RUN --to DIR` writes it beside the adapter."]
-    else:
-        use = [
-            "from peft import PeftModel",
-            "from transformers import AutoModelForCausalLM",
-            "",
-            f'base = AutoModelForCausalLM.from_pretrained("{base_path(name)}")',
-            'model = PeftModel.from_pretrained(base, "THIS_FOLDER")',
-        ]
     lines = [
         "---",
         *([] if name.startswith("builtin:") or name != public_name(name) else [f"base_model: {name}"]),
@@ -66,7 +50,7 @@ def card(
         *_grown(config.adapter.rank, rank, merged),
         "",
         "```python",
-        *use,
+        *_use(name, merged, exported),
         "```",
         *card_table(metrics),
         "",
@@ -75,6 +59,25 @@ def card(
         "All settings are in `apiary.toml`, but for those of the data, which stayed where the data is.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _use(name: str, merged: bool, exported: bool) -> list[str]:
+    """The lines of Python that load what the card is for."""
+    if merged:
+        return [
+            "from transformers import AutoModelForCausalLM",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
+        ]
+    if name.startswith("builtin:") and not exported:
+        return ["# No hub knows this base: `apiary export RUN --to DIR` writes it beside the adapter."]
+    return [
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f'base = AutoModelForCausalLM.from_pretrained("{base_path(name)}")',
+        'model = PeftModel.from_pretrained(base, "THIS_FOLDER")',
+    ]
 
 
 def _grown(trained: int, rank: int, merged: bool) -> list[str]:

@@ -499,8 +499,8 @@ def test_a_resumed_run_is_followed_from_its_start(checkpoint: int, tmp_path: Pat
 
 def test_processes_die_with_the_one_that_keeps_them_even_by_kill_9(tmp_path: Path) -> None:
     code = (
-        "import os, sys, time; from pathlib import Path; from deploy.processes import Kept;"
-        "kept = Kept([sys.executable, '-c', 'import time; time.sleep(600)'], os.environ, Path('.'));"
+        "import os, sys, time; from pathlib import Path; from deploy.processes import SupervisedProcess;"
+        "kept = SupervisedProcess([sys.executable, '-c', 'import time; time.sleep(600)'], os.environ, Path('.'));"
         "kept.look(); print(kept.process.pid, flush=True); time.sleep(600)"
     )
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as keeper:
