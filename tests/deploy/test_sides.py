@@ -297,6 +297,7 @@ def _private(run: schema.RunConfig, **privacy: object) -> schema.RunConfig:
     return loading.parse({**run.model_dump(mode="json"), "privacy": {**run.privacy.model_dump(), **changed}})
 
 
+@pytest.mark.slow
 def test_a_site_may_insist_on_privacy(site: Site) -> None:
     facts = site.facts._replace(max_epsilon=8.0)
     site.server.stop(None)

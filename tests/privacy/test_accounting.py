@@ -112,7 +112,14 @@ def test_the_ends_of_the_scale() -> None:
 
 @pytest.mark.parametrize(
     ("rate", "steps", "budget"),
-    [(0.05, 36, 8.0), (0.05, 2000, 8.0), (0.22, 36, 1.0), (1.0, 10, 3.0), (0.01, 5, 0.2), (0.001, 1, 0.005)],
+    [
+        (0.05, 36, 8.0),
+        (0.05, 2000, 8.0),
+        (0.22, 36, 1.0),
+        (1.0, 10, 3.0),
+        pytest.param(0.01, 5, 0.2, marks=pytest.mark.slow),
+        pytest.param(0.001, 1, 0.005, marks=pytest.mark.slow),
+    ],
 )
 def test_calibration_is_the_inverse_and_never_above_the_budget(rate: float, steps: int, budget: float) -> None:
     noise = accounting.calibrate(lambda z: [Mechanism(z, rate, steps)], budget, DELTA)
