@@ -3,14 +3,21 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-long check setup clean
+.PHONY: demo test test-quick test-long check setup clean
+
+# Whole files go to one process, for what they set up once (a deployment, say) is theirs.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 demo: setup
 	$(BIN)/apiary simulate
 
-# Whole files go to one process, for what they set up once (a deployment, say) is theirs.
+# Everything that a change could break: some minutes on two cores.
 test: check
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
+
+# The unit tier, between two edits: about a minute.
+test-quick: setup
+	$(PYTEST) -m "not slow and not long and not ray"
 
 # Separate sites as real processes: minutes of waiting for Flower's heartbeats.
 test-long: setup

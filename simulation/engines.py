@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -30,6 +31,8 @@ class Engine(Protocol):
     def __call__(self, app: ServerApp, config: RunConfig, clients: int, folder: Path) -> None:
         """Run."""
 
+
+_LOOK_S = 0.1  # between looks for the first replies of Ray's workers
 
 ENGINES: Registry[Engine] = Registry("simulate.engine", given=("config",))
 
@@ -81,7 +84,7 @@ def ray(config: RunConfig) -> Engine:
         @outer.main()
         def main(grid: Grid, context: Context) -> None:
             try:
-                app(cast(Grid, _Stoppable(grid, stop)), _server_context(config, clients, folder))
+                app(cast(Grid, _RayGrid(grid, stop)), _server_context(config, clients, folder))
             except BaseException as error:  # Flower would wrap it beyond recognition
                 failure.append(error)
 
@@ -95,20 +98,45 @@ def ray(config: RunConfig) -> Engine:
     return run
 
 
-class _Stoppable:
-    """A grid until `stop` is set; then its next use ends the server app.
+class _RayGrid:
+    """Flower's grid in front of Ray's workers, as the server app uses it.
 
-    Flower runs the server app in a thread of its own, which would wait for replies long after Ctrl-C or a crash of Ray
-    has ended the rest, and keep the process alive.
+    It differs from a grid of real nodes in two ways. Once `stop` is set, its next use ends the server app: Flower runs
+    that in a thread of its own, which would wait for replies long after Ctrl-C or a crash of Ray has ended the rest,
+    and keep the process alive. And the first messages, which are those of the handshake, are waited for as long as it
+    takes: virtual nodes are there from the start, but none answers before Ray has started and its workers have loaded
+    torch and the base, and on a busy machine that takes longer than `strategy.join_timeout_s` lets a site be silent.
     """
 
     def __init__(self, grid: Grid, stop: threading.Event) -> None:
-        self._grid, self._stop = grid, stop
+        self._flower, self._stop = grid, stop
+        self._first: set[str] | None = None  # the first messages without a reply yet; None before there are any
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Send messages; returns their ids."""
+        ids = list(self._grid().push_messages(messages))
+        if self._first is None:
+            self._first = set(ids)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """The replies that are there; at least one if a reply to the first messages is asked for."""
+        asked = list(message_ids)
+        first = self._first or set()
+        replies = list(self._grid().pull_messages(asked))
+        while not replies and not first.isdisjoint(asked):
+            self._stop.wait(_LOOK_S)
+            replies = list(self._grid().pull_messages(asked))
+        first -= {reply.metadata.reply_to_message_id for reply in replies}
+        return replies
 
     def __getattr__(self, name: str) -> Any:
+        return getattr(self._grid(), name)
+
+    def _grid(self) -> Grid:
         if self._stop.is_set():
             raise KeyboardInterrupt
-        return getattr(self._grid, name)
+        return self._flower
 
 
 def _client_app(config: RunConfig, folder: Path) -> ClientApp:

@@ -16,6 +16,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 def pytest_configure() -> None:
     """Processes that tests start compute with one thread, as the tests themselves do: sums keep one order."""
     os.environ["OMP_NUM_THREADS"] = "1"
+    import apiary.cli.main  # noqa: F401  # sets what Flower, Ray and the tokenizers read when they are imported
 
 
 @pytest.fixture(autouse=True)

@@ -81,7 +81,7 @@ class Deployment:
     def said(self, name: str) -> str:
         return (self.folder / f"{name}.out").read_text(errors="replace")
 
-    def wait_for(self, name: str, text: str, times: int = 1, limit_s: float = 180.0) -> None:
+    def wait_for(self, name: str, text: str, times: int = 1, limit_s: float = 600.0) -> None:
         deadline = time.monotonic() + limit_s
         while self.said(name).count(text) < times:
             assert time.monotonic() < deadline, f"{name} never said {text!r}:\n{self.said(name)[-2000:]}"

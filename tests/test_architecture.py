@@ -317,6 +317,7 @@ def test_strategies_load_with_torch_alone() -> None:
     _load_without(STRATEGIES_NEVER | {"rich", "typer", "matplotlib", "ray"}, names)
 
 
+@pytest.mark.slow
 def test_training_loads_without_flower_and_the_privacy_libraries() -> None:
     flower = {file.removesuffix(".py").replace("/", ".") for file in SPEAKS_FLOWER}
     names = [name for name in _modules("apiary", "client") if name not in flower]
@@ -444,6 +445,7 @@ def test_the_bundle_is_small_and_carries_nothing_else(bundle: zipfile.ZipFile) -
     assert tops <= ours
 
 
+@pytest.mark.slow
 def test_an_unpacked_bundle_runs_by_itself(bundle: zipfile.ZipFile, tmp_path: Path) -> None:
     bundle.extractall(tmp_path)
     code = (

@@ -133,7 +133,7 @@ def test_the_health_check_tells_alive_from_dead(name: str) -> None:
     assert url.endswith("/health")
     with HTTPServer(("127.0.0.1", 0), _Healthy) as server:
         here = f"http://127.0.0.1:{server.server_port}"
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
 
         def exit_code(url: str) -> int:
             environment = {**os.environ, "HEALTH_URL": url}

@@ -74,6 +74,7 @@ def test_the_default_is_what_unencoded_tensors_make(
     assert not list((tmp_path / "coded" / "checkpoints").rglob("copies*"))
 
 
+@pytest.mark.slow
 def test_int8_up_and_down_ends_where_fp32_does_in_a_quarter_of_the_bytes(tmp_path: Path, small_run: list[str]) -> None:
     longer = [*small_run, "rounds=6", "train.steps=4", "adapter.rank=16", "evaluate.clients=false"]
     whole = run(tmp_path / "fp32", longer)
@@ -207,6 +208,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, rows_fi
     return run(tmp_path_factory.mktemp("runs") / "unbroken", [*overrides_for(tiny_model, rows_file), *COARSE])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("module", "name", "side"), MOMENTS, ids=lambda value: getattr(value, "__name__", value))
 def test_a_run_that_is_killed_and_resumed_is_bit_identical(
     tmp_path: Path,

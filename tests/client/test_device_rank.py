@@ -80,6 +80,7 @@ class Watch:
         monkeypatch.setattr(app, "save", saving)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scaling", ["rslora", "lora"])
 @pytest.mark.parametrize("name", ["flexlora", "rank_slices", "hetlora", "flora"])
 def test_a_client_trains_from_the_servers_model_cut_to_its_rank(

@@ -174,6 +174,7 @@ def test_what_a_client_keeps_is_for_its_owner(tiny_model: Path, tmp_path: Path) 
     assert {path.name for path in kept if path.stat().st_mode & 0o077} == set()
 
 
+@pytest.mark.slow
 def test_stages_charge_each_cohort_for_what_it_met(tiny_model: Path, tmp_path: Path) -> None:
     worker = Worker(settings(tiny_model, *STAGES))
     data = (*rows(30, "a", "a"), *rows(20, "b", "b"), *rows(40, "c", "c"))
@@ -196,6 +197,7 @@ def test_a_stage_without_rows_costs_nothing(tiny_model: Path, tmp_path: Path) ->
     assert not (tmp_path / "ledger.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stages", [[], STAGES])
 def test_the_noise_found_keeps_every_cohort_to_the_budget_and_is_the_least(stages: list[str], tiny_model: Path) -> None:
     run = settings(tiny_model, "privacy.epsilon=4.0", "rounds=6", *stages)

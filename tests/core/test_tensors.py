@@ -139,6 +139,7 @@ def test_bits_of_neighbouring_seeds_are_balanced() -> None:
     assert flips == pytest.approx(0.5, abs=0.01)
 
 
+@pytest.mark.slow
 def test_a_generator_gives_the_same_numbers_in_every_process() -> None:
     code = (
         "import torch; from apiary.core.tensors import generator;"

@@ -299,6 +299,7 @@ def _private(run: schema.RunConfig, **privacy: object) -> schema.RunConfig:
     return loading.parse({**run.model_dump(mode="json"), "privacy": {**run.privacy.model_dump(), **changed}})
 
 
+@pytest.mark.slow
 def test_a_site_may_insist_on_privacy(site: Site) -> None:
     facts = site.facts._replace(max_epsilon=8.0)
     site.server.stop(None)
@@ -321,6 +322,7 @@ def test_a_site_may_insist_on_privacy(site: Site) -> None:
     assert score == (0.0, 0, 0)
 
 
+@pytest.mark.slow
 def test_what_one_run_spent_the_next_run_finds_spent(site: Site) -> None:
     """The ledger is of the site's rows, not of a run: a server cannot start anew by starting a new run."""
     run = _private(site.run, epsilon=5.0)

@@ -63,6 +63,7 @@ def test_a_sound_run_is_told_in_numbers_that_hold(small_run: list[str]) -> None:
     assert _fact(text, "arithmetic") == "float32 (asked for)"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [

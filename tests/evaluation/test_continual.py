@@ -592,6 +592,7 @@ def killer(kind: str, number: int) -> Any:
     return observe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["reservoir", "poisson"])
 def test_killed_at_any_point_a_run_in_stages_resumes_bit_for_bit(
     tmp_path: Path, tiny_model: Path, rows_file: Path, policy: str
@@ -612,6 +613,7 @@ def test_killed_at_any_point_a_run_in_stages_resumes_bit_for_bit(
         assert twin.read_bytes() == path.read_bytes()
 
 
+@pytest.mark.slow
 def test_without_a_buffer_stages_are_forgotten_and_the_buffer_changes_the_result(
     tmp_path: Path, tiny_model: Path, rows_file: Path
 ) -> None:

@@ -111,6 +111,7 @@ def test_prompts_and_answers_are_short(train, tiny):
         assert 0 < len(tokenizer(row["output"])["input_ids"]) <= 24
 
 
+@pytest.mark.slow
 def test_unknown_split_and_too_many_rows_are_refused():
     with pytest.raises(ValueError, match="validation"):
         builtin.rows("validation")  # type: ignore[arg-type]

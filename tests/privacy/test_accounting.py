@@ -94,6 +94,7 @@ def directly(runs: list[Mechanism], interval: float = 1e-4) -> float:
     return float(accountant.get_epsilon(DELTA))
 
 
+@pytest.mark.slow
 def test_a_mixed_history_is_composed_whatever_its_order_and_cut() -> None:
     runs = [Mechanism(1.1, 0.05, 40), Mechanism(0.9, 0.01, 100)]
     cut = [Mechanism(0.9, 0.01, 70), Mechanism(1.1, 0.05, 40), Mechanism(0.9, 0.01, 30)]
@@ -111,7 +112,14 @@ def test_the_ends_of_the_scale() -> None:
 
 @pytest.mark.parametrize(
     ("rate", "steps", "budget"),
-    [(0.05, 36, 8.0), (0.05, 2000, 8.0), (0.22, 36, 1.0), (1.0, 10, 3.0), (0.01, 5, 0.2), (0.001, 1, 0.005)],
+    [
+        (0.05, 36, 8.0),
+        (0.05, 2000, 8.0),
+        (0.22, 36, 1.0),
+        (1.0, 10, 3.0),
+        pytest.param(0.01, 5, 0.2, marks=pytest.mark.slow),
+        pytest.param(0.001, 1, 0.005, marks=pytest.mark.slow),
+    ],
 )
 def test_calibration_is_the_inverse_and_never_above_the_budget(rate: float, steps: int, budget: float) -> None:
     noise = accounting.calibrate(lambda z: [Mechanism(z, rate, steps)], budget, DELTA)
@@ -128,6 +136,7 @@ def config(rounds: int = 4, steps: int = 3, **keys: object) -> RunConfig:
     return parse({"rounds": rounds, "train": {"steps": steps}, "privacy": {"unit": "record", **keys}})
 
 
+@pytest.mark.slow
 def test_a_run_as_planned_ends_within_its_budget() -> None:
     made = plan(config(batch_rows=50), 1000)
     assert [line.steps for line in made.lines] == [3, 6, 9, 12]
@@ -137,6 +146,7 @@ def test_a_run_as_planned_ends_within_its_budget() -> None:
     assert plan(config(batch_rows=50, accountant="rdp"), 1000).lines[-1].rdp <= 8.0
 
 
+@pytest.mark.slow
 def test_a_plan_with_stages_is_that_of_the_worst_cohort() -> None:
     """Of 300 rows in the first of two stages about 60 stay in the buffer, each drawn with chance 15 / 60 later on."""
     run = parse(
@@ -162,6 +172,7 @@ def test_settings_that_cannot_keep_the_promise_are_refused() -> None:
     assert accounting.sample_rate(PrivacyConfig(batch_rows=100), 100) == 1
 
 
+@pytest.mark.slow
 def test_noise_that_breaks_the_budget_in_its_first_round_is_refused_with_what_would_do() -> None:
     run = config(rounds=8, batch_rows=50, noise_multiplier=0.3)
     with pytest.raises(UserError) as error:
@@ -179,6 +190,7 @@ def test_noise_that_breaks_the_budget_in_its_first_round_is_refused_with_what_wo
     sampling.check(config(rounds=8, batch_rows=50), [[500]])  # noise that is found is enough
 
 
+@pytest.mark.slow
 def test_the_round_that_is_named_is_the_first_that_a_client_has_rows_for() -> None:
     stages = {"stages": [["a"], ["b"]]}
     keys = {"unit": "record", "batch_rows": 50, "noise_multiplier": 0.2}
@@ -187,6 +199,7 @@ def test_the_round_that_is_named_is_the_first_that_a_client_has_rows_for() -> No
         sampling.check(run, [[0, 100]])
 
 
+@pytest.mark.slow
 def test_noise_that_does_not_last_is_a_warning_that_says_how_long() -> None:
     run = config(rounds=8, batch_rows=50, noise_multiplier=0.6)
     clients = [[4000], [500]]
@@ -200,6 +213,7 @@ def test_noise_that_does_not_last_is_a_warning_that_says_how_long() -> None:
     assert sampling.short_budget(config(rounds=8, batch_rows=50), clients) == []
 
 
+@pytest.mark.slow
 def test_whose_rows_pay_most_is_found_among_many() -> None:
     """Over epochs fewer rows are not always dearer: 65 rows take two steps of 64, and 64 rows one."""
     run = parse({"rounds": 2, "train": {"epochs": 1.0}, "privacy": {"unit": "record", "batch_rows": 64}})
@@ -222,6 +236,7 @@ def filled(*entries: Entry) -> Ledger:
     return ledger
 
 
+@pytest.mark.slow
 def test_a_release_costs_once_and_another_one_again() -> None:
     once = filled(entry(1))
     assert charge(once, entry(1)) is once
@@ -234,6 +249,7 @@ def test_a_release_costs_once_and_another_one_again() -> None:
         charge(once, entry(1)._replace(noise_multiplier=0.5))
 
 
+@pytest.mark.slow
 def test_rows_pay_for_what_their_own_cohort_met() -> None:
     """A row of stage 1 is drawn often while new and seldom from the buffer; one of stage 2 is not drawn before."""
     ledger = filled(
@@ -259,6 +275,7 @@ def test_an_empty_ledger_has_spent_nothing() -> None:
     assert spent(Ledger(), DELTA)[:2] == (0.0, 0.0)
 
 
+@pytest.mark.slow
 def test_a_client_stops_before_its_budget_breaks(tmp_path: Path) -> None:
     path, settings_ = tmp_path / "ledger.json", PrivacyConfig(epsilon=3.5)
     paid = 0
@@ -293,14 +310,14 @@ time.sleep(600)  # training
 """
 
 
+@pytest.mark.slow
 def test_a_charge_outlives_a_kill_in_the_middle_of_training(tmp_path: Path) -> None:
     path = tmp_path / "ledger.json"
     for number in (1, 2):
-        child = subprocess.Popen([sys.executable, "-c", _VISIT, path, str(number)], stdout=subprocess.PIPE, text=True)
-        assert child.stdout is not None and child.stdout.readline() == "charged\n"
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-        child.stdout.close()
+        command = [sys.executable, "-c", _VISIT, path, str(number)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+            assert child.stdout is not None and child.stdout.readline() == "charged\n"
+            child.send_signal(signal.SIGKILL)
     kept = ledger.load_ledger(path)
     assert kept == filled(entry(1), entry(2))
     settings_ = PrivacyConfig(epsilon=50.0)
@@ -319,6 +336,7 @@ for number in range(5):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_lose_no_charge(tmp_path: Path) -> None:
     path = tmp_path / "ledger.json"
     children = [subprocess.Popen([sys.executable, "-c", _VISITS, path, run]) for run in "ab"]
@@ -460,6 +478,7 @@ def test_certain_rows_are_always_drawn_and_impossible_ones_never(certain: int, n
 # -- the command ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_run_is_printed(small_run: list[str]) -> None:
     keys = with_overrides(small_run, "privacy.unit=record", "privacy.batch_rows=8", "evaluate.clients=false")
     done = apiary("privacy", "plan", *keys)

@@ -79,16 +79,14 @@ while True:
 def test_kill_at_random_moments_never_leaves_a_torn_checkpoint(tmp_path: Path) -> None:
     for attempt in range(4):
         folder = tmp_path / str(attempt)
-        process = subprocess.Popen(
-            [sys.executable, "-c", _WRITER, str(folder)], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
-        )
-        try:
-            assert process.stdout is not None
-            process.stdout.readline()
-            time.sleep(0.013 * (attempt + 1))
-        finally:
-            process.kill()
-            process.wait()
+        command = [sys.executable, "-c", _WRITER, str(folder)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]) as process:
+            try:
+                assert process.stdout is not None
+                process.stdout.readline()
+                time.sleep(0.013 * (attempt + 1))
+            finally:
+                process.kill()
         loaded = checkpoint.load(folder)
         assert loaded is not None
         assert torch.equal(loaded[0].adapter["w"], torch.full((200, 200), float(loaded[0].round)))

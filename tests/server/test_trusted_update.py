@@ -123,6 +123,7 @@ def test_the_servers_update_comes_about_as_a_clients_does(trusting: list[str], t
             assert all(torch.equal(made.delta[n], visit.update.delta[n]) for n in start)
 
 
+@pytest.mark.slow
 def test_clients_that_point_elsewhere_than_the_server_are_cut(trusting: list[str], tmp_path: Path) -> None:
     attack = ["simulate.attackers=0.4", 'simulate.attack={name="sign_flip", scale=10.0}']
     run = of(trusting, *attack)
@@ -142,6 +143,7 @@ def test_clients_that_point_elsewhere_than_the_server_are_cut(trusting: list[str
     assert all(e["clients"] == 5 and set(e["shares"]) == {f"client-0{i}" for i in range(5)} for e in rounds)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_servers_place_in_its_rows(trusting: list[str], tmp_path: Path) -> None:
     class Killed(BaseException):
         pass

@@ -323,6 +323,7 @@ def loss(metrics: dict[str, Any]) -> float:
     return float(row["loss"])
 
 
+@pytest.mark.slow
 def test_an_attack_spoils_the_mean_and_a_robust_method_names_the_attackers(
     attacked: Callable[..., list[str]], tmp_path: Path
 ) -> None:
@@ -341,6 +342,7 @@ def test_an_attack_spoils_the_mean_and_a_robust_method_names_the_attackers(
     assert [sorted(e["cut"]) for e in rounds] == [hostile] * 3
 
 
+@pytest.mark.slow
 def test_how_often_a_hidden_phrase_is_obeyed_is_asked_of_the_model_itself(
     attacked: Callable[..., list[str]], tmp_path: Path
 ) -> None:
@@ -426,6 +428,7 @@ def test_clients_that_send_nan_cost_the_round_themselves(attacked: Callable[...,
     assert all("NaN" in e["reason"] for e in events if e["event"] == "refused")
 
 
+@pytest.mark.slow
 def test_a_killed_run_under_attack_goes_on_as_if_nothing_had_happened(
     attacked: Callable[..., list[str]], tmp_path: Path
 ) -> None:

@@ -15,6 +15,8 @@ from apiary.privacy.accounting import Mechanism, epsilon
 from apiary.tracking.event_log import read_events
 from simulation.run import simulate
 
+pytestmark = pytest.mark.slow
+
 
 class Killed(BaseException):
     """Ends the run where it is raised, as a kill would."""

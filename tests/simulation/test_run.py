@@ -10,7 +10,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from chat_templates import CHATML
+from command_line import LONGEST_S, finish, in_a_process, start, with_overrides
 from safetensors.torch import load_file
 from small_models import same
 
@@ -93,6 +93,7 @@ def test_methods_are_compared_row_by_row(finished: tuple[Path, dict[str, Any]]) 
         assert pair["n"] == 8 and pair["ci95"] is None  # too few rows for one
 
 
+@pytest.mark.slow
 def test_a_private_run_says_that_its_baselines_had_no_noise(tmp_path: Path, tiny_model: Path, rows_file: Path) -> None:
     from conftest import overrides_for
 
@@ -212,6 +213,7 @@ def test_adapter_loads_in_plain_peft(finished: tuple[Path, dict[str, Any]], tiny
     assert not torch.allclose(AutoModelForCausalLM.from_pretrained(tiny_model)(ids).logits, ours, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_same_seed_same_adapter_other_seed_another(
     finished: tuple[Path, dict[str, Any]], tmp_path: Path, tiny_model: Path, rows_file: Path
 ) -> None:
@@ -260,10 +262,9 @@ def test_ray_gives_the_same_adapter(
 
     folder, _ = finished
     extra = ["simulate.engine=ray", "evaluate.baselines=[]", "evaluate.generate=false"]
-    command = [sys.executable, "-m", "apiary.cli.main", "simulate", "--quiet", "--out", str(tmp_path / "ray")]
-    for item in [*overrides_for(tiny_model, rows_file), *extra]:
-        command += ["-s", item]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    # In a process of its own: Ray leaves files and processes open in its driver's.
+    settings = with_overrides(overrides_for(tiny_model, rows_file), *extra)
+    done = in_a_process("simulate", "--quiet", "--out", tmp_path / "ray", *settings)
     assert done.returncode == 0, done.stderr[-3000:]
     local, ray = adapter_of(folder), adapter_of(tmp_path / "ray")
     assert set(local) == set(ray)
@@ -271,21 +272,12 @@ def test_ray_gives_the_same_adapter(
         torch.testing.assert_close(ray[name], local[name], rtol=0, atol=1e-6)
 
 
-def start_process(folder: Path, overrides: list[str], *extra: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "apiary.cli.main", "simulate", "--out", str(folder), *extra]
-    for item in overrides:
-        command += ["-s", item]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start_run(folder: Path, overrides: list[str]) -> subprocess.Popen[str]:
+    return start("simulate", "--out", folder, *with_overrides(overrides))
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    try:
-        out, err = process.communicate(timeout=240)
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-    return process.returncode, out, err
+def resumed(folder: Path) -> subprocess.Popen[str]:
+    return start("simulate", "--out", folder, "--resume")
 
 
 @pytest.mark.slow
@@ -297,14 +289,14 @@ def test_kill_9_then_resume_is_bit_identical(tmp_path: Path, tiny_model: Path, r
     rng = random.Random(time.time_ns())
     folder = tmp_path / "broken"
     for attempt in range(3):
-        process = start_process(folder, [] if attempt else overrides, *(["--resume"] if attempt else []))
+        process = resumed(folder) if attempt else start_run(folder, overrides)
         target = 2 + 3 * attempt
         _wait_for_round(folder, target, process)
         time.sleep(rng.uniform(0, 0.15))
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
-    code, _, err = finish(start_process(folder, [], "--resume"))
-    assert code == 0, err[-2000:]
+    done = finish(resumed(folder))
+    assert done.returncode == 0, done.stderr[-2000:]
     unbroken, broken = adapter_of(tmp_path / "unbroken"), adapter_of(folder)
     assert all(torch.equal(unbroken[k], broken[k]) for k in unbroken)
     rounds = [e["round"] for e in events_of(folder, "round")]
@@ -320,13 +312,13 @@ def test_kill_9_while_baselines_are_trained_changes_no_figure(
     overrides = [*overrides_for(tiny_model, rows_file), "rounds=2", "train.steps=20"]
     whole = run(tmp_path / "unbroken", overrides)
     folder = tmp_path / "broken"
-    process = start_process(folder, overrides)
+    process = start_run(folder, overrides)
     _wait_for(folder / "baselines" / "local" / "client-00", process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert not (folder / "metrics.json").exists()
-    code, _, err = finish(start_process(folder, [], "--resume"))
-    assert code == 0, err[-2000:]
+    done = finish(resumed(folder))
+    assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((folder / "metrics.json").read_text())["table"] == json.loads(json.dumps(whole["table"]))
 
 
@@ -335,12 +327,12 @@ def _wait_for_round(folder: Path, number: int, process: subprocess.Popen[str]) -
 
 
 def _wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 240  # on a busy machine Ray alone takes a minute to start
+    deadline = time.monotonic() + LONGEST_S
     while not path.exists():
         assert process.poll() is None, process.communicate()[1][-2000:]
         if time.monotonic() > deadline:
             process.kill()
-            pytest.fail(f"no {path.name} in 240 s: {process.communicate()[1][-2000:]}")
+            pytest.fail(f"no {path.name} in {LONGEST_S:g} s: {process.communicate()[1][-2000:]}")
         time.sleep(0.01)
 
 
@@ -359,22 +351,27 @@ def test_files_of_the_user_are_not_taken_for_drafts(tmp_path: Path, small_run: l
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["local", "ray"])
+@pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.ray)])
 def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path: Path, small_run: list[str], engine: str) -> None:
     folder = tmp_path / "run"
     settings = [*small_run, "rounds=2000", "evaluate.baselines=[]", f"simulate.engine={engine}"]
-    process = start_process(folder, settings)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as where a shell has started the tests in the background
+    try:
+        process = start_run(folder, settings)
+    finally:
+        signal.signal(signal.SIGINT, before)
     _wait_for_round(folder, 1, process)
     process.send_signal(signal.SIGINT)
-    code, _, err = finish(process)
-    assert code == 130
-    assert "--resume" in err and "Traceback" not in err
+    done = finish(process)
+    assert done.returncode == 130
+    assert "--resume" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_dolly_recipe(shared: Path, tmp_path: Path) -> None:
     settings = loading.load(
         ROOT / "configs" / "dolly.toml",
-        ["rounds=1", "train.steps=1", "evaluate.max_examples=20", "evaluate.generate=false", "data.max_rows=600"],
+        ["rounds=1", "train.steps=1", "evaluate.max_examples=8", "prompt.max_tokens=128", "data.max_rows=200"],
     )
     metrics = simulate(settings, tmp_path / "dolly")
     assert len(metrics["clients"]) == 10

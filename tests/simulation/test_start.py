@@ -50,6 +50,7 @@ def test_what_leads_nowhere_is_warned_of_once(more: list[str], told: str, small_
     assert len([line for line in warned if told in line]) == 1
 
 
+@pytest.mark.slow
 def test_a_budget_that_ends_early_is_foretold_and_comes_true(small_run: list[str], tmp_path: Path) -> None:
     noise = ["privacy.noise_multiplier=1.0", "privacy.epsilon=2.9", "rounds=3"]
     simulate(loading.load(None, [*small_run, *SHORT, *PRIVATE, *noise]), tmp_path)

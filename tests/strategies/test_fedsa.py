@@ -56,6 +56,7 @@ def numpy_of(state: dict[str, torch.Tensor], b: bool) -> dict[str, np.ndarray]:
     return {name: t.double().numpy() for name, t in state.items() if is_b(name) == b}
 
 
+@pytest.mark.slow
 def test_a_is_averaged_and_each_b_goes_on_where_its_client_left_it(
     small_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,6 +173,7 @@ def test_a_personal_model_can_be_talked_to_and_the_shared_half_cannot(finished: 
     export.export_run(one, folder.parent / "exported", merge=False)
 
 
+@pytest.mark.slow
 def test_who_is_never_asked_to_measure_has_its_model_all_the_same(
     small_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,6 +187,7 @@ def test_who_is_never_asked_to_measure_has_its_model_all_the_same(
             torch.testing.assert_close(tensor, starts[-1][name] + visits.deltas[client][-1][name], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(
     small_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,6 +238,7 @@ def test_what_is_kept_is_for_its_owner_and_old_files_go(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_it_goes_with_privacy_and_a_server_optimiser(small_run: list[str], tmp_path: Path) -> None:
     private = ["privacy.unit=record", "privacy.batch_rows=8", "rounds=2", "strategy.server_optimizer=momentum"]
     metrics = run(tmp_path / "run", [*small_run, *SHARE, *private])

@@ -239,6 +239,7 @@ def test_with_one_step_it_is_averaging(small_run: list[str], tmp_path: Path) -> 
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-4 * moved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more", [["train.steps=3"], ["train.steps=3", "wire.up=int4", "wire.down=int8"], ["train.epochs=1"]]
 )
@@ -285,6 +286,7 @@ def test_a_run_with_skipped_rounds_keeps_the_mean_and_counts_the_bytes(
     assert metrics["rounds"][-1]["loss"] < metrics["rounds"][0]["loss"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(
     small_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -117,6 +117,7 @@ print(digest(seed_scalars.rebuild(start, seed_scalars.of_tensor(message, seeds))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_rebuild_the_same_weights_bit_for_bit() -> None:
     seeds = seed_scalars.candidates(9, 500)
     rng = np.random.default_rng(0)

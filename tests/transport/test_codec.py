@@ -572,6 +572,7 @@ def test_no_part_is_longer_than_its_codec_says(codec: Codec) -> None:
 # -- elsewhere ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_another_process_with_more_threads_sees_the_same_bits(tmp_path: Path) -> None:
     expected = []
     for number, (name, options) in enumerate(CHOICES):

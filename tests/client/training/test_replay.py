@@ -203,6 +203,7 @@ def test_observers_are_told_both_kinds_apart(lm: adapters.LanguageModel) -> None
     assert sum(record.replayed for record in seen) == report.replayed > 0
 
 
+@pytest.mark.slow
 def test_replay_keeps_what_training_on_new_rows_alone_forgets(lm: adapters.LanguageModel) -> None:
     """Learn the old rows, then the new ones with and without the old: the one thing replay is for."""
 

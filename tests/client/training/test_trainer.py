@@ -295,6 +295,7 @@ def test_threads_are_set_for_the_visit_only(lm: adapters.LanguageModel) -> None:
     assert torch.get_num_threads() == 1
 
 
+@pytest.mark.slow
 def test_the_trainer_needs_torch_transformers_and_peft_only() -> None:
     blocked = ("flwr", "flwr_datasets", "datasets", "opacus", "ray", "trl")
     code = "import sys\n" + "".join(f"sys.modules[{name!r}] = None\n" for name in blocked)

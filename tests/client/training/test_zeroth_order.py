@@ -34,6 +34,7 @@ def events_of(folder: Path, kind: str) -> list[dict[str, Any]]:
     return [e for e in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if e["event"] == kind]
 
 
+@pytest.mark.slow
 def test_a_run_learns_while_scalars_alone_travel(tmp_path: Path, small_run: list[str]) -> None:
     run = loading.load(None, [*small_run, *SEEDED, *QUIET, "rounds=4", "adapter.rank=2"])
     simulate(run, tmp_path / "run")
@@ -55,6 +56,7 @@ def test_a_run_learns_while_scalars_alone_travel(tmp_path: Path, small_run: list
     assert len(exported) == len(start)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path: Path, small_run: list[str]) -> None:
     run = loading.load(None, [*small_run, *SEEDED, *QUIET, "train.steps=3"])
     simulate(run, tmp_path / "whole")
