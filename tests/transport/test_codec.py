@@ -611,7 +611,7 @@ def test_a_generator_decides_the_message_where_rounding_is_stochastic(name: str,
 @pytest.mark.parametrize(
     ("name", "options", "parts"),
     [
-        ("int5", {}, ("'int5'", "fp32, bf16, int8, int4, topk, sparse")),
+        ("int5", {}, ("'int5'", "bf16, fp32, int4, int8, sparse, topk")),
         ("int4", {"rounding": "up"}, ("rounding = 'up'", "allowed are 'nearest', 'stochastic'")),
         ("int4", {"block": 7}, ("block = 7", "multiple of 2")),
         ("topk", {"share": 0}, ("share = 0", "above 0 and at most 1")),
