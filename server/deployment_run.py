@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import strategies
 from apiary.config import summary
 from apiary.config.schema import RunConfig
 from apiary.config.summary import public_name
@@ -103,6 +104,8 @@ def _open(config: RunConfig, folder: Path, expected: int, number: int) -> RunLog
     log = RunLog(folder, [trackers.tracker(config, folder)] if config.log.trackers else [])
     start = environment.start_fields(config)
     start["outline"] = summary.sentence(config)
+    with contextlib.suppress(Exception):  # what is wrong with the method the rounds will say, with a log to say it in
+        start["method"] = strategies.traits(strategies.from_config(config))
     log.event("start", **start, rounds=config.rounds, clients=expected, resumed=done, run=str(number))
     return log
 

@@ -180,6 +180,7 @@ def _open_log(config: RunConfig, folder: Path, observers: Sequence[Observer], cl
     if hostile := adversaries.attackers(config, clients):
         fields["attack"] = {"name": config.simulate.attack.name, "clients": list(hostile)}
     fields["outline"] = summary.sentence(config)
+    fields["method"] = strategies.traits(strategies.from_config(config))
     log.event("start", **fields, rounds=config.rounds, clients=len(clients), resumed=resumed)
     for line in remarks(config, clients):
         log.event("warning", message=line)

@@ -96,6 +96,20 @@ class Aggregator(NamedTuple):
     root: bool = False  # whether each fold must also get the server's own update, in the name of `ROOT`
     base: bool = False  # whether its gradients have a `base_delta` beside factors, which no server optimiser may scale
     local: LocalAlgorithm = PLAIN  # the client's half
+    # Whether its rounds average A and B apart and leave it at that; "sometimes" where it chooses by the round.
+    averages: Literal["always", "sometimes", "never"] = "never"
+    # Of the error of averaging apart: all, all but what bounds on ranks cut, what the adapter's rank can hold, nothing.
+    recovers: Literal["all", "bounded", "rank", ""] = ""
+    takes_one: bool = False  # whether it takes one client's change a round, and no other
+    threshold: float | None = None  # of averaging "sometimes": the error from which on it no longer does
+
+
+_TOLD = ("averages", "recovers", "takes_one", "threshold", "scalars")  # traits that stand in a run's log
+
+
+def traits(aggregator: Aggregator) -> dict[str, str | bool | float | None]:
+    """What a run's log tells of its method, as plain values, so that who reads it need not know methods by name."""
+    return {name: getattr(aggregator, name) for name in _TOLD}
 
 
 AGGREGATORS: Registry[Aggregator] = Registry(

@@ -60,6 +60,8 @@ def auto(
         space="products",
         ranks="mixed",
         trains=("both",),
+        averages="sometimes",
+        threshold=threshold,
     )
 
 

@@ -55,7 +55,7 @@ def fedavg(weighting: Literal["tokens", "uniform"] = "tokens") -> Aggregator:
             raise ValueError(f"the weights of the round sum to {acc.weight}; at least one must be positive")
         return Gradient({name: _mean(total, acc.rest[name], acc.weight) for name, total in acc.total.items()})
 
-    return Aggregator(Reducer(start, add, finish), plain_step, same_payload, needs="sum")
+    return Aggregator(Reducer(start, add, finish), plain_step, same_payload, needs="sum", averages="always")
 
 
 def _add(total: _Array, rest: _Array, delta: _Array, weight: float) -> None:

@@ -45,4 +45,5 @@ def flexlora(
         space="products",
         ranks="mixed",
         trains=("both",),
+        recovers="rank" if form == "delta" else "",
     )

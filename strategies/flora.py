@@ -68,6 +68,7 @@ def flora(scaling: Scaling, seed: int, weighting: Weighting = "tokens", base_ran
         trains=("both", "b"),  # in an adapter whose B is zero, a round of A alone learns nothing
         renews=True,
         base_rank=ranks,
+        recovers="bounded" if base_rank else "all",
     )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from inspect import signature
+from inspect import Parameter, signature
+from typing import Any
 
 from apiary.config.schema import RunConfig
 from apiary.core import lora
@@ -43,15 +44,7 @@ def method_from_config(config: RunConfig) -> Aggregator:
     Raises:
         UserError: unknown names or options.
     """
-    strategy = config.strategy
-    aggregator = AGGREGATORS.build(
-        strategy.name,
-        strategy.options,
-        weighting=strategy.weighting,
-        alike=config.train.epochs is None,
-        scaling=lora.scaling(config.adapter.alpha, config.adapter.scaling),
-        seed=config.seed,
-    )
+    aggregator = AGGREGATORS.build(config.strategy.name, config.strategy.options, **_given(config))
     return aggregator if config.adapter.share == "both" else with_own_b(aggregator)
 
 
@@ -69,6 +62,16 @@ def check_for_sites(config: RunConfig) -> None:
         )
 
 
+def _given(config: RunConfig) -> dict[str, Any]:
+    """What a method gets of the run beside its own options."""
+    return {
+        "weighting": config.strategy.weighting,
+        "alike": config.train.epochs is None,
+        "scaling": lora.scaling(config.adapter.alpha, config.adapter.scaling),
+        "seed": config.seed,
+    }
+
+
 def _problems(config: RunConfig, aggregator: Aggregator) -> Iterator[str]:
     name, adapter = config.strategy.name, config.adapter
     if adapter.train not in aggregator.trains:
@@ -81,10 +84,9 @@ def _problems(config: RunConfig, aggregator: Aggregator) -> Iterator[str]:
         yield f"adapter.init = {adapter.init!r}: strategy.name = {name!r} {how}; leave adapter.init out"
     ranks = "memory" if adapter.ranks == "memory" else list(adapter.ranks)
     if aggregator.ranks == "one" and (ranks == "memory" or set(ranks) - {adapter.rank}):
-        mixed = "auto, flora, flexlora, hetlora, rank_slices, norm_clip, krum, multi_krum, geometric_median, fltrust"
         yield (
             f"adapter.ranks = {ranks!r}: strategy.name = {name!r} takes the rank {adapter.rank} alone; "
-            f"methods for several ranks are {mixed}"
+            f"methods for several ranks are {', '.join(_for_several_ranks(config))}"
         )
     weighed = "weighting" in signature(AGGREGATORS.builder(name)).parameters
     if config.strategy.weighting != "tokens" and not weighed:
@@ -114,6 +116,20 @@ def _problems(config: RunConfig, aggregator: Aggregator) -> Iterator[str]:
             f"strategy.min_clients = {config.strategy.min_clients}: strategy.name = {name!r} with these options needs "
             f"{aggregator.fewest} answers to keep its promise; raise it{also}, or lower strategy.options.byzantine"
         )
+
+
+def _for_several_ranks(config: RunConfig) -> Iterator[str]:
+    """The registered methods that take clients of several ranks, whatever their options."""
+    given = _given(config)
+    for name in AGGREGATORS:
+        parameters = signature(AGGREGATORS.builder(name)).parameters.values()
+        needed = [p.name for p in parameters if p.default is Parameter.empty and p.name not in given]
+        try:
+            method = AGGREGATORS.build(name, dict.fromkeys(needed, 1), **given)  # all such are counts of clients
+        except UserError:  # one that somebody has added, and that needs more
+            continue
+        if method.ranks == "mixed":
+            yield name
 
 
 def _renewed(config: RunConfig, aggregator: Aggregator) -> bool:

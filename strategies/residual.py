@@ -75,7 +75,15 @@ def fedex(scaling: Scaling, weighting: Weighting = "tokens", rank: Rank = 0, bas
     def ranks(rounds: int, cohort: int, mean_rank: float) -> float:
         return min(rounds * (rank or (cohort - 1) * mean_rank), base_rank or math.inf)
 
-    return Aggregator(each("fedex", "one", finish), step, same_payload, needs="each", base=True, base_rank=ranks)
+    return Aggregator(
+        each("fedex", "one", finish),
+        step,
+        same_payload,
+        needs="each",
+        base=True,
+        base_rank=ranks,
+        recovers="bounded" if rank or base_rank else "all",
+    )
 
 
 def _residual(parts: Sequence[float], deltas: Sequence[Factors], mean: Factors) -> Factors | None:

@@ -63,7 +63,8 @@ def krum(scaling: Scaling, byzantine: NonNegativeInt, clip: bool = False, neares
         clip: clip each change to the median norm before.
         nearest: mix each change with its n - f nearest before; for clients whose data differ.
     """
-    return _robust(_Method("krum", rules.krum(1), byzantine, Preprocessing(clip, nearest)), scaling)
+    made = _robust(_Method("krum", rules.krum(1), byzantine, Preprocessing(clip, nearest)), scaling)
+    return made._replace(takes_one=True)
 
 
 @AGGREGATORS.register("multi_krum")

@@ -88,7 +88,14 @@ def scaffold(alike: bool = False) -> Aggregator:
 
     # Rounds of B and A in turns would measure a gradient of zero for the half that rests.
     return Aggregator(
-        Reducer(start, take, finish), step, payload, needs="sum", trains=("both", "b"), extra=True, local=LOCAL
+        Reducer(start, take, finish),
+        step,
+        payload,
+        needs="sum",
+        trains=("both", "b"),
+        extra=True,
+        local=LOCAL,
+        averages="always",
     )
 
 

@@ -173,7 +173,8 @@ def fake_events(metrics: dict[str, Any]) -> list[dict[str, Any]]:
     """The log of such a run: three refusals and a warning on the way."""
     events: list[dict[str, Any]] = [
         {"event": "start", "seed": 0, "rounds": len(metrics.get("rounds", [])) - 1, "clients": len(metrics["clients"]),
-         "commit": "0" * 40, "config_digest": "a1b2c3d4e5f60718"},
+         "commit": "0" * 40, "config_digest": "a1b2c3d4e5f60718",
+         "method": {"averages": "always", "recovers": "", "takes_one": False, "threshold": None, "scalars": 0}},
         {"event": "refused", "client": "client-09", "reason": "uses another tokenizer (fingerprints differ)"},
         {"event": "refused", "client": "client-03", "reason": "no answer within 60 s", "round": 0},
         {"event": "warning", "message": "client-02: 14 of 320 rows were cut at prompt.max_tokens = 512"},

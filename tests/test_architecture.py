@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import pytest
 
+from strategies import AGGREGATORS
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # Each room with the rooms that it may use beside itself; "apiary" is the version alone.
@@ -66,6 +68,16 @@ SPEAKS_FLOWER = {
     "simulation/engines.py",
     "simulation/in_process_grid.py",
 }
+
+
+# Aggregation methods are named by the rooms that hold them, and by the configuration, which lets people choose.
+NAMES_METHODS = ("strategies/", "apiary/config/")
+# Names that are also words of English, of statistics or of another key, such as `model.device = "auto"`.
+ALSO_WORDS = {"auto", "median"}
+# How papers and people call what has no key of its own in the registry.
+ALSO_CALLED = ("fedsa", "fedit", "rolora", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "diloco")
+# Where such a word is none of a method: (file, word in small letters) -> why.
+NO_METHOD = {("apiary/data/skills/words.py", "flora"): "a given name, for people in made-up rows"}
 
 
 class Import(NamedTuple):
@@ -263,6 +275,73 @@ def test_no_deprecated_room_of_flower_is_entered() -> None:
     old = ("flwr.client", "flwr.compat", "flwr.server")
     wrong = [i for i in IMPORTS if i.module in old or i.module.startswith(tuple(f"{o}." for o in old))]
     assert [i for i in wrong if not i.module.startswith(("flwr.clientapp", "flwr.serverapp"))] == []
+
+
+def _spellings(name: str) -> str:
+    """A pattern for a method's name as code and sentences write it, such as LoRA-FAIR, MultiKrum or "rank slices"."""
+    return "[-_ ]?".join(map(re.escape, name.split("_")))
+
+
+METHOD = re.compile("|".join(map(_spellings, sorted({*AGGREGATORS, *ALSO_CALLED} - ALSO_WORDS))), re.IGNORECASE)
+# The configured name compared with something.
+BY_NAME = re.compile(r"""strategy(\.name|\["name"\])(\s*[!=]=|\s+(not\s+)?in\b|\.(starts|ends)with)""")
+
+
+def _lines_elsewhere() -> Iterator[tuple[str, int, str]]:
+    """File, number and text of each line of code outside the rooms that may name methods; line 0 is the file's path."""
+    for part in _parts():
+        for path in sorted((ROOT / part).rglob("*.py")):
+            file = path.relative_to(ROOT).as_posix()
+            if not file.startswith(NAMES_METHODS):
+                yield file, 0, file
+                for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+                    yield file, number, line
+
+
+@pytest.mark.parametrize(
+    "text", ["fedavg", "FLoRA", "Lora-FAIR", "multi-krum", "FedEx-LoRA", "isScaffold", "geometric median", "FedSA-LoRA"]
+)
+def test_a_methods_name_is_seen_however_it_is_written(text: str) -> None:
+    assert METHOD.search(f"x = {text!r}")
+
+
+def test_no_method_is_named_outside_its_room_and_the_configuration() -> None:
+    """What others need to know of a method it declares as a trait of its `Aggregator`."""
+    found = {
+        (file, name.lower()): f"{file}:{number}: {name}"
+        for file, number, line in _lines_elsewhere()
+        for name in METHOD.findall(line)
+    }
+    assert [place for key, place in found.items() if key not in NO_METHOD] == []
+    assert found.keys() >= NO_METHOD.keys()  # an exception that is none any more goes
+
+
+def test_nothing_depends_on_the_name_of_the_method() -> None:
+    lines = [*_lines_elsewhere()]
+    assert [f"{file}:{number}" for file, number, line in lines if BY_NAME.search(line)] == []
+    assert all(map(BY_NAME.search, ('config.strategy.name == "auto"', 'strategy["name"] in ("median",)')))
+
+
+def test_no_text_lists_methods() -> None:
+    """A list would be out of date with the next method that is dropped in: whoever needs one asks the registry."""
+    files = [p for room in NAMES_METHODS for p in sorted((ROOT / room).rglob("*.py"))]
+    assert ROOT / "strategies" / "from_config.py" in files
+    found = [f"{p.relative_to(ROOT)}:{line}" for p in files for line, text in _texts(p) if len(_named(text)) > 2]
+    assert found == []
+    assert _named("auto, flora and multi_krum") == {"auto", "flora", "multi_krum"}
+
+
+def _named(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text)) & set(AGGREGATORS)
+
+
+def _texts(path: Path) -> Iterator[tuple[int, str]]:
+    """The strings of a file but for those that stand by themselves, as docstrings do."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    alone = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in alone:
+            yield node.lineno, node.value
 
 
 _BLOCKER = """

@@ -44,7 +44,7 @@ def sentence(config: RunConfig) -> str:
 
 def wire(config: RunConfig) -> str:
     """How changes travel."""
-    if config.strategy.name == "fedkseed":
+    if seeds(config):
         return "seeds and scalars"
     up, down = (_method(method) for method in (config.wire.up, config.wire.down))
     if up == down:
@@ -54,12 +54,17 @@ def wire(config: RunConfig) -> str:
 
 def coded(config: RunConfig) -> bool:
     """Whether changes travel in another form than float32."""
-    return config.strategy.name != "fedkseed" and {config.wire.up.name, config.wire.down.name} != {"fp32"}
+    return not seeds(config) and {config.wire.up.name, config.wire.down.name} != {"fp32"}
+
+
+def seeds(config: RunConfig) -> bool:
+    """Whether scalars of random directions travel in place of an adapter."""
+    return config.strategy.name == "fedkseed"
 
 
 def sent(config: RunConfig) -> str:
     """What clients send of their training."""
-    if config.strategy.name == "fedkseed":
+    if seeds(config):
         return "scalars with the seeds of their directions"
     return "changes of the adapter"
 

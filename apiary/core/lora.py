@@ -196,5 +196,5 @@ def resize(x: Factors, rank: int) -> Factors:
 
 
 def is_half(adapter: StateDict) -> bool:
-    """Whether the adapter has no B of its own, as what is shared of a FedSA-LoRA run."""
+    """Whether the adapter has no B of its own, as what travels where each client keeps a B of its own."""
     return not any(tensor.any() for name, tensor in adapter.items() if is_b(name))

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from statistics import fmean, median
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 from markupsafe import Markup
 
+from apiary.config import gauged
 from apiary.core.formatting import missed_text, share_text
 from apiary.report import plots
-from apiary.report.data import Metrics, Round, RoundGauge
+from apiary.report.data import Metrics, Round, RoundGauge, Traits
 
 _NAMED = 40  # clients with a line of their own
 _SEEN = 5e-4  # the least that is shown as more than 0.0%
-_AVERAGES = ("fedavg", "scaffold")  # methods that average A and B apart and leave it at that
+# By whether the run averaged A and B apart, "" where that is not known: what averaging did.
+_MISSED = {"always": "missed", "sometimes": "misses", "never": "would have missed", "": "misses"}
+_WAS = {"always": "was", "sometimes": "would have been", "never": "would have been", "": "is"}
 
 
 class Cut(NamedTuple):
@@ -40,20 +43,20 @@ class Aggregation(NamedTuple):
     attacked: bool  # whether it is known who attacked
 
 
-def aggregation_content(metrics: Metrics, strategy: Mapping[str, Any]) -> Aggregation | None:
+def aggregation_content(metrics: Metrics, name: str, method: Traits) -> Aggregation | None:
     """The section; None for a run that has nothing to say, such as one of an earlier version.
 
     Args:
         metrics: the results.
-        strategy: `name` ("" where it is not known) and `options` as the run's file has them, of whatever version.
+        name: the method's, as the run's file has it, of whatever version; "" where it is not known.
+        method: what the log tells of it.
     """
-    name, options = strategy["name"], strategy["options"]
     measured = [r for r in metrics.rounds if r.gauge is not None and (r.clients or 0) > 1]
     judged = [r for r in metrics.rounds if r.shares]
     chosen = Counter(r.method for r in metrics.rounds if r.method)
     if not measured and not judged and not any(r.unchanged for r in metrics.rounds):
         return None
-    run = _Run(name, options, bool(judged), metrics.attack is not None, metrics.mixed)
+    run = _Run(name, method, bool(judged), metrics.attack is not None, metrics.mixed)
     sentences = [
         *_missed(measured, run),
         *_chosen(chosen),
@@ -65,7 +68,7 @@ def aggregation_content(metrics: Metrics, strategy: Mapping[str, Any]) -> Aggreg
     return Aggregation(
         sentences,
         _chart(measured, run),
-        _cut_sentences(judged, name, hostile),
+        _cut_sentences(judged, method.takes_one, name, hostile),
         rows[:_NAMED],
         max(0, len(rows) - _NAMED),
         hostile is not None,
@@ -75,8 +78,8 @@ def aggregation_content(metrics: Metrics, strategy: Mapping[str, Any]) -> Aggreg
 class _Run(NamedTuple):
     """What decides how the error of averaging is to be read."""
 
-    method: str  # "" where it is not known
-    options: Mapping[str, Any]
+    name: str  # the method's
+    method: Traits
     robust: bool
     attacked: bool
     mixed: bool  # whether clients have several ranks
@@ -91,15 +94,13 @@ def _missed(rounds: Sequence[Round], run: _Run) -> list[str]:
     known = [value for _, value in _known(rounds)]
     if not known:
         return []
-    averaged = run.method in ("", *_AVERAGES)
     who, learnt = (" over the clients that counted", "they learnt") if run.robust else ("", "the clients learnt")
     if max(known) < _SEEN:
-        return [f"Averaging A and B apart{who} {'was' if averaged else 'would have been'} as good as exact."]
+        return [f"Averaging A and B apart{who} {_WAS[run.method.averages]} as good as exact."]
     middle, most = median(known), max(known)
     spread = f" in a typical round, and {missed_text(most)} at most" if len(known) > 1 else ""
-    verb = "missed" if averaged else "misses" if run.method == "auto" else "would have missed"
     return [
-        f"Averaging A and B apart{who} {verb} {missed_text(middle)} of what {learnt}{spread}.",
+        f"Averaging A and B apart{who} {_MISSED[run.method.averages]} {missed_text(middle)} of what {learnt}{spread}.",
         *_recovered(rounds, run),
     ]
 
@@ -107,7 +108,7 @@ def _missed(rounds: Sequence[Round], run: _Run) -> list[str]:
 def _recovered(rounds: Sequence[Round], run: _Run) -> list[str]:
     """What exact methods make of it: with ranks that they add to the base, or in the adapter's own."""
     seen = [r.gauge for r in rounds if r.gauge and (r.gauge.relative or 0.0) >= _SEEN]
-    added, own = _of(seen, "flora"), _of(seen, "flexlora")
+    added, own = _parts(seen, lambda g: g.by_adding), _parts(seen, lambda g: g.in_rank)
     if not added or not own:
         return []
     all_of_it, some = (share_text(min(1.0, max(0.0, median(x))), 0) for x in (added, own))
@@ -119,27 +120,22 @@ def _recovered(rounds: Sequence[Round], run: _Run) -> list[str]:
             "The attackers' changes are part of this figure. An exact method would follow them exactly, and is no way "
             "out; docs/poisoning.md has those that are."
         ]
-    if run.method in ("flora", "fedex"):
-        bound = (
-            " but for what its bounds on the rank cut"
-            if run.options.get("rank") or run.options.get("base_rank")
-            else ""
-        )
-        return [f"{run.method} recovered it{bound}; factors of the adapter's rank could have held {some}."]
-    if run.method == "flexlora" and run.options.get("form", "delta") == "delta":
-        return [f"flexlora recovered {some} of it, which is what factors of the adapter's rank can hold."]
-    names = "FLoRA" if run.mixed else "FLoRA and FedEx-LoRA"
-    recover = "recover" if run.method in ("", *_AVERAGES, "auto") else "would have recovered"
+    if run.method.recovers in ("all", "bounded"):
+        bound = " but for what its bounds on the rank cut" if run.method.recovers == "bounded" else ""
+        return [f"{run.name} recovered it{bound}; factors of the adapter's rank could have held {some}."]
+    if run.method.recovers == "rank":
+        return [f"{run.name} recovered {some} of it, which is what factors of the adapter's rank can hold."]
+    recover = "would have recovered" if run.method.averages == "never" else "recover"
     return [
-        f"Exact methods {recover} it: {names} {all_of_it}, by adding ranks to the base; FlexLoRA, which keeps to the "
-        f"adapter's rank, {some}. Whether the loss falls with it is another question: where we measured, exactness at "
-        "the same rank gained nothing (docs/aggregation.md)."
+        f"Exact methods {recover} it: {gauged.adds_ranks(run.mixed)} {all_of_it}, by adding ranks to the base; "
+        f"{gauged.KEEPS_RANK}, which keeps to the adapter's rank, {some}. Whether the loss falls with it is another "
+        "question: where we measured, exactness at the same rank gained nothing (docs/aggregation.md)."
     ]
 
 
-def _of(gauges: Sequence[RoundGauge], method: Literal["flora", "flexlora"]) -> list[float]:
+def _parts(gauges: Sequence[RoundGauge], gain_of: Callable[[RoundGauge], float | None]) -> list[float]:
     """The parts of the error that a method would take away."""
-    return [gain / g.relative for g in gauges if g.relative and (gain := getattr(g, method)) is not None]
+    return [gain / g.relative for g in gauges if g.relative and (gain := gain_of(g)) is not None]
 
 
 def _chosen(methods: Mapping[str, int]) -> list[str]:
@@ -170,7 +166,7 @@ def _rounds(count: int) -> str:
     return f"{count:,} round" + ("" if count == 1 else "s")
 
 
-def _cut_sentences(judged: Sequence[Round], method: str, hostile: Set[str] | None) -> list[str]:
+def _cut_sentences(judged: Sequence[Round], takes_one: bool, name: str, hostile: Set[str] | None) -> list[str]:
     if not judged:
         return []
     clients, cut = {name for r in judged for name in r.shares}, Counter(name for r in judged for name in r.cut)
@@ -187,8 +183,8 @@ def _cut_sentences(judged: Sequence[Round], method: str, hostile: Set[str] | Non
         said.append(
             f"Cut were {lost} of the {sent} changes that attackers sent, and {more} of the {others} of the others."
         )
-    if method == "krum":
-        said.append("That says little of them: krum takes one client's change a round, and no other.")
+    if takes_one:
+        said.append(f"That says little of them: {name} takes one client's change a round, and no other.")
     elif hostile is None:
         said.append(
             "That is no proof of ill will: a client whose data are unlike the others' looks much the same, and some "
@@ -234,6 +230,5 @@ def _chart(rounds: Sequence[Round], run: _Run) -> Markup | None:
     known = _known(rounds)
     if len(known) < 2 or max(value for _, value in known) < _SEEN:
         return None
-    threshold = run.options.get("threshold", 0.1) if run.method == "auto" else None
-    left = "At best" if run.robust or run.attacked else "FlexLoRA"
-    return plots.gauge_chart(rounds, threshold if isinstance(threshold, int | float) else None, left)
+    left = "At best" if run.robust or run.attacked else gauged.KEEPS_RANK
+    return plots.gauge_chart(rounds, run.method.threshold, left)

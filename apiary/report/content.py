@@ -17,7 +17,18 @@ from apiary.core.formatting import plural
 from apiary.privacy import statement
 from apiary.report import plots, sites
 from apiary.report.aggregation import aggregation_content
-from apiary.report.data import MEANING, METHODS, Client, CurationPart, Gain, Metrics, Row, gain_on_all, gain_on_own
+from apiary.report.data import (
+    MEANING,
+    METHODS,
+    Client,
+    CurationPart,
+    Gain,
+    Metrics,
+    Row,
+    Traits,
+    gain_on_all,
+    gain_on_own,
+)
 from apiary.report.stages import stages_content
 from apiary.report.verdict import headline, nats, not_alike, row_by_row, second, value
 from apiary.tracking.event_log import Event
@@ -30,7 +41,7 @@ _ABSOLUTE = re.compile(r'"(?:/|[A-Za-z]:\\\\)[^"]*?([^"/\\]+)[/\\]*"')
 def page_content(metrics: Metrics, events: Sequence[Event], config: str) -> dict[str, Any]:
     """All that the page shows, by the names its template uses."""
     tables = _tables(config)
-    run, strategy = _run_of(tables), _strategy(tables)
+    run, method = _run_of(tables), _traits(events)
     start = next((event for event in events if event["event"] == "start"), {})
     metrics = sites.with_sites(metrics, events)
     own, everyone = gain_on_own(metrics), gain_on_all(metrics)
@@ -65,9 +76,9 @@ def page_content(metrics: Metrics, events: Sequence[Event], config: str) -> dict
         "curation": _curation(metrics.curation),
         "promise": _promise(metrics.privacy),
         "stages": stages_content(metrics.continual),
-        "aggregation": aggregation_content(metrics, strategy),
+        "aggregation": aggregation_content(metrics, _method_name(tables), method),
         "outline": _outline(metrics, run),
-        "sent_what": _sent_what(strategy),
+        "sent_what": _sent_what(method, run),
         "saved": _saved(metrics, run),
         "samples": _samples(metrics),
         "before": any(sample.base is not None for sample in metrics.samples),
@@ -86,12 +97,16 @@ def _tables(config: str) -> dict[str, Any]:
         return {}
 
 
-def _strategy(tables: Mapping[str, Any]) -> dict[str, Any]:
-    """The method's name and options, as they stand in the file; what has another shape is left out."""
+def _method_name(tables: Mapping[str, Any]) -> str:
+    """The method's name as it stands in the file; "" where there is none."""
     found = tables.get("strategy")
-    found = found if isinstance(found, dict) else {}
-    options = found.get("options")
-    return {"name": str(found.get("name", "")), "options": options if isinstance(options, dict) else {}}
+    return str(found.get("name", "")) if isinstance(found, dict) else ""
+
+
+def _traits(events: Sequence[Event]) -> Traits:
+    """What the log tells of the method: the newest start, for an earlier version may have begun the run."""
+    told = [event["method"] for event in events if event["event"] == "start" and "method" in event]
+    return Traits.model_validate(told[-1]) if told else Traits()
 
 
 def _run_of(tables: dict[str, Any]) -> RunConfig | None:
@@ -134,9 +149,9 @@ def _ranks(clients: Sequence[Client]) -> list[tuple[str, str]]:
     return [("Ranks of the clients", "; ".join(f"{rank}: {who[rank]}" for rank in sorted(by_rank)))]
 
 
-def _sent_what(strategy: Mapping[str, Any]) -> str:
-    """What went both ways."""
-    seeds = strategy["name"] == "fedkseed"
+def _sent_what(method: Traits, run: RunConfig | None) -> str:
+    """What went both ways; where the log does not tell, its configuration does."""
+    seeds = method.scalars > 0 or (run is not None and summary.seeds(run))
     return "scalars of random directions, and counts" if seeds else "weights of the adapter and counts"
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from apiary.config import gauged
 from apiary.core.errors import UserError
 
 MethodName: TypeAlias = Literal["base", "local", "federated", "central"]
@@ -83,14 +84,26 @@ class OwnRound(_Part):
 class RoundGauge(_Part):
     """How far averaging A and B apart ended from the mean of the products, as a share of what the clients changed.
 
-    The rest says how much of that each method would take away.
+    The rest says how much of that an exact method would take away.
     """
 
     relative: float | None = None  # None where the clients' changes cancel
     stderr: float | None = None
-    flora: float | None = None
-    fedex: float | None = None
-    flexlora: float | None = None
+    by_adding: float | None = Field(None, validation_alias=gauged.ADDING_RANKS)  # by ranks that it adds to the base
+    in_rank: float | None = Field(None, validation_alias=gauged.KEEPING_RANK)  # in factors of the adapter's rank
+
+
+class Traits(_Part):
+    """What the run's log tells of its aggregation method, as `strategies.traits` gives it.
+
+    A run of an earlier version tells nothing, which leaves all as it stands here.
+    """
+
+    averages: str = ""  # whether rounds average A and B apart: "always", "sometimes", "never"; "": not known
+    recovers: str = ""  # what it makes of the error of that: "all", "bounded", "rank", or "", nothing or not known
+    takes_one: bool = False
+    threshold: float | None = None
+    scalars: int = 0
 
 
 class Round(_Part):

@@ -20,6 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from apiary.config import gauged
 from apiary.core.formatting import bytes_text, loss_text, share_text
 from apiary.report.data import METHODS, Gain, MethodName, Metrics, OwnRound, Round
 
@@ -103,7 +104,9 @@ def _draw_loss(figure: Figure, narrow: bool, metrics: Metrics, points: Sequence[
     _end_labels(axes, labels, gap=(high - low) * 0.075)
 
 
-def gauge_chart(rounds: Sequence[Round], threshold: float | None = None, left: str = "FlexLoRA") -> Markup | None:
+def gauge_chart(
+    rounds: Sequence[Round], threshold: float | None = None, left: str = gauged.KEEPS_RANK
+) -> Markup | None:
     """What averaging A and B apart misses by round, with its 95% band, and what the best of the rank would miss.
 
     Args:
@@ -124,8 +127,8 @@ def _missed(measured: Round) -> float:
 
 
 def _left(measured: Round) -> float:
-    """What FlexLoRA would leave of it."""
-    return _missed(measured) - ((measured.gauge.flexlora or 0.0) if measured.gauge else 0.0)
+    """What the best factors of the adapter's rank would leave of it."""
+    return _missed(measured) - ((measured.gauge.in_rank or 0.0) if measured.gauge else 0.0)
 
 
 def _draw_gauge(figure: Figure, narrow: bool, points: Sequence[Round], threshold: float | None, name: str) -> None:

@@ -76,7 +76,7 @@ def _start(state: State, event: Event) -> dict[str, Any]:
         "started": state.started or event["time"],
         "rounds": event.get("rounds") or 0,
         "clients": event.get("clients") or 0,
-        "averaged": event.get("outline", "fedavg").startswith(("fedavg", "scaffold", "auto")),
+        "averaged": (event.get("method") or {}).get("averages") != "never",
     }
 
 

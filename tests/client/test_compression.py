@@ -457,7 +457,7 @@ def test_an_update_in_another_name_does_not_count(
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
-        ("wire.up=int5", ("wire.up = 'int5'", "fp32, bf16, int8, int4, topk")),
+        ("wire.up=int5", ("wire.up = 'int5'", "bf16, fp32, int4, int8, sparse, topk")),
         ("wire.down=int5", ("wire.down = 'int5'",)),
         ('wire.up={ name = "int8", rond = "nearest" }', ("wire.up", "no option 'rond'", "'rounding'")),
         ('wire.up={ name = "topk", share = 2 }', ("wire.up.share = 2", "above 0 and at most 1")),

@@ -405,7 +405,15 @@ def test_the_server_app_keeps_the_run_directory(tmp_path: Path, tiny_model: Path
     assert [client["client"] for client in metrics["clients"]] == ["ant"]
     assert loading.load(tmp_path / "run" / "config.toml") == run
     assert "<html" in (tmp_path / "run" / "report.html").read_text()
-    assert [event["event"] for event in read_events(tmp_path / "run")] == ["start", "handshake", "finish"]
+    start, *others = read_events(tmp_path / "run")
+    assert [event["event"] for event in (start, *others)] == ["start", "handshake", "finish"]
+    assert start["method"] == {
+        "averages": "always",
+        "recovers": "",
+        "takes_one": False,
+        "threshold": None,
+        "scalars": 0,
+    }
 
 
 def test_without_held_out_rows_the_server_measures_nothing(tmp_path: Path, tiny_model: Path, rows: Path) -> None:

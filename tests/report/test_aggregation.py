@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from apiary.transport import flower_records
 from server import round_metrics
 from server.rounds import Hooks, Rounds
 from simulation.engines import LocalGrid
-from strategies import AGGREGATORS, Aggregator, Gradient, Reducer, ServerState
+from strategies import AGGREGATORS, Aggregator, Gradient, Reducer, ServerState, traits
 from strategies.averaging_error import exact
 
 PRINT = Fingerprint("m", "t", "c", "a")
@@ -309,7 +310,11 @@ def _metrics(*missed: float | None, left: float = 0.25, stderr: float = 0.0, **f
 
 
 def _text(metrics: dict[str, Any], toml: str = '[strategy]\nname = "fedavg"\n') -> str:
-    return Page(page(metrics, config=toml)).text
+    """The page of a run with this configuration, whose log tells the traits of its method."""
+    strategy = tomllib.loads(toml)["strategy"]
+    options = {**({"byzantine": 1} if "krum" in strategy["name"] else {}), **strategy.get("options", {})}
+    start = {"event": "start", "method": traits(_method(strategy["name"], **options)), "time": 0.0}
+    return Page(page(metrics, [start], toml)).text
 
 
 def test_the_report_says_what_averaging_missed() -> None:
@@ -336,6 +341,7 @@ def test_rounds_that_changed_nothing_are_counted() -> None:
     [
         ("fedex", "", "fedex recovered it; factors of the adapter's rank could have held 75%."),
         ("fedex", "base_rank = 0", "fedex recovered it; factors"),
+        ("fedex", "rank = 2", "fedex recovered it but for what its bounds on the rank cut;"),
         ("flora", "base_rank = 8", "flora recovered it but for what its bounds on the rank cut;"),
         ("flexlora", "", "flexlora recovered 75% of it, which is what factors of the adapter's rank can hold."),
         ("flexlora", 'form = "absolute"', "Exact methods would have recovered it: FLoRA and FedEx-LoRA 100%"),
@@ -392,7 +398,31 @@ def test_a_configuration_that_this_version_refuses_still_names_its_method() -> N
     text = _text(_metrics(0.02, 0.05), '[strategy]\nname = "flora"\n\n[old]\nkey = 1\n')
     assert "would have missed" in text and "flora recovered it;" in text and "Made by" not in text
     for odd in ('strategy = "flora"\n', '[strategy]\nname = 3\noptions = "none"\n'):
-        assert HEAD in _text(_metrics(0.02, 0.05), odd)
+        assert HEAD in Page(page(_metrics(0.02, 0.05), config=odd)).text
+
+
+def test_of_a_run_of_an_earlier_version_nothing_is_claimed() -> None:
+    """Its log does not say what the method is like, and the report guesses from no name."""
+    for name in ("fedavg", "flora", "flexlora", "auto"):
+        for events in ([], [{"event": "start", "time": 0.0}]):
+            text = Page(page(_metrics(0.02, 0.05), events, f'[strategy]\nname = "{name}"\n')).text
+            assert "Averaging A and B apart misses 3.5% of what the clients learnt" in text
+            assert "Exact methods recover it: FLoRA and FedEx-LoRA 100%" in text and "Switch" not in text
+    assert "apart is as good as exact" in Page(page(_metrics(0.0, 0.0))).text
+
+
+def test_a_method_of_ones_own_is_told_by_its_traits() -> None:
+    start = {"event": "start", "time": 0.0, "method": traits(_method("fedavg")._replace(takes_one=True))}
+    metrics = _metrics(0.02, 0.05, shares={"a": 1.0, "b": 0.0}, cut={"b": "far"})
+    text = Page(page(metrics, [start], '[strategy]\nname = "mine:method"\n')).text
+    assert "apart over the clients that counted missed 3.5%" in text
+    assert "That says little of them: mine:method takes one client's change a round" in text
+
+
+def test_a_run_that_an_earlier_version_began_is_told_by_the_one_that_resumed_it() -> None:
+    starts = [{"event": "start", "time": 0.0}, {"event": "start", "time": 1.0, "method": traits(_method("flora"))}]
+    text = Page(page(_metrics(0.02, 0.05), starts, '[strategy]\nname = "flora"\n')).text
+    assert "would have missed" in text and "flora recovered it;" in text
 
 
 def test_where_nothing_was_missed_a_sentence_is_all() -> None:

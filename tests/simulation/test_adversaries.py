@@ -337,6 +337,7 @@ def test_an_attack_spoils_the_mean_and_a_robust_method_names_the_attackers(
     (start,) = [e for e in read_events(tmp_path / "robust") if e["event"] == "start"]
     hostile = start["attack"]["clients"]
     assert start["attack"]["name"] == "sign_flip" and len(hostile) == 2
+    assert start["method"]["averages"] == "never" and not start["method"]["takes_one"]
     assert robust["attack"] == start["attack"] and "attack" not in honest
     rounds = [e for e in read_events(tmp_path / "robust") if e["event"] == "round"]
     assert [sorted(e["cut"]) for e in rounds] == [hostile] * 3

@@ -272,7 +272,13 @@ def test_a_pipe_gets_lines_and_a_terminal_gets_the_board(monkeypatch: pytest.Mon
 
 
 def test_a_method_that_does_not_average_apart_is_not_said_to_miss_it() -> None:
-    for made, said in (("flora; LoRA rank 4", "would miss"), ("fedavg; LoRA rank 4", "misses")):
-        state = fold(State(), {"event": "start", "clients": 8, "rounds": 4, "outline": made, "time": 100.0})
+    for told, said in (
+        ({"averages": "never"}, "would miss"),
+        ({"averages": "sometimes"}, "misses"),
+        ({"averages": "always"}, "misses"),
+        (None, "misses"),  # as an earlier version logged: the outline's words decide nothing
+    ):
+        start = {"event": "start", "clients": 8, "rounds": 4, "outline": "flora; LoRA rank 4", "time": 100.0}
+        state = fold(State(), start | ({"method": told} if told else {}))
         event = {"event": "round", "round": 1, "clients": 8, "asked": 8, "gauge": {"relative": 0.05}, "time": 110.0}
         assert f"averaging apart {said} 5.0%" in str(line(fold(state, event), event))

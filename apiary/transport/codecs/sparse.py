@@ -73,7 +73,7 @@ def topk(share: Annotated[float, Field(gt=0, le=1)] = SHARE) -> Codec:
 
 @CODECS.register("sparse")
 def sparse() -> Codec:
-    """The entries that are not zero, as they are: for changes that are mostly zeros, such as FedKSeed's scalars.
+    """The entries that are not zero, as they are: for changes that are mostly zeros, such as scalars of many seeds.
 
     A part holds their number (4 bytes), their values in float32, and the number of entries skipped before each, 7 bits
     to a byte; where that would take more than all entries do, all of them and no numbers of skipped ones.
