@@ -38,9 +38,8 @@ def scaffold(alike: bool = False) -> Aggregator:
     """SCAFFOLD with control variates of option II (Karimireddy et al. 2020, arXiv 1910.06378, algorithm 1).
 
     A client steps along g + c - c_k, where c_k is about its own gradient and c the mean of all clients'. At the server:
-    x += 1/|S| sum_S (y_k - x), and c += 1/N sum_S (c_k' - c_k), with S the
-    clients that answered and N all that the run knows. Clients count alike, whatever `strategy.weighting` says: c is
-    the plain mean. The paper's global step size is `strategy.server_optimizer` = "plain".
+    x += 1/|S| sum_S (y_k - x), and c += 1/N sum_S (c_k' - c_k), with S the clients that answered and N all that the run
+    knows. Clients count alike, whatever `strategy.weighting` says: c is the plain mean. The paper's global step size is `strategy.server_optimizer` = "plain".
 
     Option II says c_k' - c_k = (x - y_k) / w_k - c, with w_k the sum of the client's learning rates. The server knows
     all of that, so that nothing but the change of the adapter travels up. Down goes c, as large as the adapter.
@@ -82,21 +81,23 @@ def scaffold(alike: bool = False) -> Aggregator:
             memory={**state.memory, **gradient.memory, **{n: t + gradient.memory[n] for n, t in before.items()}}
         )
 
-    def payload(state: ServerState, client: ClientInfo) -> Payload:
-        control = {name: _sum(state.memory, name, tensor) / client.clients for name, tensor in state.adapter.items()}
-        return Payload(state.adapter, state.base_delta, control)
-
     # Rounds of B and A in turns would measure a gradient of zero for the half that rests.
     return Aggregator(
         Reducer(start, take, finish),
         step,
-        payload,
+        _payload,
         needs="sum",
         trains=("both", "b"),
         extra=True,
         local=LOCAL,
         averages="always",
     )
+
+
+def _payload(state: ServerState, client: ClientInfo) -> Payload:
+    """The adapter, and beside it c, the mean of all clients' control variates."""
+    control = {name: _sum(state.memory, name, tensor) / client.clients for name, tensor in state.adapter.items()}
+    return Payload(state.adapter, state.base_delta, control)
 
 
 def _sum(memory: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:

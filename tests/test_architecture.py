@@ -193,7 +193,7 @@ EXPORTED = {
         *("STEPS", "Context", "Curation", "Kept", "Reader", "Row", "Step", "StepReport"),
         *("build_steps", "curate", "digest", "restore", "steps"),
     },
-    "strategies": {"AGGREGATORS", "Aggregator", "Gradient", "Reducer", "ServerState", "from_config"},
+    "strategies": {"AGGREGATORS", "Aggregator", "Gradient", "Reducer", "ServerState", "from_config", "traits"},
 }
 
 
@@ -289,7 +289,7 @@ BY_NAME = re.compile(r"""strategy(\.name|\["name"\])(\s*[!=]=|\s+(not\s+)?in\b|\
 
 def _lines_elsewhere() -> Iterator[tuple[str, int, str]]:
     """File, number and text of each line of code outside the rooms that may name methods; line 0 is the file's path."""
-    for part in _parts():
+    for part in _TOPS:
         for path in sorted((ROOT / part).rglob("*.py")):
             file = path.relative_to(ROOT).as_posix()
             if not file.startswith(NAMES_METHODS):
