@@ -39,7 +39,8 @@ def scaffold(alike: bool = False) -> Aggregator:
 
     A client steps along g + c - c_k, where c_k is about its own gradient and c the mean of all clients'. At the server:
     x += 1/|S| sum_S (y_k - x), and c += 1/N sum_S (c_k' - c_k), with S the clients that answered and N all that the run
-    knows. Clients count alike, whatever `strategy.weighting` says: c is the plain mean. The paper's global step size is `strategy.server_optimizer` = "plain".
+    knows. Clients count alike, whatever `strategy.weighting` says: c is the plain mean. The paper's global step size is
+    `strategy.server_optimizer` = "plain".
 
     Option II says c_k' - c_k = (x - y_k) / w_k - c, with w_k the sum of the client's learning rates. The server knows
     all of that, so that nothing but the change of the adapter travels up. Down goes c, as large as the adapter.
