@@ -19,7 +19,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from apiary.config import loading
@@ -32,7 +31,9 @@ from apiary.evaluation import comparison
 from apiary.models import adapters
 from apiary.privacy import sampling
 from apiary.privacy.accounting import Mechanism, epsilon
+from apiary.privacy.mechanism import BlankedRow, VisitMechanism
 from apiary.privacy.noise import SecretNoise
+from apiary.privacy.sampling import Draw
 from apiary.tracking.environment import machine
 from client.training import dp_sgd, trainer
 from client.training.trainer import FitResult
@@ -76,13 +77,19 @@ def private_visit(setting: Setting, rounds: Mapping[str, Mechanism]) -> Visit:
             adapter,
             corpus,
             config,
-            rates=np.full(len(corpus), each.sample_rate),
-            noise_multiplier=each.noise_multiplier,
-            noise=noise,
-            sampling=sampling,
-            steps=each.steps,
-            first_step=number * each.steps,
-            total_steps=config.rounds * each.steps,
+            dp_sgd.PrivateVisit(
+                VisitMechanism(
+                    Draw(each.steps, each.sample_rate, 0.0, 0),
+                    BlankedRow(config.privacy.clip),
+                    each.noise_multiplier,
+                    config.privacy.batch_rows,
+                ),
+                len(corpus),
+                noise,
+                sampling,
+                first_step=number * each.steps,
+                total_steps=config.rounds * each.steps,
+            ),
         )
 
     return visit

@@ -11,7 +11,6 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,11 +21,12 @@ from apiary.core.messages import Payload, Spent
 from apiary.core.tensors import digest
 from apiary.data.batches import Corpus
 from apiary.models.adapters import LanguageModel
-from apiary.privacy import sampling
-from apiary.privacy.ledger import Entry, open_key, pay
+from apiary.privacy.ledger import open_key, pay
+from apiary.privacy.mechanism import mechanism
 from apiary.privacy.noise import SecretNoise, request_digest
 from client.releases import released, unanswered
-from client.training.dp_sgd import fit_private
+from client.site import Site
+from client.training.dp_sgd import PrivateVisit, fit_private
 from client.training.trainer import FitResult, Observer
 from strategies.local import Penalty
 
@@ -41,80 +41,60 @@ class Work(NamedTuple):
     rows: Sequence[int]  # the client's rows in each stage, before curation: public
     rounds_before: int  # of this stage
     rounds: int  # of this stage, all told
+    penalties: tuple[Penalty, ...] = ()  # on the adapter, which cost nothing
+    observers: tuple[Observer, ...] = ()  # told of each step; what they are told must stay with the client
 
 
 def visit(
-    lm: LanguageModel,
-    config: RunConfig,
-    work: Work,
-    payload: Payload,
-    number: int,
-    *,
-    folder: Path,
-    ledger: Path,
-    penalties: Sequence[Penalty] = (),
-    observers: Sequence[Observer] = (),
+    lm: LanguageModel, config: RunConfig, site: Site, work: Work, payload: Payload, number: int
 ) -> tuple[FitResult, Spent] | None:
     """The private change of the received adapter, and what the client's rows have spent with it.
 
     Args:
         lm: the model.
         config: the run.
-        work: the rows.
+        site: the client; its folder of this run keeps the release, and its secret key stands beside its ledger.
+        work: the rows, and what training takes beside them.
         payload: what the server sent.
         number: the round, from 1.
-        folder: the client's own folder of this run, which keeps the release.
-        ledger: the client's `ledger.json`; its secret key stands beside it.
-        penalties: on the adapter, which cost nothing.
-        observers: told of each step; what they are told must stay with the client.
 
     Returns:
         None where the client has no rows for this stage.
 
     Raises:
         apiary.core.errors.BudgetSpent: the visit does not fit in the budget; nothing was drawn or charged.
-        UserError: the settings cannot keep the promise, or the ledger cannot be read.
+        UserError: the settings cannot keep the guarantee, or the ledger cannot be read.
     """
-    plan = sampling.draw(config, work.rows, number)
-    if plan is None:
+    runs = mechanism(config, work.rows, number)
+    if runs is None:
         return None
-    noise_multiplier = sampling.noise_multiplier(config, work.rows)
-    rates = np.full(len(work.corpus), plan.old)
-    rates[: work.new] = plan.new
-    key = open_key(ledger)
+    key, run = open_key(site.ledger), site.folder.name
     inputs = (
         digest(payload.model, digits=64),
-        _corpus_digest(work.corpus, rates),
+        _corpus_digest(work.corpus, runs.rates(len(work.corpus), work.new)),
         _config_digest(config),
         _machine(lm, config),
-        json.dumps([noise_multiplier, *plan]),
+        json.dumps([runs.noise_multiplier, *runs.sampler]),
     )
-    request = unanswered(folder, number, lambda again: request_digest(key, folder.name, number, *inputs, *again))
-    entry = Entry(
-        folder.name, number, request, noise_multiplier, plan.steps, sampling.rates(plan), sampling.partition(config)
-    )
-    spent = pay(ledger, entry, config.privacy)
-    make = functools.partial(
-        fit_private,
-        lm,
-        payload.model,
-        work.corpus,
-        config,
-        rates=rates,
-        noise_multiplier=noise_multiplier,
-        noise=SecretNoise(key, "noise", request),
-        sampling=SecretNoise(key, "rows", request),
-        steps=plan.steps,
-        first_step=work.rounds_before * plan.steps,
-        total_steps=work.rounds * plan.steps,
-        penalties=penalties,
-        observers=observers,
+    request = unanswered(site.folder, number, lambda again: request_digest(key, run, number, *inputs, *again))
+    spent = pay(site.ledger, runs.event(run, number, request), config.privacy)
+    steps = runs.sampler.steps
+    plan = PrivateVisit(
+        runs,
+        work.new,
+        SecretNoise(key, "noise", request),
+        SecretNoise(key, "rows", request),
+        first_step=work.rounds_before * steps,
+        total_steps=work.rounds * steps,
+        penalties=work.penalties,
+        observers=work.observers,
         factors=config.adapter.trained(number),
     )
-    result = released(folder, number, request, make)
+    make = functools.partial(fit_private, lm, payload.model, work.corpus, config, plan)
+    result = released(site.folder, number, request, make)
     # Expected numbers, and so public; only new rows give an update its weight.
-    expected = plan.steps * config.privacy.batch_rows
-    new = max(1, round(plan.steps * plan.new * work.rows[plan.stage]))
+    expected = steps * runs.batch_rows
+    new = max(1, round(steps * runs.sampler.new * work.rows[runs.sampler.stage]))
     return result._replace(report=result.report._replace(tokens=new, replayed=expected - new)), spent
 
 

@@ -156,18 +156,22 @@ class Worker:
         both = (*data.new, *(row.example for row in data.replay))
         corpus = self._rows.corpus(site, "train", both)
         new = len(data.new) - sum(row < len(data.new) for row in corpus.dropped)
-        rows = rows_by_stage(site.train, self.config)
         try:
             paid = private_visit.visit(
                 self._model(site),
                 self.config,
-                Work(corpus, new, rows, data.rounds_before, data.rounds),
+                site,
+                Work(
+                    corpus,
+                    new,
+                    rows_by_stage(site.train, self.config),
+                    data.rounds_before,
+                    data.rounds,
+                    self._with_penalties(hooks, payload).penalties,
+                    (state.step_log(site.folder, number),),
+                ),
                 payload,
                 number,
-                folder=site.folder,
-                ledger=site.ledger,
-                penalties=self._with_penalties(hooks, payload).penalties,
-                observers=[state.step_log(site.folder, number)],
             )
         except BudgetSpent:
             return Decline(site.client, "budget")

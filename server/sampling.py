@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 
+from apiary.config.schema import cohort_size
 from apiary.core.tensors import derive_seed, generator
 
 
@@ -41,4 +41,4 @@ def panel(clients: Iterable[str], draw: Draw) -> list[str]:
 
 
 def _size(clients: int, draw: Draw) -> int:
-    return min(clients, max(draw.minimum, math.ceil(draw.fraction * clients - 1e-9)))
+    return cohort_size(clients, draw.fraction, draw.minimum)

@@ -251,10 +251,8 @@ def test_functions_and_classes_stay_small() -> None:
     """
     sizes = list(_sizes())
     assert len(sizes) > 1000
-    later = {"client/private_visit.py:visit", "client/training/dp_sgd.py:fit_private"}  # until privacy has one plan
     long = [where for where, kind, lines, _, _ in sizes if lines > (250 if kind == "class" else 60)]
     wide = [w for w, _, _, count, builder in sizes if count > 8 and not builder and not w.startswith("apiary/cli/")]
-    long, wide = [w for w in long if w not in later], [w for w in wide if w not in later]
     assert (long, wide) == ([], [])
 
 

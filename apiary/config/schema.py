@@ -279,7 +279,7 @@ class StrategyConfig(_Section):
 
     def cohort_size(self, clients: int) -> int:
         """How many of so many clients are asked in a round."""
-        return min(clients, max(self.min_clients, math.ceil(self.fraction * clients - 1e-9)))
+        return cohort_size(clients, self.fraction, self.min_clients)
 
 
 class WireConfig(_Section):
@@ -382,3 +382,8 @@ class RunConfig(_Section):
         return toml_text.dump(
             {name: value for name, value in self.model_dump(mode="json").items() if name not in without}
         )
+
+
+def cohort_size(clients: int, fraction: float, minimum: int) -> int:
+    """How many of so many clients a round asks: a fraction of them, but at least `minimum` where there are as many."""
+    return min(clients, max(minimum, math.ceil(fraction * clients - 1e-9)))

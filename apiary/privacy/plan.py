@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from apiary.config.schema import RunConfig
 from apiary.core.errors import UserError
 from apiary.privacy import sampling
-from apiary.privacy.sampling import Draw
+from apiary.privacy.mechanism import VisitMechanism, mechanism
 
 _LINES = 12  # of the table
 # `benchmarks/privacy.py --seeds 1 --epsilons 1,0.1,0.04` on configs/private.toml, whose untuned held-out loss is 2.50:
@@ -32,7 +32,7 @@ class Plan(NamedTuple):
     client: str  # "" where the number of rows was given
     rows: tuple[int, ...]  # in each stage; one number without stages
     noise_multiplier: float
-    rounds: list[Draw | None]
+    rounds: list[VisitMechanism | None]
     lines: list[Line]
     remarks: list[str]
 
@@ -57,11 +57,11 @@ def plan_for(config: RunConfig, clients: Sequence[tuple[str, Sequence[int]]]) ->
     every = [rows for _, rows in clients]
     client, counts = clients[sampling.worst(config, every)]
     noise = sampling.noise_multiplier(config, counts)
-    rounds = [sampling.draw(config, counts, number) for number in range(1, config.rounds + 1)]
+    rounds = [mechanism(config, counts, number, noise) for number in range(1, config.rounds + 1)]
     lines = [
         Line(
             number,
-            sum(made.steps for made in rounds[:number] if made),
+            sum(made.sampler.steps for made in rounds[:number] if made),
             sampling.cost(config, counts, noise, "pld", number),
             sampling.cost(config, counts, noise, "rdp", number),
         )
@@ -81,8 +81,7 @@ def remarks(config: RunConfig, clients: Sequence[Sequence[int]]) -> list[str]:
         UserError: the settings cannot keep the promise for so many rows.
     """
     lines = sampling.short_budget(config, clients)
-    asked = math.ceil(config.strategy.fraction * len(clients) - 1e-9)
-    cohort = min(len(clients), max(config.strategy.min_clients, asked))
+    cohort = config.strategy.cohort_size(len(clients))
     rows = sorted(clients, key=sum)[len(clients) // 2]  # of the one in the middle, for most have noise like its
     steps = sum(made.steps for n in range(1, config.rounds + 1) if (made := sampling.draw(config, rows, n)))
     found = signal(config, sampling.noise_multiplier(config, rows), steps * cohort)
@@ -129,7 +128,7 @@ def _spread(rows: int, stages: int) -> tuple[int, ...]:
 
 def describe(config: RunConfig, made: Plan) -> Iterator[str]:
     """The plan as lines of text."""
-    privacy = config.privacy
+    privacy, runs = config.privacy, next(each for each in made.rounds if each)
     if privacy.unit == "none":
         yield "privacy.unit = 'none': nothing is promised; with 'record' it would be this."
     whose = f"{made.client}, whose rows pay most" if made.client else "as given"
@@ -138,10 +137,10 @@ def describe(config: RunConfig, made: Plan) -> Iterator[str]:
     yield "adjacency    one row blanked; how many rows a client has is taken to be public"
     yield f"sampler      Poisson: each row is in a step by itself, with chance {_chances(made)}"
     yield f"accountant   {privacy.accountant}, at delta {privacy.delta:g}"
-    yield f"rows         {' + '.join(map(str, made.rows))} ({whose}); {privacy.batch_rows} expected in a step"
+    yield f"rows         {' + '.join(map(str, made.rows))} ({whose}); {runs.batch_rows} expected in a step"
     yield f"steps        {made.lines[-1].steps} in {config.rounds} rounds"
-    yield f"noise        {made.noise_multiplier:.4f} x clip {privacy.clip:g} ({origin})"
-    if any(made_round and made_round.old > made_round.new for made_round in made.rounds):
+    yield f"noise        {runs.noise_multiplier:.4f} x clip {runs.sensitivity.l2:g} ({origin})"
+    if any(each and each.sampler.old > each.sampler.new for each in made.rounds):
         yield "buffer       its few rows are drawn more often than new ones, and set the noise: a larger one costs less"
     yield from (f"warning: {remark}" for remark in made.remarks)
     yield ""
@@ -154,22 +153,27 @@ def describe(config: RunConfig, made: Plan) -> Iterator[str]:
 
 def document(config: RunConfig, made: Plan) -> dict[str, Any]:
     """The plan as plain values; a round without rows of its stage has no chances."""
-    privacy = config.privacy
+    privacy, runs = config.privacy, next(each for each in made.rounds if each)
     return {
         "unit": privacy.unit,
         "accountant": privacy.accountant,
         "epsilon": privacy.epsilon,
         "delta": privacy.delta,
-        "clip": privacy.clip,
-        "noise_multiplier": made.noise_multiplier,
+        "clip": runs.sensitivity.l2,
+        "noise_multiplier": runs.noise_multiplier,
         "client": made.client or None,
         "rows": list(made.rows),
-        "batch_rows": privacy.batch_rows,
+        "batch_rows": runs.batch_rows,
         "steps": made.lines[-1].steps,
         "rounds": [
-            {"round": number, "steps": drawn.steps, "chance": drawn.new, "chance_in_buffer": drawn.old}
-            for number, drawn in enumerate(made.rounds, 1)
-            if drawn
+            {
+                "round": number,
+                "steps": each.sampler.steps,
+                "chance": each.sampler.new,
+                "chance_in_buffer": each.sampler.old,
+            }
+            for number, each in enumerate(made.rounds, 1)
+            if each
         ],
         "spent": [
             {"round": line.round, "steps": line.steps, "epsilon_pld": line.pld, "epsilon_rdp": line.rdp}
@@ -180,7 +184,7 @@ def document(config: RunConfig, made: Plan) -> dict[str, Any]:
 
 
 def _chances(made: Plan) -> str:
-    drawn = [each for each in made.rounds if each]
+    drawn = [each.sampler for each in made.rounds if each]
     new = " to ".join(dict.fromkeys(f"{pick(each.new for each in drawn):.4g}" for pick in (min, max)))
     kept = max((each.old for each in drawn), default=0.0)
     return f"{new}; from the buffer up to {kept:.4g}" if kept else new

@@ -49,9 +49,8 @@ def draw(config: RunConfig, rows: Sequence[int], number: int) -> Draw | None:
     if not rows[stage]:
         return None
     whole = sample_rate(privacy, rows[stage])
-    kept = config.continual.buffer * sum(
-        rows[:stage]
-    )  # expected rows of the buffer; a share, see apiary.config.compatibility
+    # Expected rows of the buffer: its size is a fraction here (apiary.config.compatibility).
+    kept = config.continual.buffer * sum(rows[:stage])
     share = config.continual.replay if kept else 0.0
     new = (1 - share) * whole
     old = min(1.0, share * privacy.batch_rows / kept) if kept else 0.0
@@ -59,7 +58,7 @@ def draw(config: RunConfig, rows: Sequence[int], number: int) -> Draw | None:
     return Draw(steps, new, old, stage)
 
 
-def rates(made: Draw) -> dict[str, float]:
+def cohort_rates(made: Draw) -> dict[str, float]:
     """The chances of a round by cohort: the rows that came in stage j are cohort j, for the ledger."""
     earlier = {str(stage): made.old for stage in range(made.stage) if made.old}
     return {**earlier, str(made.stage): made.new}
@@ -81,7 +80,9 @@ def histories(config: RunConfig, rows: Sequence[int], noise: float, rounds: int 
     """
     planned = [draw(config, rows, number) for number in range(1, (rounds or config.rounds) + 1)]
     met: list[Mapping[str, Mechanism]] = [
-        {cohort: Mechanism(noise, rate, made.steps) for cohort, rate in rates(made).items()} for made in planned if made
+        {cohort: Mechanism(noise, rate, made.steps) for cohort, rate in cohort_rates(made).items()}
+        for made in planned
+        if made
     ]
     cohorts = sorted({cohort for one in met for cohort in one})
     return [[one[cohort] for one in met if cohort in one] for cohort in cohorts]

@@ -28,6 +28,7 @@ from apiary.data.batches import Batch, Corpus, collate, plan_batches
 from apiary.models.adapters import LanguageModel, autocast, get_adapter, pad_id, set_adapter, training
 from apiary.models.fused_layers import as_peft
 from apiary.models.loss import to_device
+from apiary.privacy.mechanism import VisitMechanism
 from apiary.privacy.noise import SecretNoise
 from client.training.objectives import OBJECTIVES, Objective, finite
 from client.training.trainer import Cursor, FitResult, Observer, StepRecord, make_optimizer, threads
@@ -45,24 +46,26 @@ class Sum(NamedTuple):
     tokens: int
 
 
+class PrivateVisit(NamedTuple):
+    """What a private visit is made of beside its model, its rows and `[train]`."""
+
+    mechanism: VisitMechanism  # all that decides privacy; the ledger was charged with its event
+    new: int  # the first rows of the corpus, which are new; the others come from the replay buffer
+    noise: SecretNoise  # the stream of the noise
+    # The stream that draws the rows; secret too, for the amplification by sampling holds only against who does not know
+    # which rows were drawn.
+    sampling: SecretNoise
+    first_step: int  # steps made before this visit, of `total_steps` in the run
+    total_steps: int
+    penalties: tuple[Penalty, ...] = ()
+    observers: tuple[Observer, ...] = ()  # told the loss of the drawn rows, so they must stay with the client
+    factors: Literal["both", "b", "a"] = "both"  # trained, clipped and noised; the change of the others is zero
+
+
 def fit_private(
-    lm: LanguageModel,
-    start: StateDict,
-    corpus: Corpus,
-    config: RunConfig,
-    *,
-    rates: np.ndarray,
-    noise_multiplier: float,
-    noise: SecretNoise,
-    sampling: SecretNoise,
-    steps: int,
-    first_step: int,
-    total_steps: int,
-    penalties: Sequence[Penalty] = (),
-    observers: Sequence[Observer] = (),
-    factors: Literal["both", "b", "a"] = "both",
+    lm: LanguageModel, start: StateDict, corpus: Corpus, config: RunConfig, visit: PrivateVisit
 ) -> FitResult:
-    """The change that `steps` private steps make to the adapter `start` (Abadi et al. 2016, algorithm 1).
+    """The change that a visit's private steps make to the adapter `start` (Abadi et al. 2016, algorithm 1).
 
     The loss of a row is the mean over its trained tokens. A step's gradient is
     (sum over the drawn rows of clip(g_i, C) + N(0, (z C)^2)) / batch_rows, plus that of the penalties, which see the
@@ -71,14 +74,11 @@ def fit_private(
     infinite adds nothing: an error would tell that it was drawn.
 
     Args:
-        rates: (n,) each row's chance to be in a step; what the ledger was charged for.
-        noise_multiplier: z, the deviation of the noise over the clipping norm C; 0 is not private.
-        noise: the stream of the noise.
-        sampling: the stream that draws the rows; secret too, for the amplification by sampling holds only against who
-            does not know which rows were drawn.
-        first_step: steps made before this visit, of `total_steps` in the run.
-        observers: told the loss of the drawn rows, so they must stay with the client.
-        factors: which of the adapter's factors are trained, clipped and noised; the change of the others is zero.
+        lm: the model.
+        start: the received adapter, with the factors to add to the base.
+        corpus: new rows, then those of the replay buffer.
+        config: the optimizer, its schedule, and the largest pass through the model; `[privacy]` is not read.
+        visit: the mechanism that is run, and where the visit stands in the run.
 
     Returns:
         The change, an empty cursor, and a report of public numbers: the expected rows as tokens and examples, no loss.
@@ -87,35 +87,33 @@ def fit_private(
         FloatingPointError: the adapter itself overflowed; it is released, so this tells nothing more.
         RuntimeError: gradients do not come row by row, or the adapter does not move.
         UserError: the adapter has dropout.
-        ValueError: `start` does not fit the adapter, or `rates` not the corpus.
+        ValueError: `start` does not fit the adapter, or more rows are new than there are.
     """
     if config.adapter.dropout:
         raise UserError(
             f"adapter.dropout = {config.adapter.dropout}: must be 0 with privacy.unit = 'record'; "
             "the noise regularises more than enough"
         )
-    if len(rates) != len(corpus):
-        raise ValueError(f"{len(rates)} rates for {len(corpus)} rows")
-    began = time.perf_counter()
-    train, privacy = config.train, config.privacy
+    began, train, mechanism = time.perf_counter(), config.train, visit.mechanism
+    rates, steps = mechanism.rates(len(corpus), visit.new), mechanism.sampler.steps
     set_adapter(lm, start)
     received = get_adapter(lm)
     objective = OBJECTIVES.build(train.objective)
-    with threads(train.threads), training(lm, factors) as moving, row_gradients(moving):
+    with threads(train.threads), training(lm, visit.factors) as moving, row_gradients(moving):
         optimizer = make_optimizer(list(moving.adapter.values()), train, lm.device)
         for step in range(steps):
-            rows = sampling.chosen(rates)
-            total = clipped_sum(moving, objective, corpus, rows, privacy.clip, train.batch_tokens)
-            gradients = privatised(total.gradients, noise, noise_multiplier * privacy.clip, privacy.batch_rows)
-            lr = learning_rate(first_step + step, total_steps, train)
-            _take(moving, optimizer, gradients, penalties, lr)
-            if step == 0 and (noise_multiplier or len(rows)):
+            rows = visit.sampling.chosen(rates)
+            total = clipped_sum(moving, objective, corpus, rows, mechanism.sensitivity.l2, train.batch_tokens)
+            gradients = privatised(total.gradients, visit.noise, mechanism.noise_std, mechanism.batch_rows)
+            lr = learning_rate(visit.first_step + step, visit.total_steps, train)
+            _take(moving, optimizer, gradients, visit.penalties, lr)
+            if step == 0 and (mechanism.noise_multiplier or len(rows)):
                 _refuse_standstill(lm, received)
             record = _record(step, total, gradients, lr)
-            for observe in observers:
+            for observe in visit.observers:
                 observe(record)
     delta = finite(subtract(get_adapter(lm), received))
-    expected = steps * privacy.batch_rows
+    expected = steps * mechanism.batch_rows
     report = FitReport(expected, expected, steps, math.nan, time.perf_counter() - began)
     return FitResult(dict(delta), Cursor(), report)
 

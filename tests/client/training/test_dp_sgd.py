@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,9 +22,12 @@ from apiary.data.batches import Batch, Corpus, Encoded, collate, gather
 from apiary.models import adapters, fused_layers
 from apiary.models.loss import row_losses
 from apiary.privacy.accounting import Mechanism, epsilon
+from apiary.privacy.mechanism import BlankedRow, VisitMechanism
 from apiary.privacy.noise import SecretNoise
+from apiary.privacy.sampling import Draw
 from client import releases
 from client.training import dp_sgd
+from client.training.dp_sgd import PrivateVisit
 from client.training.objectives import build_penalties
 from client.training.trainer import FitResult, StepRecord
 
@@ -58,21 +62,20 @@ def stream(purpose: str, request: str = "r") -> SecretNoise:
     return SecretNoise(KEY, purpose, request)
 
 
-def fit(lm: adapters.LanguageModel, config: RunConfig, steps: int, **keys: object) -> FitResult:
-    corpus = keys.get("corpus", CORPUS)
-    assert isinstance(corpus, Corpus)
-    given = {
-        "start": small_models.random_state(adapters.get_adapter(lm)),
-        "corpus": corpus,
-        "rates": np.full(len(corpus), 0.25),
-        "noise_multiplier": 0.0,
-        "noise": stream("noise"),
-        "sampling": stream("rows"),
-        "first_step": 0,
-        "total_steps": steps,
-        **keys,
-    }
-    return dp_sgd.fit_private(lm, config=config, steps=steps, **given)
+def fit(lm: adapters.LanguageModel, config: RunConfig, steps: int, **keys: Any) -> FitResult:
+    """A visit of so many steps, at a sampling rate of a quarter and without noise unless told otherwise."""
+    corpus, new_rate, kept_rate = keys.pop("corpus", CORPUS), keys.pop("rate", 0.25), keys.pop("kept_rate", 0.0)
+    start = keys.pop("start", None) or small_models.random_state(adapters.get_adapter(lm))
+    privacy = config.privacy
+    mechanism = VisitMechanism(
+        Draw(steps, new_rate, kept_rate, 0),
+        BlankedRow(privacy.clip),
+        keys.pop("noise_multiplier", 0.0),
+        privacy.batch_rows,
+    )
+    given = {"new": len(corpus), "noise": stream("noise"), "sampling": stream("rows"), "first_step": 0}
+    visit = PrivateVisit(mechanism, **{**given, "total_steps": steps, **keys})
+    return dp_sgd.fit_private(lm, start, corpus, config, visit)
 
 
 def clipped_by_hand(lm: adapters.LanguageModel, corpus: Corpus, rows: list[int], clip: float) -> dict[str, np.ndarray]:
@@ -234,7 +237,7 @@ def test_the_adam_of_a_visit_is_adamw_on_the_same_private_gradients(
 
 def test_an_empty_draw_is_a_step_of_noise_alone(lm: adapters.LanguageModel) -> None:
     config = settings_of(optimizer="sgd")
-    result = fit(lm, config, 1, rates=np.zeros(40), noise_multiplier=2.0)
+    result = fit(lm, config, 1, rate=0.0, noise_multiplier=2.0)
     numbers = torch.cat([t.flatten() for t in result.delta.values()]).double().numpy()
     deviation = 0.1 * 2.0 * CLIP / 10
     assert stats.kstest(numbers / deviation, "norm").pvalue > 1e-3
@@ -245,7 +248,7 @@ def test_the_sum_is_divided_by_the_expected_rows_never_by_the_drawn_ones(lm: ada
     config = settings_of(optimizer="sgd")
     adapters.set_adapter(lm, start := small_models.random_state(adapters.get_adapter(lm)))
     total = clipped_by_hand(lm, CORPUS, list(range(40)), CLIP)
-    result = fit(lm, config, 1, rates=np.ones(40), start=start)
+    result = fit(lm, config, 1, rate=1.0, start=start)
     for name, value in total.items():
         np.testing.assert_allclose(result.delta[name].numpy(), -0.1 * value / 10, rtol=1e-3, atol=1e-6)
     assert result.report.examples == 10
@@ -253,8 +256,7 @@ def test_the_sum_is_divided_by_the_expected_rows_never_by_the_drawn_ones(lm: ada
 
 def test_rows_can_have_rates_of_their_own(lm: adapters.LanguageModel) -> None:
     seen: list[int] = []
-    rates = np.where(np.arange(40) < 20, 1.0, 0.0)
-    fit(lm, settings_of(), 1, rates=rates, observers=[lambda record: seen.append(record.tokens)])
+    fit(lm, settings_of(), 1, rate=1.0, kept_rate=0.0, new=20, observers=(lambda record: seen.append(record.tokens),))
     assert seen == [sum(int(CORPUS.trained[CORPUS.offsets[i] : CORPUS.offsets[i + 1]].sum()) for i in range(20))]
 
 
@@ -340,8 +342,8 @@ def test_dropout_and_strange_rates_are_refused(lm: adapters.LanguageModel) -> No
             settings_of().model_copy(update={"adapter": settings_of().adapter.model_copy(update={"dropout": 0.1})}),
             1,
         )
-    with pytest.raises(ValueError, match="39 rates for 40 rows"):
-        fit(lm, settings_of(), 1, rates=np.full(39, 0.1))
+    with pytest.raises(ValueError, match="41 new rows of 40"):
+        fit(lm, settings_of(), 1, new=41)
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
@@ -432,9 +434,7 @@ def audited(lm: adapters.LanguageModel, noise_multiplier: float) -> float:
         single = [dp_sgd.clipped_sum(lm, row_losses, every, np.array([i]), 0.01, 512) for i in range(CANARIES)]
     gradients = torch.stack([torch.cat([g.flatten() for g in one.gradients.values()]) for one in single])
     config = settings_of(optimizer="sgd", lr=1e-3, batch_tokens=512, privacy={"clip": 0.01, "batch_rows": 1})
-    result = fit(
-        lm, config, AUDIT_STEPS, corpus=held, rates=np.ones(len(held)), noise_multiplier=noise_multiplier, start=start
-    )
+    result = fit(lm, config, AUDIT_STEPS, corpus=held, rate=1.0, noise_multiplier=noise_multiplier, start=start)
     went = torch.cat([result.delta[name].flatten() for name in lm.adapter])
     scores = -((gradients - gradients.mean(0)) @ went).numpy()
     return lower_bound(scores[inside], scores[~inside], 1e-5)
@@ -450,6 +450,6 @@ def test_an_audit_sees_canaries_without_noise_and_not_more_than_is_claimed_with_
 
 def test_observers_see_what_stays_at_home(lm: adapters.LanguageModel) -> None:
     seen: list[StepRecord] = []
-    fit(lm, settings_of(), 3, observers=[seen.append], noise_multiplier=1.0)
+    fit(lm, settings_of(), 3, observers=(seen.append,), noise_multiplier=1.0)
     assert [record.step for record in seen] == [0, 1, 2]
     assert all(math.isfinite(record.loss) and record.grad_norm > 0 for record in seen)
