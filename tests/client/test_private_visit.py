@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,7 +20,11 @@ from apiary.data.examples import Example, Turn
 from apiary.models import adapters
 from apiary.privacy import sampling
 from apiary.privacy.accounting import epsilon
+from apiary.privacy.mechanism import VisitMechanism
+from apiary.privacy.noise import SecretNoise
+from client import private_visit
 from client.site import Site
+from client.training import dp_sgd
 from client.worker import Worker
 
 STAGES = ['continual.stages=[["a"], ["b"], ["c"]]', "continual.buffer=0.5", "continual.policy=poisson", "rounds=6"]
@@ -211,3 +216,90 @@ def test_the_noise_found_keeps_every_cohort_to_the_budget_and_is_the_least(stage
 def test_more_rows_in_a_step_than_there_are_is_refused(tiny_model: Path) -> None:
     with pytest.raises(UserError, match=r"privacy\.batch_rows = 8: at most the 7 rows"):
         sampling.draw(settings(tiny_model), [7], 1)
+
+
+class Seen:
+    """What the training loop really did, noted where it draws, clips, adds noise and divides."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.rates: list[np.ndarray] = []
+        self.clips: list[float] = []
+        self.longest = 0.0  # norm of a clipped row's gradient
+        self.noise: list[tuple[float, int]] = []
+        chosen, summed, privatised = SecretNoise.chosen, dp_sgd.clipped_sum, dp_sgd.privatised
+
+        def drawing(stream: SecretNoise, rates: np.ndarray) -> np.ndarray:
+            self.rates.append(rates.copy())
+            return chosen(stream, rates)
+
+        def clipping(lm: Any, objective: Any, corpus: Any, drawn: np.ndarray, clip: float, room: int) -> dp_sgd.Sum:
+            self.clips.append(clip)
+            for row in drawn[:2]:
+                alone = summed(lm, objective, corpus, np.array([row]), clip, room).gradients.values()
+                self.longest = max(self.longest, float(torch.stack([g.square().sum() for g in alone]).sum().sqrt()))
+            return summed(lm, objective, corpus, drawn, clip, room)
+
+        def adding(gradients: Any, noise: SecretNoise, deviation: float, divisor: int) -> Any:
+            self.noise.append((deviation, divisor))
+            return privatised(gradients, noise, deviation, divisor)
+
+        monkeypatch.setattr(SecretNoise, "chosen", drawing)
+        monkeypatch.setattr(dp_sgd, "clipped_sum", clipping)
+        monkeypatch.setattr(dp_sgd, "privatised", adding)
+
+
+def disagreements(seen: Seen, entry: dict[str, Any], clip: float, batch_rows: int) -> set[str]:
+    """The parts in which what was done differs from what was charged."""
+    rates = {float(rate) for one in seen.rates for rate in one}
+    found = {
+        "steps": len(seen.rates) != entry["steps"] or len(seen.noise) != entry["steps"],
+        "rate": rates != set(entry["rates"].values()),
+        "noise": {std for std, _ in seen.noise} != {entry["noise_multiplier"] * clip},
+        "clip": set(seen.clips) != {clip} or seen.longest > clip,
+        "denominator": {divisor for _, divisor in seen.noise} != {batch_rows},
+    }
+    return {part for part, differs in found.items() if differs}
+
+
+@pytest.mark.parametrize("stages", [False, True])
+def test_what_is_done_is_what_is_charged(
+    stages: bool, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixed = (*rows(40), *rows(30, "wax", "b"), *rows(20, "comb", "c"))
+    worker = Worker(settings(tiny_model, *(STAGES if stages else [])))
+    for number in (1, 3) if stages else (1,):
+        seen = Seen(monkeypatch)
+        worker.train(site(tmp_path, mixed), number, payload(worker))
+        entry = json.loads((tmp_path / "ledger.json").read_text())["entries"][-1]
+        assert disagreements(seen, entry, clip=1.0, batch_rows=8) == set()
+        assert len(entry["rates"]) == (2 if number == 3 else 1) and seen.longest > 0
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("steps", lambda m: m._replace(sampler=m.sampler._replace(steps=m.sampler.steps + 1))),
+        ("rate", lambda m: m._replace(sampler=m.sampler._replace(new=1.0))),
+        ("noise", lambda m: m._replace(noise_multiplier=m.noise_multiplier / 100)),
+        ("clip", lambda m: m._replace(sensitivity=m.sensitivity._replace(l2=2.0), noise_multiplier=0.5)),
+        ("denominator", lambda m: m._replace(batch_rows=4)),
+    ],
+)
+def test_a_part_that_is_changed_on_its_way_into_training_is_seen(
+    part: str, change: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guard above would notice each part alone, were it charged as planned and run otherwise."""
+    fit = dp_sgd.fit_private
+
+    def other(*given: Any) -> Any:
+        *before, visit = given
+        assert isinstance(visit.mechanism, VisitMechanism)
+        return fit(*before, visit._replace(mechanism=change(visit.mechanism)))
+
+    monkeypatch.setattr(private_visit, "fit_private", other)
+    seen, worker = Seen(monkeypatch), Worker(settings(tiny_model))
+    worker.train(site(tmp_path, rows(40)), 1, payload(worker))
+    entry = json.loads((tmp_path / "ledger.json").read_text())["entries"][-1]
+    assert disagreements(seen, entry, clip=1.0, batch_rows=8) == {part}
+    assert math.isfinite(entry["noise_multiplier"])
