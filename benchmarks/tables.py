@@ -122,7 +122,7 @@ def curation(results: dict[str, Any]) -> str:
         "random": "spoiled, then as many rows at random as curation keeps",
         "curated at once": "spoiled, then curated, from the first round on",
         "curated": "spoiled, then curated, IFD after three rounds",
-        "oracle": "spoiled, then all bad rows taken out by who knows them",
+        "oracle": "spoiled, then all bad rows removed by an oracle",
     }
     lines = ["| | held-out loss | exact match |", "|---|---|---|"]
     for name, label in names.items():

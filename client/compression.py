@@ -72,7 +72,7 @@ def encode(config: RunConfig, codec: Codec, site: Site, number: int, delta: Stat
         delta: the change.
 
     Raises:
-        ValueError: it holds NaN or infinity.
+        ValueError: the change holds NaN or infinity.
     """
     before = round_files.newest(site.folder, KIND, number) if codec.feedback else {}
     fitting = {name: tensor for name, tensor in before.items() if name in delta and tensor.shape == delta[name].shape}

@@ -57,7 +57,7 @@ def answer(
         errors: the folder that keeps errors in full; the site's own where None.
 
     Raises:
-        Refusal: whatever went wrong.
+        Refusal: anything went wrong; the text is what the server may be told.
         OSError: the disk is full; without the path, for Flower would send the text to the server.
     """
     try:
@@ -94,7 +94,7 @@ def _receive(worker: Worker, site: Site, sent: Parcel) -> StateDict:
     """What the server sent, unpacked.
 
     Raises:
-        Refusal: it cannot be.
+        Refusal: the parcel is damaged, or builds on an adapter that the site doesn't hold.
     """
     try:
         return compression.receive(worker.config, site.folder, worker.shapes(site), sent)

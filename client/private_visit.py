@@ -21,7 +21,7 @@ from apiary.core.messages import Payload, Spent
 from apiary.core.tensors import digest
 from apiary.data.batches import Corpus
 from apiary.models.adapters import LanguageModel
-from apiary.privacy.ledger import open_key, pay
+from apiary.privacy.ledger import charge_file, open_key
 from apiary.privacy.mechanism import mechanism
 from apiary.privacy.noise import SecretNoise, request_digest
 from client.releases import released, unanswered
@@ -77,7 +77,7 @@ def visit(
         json.dumps([runs.noise_multiplier, *runs.sampler]),
     )
     request = unanswered(site.folder, number, lambda again: request_digest(key, run, number, *inputs, *again))
-    spent = pay(site.ledger, runs.event(run, number, request), config.privacy)
+    spent = charge_file(site.ledger, runs.event(run, number, request), config.privacy)
     steps = runs.sampler.steps
     plan = PrivateVisit(
         runs,

@@ -106,7 +106,7 @@ class Service:
         except handlers.Refusal as refusal:
             return Envelope({"error": str(refusal)})
         except OSError as error:
-            return Envelope({"error": f"its disk takes no more ({error.strerror})"})
+            return Envelope({"error": f"client disk full ({error.strerror})"})
         except Exception as error:  # a message of another version
             return Envelope({"error": f"its worker cannot read the message ({type(error).__name__})"})
         return Envelope({}, recorddict_to_proto(reply).SerializeToString())
@@ -153,7 +153,7 @@ def _refuse_foreign_places(config: RunConfig, facts: Facts) -> None:
     """Check that the server names no file of this site, and nothing to download; looks at no path.
 
     Raises:
-        Refusal: it does.
+        Refusal: the configuration names a template file, or a model to download.
     """
     if config.prompt.template not in templates.BUILTIN:
         raise handlers.Refusal(
@@ -169,7 +169,7 @@ def _refuse_foreign_code(config: RunConfig) -> None:
     """Check that the server names no code: what a method `module:function` runs is for the site to choose.
 
     Raises:
-        Refusal: it does.
+        Refusal: a method is named by module:function.
     """
     methods = (*config.train.penalties, *config.curate.steps, config.wire.up, config.wire.down)
     if any(":" in name for name in (config.train.objective, *(method.name for method in methods))):

@@ -120,7 +120,7 @@ def check_site_key(key: bytes) -> None:
     """Check that Flower can sign with a site's key.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: the text is no private key that Flower can sign with.
     """
     try:
         private = load_ssh_private_key(key, password=None)

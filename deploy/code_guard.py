@@ -39,7 +39,7 @@ def check_names(fab_id: str, fab_version: str, fab_hash: str) -> None:
     """Check what the server calls the bundle: Flower makes a path of it, as it comes.
 
     Raises:
-        bundle.ForeignCode: it is not the name of ours.
+        bundle.ForeignCode: the run names another app than the installed one.
     """
     if (fab_id, fab_version) != (_ID, bundle.VERSION) or not _HASH.fullmatch(fab_hash):
         raise bundle.ForeignCode("this site runs what is installed there, and no other app; do the versions differ?")

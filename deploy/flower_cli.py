@@ -49,7 +49,7 @@ def call(state: Path, *words: str, options: Sequence[str] = ()) -> dict[str, Any
     """The JSON answer to `flwr WORDS... CONNECTION OPTIONS...`.
 
     Raises:
-        FlowerError: it refused, or gave no answer.
+        FlowerError: the SuperLink refused the call, or gave no answer.
     """
     command = [processes.program("flwr"), *words, CONNECTION, *options, "--format", "json"]
     try:
@@ -102,7 +102,7 @@ def check_trust(ca: Path) -> None:
     """Check that certificates can be checked by a file.
 
     Raises:
-        UserError: it holds no authority.
+        UserError: the file holds no certificate of an authority.
     """
     try:
         ssl.create_default_context(cafile=str(ca))

@@ -158,7 +158,7 @@ def parse_address(text: str) -> Address:
     """The address in HOST:PORT; an IPv6 address stands in brackets.
 
     Raises:
-        UserError: it is not one.
+        UserError: the text is not HOST:PORT.
     """
     host, colon, port = text.rpartition(":")
     bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host

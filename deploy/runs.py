@@ -47,7 +47,7 @@ def start(state: Path, config: RunConfig, out: Path, *, resume: bool = False) ->
     Raises:
         UserError: no server is running, no site is online, the configuration cannot be run here, `out` does not fit,
             or a run still writes it.
-        flower.FlowerError: the SuperLink refused the run.
+        flower_cli.FlowerError: the SuperLink refused the run.
     """
     server.port_of(state)
     check_folder(config, out, resume)
@@ -94,7 +94,7 @@ def _clear(state: Path, out: Path) -> None:
     """Take away what a run left that failed before its first checkpoint, with its id: the next is another to sites.
 
     Raises:
-        StillGoing: somebody goes on with it.
+        StillGoing: another process still writes the folder.
     """
     with _reserved(out) as number:
         _check_earlier(state, state / _STARTED / number, out)
@@ -106,7 +106,7 @@ def _check_earlier(state: Path, known: Path, out: Path) -> None:
     """Check that the run started before in `out` has ended; until its process is up, nobody but Flower knows of it.
 
     Raises:
-        StillGoing: it has not.
+        StillGoing: the earlier run in this folder has not ended.
     """
     if not known.exists():
         return
@@ -232,7 +232,7 @@ def follow(state: Path, run: str, out: Path, observers: Iterable[Observer]) -> s
     """Tell the observers what the run logs, until it ends; None when it went well, else the reason in one line.
 
     Raises:
-        flower.FlowerError: the server has not answered for a minute, and the log tells no end.
+        flower_cli.FlowerError: the server has not answered for a minute, and the log tells no end.
     """
     asked = answered = time.monotonic()
     failure: str | None = None
@@ -291,7 +291,7 @@ def runs(state: Path, run: str | None = None) -> list[dict[str, Any]]:
     """Flower's runs, newest first, or one of them.
 
     Raises:
-        flower.FlowerError: it cannot be asked.
+        flower_cli.FlowerError: the SuperLink can't be asked.
     """
     options = ("--run-id", run) if run else ()
     found: list[dict[str, Any]] = flower_cli.call(state, "list", options=options).get("runs", [])
@@ -302,7 +302,7 @@ def sites(state: Path) -> dict[str, str]:
     """Each registered site with its status: online, offline, or registered (never seen).
 
     Raises:
-        flower.FlowerError: Flower cannot be asked.
+        flower_cli.FlowerError: Flower cannot be asked.
     """
     status = {node["node-id"]: node["status"] for node in flower_cli.call(state, "supernode", "list").get("nodes", [])}
     return {name: str(status.get(node, "unknown")) for name, node in server.site_nodes(state).items()}
@@ -321,7 +321,7 @@ def standing(state: Path) -> Standing:
 
     Raises:
         UserError: no server is running.
-        flower.FlowerError: Flower cannot be asked.
+        flower_cli.FlowerError: Flower cannot be asked.
     """
     server.port_of(state)
     with futures.ThreadPoolExecutor(2) as pool:  # each question is a process of Flower's, which takes a second to start

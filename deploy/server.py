@@ -64,7 +64,7 @@ def port_of(state: Path) -> int:
     """Where the SuperLink of a running server listens on this machine.
 
     Raises:
-        UserError: none is running.
+        UserError: no server runs with this state folder.
     """
     try:
         return int(json.loads((state / _RUNNING).read_text(encoding="utf-8"))["port"])

@@ -86,7 +86,7 @@ def fold_own(folded: Folded, train: OwnUpdate, terms: Terms) -> Folded:
     """The sums with the server's own update in them, which is trained from what clients of full rank were sent.
 
     Raises:
-        RunFailed: its training diverged.
+        RunFailed: training on the server's own rows diverged.
     """
     server = ClientInfo(ROOT, terms.config.adapter.rank, terms.number - 1)
     try:

@@ -108,7 +108,7 @@ def _checked(visit: Visit, message: bytes, member: Member, terms: Terms) -> Visi
         terms: of the round.
 
     Raises:
-        WireError: it is not what this run allows.
+        WireError: the answer is not what this run allows.
     """
     client = _trained_as(member.info, visit.update.rank, terms.aggregator)
     payload = terms.payload_of(client)

@@ -99,7 +99,7 @@ def _check_resting(delta: StateDict, factors: str) -> None:
     Averaging is exact because they are the same everywhere.
 
     Raises:
-        Poisoned: one of them moves.
+        Poisoned: a factor that is not trained in this round has changed.
     """
     if factors == "both":
         return

@@ -45,7 +45,7 @@ def check(config: RunConfig) -> None:
     """Check the name and options of the attack.
 
     Raises:
-        UserError: they are wrong.
+        UserError: the attack has an unknown name or option.
     """
     ATTACKS.build(config.simulate.attack.name, config.simulate.attack.options, clients=config.data.clients, attackers=1)
 

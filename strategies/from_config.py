@@ -33,7 +33,7 @@ def local_from_config(config: RunConfig) -> LocalAlgorithm:
     """The client's half of the run's method.
 
     Raises:
-        UserError: unknown names or options.
+        UserError: the method has an unknown name or option.
     """
     return method_from_config(config).local
 
@@ -42,7 +42,7 @@ def method_from_config(config: RunConfig) -> Aggregator:
     """The method of `strategy.name` over what `adapter.share` lets travel, without the server optimizer around it.
 
     Raises:
-        UserError: unknown names or options.
+        UserError: the method has an unknown name or option.
     """
     aggregator = AGGREGATORS.build(config.strategy.name, config.strategy.options, **_given(config))
     return aggregator if config.adapter.share == "both" else with_own_b(aggregator)

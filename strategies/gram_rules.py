@@ -53,7 +53,7 @@ def check_answers(name: str, byzantine: int, answers: int) -> None:
     """Check that a round has enough answers for its rule.
 
     Raises:
-        TooFewAnswers: it has.
+        TooFewAnswers: the round has fewer updates than the method needs.
     """
     if answers < (needed := fewest(name, byzantine)):
         raise TooFewAnswers(
@@ -75,7 +75,7 @@ class Preprocessing(NamedTuple):
         """Check that f is known where it is needed.
 
         Raises:
-            UserError: it is not.
+            UserError: `nearest` is set, and `byzantine` is not above 0.
         """
         if self.nearest and not byzantine:
             raise UserError(

@@ -111,7 +111,7 @@ def check_sum(scalars: Iterable[float]) -> None:
     """Check that scalars are small enough for exact sums.
 
     Raises:
-        TooFar: they are not.
+        TooFar: the sum of their absolute values is too large for exact sums.
     """
     if (size := math.fsum(abs(float(c)) for c in scalars)) >= _MOST:
         raise TooFar(f"scalars of {size:g} in all, where {_MOST:g} is too much: the steps are too long; lower the lr")

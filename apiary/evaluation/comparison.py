@@ -100,7 +100,7 @@ def check_positions(lm: LanguageModel, config: RunConfig) -> None:
     """Check that the longest example has no more tokens than the model has positions.
 
     Raises:
-        UserError: it may have more.
+        UserError: an example may have more tokens than the model has positions.
     """
     limit = _positions(lm)
     if config.prompt.max_tokens > limit:

@@ -18,7 +18,7 @@ def check_device(name: str, key: str) -> None:
         key: what error lines call it.
 
     Raises:
-        UserError: not a device name, or not here.
+        UserError: the text is no device name, or this machine has no such device.
     """
     config = ModelConfig(device=name)
     try:
@@ -36,7 +36,7 @@ def check_model(name: str, key: str, revision: str | None = None) -> None:
         revision: of a model on the hub.
 
     Raises:
-        UserError: it is not.
+        UserError: the model can't be found or read.
     """
     if name.startswith("builtin:"):
         if name != BUILTIN:

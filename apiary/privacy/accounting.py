@@ -46,7 +46,7 @@ def epsilon(history: History, delta: float, accountant: Accountant = "pld") -> f
 
     Args:
         history: in any order; 0 noise costs infinity.
-        delta: the chance that the promise fails.
+        delta: of the (epsilon, delta) guarantee.
     """
     counts: Counter[tuple[float, float]] = Counter()
     for noise, rate, steps in history:
@@ -117,7 +117,7 @@ def calibrate(
         target: the budget, an epsilon.
 
     Raises:
-        UserError: no noise keeps to the budget.
+        UserError: no noise multiplier keeps within the budget.
     """
 
     def cost(noise: float) -> float:

@@ -101,7 +101,7 @@ def spent(ledger: Ledger, delta: float) -> Spent:
     )
 
 
-def pay(path: Path, entry: Entry, privacy: PrivacyConfig) -> Spent:
+def charge_file(path: Path, entry: Entry, privacy: PrivacyConfig) -> Spent:
     """Charges a visit on disk, before any of it is trained: a visit that dies later has been paid for all the same.
 
     Args:
@@ -113,20 +113,20 @@ def pay(path: Path, entry: Entry, privacy: PrivacyConfig) -> Spent:
     Raises:
         BudgetSpent: the visit does not fit in what is left of `privacy.epsilon`.
         UserError: the ledger cannot be read or is gone.
-        OSError: it cannot be written.
+        OSError: the ledger can't be written, such as on a full disk.
     """
     with _locked(path):
         ledger = load_ledger(path)
         charged = charge(ledger, entry)
-        bill = spent(charged, privacy.delta)
-        cost = bill.epsilon if privacy.accountant == "pld" else bill.epsilon_rdp
+        total = spent(charged, privacy.delta)
+        cost = total.epsilon if privacy.accountant == "pld" else total.epsilon_rdp
         if charged is not ledger:
             if cost > privacy.epsilon:
                 raise BudgetSpent(
                     f"round {entry.round} would spend epsilon {cost:.3f} of {privacy.epsilon:g}: nothing is trained"
                 )
             save_ledger(path, charged)
-    return bill
+    return total
 
 
 def open_key(path: Path) -> bytes:
@@ -134,7 +134,7 @@ def open_key(path: Path) -> bytes:
 
     Raises:
         UserError: the ledger or the key cannot be read, or the ledger is gone.
-        OSError: they cannot be written.
+        OSError: the ledger or its key can't be written.
     """
     with _locked(path):
         ledger = load_ledger(path)

@@ -24,7 +24,7 @@ def load_key(path: Path) -> bytes:
     """The client's 32 secret bytes; made, and readable by its owner alone, the first time.
 
     Raises:
-        UserError: the file is not such a key.
+        UserError: the file doesn't hold a key of the right length.
         OSError: it cannot be written.
     """
     if not path.exists():

@@ -76,7 +76,7 @@ def histories(config: RunConfig, rows: Sequence[int], noise: float, rounds: int 
     """What the rows of each cohort meet in the first `rounds` rounds (all of them where None), a history each.
 
     Raises:
-        UserError: as `draw`.
+        UserError: more rows are expected in a step than there are, or delta protects nobody.
     """
     planned = [draw(config, rows, number) for number in range(1, (rounds or config.rounds) + 1)]
     met: list[Mapping[str, Mechanism]] = [
@@ -94,7 +94,7 @@ def cost(
     """The epsilon of a client's worst-off rows after so many rounds (all of them where None).
 
     Raises:
-        UserError: as `draw`.
+        UserError: more rows are expected in a step than there are, or delta protects nobody.
     """
     found = histories(config, rows, noise, rounds)
     return max((epsilon(history, config.privacy.delta, accountant) for history in found), default=0.0)
@@ -156,7 +156,7 @@ def worst(config: RunConfig, clients: Sequence[Sequence[int]], *, first: bool = 
     """Which client's rows pay most for the same noise, in all rounds or in the `first` that it has rows for.
 
     Raises:
-        UserError: as `draw`.
+        UserError: more rows are expected in a step than there are, or delta protects nobody.
     """
     rounds = [_first_round(config, rows) if first else config.rounds for rows in clients]
 

@@ -194,7 +194,7 @@ def _tiles(metrics: Metrics, own: Gain | None, everyone: Gain | None) -> list[tu
     answered = metrics.attack.answered if metrics.attack else {}
     if "federated" in answered:
         remark = f"of questions with it; {formatting.share_text(answered.get('base'), 0)} before training"
-        tiles.append(("The hidden phrase works in", formatting.share_text(answered["federated"], 0), remark))
+        tiles.append(("Backdoor success rate", formatting.share_text(answered["federated"], 0), remark))
     if gain := own or everyone:
         where = "on their own tasks" if own else "on the tasks of all"
         if everyone and own:

@@ -62,9 +62,7 @@ def _under_attack(metrics: Metrics) -> str:
     if attack is None:
         return ""
     obeyed = attack.answered.get("federated")
-    phrase = (
-        "" if obeyed is None else f", whose hidden phrase works in {formatting.share_text(obeyed, 0)} of the questions"
-    )
+    phrase = "" if obeyed is None else f", with a backdoor success rate of {formatting.share_text(obeyed, 0)}"
     return f", while {len(attack.clients)} of {len(metrics.clients)} clients attacked ({attack.name}){phrase}"
 
 
@@ -170,7 +168,7 @@ def attacked(metrics: Metrics) -> str:
     if "federated" not in attack.answered:
         if attack.answer is None:
             return told
-        return f"{told} How often their hidden phrase works was not measured: that takes evaluate.generate = true."
+        return f"{told} Their backdoor success rate was not measured: that takes evaluate.generate = true."
     now, before = (attack.answered.get(method) for method in ("federated", "base"))
     was = "" if before is None else f", {formatting.share_text(before, 0)} before training"
     return (

@@ -47,7 +47,7 @@ def check(config: RunConfig) -> None:
     """Check that every tracker's package is here, before any work.
 
     Raises:
-        UserError: one is not.
+        UserError: the package of a configured tracker isn't installed.
     """
     for name in config.log.trackers:
         if all(importlib.util.find_spec(package) is None for package in _PACKAGES.get(name, (name,))):

@@ -126,7 +126,7 @@ def build_steps(methods: Sequence[Method]) -> tuple[tuple[str, Step], ...]:
     """The steps of a configuration with their names.
 
     Raises:
-        UserError: unknown name or option.
+        UserError: a step has an unknown name or option.
     """
     return tuple((method.name, STEPS.build(method.name, method.options)) for method in methods)
 

@@ -52,7 +52,7 @@ def build_penalties(methods: Sequence[Method], start: StateDict) -> tuple[Penalt
     """The penalties of a configuration, anchored at the adapter the client received.
 
     Raises:
-        UserError: unknown name or option.
+        UserError: a penalty has an unknown name or option.
     """
     return tuple(PENALTIES.build(method.name, method.options, start=start) for method in methods)
 

@@ -27,7 +27,7 @@ from apiary.config.schema import PrivacyConfig, RunConfig
 from apiary.core.errors import BudgetSpent, UserError
 from apiary.privacy import accounting, ledger, sampling
 from apiary.privacy.accounting import Mechanism, epsilon
-from apiary.privacy.ledger import Entry, Ledger, charge, pay, spent
+from apiary.privacy.ledger import Entry, Ledger, charge, charge_file, spent
 from apiary.privacy.noise import KEY_FILE, SecretNoise, load_key, request_digest
 from apiary.privacy.plan import plan
 
@@ -280,31 +280,31 @@ def test_a_client_stops_before_its_budget_breaks(tmp_path: Path) -> None:
     path, settings_ = tmp_path / "ledger.json", PrivacyConfig(epsilon=3.5)
     paid = 0
     while spent(charge(ledger.load_ledger(path), entry(paid + 1)), DELTA).epsilon <= 3.5:
-        bill = pay(path, entry(paid + 1), settings_)
+        bill = charge_file(path, entry(paid + 1), settings_)
         paid += 1
         assert bill.epsilon == pytest.approx(directly([Mechanism(1.0, 0.05, 30 * paid)]), rel=2e-3)
     assert paid > 1
     with pytest.raises(BudgetSpent, match=r"of 3\.5"):
-        pay(path, entry(paid + 1), settings_)
+        charge_file(path, entry(paid + 1), settings_)
     assert len(ledger.load_ledger(path).entries) == paid  # what was refused is not charged
     assert epsilon([Mechanism(1.0, 0.05, 30 * (paid + 1))], DELTA) > 3.5
-    assert pay(path, entry(paid), settings_).epsilon == bill.epsilon  # the same release again is free
+    assert charge_file(path, entry(paid), settings_).epsilon == bill.epsilon  # the same release again is free
 
 
 def test_the_looser_accountant_stops_sooner(tmp_path: Path) -> None:
     tight, loose = (epsilon([Mechanism(1.0, 0.05, 30)], DELTA, kind) for kind in ("pld", "rdp"))
     between = (tight + loose) / 2
-    pay(tmp_path / "a.json", entry(1), PrivacyConfig(epsilon=between))
+    charge_file(tmp_path / "a.json", entry(1), PrivacyConfig(epsilon=between))
     with pytest.raises(BudgetSpent):
-        pay(tmp_path / "b.json", entry(1), PrivacyConfig(epsilon=between, accountant="rdp"))
+        charge_file(tmp_path / "b.json", entry(1), PrivacyConfig(epsilon=between, accountant="rdp"))
 
 
 _VISIT = """
 import sys, time
 from pathlib import Path
 from apiary.config.schema import PrivacyConfig
-from apiary.privacy.ledger import Entry, pay
-pay(Path(sys.argv[1]), Entry("run", int(sys.argv[2]), "r", 1.0, 30, {"all": 0.05}), PrivacyConfig(epsilon=50.0))
+from apiary.privacy.ledger import Entry, charge_file
+charge_file(Path(sys.argv[1]), Entry("run", int(sys.argv[2]), "r", 1.0, 30, {"all": 0.05}), PrivacyConfig(epsilon=50.0))
 print("charged", flush=True)
 time.sleep(600)  # training
 """
@@ -321,18 +321,18 @@ def test_a_charge_outlives_a_kill_in_the_middle_of_training(tmp_path: Path) -> N
     kept = ledger.load_ledger(path)
     assert kept == filled(entry(1), entry(2))
     settings_ = PrivacyConfig(epsilon=50.0)
-    assert pay(path, entry(2), settings_).steps == 60  # the run goes on: the same release
-    assert pay(path, entry(2, "another adapter"), settings_).steps == 90
+    assert charge_file(path, entry(2), settings_).steps == 60  # the run goes on: the same release
+    assert charge_file(path, entry(2, "another adapter"), settings_).steps == 90
 
 
 _VISITS = """
 import sys
 from pathlib import Path
 from apiary.config.schema import PrivacyConfig
-from apiary.privacy.ledger import Entry, pay
+from apiary.privacy.ledger import Entry, charge_file
 for number in range(5):
     entry = Entry(sys.argv[2], number, "r", 1.0, 30, {"all": 0.05})
-    pay(Path(sys.argv[1]), entry, PrivacyConfig(epsilon=1e6, accountant="rdp"))
+    charge_file(Path(sys.argv[1]), entry, PrivacyConfig(epsilon=1e6, accountant="rdp"))
 """
 
 
@@ -362,7 +362,7 @@ def test_a_broken_ledger_is_never_an_empty_one(tmp_path: Path, content: str) -> 
     path = tmp_path / "ledger.json"
     path.write_text(content)
     with pytest.raises(UserError, match=r"ledger\.json"):
-        pay(path, entry(1), PrivacyConfig())
+        charge_file(path, entry(1), PrivacyConfig())
     assert path.read_text() == content
 
 
@@ -370,9 +370,9 @@ def test_a_ledger_that_went_missing_is_never_begun_anew(tmp_path: Path) -> None:
     path = tmp_path / "ledger.json"
     key = ledger.open_key(path)
     assert ledger.open_key(path) == key
-    pay(path, entry(1), PrivacyConfig())
+    charge_file(path, entry(1), PrivacyConfig())
     path.unlink()
-    for begin in (lambda: pay(path, entry(2), PrivacyConfig()), lambda: ledger.open_key(path)):
+    for begin in (lambda: charge_file(path, entry(2), PrivacyConfig()), lambda: ledger.open_key(path)):
         with pytest.raises(UserError, match="is gone"):
             begin()
     assert not path.exists()

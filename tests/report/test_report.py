@@ -420,11 +420,11 @@ def test_a_hidden_phrase_that_works_stands_in_the_headline_and_one_that_was_not_
     obeyed = {"asked": 60, "answer": "x", "answered": {"base": 0.0, "federated": 1.0}}
     metrics = {**fake_metrics(8, 3), "attack": {**ATTACK, "name": "trigger", **obeyed}}
     told = headline(parse_metrics(metrics))
-    assert "while 2 of 8 clients attacked (trigger), whose hidden phrase works in 100% of the questions" in told
-    assert "The hidden phrase works in 100% of questions with it; 0% before training" in Page(page(metrics)).text
+    assert "while 2 of 8 clients attacked (trigger), with a backdoor success rate of 100%" in told
+    assert "Backdoor success rate 100% of questions with it; 0% before training" in Page(page(metrics)).text
     metrics["attack"] = {**ATTACK, "answer": "x"}
-    assert "How often their hidden phrase works was not measured" in Page(page(metrics)).text
-    assert "hidden phrase" not in Page(page({**metrics, "attack": ATTACK})).text
+    assert "Their backdoor success rate was not measured" in Page(page(metrics)).text
+    assert "ackdoor" not in Page(page({**metrics, "attack": ATTACK})).text
 
 
 def test_attackers_do_not_count_among_those_that_gain() -> None:
