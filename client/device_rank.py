@@ -45,8 +45,8 @@ def of_device(config: RunConfig, folder: Path) -> int:
     """
     path = folder / "rank"
     with suppress(OSError, ValueError):
-        if 1 <= (found := int(path.read_text(encoding="utf-8"))) <= config.adapter.rank:
-            return found
+        if 1 <= (kept := int(path.read_text(encoding="utf-8"))) <= config.adapter.rank:
+            return kept
     one = adapters.load(config.model, config.adapter.of_rank(1))  # the base with it, once for the process
     entries = sum(parameter.numel() for parameter in one.adapter.values())
     rank = fitting(config.adapter.rank, entries, free_bytes(resolve_device(config.model)), config.train.optimizer)

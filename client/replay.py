@@ -65,13 +65,13 @@ def remove(folder: Path, digests: Collection[str]) -> int:
     """
     for draft in folder.glob(".buffer-*"):
         draft.unlink(missing_ok=True)
-    wanted, found = set(digests), set[str]()
+    wanted, removed = set(digests), set[str]()
     for number in _files(folder).numbers():
         rows = load(folder, number)
         if gone := {row.digest for row in rows} & wanted:
-            found |= gone
+            removed |= gone
             _write(_files(folder).path(number), (row for row in rows if row.digest not in wanted))
-    return len(found)
+    return len(removed)
 
 
 def _row(values: dict[str, object]) -> BufferedRow:

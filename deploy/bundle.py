@@ -66,19 +66,19 @@ def check(bundle: bytes) -> None:
     try:
         with zipfile.ZipFile(io.BytesIO(bundle)) as archive:
             names = archive.namelist()
-            found = {name: archive.read(name).decode() for name in names if name != _CONTENTS}
+            texts = {name: archive.read(name).decode() for name in names if name != _CONTENTS}
     except (zipfile.BadZipFile, ValueError):
-        names, found = [], {}
-    if len(names) != len(set(names)) or not _same(found):
+        names, texts = [], {}
+    if len(names) != len(set(names)) or not _same(texts):
         raise ForeignCode("this site runs what is installed there, not what is sent; do the versions differ?")
 
 
-def _same(found: dict[str, str]) -> bool:
+def _same(texts: dict[str, str]) -> bool:
     # Flower writes pyproject.toml anew, with the same values in it.
-    if set(found) != set(_FILES):
+    if set(texts) != set(_FILES):
         return False
     try:
-        same = tomllib.loads(found["pyproject.toml"]) == tomllib.loads(_PROJECT)
+        same = tomllib.loads(texts["pyproject.toml"]) == tomllib.loads(_PROJECT)
     except tomllib.TOMLDecodeError:
         return False
-    return same and all(found[name] == text for name, text in _FILES.items() if name != "pyproject.toml")
+    return same and all(texts[name] == text for name, text in _FILES.items() if name != "pyproject.toml")

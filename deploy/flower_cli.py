@@ -87,10 +87,10 @@ def node_of(state: Path, public: bytes) -> tuple[str, bool] | None:
     # The command line lists no keys. Table and columns are private to flwr 1.41; node ids lie there as signed numbers.
     try:
         with contextlib.closing(sqlite3.connect((state / DATABASE).as_uri() + "?mode=ro", uri=True)) as database:
-            found = database.execute("SELECT node_id, status FROM node WHERE public_key = ?", (public,)).fetchone()
+            row = database.execute("SELECT node_id, status FROM node WHERE public_key = ?", (public,)).fetchone()
     except sqlite3.Error as error:
         raise FlowerError(f"Flower's database cannot be read: {error}") from None
-    return (str(int(found[0]) % 2**64), found[1] == "unregistered") if found else None
+    return (str(int(row[0]) % 2**64), row[1] == "unregistered") if row else None
 
 
 def _line(text: str) -> str:

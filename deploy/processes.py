@@ -84,9 +84,9 @@ class SupervisedProcess:
             return False
         with self._log.open("rb") as file:
             file.seek(max(self._offset, self._read - len(text.encode())))
-            found = text.encode() in file.read()
+            seen = text.encode() in file.read()
             self._read = file.tell()
-        return found
+        return seen
 
     def _start(self) -> subprocess.Popen[bytes]:
         with _open_log(self._log) as log:
@@ -172,12 +172,12 @@ def adopt_orphans() -> None:
 def reap(kept: Iterable[SupervisedProcess]) -> set[int]:
     """The processes adopted by this one that still run; those that have ended are cleared away."""
     ours = {process.pid for each in kept if (process := each.process)}
-    found: set[int] = set()
+    pids: set[int] = set()
     for path in Path("/proc/self/task").glob("*/children"):
         with contextlib.suppress(OSError):
-            found |= {int(pid) for pid in path.read_text().split()}
+            pids |= {int(pid) for pid in path.read_text().split()}
     alive = set()
-    for pid in found - ours:
+    for pid in pids - ours:
         with contextlib.suppress(ChildProcessError):
             if os.waitpid(pid, os.WNOHANG) == (0, 0):
                 alive.add(pid)

@@ -141,11 +141,11 @@ def plain_step(state: ServerState, gradient: Gradient) -> ServerState:
 def product_step(state: ServerState, gradient: Gradient) -> ServerState:
     """The next state: the pseudo-gradient added to the product, and the best factors of the adapter's rank for it."""
     change = lora.split(gradient.adapter)
-    made = {
+    modules = {
         module: lora.balanced(lora.svd(lora.stack([held, change[module]]), held.rank), held.rank, _FLOOR)
         for module, held in lora.split(state.adapter).items()
     }
-    return state._replace(round=state.round + 1, adapter=lora.join(made))
+    return state._replace(round=state.round + 1, adapter=lora.join(modules))
 
 
 def same_payload(state: ServerState, client: ClientInfo) -> Payload:
@@ -163,8 +163,8 @@ def of_rank(adapter: StateDict, rank: int, scaling: Scaling) -> dict[str, Tensor
         rank: the client's, r <= R.
         scaling: the scale of a product by its rank.
     """
-    made = {}
+    modules = {}
     for module, whole in lora.split(adapter).items():
         part = lora.resize(whole, min(rank, whole.rank))
-        made[module] = Factors(part.b * (scaling(whole.rank) / scaling(part.rank)), part.a)
-    return lora.join(made)
+        modules[module] = Factors(part.b * (scaling(whole.rank) / scaling(part.rank)), part.a)
+    return lora.join(modules)

@@ -133,18 +133,18 @@ def _entrywise(
         gram = _inner_products([update.delta for update in answers])
         mix, reasons = before(gram, hostile)
         chosen, cut = choose(mix @ gram @ mix.T, hostile)
-        made, used = {}, torch.zeros(len(chosen)).double()
+        tensors, used = {}, torch.zeros(len(chosen)).double()
         for tensor in state.adapter:
             values = torch.stack([update.delta[tensor].flatten() for update in answers]).double()
             values = (mix @ values if before.clip or before.nearest else values)[chosen]
             kept = rule(values, hostile)
-            made[tensor] = kept.result.reshape(state.adapter[tensor].shape).float()
+            tensors[tensor] = kept.result.reshape(state.adapter[tensor].shape).float()
             used += _say(values, kept)
         used = used / used.sum() if used.any() else torch.full_like(used, 1 / len(used))
         shares = mix[chosen].T @ used
         reasons = {**_dropped(chosen, used), **cut, **reasons}
         return Gradient(
-            made,
+            tensors,
             shares=dict(zip(clients, shares.tolist(), strict=True)),
             notes=before.notes(clients, shares, reasons),
         )
@@ -169,8 +169,8 @@ def _say(values: Tensor, kept: _Kept) -> Tensor:
     By the range of what was averaged, for with values that a codec made coarse many are equal.
     """
     inside = ((values >= kept.low) & (values <= kept.high)).double()
-    told = values.amin(0) < values.amax(0)
-    return (inside / inside.sum(0))[:, told].sum(1)
+    spread = values.amin(0) < values.amax(0)
+    return (inside / inside.sum(0))[:, spread].sum(1)
 
 
 def _dropped(chosen: Sequence[int], used: Tensor) -> dict[int, str]:

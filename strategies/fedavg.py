@@ -81,12 +81,12 @@ def _add(total: _Array, rest: _Array, delta: _Array, weight: float) -> None:
 
 
 def _mean(total: Tensor, rest: Tensor, weight: float) -> Tensor:
-    made = torch.empty_like(total, dtype=torch.float32)
-    sums, lost, means = _flat(total), _flat(rest), _flat(made)
+    mean = torch.empty_like(total, dtype=torch.float32)
+    sums, lost, means = _flat(total), _flat(rest), _flat(mean)
     for at in range(0, len(sums), _CHUNK):
         piece = slice(at, at + _CHUNK)
         means[piece] = (sums[piece] + lost[piece]) / weight
-    return made
+    return mean
 
 
 def _flat(tensor: Tensor) -> _Array:

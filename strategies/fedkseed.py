@@ -91,10 +91,10 @@ def _local(seeds: tuple[int, ...], epsilon: float) -> LocalAlgorithm:
 
     def descend(losses: Iterable[tuple[Loss, float]], start: StateDict, rng: Generator) -> Descent:
         try:
-            made = seed_scalars.descend(losses, start, seeds, epsilon=epsilon, rng=rng)
+            descent = seed_scalars.descend(losses, start, seeds, epsilon=epsilon, rng=rng)
         except seed_scalars.TooFar as error:
             raise FloatingPointError(str(error)) from error
-        return Descent({seed_scalars.NAME: seed_scalars.to_tensor(made.scalars, seeds)}, made.skipped)
+        return Descent({seed_scalars.NAME: seed_scalars.to_tensor(descent.scalars, seeds)}, descent.skipped)
 
     # A visit has scalars for few of the seeds.
     return LocalAlgorithm(open_, gradient_free=True, codec="sparse")

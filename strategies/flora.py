@@ -74,9 +74,9 @@ def flora(scaling: Scaling, seed: int, weighting: Weighting = "tokens", base_ran
 
 def _renewed(adapter: StateDict, seed: int, number: int) -> dict[str, Tensor]:
     """An adapter that changes nothing yet, as a run begins with, but another one in each round."""
-    made = {name: torch.zeros_like(tensor) for name, tensor in adapter.items()}
-    for name, tensor in made.items():
+    fresh = {name: torch.zeros_like(tensor) for name, tensor in adapter.items()}
+    for name, tensor in fresh.items():
         if not lora.is_b(name):
             bound = tensor.shape[1] ** -0.5  # Kaiming-uniform with a = sqrt(5)
             tensor.uniform_(-bound, bound, generator=generator(seed, "adapter", number, name))
-    return made
+    return fresh

@@ -82,7 +82,7 @@ def hetlora(
         )
 
     reduce = each("hetlora", "mixed", finish)
-    made = Aggregator(
+    aggregator = Aggregator(
         reduce,
         plain_step,
         payload_of_rank(scaling),
@@ -92,7 +92,7 @@ def hetlora(
         local=_pruning(scaling, prune, penalty) if prune else PLAIN,
     )
     # Where padded zeros count, a factor that clients hold fixed would shrink all the same.
-    return made if form == "delta" else made._replace(trains=("both",))
+    return aggregator if form == "delta" else aggregator._replace(trains=("both",))
 
 
 def _mean(held: Factors, deltas: Sequence[Factors], scaling: Scaling, form: str) -> Factors:

@@ -83,11 +83,13 @@ def check_rank(method: str, rank: int, update: Update, ranks: Literal["one", "mi
         ValueError: its rank is not the adapter's (for a method of "one" rank), or is above it, or its tensors have
             another.
     """
-    found = {update.rank, *(delta.rank for delta in lora.split(update.delta).values())}
-    if found == {rank} or (ranks == "mixed" and len(found) == 1 and max(found) < rank):
+    ranks_sent = {update.rank, *(delta.rank for delta in lora.split(update.delta).values())}
+    if ranks_sent == {rank} or (ranks == "mixed" and len(ranks_sent) == 1 and max(ranks_sent) < rank):
         return
     allowed = f"{rank} alone" if ranks == "one" else f"at most {rank}, the same in all modules"
-    raise ValueError(f"{method}: {update.client!r} sent rank {', '.join(map(str, sorted(found)))}; it takes {allowed}")
+    raise ValueError(
+        f"{method}: {update.client!r} sent rank {', '.join(map(str, sorted(ranks_sent)))}; it takes {allowed}"
+    )
 
 
 def shares(updates: Sequence[Update], weighting: Weighting) -> list[float]:

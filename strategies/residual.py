@@ -61,13 +61,13 @@ def fedex(scaling: Scaling, weighting: Weighting = "tokens", rank: Rank = 0, bas
         mean = _mean(state, updates, weighting)
         parts, changes = _by_module(state, updates, weighting)
         residuals = {module: _residual(parts, deltas, mean[module]) for module, deltas in changes.items()}
-        made = {
+        residual = {
             module: Factors(cut.b * scaling(len(mean[module].a)), cut.a)
             for module, whole in residuals.items()
             if whole is not None
             for cut in [lora.balanced(lora.svd(whole), rank) if 0 < rank < whole.rank else whole]
         }
-        return Gradient(lora.join(mean), lora.join(made))
+        return Gradient(lora.join(mean), lora.join(residual))
 
     def step(state: ServerState, gradient: Gradient) -> ServerState:
         return add_to_base(plain_step(state, gradient), lora.split(gradient.base_delta), base_rank)
@@ -121,12 +121,12 @@ def lora_fair(
     def finish(state: ServerState, updates: Sequence[Update]) -> Gradient:
         mean = _mean(state, updates, weighting)
         parts, changes = _by_module(state, updates, weighting)
-        made = {}
+        modules = {}
         for module, held in lora.split(state.adapter).items():
             a = held.a.double() + mean[module].a.double()
             more = _fit_b(parts, changes[module], mean[module], a, ridge)
-            made[module] = Factors((mean[module].b.double() + more).float(), mean[module].a)
-        return Gradient(lora.join(made))
+            modules[module] = Factors((mean[module].b.double() + more).float(), mean[module].a)
+        return Gradient(lora.join(modules))
 
     return Aggregator(each("lora_fair", "one", finish), plain_step, same_payload, needs="each")
 

@@ -63,8 +63,8 @@ def krum(scaling: Scaling, byzantine: NonNegativeInt, clip: bool = False, neares
         clip: clip each change to the median norm before.
         nearest: mix each change with its n - f nearest before; for clients whose data differ.
     """
-    made = _robust(_Method("krum", rules.krum(1), byzantine, Preprocessing(clip, nearest)), scaling)
-    return made._replace(takes_one=True)
+    aggregator = _robust(_Method("krum", rules.krum(1), byzantine, Preprocessing(clip, nearest)), scaling)
+    return aggregator._replace(takes_one=True)
 
 
 @AGGREGATORS.register("multi_krum")

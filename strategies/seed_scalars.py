@@ -60,11 +60,11 @@ def perturb(shapes: Shapes, seed: int) -> dict[str, Tensor]:
 
     A seed's stream goes through the tensors in the order of their names; each begins at a whole 64-bit word.
     """
-    streams, made = _streams([seed]), {}
+    streams, signs = _streams([seed]), {}
     for name in sorted(shapes):
         bits = _bits(streams, math.prod(shapes[name]))[0]
-        made[name] = torch.from_numpy(bits.astype(np.float32) * 2 - 1).reshape(tuple(shapes[name]))
-    return {name: made[name] for name in shapes}
+        signs[name] = torch.from_numpy(bits.astype(np.float32) * 2 - 1).reshape(tuple(shapes[name]))
+    return {name: signs[name] for name in shapes}
 
 
 def _streams(seeds: Iterable[int]) -> list[np.random.Philox]:
@@ -100,11 +100,11 @@ def rebuild(start: StateDict, scalars: Scalars) -> dict[str, Tensor]:
     """
     used = _checked(scalars)
     streams, values = _streams(used), np.array(list(used.values()))
-    made = {}
+    tensors = {}
     for name in sorted(start):
         total = torch.from_numpy(_sum(streams, values, start[name].numel())).reshape(start[name].shape)
-        made[name] = (start[name].double() + total).float()
-    return {name: made[name] for name in start}
+        tensors[name] = (start[name].double() + total).float()
+    return {name: tensors[name] for name in start}
 
 
 def check_sum(scalars: Iterable[float]) -> None:
@@ -214,10 +214,10 @@ def to_tensor(scalars: Scalars, seeds: Sequence[int]) -> Tensor:
     if unknown := scalars.keys() - set(seeds):
         raise ValueError(f"{len(unknown)} seeds are not among the {len(seeds)} candidates")
     values = [scalars.get(seed, 0.0) for seed in seeds]
-    made = torch.tensor(values, dtype=torch.float32)
-    if made.tolist() != values:
+    tensor = torch.tensor(values, dtype=torch.float32)
+    if tensor.tolist() != values:
         raise ValueError("a scalar does not fit float32: use on_grid")
-    return made
+    return tensor
 
 
 def of_tensor(tensor: Tensor, seeds: Sequence[int]) -> dict[int, float]:

@@ -190,7 +190,7 @@ EXPORTED = {
     "apiary": {"__version__"},
     "apiary.transport.codecs": {"CODECS"},
     "client.curation": {
-        *("STEPS", "Context", "Curation", "Kept", "Reader", "Row", "Step", "StepReport"),
+        *("STEPS", "Context", "Curation", "StepResult", "Reader", "Row", "Step", "StepReport"),
         *("build_steps", "curate", "digest", "restore", "steps"),
     },
     "strategies": {"AGGREGATORS", "Aggregator", "Gradient", "Reducer", "ServerState", "from_config", "traits"},

@@ -151,8 +151,8 @@ def wanted_text(kind: Any) -> str:
     if get_origin(kind) in (Union, types.UnionType):
         kind = _bare(kind)
     if get_origin(kind) is Annotated:
-        kind, *found = get_args(kind)
-        limits = [limit for item in found for limit in getattr(item, "metadata", (item,))]
+        kind, *metadata = get_args(kind)
+        limits = [limit for item in metadata for limit in getattr(item, "metadata", (item,))]
     if get_origin(kind) is Literal:
         return f"allowed are {_allowed(kind)}"
     return f"must be {_allowed(kind, limits)}" if kind in _WORDS else ""

@@ -100,14 +100,14 @@ def describe() -> list[tuple[str, str, str]]:
 def defaults(keys: Iterable[str]) -> dict[str, Any]:
     """The values of these keys where a configuration names none of them, as nested plain values."""
     everything = RunConfig().model_dump(mode="json")
-    found: dict[str, Any] = {}
+    tables: dict[str, Any] = {}
     for key in keys:
         table, _, name = key.rpartition(".")
         if table:
-            found.setdefault(table, {})[name] = everything[table][name]
+            tables.setdefault(table, {})[name] = everything[table][name]
         else:
-            found[name] = everything[name]
-    return found
+            tables[name] = everything[name]
+    return tables
 
 
 def json_schema() -> dict[str, Any]:

@@ -94,8 +94,8 @@ class _Module:
 
 
 def _value_in(module: str, name: str) -> Any:
-    found = _modules().get(module)
-    return found.value(ast.Name(name)) if found else _ABSENT
+    source = _modules().get(module)
+    return source.value(ast.Name(name)) if source else _ABSENT
 
 
 def _unpacked(target: ast.expr, value: ast.expr) -> Iterator[tuple[str, ast.expr]]:
@@ -118,14 +118,14 @@ def _parameters(function: ast.FunctionDef) -> Iterator[tuple[str, ast.expr | Non
 @functools.cache
 def _modules() -> Mapping[str, _Module]:
     """All modules of our packages by name, sorted; finding a package at the top imports nothing."""
-    found = {}
+    modules = {}
     for package in _PACKAGES:
         spec = importlib.util.find_spec(package)
         for folder in (spec.submodule_search_locations or ()) if spec else ():
             for path in Path(folder).rglob("*.py"):
                 parts = (package, *path.relative_to(folder).with_suffix("").parts)
-                found[".".join(parts).removesuffix(".__init__")] = _Module(path)
-    return dict(sorted(found.items()))
+                modules[".".join(parts).removesuffix(".__init__")] = _Module(path)
+    return dict(sorted(modules.items()))
 
 
 @functools.cache
@@ -144,15 +144,15 @@ def kinds() -> Mapping[str, Kind]:
             for node in module.body:
                 for registry, name in _registered(node):
                     functions.setdefault(registry, {})[name] = module, node  # type: ignore[assignment]
-    found = {}
+    by_key = {}
     for registry, call in registries.items():
         extra = {part.arg: part.value for part in call.keywords}
         elsewhere, given = (ast.literal_eval(extra[name]) if name in extra else () for name in ("elsewhere", "given"))
         table, _, keys = ast.literal_eval(call.args[0]).rpartition(".")  # such as "wire.up/down"
         for key in keys.split("/"):
-            found[f"{table}.{key}"] = Kind(dict(elsewhere), given, functions.get(registry, {}))
+            by_key[f"{table}.{key}"] = Kind(dict(elsewhere), given, functions.get(registry, {}))
     order = list(RunConfig.model_fields)
-    return dict(sorted(found.items(), key=lambda item: order.index(item[0].partition(".")[0])))
+    return dict(sorted(by_key.items(), key=lambda item: order.index(item[0].partition(".")[0])))
 
 
 def _registered(node: ast.stmt) -> Iterator[tuple[str, str]]:

@@ -82,12 +82,12 @@ class Registry(Generic[T]):
         if "" not in sys.path:  # the working directory; last, so that it hides nothing
             sys.path.append("")
         try:
-            found = getattr(importlib.import_module(module), function)
+            builder = getattr(importlib.import_module(module), function)
         except Exception as error:  # a module of the user's may fail in any way when it is imported
             raise UserError(f"{self.key} = {name!r}: {type(error).__name__}: {error}") from None
-        if not callable(found):
+        if not callable(builder):
             raise UserError(f"{self.key} = {name!r}: that is no function")
-        return cast("Callable[..., T]", found)
+        return cast("Callable[..., T]", builder)
 
     def build(self, method: str, /, options: Mapping[str, Any] | None = None, **given: Any) -> T:
         """What the builder makes of checked `options`.
@@ -104,13 +104,13 @@ class Registry(Generic[T]):
         parameters = inspect.signature(builder).parameters
         passed = {k: v for k, v in given.items() if k in parameters}
         checked = self._check(method, builder, {k: p for k, p in parameters.items() if k not in given}, options or {})
-        made = builder(**passed, **checked)
-        if self._makes is not None and not isinstance(made, self._makes):
+        value = builder(**passed, **checked)
+        if self._makes is not None and not isinstance(value, self._makes):
             raise UserError(
-                f"{self.key} = {method!r}: it makes a {type(made).__name__}; docs/extending.md says how to make a "
+                f"{self.key} = {method!r}: it makes a {type(value).__name__}; docs/extending.md says how to make a "
                 f"{self._makes.__name__}"
             )
-        return made
+        return value
 
     def _check(
         self,
@@ -139,7 +139,7 @@ class Registry(Generic[T]):
                 raise UserError(f"{self.options_key}.{option} = {shown(value)}: {wanted}") from None
         for option, parameter in allowed.items():
             if parameter.default is inspect.Parameter.empty and option not in checked:
-                what = f", {said}" if (said := meaning(inspect.getdoc(builder) or "", option)) else ""
+                what = f", {text}" if (text := meaning(inspect.getdoc(builder) or "", option)) else ""
                 raise UserError(
                     f"{self.key}: {name!r} needs the option {option!r}{what}; set {self.options_key}.{option}"
                 )
@@ -178,10 +178,10 @@ def unknown_name(key: str, name: str, known: Iterable[str], elsewhere: Mapping[s
 def meaning(text: str, option: str) -> str:
     """What a builder's docstring says of an option, without its full stop; nothing where it says nothing."""
     lines = text.partition("Args:\n")[2].partition("\n\n")[0].splitlines()
-    said: dict[str, str] = {}
+    meanings: dict[str, str] = {}
     name = ""
     for line in lines:
         if line.startswith("    ") and not line.startswith("     "):
             name, _, line = line.strip().partition(": ")
-        said[name] = f"{said.get(name, '')} {line.strip()}".strip()
-    return said.get(option, "").removesuffix(".")
+        meanings[name] = f"{meanings.get(name, '')} {line.strip()}".strip()
+    return meanings.get(option, "").removesuffix(".")

@@ -18,21 +18,23 @@ _FACTORS = {"b": "B alone, and A as it was drawn", "alternate": "B and A in turn
 def facts(config: RunConfig) -> list[tuple[str, str]]:
     """Name and value of each choice that made the model; what is at its default and changes nothing is left out."""
     adapter, strategy = config.adapter, config.strategy
-    told = [("Method", _named(strategy.name, strategy.options)), ("Rank", _ranks(config))]
+    choices = [("Method", _named(strategy.name, strategy.options)), ("Rank", _ranks(config))]
     if adapter.train != "both":
-        told.append(("Factors trained", _FACTORS[adapter.train]))
+        choices.append(("Factors trained", _FACTORS[adapter.train]))
     if adapter.share != "both":
-        told.append(("Factors shared", "A alone; each client keeps a B of its own"))
+        choices.append(("Factors shared", "A alone; each client keeps a B of its own"))
     if strategy.server_optimizer.name != "none":
-        told.append(("Server optimiser", _method(strategy.server_optimizer)))
+        choices.append(("Server optimiser", _method(strategy.server_optimizer)))
     if config.train.penalties:
-        told.append(("Penalties", ", ".join(map(_method, config.train.penalties))))
+        choices.append(("Penalties", ", ".join(map(_method, config.train.penalties))))
     if strategy.weighting != "tokens":
-        told.append(("Weights of the clients", strategy.weighting))
-    told.append(("On the wire", wire(config)))
+        choices.append(("Weights of the clients", strategy.weighting))
+    choices.append(("On the wire", wire(config)))
     if config.simulate.attackers:
-        told.append(("Attack", f"{_method(config.simulate.attack)} by {config.simulate.attackers:.0%} of the clients"))
-    return told
+        choices.append(
+            ("Attack", f"{_method(config.simulate.attack)} by {config.simulate.attackers:.0%} of the clients")
+        )
+    return choices
 
 
 def sentence(config: RunConfig) -> str:

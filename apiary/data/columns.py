@@ -160,33 +160,33 @@ def with_turns(row: Mapping[str, object], columns: Columns, turns: Sequence[Turn
     if [turn.role for turn in turns] != [turn.role for turn in before]:
         raise ValueError("the turns are not those of the row")
     new = [None if now == was else now.text for was, now in zip(before, turns, strict=True)]
-    made = dict(row)
+    new_row = dict(row)
     if columns.messages:
-        made[columns.messages] = _rewritten(_list_field(row, columns.messages), new)
+        new_row[columns.messages] = _rewritten(_list_field(row, columns.messages), new)
     elif _is_chat(row[columns.instruction]):
         prompt = _list_field(row, columns.instruction)
-        made[columns.instruction] = _rewritten(prompt, new[: len(prompt)])
-        made[columns.output] = _rewritten(_list_field(row, columns.output), new[len(prompt) :])
+        new_row[columns.instruction] = _rewritten(prompt, new[: len(prompt)])
+        new_row[columns.output] = _rewritten(_list_field(row, columns.output), new[len(prompt) :])
     else:
         question, answer = new
         if answer is not None:
-            made[columns.output] = answer
+            new_row[columns.output] = answer
         if question is not None:
-            made |= _parted(row, columns, question)
-            if turns_of(made, columns) != tuple(turns):
-                made |= {columns.instruction: question, columns.input: ""}
-    return made
+            new_row |= _parted(row, columns, question)
+            if turns_of(new_row, columns) != tuple(turns):
+                new_row |= {columns.instruction: question, columns.input: ""}
+    return new_row
 
 
 def _rewritten(messages: Sequence[object], texts: Sequence[str | None]) -> list[object]:
     """The messages with the texts that are not None."""
-    made: list[object] = []
+    rewritten: list[object] = []
     for message, text in zip(messages, texts, strict=True):
         if text is not None and isinstance(message, Mapping):
-            made.append({**message, "content" if message.get("role") is not None else "value": text})
+            rewritten.append({**message, "content" if message.get("role") is not None else "value": text})
         else:
-            made.append(message)
-    return made
+            rewritten.append(message)
+    return rewritten
 
 
 def _parted(row: Mapping[str, object], columns: Columns, text: str) -> dict[str, object]:

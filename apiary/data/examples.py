@@ -57,8 +57,8 @@ class FileReport(NamedTuple):
 
 def rows_text(rows: Sequence[int], count: int) -> str:
     """The first row numbers of `count`, as a warning names them."""
-    told = rows[:_FIRST_ROWS]
-    return f"rows {', '.join(map(str, told))}{', ...' if count > len(told) else ''}"
+    first = rows[:_FIRST_ROWS]
+    return f"rows {', '.join(map(str, first))}{', ...' if count > len(first) else ''}"
 
 
 class Place(NamedTuple):
@@ -209,14 +209,14 @@ def as_read(
     """
     given = given_columns(columns)
     chosen = [_columns(file, given) for file in files]
-    found = [dict(file.rows) for file in files]
-    made = []
+    rows_of = [dict(file.rows) for file in files]
+    rewritten = []
     for place, example in rows:
-        row = found[place.file][place.row]
+        row = rows_of[place.file][place.row]
         if not isinstance(row, Mapping):
             raise ValueError(f"row {place.row} of {files[place.file].name} is no row of these files")
-        made.append(with_turns(row, chosen[place.file], example.turns))
-    return made
+        rewritten.append(with_turns(row, chosen[place.file], example.turns))
+    return rewritten
 
 
 def _fix(reason: str) -> str:

@@ -91,11 +91,11 @@ def unlimited_buffers(clients: Iterable[Sequence[int]], config: RunConfig) -> li
 
 def _check(federation: Federation, config: RunConfig, whole: bool) -> None:
     stages, by = config.continual.stages, config.continual.by
-    found = {task_of(example, config) for client in federation.clients for example in client.train} - {""}
-    if not found:
+    tasks_present = {task_of(example, config) for client in federation.clients for example in client.train} - {""}
+    if not tasks_present:
         raise UserError(f"continual.by = {by!r}: no row has that column; name one that says what task a row is")
     if not whole:
         return
-    if unknown := next((task for tasks in stages for task in tasks if task not in found), None):
-        some = ", ".join(sorted(found)[:_SHOWN]) + (", ..." if len(found) > _SHOWN else "")
+    if unknown := next((task for tasks in stages for task in tasks if task not in tasks_present), None):
+        some = ", ".join(sorted(tasks_present)[:_SHOWN]) + (", ..." if len(tasks_present) > _SHOWN else "")
         raise UserError(f"continual.stages names {unknown!r}: no training row has that {by}; there are {some}")

@@ -245,13 +245,13 @@ class _Chat:
         for k, turn in enumerate(turns):
             if turn.role == "assistant":
                 asked = self._ask(turns[:k])
-                told = _render(self.tokenizer, turns[: k + 1], ask=False)
-                answer = self._answer(_rest(told, asked, k), turn.text)
+                rendered = _render(self.tokenizer, turns[: k + 1], ask=False)
+                answer = self._answer(_rest(rendered, asked, k), turn.text)
                 segments += [self._between(asked, done, k), Segment(answer + self.eos, True)]
                 done = asked + answer
         if turns[-1].role != "assistant":
             segments.append(self._between(self._ask(turns), done, len(turns)))
-        elif left := _rest(told, done, len(turns)):
+        elif left := _rest(rendered, done, len(turns)):
             segments.append(Segment(left, False))
         return segments
 
@@ -277,8 +277,8 @@ def _read_chat(tokenizer: PreTrainedTokenizerBase) -> _Chat:
     question, answer = "xQx1xQx", "xAx2xAx"
     turns = (Turn("user", question), Turn("assistant", answer))
     asked = _render(tokenizer, turns[:1], ask=True)
-    lead, found, tail = _rest(_render(tokenizer, turns, ask=False), asked, 1).partition(answer)
-    if not found or question not in asked:
+    lead, separator, tail = _rest(_render(tokenizer, turns, ask=False), asked, 1).partition(answer)
+    if not separator or question not in asked:
         raise Unwritable("does not write out what is said")
     end = tokenizer(tail.rstrip(), add_special_tokens=False)["input_ids"][-1:]
     ends_turn = bool(end) and end[0] in tokenizer.added_tokens_decoder

@@ -53,8 +53,8 @@ def encode(
     config: PromptConfig,
 ) -> Encoded | None:
     """One example as tokens; None when the template cannot write it, or `prompt.max_tokens` leaves nothing to train."""
-    (made,) = _encode([example], template, tokenizer, config)
-    return made if isinstance(made, Encoded) else None
+    (encoded,) = _encode([example], template, tokenizer, config)
+    return encoded if isinstance(encoded, Encoded) else None
 
 
 def encode_all(
@@ -117,17 +117,17 @@ def rows_lost(parts: Iterable[tuple[Sequence[Example], Corpus]], data: DataConfi
     lines: list[str] = []
     unplaced = dict(fates)
     for source in _sources(data) if fates else ():
-        found: dict[int, dict[str, list[int]]] = {}
+        rows_by_fate: dict[int, dict[str, list[int]]] = {}
         for example, place in zip(source.examples, source.places, strict=True):
             if fate := fates.get(example.turns):
-                found.setdefault(place.file, {}).setdefault(fate, []).append(place.row)
+                rows_by_fate.setdefault(place.file, {}).setdefault(fate, []).append(place.row)
                 unplaced.pop(example.turns, None)
-        for file, fate_rows in sorted(found.items()):
+        for file, fate_rows in sorted(rows_by_fate.items()):
             name, total = source.reports[file].name, source.reports[file].rows
-            told = (
+            losses = (
                 f"{len(rows)} of {total} rows {fate} ({rows_text(rows, len(rows))})" for fate, rows in fate_rows.items()
             )
-            lines.append(f"{name}: {'; '.join(told)}")
+            lines.append(f"{name}: {'; '.join(losses)}")
     if unplaced:
         counts = Counter(unplaced.values()).items()
         lines.append("test part of data.source: " + "; ".join(f"{count} {fate}" for fate, count in counts))

@@ -146,8 +146,8 @@ def print_rows(federation: Federation, console: Console) -> None:
         _fact(console, "", f"and rows of {len(troubled) - _FILES} more files left out")
     trained = sum(len(client.train) for client in federation.clients)
     own = sum(len(client.test) for client in federation.clients)
-    said = f"{count_text(trained)} to train on, {count_text(own)} held out at the clients"
-    _fact(console, "examples", f"{said}, {count_text(len(federation.test))} held out for the table")
+    text = f"{count_text(trained)} to train on, {count_text(own)} held out at the clients"
+    _fact(console, "examples", f"{text}, {count_text(len(federation.test))} held out for the table")
 
 
 def print_warnings(lines: Sequence[str], console: Console) -> None:
@@ -162,15 +162,15 @@ def _print_lengths(run: PreparedRun, console: Console) -> None:
     cut = sum(corpus.stats.cut for corpus in run.corpora)
     dropped = sum(corpus.stats.dropped for corpus in run.corpora)
     n = sum(len(corpus) for corpus in run.corpora) + dropped
-    said = f"{count_text(cut)} cut ({share_text(cut / n)})"
-    said += f", {count_text(dropped)} dropped ({share_text(dropped / n)})"
-    _fact(console, "too long", f"{said} at {run.config.prompt.max_tokens} tokens")
+    text = f"{count_text(cut)} cut ({share_text(cut / n)})"
+    text += f", {count_text(dropped)} dropped ({share_text(dropped / n)})"
+    _fact(console, "too long", f"{text} at {run.config.prompt.max_tokens} tokens")
     if cut + dropped > _MANY * n:
         _warn(console, "much is lost; raise prompt.max_tokens, or see why prompt.template cannot write it")
     tokens = sum(corpus.stats.tokens for corpus in run.corpora)
     trained = sum(corpus.stats.response_tokens for corpus in run.corpora)
-    said = f"{count_text(tokens)}, of them {count_text(trained)} trained"
-    _fact(console, "tokens", f"{said} ({share_text(trained / tokens)})")
+    text = f"{count_text(tokens)}, of them {count_text(trained)} trained"
+    _fact(console, "tokens", f"{text} ({share_text(trained / tokens)})")
 
 
 def _print_clients(run: PreparedRun, work: forecast.Work, console: Console) -> None:
@@ -242,8 +242,8 @@ def _print_traffic(run: PreparedRun, cost: Cost, console: Console) -> None:
     # What stands in the base travels with each message.
     grows = " in the mean round (less in the first ones, for the base grows)" if traffic.grows else ""
     most = "at most " if method_from_config(run.config).scalars else ""
-    said = f"{bytes_text(traffic.down)} down{grows} and {most}{bytes_text(traffic.up)} up a client{mean}"
-    _fact(console, "per round", f"{said}; {work.cohort} clients:")
+    text = f"{bytes_text(traffic.down)} down{grows} and {most}{bytes_text(traffic.up)} up a client{mean}"
+    _fact(console, "per round", f"{text}; {work.cohort} clients:")
     again = f", {traffic.evaluations} evaluations at the clients included"
     whole = f"{bytes_text(traffic.total)} in the whole run{again if traffic.evaluations else ''}"
     down, up = (bytes_text(size * work.cohort) for size in (traffic.down, traffic.up))
@@ -255,8 +255,8 @@ def _print_traffic(run: PreparedRun, cost: Cost, console: Console) -> None:
 def _print_steps(run: PreparedRun, work: forecast.Work, console: Console) -> None:
     least, most = min(work.per_round), max(work.per_round)
     each = count_text(least) if least == most else f"{count_text(least)} to {count_text(most)}"
-    said = f"{each} a client and round, {count_text(work.total)} in {run.config.rounds} rounds"
-    _fact(console, "steps", said)
+    text = f"{each} a client and round, {count_text(work.total)} in {run.config.rounds} rounds"
+    _fact(console, "steps", text)
     for name in ("local", "central"):
         if name in run.config.evaluate.baselines:
             _fact(console, "", f"baseline {name}: {count_text(work.total)} more")
@@ -269,10 +269,10 @@ def _print_memory(run: PreparedRun, cost: Cost, console: Console) -> None:
         f"{bytes_text(cost.trial.activation_bytes)} for {run.config.train.batch_tokens} tokens a pass"
     )
     total, there = cost.processes * cost.memory, forecast.device_bytes(run.lm.device)
-    said = f"about {bytes_text(total)} of {bytes_text(there)}: {parts}"
+    text = f"about {bytes_text(total)} of {bytes_text(there)}: {parts}"
     if cost.processes > 1:
-        said += f", in {cost.processes} processes"
-    _fact(console, "memory", said)
+        text += f", in {cost.processes} processes"
+    _fact(console, "memory", text)
     if there is not None and total > there:
         fix = "lower train.batch_tokens (and raise train.accumulate), or use a smaller model"
         _warn(console, f"this may not fit; {fix}")

@@ -17,11 +17,11 @@ from apiary.tracking import environment
 def machine_values(config: RunConfig, device: torch.device) -> dict[str, Any]:
     """The device and its arithmetic."""
     dtype = str(base.resolve_dtype(config.model, device)).removeprefix("torch.")
-    found = environment.machine()
+    machine = environment.machine()
     return {
         "device": str(device),
-        "name": found["gpu"] if device.type != "cpu" else found["cpu"],
-        "cores": found["cores"],
+        "name": machine["gpu"] if device.type != "cpu" else machine["cpu"],
+        "cores": machine["cores"],
         "memory_bytes": forecast.device_bytes(device),
         "dtype": dtype,
     }

@@ -54,8 +54,8 @@ def by_stage(run: Measured, held_out: HeldOut, config: RunConfig) -> dict[str, A
 
 def unmeasured(held_out: HeldOut, config: RunConfig) -> list[str]:
     """A warning where stages have no example in the held-out set."""
-    found = set(stage_numbers(held_out.examples, config).tolist())
-    missing = [str(number) for number in range(1, len(config.continual.stages) + 1) if number - 1 not in found]
+    present = set(stage_numbers(held_out.examples, config).tolist())
+    missing = [str(number) for number in range(1, len(config.continual.stages) + 1) if number - 1 not in present]
     if not missing:
         return []
     which = f"stage {missing[0]} has" if len(missing) == 1 else f"stages {' and '.join(missing)} have"
@@ -124,7 +124,7 @@ def results(
     rows = sorted((event for event in events if event["event"] == "stage"), key=lambda event: event["stage"])
     if not config.continual.stages or not rows:
         return {}
-    found: dict[str, Any] = {
+    summary: dict[str, Any] = {
         "by": config.continual.by,
         "stages": [list(tasks) for tasks in config.continual.stages],
         "buffer": config.continual.buffer,
@@ -137,11 +137,11 @@ def results(
     measures: tuple[tuple[str, str, Better], ...] = (("accuracy", "accuracies", "higher"), ("loss", "losses", "lower"))
     for name, key, better in measures:
         if any(row[key] is None for row in rows):
-            found[name] = None
+            summary[name] = None
             continue
         r = np.array([row[key] for row in rows], np.float64)
-        found[name] = r.tolist()
-        found["overall"][name] = overall(r)
-        found["backward_transfer"][name] = backward_transfer(r, better)
-        found["forgetting"][name] = forgetting(r, better)
-    return {"continual": found}
+        summary[name] = r.tolist()
+        summary["overall"][name] = overall(r)
+        summary["backward_transfer"][name] = backward_transfer(r, better)
+        summary["forgetting"][name] = forgetting(r, better)
+    return {"continual": summary}

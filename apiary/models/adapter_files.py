@@ -77,11 +77,11 @@ def save_adapter(lm: LanguageModel, state: StateDict, folder: str | Path, card: 
 
 def read_adapter(lm: LanguageModel, file: Path) -> dict[str, Tensor]:
     """The state in the weights of a folder that `save_adapter` wrote, as `set_adapter` takes it."""
-    found = load_file(file)
-    if not any(is_b(name) and tensor.shape[1] > lm.rank for name, tensor in found.items()):
-        return found
+    tensors = load_file(file)
+    if not any(is_b(name) and tensor.shape[1] > lm.rank for name, tensor in tensors.items()):
+        return tensors
     adapter, base_delta = {}, {}
-    for module, factors in lora.split(found).items():
+    for module, factors in lora.split(tensors).items():
         adapter[module] = lora.resize(factors, lm.rank)
         base_delta[module] = Factors(factors.b[:, lm.rank :] * lm.scale, factors.a[lm.rank :])
     return lora.whole(lora.join(adapter), lora.join(base_delta))
@@ -94,11 +94,11 @@ def _as_one(lm: LanguageModel, state: StateDict) -> tuple[StateDict, int]:
         return adapter, lm.rank
     added = lora.split(base_delta)
     wide = max(factors.rank for factors in added.values())  # modules may differ; a PEFT folder has one rank
-    made = {}
+    joined = {}
     for module, factors in lora.split(adapter).items():
         more = added.get(module) or Factors(factors.b[:, :0], factors.a[:0])
-        made[module] = lora.stack([factors, lora.resize(Factors(more.b / lm.scale, more.a), wide)])
-    return lora.join(made), lm.rank + wide
+        joined[module] = lora.stack([factors, lora.resize(Factors(more.b / lm.scale, more.a), wide)])
+    return lora.join(joined), lm.rank + wide
 
 
 def _swap(work: Path, target: Path) -> None:

@@ -260,8 +260,8 @@ def _orthonormal_rows(shape: torch.Size, rng: torch.Generator) -> Tensor:
     noise = torch.randn(max(rows, columns), min(rows, columns), generator=rng, dtype=torch.float64)
     q, r = torch.linalg.qr(noise)
     q *= r.diagonal().sign()  # else the distribution depends on the routine's choice of signs
-    made: Tensor = q.T if rows <= columns else q / q.norm(dim=1, keepdim=True)
-    return made.float()
+    orthonormal: Tensor = q.T if rows <= columns else q / q.norm(dim=1, keepdim=True)
+    return orthonormal.float()
 
 
 @contextmanager

@@ -52,14 +52,14 @@ def check_model(name: str, key: str, revision: str | None = None) -> None:
         try:
             ask_hub(name, revision)
         except Exception as error:  # the hub's errors share no other base
-            told = f"no such folder here, and the hub does not give it ({first_line(error)})"
-            raise UserError(f"{key} {name!r}: {told}") from error
+            problem = f"no such folder here, and the hub does not give it ({first_line(error)})"
+            raise UserError(f"{key} {name!r}: {problem}") from error
     for part, reader in (("configuration", AutoConfig), ("tokenizer", AutoTokenizer)):
         try:
             reader.from_pretrained(source, revision=revision)
         except Exception as error:  # the model classes' errors share no other base
-            told = f"has no {part} that Transformers can read ({first_line(error)})"
-            raise UserError(f"{key} {name!r}: {told}") from error
+            problem = f"has no {part} that Transformers can read ({first_line(error)})"
+            raise UserError(f"{key} {name!r}: {problem}") from error
 
 
 def is_folder(name: str) -> bool:

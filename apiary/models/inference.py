@@ -150,8 +150,8 @@ def stop_ids(lm: LanguageModel) -> list[int]:
     """Token ids that end an answer: the model's, the tokenizer's, and the end-of-turn marks it knows."""
     config = getattr(lm.model, "generation_config", None)
     listed = getattr(config, "eos_token_id", None)
-    found = set(listed if isinstance(listed, list) else [listed])
-    found.add(lm.tokenizer.eos_token_id)
+    ids = set(listed if isinstance(listed, list) else [listed])
+    ids.add(lm.tokenizer.eos_token_id)
     special = set(lm.tokenizer.all_special_tokens) | set(lm.tokenizer.get_added_vocab())
-    found.update(lm.tokenizer.convert_tokens_to_ids(mark) for mark in _END_OF_TURN if mark in special)
-    return sorted(token for token in found if isinstance(token, int))
+    ids.update(lm.tokenizer.convert_tokens_to_ids(mark) for mark in _END_OF_TURN if mark in special)
+    return sorted(token for token in ids if isinstance(token, int))

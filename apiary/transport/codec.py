@@ -144,19 +144,19 @@ def decode(message: bytes, codec: Codec, shapes: Shapes) -> dict[str, Tensor]:
     _check(message, codec, shapes)
     body = np.frombuffer(message, np.uint8)[len(_header(codec, shapes)) : -_CHECKSUM.size]
     present, at = _read_present(body, len(shapes))
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, here in zip(sorted(shapes), present, strict=True):
         if not here:
-            found[name] = torch.zeros(tuple(shapes[name]))
+            tensors[name] = torch.zeros(tuple(shapes[name]))
             continue
         try:
             values, used = codec.unpack(body[at:], math.prod(shapes[name]))
         except CodecError as error:
             raise type(error)(f"{name}: {error}") from None
-        found[name], at = torch.from_numpy(values).view(tuple(shapes[name])), at + used
+        tensors[name], at = torch.from_numpy(values).view(tuple(shapes[name])), at + used
     if at != len(body):
         raise CodecError(f"it goes on for {len(body) - at} bytes after its last tensor")
-    return {name: found[name] for name in shapes}
+    return {name: tensors[name] for name in shapes}
 
 
 def _read_present(body: Bytes, tensors: int) -> tuple[list[bool], int]:

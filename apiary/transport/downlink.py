@@ -159,10 +159,10 @@ def _copy(adapter: StateDict) -> Copy:
 
 def to_tensors(state: Downlink) -> dict[str, Tensor]:
     """The server's side as named tensors, which a checkpoint can hold."""
-    made = {f"copy/{name}": tensor for name, tensor in state.copy.adapter.items()}
+    tensors = {f"copy/{name}": tensor for name, tensor in state.copy.adapter.items()}
     for place, (since, version, message) in enumerate(state.changes):
-        made[f"change/{place:06d}/{since}/{version}"] = torch.from_numpy(np.frombuffer(message, np.uint8).copy())
-    return made
+        tensors[f"change/{place:06d}/{since}/{version}"] = torch.from_numpy(np.frombuffer(message, np.uint8).copy())
+    return tensors
 
 
 def from_tensors(tensors: Mapping[str, Tensor]) -> Downlink:

@@ -58,15 +58,15 @@ def _encoded(message: bytes) -> Array:
 
 def _read_parcel(record: ArrayRecord) -> Parcel | None:
     """The parcel in a record; None where it holds an adapter."""
-    found = [name for name in record if name.startswith(_PARCEL)]
-    if len(found) != 1:
+    names = [name for name in record if name.startswith(_PARCEL)]
+    if len(names) != 1:
         return None
     changes = []
     for place in range(len(record) - 1):
         name = next(name for name in record if name.startswith(f"{_CHANGE}{place}/"))
         _, _, since, version = name.split("/")
         changes.append(Change(since, version, record[name].data))
-    return Parcel(found[0].removeprefix(_PARCEL), record[found[0]].data, tuple(changes))
+    return Parcel(names[0].removeprefix(_PARCEL), record[names[0]].data, tuple(changes))
 
 
 def array_bytes(content: RecordDict) -> int:

@@ -49,7 +49,7 @@ class Context(NamedTuple):
     trained: int | None = None  # rounds that the model has been trained for; None: not a run, it is what it is
 
 
-class Kept(NamedTuple):
+class StepResult(NamedTuple):
     """What a step makes of its rows.
 
     rows: the kept ones in the order they came, perhaps rewritten; dropped: row index -> reason, a short text that
@@ -71,7 +71,7 @@ class Step(NamedTuple):
         needs_model: whether it asks for `Context.reader`.
     """
 
-    apply: Callable[[Sequence[Row], Context], Kept]
+    apply: Callable[[Sequence[Row], Context], StepResult]
     pointwise: bool
     needs_model: bool = False
 
@@ -163,7 +163,7 @@ def curate(
     return Curation(rows, tuple(reports), fates, scores, tuple(_warnings(reports)))
 
 
-def _run(name: str, step: Step, rows: tuple[Row, ...], context: Context) -> tuple[Kept, StepReport]:
+def _run(name: str, step: Step, rows: tuple[Row, ...], context: Context) -> tuple[StepResult, StepReport]:
     """What one step makes of `rows`.
 
     Raises:
@@ -241,6 +241,6 @@ def row_digest(example: Example) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-def by_reason(rows: Sequence[Row], reasons: Mapping[int, str], scores: Mapping[int, float] | None = None) -> Kept:
+def by_reason(rows: Sequence[Row], reasons: Mapping[int, str], scores: Mapping[int, float] | None = None) -> StepResult:
     """The rows without those that have a reason to go."""
-    return Kept(tuple(row for row in rows if row[0] not in reasons), dict(reasons), dict(scores or {}))
+    return StepResult(tuple(row for row in rows if row[0] not in reasons), dict(reasons), dict(scores or {}))

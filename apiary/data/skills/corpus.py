@@ -266,10 +266,10 @@ def rows(split: Split, per_skill: int = 500, seed: int = 0) -> list[dict[str, st
     """
     if split not in ("train", "test"):
         raise ValueError(f"split={split!r}: allowed are 'train' and 'test'")
-    made: list[dict[str, str]] = []
+    all_rows: list[dict[str, str]] = []
     for skill in SKILLS:
-        made += _rows_of(skill, split, per_skill, random.Random(f"{seed}/{split}/{skill}"))
-    return made
+        all_rows += _rows_of(skill, split, per_skill, random.Random(f"{seed}/{split}/{skill}"))
+    return all_rows
 
 
 def _rows_of(skill: str, split: Split, count: int, rng: random.Random) -> list[dict[str, str]]:

@@ -90,17 +90,17 @@ def sparse() -> Codec:
         k = int(take(body, 0, 1, "<u4")[0])
         if k > n:
             raise CodecError("it has more entries than the tensor")
-        found = take(body, 4, 4 * k, "u1").view("<f4").astype(np.float32)
-        if not np.isfinite(found).all():
+        floats = take(body, 4, 4 * k, "u1").view("<f4").astype(np.float32)
+        if not np.isfinite(floats).all():
             raise NotFinite("it holds NaN or infinity")
         if k in (0, n):
-            return (found if k else np.zeros(n, np.float32)), 4 + 4 * k
+            return (floats if k else np.zeros(n, np.float32)), 4 + 4 * k
         gaps, used = _read_varints(body[4 + 4 * k : 4 + (4 + _VARINT_MOST) * k], k)
         index = np.cumsum(gaps + 1) - 1
         if index[-1] >= n:
             raise CodecError("it names an entry beyond the end of the tensor")
         values = np.zeros(n, np.float32)
-        values[index] = found
+        values[index] = floats
         return values, 4 + 4 * k + used
 
     return Codec("sparse", pack, unpack, lambda n: 4 + 4 * n)
@@ -111,12 +111,12 @@ def _varints(numbers: NDArray[np.int64]) -> Bytes:
     places = range(_VARINT_MOST)
     width = 1 + np.searchsorted([1 << _VARINT_BITS * place for place in places[1:]], numbers, side="right")
     starts = np.cumsum(width) - width
-    made = np.empty(int(width.sum()), np.uint8)
+    body = np.empty(int(width.sum()), np.uint8)
     for place in places:
         has = width > place
         more = (width[has] > place + 1) << _VARINT_BITS
-        made[starts[has] + place] = numbers[has] >> _VARINT_BITS * place & 127 | more
-    return made
+        body[starts[has] + place] = numbers[has] >> _VARINT_BITS * place & 127 | more
+    return body
 
 
 def _read_varints(window: Bytes, count: int) -> tuple[NDArray[np.int64], int]:

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from apiary.core.seeds import derive_seed
 from apiary.data.examples import Example, answer
-from client.curation.pipeline import STEPS, Context, Kept, Row, Step, by_reason
+from client.curation.pipeline import STEPS, Context, Row, Step, StepResult, by_reason
 from client.curation.steps.budget import Share
 from client.curation.text import ngrams, normalise, spoken, words
 
@@ -34,7 +34,7 @@ class Said(NamedTuple):
 def duplicates() -> Step:
     """Drops every row that says the same as an earlier one, but for case, white space and Unicode form."""
 
-    def apply(rows: Sequence[Row], context: Context) -> Kept:
+    def apply(rows: Sequence[Row], context: Context) -> StepResult:
         first: dict[Hashable, int] = {}
         for index, example in rows:
             first.setdefault(tuple((turn.role, normalise(turn.text)) for turn in example.turns), index)
@@ -68,11 +68,11 @@ def near_duplicates(
         boilerplate: share of rows above which a run is not compared; 1 compares all.
     """
 
-    def apply(rows: Sequence[Row], context: Context) -> Kept:
+    def apply(rows: Sequence[Row], context: Context) -> StepResult:
         shingles = shingle_sets([example for _, example in rows], n, boilerplate)
         groups: dict[Said, list[int]] = {}  # rows that say the same need no comparing
-        for place, (found, (_, example)) in enumerate(zip(shingles, rows, strict=True)):
-            groups.setdefault(Said(found, _response(example)), []).append(place)
+        for place, (runs, (_, example)) in enumerate(zip(shingles, rows, strict=True)):
+            groups.setdefault(Said(runs, _response(example)), []).append(place)
         distinct = list(groups)
         seed = derive_seed(context.seed, context.client, "curate", "minhash") % 2**32
         pairs = _similar(distinct, threshold, permutations, seed)
@@ -124,17 +124,17 @@ def _hash(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=4).digest(), "big")
 
 
-def _similar(said: Sequence[Said], threshold: float, permutations: int, seed: int) -> Iterator[tuple[int, int]]:
+def _similar(rows: Sequence[Said], threshold: float, permutations: int, seed: int) -> Iterator[tuple[int, int]]:
     """Pairs of at least the Jaccard similarity `threshold`, almost all of them."""
     from datasketch import MinHashLSH
 
     # Pairs are verified, so a false one costs a comparison and a missed one is lost for good.
     index = MinHashLSH(threshold=threshold, num_perm=permutations, weights=(0.1, 0.9))
-    for place, (shingles, response) in enumerate(said):
+    for place, (shingles, response) in enumerate(rows):
         signature = minhash(shingles, permutations, seed)
         for other in sorted(index.query(signature)):
-            alike = _alike(response, said[other].answer, threshold)
-            if alike and jaccard(shingles, said[other].shingles) >= threshold:
+            alike = _alike(response, rows[other].answer, threshold)
+            if alike and jaccard(shingles, rows[other].shingles) >= threshold:
                 yield other, place
         index.insert(place, signature)
 
@@ -163,7 +163,7 @@ def components(count: int, pairs: Iterable[tuple[int, int]]) -> list[list[int]]:
 
     for a, b in pairs:
         parent[root(max(a, b))] = root(min(a, b))
-    found: dict[int, list[int]] = {}
+    members: dict[int, list[int]] = {}
     for node in range(count):
-        found.setdefault(root(node), []).append(node)
-    return list(found.values())
+        members.setdefault(root(node), []).append(node)
+    return list(members.values())

@@ -12,7 +12,7 @@ from pydantic import Field
 from apiary.core.errors import UserError
 from apiary.data.examples import Example, Turn
 from apiary.data.templates import Segment, Template
-from client.curation.pipeline import STEPS, Context, Kept, Reader, Row, Step, by_reason
+from client.curation.pipeline import STEPS, Context, Reader, Row, Step, StepResult, by_reason
 from client.curation.steps.budget import Count, Share, budget, over
 
 if TYPE_CHECKING:  # with torch, which naming this step does without
@@ -78,11 +78,11 @@ def ifd(
     if band is not None and band[0] >= band[1]:
         raise UserError(f"curate.steps: 'ifd' has band = {list(band)}; it must rise, e.g. [0.05, 0.95]")
 
-    def apply(given: Sequence[Row], context: Context) -> Kept:
+    def apply(given: Sequence[Row], context: Context) -> StepResult:
         if context.reader is None:
             raise ValueError("IFD needs Context.reader")
         if warmup is not None and context.trained is not None and context.trained < warmup:
-            return Kept(tuple(given))
+            return StepResult(tuple(given))
         nats = answer_nats(given, context.reader, one_by_one=alone)
         scores = dict(zip(nats.rows, _ratio(nats, ratio).tolist(), strict=True))
         reasons = {**nats.lost, **_beyond(scores, threshold)}
@@ -105,12 +105,12 @@ def _ratio(nats: AnswerNats, ratio: str) -> np.ndarray:
 
 
 def _beyond(scores: Mapping[int, float], threshold: float | None) -> dict[int, str]:
-    found = {index: "IFD is not a number" for index, score in scores.items() if not np.isfinite(score)}
+    reasons = {index: "IFD is not a number" for index, score in scores.items() if not np.isfinite(score)}
     if threshold is not None:
-        found |= {
+        reasons |= {
             i: f"IFD above {threshold:g}" for i, score in scores.items() if np.isfinite(score) and score > threshold
         }
-    return found
+    return reasons
 
 
 def _outside(scores: Mapping[int, float], band: tuple[float, float] | None) -> dict[int, str]:

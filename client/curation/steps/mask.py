@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from apiary.core.errors import UserError
 from apiary.data.examples import Example
-from client.curation.pipeline import STEPS, Context, Kept, Row, Step
+from client.curation.pipeline import STEPS, Context, Row, Step, StepResult
 
 Kind = Literal["email", "iban", "card", "phone", "ip"]
 
@@ -52,8 +52,8 @@ def mask(kinds: tuple[Kind, ...] = ("email", "iban", "card", "phone"), regions: 
     }
     chosen = [(kind.upper(), finders[kind]) for kind in finders if kind in kinds]
 
-    def apply(rows: Sequence[Row], context: Context) -> Kept:
-        return Kept(tuple((index, _masked(example, chosen)) for index, example in rows))
+    def apply(rows: Sequence[Row], context: Context) -> StepResult:
+        return StepResult(tuple((index, _masked(example, chosen)) for index, example in rows))
 
     return Step(apply, pointwise=True)
 
@@ -68,15 +68,15 @@ def _check_regions(regions: Sequence[str]) -> None:
 
 def _masked(example: Example, finders: Sequence[tuple[str, Finder]]) -> Example:
     before = [turn.text for turn in example.turns]
-    texts, made = before, list(before)
+    texts, masked = before, list(before)
     numbers: dict[str, dict[str, int]] = {name: {} for name, _ in finders}
     first = {name: _highest(before, name) + 1 for name, _ in finders}
     while True:  # a detail that leant on another shows only once that one is gone
         for name, find in finders:
-            made = [_replace(text, name, find, numbers[name], first[name]) for text in made]
-        if made == texts:
+            masked = [_replace(text, name, find, numbers[name], first[name]) for text in masked]
+        if masked == texts:
             break
-        texts = made
+        texts = masked
     if texts == before:
         return example
     turns = (turn._replace(text=text) for turn, text in zip(example.turns, texts, strict=True))
@@ -212,8 +212,8 @@ def _no_phones(text: str) -> list[tuple[int, int]]:
     """Stretches that hold dates, versions, prices or ISBNs."""
     from stdnum import isbn
 
-    found = [m.span() for pattern in (_ISBN_WORD, _DATE, _VERSION, _PRICE) for m in pattern.finditer(text)]
-    return found + [m.span() for m in _ISBN.finditer(text) if isbn.is_valid(m[0])]
+    spans = [m.span() for pattern in (_ISBN_WORD, _DATE, _VERSION, _PRICE) for m in pattern.finditer(text)]
+    return spans + [m.span() for m in _ISBN.finditer(text) if isbn.is_valid(m[0])]
 
 
 # --- addresses of machines

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from apiary.core.errors import UserError
 from apiary.core.seeds import derive_seed
-from client.curation.pipeline import STEPS, Context, Kept, Row, Step, by_reason, row_digest
+from client.curation.pipeline import STEPS, Context, Row, Step, StepResult, by_reason, row_digest
 from client.curation.steps.budget import (
     Count,
     Share,
@@ -34,7 +34,7 @@ def random(
     if not limit.limited:
         raise UserError("curate.steps: 'random' needs one of keep, rows and tokens; e.g. keep = 0.5")
 
-    def apply(given: Sequence[Row], context: Context) -> Kept:
+    def apply(given: Sequence[Row], context: Context) -> StepResult:
         draws = {i: derive_seed(context.seed, context.client, "curate", "random", row_digest(e)) for i, e in given}
         return by_reason(given, over(sorted(draws, key=lambda i: (draws[i], i)), limit, given, context))
 

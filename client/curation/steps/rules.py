@@ -11,7 +11,7 @@ from pydantic import Field
 
 from apiary.core.errors import UserError
 from apiary.data.examples import Example, answer
-from client.curation.pipeline import STEPS, Context, Kept, Row, Step, by_reason
+from client.curation.pipeline import STEPS, Context, Row, Step, StepResult, by_reason
 from client.curation.steps.budget import Count, Share
 from client.curation.text import ngrams, normalise, question, spoken, words
 
@@ -55,7 +55,7 @@ def length(
             return "answer repeats itself"
         return None
 
-    def apply(rows: Sequence[Row], context: Context) -> Kept:
+    def apply(rows: Sequence[Row], context: Context) -> StepResult:
         return by_reason(rows, {index: reason for index, example in rows if (reason := problem(example))})
 
     return Step(apply, pointwise=True)
@@ -83,7 +83,7 @@ def held_out(n: Annotated[int, Field(ge=2)] = 10, boilerplate: Count = 10) -> St
         boilerplate: training rows above which half a run is an instruction.
     """
 
-    def apply(rows: Sequence[Row], context: Context) -> Kept:
+    def apply(rows: Sequence[Row], context: Context) -> StepResult:
         asked = {_asked(example) for example in context.held_out}
         runs = {run for example in context.held_out for run in ngrams(words(spoken(example)), n)}
         tokens = {index: words(spoken(example)) for index, example in rows}

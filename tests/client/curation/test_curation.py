@@ -26,7 +26,7 @@ from apiary.data import tokenization
 from apiary.data.examples import Example, Turn
 from apiary.models import adapters
 from apiary.models.inference import ModelProbe
-from client.curation import STEPS, Context, Curation, Kept, Reader, Step, build_steps, curate, digest, restore
+from client.curation import STEPS, Context, Curation, Reader, Step, StepResult, build_steps, curate, digest, restore
 from client.curation.steps.budget import Budget, within
 from client.curation.steps.duplicates import components, jaccard, minhash, shingle_sets
 
@@ -631,10 +631,10 @@ def test_a_step_without_its_model_is_refused() -> None:
 def liar(lose: bool = False, rewrite: bool = False) -> Step:
     """A step for `test_curation:liar` that breaks its contract."""
 
-    def apply(rows: Sequence[tuple[int, Example]], context: Context) -> Kept:
+    def apply(rows: Sequence[tuple[int, Example]], context: Context) -> StepResult:
         if rewrite:
-            return Kept(tuple((i, row("other", "other")) for i, _ in rows))
-        return Kept(tuple(rows[1:]) if lose else tuple(reversed(rows)))
+            return StepResult(tuple((i, row("other", "other")) for i, _ in rows))
+        return StepResult(tuple(rows[1:]) if lose else tuple(reversed(rows)))
 
     return Step(apply, pointwise=False)
 
