@@ -162,15 +162,13 @@ def _caption(metrics: Metrics) -> str:
         notes.append(f"no interval of the loss: fewer than {intervals.FEWEST_ROWS} held-out examples")
     notes += filter(None, [personal(metrics), clean(attacked(metrics))])
     noise = " without noise" if "local" in metrics.noiseless else ""
-    for gain, where in (
-        (gain_on_own(metrics), "on its own rows"),
-        (gain_on_all(metrics), "on everyone's"),
-    ):
+    own = gain_on_own(metrics)
+    rows = f" ({rows_text(own)})" if own and own.rows else ""
+    for gain, where in ((own, f"on its own rows{rows}"), (gain_on_all(metrics), "on the rows of the table")):
         if gain is not None:
             name, least = gain.worst
-            rows = f" ({text})" if (text := rows_text(gain)) else ""
             notes.append(
-                f"against training alone{noise} {where}{rows}: {outcomes_text(gain)}; mean gain "
+                f"against training alone{noise} {where}: {outcomes_text(gain)}; mean gain "
                 f"{formatting.change_text(gain.mean)}, least {formatting.change_text(least)} ({clean(name)})"
             )
     return "\n".join(notes)

@@ -226,7 +226,7 @@ def _gains_said(gain: Gain | None, noiseless: bool) -> str:
     ends = gain.mean_ends
     among = "" if ends is None else f" (95% interval over clients {' to '.join(map(formatting.change_text, ends))})"
     return (
-        f"{outcomes_text(gain)} by the shared model, against training alone{' without noise' if noiseless else ''}."
+        f"with the shared model, against training alone{' without noise' if noiseless else ''}, {outcomes_text(gain)}."
         f"{rows} A client gains or loses where a 95% interval over its rows leaves out zero, {intervals.SCOPE}, and "
         f"cannot tell on fewer than {intervals.FEWEST_ROWS} rows. The mean gain is "
         f"{formatting.change_text(gain.mean)} nats per token{among}, the least {formatting.change_text(gain.worst[1])} "

@@ -127,12 +127,12 @@ def outcomes_text(gain: Gain) -> str:
 
 
 def rows_text(gain: Gain) -> str:
-    """How many rows of a client this rests on, such as `25 to 150 rows of each`; empty where it is not told."""
+    """How many rows of its own a client's outcome rests on, such as `25 to 150 rows each`; empty if it is not told."""
     if gain.rows is None:
         return ""
     fewest, most = gain.rows
     count = f"{fewest:,} to {most:,} rows" if fewest != most else formatting.plural(most, "row")
-    return f"{count} of each" if len(gain.gains) > 1 else count
+    return f"{count} each" if len(gain.gains) > 1 else count
 
 
 def gained(metrics: Metrics) -> str:
@@ -222,7 +222,7 @@ def row_by_row(metrics: Metrics, other: Row) -> str:
     return (
         f"Row by row on the same {formatting.count_text(pair.n)} held-out examples, federated minus "
         f"{_NAMES[other.method]} is {formatting.change_text(pair.difference)} nats per token "
-        f"(95% interval {low} to {high}): that is {intervals.SCOPE}; a training with another seed makes another model."
+        f"(95% interval {low} to {high}), {intervals.SCOPE}."
     )
 
 

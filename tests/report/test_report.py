@@ -104,7 +104,7 @@ def test_wherever_an_interval_over_rows_is_given_it_says_of_what_it_is() -> None
     metrics = compared(0.05, 0.15, local=1.0, federated=1.1)
     text = Page(page(metrics)).text
     places = {"page": text, "terminal": table_plain(metrics), "card": card(loading.load(), 16, metrics, {})}
-    said = f"federated minus training alone is +0.100 nats per token (95% interval +0.050 to +0.150): that is {SCOPE};"
+    said = f"federated minus training alone is +0.100 nats per token (95% interval +0.050 to +0.150), {SCOPE}."
     assert {name for name, words in places.items() if said in words} == set(places)
     assert "95% intervals over the held-out examples alone, of these models on these rows" in text
     assert f"leaves out zero, {SCOPE}" in text  # the intervals of the clients
@@ -134,7 +134,7 @@ def test_clients_gain_lose_or_cannot_tell_each_with_its_rows() -> None:
         **{"a": "lose", "b": "cannot tell", "c": "cannot tell", "d": "cannot tell", "e": "gain"}
     }
     text = Page(page(metrics)).text
-    assert "Clients: gain / lose / cannot tell 1 / 1 / 3 on their own tasks (25 to 150 rows of each)" in text
+    assert "Clients: gain / lose / cannot tell 1 / 1 / 3 on their own tasks (25 to 150 rows each)" in text
     for label in (
         "a loses 0.100 (90 rows)",
         "b cannot tell: −0.200 (25 rows)",
@@ -144,8 +144,8 @@ def test_clients_gain_lose_or_cannot_tell_each_with_its_rows() -> None:
         assert label in text
     counts = "1 of 5 clients gains, 1 loses, 3 cannot tell"
     assert f"on their own rows {counts}" in headline(parse_metrics(metrics))
-    assert f"alone on its own rows (25 to 150 rows of each): {counts}" in table_plain(metrics)
-    assert f"On their own held-out rows (25 to 150 rows of each), {counts}" in card(loading.load(), 16, metrics, {})
+    assert f"alone on its own rows (25 to 150 rows each): {counts}" in table_plain(metrics)
+    assert f"On their own held-out rows (25 to 150 rows each), {counts}" in card(loading.load(), 16, metrics, {})
 
 
 def test_only_clients_that_all_agree_with_the_headline_go_without_saying() -> None:
@@ -238,7 +238,7 @@ def test_gains_are_counted_on_own_and_on_all_examples() -> None:
     assert (own.gains, own.worst) == ({"a": 0.5, "b": -0.25}, ("b", -0.25))
     assert everyone.gains == {"a": 1.0, "b": -0.5}
     text = Page(page(metrics)).text
-    assert "0 of 2 clients gain, 1 loses, 1 cannot tell by the shared model, against training alone." in text
+    assert "against training alone, 0 of 2 clients gain, 1 loses, 1 cannot tell." in text
     assert "On the held-out examples of all clients: 1 of 2 clients gains, 0 lose, 1 cannot tell." in text
     assert "The mean gain is +0.125 nats per token" in text and "the least −0.250 (b)" in text
 
