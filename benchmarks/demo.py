@@ -14,28 +14,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+from apiary.evaluation.runs import compare_runs
+
 RESULTS = Path(__file__).parent / "results" / "demo.json"
 
 
-def one(seed: int, keep: Path | None) -> dict[str, Any]:
-    """The final table of one seed and its wall time; the run directories stay under `keep`."""
-    with tempfile.TemporaryDirectory() as scratch:
-        out = (keep or Path(scratch)) / f"seed-{seed}"
-        command = [
-            sys.executable,
-            "-m",
-            "apiary.cli.main",
-            "simulate",
-            "--quiet",
-            "--out",
-            str(out),
-            "-s",
-            f"seed={seed}",
-        ]
-        began = time.monotonic()
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        wall = time.monotonic() - began
-        metrics = json.loads((out / "metrics.json").read_text())
+def one(seed: int, out: Path) -> dict[str, Any]:
+    """The final table of one seed and its wall time; the run directory stays at `out`."""
+    command = [sys.executable, "-m", "apiary.cli.main", "simulate", "--quiet", "--out", str(out), "-s", f"seed={seed}"]
+    began = time.monotonic()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    wall = time.monotonic() - began
+    metrics = json.loads((out / "metrics.json").read_text())
     kept = ("table", "gain", "machine", "versions")
     return {"seed": seed, "wall_s": round(wall, 1), **{key: metrics[key] for key in kept}}
 
@@ -46,12 +36,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--keep", type=Path, help="keep the run directories there")
     args = parser.parse_args()
-    runs = [one(seed, args.keep) for seed in range(args.seeds)]
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = [(args.keep or Path(scratch)) / f"seed-{seed}" for seed in range(args.seeds)]
+        runs = [one(seed, folder) for seed, folder in enumerate(folders)]
+        compared = compare_runs(folders)
     machine, versions = runs[0]["machine"], runs[0]["versions"]
     for run in runs:
         del run["machine"], run["versions"]
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"machine": machine, "versions": versions, "runs": runs}, indent=1) + "\n")
+    RESULTS.write_text(
+        json.dumps({"machine": machine, "versions": versions, "runs": runs, "compared": compared}, indent=1) + "\n"
+    )
     print(RESULTS.read_text())
 
 

@@ -10,7 +10,7 @@ from apiary.core.messages import Score
 from apiary.core.stages import rounds_of, stage_of
 from apiary.core.tensors import StateDict
 from apiary.data.batches import Corpus
-from apiary.evaluation import comparison
+from apiary.evaluation import intervals
 from apiary.models import adapters
 from apiary.models.adapters import LanguageModel
 from apiary.models.inference import ModelProbe
@@ -22,7 +22,7 @@ class Evaluation(NamedTuple):
     """The shared adapter's loss on the server's held-out examples."""
 
     score: Score
-    interval: tuple[float, float]  # 95% bootstrap interval of the loss
+    interval: tuple[float, float] | None  # 95% interval of the loss over these examples; None of too few
 
 
 def on_held_out(lm: LanguageModel, held_out: Corpus, seed: int) -> Callable[[StateDict], Evaluation]:
@@ -38,7 +38,7 @@ def on_held_out(lm: LanguageModel, held_out: Corpus, seed: int) -> Callable[[Sta
         adapters.set_adapter(lm, adapter)
         nats, tokens = ModelProbe(lm).losses(held_out)
         score = Score(float(nats.sum()), int(tokens.sum()), len(nats))
-        return Evaluation(score, comparison.interval(nats, tokens, seed=seed))
+        return Evaluation(score, intervals.over_rows(nats, tokens, seed=seed))
 
     return evaluate
 
@@ -77,7 +77,11 @@ def combine(server: Evaluation | None, panel: Scores | None) -> tuple[Scores, di
     fields: dict[str, Any] = {}
     if server is not None:
         scores = {"": server.score}
-        fields = {"loss": server.score.loss, "ci95": list(server.interval), "n": server.score.examples}
+        fields = {
+            "loss": server.score.loss,
+            "ci95": list(server.interval) if server.interval else None,
+            "n": server.score.examples,
+        }
     if panel is not None:
         # Stopping early on the examples of the final table would flatter it.
         scores, panel_fields = client_scores.panel_fields(panel)

@@ -15,13 +15,13 @@ from apiary.data import tokenization
 from apiary.data.examples import Example, answer
 from apiary.data.federation import Federation
 from apiary.data.tokenization import Template
-from apiary.evaluation import comparison, continual
+from apiary.evaluation import comparison, continual, row_losses
 from apiary.evaluation.comparison import HeldOut, Measured
 from apiary.export.adapter_folder import exported_rank, save_adapter_folder
 from apiary.models import adapters
 from apiary.models.adapters import LanguageModel
 from apiary.privacy import statement
-from apiary.report.data import gain_of
+from apiary.report.data import OUTCOMES, gain_of
 from apiary.tracking import environment, event_log, metrics_file
 from apiary.tracking.event_log import RunLog
 from apiary.tracking.run_directory import result_folders
@@ -65,7 +65,9 @@ def summarise(prepared: Plan, adapter: StateDict, folder: Path, log: RunLog) -> 
     log.event("phase", name="evaluating")
     own = _personal(prepared, adapter, folder, steps)
     runs, alone = comparison.compare(lm, held_out, config, adapter, *trained, own)
-    clients = _per_client(prepared, adapter, trained, alone, own, metrics_file.ranks(events))
+    clients = _per_client(prepared, adapter, trained, runs["federated"], alone, own, metrics_file.ranks(events))
+    nats = {method: run.nats for method, run in runs.items()}
+    row_losses.write_row_losses(folder, held_out.examples, runs["federated"].tokens, nats)
     kind = kind_of(config, federation)
     made = {
         "base": 0,
@@ -143,11 +145,12 @@ def _per_client(
     prepared: Plan,
     adapter: StateDict,
     trained: Baselines,
+    joint: Measured,
     alone: Mapping[str, Measured],
     personal: Mapping[str, StateDict],
     ranks: Mapping[str, int],
 ) -> list[dict[str, Any]]:
-    """What each client holds, and the losses on its own held-out rows."""
+    """What each client holds, the losses on its own held-out rows, and how it fares there and on everybody's rows."""
     config, federation, lm, template, _ = prepared
     kind = kind_of(config, federation)
     fresh = adapters.fresh_adapter(lm, config.seed)
@@ -161,8 +164,8 @@ def _per_client(
             "federated": personal.get(client.name, adapter),
             "central": trained.central,
         }
-        losses = {
-            method: comparison.measure(lm, state, own, loss_only).loss
+        measured = {
+            method: comparison.measure(lm, state, own, loss_only)
             for method, state in candidates.items()
             if state is not None and own.examples
         }
@@ -176,23 +179,40 @@ def _per_client(
                 "cut": stats.cut,
                 "dropped": stats.dropped,
                 "mix": dict(Counter(map(kind, client.train)).most_common()) if kind else {},
-                "own": losses,
+                "own": {method: run.loss for method, run in measured.items()},
+                "own_paired": _against_alone(measured.get("federated"), measured.get("local"), config.seed),
                 "mix_loss": {"local": alone[client.name].loss} if client.name in alone else {},
+                "mix_paired": _against_alone(joint, alone.get(client.name), config.seed),
             }
         )
     return rows
 
 
+def _against_alone(joint: Measured | None, alone: Measured | None, seed: int) -> dict[str, dict[str, Any]]:
+    """A client's federated loss minus that of its own training alone, row by row; empty where one is missing."""
+    if joint is None or alone is None:
+        return {}
+    return comparison.differences({"federated": joint, "local": alone}, seed)
+
+
 def _gain(clients: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """By how many nats per token each client's own loss falls by joining, against training alone."""
-    gain = gain_of((c["client"], c["own"].get("local"), c["own"].get("federated")) for c in clients)
+    """The `gain` part of metrics.json: by how many nats per token each client's own loss falls by joining.
+
+    The losses are on the client's own held-out rows, against training alone.
+    """
+    gain = gain_of(
+        (c["client"], c["own"].get("local"), c["own"].get("federated"), c["own_paired"].get("local")) for c in clients
+    )
     if gain is None:
         return {}
     worst, least = gain.worst
     return {
         "clients": len(gain.gains),
-        "improved": gain.improved,
+        **{outcome.replace(" ", "_"): gain.count(outcome) for outcome in OUTCOMES},
+        "rows": gain.rows,
         "mean": gain.mean,
+        "mean_ci95": gain.mean_ends,
+        "over": "clients",
         "worst": {"client": worst, "gain": least},
     }
 

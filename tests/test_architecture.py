@@ -165,6 +165,11 @@ def test_a_room_imports_only_what_it_may(room: str) -> None:
     assert wrong == []
 
 
+def test_losses_of_single_rows_are_kept_by_a_simulation_alone() -> None:
+    users = {found.file for found in IMPORTS if found.module.startswith("apiary.evaluation.row_losses")}
+    assert users == {"simulation/summary.py", "apiary/evaluation/runs.py"}
+
+
 def test_nothing_imports_in_a_circle() -> None:
     """Of all imports that run when a module is loaded; one inside a function waits until it is called."""
     graph: dict[str, set[str]] = {}

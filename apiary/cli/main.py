@@ -95,6 +95,21 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run directories that differ in the seed alone")],
+    as_json: AsJson = False,
+) -> None:
+    """Print the mean table of runs that differ in the seed alone, with intervals over seeds and rows."""
+    from apiary.evaluation.runs import compare_runs, lines
+
+    found = compare_runs(runs)
+    if as_json:
+        print_json(found)
+    else:
+        typer.echo("\n".join(lines(found)))
+
+
+@app.command()
 def chat(
     tuned: Tuned,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="ask once and print the answer")] = None,

@@ -17,11 +17,11 @@ from apiary.data.batches import Corpus
 from apiary.data.examples import Example, answer
 from apiary.data.federation import Federation
 from apiary.data.tokenization import Template
+from apiary.evaluation import intervals
 from apiary.models.adapters import LanguageModel, fresh_adapter, set_adapter
 from apiary.models.inference import ModelProbe
 
 Floats = NDArray[np.float64]
-_FEWEST_PAIRS = 10  # examples: of fewer a bootstrap interval is too narrow to rest a claim on
 
 
 class HeldOut(NamedTuple):
@@ -206,33 +206,18 @@ def mean(runs: Sequence[Measured]) -> Measured:
     )
 
 
-def interval(values: Floats, weights: Any, *, seed: int, draws: int = 2000, level: float = 0.95) -> tuple[float, float]:
-    """The percentile bootstrap interval of sum(values) / sum(weights) over examples (Efron 1979).
-
-    Args:
-        values: (n,) sums per example, such as nats.
-        weights: (n,) counts per example, such as tokens.
-        seed: of the resampling.
-        draws: number of resamples.
-        level: coverage.
-    """
-    n = len(values)
-    rng = np.random.default_rng(derive_seed(seed, "bootstrap"))
-    counts = rng.multinomial(n, np.full(n, 1.0 / n), size=draws)  # (draws, n)
-    ratios = (counts @ np.asarray(values, np.float64)) / np.maximum(counts @ np.asarray(weights, np.float64), 1e-12)
-    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
 def table_row(method: str, run: Measured, seed: int) -> dict[str, Any]:
-    """A row of the table in the form of metrics.json."""
-    hits = None if run.correct is None else list(interval(run.correct, np.ones(len(run.correct)), seed=seed))
+    """A row of the table in the form of metrics.json; its intervals are over the examples alone."""
     return {
         "method": method,
         "loss": run.loss,
         "accuracy": run.accuracy,
         "n": len(run.nats),
-        "ci95": {"loss": list(interval(run.nats, run.tokens, seed=seed)), "accuracy": hits},
+        "ci95": {
+            "loss": _ends(intervals.over_rows(run.nats, run.tokens, seed=seed)),
+            "accuracy": None if run.correct is None else _ends(intervals.of_share(run.correct)),
+            "over": "rows",
+        },
     }
 
 
@@ -240,7 +225,8 @@ def differences(runs: Mapping[str, Measured], seed: int, method: str = "federate
     """How far the loss of a method lies from each other one's, example by example: the `paired` part of metrics.json.
 
     Whole examples are drawn, each with both of its losses, so that what makes one hard for both models cancels out
-    (paired bootstrap, Koehn 2004). Two intervals that overlap may well hide a difference that this one shows.
+    (paired bootstrap, Koehn 2004). Two intervals that overlap may well hide a difference that this one shows. It is
+    over the examples alone: two models whose training differed in nothing but the order of batches may differ too.
 
     Args:
         runs: every method on the same held-out examples.
@@ -249,21 +235,24 @@ def differences(runs: Mapping[str, Measured], seed: int, method: str = "federate
 
     Returns:
         By other method `difference` (nats per response token, below 0 where `method` is better), its 95% interval
-        `ci95` (None for fewer than 10 examples, or a loss that is not a number) and `n`.
+        `ci95` (None for fewer than `intervals.FEWEST_ROWS` examples, or a loss that is not a number), `n`, and `of`,
+        what the interval is of.
     """
     ours = runs[method]
-    found = {}
-    for name, run in runs.items():
-        if name == method:
-            continue
-        values = ours.nats - run.nats
-        sound = len(values) >= _FEWEST_PAIRS and bool(np.isfinite(values).all())
-        found[name] = {
+    return {
+        name: {
             "difference": ours.loss - run.loss,
-            "ci95": list(interval(values, ours.tokens, seed=seed)) if sound else None,
-            "n": len(values),
+            "ci95": _ends(intervals.over_rows(ours.nats - run.nats, ours.tokens, seed=seed)),
+            "n": len(run.nats),
+            "of": intervals.SCOPE,
         }
-    return found
+        for name, run in runs.items()
+        if name != method
+    }
+
+
+def _ends(found: intervals.Ends | None) -> list[float] | None:
+    return None if found is None else list(found)
 
 
 def by_kind(

@@ -18,11 +18,12 @@ from rich.text import Text
 from apiary.core import formatting
 from apiary.core.files import write_atomic
 from apiary.core.formatting import clean, plural
+from apiary.evaluation import intervals
 from apiary.privacy import statement
 from apiary.report import sites
 from apiary.report.data import Interval, Metrics, Row, gain_on_all, gain_on_own, parse_metrics
 from apiary.report.page import PAGE
-from apiary.report.verdict import attacked, headline, not_alike, personal, row_by_row
+from apiary.report.verdict import attacked, headline, not_alike, outcomes_text, personal, row_by_row, rows_text
 from apiary.tracking.event_log import Event, read_events
 from apiary.tracking.metrics_file import read_metrics
 
@@ -157,16 +158,17 @@ def _caption(metrics: Metrics) -> str:
     notes = [f"loss in nats per response token, on {plural(count, 'held-out example')}"]
     other = metrics.row("local") or metrics.row("base")
     notes += filter(None, [row_by_row(metrics, other) if other and metrics.paired else "", not_alike(metrics)])
+    if count and not any(row.ci95.loss for row in metrics.table):
+        notes.append(f"no interval of the loss: fewer than {intervals.FEWEST_ROWS} held-out examples")
     notes += filter(None, [personal(metrics), clean(attacked(metrics))])
-    noise = "without noise, " if "local" in metrics.noiseless else ""
-    for gain, where in (
-        (gain_on_own(metrics), "on its own data"),
-        (gain_on_all(metrics), "on everyone's"),
-    ):
+    noise = " without noise" if "local" in metrics.noiseless else ""
+    own = gain_on_own(metrics)
+    rows = f" ({rows_text(own)})" if own and own.rows else ""
+    for gain, where in ((own, f"on its own rows{rows}"), (gain_on_all(metrics), "on the rows of the table")):
         if gain is not None:
             name, least = gain.worst
             notes.append(
-                f"{gain.improved} of {plural(len(gain.gains), 'client')} better off than alone {noise}{where}; "
-                f"mean gain {formatting.change_text(gain.mean)}, least {formatting.change_text(least)} ({clean(name)})"
+                f"against training alone{noise} {where}: {outcomes_text(gain)}; mean gain "
+                f"{formatting.change_text(gain.mean)}, least {formatting.change_text(least)} ({clean(name)})"
             )
     return "\n".join(notes)

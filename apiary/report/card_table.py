@@ -15,7 +15,12 @@ def card_table(metrics: Mapping[str, Any] | None) -> list[str]:
     if not metrics:
         return []
     parsed = parse_metrics(metrics)
-    said = (verdict.attacked(parsed), verdict.not_alike(parsed), verdict.personal(parsed), sites.how_far(parsed))
+    other = parsed.row("local") or parsed.row("base")
+    said = (
+        verdict.row_by_row(parsed, other) if other and parsed.row("federated") else "",
+        verdict.gained(parsed),
+        *(verdict.attacked(parsed), verdict.not_alike(parsed), verdict.personal(parsed), sites.how_far(parsed)),
+    )
     remarks = [line for line in said if line]
     below = ["", " ".join(remarks)] if remarks else []
     if not metrics["table"]:

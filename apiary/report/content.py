@@ -14,12 +14,14 @@ from apiary.config.schema import RunConfig
 from apiary.core import formatting
 from apiary.core.errors import UserError
 from apiary.core.formatting import plural
+from apiary.evaluation import intervals
 from apiary.privacy import statement
 from apiary.report import plots, sites
 from apiary.report.aggregation import aggregation_content
 from apiary.report.data import (
     MEANING,
     METHODS,
+    OUTCOMES,
     Client,
     CurationPart,
     Gain,
@@ -30,7 +32,7 @@ from apiary.report.data import (
     gain_on_own,
 )
 from apiary.report.stages import stages_content
-from apiary.report.verdict import headline, nats, not_alike, row_by_row, second, value
+from apiary.report.verdict import headline, nats, not_alike, outcomes_text, row_by_row, rows_text, second, value
 from apiary.tracking.event_log import Event
 
 _NAMED_CLIENTS = 24  # more are summed up in a chart, and only those that gain least are named
@@ -61,6 +63,8 @@ def page_content(metrics: Metrics, events: Sequence[Event], config: str) -> dict
         "not_alike": not_alike(metrics),
         "probability": _probability(metrics),
         "n": max((row.n or 0 for row in metrics.table), default=0),
+        "intervals": any(row.ci95.loss for row in metrics.table),
+        "fewest": intervals.FEWEST_ROWS,
         "loss_chart": plots.loss_chart(metrics),
         "cost_chart": plots.cost_chart(metrics),
         "sites": sites.grid(metrics),
@@ -68,7 +72,8 @@ def page_content(metrics: Metrics, events: Sequence[Event], config: str) -> dict
         "sites_chart": plots.sites_chart(sites.told(metrics)),
         "sent": _sent(metrics),
         "own": own,
-        "everyone": everyone,
+        "own_said": _gains_said(own, "local" in metrics.noiseless),
+        "everyone_said": outcomes_text(everyone) if everyone else "",
         "clients": _client_bars(metrics.clients, own),
         "gain_chart": plots.gain_chart(own) if own and len(own.gains) > _NAMED_CLIENTS else None,
         "skills": _skills(metrics),
@@ -197,9 +202,10 @@ def _tiles(metrics: Metrics, own: Gain | None, everyone: Gain | None) -> list[tu
         tiles.append(("Backdoor success rate", formatting.share_text(answered["federated"], 0), remark))
     if gain := own or everyone:
         where = "on their own tasks" if own else "on the tasks of all"
+        where += f" ({rows})" if (rows := rows_text(gain)) else ""
         if everyone and own:
-            where += f"; {everyone.improved} of {len(everyone.gains)} on the tasks of all"
-        tiles.append(("Clients that gain by joining", f"{gain.improved} of {len(gain.gains)}", where))
+            where += f"; on the tasks of all {' / '.join(_outcomes(everyone))}"
+        tiles.append(("Clients: gain / lose / cannot tell", " / ".join(_outcomes(gain)), where))
     if sum(_sent(metrics)):
         rounds = sum(r.round > 0 for r in metrics.rounds)
         tiles.append(
@@ -210,6 +216,26 @@ def _tiles(metrics: Metrics, own: Gain | None, everyone: Gain | None) -> list[tu
             )
         )
     return tiles
+
+
+def _gains_said(gain: Gain | None, noiseless: bool) -> str:
+    """How clients fare on their own rows, with what that rests on."""
+    if gain is None:
+        return ""
+    rows = f" Each rests on the client's own rows, {rows_text(gain)}." if gain.rows else ""
+    ends = gain.mean_ends
+    among = "" if ends is None else f" (95% interval over clients {' to '.join(map(formatting.change_text, ends))})"
+    return (
+        f"with the shared model, against training alone{' without noise' if noiseless else ''}, {outcomes_text(gain)}."
+        f"{rows} A client gains or loses where a 95% interval over its rows leaves out zero, {intervals.SCOPE}, and "
+        f"cannot tell on fewer than {intervals.FEWEST_ROWS} rows. The mean gain is "
+        f"{formatting.change_text(gain.mean)} nats per token{among}, the least {formatting.change_text(gain.worst[1])} "
+        f"({gain.worst[0]})."
+    )
+
+
+def _outcomes(gain: Gain) -> list[str]:
+    return [str(gain.count(outcome)) for outcome in OUTCOMES]
 
 
 def _site_tiles(metrics: Metrics) -> list[tuple[str, str, str]]:
@@ -253,10 +279,23 @@ def _client_bars(clients: Sequence[Client], gain: Gain | None) -> list[dict[str,
         {
             "name": name,
             "bars": [("local", alone, 100 * alone / top), ("federated", joint, 100 * joint / top)],
-            "gain": alone - joint,
+            "outcome": _outcome_text(gain, name),
         }
         for name, alone, joint in pairs
     ]
+
+
+def _outcome_text(gain: Gain, client: str) -> str:
+    """Whether one client gains or loses, by how much, and on how many rows: `gains 0.120 (140 rows)`."""
+    pair, change = gain.paired.get(client), gain.gains[client]
+    rows = f" ({plural(pair.n, 'row')})" if pair is not None and pair.n is not None else ""
+    match gain.outcome(client):
+        case "gain":
+            return f"gains {formatting.loss_text(abs(change))}{rows}"
+        case "lose":
+            return f"loses {formatting.loss_text(abs(change))}{rows}"
+        case _:
+            return f"cannot tell: {formatting.change_text(change)}{rows}"
 
 
 def _skills(metrics: Metrics) -> dict[str, Any] | None:

@@ -13,8 +13,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from apiary.config import gauged
 from apiary.core.errors import UserError
+from apiary.evaluation import intervals
 
 MethodName: TypeAlias = Literal["base", "local", "federated", "central"]
+Outcome: TypeAlias = Literal["gain", "lose", "cannot tell"]
+OUTCOMES: tuple[Outcome, ...] = ("gain", "lose", "cannot tell")
 METHODS: tuple[MethodName, ...] = ("base", "local", "federated", "central")
 Interval: TypeAlias = tuple[float, float]
 _Interval: TypeAlias = Annotated[Interval | None, BeforeValidator(lambda ends: None if ends and None in ends else ends)]
@@ -33,7 +36,7 @@ class _Part(BaseModel):
 
 
 class Intervals(_Part):
-    """95% bootstrap intervals of a row."""
+    """95% intervals of a row, over the held-out examples alone."""
 
     loss: _Interval = None
     accuracy: _Interval = None
@@ -51,6 +54,17 @@ class Row(_Part):
     tokens: int | None = None
 
 
+class Difference(_Part):
+    """The federated loss minus another method's, example by example; below 0 where federated is better.
+
+    Its interval is over these examples alone, of these two models: another seed makes others.
+    """
+
+    difference: float | None = None
+    ci95: _Interval = None  # paired bootstrap; None where there are too few examples for one
+    n: int | None = None
+
+
 class Client(_Part):
     """What a client holds, and how each method does on its own held-out examples and on all."""
 
@@ -60,15 +74,9 @@ class Client(_Part):
     mix: Mapping[str, int] = Field(default_factory=dict)
     rank: int | None = None  # of what it trains
     own: Mapping[MethodName, float | None] = Field(default_factory=dict)
+    own_paired: Mapping[MethodName, Difference] = Field(default_factory=dict)
     mix_loss: Mapping[MethodName, float | None] = Field(default_factory=dict)
-
-
-class Difference(_Part):
-    """The federated loss minus another method's, example by example; below 0 where federated is better."""
-
-    difference: float | None = None
-    ci95: _Interval = None  # paired bootstrap; None where there are too few examples for one
-    n: int | None = None
+    mix_paired: Mapping[MethodName, Difference] = Field(default_factory=dict)
 
 
 class OwnRound(_Part):
@@ -267,16 +275,35 @@ class Gain(_Part):
     """How clients fare by joining: their loss alone minus the federated loss, in nats per token."""
 
     gains: Mapping[str, float]
+    paired: Mapping[str, Difference] = Field(default_factory=dict)  # by client, federated minus alone, row by row
+
+    def outcome(self, client: str) -> Outcome:
+        """Whether a client gains or loses by the interval over its rows, or cannot tell."""
+        pair = self.paired.get(client)
+        if pair is None or pair.ci95 is None:
+            return "cannot tell"
+        low, high = pair.ci95
+        return "gain" if high < 0 else "lose" if low > 0 else "cannot tell"
+
+    def count(self, outcome: Outcome) -> int:
+        """How many clients have an outcome."""
+        return sum(self.outcome(client) == outcome for client in self.gains)
 
     @property
-    def improved(self) -> int:
-        """Clients whose loss falls."""
-        return sum(gain > 0 for gain in self.gains.values())
+    def rows(self) -> tuple[int, int] | None:
+        """The fewest and the most rows that the outcome of a client rests on; None where they are not told."""
+        counts = [pair.n for name in self.gains if (pair := self.paired.get(name)) and pair.n is not None]
+        return (min(counts), max(counts)) if counts else None
 
     @property
     def mean(self) -> float:
         """The mean over clients."""
         return sum(self.gains.values()) / len(self.gains)
+
+    @property
+    def mean_ends(self) -> Interval | None:
+        """The 95% interval of the mean over clients; None of one client."""
+        return intervals.over_clients(list(self.gains.values()))
 
     @property
     def worst(self) -> tuple[str, float]:
@@ -286,13 +313,27 @@ class Gain(_Part):
 
 def gain_on_own(metrics: Metrics) -> Gain | None:
     """The gain of each honest client on its own held-out examples; None where it was not measured."""
-    return gain_of((c.client, c.own.get("local"), c.own.get("federated")) for c in metrics.honest)
+    return gain_of(
+        (c.client, c.own.get("local"), c.own.get("federated"), c.own_paired.get("local")) for c in metrics.honest
+    )
 
 
-def gain_of(losses: Iterable[tuple[str, float | None, float | None]]) -> Gain | None:
-    """The gain of each client from its (name, loss alone, federated loss); None where no pair is whole."""
-    gains = {name: alone - joint for name, alone, joint in losses if alone is not None and joint is not None}
-    return Gain(gains=gains) if gains else None
+def gain_of(
+    losses: Iterable[tuple[str, float | None, float | None, Difference | Mapping[str, Any] | None]],
+) -> Gain | None:
+    """The gain of each client; None where no pair of losses is whole.
+
+    Args:
+        losses: of each client its name, its loss alone, the federated loss, and the two row by row if compared so.
+    """
+    gains: dict[str, float] = {}
+    paired: dict[str, Any] = {}
+    for name, alone, joint, pair in losses:
+        if alone is not None and joint is not None:
+            gains[name] = alone - joint
+            if pair is not None:
+                paired[name] = pair
+    return Gain.model_validate({"gains": gains, "paired": paired}) if gains else None
 
 
 def gain_on_all(metrics: Metrics) -> Gain | None:
@@ -300,7 +341,7 @@ def gain_on_all(metrics: Metrics) -> Gain | None:
     row = metrics.row("federated")
     if row is None or row.loss is None:
         return None
-    return gain_of((c.client, c.mix_loss.get("local"), row.loss) for c in metrics.honest)
+    return gain_of((c.client, c.mix_loss.get("local"), row.loss, c.mix_paired.get("local")) for c in metrics.honest)
 
 
 def parse_metrics(values: Mapping[str, Any], name: str = "metrics.json") -> Metrics:

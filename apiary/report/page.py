@@ -214,7 +214,7 @@ PAGE: Final = (
 </div>
 <p class="note" style="margin-top:14px">
 <b>Loss</b> says how much the right answer surprises the model, in nats per token (a token is a piece of a word; a nat is a unit of
-surprise). Lower is better and 0 is certainty.{% if probability is not none %} {{ federated.loss | loss(2) }} nats mean that the federated model gives the right token a probability of {{ probability | share(0) }} (geometric mean).{% endif %}{% if has_accuracy %} <b>Exactly right</b> is the share of answers that match the reference in every character, white space aside.{% endif %} The small numbers are 95% intervals from resampling the held-out examples; they do not cover the luck of another seed.{% for line in paired %} {{ line }}{% endfor %}
+surprise). Lower is better and 0 is certainty.{% if probability is not none %} {{ federated.loss | loss(2) }} nats mean that the federated model gives the right token a probability of {{ probability | share(0) }} (geometric mean).{% endif %}{% if has_accuracy %} <b>Exactly right</b> is the share of answers that match the reference in every character, white space aside.{% endif %} The small numbers are 95% intervals over the held-out examples alone, of these models on these rows: they do not cover the luck of another seed, which apiary compare does for runs of several seeds.{% if not intervals %} Fewer than {{ fewest }} rows are too few for an interval of the loss.{% endif %}{% for line in paired %} {{ line }}{% endfor %}
 
 </p>
 </section>
@@ -223,7 +223,7 @@ surprise). Lower is better and 0 is certainty.{% if probability is not none %} {
 {% if loss_chart %}
 <section>
 <h2>Learning, round by round</h2>
-<p class="note">Held-out loss of the shared model after each round (lower is better), with its 95% interval as a band. In a round, clients train on their own data and the server puts together what they learnt.{% if rows | length > 1 %} Horizontal lines: the other ways of training, at their end.{% endif %}</p>
+<p class="note">Held-out loss of the shared model after each round (lower is better), with its 95% interval over these examples as a band. In a round, clients train on their own data and the server puts together what they learnt.{% if rows | length > 1 %} Horizontal lines: the other ways of training, at their end.{% endif %}</p>
 <div class="panel">{{ loss_chart }}</div>
 </section>
 {% endif %}
@@ -252,7 +252,7 @@ surprise). Lower is better and 0 is certainty.{% if probability is not none %} {
 {% if clients %}
 <section>
 <h2>What each client gains</h2>
-<p class="note">Loss on the client's own held-out examples, the kind of work it does itself: {{ own.improved }} of {{ own.gains | length }} {{ "is" if own.improved == 1 else "are" }} better off with the shared model than alone{{ " without noise" if "local" in metrics.noiseless else "" }}; the mean gain is {{ own.mean | change }}, the least {{ own.worst[1] | change }} nats per token ({{ own.worst[0] }}).{% if everyone %} On the held-out examples of all clients, {{ everyone.improved }} of {{ everyone.gains | length }} {{ "is" if everyone.improved == 1 else "are" }} better off.{% endif %}</p>
+<p class="note">Loss on the client's own held-out examples, the kind of work it does itself: {{ own_said }}{% if everyone_said %} On the held-out examples of all clients: {{ everyone_said }}.{% endif %}</p>
 <div class="panel">
 {% if gain_chart %}
 {{ gain_chart }}
@@ -261,7 +261,7 @@ surprise). Lower is better and 0 is certainty.{% if probability is not none %} {
 <ul class="legend"><li class="local"><span class="key"></span>Training alone</li><li class="federated"><span class="key"></span>Federated</li></ul>
 <div class="bars">
 {% for client in clients %}
-<div class="client"><header><b>{{ client.name }}</b><span>{{ "gains" if client.gain > 0 else "loses" }} {{ client.gain | abs | loss }}</span></header>
+<div class="client"><header><b>{{ client.name }}</b><span>{{ client.outcome }}</span></header>
 {% for method, loss, width in client.bars %}
 <div class="bar {{ method }}"><i style="width:{{ width | round(2) }}%"></i><span>{{ loss | loss }}</span></div>
 {% endfor %}

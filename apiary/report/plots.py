@@ -22,7 +22,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from apiary.config import gauged
 from apiary.core.formatting import bytes_text, loss_text, share_text
-from apiary.report.data import METHODS, Gain, MethodName, Metrics, OwnRound, Round
+from apiary.report.data import METHODS, OUTCOMES, Gain, MethodName, Metrics, Outcome, OwnRound, Round
 
 SHORT: dict[MethodName, str] = {
     "base": "Untuned",
@@ -323,22 +323,23 @@ def _title(axes: Axes, parts: Sequence[tuple[str, str]]) -> None:
 
 def gain_chart(gain: Gain) -> Markup:
     """The gain of every client in ascending order: for cohorts too large to name each one."""
-    gains = sorted(gain.gains.values())
-    label = f"Gain by joining: {gain.improved} of {len(gains)} clients improve"
-    return _chart(lambda figure, narrow: _draw_gain(figure, narrow, gains), 260, 260, label)
+    gains = [(value, gain.outcome(client)) for client, value in gain.gains.items()]
+    label = f"Gain by joining: {', '.join(f'{outcome} {gain.count(outcome)}' for outcome in OUTCOMES)}"
+    return _chart(lambda figure, narrow: _draw_gain(figure, narrow, sorted(gains)), 260, 260, label)
 
 
-def _draw_gain(figure: Figure, narrow: bool, gains: Sequence[float]) -> None:
+def _draw_gain(figure: Figure, narrow: bool, gains: Sequence[tuple[float, Outcome]]) -> None:
     width = figure.get_figwidth() * 72
     axes = figure.add_axes((52 / width, 0.2, 1 - 66 / width, 0.78))
     edges = [i + 0.5 for i in range(len(gains) + 1)]
-    axes.stairs([max(g, 0.0) for g in gains], edges, fill=True, color=_STAND_IN["federated"], lw=0)
-    axes.stairs([min(g, 0.0) for g in gains], edges, fill=True, color=_STAND_IN["local"], lw=0)
+    for outcome, color in zip(OUTCOMES, ("federated", "local", "muted"), strict=True):
+        bars = [value if own == outcome else 0.0 for value, own in gains]
+        axes.stairs(bars, edges, fill=True, color=_STAND_IN[color], lw=0)
     axes.axhline(0, color=_STAND_IN["muted"], lw=1)
     axes.set_xlim(0.5, len(gains) + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=4 if narrow else 10))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
-    axes.set_xlabel("clients, from least to most gain (nats per token)")
+    axes.set_xlabel("clients, from least to most gain (nats per token); gray: cannot tell")
 
 
 def _chart(draw: Draw, wide_height: int, narrow_height: int, label: str) -> Markup:

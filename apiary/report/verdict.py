@@ -6,12 +6,14 @@ import math
 from typing import Literal, TypeAlias
 
 from apiary.core import formatting
+from apiary.evaluation import intervals
 from apiary.report import sites
-from apiary.report.data import Metrics, Row, gain_on_own
+from apiary.report.data import Gain, Metrics, Outcome, Row, gain_on_own
 
 Verdict: TypeAlias = Literal["better", "worse", "unclear", "few"]
 
 _NAMED = 8  # attackers with a name in a sentence
+_OUTCOMES_BY = "by a 95% interval over these rows, of these two models"
 _NAMES = {"local": "training alone", "base": "the untuned model", "central": "all data pooled"}
 
 
@@ -31,10 +33,11 @@ def headline(metrics: Metrics) -> str:
     now = f"{formatting.loss_text(joint.loss, digits)} nats per token"
     noise = ", without noise" if other.method in metrics.noiseless else ""
     then = f"{formatting.loss_text(other.loss, digits)} ({_NAMES[other.method]}{noise})"
+    scope = f", {intervals.SCOPE}" if _is_by_rows(metrics, joint, other) else ""
     start = {
-        "better": f"{who} cut the held-out loss from {then} to {now}",
-        "worse": f"{who} did not help: it raised the held-out loss from {then} to {now}",
-        "unclear": f"{who} made no clear difference: a held-out loss of {now} against {then}",
+        "better": f"{who} cut the held-out loss from {then} to {now}{scope}",
+        "worse": f"{who} did not help: it raised the held-out loss from {then} to {now}{scope}",
+        "unclear": f"{who} made no clear difference: a held-out loss of {now} against {then}{scope}",
         "few": f"{who} led to a held-out loss of {now} against {then}, on too few examples to rule out chance",
     }
     return (
@@ -90,6 +93,11 @@ def verdict(metrics: Metrics, joint: Row, other: Row) -> Verdict:
     return "better" if value(joint) < value(other) else "worse"
 
 
+def _is_by_rows(metrics: Metrics, joint: Row, other: Row) -> bool:
+    """Whether an interval over rows decides the verdict, so that it holds of these two models on these rows alone."""
+    return other.method in metrics.paired or (joint.ci95.loss is not None and other.ci95.loss is not None)
+
+
 def _overlap(a: Row, b: Row) -> bool:
     """Whether two 95% intervals overlap; without intervals, whether the losses print the same."""
     if a.ci95.loss is None or b.ci95.loss is None:
@@ -98,20 +106,43 @@ def _overlap(a: Row, b: Row) -> bool:
 
 
 def _on_their_own(metrics: Metrics, other: Row, found: Verdict) -> str:
-    """How clients fare on their own rows, where the examples of all leave it open or most clients see it otherwise."""
+    """How clients fare on their own rows, unless all of them see it as the examples of all do."""
     gain = gain_on_own(metrics)
     if gain is None or other.method != "local":
         return ""
-    worse, count = sum(value < 0 for value in gain.gains.values()), len(gain.gains)
-    most = "worse" if worse > gain.improved else "better"
-    if found == most:
+    agree: Outcome | None = "gain" if found == "better" else "lose" if found == "worse" else None
+    if agree and gain.count(agree) == len(gain.gains):
         return ""
-    number = worse if most == "worse" else gain.improved
-    if number == count:
-        clients = {1: "the client does", 2: "both clients do"}.get(count, f"all {count} clients do")
-    else:
-        clients = f"{number} of {count} clients do"
-    return f"{', though' if found in ('better', 'worse') else ';'} on their own rows {clients} {most} than alone"
+    return f"; on their own rows {outcomes_text(gain)}"
+
+
+def outcomes_text(gain: Gain) -> str:
+    """How many clients gain, lose, and cannot tell: `2 of 5 clients gain, 1 loses, 2 cannot tell`."""
+    gaining, losing, others = (gain.count(outcome) for outcome in ("gain", "lose", "cannot tell"))
+    gains = "gains" if gaining == 1 else "gain"
+    return (
+        f"{gaining} of {formatting.plural(len(gain.gains), 'client')} {gains}, {losing} "
+        f"{'loses' if losing == 1 else 'lose'}, {others} cannot tell"
+    )
+
+
+def rows_text(gain: Gain) -> str:
+    """How many rows of its own a client's outcome rests on, such as `25 to 150 rows each`; empty if it is not told."""
+    if gain.rows is None:
+        return ""
+    fewest, most = gain.rows
+    count = f"{fewest:,} to {most:,} rows" if fewest != most else formatting.plural(most, "row")
+    return f"{count} each" if len(gain.gains) > 1 else count
+
+
+def gained(metrics: Metrics) -> str:
+    """How clients fare on their own held-out rows, with what that rests on; empty where it was not measured."""
+    gain = gain_on_own(metrics)
+    if gain is None:
+        return ""
+    noise = ", which trained without noise" if "local" in metrics.noiseless else ""
+    rows = f" ({rows_text(gain)})" if gain.rows else ""
+    return f"On their own held-out rows{rows}, {outcomes_text(gain)}, against training alone{noise}: {_OUTCOMES_BY}."
 
 
 def _pooled(metrics: Metrics) -> str:
@@ -186,12 +217,12 @@ def row_by_row(metrics: Metrics, other: Row) -> str:
             return ""
         return "The 95% intervals of the two overlap; these results hold no comparison row by row, which tells more."
     if pair.ci95 is None or pair.difference is None:
-        return f"{pair.n or 0} held-out examples are too few to tell a difference from chance."
+        return f"{pair.n or 0} held-out examples are too few to tell a difference from chance: no interval is given."
     low, high = map(formatting.change_text, pair.ci95)
     return (
         f"Row by row on the same {formatting.count_text(pair.n)} held-out examples, federated minus "
         f"{_NAMES[other.method]} is {formatting.change_text(pair.difference)} nats per token "
-        f"(95% interval {low} to {high})."
+        f"(95% interval {low} to {high}), {intervals.SCOPE}."
     )
 
 

@@ -343,7 +343,7 @@ def _evaluate_line(state: State, event: Event) -> str | None:
         why = "the server has no data.test, and sites are not asked for theirs"
         return None if event["round"] else f"{where}: held-out loss not measured: {why}"
     low, high = event.get("ci95") or (None, None)
-    interval = f", 95% interval {loss_text(low)} to {loss_text(high)}" if low is not None else ""
+    interval = f", 95% interval over rows {loss_text(low)} to {loss_text(high)}" if low is not None else ""
     sent = f", {bytes_text(down)} down to measure" if (down := event.get("bytes_evaluate")) else ""
     return f"{where}: held-out loss {loss_text(event.get('loss'))}{_change(state)} nats per token{interval}{sent}"
 

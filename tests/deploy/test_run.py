@@ -90,6 +90,7 @@ def test_the_server_keeps_a_whole_run_directory(federation: Deployment) -> None:
     assert len(measured) == 4 and measured[-1] < measured[0]
     assert "federated" in federation.said("submit") and "base" in federation.said("submit")
     assert all(f"round {number}/3: 3 of 3 clients" in federation.said("submit") for number in (1, 2, 3))
+    assert not list(federation.folder.rglob("row_losses.json"))  # no loss of a single row, neither here nor at a site
     private = str(federation.folder / "rows")
     assert private not in (folder / "log.jsonl").read_text()
 

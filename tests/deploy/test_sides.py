@@ -32,6 +32,7 @@ from apiary.core.messages import Decline, Visit
 from apiary.core.tensors import StateDict
 from apiary.data import federation, stages, tokenization
 from apiary.evaluation.comparison import HeldOut
+from apiary.evaluation.row_losses import ROW_LOSSES_FILE
 from apiary.models import adapters
 from apiary.tracking.event_log import RunLog, read_events
 from apiary.tracking.metrics_file import read_metrics
@@ -405,6 +406,7 @@ def test_the_server_app_keeps_the_run_directory(tmp_path: Path, tiny_model: Path
     assert [client["client"] for client in metrics["clients"]] == ["ant"]
     assert loading.load(tmp_path / "run" / "config.toml") == run
     assert "<html" in (tmp_path / "run" / "report.html").read_text()
+    assert not (tmp_path / "run" / ROW_LOSSES_FILE).exists()
     start, *others = read_events(tmp_path / "run")
     assert [event["event"] for event in (start, *others)] == ["start", "handshake", "finish"]
     assert start["method"] == {

@@ -7,15 +7,18 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fake_run import fake_events, fake_metrics, fake_run
 from report_pages import HOSTILE, Page, page, table
 from rich.console import Console
+from scipy import stats
 
 from apiary.config import loading
 from apiary.core import formatting
 from apiary.core.errors import UserError
 from apiary.core.messages import Spent
+from apiary.evaluation import intervals
 from apiary.export.model_card import card
 from apiary.privacy import statement
 from apiary.report import headline, table_plain, table_text, write_report
@@ -28,22 +31,23 @@ from apiary.report.plots import spread
     [
         (
             {"base": 4.93, "local": 4.41, "federated": 0.82, "central": 0.47},
-            "Joining forces cut the held-out loss from 4.41 (training alone) to 0.82 nats per token; "
-            "pooling all data reaches 0.47",
+            "Joining forces cut the held-out loss from 4.41 (training alone) to 0.82 nats per token, "
+            "of these two models on these rows; pooling all data reaches 0.47",
         ),
         (
             {"local": 2.0, "federated": 2.5},
             "Joining forces did not help: it raised the held-out loss from 2.00 (training alone) to "
-            "2.50 nats per token",
+            "2.50 nats per token, of these two models on these rows",
         ),
         (
             {"local": 2.0, "federated": 1.95},
             "Joining forces made no clear difference: a held-out loss of 1.95 nats per token against "
-            "2.00 (training alone)",
+            "2.00 (training alone), of these two models on these rows",
         ),
         (
             {"base": 3.0, "federated": 2.0},
-            "Joining forces cut the held-out loss from 3.00 (the untuned model) to 2.00 nats per token",
+            "Joining forces cut the held-out loss from 3.00 (the untuned model) to 2.00 nats per token, of these two "
+            "models on these rows",
         ),
         ({"federated": 2.0}, "Federated training reached a held-out loss of 2.00 nats per token"),
         ({"base": 2.0}, "Held-out loss of this run"),
@@ -53,13 +57,22 @@ def test_the_headline_is_honest(losses: dict[str, float], expected: str) -> None
     assert headline(parse_metrics(table(**losses))) == expected
 
 
+SCOPE = "of these two models on these rows"
+
+
 def compared(low: float, high: float, privacy: str = "none", **losses: float) -> dict[str, Any]:
-    """A table with wide intervals, and the interval of federated minus alone; client a loses 0.1, client b 0.2."""
-    rows = [{"method": m, "loss": v, "ci95": {"loss": [v - 0.5, v + 0.5]}} for m, v in losses.items()]
-    pair = {"difference": losses["federated"] - losses["local"], "ci95": [low, high], "n": 240}
-    own = [{"client": c, "own": {"local": 1.0, "federated": 1.0 + d}} for c, d in (("a", 0.1), ("b", 0.2))]
+    """A table with wide intervals, and the interval of federated minus alone; client a loses 0.1, b cannot tell."""
+    rows = [{"method": m, "loss": v, "accuracy": None, "ci95": {"loss": [v - 0.5, v + 0.5]}} for m, v in losses.items()]
+    pair = {"difference": losses["federated"] - losses["local"], "ci95": [low, high], "n": 240, "of": SCOPE}
+    own = [_client("a", 0.1, [0.05, 0.15], 90), _client("b", 0.2, None, 25)]
     promise = {"unit": privacy, "epsilon": 8.0, "epsilon_rdp": 9.0, "delta": 1e-5, "accountant": "pld", "sampler": "p"}
     return {"schema": 1, "table": rows, "paired": {"local": pair}, "clients": own, "privacy": promise}
+
+
+def _client(name: str, worse: float, ends: list[float] | None, rows: int) -> dict[str, Any]:
+    """A client whose own loss is 1 alone and `worse` more with the federated model, and what its rows say of that."""
+    paired = {"local": {"difference": worse, "ci95": ends, "n": rows}}
+    return {"client": name, "own": {"local": 1.0, "federated": 1.0 + worse}, "own_paired": paired}
 
 
 def test_the_headline_goes_by_the_comparison_row_by_row() -> None:
@@ -73,20 +86,89 @@ def test_the_headline_goes_by_the_comparison_row_by_row() -> None:
             ((-0.05, 0.25), losses),
         )
     )
+    own = "on their own rows 0 of 2 clients gain, 1 loses, 1 cannot tell"
     assert worse == (
-        "Joining forces did not help: it raised the held-out loss from 1.00 (training alone) to 1.10 nats per token"
+        "Joining forces did not help: it raised the held-out loss from 1.00 (training alone) to 1.10 nats per token, "
+        f"{SCOPE}; {own}"
     )
     assert better == (
-        "Joining forces cut the held-out loss from 1.10 (training alone) to 1.00 nats per token, though on their own "
-        "rows both clients do worse than alone"
+        f"Joining forces cut the held-out loss from 1.10 (training alone) to 1.00 nats per token, {SCOPE}; {own}"
     )
     assert open_ == (
         "Joining forces made no clear difference: a held-out loss of 1.10 nats per token against 1.00 (training "
-        "alone); on their own rows both clients do worse than alone"
+        f"alone), {SCOPE}; {own}"
     )
-    text = Page(page(compared(0.05, 0.15, **losses))).text
-    said = "federated minus training alone is +0.100 nats per token (95% interval +0.050 to +0.150)"
-    assert said in text and said in table_plain(compared(0.05, 0.15, **losses))
+
+
+def test_wherever_an_interval_over_rows_is_given_it_says_of_what_it_is() -> None:
+    metrics = compared(0.05, 0.15, local=1.0, federated=1.1)
+    text = Page(page(metrics)).text
+    places = {"page": text, "terminal": table_plain(metrics), "card": card(loading.load(), 16, metrics, {})}
+    said = f"federated minus training alone is +0.100 nats per token (95% interval +0.050 to +0.150), {SCOPE}."
+    assert {name for name, words in places.items() if said in words} == set(places)
+    assert "95% intervals over the held-out examples alone, of these models on these rows" in text
+    assert f"leaves out zero, {SCOPE}" in text  # the intervals of the clients
+    few = compared(0.05, 0.15, local=1.0, federated=1.1)
+    few["paired"]["local"] |= {"ci95": None, "n": 59}
+    places = {"page": Page(page(few)).text, "terminal": table_plain(few), "card": card(loading.load(), 16, few, {})}
+    said = "59 held-out examples are too few to tell a difference from chance: no interval is given."
+    assert {name for name, words in places.items() if said in words} == set(places)
+    assert not [name for name in places if f"token, {SCOPE}" in places[name]]
+
+
+def test_that_rows_are_too_few_for_an_interval_is_said() -> None:
+    metrics = {"schema": 1, "table": [{"method": "federated", "loss": 1.0, "n": 59}]}
+    said = f"ewer than {intervals.FEWEST_ROWS}"
+    assert said in Page(page(metrics)).text and said in table_plain(metrics)
+    metrics["table"][0]["ci95"] = {"loss": [0.5, 1.5]}
+    assert said not in Page(page(metrics)).text + table_plain(metrics)
+
+
+def test_clients_gain_lose_or_cannot_tell_each_with_its_rows() -> None:
+    """c's loss falls most of all, but its interval holds zero; d's falls, on too few rows; e gains."""
+    metrics = compared(0.05, 0.15, local=1.0, federated=1.1)
+    more = [("c", -0.5, [-1.1, 0.2], 70), ("d", -0.3, None, 30), ("e", -0.2, [-0.3, -0.1], 150)]
+    metrics["clients"] += [_client(*given) for given in more]
+    found = gain_on_own(parse_metrics(metrics))
+    assert found is not None and {name: found.outcome(name) for name in found.gains} == {
+        **{"a": "lose", "b": "cannot tell", "c": "cannot tell", "d": "cannot tell", "e": "gain"}
+    }
+    text = Page(page(metrics)).text
+    assert "Clients: gain / lose / cannot tell 1 / 1 / 3 on their own tasks (25 to 150 rows each)" in text
+    for label in (
+        "a loses 0.100 (90 rows)",
+        "b cannot tell: −0.200 (25 rows)",
+        "c cannot tell: +0.500 (70 rows)",
+        "e gains 0.200 (150 rows)",
+    ):
+        assert label in text
+    counts = "1 of 5 clients gains, 1 loses, 3 cannot tell"
+    assert f"on their own rows {counts}" in headline(parse_metrics(metrics))
+    assert f"alone on its own rows (25 to 150 rows each): {counts}" in table_plain(metrics)
+    assert f"On their own held-out rows (25 to 150 rows each), {counts}" in card(loading.load(), 16, metrics, {})
+
+
+def test_only_clients_that_all_agree_with_the_headline_go_without_saying() -> None:
+    metrics = compared(-0.15, -0.05, local=1.1, federated=1.0)
+    metrics["clients"] = [_client(name, -0.2, [-0.3, -0.1], 90) for name in "ab"]
+    assert "own rows" not in headline(parse_metrics(metrics))
+    metrics["clients"][0]["own_paired"]["local"]["ci95"] = [-0.5, 0.1]
+    assert "on their own rows 1 of 2 clients gains, 0 lose, 1 cannot tell" in headline(parse_metrics(metrics))
+
+
+def test_of_one_client_the_mean_has_no_interval() -> None:
+    """Of several it is Student's, against scipy."""
+    metrics = compared(-0.15, -0.05, local=1.1, federated=1.0)
+    text = Page(page(metrics)).text
+    gains = [-0.1, -0.2]
+    low, high = stats.t.interval(0.95, 1, np.mean(gains), stats.sem(gains))
+    low, high = (formatting.change_text(end) for end in (low, high))
+    assert f"The mean gain is −0.150 nats per token (95% interval over clients {low} to {high})" in text
+    del metrics["clients"][1]
+    text = Page(page(metrics)).text
+    assert "The mean gain is −0.100 nats per token, the least" in text and "interval over clients" not in text
+    found = gain_on_own(parse_metrics(metrics))
+    assert found is not None and found.mean_ends is None
 
 
 def test_a_small_but_clear_difference_is_not_printed_as_none() -> None:
@@ -99,23 +181,24 @@ def test_of_few_rows_nothing_is_claimed() -> None:
     metrics["paired"]["local"] |= {"ci95": None, "n": 4}
     assert headline(parse_metrics(metrics)) == (
         "Joining forces led to a held-out loss of 1.10 nats per token against 1.00 (training alone), on too few "
-        "examples to rule out chance; on their own rows both clients do worse than alone"
+        "examples to rule out chance; on their own rows 0 of 2 clients gain, 1 loses, 1 cannot tell"
     )
     assert "4 held-out examples are too few to tell a difference from chance" in Page(page(metrics)).text
 
 
 def test_a_run_of_an_earlier_version_is_read_and_says_what_its_clients_saw(tmp_path: Path) -> None:
     metrics = compared(0, 0, "record", local=1.0, federated=1.1)
-    del metrics["paired"]
+    del metrics["paired"], metrics["clients"][0]["own_paired"], metrics["clients"][1]["own_paired"]
     text = Page(write_report(fake_run(tmp_path, metrics)).read_text(encoding="utf-8")).text
-    assert "on their own rows both clients do worse than alone" in text
+    assert "on their own rows 0 of 2 clients gain, 0 lose, 2 cannot tell" in text
     assert "these results hold no comparison row by row" in text
 
 
 def test_a_private_run_says_that_what_it_is_held_against_had_no_noise() -> None:
     metrics = compared(0.05, 0.15, "record", base=2.5, local=1.0, federated=1.1, central=0.5)
     text = Page(page(metrics)).text
-    assert "1.00 (training alone, without noise) to 1.10 nats per token; pooling all data, also without noise," in text
+    assert "1.00 (training alone, without noise) to 1.10 nats per token, of these two" in text
+    assert "; pooling all data, also without noise," in text
     note = "Not like with like: training alone (local) and on all data pooled (central) went without noise, federated"
     assert note in text and note in table_plain(metrics)
     assert "Against the untuned model: 2.50 before, 1.10 after." in text
@@ -141,18 +224,23 @@ def test_the_share_of_the_gap_is_worked_out(losses: dict[str, float], expected: 
 def test_gains_are_counted_on_own_and_on_all_examples() -> None:
     metrics = table(local=3.0, federated=2.0)
     metrics["clients"] = [
-        {"client": "a", "own": {"local": 1.0, "federated": 0.5}, "mix_loss": {"local": 3.0}},
-        {"client": "b", "own": {"local": 1.0, "federated": 1.25}, "mix_loss": {"local": 1.5}},
+        {
+            **_client("a", -0.5, None, 9),
+            "mix_loss": {"local": 3.0},
+            "mix_paired": {"local": {"ci95": [-2, -1], "n": 240}},
+        },
+        {**_client("b", 0.25, [0.1, 0.3], 90), "mix_loss": {"local": 1.5}},
         {"client": "c", "own": {"local": None, "federated": 1.0}, "mix_loss": {}},
     ]
     own, everyone = gain_on_own(parse_metrics(metrics)), gain_on_all(parse_metrics(metrics))
     assert own is not None
     assert everyone is not None
-    assert (own.gains, own.improved, own.worst) == ({"a": 0.5, "b": -0.25}, 1, ("b", -0.25))
-    assert (everyone.gains, everyone.improved) == ({"a": 1.0, "b": -0.5}, 1)
+    assert (own.gains, own.worst) == ({"a": 0.5, "b": -0.25}, ("b", -0.25))
+    assert everyone.gains == {"a": 1.0, "b": -0.5}
     text = Page(page(metrics)).text
-    assert "1 of 2 is better off with the shared model than alone" in text
-    assert "the mean gain is +0.125, the least −0.250 nats per token (b)" in text
+    assert "against training alone, 0 of 2 clients gain, 1 loses, 1 cannot tell." in text
+    assert "On the held-out examples of all clients: 1 of 2 clients gains, 0 lose, 1 cannot tell." in text
+    assert "The mean gain is +0.125 nats per token" in text and "the least −0.250 (b)" in text
 
 
 def test_the_page_asks_nothing_of_a_network_and_runs_nothing(tmp_path: Path) -> None:

@@ -104,7 +104,8 @@ def test_the_adapter_is_measured_on_the_servers_rows(tiny_model: Path, rows_file
     run = loading.load(None, overrides_for(tiny_model, rows_file))
     lm = adapters.load(run.model, run.adapter)
     template = tokenization.make_template(run.prompt, lm.tokenizer)
-    held_out = comparison.prepare(examples.read(str(rows_file)).examples[:5], template, lm, run)
+    run = run.model_copy(update={"evaluate": run.evaluate.model_copy(update={"max_examples": 60})})
+    held_out = comparison.prepare(examples.read(str(rows_file)).examples[:60], template, lm, run)
     rng = torch.Generator().manual_seed(1)
     adapter = {n: torch.randn(t.shape, generator=rng) * 0.05 for n, t in adapters.fresh_adapter(lm, 0).items()}
     found = evaluation.on_held_out(lm, held_out.corpus, seed=3)(adapter)
@@ -117,6 +118,11 @@ def test_the_adapter_is_measured_on_the_servers_rows(tiny_model: Path, rows_file
             logits = lm.model(input_ids=ids[None]).logits[0, :-1].double()
             lost = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
             nats, tokens = nats + float(lost[trained].sum()), tokens + int(trained.sum())
-    assert (found.score.tokens, found.score.examples) == (tokens, 5)
+    assert (found.score.tokens, found.score.examples) == (tokens, 60)
     assert found.score.nats == pytest.approx(nats, rel=1e-5)
-    assert found.interval[0] <= found.score.loss <= found.interval[1]
+    assert found.interval is not None and found.interval[0] <= found.score.loss <= found.interval[1]
+
+
+def test_of_few_rows_the_server_tells_no_interval() -> None:
+    _, fields = evaluation.combine(OWN._replace(interval=None), None)
+    assert fields == {"loss": 2.0, "ci95": None, "n": 4}

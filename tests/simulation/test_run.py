@@ -18,12 +18,13 @@ import numpy as np
 import pytest
 import torch
 from chat_templates import CHATML
-from command_line import LONGEST_S, finish, in_a_process, start, with_overrides
+from command_line import LONGEST_S, apiary, assert_refused, finish, in_a_process, start, with_overrides
 from safetensors.torch import load_file
 from small_models import same
 
 from apiary.config import loading
 from apiary.core.errors import UserError
+from apiary.evaluation.row_losses import read_row_losses
 from apiary.export import export, model_card, tuned
 from apiary.models import adapters
 from apiary.report import table_plain
@@ -93,12 +94,65 @@ def test_methods_are_compared_row_by_row(finished: tuple[Path, dict[str, Any]]) 
         assert pair["n"] == 8 and pair["ci95"] is None  # too few rows for one
 
 
+def test_a_simulation_keeps_what_each_model_made_of_each_held_out_row(finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, metrics = finished
+    found = read_row_losses(folder)
+    assert list(found.nats) == [row["method"] for row in metrics["table"]] and len(set(found.rows)) == 8
+    for row in metrics["table"]:
+        assert found.nats[row["method"]].sum() / found.tokens.sum() == pytest.approx(row["loss"], rel=1e-12)
+
+
+def test_each_client_gains_loses_or_cannot_tell_by_rows_that_are_counted(
+    finished: tuple[Path, dict[str, Any]], tiny_model: Path, rows_file: Path
+) -> None:
+    from conftest import overrides_for
+
+    from apiary.data.federation import federate
+
+    folder, metrics = finished
+    config = loading.load(None, overrides_for(tiny_model, rows_file))
+    held = {client.name: len(client.test) for client in federate(config.data, config.seed).clients}
+    clients = json.loads((folder / "metrics.json").read_text())["clients"]
+    for client in clients:
+        own, mix = (client[key]["local"] for key in ("own_paired", "mix_paired"))
+        assert (own["n"], mix["n"]) == (min(held[client["client"]], 8), 8)
+        assert own["difference"] == pytest.approx(client["own"]["federated"] - client["own"]["local"])
+        assert own["ci95"] is None and own["of"] == "of these two models on these rows"
+        federated = next(row["loss"] for row in metrics["table"] if row["method"] == "federated")
+        assert mix["difference"] == pytest.approx(federated - client["mix_loss"]["local"])
+    gain = metrics["gain"]
+    counts = [min(n, 8) for n in held.values()]
+    assert (gain["gain"], gain["lose"], gain["cannot_tell"]) == (0, 0, 3)
+    assert tuple(gain["rows"]) == (min(counts), max(counts)) and gain["over"] == "clients"
+    assert gain["mean_ci95"][0] < gain["mean"] < gain["mean_ci95"][1]
+
+
+@pytest.mark.slow
+def test_runs_of_two_seeds_are_compared_on_the_command_line(tmp_path: Path, tiny_model: Path, rows_file: Path) -> None:
+    """Twice the same rows and a random model: the interval is over seeds and rows, and of one run there is none."""
+    from conftest import overrides_for
+
+    more = ["evaluate.max_examples=60", "data.test_fraction=0.6", "evaluate.generate=false", "rounds=1"]
+    for seed in (0, 1):
+        run(tmp_path / str(seed), [*overrides_for(tiny_model, rows_file), *more, f"seed={seed}"])
+    done = apiary("compare", tmp_path / "0", tmp_path / "1")
+    assert done.returncode == 0, done.stderr
+    assert "intervals are over seeds and rows" in done.stdout
+    found = json.loads(apiary("compare", tmp_path / "0", tmp_path / "1", "--json").stdout)
+    assert found["seeds"] == [0, 1] and set(found["paired"]) == {"base", "local", "central"}
+    low, high = found["paired"]["local"]["ci95"]
+    assert low < found["paired"]["local"]["difference"] < high
+    assert f"{found['paired']['local']['difference']:+.3f}".replace("-", "−") in done.stdout  # noqa: RUF001
+    assert_refused(apiary("compare", tmp_path / "0"), "at least two runs")
+    assert_refused(apiary("compare", tmp_path / "0", tmp_path / "0"), "seed = 0", "-s seed=N")
+
+
 @pytest.mark.slow
 def test_a_private_run_says_that_its_baselines_had_no_noise(tmp_path: Path, tiny_model: Path, rows_file: Path) -> None:
     from conftest import overrides_for
 
     private = ["privacy.unit=record", "privacy.batch_rows=8", "rounds=1", "evaluate.baselines=['base', 'local']"]
-    more = ["evaluate.max_examples=20", "evaluate.generate=false", "data.test_fraction=0.3"]
+    more = ["evaluate.max_examples=60", "evaluate.generate=false", "data.test_fraction=0.6"]
     metrics = run(tmp_path / "run", [*overrides_for(tiny_model, rows_file), *private, *more])
     low, high = metrics["paired"]["base"]["ci95"]
     assert low <= metrics["paired"]["base"]["difference"] <= high

@@ -131,13 +131,14 @@ def test_plain_lines_are_one_a_round_and_one_an_evaluation() -> None:
     observe = Lines(out)
     for event in story():
         observe(event)
+    over_rows = "95% interval over rows 2.000 to 3.000"
     assert out.getvalue().splitlines() == [
         "run: 8 clients, 4 rounds, seed 0",
         "made by: flora; LoRA rank 4 (lora)",
         "round 1/4: 8 of 8 clients, train loss 2.000, 400 tokens/s, 1.00 MB up, 2.00 MB down, 10 s, about 30 s left",
-        "round 1/4: held-out loss 2.750 nats per token, 95% interval 2.000 to 3.000, 500 kB down to measure",
+        f"round 1/4: held-out loss 2.750 nats per token, {over_rows}, 500 kB down to measure",
         "round 2/4: 8 of 8 clients, train loss 2.000, 400 tokens/s, 1.00 MB up, 2.00 MB down, 10 s, about 20 s left",
-        "round 2/4: held-out loss 2.500 (−0.250) nats per token, 95% interval 2.000 to 3.000, 500 kB down to measure",
+        f"round 2/4: held-out loss 2.500 (−0.250) nats per token, {over_rows}, 500 kB down to measure",
     ]
 
 
