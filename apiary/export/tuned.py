@@ -22,6 +22,7 @@ from apiary.export.adapter_folder import SETTINGS, WEIGHTS
 from apiary.models import adapters
 from apiary.models.adapter_files import read_adapter
 from apiary.models.adapters import LanguageModel
+from apiary.tracking import metrics_file
 from apiary.tracking.run_directory import result_folders
 
 
@@ -112,12 +113,13 @@ def score(tuned: Tuned, source: str) -> tuple[dict[str, Measured], list[str]]:
     if not held_out.examples:
         raise UserError(f"{source!r}: no example fits prompt.max_tokens = {config.prompt.max_tokens}; raise it with -s")
     alone: dict[str, StateDict] = {}
-    central = None
+    pooled: dict[str, StateDict] = {}
     if run:
         places = result_folders(run)
         # A name with a dot in front is what a kill left of a folder under way.
         alone = {f.parent.name: read_adapter(lm, f) for f in sorted(places.alone.glob(f"[!.]*/{WEIGHTS}"))}
-        central = read_adapter(lm, places.central / WEIGHTS) if (places.central / WEIGHTS).exists() else None
+        together = (("central", places.central), ("central_serial", places.central_serial))
+        pooled = {m: read_adapter(lm, place / WEIGHTS) for m, place in together if (place / WEIGHTS).exists()}
     remarks = [line for report in data.reports for line in report.lines()]
     everything = len(data.test or data.examples)
     if (measured := len(held_out.examples)) < everything:
@@ -125,9 +127,22 @@ def score(tuned: Tuned, source: str) -> tuple[dict[str, Measured], list[str]]:
             f"{measured} of {everything} examples are measured: evaluate.max_examples = "
             f"{config.evaluate.max_examples}, and {held_out.left_out} that do not fit prompt.max_tokens are left out"
         )
-    if config.privacy.unit != "none" and (alone or central is not None):
-        remarks.append("local and central were trained without noise, federated with it: not like with like")
-    return comparison.compare(lm, held_out, config, adapter, alone, central).rows, remarks
+    rows = comparison.compare(lm, held_out, config, adapter, alone, pooled).rows
+    return rows, [*remarks, *_unlike(run, config, [name for name in rows if name not in ("base", "federated")])]
+
+
+def _unlike(run: Path | None, config: RunConfig, baselines: Sequence[str]) -> list[str]:
+    """A line for each baseline that is no fair comparison, as the run's own metrics have it."""
+    if run is None or not baselines:
+        return []
+    try:
+        table = metrics_file.read_metrics(run)["table"]
+    except UserError:  # a run that has not finished
+        table = []
+    told = {row["method"]: row["not_alike"] for row in table if "not_alike" in row}
+    if not told and config.privacy.unit != "none":  # the run is of an earlier version
+        told = {name: {"noise": "went without the noise of differential privacy"} for name in baselines}
+    return [f"{n} is not like with like: it {', and it '.join(told[n].values())}" for n in baselines if n in told]
 
 
 def reply(tuned: Tuned, history: Sequence[Turn], max_new_tokens: int) -> str:

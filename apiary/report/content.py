@@ -30,7 +30,7 @@ from apiary.report.data import (
     gain_on_own,
 )
 from apiary.report.stages import stages_content
-from apiary.report.verdict import headline, nats, not_alike, row_by_row, second, value
+from apiary.report.verdict import against, caveat, headline, nats, not_alike, row_by_row, second, value
 from apiary.tracking.event_log import Event
 
 _NAMED_CLIENTS = 24  # more are summed up in a chart, and only those that gain least are named
@@ -45,7 +45,7 @@ def page_content(metrics: Metrics, events: Sequence[Event], config: str) -> dict
     start = next((event for event in events if event["event"] == "start"), {})
     metrics = sites.with_sites(metrics, events)
     own, everyone = gain_on_own(metrics), gain_on_all(metrics)
-    lead = metrics.row("local") or metrics.row("base")
+    lead = against(metrics)
     return {
         "metrics": metrics,
         "headline": headline(metrics),
@@ -55,6 +55,7 @@ def page_content(metrics: Metrics, events: Sequence[Event], config: str) -> dict
         "meaning": MEANING,
         "has_accuracy": any(row.accuracy is not None for row in metrics.table),
         "has_steps": any(row.steps is not None for row in metrics.table),
+        "has_rows": any(row.rows is not None for row in metrics.table),
         "has_tokens": any(row.tokens is not None for row in metrics.table),
         "federated": metrics.row("federated"),
         "paired": [row_by_row(metrics, row) for row in metrics.table if row.method in metrics.paired and row != lead],
@@ -180,9 +181,9 @@ def _sent(metrics: Metrics) -> tuple[int, int]:
 def _tiles(metrics: Metrics, own: Gain | None, everyone: Gain | None) -> list[tuple[str, str, str]]:
     """The key figures: name, value, remark."""
     tiles: list[tuple[str, str, str]] = []
-    joint, alone = metrics.row("federated"), metrics.row("local") or metrics.row("base")
-    versus = "training alone" if metrics.row("local") else "the untuned model"
-    versus += ", without noise" if alone and alone.method in metrics.noiseless else ""
+    joint, alone = metrics.row("federated"), against(metrics)
+    versus = "training alone" if alone and alone.method == "local" else "the untuned model"
+    versus += caveat(metrics, alone.method) if alone else ""
     if joint is not None:
         remark = f"{nats(alone)} by {versus}; lower is better" if alone else "nats per token; lower is better"
         tiles.append(("Held-out loss", nats(joint), remark))
