@@ -36,9 +36,12 @@ def demo(results: dict[str, Any]) -> str:
         "local": "`local`: each client alone, same steps",
         "federated": "`federated`",
         "central": "`central`: all data in one place, same total steps",
+        "central_serial": "`central_serial`: all data in one place, as few steps as one client makes",
     }
     for method, label in names.items():
         rows = [row for run in runs for row in run["table"] if row["method"] == method]
+        if not rows:
+            continue
         loss, accuracy = ([row[key] for row in rows] for key in ("loss", "accuracy"))
         lines.append(f"| {label} | {_spread(loss, 1, 2)} | {_spread(accuracy, 100, 0)}% |")
     improved = ", ".join(f"{run['gain']['improved']} of {run['gain']['clients']}" for run in runs)

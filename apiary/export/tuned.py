@@ -128,21 +128,23 @@ def score(tuned: Tuned, source: str) -> tuple[dict[str, Measured], list[str]]:
             f"{config.evaluate.max_examples}, and {held_out.left_out} that do not fit prompt.max_tokens are left out"
         )
     rows = comparison.compare(lm, held_out, config, adapter, alone, pooled).rows
-    return rows, [*remarks, *_unlike(run, config, [name for name in rows if name not in ("base", "federated")])]
+    for name, reasons in unlike(tuned).items():
+        if name in rows:
+            remarks.append(f"{name} is not like with like: it {', and it '.join(reasons.values())}")
+    return rows, remarks
 
 
-def _unlike(run: Path | None, config: RunConfig, baselines: Sequence[str]) -> list[str]:
-    """A line for each baseline that is no fair comparison, as the run's own metrics have it."""
-    if run is None or not baselines:
-        return []
+def unlike(tuned: Tuned) -> dict[str, dict[str, str]]:
+    """Why baselines of the run are no fair comparison, by method, as its own metrics have it."""
     try:
-        table = metrics_file.read_metrics(run)["table"]
-    except UserError:  # a run that has not finished
+        table = metrics_file.read_metrics(tuned.run)["table"] if tuned.run else []
+    except UserError:  # it has not finished
         table = []
     told = {row["method"]: row["not_alike"] for row in table if "not_alike" in row}
-    if not told and config.privacy.unit != "none":  # the run is of an earlier version
-        told = {name: {"noise": "went without the noise of differential privacy"} for name in baselines}
-    return [f"{n} is not like with like: it {', and it '.join(told[n].values())}" for n in baselines if n in told]
+    if told or tuned.config.privacy.unit == "none":
+        return told
+    noise = {"noise": "went without the noise of differential privacy"}  # the run is of an earlier version
+    return dict.fromkeys(("local", "central"), noise)
 
 
 def reply(tuned: Tuned, history: Sequence[Turn], max_new_tokens: int) -> str:

@@ -216,7 +216,7 @@ PAGE: Final = (
 </div>
 <p class="note" style="margin-top:14px">
 <b>Loss</b> says how much the right answer surprises the model, in nats per token (a token is a piece of a word; a nat is a unit of
-surprise). Lower is better and 0 is certainty.{% if probability is not none %} {{ federated.loss | loss(2) }} nats mean that the federated model gives the right token a probability of {{ probability | share(0) }} (geometric mean).{% endif %}{% if has_accuracy %} <b>Exactly right</b> is the share of answers that match the reference in every character, white space aside.{% endif %} The small numbers are 95% intervals from resampling the held-out examples; they do not cover the luck of another seed.{% for line in paired %} {{ line }}{% endfor %}
+surprise). Lower is better and 0 is certainty.{% if probability is not none %} {{ federated.loss | loss(2) }} nats mean that the federated model gives the right token a probability of {{ probability | share(0) }} (geometric mean).{% endif %}{% if has_accuracy %} <b>Exactly right</b> is the share of answers that match the reference in every character, white space aside.{% endif %}{% if has_rows %} <b>Steps</b>, <b>rows</b> (to draw from) and <b>tokens</b> of training alone are means over clients.{% endif %} The small numbers are 95% intervals from resampling the held-out examples; they do not cover the luck of another seed.{% for line in paired %} {{ line }}{% endfor %}
 
 </p>
 </section>

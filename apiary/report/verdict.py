@@ -156,7 +156,7 @@ def _pooled(metrics: Metrics) -> str:
     unlike = " (not alike)" if "central" in metrics.unlike else ""
     also = ", also without noise," if "central" in metrics.noiseless else unlike
     serial = metrics.row("central_serial")
-    more = f", and {nats(serial)} in as many serial steps" if serial else ""
+    more = f", or {nats(serial)} in as few steps as one client makes" if serial else ""
     return f"; pooling all data{also} reaches {nats(pooled)}{more}"
 
 
@@ -293,14 +293,14 @@ def _meaning(metrics: Metrics, joint: Row) -> str:
 
 
 def _serial_share(metrics: Metrics, alone: Row, joint: Row) -> str:
-    """The share of what pooled training gains in as many steps one after the other as a client makes."""
+    """The share of what pooled training gains in the serial steps that a federation makes."""
     serial = metrics.row("central_serial")
     if serial is None or value(alone) <= value(serial):
         return ""
     if metrics.row("central") is None:
-        return " in as many serial steps"
+        return " in as few steps as one client makes"
     share = (value(alone) - value(joint)) / (value(alone) - value(serial))
-    return f" ({100 * share:.0f}% of what it would gain in as many serial steps as a client makes)"
+    return f" ({100 * share:.0f}% of what it would gain in as few steps as one client makes)"
 
 
 def value(row: Row) -> float:
