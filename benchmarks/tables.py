@@ -46,10 +46,14 @@ def demo(results: dict[str, Any]) -> str:
         lines.append(f"| {label} | {_spread(loss, 1, 2)} | {_spread(accuracy, 100, 0)}% |")
     improved = ", ".join(f"{run['gain']['improved']} of {run['gain']['clients']}" for run in runs)
     wall = _spread([run["wall_s"] for run in runs], 1, 0)
+    taken = ", ".join(
+        f"{statistics.mean(run['baselines_s'][name] for run in runs):.0f} s of it for `{name}`"
+        for name in runs[0].get("baselines_s", ())
+    )
     lines += [
         "",
         f"{_seeds(len(runs))} Clients whose own held-out loss falls by joining: {improved}. "
-        f"From command to report: {wall} s on {_machine(results)}.",
+        f"From command to report: {wall} s on {_machine(results)}{', ' if taken else ''}{taken}.",
     ]
     return "\n".join(lines)
 

@@ -23,10 +23,10 @@ MEANING: Mapping[MethodName, tuple[str, str]] = {
     "base": ("Untuned", "the model as it came, before any training"),
     "local": ("Training alone", "each client trains on its own data only; average over clients"),
     "federated": ("Federated", "clients train one model together; their data never leaves them"),
-    "central": ("All data pooled", "all data in one place, in as many steps as all clients make together"),
+    "central": ("All data pooled", "all data in one place, in the steps of all clients together"),
     "central_serial": (
         "Pooled, serial steps",
-        "all data in one place, but in as many steps as one client makes, each on as many tokens as all clients",
+        "all data in one place, in the steps of one client, each on the tokens of all",
     ),
 }
 """A name for a chart and a sentence for a reader, by method."""
