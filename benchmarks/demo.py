@@ -20,14 +20,19 @@ RESULTS = Path(__file__).parent / "results" / "demo.json"
 
 
 def one(seed: int, out: Path) -> dict[str, Any]:
-    """The final table of one seed and its wall time; the run directory stays at `out`."""
+    """The final table of one seed, its wall time and that of its baselines; the run directory stays at `out`."""
     command = [sys.executable, "-m", "apiary.cli.main", "simulate", "--quiet", "--out", str(out), "-s", f"seed={seed}"]
     began = time.monotonic()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     wall = time.monotonic() - began
     metrics = json.loads((out / "metrics.json").read_text())
+    events = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    baselines: dict[str, float] = {}
+    for event in events:
+        if event["event"] == "baseline":
+            baselines[event["method"]] = round(baselines.get(event["method"], 0.0) + event["seconds"], 1)
     kept = ("table", "gain", "machine", "versions")
-    return {"seed": seed, "wall_s": round(wall, 1), **{key: metrics[key] for key in kept}}
+    return {"seed": seed, "wall_s": round(wall, 1), "baselines_s": baselines, **{key: metrics[key] for key in kept}}
 
 
 def main() -> None:

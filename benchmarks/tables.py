@@ -36,13 +36,20 @@ def demo(results: dict[str, Any]) -> str:
         "local": "`local`: each client alone, same steps",
         "federated": "`federated`",
         "central": "`central`: all data in one place, same total steps",
+        "central_serial": "`central_serial`: all data in one place, as few steps as one client makes",
     }
     for method, label in names.items():
         rows = [row for run in runs for row in run["table"] if row["method"] == method]
+        if not rows:
+            continue
         loss, accuracy = ([row[key] for row in rows] for key in ("loss", "accuracy"))
         lines.append(f"| {label} | {_spread(loss, 1, 2)} | {_spread(accuracy, 100, 0)}% |")
     wall = _spread([run["wall_s"] for run in runs], 1, 0)
-    found = f"From command to report: {wall} s on {_machine(results)}."
+    taken = "".join(
+        f", {statistics.mean(run['baselines_s'][name] for run in runs):.0f} s of it for `{name}`"
+        for name in runs[0].get("baselines_s", ())
+    )
+    found = f"From command to report: {wall} s on {_machine(results)}{taken}."
     return "\n".join([*lines, "", " ".join([_seeds(len(runs)), *_over_seeds(results), found])])
 
 

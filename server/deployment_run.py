@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -147,14 +148,16 @@ def _summarise(config: RunConfig, folder: Path, adapter: StateDict, held_out: He
     """The content of metrics.json: what the server can know, which leaves out the sites' rows and baselines."""
     events = event_log.read_events(folder)
     clients = {e["client"]: e for e in events if e["event"] == "handshake"}
-    ranks = metrics_file.ranks(events)
+    ranks, made = metrics_file.ranks(events), Counter[str]()
+    for event in events:
+        if event["event"] == "client":
+            made[event["client"]] += event["steps"]
     table: list[dict[str, Any]] = []
     more: dict[str, Any] = {}
     if held_out is not None:
-        rows = comparison.compare(_model(config)[0], held_out, config, adapter, {}, None).rows
-        steps = sum(event["steps"] for event in events if event["event"] == "client")
-        made = {"base": 0, "federated": steps}
-        table = [{**comparison.table_row(name, row, config.seed), "steps": made[name]} for name, row in rows.items()]
+        rows = comparison.compare(_model(config)[0], held_out, config, adapter, {}, {}).rows
+        steps = {"base": 0, "federated": made.total()}
+        table = [{**comparison.table_row(name, row, config.seed), "steps": steps[name]} for name, row in rows.items()]
         more = {
             "paired": comparison.differences(rows, config.seed),
             **continual.results(events, rows, held_out, config),
@@ -164,7 +167,7 @@ def _summarise(config: RunConfig, folder: Path, adapter: StateDict, held_out: He
         "run": folder.name,
         "task": f"{len(clients)} sites, {public_name(config.model.name)}",
         "table": table,
-        "clients": [_client(name, clients[name], ranks.get(name)) for name in sorted(clients)],
+        "clients": [{**_client(name, clients[name], ranks.get(name)), "steps": made[name]} for name in sorted(clients)],
         "rounds": metrics_file.rounds_table(events),
         "sites": own_rounds(events),
         **more,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from apiary.tracking.event_log import RunLog
 from apiary.tracking.run_directory import result_folders
 from client import round_files
 from client.worker import open_received
-from simulation import adversaries, backdoor, baselines
+from simulation import adversaries, backdoor, baselines, visits
 from simulation.baselines import Baselines
 from strategies.from_config import local_from_config
 
@@ -55,26 +55,22 @@ def summarise(prepared: Plan, adapter: StateDict, folder: Path, log: RunLog) -> 
     """
     config, federation, lm, template, held_out = prepared
     events = event_log.read_events(folder)
-    steps = Counter[str]()
-    for event in events:
-        if event["event"] == "client":
-            steps[event["client"]] += event["steps"]
-    if {"local", "central"} & set(config.evaluate.baselines):
+    took_part = visits.of_run(federation.clients, config, events, folder)
+    if set(config.evaluate.baselines) - {"base"}:
         log.event("phase", name="baselines")
-    trained = baselines.train_all(config, lm, template, federation.clients, steps, folder, log)
+    finished = sum(event["event"] == "round" for event in events)
+    trained = baselines.train_all(config, lm, template, took_part, finished, folder, log)
     log.event("phase", name="evaluating")
-    own = _personal(prepared, adapter, folder, steps)
-    runs, alone = comparison.compare(lm, held_out, config, adapter, *trained, own)
-    clients = _per_client(prepared, adapter, trained, runs["federated"], alone, own, metrics_file.ranks(events))
+    own = _personal(prepared, adapter, folder, {client.client for client in took_part})
+    local, pooled = ({name: made.adapter for name, made in group.items()} for group in trained)
+    runs, alone = comparison.compare(lm, held_out, config, adapter, local, pooled, own)
+    steps = {client.client: client.total for client in took_part}
+    ranks = metrics_file.ranks(events)
+    clients = _per_client(prepared, adapter, trained, runs["federated"], alone, own, ranks, steps)
     nats = {method: run.nats for method, run in runs.items()}
     row_losses.write_row_losses(folder, held_out.examples, runs["federated"].tokens, nats)
     kind = kind_of(config, federation)
-    made = {
-        "base": 0,
-        "local": round(steps.total() / max(len(steps), 1)),
-        "federated": steps.total(),
-        "central": steps.total(),
-    }
+    told, unlike = _accounts(trained, events), baselines.unlike(config, took_part)
     return {
         "schema": 1,
         "run": folder.name,
@@ -82,11 +78,16 @@ def summarise(prepared: Plan, adapter: StateDict, folder: Path, log: RunLog) -> 
             [f"{len(federation.clients)} clients", *map(public_name, (config.data.source, config.model.name))]
         ),
         "table": [
-            {**comparison.table_row(method, run, config.seed), "steps": made[method]} for method, run in runs.items()
+            {
+                **comparison.table_row(method, run, config.seed),
+                **told[method],
+                **({"not_alike": unlike[method]} if method in unlike else {}),
+            }
+            for method, run in runs.items()
         ],
         "paired": comparison.differences(runs, config.seed),
         "clients": clients,
-        "gain": _gain(clients),
+        "gain": _gain(clients, unlike.get("local")),
         "skills": comparison.by_kind(kind, runs, held_out) if kind and config.evaluate.generate else {},
         "rounds": metrics_file.rounds_table(events),
         "samples": _samples(prepared, runs, kind),
@@ -124,7 +125,33 @@ def _attack(prepared: Plan, adapter: StateDict, events: Sequence[Mapping[str, An
     return {"attack": {**told, "asked": len(asked), "answered": answered}}
 
 
-def _personal(prepared: Plan, adapter: StateDict, folder: Path, trained: Mapping[str, int]) -> dict[str, StateDict]:
+def _accounts(trained: Baselines, events: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    """By method the optimizer steps, the training rows that they drew from, and the response tokens that they trained.
+
+    Those of baselines are what their own fits told (of `local` the mean over clients); those of the federation what its
+    clients told.
+    """
+    came = [event for event in events if event["event"] == "client"]
+    names = {event["client"] for event in came}
+    rows = {event["client"]: event["examples"] for event in events if event["event"] == "handshake"}
+    rows |= {name: counts["kept"] for name, counts in metrics_file.curation_counts(events).items()}
+    keys = ("steps", "rows", "tokens")
+    found = {
+        "base": dict.fromkeys(keys, 0),
+        "federated": {
+            "steps": sum(event["steps"] for event in came),
+            "rows": sum(rows.get(name, 0) for name in names),
+            "tokens": sum(event["tokens"] for event in came),
+        },
+        **{method: {key: getattr(made.account, key) for key in keys} for method, made in trained.pooled.items()},
+    }
+    alone = [made.account for made in trained.alone.values()]
+    if alone:
+        found["local"] = {key: round(sum(getattr(account, key) for account in alone) / len(alone)) for key in keys}
+    return found
+
+
+def _personal(prepared: Plan, adapter: StateDict, folder: Path, trained: Collection[str]) -> dict[str, StateDict]:
     """Each client's model of its own, where the method makes one; that of who has trained is kept as a folder."""
     config, federation, lm, _, _ = prepared
     local = local_from_config(config)
@@ -135,7 +162,7 @@ def _personal(prepared: Plan, adapter: StateDict, folder: Path, trained: Mapping
     for client in federation.clients:
         kept = round_files.newest(folder / "clients" / client.name, local.keeps, config.rounds + 1)
         made[client.name] = open_received(lm, config, local, kept, shared).adapter
-        if trained.get(client.name):
+        if client.name in trained:
             place = result_folders(folder).personal / client.name
             save_adapter_folder(lm, made[client.name], place, config, folder)
     return made
@@ -149,8 +176,9 @@ def _per_client(
     alone: Mapping[str, Measured],
     personal: Mapping[str, StateDict],
     ranks: Mapping[str, int],
+    steps: Mapping[str, int],
 ) -> list[dict[str, Any]]:
-    """What each client holds, the losses on its own held-out rows, and how it fares there and on everybody's rows."""
+    """What each client holds, what it and its baseline trained, and how it fares on its own rows and everybody's."""
     config, federation, lm, template, _ = prepared
     kind = kind_of(config, federation)
     fresh = adapters.fresh_adapter(lm, config.seed)
@@ -158,22 +186,24 @@ def _per_client(
     rows = []
     for client in federation.clients:
         own = comparison.prepare(client.test, template, lm, loss_only)
+        made = trained.alone.get(client.name)
         candidates = {
             "base": fresh,
-            "local": trained.alone.get(client.name),
+            **({"local": made.adapter} if made else {}),
             "federated": personal.get(client.name, adapter),
-            "central": trained.central,
+            **{method: pooled.adapter for method, pooled in trained.pooled.items()},
         }
         measured = {
             method: comparison.measure(lm, state, own, loss_only)
             for method, state in candidates.items()
-            if state is not None and own.examples
+            if own.examples
         }
         stats = tokenization.encode_all(client.train, template, lm.tokenizer, config.prompt).stats
         rows.append(
             {
                 "client": client.name,
                 "rank": ranks.get(client.name),
+                "steps": steps.get(client.name, 0),
                 "examples": stats.examples,
                 "tokens": stats.response_tokens,
                 "cut": stats.cut,
@@ -183,6 +213,7 @@ def _per_client(
                 "own_paired": _against_alone(measured.get("federated"), measured.get("local"), config.seed),
                 "mix_loss": {"local": alone[client.name].loss} if client.name in alone else {},
                 "mix_paired": _against_alone(joint, alone.get(client.name), config.seed),
+                **({"alone": made.account._asdict()} if made else {}),
             }
         )
     return rows
@@ -195,11 +226,14 @@ def _against_alone(joint: Measured | None, alone: Measured | None, seed: int) ->
     return comparison.differences({"federated": joint, "local": alone}, seed)
 
 
-def _gain(clients: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _gain(clients: Sequence[Mapping[str, Any]], unlike: Mapping[str, str] | None) -> dict[str, Any]:
     """The `gain` part of metrics.json: by how many nats per token each client's own loss falls by joining.
 
-    The losses are on the client's own held-out rows, against training alone.
+    The losses are on the client's own held-out rows, against training alone. Empty where one client at most took part,
+    and there was nobody to join.
     """
+    if sum(client["steps"] > 0 for client in clients) < 2:
+        return {}
     gain = gain_of(
         (c["client"], c["own"].get("local"), c["own"].get("federated"), c["own_paired"].get("local")) for c in clients
     )
@@ -214,6 +248,7 @@ def _gain(clients: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "mean_ci95": gain.mean_ends,
         "over": "clients",
         "worst": {"client": worst, "gain": least},
+        **({"not_alike": dict(unlike)} if unlike else {}),
     }
 
 

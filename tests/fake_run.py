@@ -13,8 +13,8 @@ SKILLS = (
     "arithmetic", "classify", "compare", "convert", "count", "dates",
     "extract", "filter", "lookup", "passage", "sort", "transform",
 )  # fmt: skip
-METHODS = ("base", "local", "federated", "central")
-LOSSES = {"base": 4.93, "local": 4.41, "federated": 0.82, "central": 0.47}
+METHODS = ("base", "local", "federated", "central", "central_serial")
+LOSSES = {"base": 4.93, "local": 4.41, "federated": 0.82, "central": 0.47, "central_serial": 0.61}
 
 
 def fake_metrics(clients: int = 8, rounds: int = 10, *, baselines: bool = True) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def fake_deployment(names: tuple[str, ...] = ("ant", "bee"), rounds: int = 3) ->
 def _row(method: str, rounds: int) -> dict[str, Any]:
     loss, accuracy = (
         LOSSES[method],
-        {"base": 0.012, "local": 0.118, "federated": 0.553, "central": 0.668}[method],
+        {"base": 0.012, "local": 0.118, "federated": 0.553, "central": 0.668, "central_serial": 0.6}[method],
     )
     return {
         "method": method,
@@ -77,6 +77,7 @@ def _row(method: str, rounds: int) -> dict[str, Any]:
             "accuracy": [max(0, accuracy - 0.04), accuracy + 0.045],
         },
         "steps": 0 if method == "base" else rounds * 8 * (8 if method == "central" else 1),
+        "rows": {"base": 0, "local": 530}.get(method, 4_240),
         "tokens": 0 if method == "base" else rounds * 31_250,
     }
 
@@ -106,6 +107,7 @@ def _accuracy(method: str, rng: random.Random) -> float:
         "local": (0.02, 0.22),
         "federated": (0.2, 0.97),
         "central": (0.35, 1.0),
+        "central_serial": (0.3, 1.0),
     }[method]
     return round(rng.uniform(low, high), 3)
 
@@ -138,6 +140,7 @@ _SAMPLES = (
         "local": "anchor, river",
         "federated": "anchor, candle, pebble, river",
         "central": "anchor, candle, pebble, river",
+        "central_serial": "anchor, candle, pebble, river",
     },
     {
         "skill": "lookup",
@@ -147,6 +150,7 @@ _SAMPLES = (
         "local": "4",
         "federated": "18",
         "central": "18",
+        "central_serial": "18",
     },
     {
         "skill": "dates",
@@ -156,6 +160,7 @@ _SAMPLES = (
         "local": "Monday",
         "federated": "Saturday",
         "central": "Sunday",
+        "central_serial": "Sunday",
     },
     {
         "skill": "extract",
@@ -165,6 +170,7 @@ _SAMPLES = (
         "local": "Ada Moss",
         "federated": "Turin",
         "central": "Turin",
+        "central_serial": "Turin",
     },
 )
 

@@ -86,7 +86,8 @@ def evaluate(
     for line in remarks:
         typer.echo(f"warning: {line}", err=True)
     seed = opened.config.seed
-    table = [table_row(method, run, seed) for method, run in rows.items()]
+    unlike = {method: {"not_alike": reasons} for method, reasons in results.unlike(opened).items()}
+    table = [{**table_row(method, run, seed), **unlike.get(method, {})} for method, run in rows.items()]
     found = {"table": table, "paired": differences(rows, seed)}
     if as_json:
         print_json({**found, "warnings": remarks})

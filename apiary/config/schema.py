@@ -306,8 +306,12 @@ class EvaluateConfig(_Section):
     )
     generate: bool = Field(True, description="measure exact-match accuracy by greedy decoding for the table")
     max_new_tokens: int = Field(24, ge=1, description="longest answer decoded, in tokens")
-    baselines: tuple[Literal["base", "local", "central"], ...] = Field(
-        ("base", "local", "central"), description="what the federated model is compared with in the table"
+    baselines: tuple[Literal["base", "local", "central", "central_serial"], ...] = Field(
+        ("base", "local", "central", "central_serial"),
+        description="what the federated model is compared with in the table: base (untuned), local (each client "
+        "alone), central (all data pooled, in as many steps as all clients make together), central_serial (the same in "
+        "as many steps as one client makes, each on as many tokens as all clients); each but base takes as long as "
+        "the training of all clients",
     )
     patience: int = Field(0, ge=0, description="stop after this many evaluations without a better loss; 0 = never")
     samples: int = Field(6, ge=0, description="held-out prompts whose answers are shown in the report")

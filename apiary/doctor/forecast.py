@@ -36,6 +36,7 @@ class Work(NamedTuple):
     per_round: tuple[int, ...]  # of each client
     cohort: int  # clients asked in a round
     total: int  # of all clients in all rounds
+    serial: int  # one after the other, in all rounds: those of the client with the most
 
 
 class Traffic(NamedTuple):
@@ -71,7 +72,7 @@ def plan_work(config: RunConfig, corpora: Sequence[Corpus]) -> Work:
     n = len(corpora)
     cohort = strategy.cohort_size(n)
     total = round(config.rounds * cohort * sum(per_round) / max(n, 1))
-    return Work(tuple(per_epoch), tuple(per_round), cohort, total)
+    return Work(tuple(per_epoch), tuple(per_round), cohort, total, config.rounds * max(per_round, default=1))
 
 
 def plan_traffic(config: RunConfig, lm: LanguageModel, work: Work) -> Traffic:

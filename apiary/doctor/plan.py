@@ -71,7 +71,7 @@ def cost_of(run: PreparedRun) -> Cost:
         forecast.plan_traffic(run.config, run.lm, work),
         trial,
         seconds=trial.seconds * run.config.train.accumulate * work.total,
-        copies=1 + len({"local", "central"} & set(run.config.evaluate.baselines)),
+        copies=1 + len(set(run.config.evaluate.baselines) - {"base"}),
         processes=_processes(run),
         memory=forecast.base_bytes(run.lm) + _adapter_bytes(run) + trial.activation_bytes,
     )
@@ -257,8 +257,14 @@ def _print_steps(run: PreparedRun, work: forecast.Work, console: Console) -> Non
     each = count_text(least) if least == most else f"{count_text(least)} to {count_text(most)}"
     text = f"{each} a client and round, {count_text(work.total)} in {run.config.rounds} rounds"
     _fact(console, "steps", text)
-    for name in ("local", "central"):
-        if name in run.config.evaluate.baselines:
+    for name in run.config.evaluate.baselines:
+        if name == "central_serial":
+            width = max(1, round(work.total / work.serial))
+            more = (
+                f"{count_text(work.serial)} more, each on {count_text(width)} times the tokens: as long as the others"
+            )
+            _fact(console, "", f"baseline {name}: {more}")
+        elif name != "base":
             _fact(console, "", f"baseline {name}: {count_text(work.total)} more")
 
 

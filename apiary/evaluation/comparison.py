@@ -1,4 +1,4 @@
-"""Metrics as functions, and the table: base, local, federated, central on the same held-out examples."""
+"""Metrics as functions, and the table: the federated model and its baselines on the same held-out examples."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def compare(
     config: RunConfig,
     adapter: StateDict,
     alone: Mapping[str, StateDict],
-    central: StateDict | None,
+    pooled: Mapping[str, StateDict],
     personal: Mapping[str, StateDict] | None = None,
 ) -> Comparison:
     """Every method on the same held-out examples.
@@ -171,7 +171,7 @@ def compare(
         config: says whether answers are generated, and whether the untuned base has a row.
         adapter: the federated one.
         alone: each client's own, trained alone; without any, there is no row for it.
-        central: the one trained on all data; likewise.
+        pooled: those trained on all data, by method, in the order of the table.
         personal: each client's own federated one, where each has one (`adapter.share` = "a"); the federated row is
             then their mean, as the local row is of those trained alone.
     """
@@ -186,8 +186,7 @@ def compare(
     if scores:
         rows["local"] = mean(list(scores.values()))
     rows["federated"] = mean([score(state) for state in personal.values()]) if personal else score(adapter)
-    if central is not None:
-        rows["central"] = score(central)
+    rows |= {method: score(state) for method, state in pooled.items()}
     return Comparison(rows, scores)
 
 

@@ -129,7 +129,9 @@ def results(
         "stages": [list(tasks) for tasks in config.continual.stages],
         "buffer": config.continual.buffer,
         "n": rows[-1]["n"],
-        "joint": {name: by_stage(run, held_out, config) for name, run in runs.items() if name in ("local", "central")},
+        "joint": {
+            name: by_stage(run, held_out, config) for name, run in runs.items() if name not in ("base", "federated")
+        },
         "overall": {},
         "backward_transfer": {},
         "forgetting": {},

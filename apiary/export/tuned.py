@@ -22,6 +22,7 @@ from apiary.export.adapter_folder import SETTINGS, WEIGHTS
 from apiary.models import adapters
 from apiary.models.adapter_files import read_adapter
 from apiary.models.adapters import LanguageModel
+from apiary.tracking import metrics_file
 from apiary.tracking.run_directory import result_folders
 
 
@@ -112,12 +113,13 @@ def score(tuned: Tuned, source: str) -> tuple[dict[str, Measured], list[str]]:
     if not held_out.examples:
         raise UserError(f"{source!r}: no example fits prompt.max_tokens = {config.prompt.max_tokens}; raise it with -s")
     alone: dict[str, StateDict] = {}
-    central = None
+    pooled: dict[str, StateDict] = {}
     if run:
         places = result_folders(run)
         # A name with a dot in front is what a kill left of a folder under way.
         alone = {f.parent.name: read_adapter(lm, f) for f in sorted(places.alone.glob(f"[!.]*/{WEIGHTS}"))}
-        central = read_adapter(lm, places.central / WEIGHTS) if (places.central / WEIGHTS).exists() else None
+        together = (("central", places.central), ("central_serial", places.central_serial))
+        pooled = {m: read_adapter(lm, place / WEIGHTS) for m, place in together if (place / WEIGHTS).exists()}
     remarks = [line for report in data.reports for line in report.lines()]
     everything = len(data.test or data.examples)
     if (measured := len(held_out.examples)) < everything:
@@ -125,9 +127,24 @@ def score(tuned: Tuned, source: str) -> tuple[dict[str, Measured], list[str]]:
             f"{measured} of {everything} examples are measured: evaluate.max_examples = "
             f"{config.evaluate.max_examples}, and {held_out.left_out} that do not fit prompt.max_tokens are left out"
         )
-    if config.privacy.unit != "none" and (alone or central is not None):
-        remarks.append("local and central were trained without noise, federated with it: not like with like")
-    return comparison.compare(lm, held_out, config, adapter, alone, central).rows, remarks
+    rows = comparison.compare(lm, held_out, config, adapter, alone, pooled).rows
+    for name, reasons in unlike(tuned).items():
+        if name in rows:
+            remarks.append(f"{name} is not like with like: it {', and it '.join(reasons.values())}")
+    return rows, remarks
+
+
+def unlike(tuned: Tuned) -> dict[str, dict[str, str]]:
+    """Why baselines of the run are no fair comparison, by method, as its own metrics have it."""
+    try:
+        table = metrics_file.read_metrics(tuned.run)["table"] if tuned.run else []
+    except UserError:  # it has not finished
+        table = []
+    told = {row["method"]: row["not_alike"] for row in table if "not_alike" in row}
+    if told or tuned.config.privacy.unit == "none":
+        return told
+    noise = {"noise": "went without the noise of differential privacy"}  # the run is of an earlier version
+    return dict.fromkeys(("local", "central"), noise)
 
 
 def reply(tuned: Tuned, history: Sequence[Turn], max_new_tokens: int) -> str:

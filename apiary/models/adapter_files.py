@@ -75,9 +75,24 @@ def save_adapter(lm: LanguageModel, state: StateDict, folder: str | Path, card: 
         shutil.rmtree(work, ignore_errors=True)
 
 
+def widened(lm: LanguageModel, adapter: StateDict) -> StateDict:
+    """An adapter of a lower rank as one of the model's, with the same products; what it lacks is zero."""
+    factors = lora.split(adapter)
+    rank = max((f.rank for f in factors.values()), default=lm.rank)
+    if rank >= lm.rank:
+        return adapter
+    made: Any = lm.model.peft_config["default"]
+    scale = lora.scaling(made.lora_alpha, "rslora" if made.use_rslora else "lora")
+    ratio = scale(rank) / scale(lm.rank)
+    return lora.join({m: lora.resize(Factors(f.b * ratio, f.a), lm.rank) for m, f in factors.items()})
+
+
 def read_adapter(lm: LanguageModel, file: Path) -> dict[str, Tensor]:
-    """The state in the weights of a folder that `save_adapter` wrote, as `set_adapter` takes it."""
-    tensors = load_file(file)
+    """The state in the weights of a folder that `save_adapter` wrote, as `set_adapter` takes it.
+
+    An adapter of a lower rank than the model's comes as one of that rank, with the same products.
+    """
+    tensors = dict(widened(lm, load_file(file)))
     if not any(is_b(name) and tensor.shape[1] > lm.rank for name, tensor in tensors.items()):
         return tensors
     adapter, base_delta = {}, {}

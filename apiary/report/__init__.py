@@ -23,7 +23,17 @@ from apiary.privacy import statement
 from apiary.report import sites
 from apiary.report.data import Interval, Metrics, Row, gain_on_all, gain_on_own, parse_metrics
 from apiary.report.page import PAGE
-from apiary.report.verdict import attacked, headline, not_alike, outcomes_text, personal, row_by_row, rows_text
+from apiary.report.verdict import (
+    against,
+    attacked,
+    headline,
+    nobody_joined,
+    not_alike,
+    outcomes_text,
+    personal,
+    row_by_row,
+    rows_text,
+)
 from apiary.tracking.event_log import Event, read_events
 from apiary.tracking.metrics_file import read_metrics
 
@@ -140,7 +150,8 @@ def _cells(row: Row, metrics: Metrics) -> tuple[str, ...]:
         "steps": formatting.count_text(row.steps),
         "tokens": formatting.count_text(row.tokens),
     }
-    return (row.method, *(cells[name] for name in _columns(metrics)))
+    mark = " *" if row.method in metrics.unlike else ""
+    return (row.method + mark, *(cells[name] for name in _columns(metrics)))
 
 
 def _between(interval: Interval | None, scale: float, digits: int) -> str:
@@ -156,12 +167,13 @@ def _title(metrics: Metrics) -> str | None:
 def _caption(metrics: Metrics) -> str:
     count = max((row.n or 0 for row in metrics.table), default=0)
     notes = [f"loss in nats per response token, on {plural(count, 'held-out example')}"]
-    other = metrics.row("local") or metrics.row("base")
-    notes += filter(None, [row_by_row(metrics, other) if other and metrics.paired else "", not_alike(metrics)])
+    other, why = against(metrics), not_alike(metrics)
+    notes += filter(None, [row_by_row(metrics, other) if other and metrics.paired else "", why and f"* {why}"])
+    notes += filter(None, [nobody_joined(metrics)])
     if count and not any(row.ci95.loss for row in metrics.table):
         notes.append(f"no interval of the loss: fewer than {intervals.FEWEST_ROWS} held-out examples")
     notes += filter(None, [personal(metrics), clean(attacked(metrics))])
-    noise = " without noise" if "local" in metrics.noiseless else ""
+    noise = " without noise" if "local" in metrics.noiseless else " (not alike)" if "local" in metrics.unlike else ""
     own = gain_on_own(metrics)
     rows = f" ({rows_text(own)})" if own and own.rows else ""
     for gain, where in ((own, f"on its own rows{rows}"), (gain_on_all(metrics), "on the rows of the table")):

@@ -15,11 +15,12 @@ def card_table(metrics: Mapping[str, Any] | None) -> list[str]:
     if not metrics:
         return []
     parsed = parse_metrics(metrics)
-    other = parsed.row("local") or parsed.row("base")
+    other = verdict.against(parsed)
     said = (
         verdict.row_by_row(parsed, other) if other and parsed.row("federated") else "",
         verdict.gained(parsed),
-        *(verdict.attacked(parsed), verdict.not_alike(parsed), verdict.personal(parsed), sites.how_far(parsed)),
+        *(verdict.attacked(parsed), verdict.not_alike(parsed), verdict.nobody_joined(parsed)),
+        *(verdict.personal(parsed), sites.how_far(parsed)),
     )
     remarks = [line for line in said if line]
     below = ["", " ".join(remarks)] if remarks else []
@@ -27,6 +28,7 @@ def card_table(metrics: Mapping[str, Any] | None) -> list[str]:
         return below
     rows = ["", "| | held-out loss (nats per response token) | exact match |", "|---|---|---|"]
     for row in metrics["table"]:
+        method = row["method"] + (" (not alike)" if row["method"] in parsed.unlike else "")
         accuracy = "" if row["accuracy"] is None else f"{100 * row['accuracy']:.1f}%"
-        rows.append(f"| {row['method']} | {loss_text(row['loss'])} | {accuracy} |")
+        rows.append(f"| {method} | {loss_text(row['loss'])} | {accuracy} |")
     return rows + below

@@ -32,7 +32,18 @@ from apiary.report.data import (
     gain_on_own,
 )
 from apiary.report.stages import stages_content
-from apiary.report.verdict import headline, nats, not_alike, outcomes_text, row_by_row, rows_text, second, value
+from apiary.report.verdict import (
+    against,
+    caveat,
+    headline,
+    nats,
+    not_alike,
+    outcomes_text,
+    row_by_row,
+    rows_text,
+    second,
+    value,
+)
 from apiary.tracking.event_log import Event
 
 _NAMED_CLIENTS = 24  # more are summed up in a chart, and only those that gain least are named
@@ -47,7 +58,7 @@ def page_content(metrics: Metrics, events: Sequence[Event], config: str) -> dict
     start = next((event for event in events if event["event"] == "start"), {})
     metrics = sites.with_sites(metrics, events)
     own, everyone = gain_on_own(metrics), gain_on_all(metrics)
-    lead = metrics.row("local") or metrics.row("base")
+    lead = against(metrics)
     return {
         "metrics": metrics,
         "headline": headline(metrics),
@@ -57,6 +68,7 @@ def page_content(metrics: Metrics, events: Sequence[Event], config: str) -> dict
         "meaning": MEANING,
         "has_accuracy": any(row.accuracy is not None for row in metrics.table),
         "has_steps": any(row.steps is not None for row in metrics.table),
+        "has_rows": any(row.rows is not None for row in metrics.table),
         "has_tokens": any(row.tokens is not None for row in metrics.table),
         "federated": metrics.row("federated"),
         "paired": [row_by_row(metrics, row) for row in metrics.table if row.method in metrics.paired and row != lead],
@@ -72,7 +84,7 @@ def page_content(metrics: Metrics, events: Sequence[Event], config: str) -> dict
         "sites_chart": plots.sites_chart(sites.told(metrics)),
         "sent": _sent(metrics),
         "own": own,
-        "own_said": _gains_said(own, "local" in metrics.noiseless),
+        "own_said": _gains_said(own, caveat(metrics, "local")),
         "everyone_said": outcomes_text(everyone) if everyone else "",
         "clients": _client_bars(metrics.clients, own),
         "gain_chart": plots.gain_chart(own) if own and len(own.gains) > _NAMED_CLIENTS else None,
@@ -185,9 +197,9 @@ def _sent(metrics: Metrics) -> tuple[int, int]:
 def _tiles(metrics: Metrics, own: Gain | None, everyone: Gain | None) -> list[tuple[str, str, str]]:
     """The key figures: name, value, remark."""
     tiles: list[tuple[str, str, str]] = []
-    joint, alone = metrics.row("federated"), metrics.row("local") or metrics.row("base")
-    versus = "training alone" if metrics.row("local") else "the untuned model"
-    versus += ", without noise" if alone and alone.method in metrics.noiseless else ""
+    joint, alone = metrics.row("federated"), against(metrics)
+    versus = "training alone" if alone and alone.method == "local" else "the untuned model"
+    versus += caveat(metrics, alone.method) if alone else ""
     if joint is not None:
         remark = f"{nats(alone)} by {versus}; lower is better" if alone else "nats per token; lower is better"
         tiles.append(("Held-out loss", nats(joint), remark))
@@ -218,15 +230,15 @@ def _tiles(metrics: Metrics, own: Gain | None, everyone: Gain | None) -> list[tu
     return tiles
 
 
-def _gains_said(gain: Gain | None, noiseless: bool) -> str:
-    """How clients fare on their own rows, with what that rests on."""
+def _gains_said(gain: Gain | None, but: str) -> str:
+    """How clients fare on their own rows, with what that rests on; `but` says what is not alike in training alone."""
     if gain is None:
         return ""
     rows = f" Each rests on the client's own rows, {rows_text(gain)}." if gain.rows else ""
     ends = gain.mean_ends
     among = "" if ends is None else f" (95% interval over clients {' to '.join(map(formatting.change_text, ends))})"
     return (
-        f"with the shared model, against training alone{' without noise' if noiseless else ''}, {outcomes_text(gain)}."
+        f"with the shared model, against training alone{but}, {outcomes_text(gain)}."
         f"{rows} A client gains or loses where a 95% interval over its rows leaves out zero, {intervals.SCOPE}, and "
         f"cannot tell on fewer than {intervals.FEWEST_ROWS} rows. The mean gain is "
         f"{formatting.change_text(gain.mean)} nats per token{among}, the least {formatting.change_text(gain.worst[1])} "

@@ -15,10 +15,10 @@ from apiary.config import gauged
 from apiary.core.errors import UserError
 from apiary.evaluation import intervals
 
-MethodName: TypeAlias = Literal["base", "local", "federated", "central"]
+MethodName: TypeAlias = Literal["base", "local", "federated", "central", "central_serial"]
 Outcome: TypeAlias = Literal["gain", "lose", "cannot tell"]
 OUTCOMES: tuple[Outcome, ...] = ("gain", "lose", "cannot tell")
-METHODS: tuple[MethodName, ...] = ("base", "local", "federated", "central")
+METHODS: tuple[MethodName, ...] = ("base", "local", "federated", "central", "central_serial")
 Interval: TypeAlias = tuple[float, float]
 _Interval: TypeAlias = Annotated[Interval | None, BeforeValidator(lambda ends: None if ends and None in ends else ends)]
 
@@ -26,7 +26,11 @@ MEANING: Mapping[MethodName, tuple[str, str]] = {
     "base": ("Untuned", "the model as it came, before any training"),
     "local": ("Training alone", "each client trains on its own data only; average over clients"),
     "federated": ("Federated", "clients train one model together; their data never leaves them"),
-    "central": ("All data pooled", "what one could reach by copying all data to one place"),
+    "central": ("All data pooled", "all data in one place, in the steps of all clients together"),
+    "central_serial": (
+        "Pooled, serial steps",
+        "all data in one place, in the steps of one client, each on the tokens of all",
+    ),
 }
 """A name for a chart and a sentence for a reader, by method."""
 
@@ -50,8 +54,10 @@ class Row(_Part):
     accuracy: float | None = None
     n: int | None = None
     ci95: Intervals = Intervals()
-    steps: int | None = None
-    tokens: int | None = None
+    steps: int | None = None  # optimizer steps; of `local`, as the next two, the mean over clients
+    rows: int | None = None  # different training rows that its batches were drawn from
+    tokens: int | None = None  # response tokens trained, each as often as it was
+    not_alike: Mapping[str, str] = Field(default_factory=dict)  # of a baseline: why it is no fair comparison
 
 
 class Difference(_Part):
@@ -73,6 +79,7 @@ class Client(_Part):
     tokens: int | None = None
     mix: Mapping[str, int] = Field(default_factory=dict)
     rank: int | None = None  # of what it trains
+    steps: int | None = None  # optimizer steps in the federation; 0 where it never took part
     own: Mapping[MethodName, float | None] = Field(default_factory=dict)
     own_paired: Mapping[MethodName, Difference] = Field(default_factory=dict)
     mix_loss: Mapping[MethodName, float | None] = Field(default_factory=dict)
@@ -162,6 +169,7 @@ class Sample(_Part):
     local: str | None = None
     federated: str | None = None
     central: str | None = None
+    central_serial: str | None = None
 
 
 Matrix: TypeAlias = tuple[tuple[float | None, ...], ...]
@@ -268,7 +276,21 @@ class Metrics(_Part):
     @property
     def noiseless(self) -> tuple[MethodName, ...]:
         """Methods of a private run that trained without its noise: nobody is shown what they make."""
-        return tuple(m for m in ("local", "central") if self.private and self.row(m))
+        return tuple(m for m in METHODS if m not in ("base", "federated") and self.private and self.row(m))
+
+    @property
+    def unlike(self) -> Mapping[MethodName, Mapping[str, str]]:
+        """Of each baseline that is no fair comparison, why: a key and a sentence's end for each reason."""
+        found = {m: row.not_alike for m in METHODS if (row := self.row(m)) is not None}
+        for method in self.noiseless:  # earlier versions did not write it down
+            found[method] = {"noise": "went without the noise of differential privacy", **found[method]}
+        return {method: reasons for method, reasons in found.items() if reasons}
+
+    @property
+    def joined(self) -> bool:
+        """Whether several clients took part, as far as is known: else nothing was federated."""
+        told = [client.steps for client in self.clients if client.steps is not None]
+        return sum(steps > 0 for steps in told) > 1 if told else len(self.clients) != 1
 
 
 class Gain(_Part):
@@ -312,7 +334,9 @@ class Gain(_Part):
 
 
 def gain_on_own(metrics: Metrics) -> Gain | None:
-    """The gain of each honest client on its own held-out examples; None where it was not measured."""
+    """The gain of each honest client on its own held-out examples; None where it was not measured, or nobody joined."""
+    if not metrics.joined:
+        return None
     return gain_of(
         (c.client, c.own.get("local"), c.own.get("federated"), c.own_paired.get("local")) for c in metrics.honest
     )
@@ -337,9 +361,9 @@ def gain_of(
 
 
 def gain_on_all(metrics: Metrics) -> Gain | None:
-    """The gain of each honest client on the held-out examples of all; None where it was not measured."""
+    """The gain of each honest client on the held-out examples of all; None where not measured, or nobody joined."""
     row = metrics.row("federated")
-    if row is None or row.loss is None:
+    if row is None or row.loss is None or not metrics.joined:
         return None
     return gain_of((c.client, c.mix_loss.get("local"), row.loss, c.mix_paired.get("local")) for c in metrics.honest)
 

@@ -14,13 +14,13 @@ STYLE: Final = """
   --font: -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Liberation Sans", Arial, system-ui, sans-serif;
   --mono: ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberation Mono", monospace;
   --paper: #fbfaf7; --panel: #ffffff; --ink: #1b1f24; --muted: #5d6570; --line: #e3e1da;
-  --base: #6f7782; --local: #c26a00; --federated: #0062a3; --central: #00805c; --wrong: #b3261e;
+  --base: #6f7782; --local: #c26a00; --federated: #0062a3; --central: #00805c; --central_serial: #7d4fa8; --wrong: #b3261e;
   --up: #47525f; --down: #b3bac3; --heat: 0.62;
 }
 @media screen and (prefers-color-scheme: dark) {
   :root {
     --paper: #14171b; --panel: #1b1f25; --ink: #eceef1; --muted: #a2abb6; --line: #323942;
-    --base: #a5aeb9; --local: #f0a64a; --federated: #62b8f2; --central: #45cda2; --wrong: #ff8a80;
+    --base: #a5aeb9; --local: #f0a64a; --federated: #62b8f2; --central: #45cda2; --central_serial: #c79cf0; --wrong: #ff8a80;
     --up: #b9c1cb; --down: #5f6975; --heat: 0.5;
   }
 }
@@ -61,7 +61,7 @@ tbody th { color: var(--ink); font-size: 16px; }
 .results tbody th small { display: block; font-weight: 400; min-width: 15em; }
 .results tr.federated { font-weight: 650; }
 .key { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 8px; background: var(--tone); }
-.base { --tone: var(--base); } .local { --tone: var(--local); } .federated { --tone: var(--federated); } .central { --tone: var(--central); }
+.base { --tone: var(--base); } .local { --tone: var(--local); } .federated { --tone: var(--federated); } .central { --tone: var(--central); } .central_serial { --tone: var(--central_serial); }
 .track { position: relative; width: 190px; height: 24px; }
 .track i { position: absolute; background: var(--tone); }
 .track .fill { left: 0; top: 6px; height: 12px; opacity: 0.24; border-radius: 0 3px 3px 0; }
@@ -196,16 +196,18 @@ PAGE: Final = (
 <thead><tr><th scope="col">Training</th><th scope="col" class="num">Held-out loss</th><th class="graph" aria-hidden="true"></th>
 {% if has_accuracy %}<th scope="col" class="num">Exactly right</th>{% endif %}
 {% if has_steps %}<th scope="col" class="num">Steps</th>{% endif %}
+{% if has_rows %}<th scope="col" class="num">Rows</th>{% endif %}
 {% if has_tokens %}<th scope="col" class="num">Tokens trained</th>{% endif %}
 </tr></thead>
 <tbody>
 {% for item in rows %}
 {% set row = item.row %}
-<tr class="{{ row.method }}"><th scope="row"><span class="key"></span>{{ meaning[row.method][0] }}<small class="note">{{ meaning[row.method][1] }}{{ "; without noise" if row.method in metrics.noiseless else "" }}</small></th>
+<tr class="{{ row.method }}"><th scope="row"><span class="key"></span>{{ meaning[row.method][0] }}<small class="note">{{ meaning[row.method][1] }}{{ "; without noise" if row.method in metrics.noiseless else "" }}{% for kind, reason in row.not_alike.items() if kind != "noise" %}; not alike: {{ reason }}{% endfor %}</small></th>
 <td class="num">{{ row.loss | loss }}{% if row.ci95.loss %}<small>{{ row.ci95.loss[0] | loss }} to {{ row.ci95.loss[1] | loss }}</small>{% endif %}</td>
 <td class="graph" aria-hidden="true">{% if item.place %}<div class="track"><i class="fill" style="width:{{ item.place[1] }}%"></i><i class="range" style="left:{{ item.place[0] }}%;width:{{ (item.place[2] - item.place[0]) | round(2) }}%"></i><i class="dot" style="left:{{ item.place[1] }}%"></i></div>{% endif %}</td>
 {% if has_accuracy %}<td class="num">{{ row.accuracy | share }}{% if row.ci95.accuracy %}<small>{{ row.ci95.accuracy[0] | share }} to {{ row.ci95.accuracy[1] | share }}</small>{% endif %}</td>{% endif %}
 {% if has_steps %}<td class="num">{{ row.steps | count }}</td>{% endif %}
+{% if has_rows %}<td class="num">{{ row.rows | count }}</td>{% endif %}
 {% if has_tokens %}<td class="num">{{ row.tokens | count }}</td>{% endif %}
 </tr>
 {% endfor %}
@@ -214,7 +216,7 @@ PAGE: Final = (
 </div>
 <p class="note" style="margin-top:14px">
 <b>Loss</b> says how much the right answer surprises the model, in nats per token (a token is a piece of a word; a nat is a unit of
-surprise). Lower is better and 0 is certainty.{% if probability is not none %} {{ federated.loss | loss(2) }} nats mean that the federated model gives the right token a probability of {{ probability | share(0) }} (geometric mean).{% endif %}{% if has_accuracy %} <b>Exactly right</b> is the share of answers that match the reference in every character, white space aside.{% endif %} The small numbers are 95% intervals over the held-out examples alone, of these models on these rows: they do not cover the luck of another seed, which apiary compare does for runs of several seeds.{% if not intervals %} Fewer than {{ fewest }} rows are too few for an interval of the loss.{% endif %}{% for line in paired %} {{ line }}{% endfor %}
+surprise). Lower is better and 0 is certainty.{% if probability is not none %} {{ federated.loss | loss(2) }} nats mean that the federated model gives the right token a probability of {{ probability | share(0) }} (geometric mean).{% endif %}{% if has_accuracy %} <b>Exactly right</b> is the share of answers that match the reference in every character, white space aside.{% endif %}{% if has_rows %} <b>Steps</b>, <b>rows</b> (to draw from) and <b>tokens</b> of training alone are means over clients.{% endif %} The small numbers are 95% intervals over the held-out examples alone, of these models on these rows: they do not cover the luck of another seed, which apiary compare does for runs of several seeds.{% if not intervals %} Fewer than {{ fewest }} rows are too few for an interval of the loss.{% endif %}{% for line in paired %} {{ line }}{% endfor %}
 
 </p>
 </section>

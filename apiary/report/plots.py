@@ -29,13 +29,15 @@ SHORT: dict[MethodName, str] = {
     "local": "Alone",
     "federated": "Federated",
     "central": "Pooled",
+    "central_serial": "Serial",
 }
-_NAMES = ("ink", "muted", "line", "base", "local", "federated", "central", "up", "down")
+_NAMES = ("ink", "muted", "line", "base", "local", "federated", "central", "central_serial", "up", "down")
 _STAND_IN = {name: f"#0a0b{0x10 + i:02x}" for i, name in enumerate(_NAMES)}
 _DASHES: dict[MethodName, Any] = {
     "base": (0, (1, 2)),
     "local": (0, (5, 3)),
     "central": (0, (6, 2, 1, 2)),
+    "central_serial": (0, (3, 2)),
 }
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",

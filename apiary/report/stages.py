@@ -10,6 +10,7 @@ from apiary.report.data import Continual, Matrix, MethodName, StageScores
 
 _JOINT: Mapping[MethodName, str] = {
     "central": "All stages at once, pooled",
+    "central_serial": "All stages at once, pooled, serial steps",
     "local": "All stages at once, each client alone",
 }
 

@@ -3,36 +3,42 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
 from apiary.core import formatting
 from apiary.evaluation import intervals
 from apiary.report import sites
-from apiary.report.data import Gain, Metrics, Outcome, Row, gain_on_own
+from apiary.report.data import Gain, MethodName, Metrics, Outcome, Row, gain_on_own
 
 Verdict: TypeAlias = Literal["better", "worse", "unclear", "few"]
 
 _NAMED = 8  # attackers with a name in a sentence
 _OUTCOMES_BY = "by a 95% interval over these rows, of these two models"
-_NAMES = {"local": "training alone", "base": "the untuned model", "central": "all data pooled"}
+_NAMES = {
+    "local": "training alone",
+    "base": "the untuned model",
+    "central": "all data pooled",
+    "central_serial": "all data pooled in serial steps",
+}
 
 
 def headline(metrics: Metrics) -> str:
     """The result in one sentence."""
-    joint, other = metrics.row("federated"), metrics.row("local") or metrics.row("base")
+    joint, other = metrics.row("federated"), against(metrics)
     if metrics.lost:
         return "The federated model is lost: it gives no number on held-out rows"
     if joint is None:
         return _of_sites(metrics)
+    if not metrics.joined:
+        return _by_itself(metrics, joint) + _under_attack(metrics)
     if other is None:
         return _since_untuned(metrics, joint) + _under_attack(metrics)
-    who = "Federated training" if len(metrics.clients) == 1 else "Joining forces"
-    who += " privately" if metrics.private else ""
+    who = "Joining forces privately" if metrics.private else "Joining forces"
     found = verdict(metrics, joint, other)
     digits = 3 if found in ("better", "worse") and nats(joint) == nats(other) else 2
     now = f"{formatting.loss_text(joint.loss, digits)} nats per token"
-    noise = ", without noise" if other.method in metrics.noiseless else ""
-    then = f"{formatting.loss_text(other.loss, digits)} ({_NAMES[other.method]}{noise})"
+    then = f"{formatting.loss_text(other.loss, digits)} ({_NAMES[other.method]}{caveat(metrics, other.method)})"
     scope = f", {intervals.SCOPE}" if _is_by_rows(metrics, joint, other) else ""
     start = {
         "better": f"{who} cut the held-out loss from {then} to {now}{scope}",
@@ -46,6 +52,35 @@ def headline(metrics: Metrics) -> str:
         + _spoiled(metrics, joint, other)
         + _on_their_own(metrics, other, found)
         + _pooled(metrics)
+    )
+
+
+def against(metrics: Metrics) -> Row | None:
+    """The row that the result is held against: training alone; untuned where that is not there or nobody joined."""
+    return (metrics.row("local") if metrics.joined else None) or metrics.row("base")
+
+
+def caveat(metrics: Metrics, method: MethodName) -> str:
+    """What a sentence adds to a baseline that is no fair comparison; empty for others."""
+    return ", without noise" if method in metrics.noiseless else ", not alike" if method in metrics.unlike else ""
+
+
+def _by_itself(metrics: Metrics, joint: Row) -> str:
+    """The result of a run in which a single client took part."""
+    untuned = metrics.row("base")
+    before = metrics.before if untuned is None else untuned.loss
+    start = "" if before is None else f"from {formatting.loss_text(before, 2)} (untuned) "
+    loss = f"{start}to a held-out loss of {nats(joint)} nats per token"
+    return f"Nothing was federated: one client trained by itself, {loss}"
+
+
+def nobody_joined(metrics: Metrics) -> str:
+    """That nothing is said of joining, for a single client took part; empty where there were several."""
+    if metrics.joined or metrics.row("federated") is None:
+        return ""
+    return (
+        "A single client took part, so there was nobody to join: every row of the table is of its data alone, and what "
+        "they differ in is how the steps were made."
     )
 
 
@@ -140,17 +175,20 @@ def gained(metrics: Metrics) -> str:
     gain = gain_on_own(metrics)
     if gain is None:
         return ""
-    noise = ", which trained without noise" if "local" in metrics.noiseless else ""
+    but = caveat(metrics, "local")
     rows = f" ({rows_text(gain)})" if gain.rows else ""
-    return f"On their own held-out rows{rows}, {outcomes_text(gain)}, against training alone{noise}: {_OUTCOMES_BY}."
+    return f"On their own held-out rows{rows}, {outcomes_text(gain)}, against training alone{but}: {_OUTCOMES_BY}."
 
 
 def _pooled(metrics: Metrics) -> str:
     pooled = metrics.row("central")
     if pooled is None:
         return ""
-    noise = ", also without noise," if "central" in metrics.noiseless else ""
-    return f"; pooling all data{noise} reaches {nats(pooled)}"
+    unlike = " (not alike)" if "central" in metrics.unlike else ""
+    also = ", also without noise," if "central" in metrics.noiseless else unlike
+    serial = metrics.row("central_serial")
+    more = f", or {nats(serial)} in as few steps as one client makes" if serial else ""
+    return f"; pooling all data{also} reaches {nats(pooled)}{more}"
 
 
 def _of_sites(metrics: Metrics) -> str:
@@ -166,24 +204,25 @@ def _of_sites(metrics: Metrics) -> str:
     if moved.before is None or moved.now is None:
         return f"The loss {where} fell at {count} from {sites.when(moved.first)} to {sites.when(moved.last)}"
     before, now = (formatting.loss_text(loss, 2) for loss in (moved.before, moved.now))
+    who = "Federated training" if metrics.joined else "Training at one site, with nobody to join,"
     if before == now:
-        return f"Federated training made no clear difference: the loss {where} is {now} nats per token, as before"
+        return f"{who} made no clear difference: the loss {where} is {now} nats per token, as before"
     change = f"the loss {where} from {before} ({sites.when(moved.first)}) to {now} nats per token"
     if moved.now > moved.before:
-        return f"Federated training did not help: it raised {change}; it fell at {count}"
-    return f"Federated training cut {change}, at {count}"
+        return f"{who} did not help: it raised {change}; it fell at {count}"
+    return f"{who} cut {change}, at {count}"
 
 
 def second(metrics: Metrics) -> str:
     """What the numbers mean for someone who decides."""
-    joint, alone = metrics.row("federated"), metrics.row("local")
+    joint = metrics.row("federated")
     if metrics.lost:
         return "What clients sent was finite, and too large: a bad client, or a learning rate that is far too high."
     if joint is None:
         return " ".join(sites.sentences(metrics))
-    other = alone or metrics.row("base")
+    other = against(metrics)
     compared = row_by_row(metrics, other) if other else ""
-    said = [compared, personal(metrics), attacked(metrics), _meaning(metrics, joint)]
+    said = [compared, personal(metrics), attacked(metrics), nobody_joined(metrics) or _meaning(metrics, joint)]
     return " ".join(filter(None, said))
 
 
@@ -227,15 +266,27 @@ def row_by_row(metrics: Metrics, other: Row) -> str:
 
 
 def not_alike(metrics: Metrics) -> str:
-    """That a private federation is held against training without noise; empty where it is not."""
-    if not metrics.noiseless:
-        return ""
-    ways = {"local": "alone (local)", "central": "on all data pooled (central)"}
-    names = " and ".join(ways[method] for method in metrics.noiseless)
-    return (
-        f"Not like with like: training {names} went without noise, federated training with it, so the difference "
-        "holds the price of privacy as well as the worth of joining."
-    )
+    """Why baselines are no fair comparison, such as training without noise; empty where they are."""
+    said = []
+    if metrics.noiseless:
+        said.append(
+            f"Not like with like: training {_ways(metrics.noiseless)} went without noise, federated training with it, "
+            "so the difference holds the price of privacy as well as the worth of joining."
+        )
+    by_reason: dict[str, list[MethodName]] = {}
+    for method, reasons in metrics.unlike.items():
+        for kind, reason in reasons.items():
+            if kind != "noise":
+                by_reason.setdefault(reason, []).append(method)
+    said += [f"Not like with like: training {_ways(found)} {reason}." for reason, found in by_reason.items()]
+    return " ".join(said)
+
+
+def _ways(methods: Sequence[MethodName]) -> str:
+    """Baselines as the ways of training that they are."""
+    pooled = " and ".join(method for method in methods if method != "local")
+    ways = (["alone (local)"] if "local" in methods else []) + ([f"on all data pooled ({pooled})"] if pooled else [])
+    return " and ".join(ways)
 
 
 def personal(metrics: Metrics) -> str:
@@ -250,10 +301,13 @@ def personal(metrics: Metrics) -> str:
 
 def _meaning(metrics: Metrics, joint: Row) -> str:
     """How much of the gap to pooling is closed; of a private run, what the comparison is worth."""
-    alone, pooled, untuned = (metrics.row(method) for method in ("local", "central", "base"))
+    alone, untuned = metrics.row("local"), metrics.row("base")
+    pooled = metrics.row("central") or metrics.row("central_serial")
     if metrics.noiseless:
         gained = f" Against the untuned model: {nats(untuned)} before, {nats(joint)} after." if untuned else ""
         return not_alike(metrics) + gained
+    if metrics.unlike:
+        return not_alike(metrics) + " For that reason no share of the gap to pooled training is told."
     unclear = alone is not None and verdict(metrics, joint, alone) in ("unclear", "few")
     if unclear or alone is None or pooled is None or value(alone) <= value(pooled):
         return "Every client kept its data; only numbers about a small adapter of the model travelled."
@@ -264,8 +318,20 @@ def _meaning(metrics: Metrics, joint: Row) -> str:
         return "Federated training is as good as copying all data to one place, and no data moved."
     return (
         f"That is {100 * share:.0f}% of what copying all data to one place would gain over "
-        "training alone, and no data moved: only numbers about a small adapter of the model travelled."
+        f"training alone{_serial_share(metrics, alone, joint)}, and no data moved: only numbers about a small adapter "
+        "of the model travelled."
     )
+
+
+def _serial_share(metrics: Metrics, alone: Row, joint: Row) -> str:
+    """The share of what pooled training gains in the serial steps that a federation makes."""
+    serial = metrics.row("central_serial")
+    if serial is None or value(alone) <= value(serial):
+        return ""
+    if metrics.row("central") is None:
+        return " in as few steps as one client makes"
+    share = (value(alone) - value(joint)) / (value(alone) - value(serial))
+    return f" ({100 * share:.0f}% of what it would gain in as few steps as one client makes)"
 
 
 def value(row: Row) -> float:

@@ -11,9 +11,11 @@ class ResultFolders(NamedTuple):
 
     alone: Path  # a PEFT folder for each client
     central: Path  # a PEFT folder
+    central_serial: Path  # likewise
     personal: Path  # a PEFT folder for each client, where each has a model of its own
 
 
 def result_folders(run: Path) -> ResultFolders:
     """The places in a run directory."""
-    return ResultFolders(run / "baselines" / "local", run / "baselines" / "central", run / "personal")
+    baselines = run / "baselines"
+    return ResultFolders(baselines / "local", baselines / "central", baselines / "central_serial", run / "personal")

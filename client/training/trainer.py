@@ -64,6 +64,7 @@ class FitResult(NamedTuple):
     cursor: Cursor  # where the next visit goes on
     report: FitReport
     replay: Cursor = Cursor()  # likewise, in the replayed rows
+    rows: int = 0  # of the corpus that new batches were drawn from; stays with the client
 
 
 def steps_per_round(config: TrainConfig, corpus: Corpus, replay: Replay | None = None) -> int:
@@ -121,7 +122,7 @@ def fit(lm: LanguageModel, start: StateDict, corpus: Corpus, config: TrainConfig
     set_adapter(lm, start)
     received = get_adapter(lm)
     rows, old = _streams(corpus, config, plan)
-    nats, tokens, examples, replayed = 0.0, 0, 0, 0
+    nats, tokens, examples, replayed, made = 0.0, 0, 0, 0, 0
     with (
         threads(config.threads),
         _training(lm, derive_seed(plan.seed, plan.client, "dropout", *plan.cursor)),
@@ -134,14 +135,15 @@ def fit(lm: LanguageModel, start: StateDict, corpus: Corpus, config: TrainConfig
             record = loop.step(step, batches, learning_rate(plan.first_step + step, plan.total_steps, config), again)
             nats, tokens = nats + record.loss * record.tokens, tokens + record.tokens
             examples, replayed = examples + sum(len(batch.rows) for batch in batches), replayed + record.replayed
+            made += 1
             for observe in plan.observers:
                 observe(record)
     delta: StateDict = subtract(get_adapter(lm), received)
     for project in (*plan.hooks.projections, finite):
         delta = project(delta)
     loss = nats / tokens if tokens else float("nan")
-    report = FitReport(tokens, examples, plan.steps, loss, time.perf_counter() - began, replayed)
-    return FitResult(dict(delta), rows.cursor, report, old.cursor if old else Cursor())
+    report = FitReport(tokens, examples, made, loss, time.perf_counter() - began, replayed)
+    return FitResult(dict(delta), rows.cursor, report, old.cursor if old else Cursor(), len(corpus))
 
 
 def _streams(corpus: Corpus, config: TrainConfig, plan: VisitPlan) -> tuple[BatchStream, BatchStream | None]:

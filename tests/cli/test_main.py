@@ -153,7 +153,7 @@ def test_results_can_be_used(tmp_path: Path, small_run: list[str], rows_file: Pa
     assert "federated minus training alone is" in table.stdout or "too few to tell" in table.stdout
     told = apiary("evaluate", out, "--data", rows_file, "--json")
     rows = {row["method"]: row for row in json.loads(told.stdout)["table"]}
-    assert set(rows) == {"base", "local", "federated", "central"}
+    assert set(rows) == {"base", "local", "federated", "central", "central_serial"}
     assert all(f"{row['loss']:.3f}" in table.stdout for row in rows.values())
     assert set(json.loads(told.stdout)["paired"]) <= set(rows)
     assert [f"warning: {line}" for line in json.loads(told.stdout)["warnings"]] == [

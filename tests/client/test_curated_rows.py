@@ -66,10 +66,16 @@ def test_other_rows_are_chosen_from_anew(tmp_path: Path) -> None:
     assert all("good bye" in example.turns[0].text for example in other.examples)
 
 
-def test_only_so_many_choices_are_kept(tmp_path: Path) -> None:
-    for number in range(1, 9):
-        pick(tmp_path, number, every=1)
-    assert len(list(tmp_path.iterdir())) == 3
+def test_the_rows_of_every_round_can_be_had_again(tmp_path: Path) -> None:
+    """As they were trained on, what steps rewrote included; of other rows there is no choice."""
+    made = {number: pick(tmp_path, number, every=2, seed=number) for number in range(1, 8)}
+    config = CurateConfig(steps=(Method(name="mask"), RANDOM), every=2)
+    found = curated_rows.choices(rows(40), config, Context(), tmp_path)
+    assert sorted(found) == [1, 3, 5, 7]
+    for number, choice in found.items():
+        assert choice == made[number].examples
+    with pytest.raises(ValueError, match="chosen in round 1 are no longer there"):
+        curated_rows.choices(rows(30, "good bye"), config, Context(), tmp_path)
 
 
 @pytest.mark.parametrize("number", [1, 4])

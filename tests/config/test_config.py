@@ -50,7 +50,7 @@ _config = _table(
     prompt=_table(template=_text, system=_text),
     train=_train,
     strategy=_table(options=st.dictionaries(_text, _option, max_size=3), quorum=_share.filter(bool)),
-    evaluate=_table(baselines=st.lists(st.sampled_from(["base", "local", "central"]), max_size=3)),
+    evaluate=_table(baselines=st.lists(st.sampled_from(["base", "local", "central", "central_serial"]), max_size=3)),
     log=_table(trackers=st.lists(st.sampled_from(["wandb", "mlflow"]), max_size=2)),
 )
 
@@ -198,11 +198,12 @@ def test_an_unknown_key_like_nothing_lists_what_there_is() -> None:
         ),
         (
             "evaluate.baselines=['bas']",
-            "evaluate.baselines[0] = 'bas': allowed are 'base', 'local', 'central'; did you mean 'base'?",
+            "evaluate.baselines[0] = 'bas': allowed are 'base', 'local', 'central', 'central_serial'; "
+            "did you mean 'base'?",
         ),
         (
             "evaluate.baselines=base",
-            "evaluate.baselines = 'base': must be a list of 'base', 'local', 'central'",
+            "evaluate.baselines = 'base': must be a list of 'base', 'local', 'central', 'central_serial'",
         ),
         ("adapter.targets=5", 'adapter.targets = 5: must be text or a list of texts, such as ["a", "b"]'),
         (

@@ -59,6 +59,7 @@ def test_a_sound_run_is_told_in_numbers_that_hold(small_run: list[str]) -> None:
     assert _fact(text, "steps") == "2 a client and round, 18 in 3 rounds"
     assert "baseline local: 18 more" in text
     assert "baseline central: 18 more" in text
+    assert "baseline central_serial: 6 more, each on 3 times the tokens" in text
     assert "cpu (asked for)" in _fact(text, "device")
     assert _fact(text, "arithmetic") == "float32 (asked for)"
 
@@ -86,7 +87,9 @@ def test_the_bytes_are_those_that_a_run_sends(small_run: list[str], tmp_path: Pa
     events = read_events(tmp_path / "run")
     sent = sum(e.get(key, 0) for e in events if e["event"] in ("round", "evaluate") for key in _SENT)
     steps = run.train.steps or 0
-    planned = forecast.plan_traffic(run, adapters.load(run.model, run.adapter), forecast.Work((), (steps,) * 3, 3, 0))
+    planned = forecast.plan_traffic(
+        run, adapters.load(run.model, run.adapter), forecast.Work((), (steps,) * 3, 3, 0, 0)
+    )
     assert planned.total == pytest.approx(sent, rel=0.1)
     (up,) = {e["bytes_up"] / 3 for e in events if e["event"] == "round" and e["round"] == 2}
     assert planned.up == pytest.approx(up, rel=0.1)

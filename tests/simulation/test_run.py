@@ -69,7 +69,7 @@ def test_run_directory(finished: tuple[Path, dict[str, Any]]) -> None:
         "checkpoints/round-0003/state.json",
     ):
         assert (folder / name).exists(), name
-    assert [row["method"] for row in metrics["table"]] == ["base", "local", "federated", "central"]
+    assert [row["method"] for row in metrics["table"]] == ["base", "local", "federated", "central", "central_serial"]
     assert [r["round"] for r in metrics["rounds"]] == [0, 1, 2, 3]
     assert metrics["schema"] == 1 and metrics["privacy"] == {"unit": "none"}
     assert json.loads((folder / "metrics.json").read_text())["table"][2]["loss"] == pytest.approx(
@@ -88,7 +88,7 @@ def test_methods_are_compared_row_by_row(finished: tuple[Path, dict[str, Any]]) 
     folder, metrics = finished
     losses = {row["method"]: row["loss"] for row in metrics["table"]}
     paired = json.loads((folder / "metrics.json").read_text())["paired"]
-    assert set(paired) == {"base", "local", "central"}
+    assert set(paired) == {"base", "local", "central", "central_serial"}
     for method, pair in paired.items():
         assert pair["difference"] == pytest.approx(losses["federated"] - losses[method])
         assert pair["n"] == 8 and pair["ci95"] is None  # too few rows for one
@@ -159,7 +159,7 @@ def test_a_private_run_says_that_its_baselines_had_no_noise(tmp_path: Path, tiny
     note = "training alone (local) went without noise, federated training with it"
     assert note in (tmp_path / "run" / "report.html").read_text() and note in table_plain(metrics)
     _, remarks = tuned.score(tuned.open_tuned(tmp_path / "run"), str(rows_file))
-    assert any("trained without noise" in line for line in remarks)
+    assert any("local is not like with like: it went without the noise" in line for line in remarks)
     assert note in model_card.card(loading.load(tmp_path / "run" / "config.toml"), 4, metrics, {})
 
 
@@ -214,7 +214,7 @@ def test_central_gets_the_steps_of_all_clients(finished: tuple[Path, dict[str, A
     federated = sum(e["steps"] for e in events_of(folder, "client"))
     assert federated == 3 * 3 * 2
     steps = {row["method"]: row["steps"] for row in metrics["table"]}
-    assert steps == {"base": 0, "local": 6, "federated": federated, "central": federated}
+    assert steps == {"base": 0, "local": 6, "federated": federated, "central": federated, "central_serial": 6}
     settings = loading.load(folder / "config.toml")
     start = adapters.fresh_adapter(adapters.load(settings.model, settings.adapter), 0)
 
