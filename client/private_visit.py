@@ -109,7 +109,7 @@ def _machine(lm: LanguageModel, config: RunConfig) -> str:
     """What decides the last bits of the same sum: another answer to the same request needs noise of its own."""
     threads = config.train.threads or torch.get_num_threads()
     gpu = torch.cuda.get_device_name(lm.device) if lm.device.type == "cuda" else ""
-    versions = [importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "opacus")]
+    versions = [importlib.metadata.version(name) for name in ("torch", "transformers", "peft")]
     return json.dumps([lm.digest, str(lm.device), gpu, str(lm.dtype), threads, *versions])
 
 

@@ -96,7 +96,7 @@ def _private_accumulation(config: RunConfig) -> Iterator[str]:
     if config.privacy.unit == "record" and config.train.accumulate > 1:
         yield (
             f'train.accumulate = {config.train.accumulate}: under privacy.unit = "record" a step is one random draw '
-            "of rows; raise privacy.batch_rows instead (train.batch_tokens only bounds the memory)"
+            "of rows; raise privacy.batch_rows instead"
         )
 
 

@@ -246,7 +246,9 @@ class PrivacyConfig(_Section):
         "keeps the planned rounds within epsilon",
     )
     accountant: Literal["pld", "rdp"] = Field(
-        "pld", description="how epsilon is computed: pld (tight) or rdp (looser, always reported as well)"
+        "pld",
+        description="how epsilon is computed and the budget held: pld (tight; rdp is reported beside it) or "
+        "rdp (looser, and then alone)",
     )
 
 

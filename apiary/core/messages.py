@@ -95,8 +95,8 @@ class CurationCounts(NamedTuple):
 class Spent(NamedTuple):
     """What a client's training rows have spent of their privacy budget, all told."""
 
-    epsilon: float
-    epsilon_rdp: float
+    epsilon: float  # by the run's accountant, `privacy.accountant`; the one that the budget bounds
+    epsilon_rdp: float  # by Rényi divergences, whichever the accountant is
     delta: float
     noise_multiplier: float
     sample_rate: float

@@ -12,8 +12,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -48,8 +46,6 @@ def slim(model: PeftModel, device: torch.device) -> None:
 class LeanLinear(LoraLinear):
     """peft's LoRA layer for the plain case: one active adapter, no dropout at work, nothing merged."""
 
-    as_peft = False  # see the function of that name
-
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's x W^T + bias + s (x A^T) B^T, in the dtype of W, and what `add_to_base` adds."""
         if args or kwargs or not self.is_plain():
@@ -59,7 +55,7 @@ class LeanLinear(LoraLinear):
     def is_plain(self) -> bool:
         """Whether the lean forward says all there is to say now."""
         names = self.active_adapters
-        if self.as_peft or self.disable_adapters or self.merged or self.lora_variant or len(names) != 1:
+        if self.disable_adapters or self.merged or self.lora_variant or len(names) != 1:
             return False
         dropout = self.lora_dropout[names[0]]
         return isinstance(dropout, nn.Identity) or not dropout.training
@@ -87,20 +83,6 @@ def _with_base_delta(layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
         return out
     a, b = factors
     return out + nn.functional.linear(nn.functional.linear(x.to(a.dtype), a), b).to(out.dtype)
-
-
-@contextmanager
-def as_peft(model: nn.Module) -> Iterator[None]:
-    """Within it the LoRA layers of `model` go peft's own way, through their A and B modules: hooks on these fire."""
-    layers = [module for module in model.modules() if isinstance(module, LeanLinear)]
-    before = [layer.as_peft for layer in layers]
-    for layer in layers:
-        layer.as_peft = True
-    try:
-        yield
-    finally:
-        for layer, was in zip(layers, before, strict=True):
-            layer.as_peft = was
 
 
 def project(layers: list[Any], x: Tensor) -> list[Tensor]:

@@ -13,10 +13,7 @@ from apiary.config.schema import PrivacyConfig
 from apiary.core.errors import BudgetSpent, UserError
 from apiary.core.files import for_owner, write_atomic
 from apiary.core.messages import Spent
-from apiary.privacy.accounting import (
-    Mechanism,
-    epsilon,
-)
+from apiary.privacy.accounting import Accountant, Mechanism, epsilon
 from apiary.privacy.noise import KEY_FILE, load_key
 
 SCHEMA = 1  # of ledger.json
@@ -82,17 +79,17 @@ def _met(entry: Entry, rate: float) -> Mechanism:
     return Mechanism(entry.noise_multiplier, rate, entry.steps)
 
 
-def spent(ledger: Ledger, delta: float) -> Spent:
-    """What the worst-off rows have spent, by both accountants.
+def spent(ledger: Ledger, delta: float, accountant: Accountant = "pld") -> Spent:
+    """What the worst-off rows have spent, by `accountant`; by Rényi divergences beside it.
 
     `noise_multiplier` is the least and `sample_rate` the greatest that these rows met, `steps` all they were drawn for.
     """
     from apiary.core.messages import Spent
 
-    worst = max(histories(ledger), key=lambda history: epsilon(history, delta))
+    worst = max(histories(ledger), key=lambda history: epsilon(history, delta, accountant))
     met = [run for run in worst if run.sample_rate > 0]
     return Spent(
-        epsilon=epsilon(met, delta),
+        epsilon=epsilon(met, delta, accountant),
         epsilon_rdp=max(epsilon(history, delta, "rdp") for history in histories(ledger)),
         delta=delta,
         noise_multiplier=min((run.noise_multiplier for run in met), default=0.0),
@@ -118,12 +115,12 @@ def charge_file(path: Path, entry: Entry, privacy: PrivacyConfig) -> Spent:
     with _locked(path):
         ledger = load_ledger(path)
         charged = charge(ledger, entry)
-        total = spent(charged, privacy.delta)
-        cost = total.epsilon if privacy.accountant == "pld" else total.epsilon_rdp
+        total = spent(charged, privacy.delta, privacy.accountant)
         if charged is not ledger:
-            if cost > privacy.epsilon:
+            if total.epsilon > privacy.epsilon:
                 raise BudgetSpent(
-                    f"round {entry.round} would spend epsilon {cost:.3f} of {privacy.epsilon:g}: nothing is trained"
+                    f"round {entry.round} would spend epsilon {total.epsilon:.3f} of {privacy.epsilon:g}: "
+                    "nothing is trained"
                 )
             save_ledger(path, charged)
     return total

@@ -20,6 +20,8 @@ LEDGER = "ledger.json"
 def account(config: RunConfig, spent: Mapping[str, Spent]) -> dict[str, Any]:
     """The run's account: the largest epsilon of any client, for clients hold different rows (parallel composition).
 
+    `epsilon` is that of the accountant that the account names.
+
     Args:
         config: the run.
         spent: by client, what its rows have spent, all told.
@@ -66,10 +68,12 @@ def sentence(privacy: Mapping[str, Any]) -> str:
             "Examples stayed with their clients. The updates themselves were not protected by differential privacy, "
             "and a curious server might learn something about the data from them."
         )
-    epsilon, rdp = (rounded_up(privacy[key]) for key in ("epsilon", "epsilon_rdp"))
+    by = privacy["accountant"].upper()
+    if privacy["accountant"] != "rdp":
+        by += f"; {rounded_up(privacy['epsilon_rdp'])} by Rényi"
     return (
-        f"Each row that a client trained on is protected by differential privacy: epsilon = {epsilon} at delta = "
-        f"{privacy['delta']:g} ({privacy['accountant'].upper()}; {rdp} by Rényi). The unit is one row, neighbours "
+        "Each row that a client trained on is protected by differential privacy: epsilon = "
+        f"{rounded_up(privacy['epsilon'])} at delta = {privacy['delta']:g} ({by}). The unit is one row, neighbours "
         f"differ by blanking it, and rows are drawn by {privacy['sampler']}. How many rows a client has is taken to be "
         "public. Held-out rows, and baselines trained beside the federation, are not protected."
     )

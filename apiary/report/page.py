@@ -322,10 +322,10 @@ surprise). Lower is better and 0 is certainty.{% if probability is not none %} {
 <p class="note">{{ privacy }}</p>
 <div class="panel scroll">
 <table>
-<thead><tr><th scope="col">Client</th><th scope="col" class="num">Epsilon</th><th scope="col" class="num">By Rényi</th><th scope="col" class="num">Noise over clip</th><th scope="col" class="num">Chance of a row in a step</th><th scope="col" class="num">Steps</th></tr></thead>
+<thead><tr><th scope="col">Client</th><th scope="col" class="num">Epsilon ({{ promise.accountant | upper }})</th>{% if promise.accountant != "rdp" %}<th scope="col" class="num">By Rényi</th>{% endif %}<th scope="col" class="num">Noise over clip</th><th scope="col" class="num">Chance of a row in a step</th><th scope="col" class="num">Steps</th></tr></thead>
 <tbody>
 {% for name, spent in promise.clients %}
-<tr><th scope="row">{{ name }}</th><td class="num">{{ spent.epsilon | up }}</td><td class="num">{{ spent.epsilon_rdp | up }}</td><td class="num">{{ "%.3f" | format(spent.noise_multiplier) }}</td><td class="num">{{ (spent.sample_rate) | share(1) }}</td><td class="num">{{ spent.steps | count }}</td></tr>
+<tr><th scope="row">{{ name }}</th><td class="num">{{ spent.epsilon | up }}</td>{% if promise.accountant != "rdp" %}<td class="num">{{ spent.epsilon_rdp | up }}</td>{% endif %}<td class="num">{{ "%.3f" | format(spent.noise_multiplier) }}</td><td class="num">{{ (spent.sample_rate) | share(1) }}</td><td class="num">{{ spent.steps | count }}</td></tr>
 {% endfor %}
 </tbody>
 </table>

@@ -10,23 +10,20 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from apiary.config.schedule import learning_rate
 from apiary.config.schema import RunConfig
 from apiary.core.errors import UserError
 from apiary.core.messages import FitReport
-from apiary.core.tensors import StateDict, generator, subtract
-from apiary.data.batches import Batch, Corpus, collate, plan_batches
+from apiary.core.tensors import StateDict, subtract
+from apiary.data.batches import Batch, Corpus, collate
 from apiary.models.adapters import LanguageModel, autocast, get_adapter, pad_id, set_adapter, training
-from apiary.models.fused_layers import as_peft
 from apiary.models.loss import to_device
 from apiary.privacy.mechanism import VisitMechanism
 from apiary.privacy.noise import SecretNoise
@@ -34,12 +31,13 @@ from client.training.objectives import OBJECTIVES, Objective, finite
 from client.training.trainer import Cursor, FitResult, Observer, StepRecord, make_optimizer, threads
 from strategies.local import Penalty
 
-_ROOM = 1 << 28  # numbers in the gradients of single rows held at a time: 1 GiB in float32
-_SLACK = 1 - 1e-6  # of the clipping norm; more than what float32 can err in a norm's last place
+_UNITS = 2.0**36  # in a clipping norm: sums of up to 2^17 rows are whole numbers that float64 holds
+_SLACK = 1 - 1e-6  # of the clipping norm; more than the rounding of a norm in float64 comes to
+_PROBE = 8  # tokens
 
 
 class Sum(NamedTuple):
-    """Clipped gradients of some rows, added up: float32 on the model's device. The counts are for the client alone."""
+    """Clipped gradients of some rows, added up without rounding: float64. The counts are for the client alone."""
 
     gradients: dict[str, Tensor]
     nats: float
@@ -70,14 +68,14 @@ def fit_private(
     The loss of a row is the mean over its trained tokens. A step's gradient is
     (sum over the drawn rows of clip(g_i, C) + N(0, (z C)^2)) / batch_rows, plus that of the penalties, which see the
     parameters alone and so cost nothing. `train.optimizer` then takes it: plain SGD, or AdamW with empty moments.
-    `train.clip_norm` and `train.accumulate` have no meaning here and are not used. A row whose gradient is NaN or
-    infinite adds nothing: an error would tell that it was drawn.
+    `train.clip_norm`, `train.accumulate` and `train.batch_tokens` have no meaning here and are not used. A row whose
+    gradient is NaN or infinite adds nothing: an error would tell that it was drawn.
 
     Args:
         lm: the model.
         start: the received adapter, with the factors to add to the base.
         corpus: new rows, then those of the replay buffer.
-        config: the optimizer, its schedule, and the largest pass through the model; `[privacy]` is not read.
+        config: the optimizer and its schedule; `[privacy]` is not read.
         visit: the mechanism that is run, and where the visit stands in the run.
 
     Returns:
@@ -85,7 +83,7 @@ def fit_private(
 
     Raises:
         FloatingPointError: the adapter itself overflowed; it is released, so this tells nothing more.
-        RuntimeError: gradients do not come row by row, or the adapter does not move.
+        RuntimeError: gradients do not reach the whole adapter, or it does not move.
         UserError: the adapter has dropout.
         ValueError: `start` does not fit the adapter, or more rows are new than there are.
     """
@@ -99,11 +97,12 @@ def fit_private(
     set_adapter(lm, start)
     received = get_adapter(lm)
     objective = OBJECTIVES.build(train.objective)
-    with threads(train.threads), training(lm, visit.factors) as moving, row_gradients(moving):
+    with threads(train.threads), training(lm, visit.factors) as moving:
+        _refuse_unreached(moving, objective)
         optimizer = make_optimizer(list(moving.adapter.values()), train, lm.device)
         for step in range(steps):
             rows = visit.sampling.chosen(rates)
-            total = clipped_sum(moving, objective, corpus, rows, mechanism.sensitivity.l2, train.batch_tokens)
+            total = clipped_sum(moving, objective, corpus, rows, mechanism.sensitivity.l2)
             gradients = privatised(total.gradients, visit.noise, mechanism.noise_std, mechanism.batch_rows)
             lr = learning_rate(visit.first_step + step, visit.total_steps, train)
             _take(moving, optimizer, gradients, visit.penalties, lr)
@@ -118,103 +117,64 @@ def fit_private(
     return FitResult(dict(delta), Cursor(), report)
 
 
-@contextmanager
-def row_gradients(lm: LanguageModel) -> Iterator[None]:
-    """Within it a backward pass leaves each row's own gradient at `parameter.grad_sample`, (b, *shape).
-
-    By Opacus' hooks on the A and B of each LoRA layer; afterwards the model is as it was.
-    """
-    from opacus.grad_sample import GradSampleHooks
-
-    layers = _trained_layers(lm)
-    modes = [layer.training for layer in layers.values()]
-    with as_peft(lm.model), warnings.catch_warnings():
-        # The first layers' inputs need no gradient.
-        warnings.filterwarnings("ignore", "Full backward hook is firing")
-        hooks = GradSampleHooks(lm.model, loss_reduction="sum")
-        for layer in layers.values():
-            layer.training = True  # Opacus passes over a layer that is not
-        try:
-            yield
-        finally:
-            hooks.cleanup()
-            for layer, mode in zip(layers.values(), modes, strict=True):
-                layer.training = mode
-                for left in ("activations", "max_batch_len"):  # by a pass that failed
-                    if hasattr(layer, left):
-                        delattr(layer, left)
-            for parameter in lm.adapter.values():
-                parameter.grad = None
-
-
-def _trained_layers(lm: LanguageModel) -> dict[str, nn.Module]:
-    own = ((name, module, module.parameters(recurse=False)) for name, module in lm.model.named_modules())
-    return {name: module for name, module, parameters in own if any(p.requires_grad for p in parameters)}
-
-
-def clipped_sum(
-    lm: LanguageModel, objective: Objective, corpus: Corpus, rows: np.ndarray, clip: float, batch_tokens: int
-) -> Sum:
-    """The gradients of `rows`, each clipped to the L2 norm `clip` over the whole adapter, added up.
-
-    Taking away one row moves the sum by `clip` at most. The rows pass through the model in batches of `batch_tokens`
-    (a longer row alone), or fewer where their gradients would need much memory. To be called within `row_gradients`.
+def _refuse_unreached(lm: LanguageModel, objective: Objective) -> None:
+    """Check on a row of padding, which tells nothing of anybody's rows, that every trained tensor gets a gradient.
 
     Raises:
-        RuntimeError: gradients do not come row by row.
+        RuntimeError: one does not, so that training would add noise to it and nothing else.
     """
-    total = {name: torch.zeros_like(parameter) for name, parameter in lm.adapter.items()}
+    ids = torch.full((1, _PROBE), pad_id(lm.tokenizer))
+    padding = Batch(ids, torch.arange(_PROBE).unsqueeze(0) > 0, torch.zeros(1, dtype=torch.int64))
+    found, _ = _row_gradient(lm, objective, to_device(padding, lm.device))
+    missing = [name for name in lm.adapter if name not in found]
+    if missing:
+        raise RuntimeError(
+            f"{missing[0]} gets no gradient ({len(missing)} of {len(lm.adapter)} tensors): training privately would "
+            "add noise to it and nothing else; leave that module out of adapter.targets"
+        )
+
+
+def clipped_sum(lm: LanguageModel, objective: Objective, corpus: Corpus, rows: np.ndarray, clip: float) -> Sum:
+    """The gradients of `rows`, each clipped to the L2 norm `clip` over the whole adapter, added up.
+
+    Blanking one row moves the sum by exactly what that row added, whose norm is `clip` at most, in every dtype:
+
+    - Each row passes through the model alone. Rows that share a matrix product share its rounding as well, since the
+      size of a product decides how it is cut into blocks; in bfloat16 one row then moves the gradients of the others.
+    - A clipped gradient is cut to whole multiples of `clip` / 2^36, towards zero, which makes no norm larger. Whole
+      numbers add up without rounding, in whatever order.
+
+    A row whose gradient is NaN or infinite adds nothing.
+    """
+    there = torch.device("cpu") if lm.device.type == "mps" else lm.device  # MPS has no float64
+    total = {name: torch.zeros(p.shape, dtype=torch.int64, device=there) for name, p in lm.adapter.items()}
     nats, tokens = 0.0, 0
-    room = max(1, _ROOM // sum(parameter.numel() for parameter in lm.adapter.values()))
-    for planned in plan_batches(corpus.lengths[rows], batch_tokens, generator(0, "private")):
-        for part in np.split(planned, range(room, len(planned), room)):
-            batch = to_device(collate(corpus, rows[part], pad_id(lm.tokenizer)), lm.device)
-            nats += _backward(lm, objective, batch)
-            tokens += int(batch.targets.sum())
-            for name, gradients in _clipped(_collect(lm, len(part)), clip).items():
-                total[name] += gradients
-    return Sum(total, nats, tokens)
+    for row in rows:
+        batch = to_device(collate(corpus, np.array([row]), pad_id(lm.tokenizer)), lm.device)
+        gradient, loss = _row_gradient(lm, objective, batch)
+        nats, tokens = nats + loss, tokens + int(batch.targets.sum())
+        for name, units in _clipped({name: g.to(there, torch.float64) for name, g in gradient.items()}, clip).items():
+            total[name] += units
+    return Sum({name: units.double() * (clip / _UNITS) for name, units in total.items()}, nats, tokens)
 
 
-def _backward(lm: LanguageModel, objective: Objective, batch: Batch) -> float:
+def _row_gradient(lm: LanguageModel, objective: Objective, batch: Batch) -> tuple[dict[str, Tensor], float]:
+    """The gradient of a row's mean loss per trained token, of the tensors that it reaches, and its summed nats."""
     with autocast(lm):
         losses = objective(lm.model, batch)
-    _refuse_mixed(lm, batch)
-    (losses / batch.targets.sum(1).clamp(min=1)).sum().backward()
-    return float(losses.detach().sum())
+    mean = (losses / batch.targets.sum(1).clamp(min=1)).sum()
+    found = torch.autograd.grad(mean, list(lm.adapter.values()), allow_unused=True)
+    reached = zip(lm.adapter, found, strict=True)
+    return {name: g for name, g in reached if g is not None}, float(losses.detach().sum())
 
 
-def _refuse_mixed(lm: LanguageModel, batch: Batch) -> None:
-    for name, layer in _trained_layers(lm).items():
-        seen: list[list[Tensor]] = getattr(layer, "activations", [])
-        if not seen or any(inputs[0].shape[:2] != batch.ids.shape for inputs in seen):
-            raise RuntimeError(
-                f"{name} does not see its input row by row, so the gradients of rows cannot be told apart: "
-                "leave that module out of adapter.targets"
-            )
-
-
-def _collect(lm: LanguageModel, rows: int) -> dict[str, Tensor]:
-    """Takes the gradients of single rows from the parameters, (rows, *shape) float32."""
-    found = {}
-    for name, parameter in lm.adapter.items():
-        gradients = getattr(parameter, "grad_sample", None)
-        if not isinstance(gradients, Tensor) or gradients.shape != (rows, *parameter.shape):
-            raise RuntimeError(f"{name} got no gradient of each row: training privately would not train it")
-        found[name] = gradients.float()
-        parameter.grad_sample = parameter.grad = None  # type: ignore[attr-defined]
-    return found
-
-
-def _clipped(gradients: Mapping[str, Tensor], clip: float) -> dict[str, Tensor]:
-    """The sum over rows of g_i min(1, clip / ||g_i||), the norm taken over all tensors together."""
-    squares = [torch.linalg.vector_norm(g.flatten(1), dim=1).square() for g in gradients.values()]
-    norms = torch.stack(squares).sum(0).sqrt()  # (b,)
-    sound = norms.isfinite()
-    factors = (_SLACK * clip / norms[sound]).clamp(max=1.0)
-    if not bool(sound.all()):
-        gradients = {name: g[sound] for name, g in gradients.items()}  # 0 times NaN would be NaN
-    return {name: torch.tensordot(factors, g, 1) for name, g in gradients.items()}
+def _clipped(gradient: StateDict, clip: float) -> dict[str, Tensor]:
+    """The float64 gradient g min(1, C / ||g||) in whole units of C / 2^36, int64; nothing where g is not finite."""
+    norm = math.sqrt(sum(float(g.square().sum()) for g in gradient.values()))
+    if not math.isfinite(norm):
+        return {}
+    scale = _UNITS / clip * (1.0 if norm <= _SLACK * clip else _SLACK * clip / norm)
+    return {name: (g * scale).trunc().long() for name, g in gradient.items()}
 
 
 def privatised(gradients: Mapping[str, Tensor], noise: SecretNoise, deviation: float, rows: int) -> dict[str, Tensor]:
@@ -229,7 +189,7 @@ def privatised(gradients: Mapping[str, Tensor], noise: SecretNoise, deviation: f
     for name, gradient in gradients.items():
         noisy = gradient.to("cpu", torch.float64)
         if deviation:
-            noisy += deviation * torch.from_numpy(noise.normal(noisy.numel())).view(noisy.shape)
+            noisy = noisy + deviation * torch.from_numpy(noise.normal(noisy.numel())).view(noisy.shape)
         found[name] = (noisy / rows).to(gradient.device, torch.float32)
     return found
 
@@ -243,7 +203,7 @@ def _take(
 ) -> None:
     """One step of the optimizer along the private gradient and that of the penalties."""
     for name, parameter in lm.adapter.items():
-        parameter.grad = gradients[name].clone()
+        parameter.grad = gradients[name].to(parameter.device, copy=True)
     if penalties:
         torch.stack([penalty(lm.adapter) for penalty in penalties]).sum().backward()
     for group in optimizer.param_groups:

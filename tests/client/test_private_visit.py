@@ -10,46 +10,25 @@ from typing import Any
 
 import numpy as np
 import pytest
+import small_models
 import torch
+from private_visits import STAGES, payload, rows, settings, site
 
-from apiary.config import loading
-from apiary.config.schema import RunConfig
 from apiary.core.errors import UserError
 from apiary.core.messages import Decline, Payload, Visit
+from apiary.core.tensors import norm, subtract
+from apiary.data import tokenization
 from apiary.data.examples import Example, Turn
 from apiary.models import adapters
+from apiary.models.loss import row_losses
 from apiary.privacy import sampling
 from apiary.privacy.accounting import epsilon
-from apiary.privacy.mechanism import VisitMechanism
 from apiary.privacy.noise import SecretNoise
 from client import private_visit
 from client.site import Site
 from client.training import dp_sgd
+from client.training.dp_sgd import PrivateVisit
 from client.worker import Worker
-
-STAGES = ['continual.stages=[["a"], ["b"], ["c"]]', "continual.buffer=0.5", "continual.policy=poisson", "rounds=6"]
-
-
-def settings(model: Path, *more: str) -> RunConfig:
-    base = [f"model.name={model}", "model.dtype=float32", "model.device=cpu", "adapter.rank=2", "prompt.template=plain"]
-    train = ["prompt.max_tokens=64", "train.steps=2", "train.batch_tokens=256", "train.threads=1"]
-    private = ["privacy.unit=record", "privacy.batch_rows=8", "privacy.noise_multiplier=1.0", "privacy.epsilon=50.0"]
-    return loading.load(None, [*base, *train, *private, *more])
-
-
-def rows(n: int, word: str = "honey", skill: str = "a") -> tuple[Example, ...]:
-    return tuple(
-        Example((Turn("user", f"{word} {i}?"), Turn("assistant", f"{word} {i}")), {"skill": skill}) for i in range(n)
-    )
-
-
-def site(folder: Path, train: tuple[Example, ...]) -> Site:
-    return Site("s", train, (), folder / "run", folder / "ledger.json", 2)
-
-
-def payload(worker: Worker, fill: float = 0.01) -> Payload:
-    adapter = adapters.load(worker.config.model, worker.config.adapter).adapter
-    return Payload({name: torch.full(p.shape, fill) for name, p in adapter.items()}, {})
 
 
 def charges(folder: Path) -> list[dict[str, Any]]:
@@ -223,6 +202,9 @@ class Seen:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.rates: list[np.ndarray] = []
+        self.drawn: list[np.ndarray] = []
+        self.added: list[np.ndarray] = []  # the noise on each tensor, over its deviation
+        self.corpus: Any = None
         self.clips: list[float] = []
         self.longest = 0.0  # norm of a clipped row's gradient
         self.noise: list[tuple[float, int]] = []
@@ -230,33 +212,55 @@ class Seen:
 
         def drawing(stream: SecretNoise, rates: np.ndarray) -> np.ndarray:
             self.rates.append(rates.copy())
-            return chosen(stream, rates)
+            self.drawn.append(chosen(stream, rates))
+            return self.drawn[-1]
 
-        def clipping(lm: Any, objective: Any, corpus: Any, drawn: np.ndarray, clip: float, room: int) -> dp_sgd.Sum:
+        def clipping(lm: Any, objective: Any, corpus: Any, drawn: np.ndarray, clip: float) -> dp_sgd.Sum:
             self.clips.append(clip)
+            self.corpus = corpus
             for row in drawn[:2]:
-                alone = summed(lm, objective, corpus, np.array([row]), clip, room).gradients.values()
-                self.longest = max(self.longest, float(torch.stack([g.square().sum() for g in alone]).sum().sqrt()))
-            return summed(lm, objective, corpus, drawn, clip, room)
+                alone = summed(lm, objective, corpus, np.array([row]), clip).gradients
+                self.longest = max(self.longest, norm(alone))
+            return summed(lm, objective, corpus, drawn, clip)
 
         def adding(gradients: Any, noise: SecretNoise, deviation: float, divisor: int) -> Any:
             self.noise.append((deviation, divisor))
-            return privatised(gradients, noise, deviation, divisor)
+            made = privatised(gradients, noise, deviation, divisor)
+            for name, gradient in gradients.items():
+                self.added.append((made[name].double() * divisor - gradient).flatten().numpy() / deviation)
+            return made
 
         monkeypatch.setattr(SecretNoise, "chosen", drawing)
         monkeypatch.setattr(dp_sgd, "clipped_sum", clipping)
         monkeypatch.setattr(dp_sgd, "privatised", adding)
 
 
-def disagreements(seen: Seen, entry: dict[str, Any], clip: float, batch_rows: int) -> set[str]:
-    """The parts in which what was done differs from what was charged."""
+WORDS = {"0": "honey", "1": "wax", "2": "comb"}  # that tell the rows of each stage
+
+
+def disagreements(seen: Seen, folder: Path, worker: Worker, clip: float, batch_rows: int) -> set[str]:
+    """The parts in which what was done differs from the newest charge in the ledger of `folder`."""
+    entry = charges(folder)[-1]
+    key = (folder / "privacy.key").read_bytes()
     rates = {float(rate) for one in seen.rates for rate in one}
+    met: dict[str, set[float]] = {}
+    for start, stop, rate in zip(seen.corpus.offsets, seen.corpus.offsets[1:], seen.rates[0], strict=False):
+        text = worker.tokenizer.decode(seen.corpus.ids[start:stop])
+        (stage,) = (stage for stage, word in WORDS.items() if word in text)
+        met.setdefault(stage, set()).add(float(rate))
+    sampling_stream, noise_stream = (SecretNoise(key, purpose, entry["request"]) for purpose in ("rows", "noise"))
+    drawn = [np.flatnonzero(sampling_stream.uniform(len(one)) < one) for one in seen.rates]
+    numbers = [noise_stream.normal(len(one)) for one in seen.added]
     found = {
         "steps": len(seen.rates) != entry["steps"] or len(seen.noise) != entry["steps"],
         "rate": rates != set(entry["rates"].values()),
+        "stage": {stage: {rate} for stage, rate in entry["rates"].items()} != met
+        and rates == set(entry["rates"].values()),
         "noise": {std for std, _ in seen.noise} != {entry["noise_multiplier"] * clip},
         "clip": set(seen.clips) != {clip} or seen.longest > clip,
         "denominator": {divisor for _, divisor in seen.noise} != {batch_rows},
+        "sampling stream": not all(map(np.array_equal, drawn, seen.drawn)),
+        "noise stream": not all(np.allclose(a, b, atol=1e-4) for a, b in zip(numbers, seen.added, strict=True)),
     }
     return {part for part, differs in found.items() if differs}
 
@@ -269,37 +273,74 @@ def test_what_is_done_is_what_is_charged(
     worker = Worker(settings(tiny_model, *(STAGES if stages else [])))
     for number in (1, 3) if stages else (1,):
         seen = Seen(monkeypatch)
-        worker.train(site(tmp_path, mixed), number, payload(worker))
-        entry = json.loads((tmp_path / "ledger.json").read_text())["entries"][-1]
-        assert disagreements(seen, entry, clip=1.0, batch_rows=8) == set()
-        assert len(entry["rates"]) == (2 if number == 3 else 1) and seen.longest > 0
+        worker.train(site(tmp_path, mixed if stages else rows(40)), number, payload(worker))
+        assert disagreements(seen, tmp_path, worker, clip=1.0, batch_rows=8) == set()
+        assert len(charges(tmp_path)[-1]["rates"]) == (2 if number == 3 else 1) and seen.longest > 0
         monkeypatch.undo()
 
 
 @pytest.mark.parametrize(
     ("part", "change"),
     [
-        ("steps", lambda m: m._replace(sampler=m.sampler._replace(steps=m.sampler.steps + 1))),
-        ("rate", lambda m: m._replace(sampler=m.sampler._replace(new=1.0))),
-        ("noise", lambda m: m._replace(noise_multiplier=m.noise_multiplier / 100)),
-        ("clip", lambda m: m._replace(sensitivity=m.sensitivity._replace(l2=2.0), noise_multiplier=0.5)),
-        ("denominator", lambda m: m._replace(batch_rows=4)),
+        ("steps", lambda v: mechanism_of(v, sampler=v.mechanism.sampler._replace(steps=3))),
+        ("rate", lambda v: mechanism_of(v, sampler=v.mechanism.sampler._replace(new=1.0))),
+        ("noise", lambda v: mechanism_of(v, noise_multiplier=v.mechanism.noise_multiplier / 100)),
+        ("clip", lambda v: mechanism_of(v, sensitivity=v.mechanism.sensitivity._replace(l2=2.0), noise_multiplier=0.5)),
+        ("denominator", lambda v: mechanism_of(v, batch_rows=4)),
+        ("sampling stream", lambda v: v._replace(sampling=SecretNoise(bytes(32), "rows", "public"))),
+        ("noise stream", lambda v: v._replace(noise=SecretNoise(bytes(32), "noise", "public"))),
+        ("stage", lambda v: v._replace(new=v.new - 10)),
     ],
 )
 def test_a_part_that_is_changed_on_its_way_into_training_is_seen(
     part: str, change: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The guard above would notice each part alone, were it charged as planned and run otherwise."""
+    staged = part == "stage"  # rows of the new stage are drawn at the rate of the buffer
+    worker, number = Worker(settings(tiny_model, *(STAGES if staged else []))), 3 if staged else 1
+    data = (*rows(40), *rows(30, "wax", "b"))
     fit = dp_sgd.fit_private
 
     def other(*given: Any) -> Any:
         *before, visit = given
-        assert isinstance(visit.mechanism, VisitMechanism)
-        return fit(*before, visit._replace(mechanism=change(visit.mechanism)))
+        return fit(*before, change(visit))
 
     monkeypatch.setattr(private_visit, "fit_private", other)
-    seen, worker = Seen(monkeypatch), Worker(settings(tiny_model))
-    worker.train(site(tmp_path, rows(40)), 1, payload(worker))
-    entry = json.loads((tmp_path / "ledger.json").read_text())["entries"][-1]
-    assert disagreements(seen, entry, clip=1.0, batch_rows=8) == {part}
-    assert math.isfinite(entry["noise_multiplier"])
+    seen = Seen(monkeypatch)
+    worker.train(site(tmp_path, data if staged else rows(40)), number, payload(worker))
+    assert disagreements(seen, tmp_path, worker, clip=1.0, batch_rows=8) == {part}
+
+
+def mechanism_of(visit: PrivateVisit, **changed: Any) -> PrivateVisit:
+    return visit._replace(mechanism=visit.mechanism._replace(**changed))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_blanking_a_row_moves_a_release_by_that_rows_clipped_gradient_and_nothing_else(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two visits with the same noise and all rows drawn; in one of them the fifth row has nothing to train on."""
+    monkeypatch.setattr(private_visit, "request_digest", lambda *_: "0" * 32)
+    monkeypatch.setattr(private_visit, "open_key", lambda _: bytes(32))
+    lr, clip, count = 1e4, 1e-3, 40  # far above the resolution of the released adapter
+    keys = [f"train.lr={lr}", "train.steps=1", "train.optimizer=sgd", "train.warmup=0", "train.schedule=constant"]
+    private = [f"privacy.clip={clip}", f"privacy.batch_rows={count}", "privacy.noise_multiplier=2"]
+    worker = Worker(settings(Path("builtin:tiny"), *keys, *private, f"model.dtype={dtype}", "train.batch_tokens=1024"))
+    words = [("wax " * (9 if i == 4 else 1 + i % 5), f"honey {i} " * (1 + i % 3)) for i in range(count)]
+    whole = tuple(Example((Turn("user", q), Turn("assistant", a)), {}) for q, a in words)
+    unusable = Example((Turn("user", "wax " * 99), Turn("assistant", "honey")), {})  # it leaves no room for an answer
+    blanked = (*whole[:4], unusable, *whole[5:])
+    sent = Payload(small_models.random_state(dict(payload(worker).adapter), 0.3), {})
+    found = []
+    for name, data in (("whole", whole), ("blanked", blanked)):
+        answer = worker.train(site(tmp_path / name, data), 1, sent)
+        assert isinstance(answer, Visit)
+        found.append({name: -t.double() * count / lr for name, t in answer.update.delta.items()})
+    lm = adapters.load(worker.config.model, worker.config.adapter)
+    adapters.set_adapter(lm, sent.adapter)
+    row = tokenization.encode_all(whole[4:5], worker.template, worker.tokenizer, worker.config.prompt)
+    own = dp_sgd.clipped_sum(lm, row_losses, row, np.array([0]), clip).gradients
+    assert norm(own) == pytest.approx(clip, rel=1e-5)
+    # What is left is the rounding of the released adapter to float32. Rows that share batches leave 1.4e-3 in bfloat16.
+    assert norm(subtract(subtract(*found), own)) < 1e-4 * clip

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import small_models
 import torch
-from scipy import stats
+from scipy import optimize, stats
 from small_models import same
 
 from apiary.config.loading import parse
@@ -91,11 +92,8 @@ def clipped_by_hand(lm: adapters.LanguageModel, corpus: Corpus, rows: list[int],
     return total
 
 
-def summed(
-    lm: adapters.LanguageModel, corpus: Corpus, rows: list[int], clip: float = CLIP, room: int = 96
-) -> StateDict:
-    with dp_sgd.row_gradients(lm):
-        return dp_sgd.clipped_sum(lm, row_losses, corpus, np.array(rows, np.int64), clip, room).gradients
+def summed(lm: adapters.LanguageModel, corpus: Corpus, rows: list[int], clip: float = CLIP) -> StateDict:
+    return dp_sgd.clipped_sum(lm, row_losses, corpus, np.array(rows, np.int64), clip).gradients
 
 
 def close(ours: StateDict, theirs: dict[str, np.ndarray], tolerance: float = 1e-5) -> None:
@@ -112,33 +110,70 @@ def test_the_clipped_sum_is_that_of_a_loop_over_rows(family: str, tiny_model: Pa
     free = clipped_by_hand(lm, CORPUS, rows, 1e9)
     assert any(not np.allclose(by_hand[n], free[n], rtol=0.1) for n in free)  # clipping is at work
     close(summed(lm, CORPUS, rows), by_hand, 1e-4 if family == "gemma2" else 3e-5)
-    close(summed(lm, CORPUS, rows, clip=1e6), clipped_by_hand(lm, CORPUS, rows, 1e6), 1e-4)
+    close(summed(lm, CORPUS, rows, clip=1e3), clipped_by_hand(lm, CORPUS, rows, 1e3), 1e-4)
 
 
-def test_the_sum_does_not_depend_on_how_rows_share_batches(
-    lm: adapters.LanguageModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_sum_of_a_step_is_that_of_opacus(lm: adapters.LanguageModel) -> None:
+    """Opacus takes the gradients of all rows from one batch; in float32 the two differ by rounding alone."""
     adapters.set_adapter(lm, small_models.random_state(adapters.get_adapter(lm)))
-    rows = list(range(40))
-    one = summed(lm, CORPUS, rows, room=100_000)
-    shortest = int(CORPUS.lengths.min())
-    alone = summed(lm, CORPUS, rows, room=shortest)  # longer rows than the room are alone
-    monkeypatch.setattr(dp_sgd, "_ROOM", 3 * sum(p.numel() for p in lm.adapter.values()))
-    in_threes = summed(lm, CORPUS, rows, room=100_000)
-    for other in (alone, in_threes):
-        for name, expected in one.items():
-            torch.testing.assert_close(other[name], expected, rtol=1e-4, atol=1e-6)
+    rows = list(range(0, 40, 3))
+    for name, expected in opacus_sum(lm, CORPUS, rows, CLIP).items():
+        torch.testing.assert_close(summed(lm, CORPUS, rows)[name], expected.double(), rtol=1e-4, atol=1e-6)
 
 
-def test_one_row_moves_the_sum_by_the_clipping_norm_at_most(tiny_model: Path, tmp_path: Path) -> None:
-    """Every row of this model has a gradient far above the norm, so the bound is met with equality."""
-    lm = load(small_models.make_folder("llama", tiny_model, tmp_path / "m"))
+def opacus_sum(lm: adapters.LanguageModel, corpus: Corpus, rows: list[int], clip: float) -> StateDict:
+    """The clipped sum over rows that share one batch, by the hooks of Opacus on peft's own modules."""
+    from opacus.grad_sample import GradSampleHooks
+
+    layers = [m for m in lm.model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
+    lean = [m for m in lm.model.modules() if isinstance(m, fused_layers.LeanLinear)]
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+        warnings.filterwarnings("ignore", "Full backward hook is firing")
+        for layer in lean:  # the lean forward passes by the modules that Opacus watches
+            patch.setattr(layer, "is_plain", lambda: False)
+        for layer in layers:
+            patch.setattr(layer, "training", True)  # Opacus passes over a layer that is not
+        hooks = GradSampleHooks(lm.model, loss_reduction="sum")
+        try:
+            batch = collate(corpus, np.array(rows), 0)
+            with adapters.autocast(lm):
+                losses = row_losses(lm.model, batch)
+            (losses / batch.targets.sum(1).clamp(min=1)).sum().backward()
+            single = {name: p.grad_sample.double() for name, p in lm.adapter.items()}
+        finally:
+            hooks.cleanup()
+            for parameter in lm.adapter.values():
+                parameter.grad = parameter.grad_sample = None
+    norms = torch.stack([g.flatten(1).square().sum(1) for g in single.values()]).sum(0).sqrt()
+    return {name: torch.tensordot((clip / norms).clamp(max=1.0), g, 1) for name, g in single.items()}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_row_moves_the_sum_by_its_own_clipped_gradient_and_nothing_else(
+    dtype: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    """To the last bit, and by the clipping norm at most; here all gradients are far above it, so just that much."""
+    lm = load(small_models.make_folder("llama", tiny_model, tmp_path / "m"), dtype)
     adapters.set_adapter(lm, small_models.random_state(adapters.get_adapter(lm), 0.3))
-    rows = list(range(12))
-    whole = summed(lm, CORPUS, rows, clip=1e-3)
+    rows, clip = list(range(12)), 2.0**-10  # a power of two, so that float64 holds the differences as they are
+    whole = summed(lm, CORPUS, rows, clip)
     for row in rows:
-        moved = norm(subtract(whole, summed(lm, CORPUS, [r for r in rows if r != row], clip=1e-3)))
-        assert moved == pytest.approx(1e-3, rel=1e-2)
+        others = [r for r in rows if r != row]
+        moved = subtract(whole, summed(lm, CORPUS, others, clip))
+        assert same(moved, dict(summed(lm, CORPUS, [row], clip)))
+        assert clip * (1 - 2e-6) < norm(moved) <= clip
+        assert same(dict(whole), dict(summed(lm, CORPUS, [row, *others[::-1]], clip)))
+
+
+def test_rows_that_share_a_batch_in_bfloat16_move_each_other(tiny_model: Path, tmp_path: Path) -> None:
+    """Why each row passes alone: the gradients of one batch sum to something else without one of its rows."""
+    lm = load(small_models.make_folder("llama", tiny_model, tmp_path / "m"), "bfloat16")
+    adapters.set_adapter(lm, small_models.random_state(adapters.get_adapter(lm), 0.3))
+    rows = list(range(40))
+    whole, alone = opacus_sum(lm, CORPUS, rows, CLIP), [opacus_sum(lm, CORPUS, [row], CLIP) for row in rows]
+    moved = [subtract(whole, opacus_sum(lm, CORPUS, [r for r in rows if r != row], CLIP)) for row in rows[:8]]
+    beyond = [norm(subtract(change, own)) / CLIP for change, own in zip(moved, alone, strict=False)]
+    assert max(beyond) > 1e-3
 
 
 def test_the_model_is_left_as_it_was(lm: adapters.LanguageModel) -> None:
@@ -158,27 +193,11 @@ def test_the_model_is_left_as_it_was(lm: adapters.LanguageModel) -> None:
     before = shape()
     fit(lm, settings_of(), 2, noise_multiplier=1.0)
     assert shape() == before
-    for fail in (lambda losses: 1 // 0, lambda losses: losses.sum().backward()):
-        blocker = lm.model.get_output_embeddings().register_full_backward_hook(lambda *_: 1 // 0)
-        with pytest.raises(ZeroDivisionError):
-            _failing_pass(lm, fail)
-        blocker.remove()
-        assert shape() == before
-
-
-def _failing_pass(lm: adapters.LanguageModel, fail: Callable[[torch.Tensor], object]) -> None:
-    with dp_sgd.row_gradients(lm):
-        fail(row_losses(lm.model, collate(CORPUS, np.arange(3), 0)))
-
-
-def test_lean_layers_go_the_plain_way_only_within(lm: adapters.LanguageModel) -> None:
-    layers = [m for m in lm.model.modules() if isinstance(m, fused_layers.LeanLinear)]
-    with fused_layers.as_peft(lm.model):
-        assert layers and not any(layer.is_plain() for layer in layers)
-        with fused_layers.as_peft(lm.model):
-            pass
-        assert not any(layer.is_plain() for layer in layers)
-    assert all(layer.is_plain() for layer in layers)
+    blocker = lm.model.get_output_embeddings().register_full_backward_hook(lambda *_: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        fit(lm, settings_of(), 1)
+    blocker.remove()
+    assert shape() == before
 
 
 def by_hand(
@@ -324,8 +343,7 @@ def test_a_row_without_a_usable_gradient_adds_nothing(lm: adapters.LanguageModel
         factor = torch.where(batch.rows == bad, spoilt_by, 1.0)
         return row_losses(model, batch) * factor
 
-    with dp_sgd.row_gradients(lm):
-        spoilt = dp_sgd.clipped_sum(lm, spoiling, CORPUS, np.array(rows), CLIP, 96).gradients
+    spoilt = dp_sgd.clipped_sum(lm, spoiling, CORPUS, np.array(rows), CLIP).gradients
     close(spoilt, clipped_by_hand(lm, CORPUS, good, CLIP), 3e-5)
 
 
@@ -347,21 +365,25 @@ def test_dropout_and_strange_rates_are_refused(lm: adapters.LanguageModel) -> No
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
-def test_layers_whose_rows_cannot_be_told_apart_are_refused(tiny_model: Path) -> None:
-    """The output head sees tokens of all rows in one list; a row's own gradient cannot be had from it."""
+def test_the_output_head_trains_privately(tiny_model: Path) -> None:
+    """It sees tokens of all rows in one list, so hooks cannot tell rows apart; a row that passes alone needs none."""
     lm = load(tiny_model, targets=("q_proj", "lm_head"))
-    with pytest.raises(RuntimeError, match=r"lm_head.*adapter\.targets"):
-        fit(lm, settings_of(), 1)
+    adapters.set_adapter(lm, small_models.random_state(adapters.get_adapter(lm)))
+    close(summed(lm, CORPUS, [0, 5, 9]), clipped_by_hand(lm, CORPUS, [0, 5, 9], CLIP), 3e-5)
 
 
-def test_an_adapter_that_hooks_do_not_reach_is_an_error_not_noise(
+def test_an_adapter_that_gradients_do_not_reach_is_an_error_not_noise(
     lm: adapters.LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without the plain way the lean layers pass by the modules that Opacus watches."""
-    import contextlib
+    """Before a row is drawn: an error that depends on the rows would tell of them."""
 
-    monkeypatch.setattr(dp_sgd, "as_peft", lambda _: contextlib.nullcontext())
-    with pytest.raises(RuntimeError, match="row by row"):
+    def never(*_: object) -> np.ndarray:
+        raise AssertionError("a row was drawn")
+
+    monkeypatch.setattr(SecretNoise, "chosen", never)
+    layer = next(m for name, m in lm.model.named_modules() if name.endswith("o_proj"))
+    monkeypatch.setattr(layer, "forward", layer.base_layer.forward)  # as if the adapter were not there
+    with pytest.raises(RuntimeError, match=r"o_proj\.lora_A.* gets no gradient \(2 of \d+ tensors\)"):
         fit(lm, settings_of(), 1, noise_multiplier=1.0)
 
 
@@ -395,57 +417,77 @@ def test_a_gpu_makes_the_same_private_steps(tiny_model: Path, dtype: str) -> Non
 # -- audit ------------------------------------------------------------------------------------------
 
 
-def lower_bound(scores_in: np.ndarray, scores_out: np.ndarray, delta: float) -> float:
-    """A 95% lower bound on epsilon from one run with coin-flipped canaries (Steinke, Nasr and Jagielski 2023).
+CANARIES, AUDIT_STEPS, AUDIT_NOISE, LEVEL = 600, 2, 1.4, 1e-3
 
-    Of m canaries the r with the highest and lowest scores are guessed in and out; v guesses are right. Under
-    (epsilon, delta) P[v or more] is at most that of r coins with chance e^epsilon / (1 + e^epsilon), plus what delta
-    may add.
+
+def mu_of(noise_multiplier: float) -> float:
+    """Steps of Gaussian noise on sums in which a row is for certain are mu-GDP with mu = sqrt(T) / z (Dong et al.)."""
+    return math.sqrt(AUDIT_STEPS) / noise_multiplier
+
+
+def epsilon_of(mu: float, delta: float) -> float:
+    """The least epsilon at `delta` of what is mu-GDP (Balle and Wang 2018, theorem 8)."""
+
+    def slips(eps: float) -> float:
+        spread = math.exp(min(eps, 700)) * stats.norm.cdf(-mu / 2 - eps / mu)
+        return float(stats.norm.cdf(mu / 2 - eps / mu) - spread - delta)
+
+    return optimize.brentq(slips, 0, 1000) if mu > 1e-3 and slips(0) > 0 else 0.0
+
+
+def lower_bound(right: int, guesses: int) -> float:
+    """A bound on epsilon at delta 1e-5 that is above the truth with a probability of `LEVEL` at most.
+
+    Who guesses a fair coin behind a mu-GDP release is right with a probability of Phi(mu / 2) at most (Dong, Roth and
+    Su 2022). The probability is bounded by Clopper and Pearson's interval; each canary is a trial of its own, since
+    noise along canaries whose gradients have nothing in common is independent.
     """
-    scores = np.concatenate([scores_in, scores_out])
-    truth = np.arange(len(scores)) < len(scores_in)
-    order, half = np.argsort(-scores, kind="stable"), len(scores) // 10  # fixed beforehand
-    right = int(truth[order[:half]].sum() + (~truth[order[-half:]]).sum())
-    guesses, best = 2 * half, 0.0
-    for eps in np.arange(0, 12, 0.05):
-        coins = stats.binom(guesses, 1 / (1 + math.exp(-eps)))
-        slips = max((coins.cdf(right - 1) - coins.cdf(right - i - 1)) / i for i in range(1, right + 1)) if right else 0
-        if coins.sf(right - 1) + 2 * len(scores) * delta * slips <= 0.05:
-            best = float(eps)
-    return best
+    chance = stats.beta.ppf(LEVEL, right, guesses - right + 1)
+    return epsilon_of(max(0.0, 2 * float(stats.norm.ppf(min(chance, 1 - 1e-12)))), 1e-5)
 
 
-CANARIES, AUDIT_STEPS, AUDIT_NOISE = 300, 4, 4.0
+def audited(lm: adapters.LanguageModel, noise_multipliers: Sequence[float]) -> list[float]:
+    """The bounds for visits on rows of random tokens, each there by a coin's flip and drawn in every step.
 
-
-def audited(lm: adapters.LanguageModel, noise_multiplier: float) -> float:
-    """The bound for a visit on rows of random tokens, each there by a coin's flip and drawn in every step.
-
-    Who audits knows all but the coins: a canary's score is how far the adapter went along its own clipped gradient,
-    beyond what all canaries have in common.
+    Who audits a canary knows all other rows and takes away what they added. What is left along the canary's own clipped
+    gradient is guessed to hold it where it is more than half of what the canary would have added.
     """
     rng = np.random.default_rng(1)
     rows = [Encoded(rng.integers(2, 320, 8).astype(np.int32), np.arange(8) >= 1, False) for _ in range(CANARIES)]
     inside = rng.random(CANARIES) < 0.5
-    start = small_models.random_state(adapters.get_adapter(lm), 0.02)
+    start = small_models.random_state(adapters.get_adapter(lm), 0.3)
     adapters.set_adapter(lm, start)
     every, held = gather(rows), gather([row for row, there in zip(rows, inside, strict=True) if there])
-    with dp_sgd.row_gradients(lm):
-        single = [dp_sgd.clipped_sum(lm, row_losses, every, np.array([i]), 0.01, 512) for i in range(CANARIES)]
-    gradients = torch.stack([torch.cat([g.flatten() for g in one.gradients.values()]) for one in single])
-    config = settings_of(optimizer="sgd", lr=1e-3, batch_tokens=512, privacy={"clip": 0.01, "batch_rows": 1})
-    result = fit(lm, config, AUDIT_STEPS, corpus=held, rate=1.0, noise_multiplier=noise_multiplier, start=start)
-    went = torch.cat([result.delta[name].flatten() for name in lm.adapter])
-    scores = -((gradients - gradients.mean(0)) @ went).numpy()
-    return lower_bound(scores[inside], scores[~inside], 1e-5)
+    single = [dp_sgd.clipped_sum(lm, row_losses, every, np.array([i]), 0.01).gradients for i in range(CANARIES)]
+    gradients = torch.stack([torch.cat([g.flatten() for g in one.values()]) for one in single])
+    config = settings_of(optimizer="sgd", lr=1e-2, privacy={"clip": 0.01, "batch_rows": 1})
+    bounds = []
+    for noise_multiplier in noise_multipliers:
+        result = fit(lm, config, AUDIT_STEPS, corpus=held, rate=1.0, noise_multiplier=noise_multiplier, start=start)
+        went = torch.cat([result.delta[name].flatten() for name in lm.adapter]).double() / (-1e-2 * AUDIT_STEPS)
+        beyond = (gradients @ (went - gradients[inside].sum(0)) / gradients.square().sum(1)).numpy()  # what is known
+        bounds.append(lower_bound(int(((beyond + inside > 0.5) == inside).sum()), CANARIES))
+    return bounds
+
+
+def test_the_audit_has_the_power_that_is_stated() -> None:
+    """Half the noise is missed with a probability below 1e-6, even if overlap costs 3% of mu."""
+    claimed = epsilon([Mechanism(AUDIT_NOISE, 1.0, AUDIT_STEPS)], 1e-5)
+    enough = next(right for right in range(CANARIES // 2, CANARIES) if lower_bound(right, CANARIES) > claimed)
+    as_claimed, halved = (
+        stats.norm.cdf(share * mu_of(z) / 2) for share, z in ((1, AUDIT_NOISE), (0.97, AUDIT_NOISE / 2))
+    )
+    assert stats.binom.sf(enough - 1, CANARIES, as_claimed) <= LEVEL  # a false alarm
+    assert stats.binom.cdf(enough - 1, CANARIES, halved) < 1e-6
 
 
 @pytest.mark.slow
-def test_an_audit_sees_canaries_without_noise_and_not_more_than_is_claimed_with_it(tiny_model: Path) -> None:
+def test_an_audit_finds_half_the_noise_and_not_more_than_is_claimed_with_all_of_it(tiny_model: Path) -> None:
     lm = load(tiny_model, rank=16)
     claimed = epsilon([Mechanism(AUDIT_NOISE, 1.0, AUDIT_STEPS)], 1e-5)
-    assert audited(lm, 0.0) > claimed
-    assert audited(lm, AUDIT_NOISE) <= claimed
+    as_claimed, halved, without = audited(lm, (AUDIT_NOISE, AUDIT_NOISE / 2, 0.0))
+    assert 0.5 < as_claimed <= claimed < halved, (as_claimed, claimed, halved)
+    assert without > 2 * halved
 
 
 def test_observers_see_what_stays_at_home(lm: adapters.LanguageModel) -> None:
