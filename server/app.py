@@ -48,7 +48,7 @@ def prepare(
     if config.prompt.template == "auto":
         log.event("template", template=template.words)
     aggregator = strategies.from_config(config)
-    saved = checkpoint.load(folder / "checkpoints")
+    saved = checkpoint.load(folder / "checkpoints", config)
     if saved is None:
         fresh = adapters.fresh_adapter(lm, config.seed)
         state = ServerState(0, {n: t for n, t in fresh.items() if aggregator.local.shares(n)}, {}, {})
@@ -74,7 +74,7 @@ def prepare(
 def save(folder: Path, config: RunConfig, state: ServerState, progress: Progress) -> None:
     """Write the checkpoint of a round, and the statement of the privacy that clients have spent so far."""
     plain = {name: dict(value) for name, value in progress._asdict().items() if isinstance(value, Mapping)}
-    checkpoint.save(folder / "checkpoints", state, {**progress._asdict(), **plain})
+    checkpoint.save(folder / "checkpoints", state, {**progress._asdict(), **plain}, config)
     statement.write(folder, config, {client: Spent._make(values) for client, values in progress.spent.items()})
 
 

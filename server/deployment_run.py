@@ -27,7 +27,7 @@ from apiary.models.adapters import LanguageModel
 from apiary.privacy import statement
 from apiary.report import write_report
 from apiary.report.sites import own_rounds
-from apiary.tracking import environment, event_log, metrics_file, trackers
+from apiary.tracking import environment, event_log, metrics_file, run_directory, trackers
 from apiary.tracking.event_log import RunLog
 from server import checkpoint
 from strategies.from_config import check_for_sites
@@ -63,22 +63,22 @@ def run(config: RunConfig, folder: Path, expected: int, federate: Federate, numb
         number: the number that Flower gave the run, by which `apiary deploy` finds the run's part of the log.
 
     Raises:
-        UserError: another process still writes the folder; nothing in it was touched.
+        UserError: another process still writes the folder, or it holds another run; nothing in it was touched.
         Exception: whatever ended the run, once it is in the log as a `failed` event.
     """
+    with run_directory.claim(folder) as warnings:
+        run_directory.check_folder(config, folder, resume=True)
+        _run(config, folder, expected, federate, number, warnings)
+
+
+def _run(
+    config: RunConfig, folder: Path, expected: int, federate: Federate, number: int, warnings: Sequence[str]
+) -> None:
     began = time.monotonic()
-    folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(files.hold(folder))
-        except BlockingIOError:
-            raise UserError(f"run folder {folder.name!r}: another process still writes it; wait for its end") from None
-        _run(config, folder, expected, federate, number, began)
-
-
-def _run(config: RunConfig, folder: Path, expected: int, federate: Federate, number: int, began: float) -> None:
     log = _open(config, folder, expected, number)
     try:
+        for line in warnings:
+            log.event("warning", message=line)
         check_for_sites(config)
         held_out = _held_out(config, log)
         adapter = federate(log, held_out)
@@ -97,7 +97,7 @@ def _run(config: RunConfig, folder: Path, expected: int, federate: Federate, num
 def _open(config: RunConfig, folder: Path, expected: int, number: int) -> RunLog:
     files.sweep(folder)
     files.write_atomic(folder / "config.toml", config.to_toml())
-    found = checkpoint.load(folder / "checkpoints")
+    found = checkpoint.load(folder / "checkpoints", config)
     done = found[0].round if found else 0
     if (folder / event_log.LOG_FILE).exists():
         event_log.truncate_after(folder, done)
