@@ -12,6 +12,7 @@ from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from apiary.config import compatibility
 from apiary.config.schema import RunConfig
 from apiary.core import files
 from apiary.core.errors import UserError
@@ -145,7 +146,7 @@ def check(config: RunConfig) -> None:
 
     Raises:
         UserError: it names a template file, which no site would open; or the server has not the model, the device, the
-            held-out rows or its own root set; or attackers are to be simulated.
+            held-out rows or its own root set; or no rows decide when it stops; or attackers are to be simulated.
     """
     from apiary.data import (
         examples,
@@ -162,6 +163,8 @@ def check(config: RunConfig) -> None:
         examples.read(config.data.test, split="test", columns=config.data.columns, key="data.test")
     if config.strategy.root is not None:
         examples.read(config.strategy.root, columns=config.data.columns, key="strategy.root")
+    if config.data.test is None and (undecided := compatibility.nothing_decides(config)):
+        raise UserError(undecided)
     if config.simulate.attackers:
         raise UserError("simulate.attackers: sites are real, and none is made to attack; leave it out")
 

@@ -12,13 +12,14 @@ from typing import Any
 
 import strategies
 from apiary.config import summary
+from apiary.config.compatibility import nothing_decides
 from apiary.config.schema import RunConfig
 from apiary.config.summary import public_name
 from apiary.core import files
 from apiary.core.errors import RunFailed, UserError
 from apiary.core.tensors import StateDict
 from apiary.data import examples, stages, tokenization
-from apiary.data.federation import Federation
+from apiary.data.federation import Federation, set_deciding_apart
 from apiary.evaluation import comparison, continual
 from apiary.evaluation.comparison import HeldOut
 from apiary.export.adapter_folder import exported_rank
@@ -27,7 +28,7 @@ from apiary.models.adapters import LanguageModel
 from apiary.privacy import statement
 from apiary.report import write_report
 from apiary.report.sites import own_rounds
-from apiary.tracking import environment, event_log, metrics_file, run_directory, trackers
+from apiary.tracking import delivery, environment, event_log, metrics_file, run_directory, trackers
 from apiary.tracking.event_log import RunLog
 from server import checkpoint
 from strategies.from_config import check_for_sites
@@ -117,6 +118,8 @@ def _held_out(config: RunConfig, log: RunLog) -> HeldOut | None:
         UserError: they cannot be read, none is in a stage of the run, or none fits the prompt.
     """
     if config.data.test is None:
+        if undecided := nothing_decides(config):
+            raise UserError(undecided)
         return None
     if config.adapter.share != "both":
         log.event("warning", message=_NOT_MEASURED)
@@ -126,7 +129,8 @@ def _held_out(config: RunConfig, log: RunLog) -> HeldOut | None:
     if not rows and config.continual.stages:
         raise UserError(f"data.test = {config.data.test!r}: no row of it is in a stage of continual.stages")
     lm, template = _model(config)
-    prepared = comparison.prepare(rows, template, lm, config)
+    figures, deciding = set_deciding_apart(Federation((), tuple(rows), source.reports), config)
+    prepared = comparison.prepare_apart(figures.test, deciding, template, lm, config)
     if not prepared.examples:
         raise UserError(f"data.test = {config.data.test!r}: no example fits prompt.max_tokens and prompt.template")
     here = config.data.model_copy(update={"source": config.data.test, "split": "test", "test": None, "max_rows": None})
@@ -147,12 +151,13 @@ def _summarise(config: RunConfig, folder: Path, adapter: StateDict, held_out: He
     """The content of metrics.json: what the server can know, which leaves out the sites' rows and baselines."""
     events = event_log.read_events(folder)
     clients = {e["client"]: e for e in events if e["event"] == "handshake"}
-    ranks = metrics_file.ranks(events)
+    ranks, delivered = metrics_file.ranks(events), delivery.of_events(events)
     table: list[dict[str, Any]] = []
     more: dict[str, Any] = {}
     if held_out is not None:
         rows = comparison.compare(_model(config)[0], held_out, config, adapter, {}, None).rows
-        steps = sum(event["steps"] for event in events if event["event"] == "client")
+        upto = delivered.round if delivered else config.rounds
+        steps = sum(event["steps"] for event in events if event["event"] == "client" and event["round"] <= upto)
         made = {"base": 0, "federated": steps}
         table = [{**comparison.table_row(name, row, config.seed), "steps": made[name]} for name, row in rows.items()]
         more = {
@@ -167,6 +172,7 @@ def _summarise(config: RunConfig, folder: Path, adapter: StateDict, held_out: He
         "clients": [_client(name, clients[name], ranks.get(name)) for name in sorted(clients)],
         "rounds": metrics_file.rounds_table(events),
         "sites": own_rounds(events),
+        "delivered": delivered._asdict() if delivered else None,
         **more,
         "rank": exported_rank(adapter),
         "curation": metrics_file.curation_counts(events),

@@ -14,7 +14,7 @@ from apiary.config.schema import RunConfig
 from apiary.core import files
 from apiary.core.errors import RunFailed, UserError
 from apiary.data import stages, tokenization
-from apiary.data.federation import too_few_clients
+from apiary.data.federation import set_deciding_apart, too_few_clients, undecided
 from apiary.data.stages import rows_by_stage, unlimited_buffers
 from apiary.evaluation import comparison, continual
 from apiary.models import adapter_files, adapters
@@ -82,10 +82,13 @@ def plan(config: RunConfig) -> Plan:
         sampling.noise_multiplier(config, rows[sampling.worst(config, rows)])  # there may be none that is enough
     if not federation.test:
         raise UserError("no held-out examples: set data.test_fraction above 0, or data.test to a held-out source")
+    if wrong := undecided(federation, config):
+        raise UserError(*wrong)
     trusted_update.rows(config, federation.test)
     lm = adapters.load(config.model, config.adapter)
     template = tokenization.make_template(config.prompt, lm.tokenizer)
-    held_out = comparison.prepare(federation.test, template, lm, config)
+    figures, deciding = set_deciding_apart(federation, config)
+    held_out = comparison.prepare_apart(figures.test, deciding, template, lm, config)
     tokenization.check_template((example for client in federation.clients for example in client.train), template)
     if not held_out.examples:
         tokenization.check_template(federation.test, template)
@@ -131,7 +134,8 @@ def _simulate(
         app = make_app(log, prepared.held_out)
         ENGINES.build(config.simulate.engine, config=config)(app, config, len(prepared.federation.clients), folder)
         adapter = adapter_files.read_adapter(prepared.lm, folder / "adapter" / "adapter_model.safetensors")
-        metrics = summarise(prepared, adapter, folder, log)
+        figures, _ = set_deciding_apart(prepared.federation, config)
+        metrics = summarise(prepared._replace(federation=figures), adapter, folder, log)
         metrics["seconds"] = round(event_log.spent_before(folder) + time.monotonic() - began, 1)
         log.event("finish", seconds=metrics["seconds"])
         metrics_file.write_metrics(folder, metrics)

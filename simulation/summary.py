@@ -22,7 +22,7 @@ from apiary.models import adapters
 from apiary.models.adapters import LanguageModel
 from apiary.privacy import statement
 from apiary.report.data import gain_of
-from apiary.tracking import environment, event_log, metrics_file
+from apiary.tracking import delivery, environment, event_log, metrics_file
 from apiary.tracking.event_log import RunLog
 from apiary.tracking.run_directory import result_folders
 from client import round_files
@@ -55,9 +55,11 @@ def summarise(prepared: Plan, adapter: StateDict, folder: Path, log: RunLog) -> 
     """
     config, federation, lm, template, held_out = prepared
     events = event_log.read_events(folder)
-    steps = Counter[str]()
+    delivered = delivery.of_events(events)
+    upto = delivered.round if delivered else config.rounds
+    steps = Counter[str]()  # that made what is delivered, and so those of each baseline
     for event in events:
-        if event["event"] == "client":
+        if event["event"] == "client" and event["round"] <= upto:
             steps[event["client"]] += event["steps"]
     if {"local", "central"} & set(config.evaluate.baselines):
         log.event("phase", name="baselines")
@@ -88,6 +90,7 @@ def summarise(prepared: Plan, adapter: StateDict, folder: Path, log: RunLog) -> 
         "skills": comparison.by_kind(kind, runs, held_out) if kind and config.evaluate.generate else {},
         "rounds": metrics_file.rounds_table(events),
         "samples": _samples(prepared, runs, kind),
+        "delivered": delivered._asdict() if delivered else None,
         **continual.results(events, runs, held_out, config),
         **({"share": config.adapter.share} if own else {}),
         "rank": exported_rank(adapter),

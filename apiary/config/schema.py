@@ -309,7 +309,12 @@ class EvaluateConfig(_Section):
     baselines: tuple[Literal["base", "local", "central"], ...] = Field(
         ("base", "local", "central"), description="what the federated model is compared with in the table"
     )
-    patience: int = Field(0, ge=0, description="stop after this many evaluations without a better loss; 0 = never")
+    patience: int = Field(
+        0,
+        ge=0,
+        description="stop after this many evaluations without a better loss, and deliver the best round; half of the "
+        "held-out rows decide, the figures are on the others; 0 = never stop, deliver the last round, keep the best",
+    )
     samples: int = Field(6, ge=0, description="held-out prompts whose answers are shown in the report")
 
 

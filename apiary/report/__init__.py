@@ -22,7 +22,7 @@ from apiary.privacy import statement
 from apiary.report import sites
 from apiary.report.data import Interval, Metrics, Row, gain_on_all, gain_on_own, parse_metrics
 from apiary.report.page import PAGE
-from apiary.report.verdict import attacked, headline, not_alike, personal, row_by_row
+from apiary.report.verdict import attacked, delivered, headline, not_alike, personal, row_by_row
 from apiary.tracking.event_log import Event, read_events
 from apiary.tracking.metrics_file import read_metrics
 
@@ -157,7 +157,7 @@ def _caption(metrics: Metrics) -> str:
     notes = [f"loss in nats per response token, on {plural(count, 'held-out example')}"]
     other = metrics.row("local") or metrics.row("base")
     notes += filter(None, [row_by_row(metrics, other) if other and metrics.paired else "", not_alike(metrics)])
-    notes += filter(None, [personal(metrics), clean(attacked(metrics))])
+    notes += filter(None, [clean(delivered(metrics)), personal(metrics), clean(attacked(metrics))])
     noise = "without noise, " if "local" in metrics.noiseless else ""
     for gain, where in (
         (gain_on_own(metrics), "on its own data"),

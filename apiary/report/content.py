@@ -30,7 +30,7 @@ from apiary.report.data import (
     gain_on_own,
 )
 from apiary.report.stages import stages_content
-from apiary.report.verdict import headline, nats, not_alike, row_by_row, second, value
+from apiary.report.verdict import delivered, headline, nats, not_alike, row_by_row, second, value
 from apiary.tracking.event_log import Event
 
 _NAMED_CLIENTS = 24  # more are summed up in a chart, and only those that gain least are named
@@ -49,7 +49,7 @@ def page_content(metrics: Metrics, events: Sequence[Event], config: str) -> dict
     return {
         "metrics": metrics,
         "headline": headline(metrics),
-        "second": second(metrics),
+        "second": " ".join(filter(None, [second(metrics), delivered(metrics)])),
         "tiles": _tiles(metrics, own, everyone),
         "rows": [_row(row, metrics.table) for row in metrics.table],
         "meaning": MEANING,
@@ -65,7 +65,7 @@ def page_content(metrics: Metrics, events: Sequence[Event], config: str) -> dict
         "cost_chart": plots.cost_chart(metrics),
         "sites": sites.grid(metrics),
         "sites_said": sites.sentences(metrics),
-        "sites_chart": plots.sites_chart(sites.told(metrics)),
+        "sites_chart": plots.sites_chart(sites.told(metrics, to_the_end=True)),
         "sent": _sent(metrics),
         "own": own,
         "everyone": everyone,
