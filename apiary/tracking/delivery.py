@@ -61,7 +61,7 @@ def sentence(delivery: Delivery) -> str:
     if found.round == found.best:
         return f"Delivered: round {found.round} of the {found.last} that were done, the best by the loss on {where}."
     return (
-        f"Delivered: the last round, {found.last}. Round {found.best} is the best by the loss on {where}; its adapter is "
-        f"in {found.kept}. The figures are of the round delivered: on the rows that picked it, the best round would look "
-        "better than it is."
+        f"Delivered: the last round, {found.last}. Round {found.best} is the best by the loss on {where}; its adapter "
+        f"is in {found.kept}. The figures are of the round delivered: on the rows that picked it, the best round would "
+        "look better than it is."
     )
