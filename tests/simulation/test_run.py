@@ -333,19 +333,19 @@ def test_a_directory_that_a_living_run_writes_is_closed_to_others_and_open_once_
     try:
         _wait_for_round(folder, 1, first)
         lines = (folder / "log.jsonl").read_text()
-        for second in (start_run(folder, settings), resumed(folder)):
-            assert_refused(finish(second), "a run still goes on in it", f"process {first.pid}", "choose another --out")
+        for again in (lambda: start_run(folder, settings), lambda: resumed(folder)):
+            assert_refused(finish(again()), "a run still goes on in it", f"process {first.pid}", "choose another --out")
         assert first.poll() is None and (folder / "log.jsonl").read_text().startswith(lines)
         _wait_for_round(folder, len(events_of(folder, "round")) + 3, first)  # and what it writes still arrives
     finally:
         first.kill()
         first.communicate()
-    again = resumed(folder)
+    second = resumed(folder)
     try:
-        _wait_for_round(folder, len(events_of(folder, "round")) + 3, again)
+        _wait_for_round(folder, len(events_of(folder, "round")) + 3, second)
     finally:
-        again.kill()
-        again.communicate()
+        second.kill()
+        second.communicate()
     rounds = [event["round"] for event in events_of(folder, "round")]
     assert rounds == list(range(1, len(rounds) + 1))
     assert [event["resumed"] > 0 for event in events_of(folder, "start")] == [False, True]
