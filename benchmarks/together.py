@@ -38,7 +38,7 @@ FEATURES: Final = (
     Feature("several batches a step", ("train.accumulate=2",)),
     Feature("adapter dropout", ("adapter.dropout=0.1",)),
     Feature("clients' own scores", ("evaluate.clients=true",)),
-    Feature("early stopping", ("evaluate.patience=3",)),
+    Feature("early stopping", ("evaluate.patience=3", "data.test_fraction=0.3")),
     Feature("Ray engine", ("simulate.engine=ray",)),
 )
 

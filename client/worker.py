@@ -16,6 +16,7 @@ from apiary.core.messages import CurationCounts, Decline, Hello, Payload, Score,
 from apiary.core.tensors import StateDict, add, is_finite
 from apiary.data import tokenization
 from apiary.data.batches import Corpus
+from apiary.data.federation import FEWEST, decides
 from apiary.data.stages import rows_by_stage
 from apiary.export import adapter_folder
 from apiary.models import adapters
@@ -33,8 +34,6 @@ from client.training.objectives import build_penalties
 from client.training.trainer import FitResult, Replay, VisitPlan
 from strategies.from_config import local_from_config
 from strategies.local import Client, Hooks, LocalAlgorithm, Opened
-
-_FEWEST = 5  # held-out examples
 
 
 class Worker:
@@ -221,7 +220,8 @@ class Worker:
     def evaluate(self, site: Site, payload: Payload, number: int = sys.maxsize) -> Score:
         """The received adapter's loss on the site's held-out examples, as sums, after round `number`.
 
-        Below `_FEWEST` examples nothing is told: the sum would say too much of each. Under differential privacy
+        Where the run may stop early, on the half of them that decides. Below `FEWEST` examples nothing is told: the sum
+        would say too much of each. Under differential privacy
         nothing is told at all, whatever the server asks: a loss without noise would be a way around it.
         """
         site = self._of_round(site, payload)
@@ -230,8 +230,9 @@ class Worker:
             self._save_own(site, payload.model)
         if self.config.privacy.unit == "record":
             return Score(0.0, 0, 0)
-        corpus = self._rows.corpus(site, "test", site.test)
-        if len(corpus) < _FEWEST:
+        rows = tuple(filter(decides, site.test)) if self.config.evaluate.patience else site.test
+        corpus = self._rows.corpus(site, "test", rows)
+        if len(corpus) < FEWEST:
             return Score(0.0, 0, 0)
         nats, tokens = self._probe(site, payload).losses(corpus)
         return Score(float(nats.sum()), int(tokens.sum()), len(nats))

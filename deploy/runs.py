@@ -12,13 +12,14 @@ from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from apiary.config import loading
+from apiary.config import compatibility
 from apiary.config.schema import RunConfig
 from apiary.core import files
 from apiary.core.errors import UserError
 from apiary.core.formatting import seconds_text
-from apiary.tracking import event_log
+from apiary.tracking import event_log, run_directory
 from apiary.tracking.event_log import Event, Observer
+from apiary.tracking.run_directory import StillGoing
 from deploy import bundle, flower_cli, kits, server
 
 _LOOK_S, _ASK_S = 0.5, 20.0  # how often the run's log is read, and Flower is asked whether the run is alive
@@ -26,8 +27,8 @@ _PATIENCE_S = 15.0  # an earlier run has said its last word, and its process is 
 _LOST_S = 60.0  # how long the server may give no answer
 _SHOWN = 20  # runs
 _APP = "apiary-run"  # the folder that Flower bundles
-_ID = "run-id"  # in a run directory: what tells it from others of its name
-_FIRST = (_ID, "config.toml", event_log.LOG_FILE)  # all that is in a run directory before the first checkpoint
+# All that is in a run directory before the first checkpoint.
+_FIRST = frozenset({run_directory.RUN_ID, run_directory.CONFIG, event_log.LOG_FILE})
 _STARTED = "started"  # folder of the server's state: the newest of Flower's runs for each run directory
 _DIRECTORIES = "directories"  # folder of the server's state: where each of Flower's runs writes
 _GOING = ("pending", "starting", "running")  # as Flower calls it
@@ -50,7 +51,8 @@ def start(state: Path, config: RunConfig, out: Path, *, resume: bool = False) ->
         flower_cli.FlowerError: the SuperLink refused the run.
     """
     server.port_of(state)
-    check_folder(config, out, resume)
+    if resume or not _failed_at_once(out):
+        run_directory.check_folder(config, out, resume)
     check(config)
     online = [name for name, status in sites(state).items() if status == "online"]
     if not online:
@@ -64,10 +66,6 @@ def start(state: Path, config: RunConfig, out: Path, *, resume: bool = False) ->
             if time.monotonic() > deadline:
                 raise
             time.sleep(_LOOK_S)
-
-
-class StillGoing(UserError):
-    """A run in the same directory has not ended."""
 
 
 def _start_alone(state: Path, config: RunConfig, out: Path, expected: int, resume: bool) -> str:
@@ -113,7 +111,7 @@ def _check_earlier(state: Path, known: Path, out: Path) -> None:
     run, port = known.read_text(encoding="utf-8").split()
     # A server that was started anew since has another port; its Flower takes an old run for alive for a while.
     if int(port) == server.port_of(state) and status_of(state, run).startswith(_GOING):
-        raise _still_going(out, f"run {run}")
+        raise run_directory.still_going(out, f"run {run}")
 
 
 def _start(state: Path, values: dict[str, str | int]) -> str:
@@ -130,31 +128,17 @@ def _reserved(out: Path) -> Iterator[str]:
     Raises:
         StillGoing: somebody does, or a run still writes it.
     """
-    made = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / _ID
-    with contextlib.ExitStack() as stack:
-        try:
-            with files.hold(out):  # which the server's process does as long as it works
-                new = not path.exists()
-                if new:
-                    files.write_atomic(path, f"{secrets.token_hex(4)}\n")
-            stack.enter_context(files.hold(path))
-        except BlockingIOError:
-            raise _still_going(out, "a run") from None
+    path = out / run_directory.RUN_ID
+    with run_directory.claim(out, run_directory.STARTING):
+        with run_directory.claim(out):  # which the server's process has as long as it works
+            if new := not path.exists():
+                files.write_atomic(path, f"{secrets.token_hex(4)}\n")
         try:
             yield path.read_text(encoding="utf-8").strip()
         except BaseException:
             if new:
                 path.unlink(missing_ok=True)
-            if made:
-                with contextlib.suppress(OSError):
-                    out.rmdir()
             raise
-
-
-def _still_going(out: Path, which: str) -> StillGoing:
-    return StillGoing(f"{str(out)!r}: {which} still goes on in it; wait for its end, or choose another --out")
 
 
 def check(config: RunConfig) -> None:
@@ -162,7 +146,7 @@ def check(config: RunConfig) -> None:
 
     Raises:
         UserError: it names a template file, which no site would open; or the server has not the model, the device, the
-            held-out rows or its own root set; or attackers are to be simulated.
+            held-out rows or its own root set; or no rows decide when it stops; or attackers are to be simulated.
     """
     from apiary.data import (
         examples,
@@ -179,6 +163,8 @@ def check(config: RunConfig) -> None:
         examples.read(config.data.test, split="test", columns=config.data.columns, key="data.test")
     if config.strategy.root is not None:
         examples.read(config.strategy.root, columns=config.data.columns, key="strategy.root")
+    if config.data.test is None and (undecided := compatibility.nothing_decides(config)):
+        raise UserError(undecided)
     if config.simulate.attackers:
         raise UserError("simulate.attackers: sites are real, and none is made to attack; leave it out")
 
@@ -193,34 +179,10 @@ def remarks(config: RunConfig) -> list[str]:
     return lines
 
 
-def check_folder(config: RunConfig, out: Path, resume: bool) -> None:
-    """Check that the run directory can take this run.
-
-    Raises:
-        UserError: it holds another run, or something that is none.
-    """
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{str(out)!r} is a file; choose another --out")
-    if not out.exists() or _names(out) <= {_ID}:
-        return  # with --resume as well: a scheduler that always gives it begins the run so
-    if not resume:
-        if _failed_at_once(out):
-            return
-        raise UserError(f"{str(out)!r} is not empty: add --resume to go on with that run, or choose another --out")
-    if not (out / "config.toml").exists():
-        raise UserError(f"--resume: {str(out)!r} holds no run (no config.toml), but other files; choose another --out")
-    if loading.load(out / "config.toml") != config:
-        raise UserError("--resume: the configuration differs from the run's own; leave CONFIG and -s away")
-
-
-def _names(out: Path) -> set[str]:
-    return {path.name for path in out.iterdir() if not files.is_draft(path)}
-
-
 def _failed_at_once(out: Path) -> bool:
     """Whether all that is in a run directory is a run that failed before its first checkpoint."""
     events = _events(out)
-    return bool(events) and events[-1]["event"] == "failed" and _names(out) <= set(_FIRST)
+    return bool(events) and events[-1]["event"] == "failed" and run_directory.content(out) <= _FIRST
 
 
 def run_name(text: str) -> str:

@@ -15,14 +15,16 @@ from apiary.config.schema import RunConfig
 from apiary.core.messages import Spent
 from apiary.core.tensors import StateDict
 from apiary.data import tokenization
+from apiary.data.examples import Example
 from apiary.evaluation import continual
 from apiary.evaluation.comparison import HeldOut
 from apiary.export import adapter_folder
 from apiary.models import adapters
 from apiary.privacy import statement
+from apiary.tracking.delivery import BEST, EVENT
 from apiary.tracking.event_log import RunLog
 from apiary.transport import from_config
-from server import checkpoint, deployment_run, evaluation, trusted_update
+from server import checkpoint, delivery, deployment_run, evaluation, trusted_update
 from server.rounds import Hooks, Progress, Rounds
 from strategies import ServerState
 
@@ -48,7 +50,7 @@ def prepare(
     if config.prompt.template == "auto":
         log.event("template", template=template.words)
     aggregator = strategies.from_config(config)
-    saved = checkpoint.load(folder / "checkpoints")
+    saved = checkpoint.load(folder / "checkpoints", config)
     if saved is None:
         fresh = adapters.fresh_adapter(lm, config.seed)
         state = ServerState(0, {n: t for n, t in fresh.items() if aggregator.local.shares(n)}, {}, {})
@@ -61,21 +63,48 @@ def prepare(
     hooks = Hooks(
         log,
         on_round=lambda state, progress: save(folder, config, state, progress),
-        evaluate=evaluation.on_held_out(lm, measured.corpus, config.seed) if measured else None,
+        evaluate=evaluation.on_held_out(lm, measured, config.seed) if measured else None,
         score_stages=continual.scorer(lm, measured, config) if measured else None,
         name_of=name_of,
-        own_update=trusted_update.trainer(config, held_out.examples if held_out else (), folder / "root")
-        if aggregator.root
-        else None,
+        own_update=trusted_update.trainer(config, _examples(held_out), folder / "root") if aggregator.root else None,
     )
     return Rounds(config, aggregator, adapters.fingerprint(lm, template), state, hooks, progress)
+
+
+def _examples(held_out: HeldOut | None) -> tuple[Example, ...]:
+    """The server's held-out examples, those that decide among them."""
+    if held_out is None:
+        return ()
+    return (*held_out.examples, *(held_out.deciding.examples if held_out.deciding else ()))
 
 
 def save(folder: Path, config: RunConfig, state: ServerState, progress: Progress) -> None:
     """Write the checkpoint of a round, and the statement of the privacy that clients have spent so far."""
     plain = {name: dict(value) for name, value in progress._asdict().items() if isinstance(value, Mapping)}
-    checkpoint.save(folder / "checkpoints", state, {**progress._asdict(), **plain})
+    best = () if progress.best_round is None else (progress.best_round,)
+    checkpoint.save(folder / "checkpoints", state, {**progress._asdict(), **plain}, config, also=best)
     statement.write(folder, config, {client: Spent._make(values) for client, values in progress.spent.items()})
+
+
+def deliver(config: RunConfig, rounds: Rounds, folder: Path, log: RunLog) -> StateDict:
+    """Write the adapter that the run delivers, and beside it the best one where that is another; returns the former.
+
+    Raises:
+        RunFailed: the round that is to be delivered is lost.
+    """
+    chosen = delivery.choose(config, rounds.state, rounds.progress, folder)
+    lm = adapters.load(config.model, config.adapter)
+    # Factors that stay with the clients are those of a new adapter here: B is zero.
+    fresh = adapters.fresh_adapter(lm, config.seed)
+    adapter = {**fresh, **chosen.delivered.model}
+    if chosen.best is not None:
+        best = {**fresh, **chosen.best.model}
+        adapter_folder.save_adapter_folder(lm, best, folder / BEST, config, rounds=chosen.best.round)
+    adapter_folder.save_adapter_folder(lm, adapter, folder / "adapter", config, rounds=chosen.told.round)
+    for line in delivery.remarks(config, rounds.progress):
+        log.event("warning", message=line)
+    log.event(EVENT, **chosen.told._asdict())
+    return adapter
 
 
 def make_app(log: RunLog | None = None, held_out: HeldOut | None = None) -> ServerApp:
@@ -100,11 +129,8 @@ def make_app(log: RunLog | None = None, held_out: HeldOut | None = None) -> Serv
 
         def federate(log: RunLog, held_out: HeldOut | None) -> StateDict:
             rounds = prepare(config, folder, log, held_out, deployment_run.site_name)
-            lm = adapters.load(config.model, config.adapter)
-            # Factors that stay with the clients are those of a new adapter here: B is zero.
-            adapter = {**adapters.fresh_adapter(lm, config.seed), **rounds.run(grid, expected).model}
-            adapter_folder.save_adapter_folder(lm, adapter, folder / "adapter", config)
-            return adapter
+            rounds.run(grid, expected)
+            return deliver(config, rounds, folder, log)
 
         if log is not None:
             federate(log, held_out)

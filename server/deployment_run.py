@@ -13,13 +13,14 @@ from typing import Any
 
 import strategies
 from apiary.config import summary
+from apiary.config.compatibility import nothing_decides
 from apiary.config.schema import RunConfig
 from apiary.config.summary import public_name
 from apiary.core import files
 from apiary.core.errors import RunFailed, UserError
 from apiary.core.tensors import StateDict
 from apiary.data import examples, stages, tokenization
-from apiary.data.federation import Federation
+from apiary.data.federation import Federation, set_deciding_apart
 from apiary.evaluation import comparison, continual
 from apiary.evaluation.comparison import HeldOut
 from apiary.export.adapter_folder import exported_rank
@@ -28,7 +29,7 @@ from apiary.models.adapters import LanguageModel
 from apiary.privacy import statement
 from apiary.report import write_report
 from apiary.report.sites import own_rounds
-from apiary.tracking import environment, event_log, metrics_file, trackers
+from apiary.tracking import delivery, environment, event_log, metrics_file, run_directory, trackers
 from apiary.tracking.event_log import RunLog
 from server import checkpoint
 from strategies.from_config import check_for_sites
@@ -64,22 +65,22 @@ def run(config: RunConfig, folder: Path, expected: int, federate: Federate, numb
         number: the number that Flower gave the run, by which `apiary deploy` finds the run's part of the log.
 
     Raises:
-        UserError: another process still writes the folder; nothing in it was touched.
+        UserError: another process still writes the folder, or it holds another run; nothing in it was touched.
         Exception: whatever ended the run, once it is in the log as a `failed` event.
     """
+    with run_directory.claim(folder) as warnings:
+        run_directory.check_folder(config, folder, resume=True)
+        _run(config, folder, expected, federate, number, warnings)
+
+
+def _run(
+    config: RunConfig, folder: Path, expected: int, federate: Federate, number: int, warnings: Sequence[str]
+) -> None:
     began = time.monotonic()
-    folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(files.hold(folder))
-        except BlockingIOError:
-            raise UserError(f"run folder {folder.name!r}: another process still writes it; wait for its end") from None
-        _run(config, folder, expected, federate, number, began)
-
-
-def _run(config: RunConfig, folder: Path, expected: int, federate: Federate, number: int, began: float) -> None:
     log = _open(config, folder, expected, number)
     try:
+        for line in warnings:
+            log.event("warning", message=line)
         check_for_sites(config)
         held_out = _held_out(config, log)
         adapter = federate(log, held_out)
@@ -98,7 +99,7 @@ def _run(config: RunConfig, folder: Path, expected: int, federate: Federate, num
 def _open(config: RunConfig, folder: Path, expected: int, number: int) -> RunLog:
     files.sweep(folder)
     files.write_atomic(folder / "config.toml", config.to_toml())
-    found = checkpoint.load(folder / "checkpoints")
+    found = checkpoint.load(folder / "checkpoints", config)
     done = found[0].round if found else 0
     if (folder / event_log.LOG_FILE).exists():
         event_log.truncate_after(folder, done)
@@ -118,6 +119,8 @@ def _held_out(config: RunConfig, log: RunLog) -> HeldOut | None:
         UserError: they cannot be read, none is in a stage of the run, or none fits the prompt.
     """
     if config.data.test is None:
+        if undecided := nothing_decides(config):
+            raise UserError(undecided)
         return None
     if config.adapter.share != "both":
         log.event("warning", message=_NOT_MEASURED)
@@ -127,7 +130,8 @@ def _held_out(config: RunConfig, log: RunLog) -> HeldOut | None:
     if not rows and config.continual.stages:
         raise UserError(f"data.test = {config.data.test!r}: no row of it is in a stage of continual.stages")
     lm, template = _model(config)
-    prepared = comparison.prepare(rows, template, lm, config)
+    figures, deciding = set_deciding_apart(Federation((), tuple(rows), source.reports), config)
+    prepared = comparison.prepare_apart(figures.test, deciding, template, lm, config)
     if not prepared.examples:
         raise UserError(f"data.test = {config.data.test!r}: no example fits prompt.max_tokens and prompt.template")
     here = config.data.model_copy(update={"source": config.data.test, "split": "test", "test": None, "max_rows": None})
@@ -148,9 +152,11 @@ def _summarise(config: RunConfig, folder: Path, adapter: StateDict, held_out: He
     """The content of metrics.json: what the server can know, which leaves out the sites' rows and baselines."""
     events = event_log.read_events(folder)
     clients = {e["client"]: e for e in events if e["event"] == "handshake"}
-    ranks, made = metrics_file.ranks(events), Counter[str]()
+    ranks, delivered = metrics_file.ranks(events), delivery.of_events(events)
+    upto = delivered.round if delivered else config.rounds
+    made = Counter[str]()  # optimizer steps that led to what is delivered
     for event in events:
-        if event["event"] == "client":
+        if event["event"] == "client" and event["round"] <= upto:
             made[event["client"]] += event["steps"]
     table: list[dict[str, Any]] = []
     more: dict[str, Any] = {}
@@ -170,6 +176,7 @@ def _summarise(config: RunConfig, folder: Path, adapter: StateDict, held_out: He
         "clients": [{**_client(name, clients[name], ranks.get(name)), "steps": made[name]} for name in sorted(clients)],
         "rounds": metrics_file.rounds_table(events),
         "sites": own_rounds(events),
+        "delivered": delivered._asdict() if delivered else None,
         **more,
         "rank": exported_rank(adapter),
         "curation": metrics_file.curation_counts(events),

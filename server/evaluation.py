@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from apiary.config.schema import RunConfig
 from apiary.core.messages import Score
 from apiary.core.stages import rounds_of, stage_of
 from apiary.core.tensors import StateDict
-from apiary.data.batches import Corpus
 from apiary.evaluation import intervals
+from apiary.evaluation.comparison import Floats, HeldOut
 from apiary.models import adapters
 from apiary.models.adapters import LanguageModel
 from apiary.models.inference import ModelProbe
@@ -23,9 +26,10 @@ class Evaluation(NamedTuple):
 
     score: Score
     interval: tuple[float, float] | None  # 95% interval of the loss over these examples; None of too few
+    deciding: Score | None = None  # on the examples by which the server decides, where some are set apart for that
 
 
-def on_held_out(lm: LanguageModel, held_out: Corpus, seed: int) -> Callable[[StateDict], Evaluation]:
+def on_held_out(lm: LanguageModel, held_out: HeldOut, seed: int) -> Callable[[StateDict], Evaluation]:
     """The function that measures an adapter on the server's held-out examples.
 
     Args:
@@ -36,11 +40,15 @@ def on_held_out(lm: LanguageModel, held_out: Corpus, seed: int) -> Callable[[Sta
 
     def evaluate(adapter: StateDict) -> Evaluation:
         adapters.set_adapter(lm, adapter)
-        nats, tokens = ModelProbe(lm).losses(held_out)
-        score = Score(float(nats.sum()), int(tokens.sum()), len(nats))
-        return Evaluation(score, intervals.over_rows(nats, tokens, seed=seed))
+        nats, tokens = ModelProbe(lm).losses(held_out.corpus)
+        deciding = None if held_out.deciding is None else _score(*ModelProbe(lm).losses(held_out.deciding.corpus))
+        return Evaluation(_score(nats, tokens), intervals.over_rows(nats, tokens, seed=seed), deciding)
 
     return evaluate
+
+
+def _score(nats: Floats, tokens: NDArray[np.int64]) -> Score:
+    return Score(float(nats.sum()), int(tokens.sum()), len(nats))
 
 
 def is_due(number: int, config: RunConfig) -> bool:
@@ -71,19 +79,20 @@ def combine(server: Evaluation | None, panel: Scores | None) -> tuple[Scores, di
         panel: what the clients of the panel reported; None where clients are not asked.
 
     Returns:
-        The scores by which the run stops early, and the fields of the `evaluate` event.
+        The scores that decide which round is best and when a run stops early, and the fields of the `evaluate` event.
     """
     scores: Scores = {}
     fields: dict[str, Any] = {}
     if server is not None:
-        scores = {"": server.score}
+        scores = {"": server.deciding or server.score}
         fields = {
             "loss": server.score.loss,
             "ci95": list(server.interval) if server.interval else None,
             "n": server.score.examples,
         }
+        if server.deciding is not None:
+            fields["deciding"] = {"loss": server.deciding.loss, "n": server.deciding.examples}
     if panel is not None:
-        # Stopping early on the examples of the final table would flatter it.
         scores, panel_fields = client_scores.panel_fields(panel)
         fields |= panel_fields
     return scores, fields

@@ -35,6 +35,10 @@ from server.sampling import Draw, choose, panel
 from strategies import Aggregator, ServerState
 
 logger = logging.getLogger(__name__)
+_UNDECIDED = (
+    "no client tells a loss to decide by: while that is so, evaluate.patience cannot stop the run, and the last round "
+    "is delivered"
+)
 Reply = TypeVar("Reply")
 
 
@@ -42,6 +46,8 @@ class Progress(NamedTuple):
     """Plain values that a checkpoint keeps beside the tensors."""
 
     best: Mapping[str, Sequence[float]] = MappingProxyType({})  # by client, its `Score` at the best evaluation
+    best_trained: Mapping[str, Sequence[float]] = MappingProxyType({})  # likewise, the one before training left out
+    best_round: int | None = None  # of the latter; None before there is one
     evaluations_without_gain: int = 0
     stopped: bool = False
     last_round: Mapping[str, int] = MappingProxyType({})  # by client, the last round in which its update counted
@@ -65,10 +71,20 @@ class Progress(NamedTuple):
         last_round = {**self.last_round, update.client: number}
         return self._replace(last_round=last_round, ranks={**self.ranks, **pruned})
 
-    def with_scores(self, scores: Scores) -> Progress:
-        """With the clients' scores of another evaluation, which may be the best so far."""
+    def with_scores(self, number: int, scores: Scores) -> Progress:
+        """With the scores of the evaluation after round `number`, which may be the best so far.
+
+        The untuned model counts where it is asked whether a run still gets better. It is no round that could be
+        delivered, so the best of the rounds is known besides; the two are the same once a round is better than it.
+        """
+        if not scores:  # nobody has told one
+            return self
         best = client_scores.update_best(Best(self.best, self.evaluations_without_gain), scores)
-        return self._replace(best=best.scores, evaluations_without_gain=best.without_gain)
+        after = self._replace(best=best.scores, evaluations_without_gain=best.without_gain)
+        trained = client_scores.update_best(Best(self.best_trained, 0), scores)
+        if number == 0 or min(best.without_gain, trained.without_gain) > 0:
+            return after
+        return after._replace(best_trained=scores, best_round=number)
 
 
 class Hooks(NamedTuple):
@@ -318,14 +334,15 @@ class Rounds(Strategy):
         if self.config.scores_from_clients:
             messages = list(self.configure_evaluate(number, ArrayRecord(), ConfigRecord(), grid))
             sent = self._payloads.count_bytes(messages, "evaluate")
-            metrics = self.aggregate_evaluate(number, self._exchange(grid, messages, number))
-            panel_scores = metrics or {}  # type: ignore[assignment]
+            replies = self._exchange(grid, messages, number)
+            panel_scores = self.aggregate_evaluate(number, replies) or {}  # type: ignore[assignment]
         scores, fields = evaluation.combine(server, panel_scores)
         self._log.event("evaluate", round=number, **fields, **sent)
-        if scores:
-            self.progress = self.progress.with_scores(scores)
-            if reason := evaluation.stop_reason(self.progress.evaluations_without_gain, self.config):
-                self._stop(number, reason)
+        if not scores and number == 0 and self.config.evaluate.patience:
+            self._log.event("warning", round=number, message=_UNDECIDED)
+        self.progress = self.progress.with_scores(number, scores)
+        if reason := evaluation.stop_reason(self.progress.evaluations_without_gain, self.config):
+            self._stop(number, reason)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """The `Score` of each client on its own held-out rows, a list of its three sums: zeros if they are too few."""

@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import strategies
-from apiary.config import loading, summary
+from apiary.config import summary
 from apiary.config.schema import RunConfig
 from apiary.core import files
 from apiary.core.errors import RunFailed, UserError
 from apiary.data import stages, tokenization
-from apiary.data.federation import too_few_clients
+from apiary.data.federation import set_deciding_apart, too_few_clients, undecided
 from apiary.data.stages import rows_by_stage, unlimited_buffers
 from apiary.evaluation import comparison, continual
 from apiary.models import adapter_files, adapters
 from apiary.privacy import plan as privacy_plan
 from apiary.privacy import sampling
 from apiary.report import write_report
-from apiary.tracking import environment, event_log, metrics_file, trackers
+from apiary.tracking import environment, event_log, metrics_file, run_directory, trackers
 from apiary.tracking.event_log import RunLog
 from client import curation, handlers
 from client.training import objectives
@@ -82,10 +82,13 @@ def plan(config: RunConfig) -> Plan:
         sampling.noise_multiplier(config, rows[sampling.worst(config, rows)])  # there may be none that is enough
     if not federation.test:
         raise UserError("no held-out examples: set data.test_fraction above 0, or data.test to a held-out source")
+    if wrong := undecided(federation, config):
+        raise UserError(*wrong)
     trusted_update.rows(config, federation.test)
     lm = adapters.load(config.model, config.adapter)
     template = tokenization.make_template(config.prompt, lm.tokenizer)
-    held_out = comparison.prepare(federation.test, template, lm, config)
+    figures, deciding = set_deciding_apart(federation, config)
+    held_out = comparison.prepare_apart(figures.test, deciding, template, lm, config)
     tokenization.check_template((example for client in federation.clients for example in client.train), template)
     if not held_out.examples:
         tokenization.check_template(federation.test, template)
@@ -105,24 +108,34 @@ def simulate(
         observers: receive every event, for progress and trackers.
 
     Raises:
-        UserError: wrong input; nothing was written.
+        UserError: wrong input, or another process writes `folder`; nothing was written.
         apiary.core.errors.RunFailed: too few clients answered well, or the model that they made gives no number.
     """
+    with run_directory.claim(folder) as warnings:
+        run_directory.check_folder(config, folder, resume)
+        return _simulate(config, folder, observers, warnings)
+
+
+def _simulate(
+    config: RunConfig, folder: Path, observers: Sequence[Observer], warnings: Sequence[str]
+) -> dict[str, Any]:
+    """A run in a directory that belongs to this process and can take it."""
     began = time.monotonic()
-    _check_folder(config, folder, resume)
     for observer in observers:
         observer({"event": "phase", "name": "loading"})
     prepared = plan(config)
-    folder.mkdir(parents=True, exist_ok=True)
     files.sweep(folder)
     files.write_atomic(folder / "config.toml", config.to_toml())
     log = _open_log(config, folder, observers, [client.name for client in prepared.federation.clients])
     try:
+        for line in warnings:
+            log.event("warning", message=line)
         _report_rows(log, prepared)
         app = make_app(log, prepared.held_out)
         ENGINES.build(config.simulate.engine, config=config)(app, config, len(prepared.federation.clients), folder)
         adapter = adapter_files.read_adapter(prepared.lm, folder / "adapter" / "adapter_model.safetensors")
-        metrics = summarise(prepared, adapter, folder, log)
+        figures, _ = set_deciding_apart(prepared.federation, config)
+        metrics = summarise(prepared._replace(federation=figures), adapter, folder, log)
         metrics["seconds"] = round(event_log.spent_before(folder) + time.monotonic() - began, 1)
         log.event("finish", seconds=metrics["seconds"])
         metrics_file.write_metrics(folder, metrics)
@@ -137,42 +150,8 @@ def simulate(
     return metrics
 
 
-def _check_folder(config: RunConfig, folder: Path, resume: bool) -> None:
-    """Check that the run directory can take this run.
-
-    Raises:
-        UserError: it holds another run, or something that is none.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{str(folder)!r} is a file; choose another --out")
-    if not folder.exists() or all(files.is_draft(path) for path in folder.iterdir()):
-        return  # with --resume as well: a scheduler that always gives it begins the run so
-    if not resume:
-        raise UserError(f"{str(folder)!r} is not empty: add --resume to go on with that run, or choose another --out")
-    if not (folder / "config.toml").exists():
-        raise UserError(
-            f"--resume: {str(folder)!r} holds no run (no config.toml), but other files; choose another --out"
-        )
-    stored = loading.load(folder / "config.toml")
-    if stored != config:
-        raise UserError(
-            f"--resume: the configuration differs from the run's own in {', '.join(_differences(stored, config))}"
-        )
-
-
-def _differences(a: RunConfig, b: RunConfig) -> list[str]:
-    left, right = a.model_dump(), b.model_dump()
-    found = []
-    for section, value in left.items():
-        if isinstance(value, dict):
-            found += [f"{section}.{key}" for key in value if value[key] != right[section][key]]
-        elif value != right[section]:
-            found.append(section)
-    return found
-
-
 def _open_log(config: RunConfig, folder: Path, observers: Sequence[Observer], clients: Sequence[str]) -> RunLog:
-    found = checkpoint.load(folder / "checkpoints")
+    found = checkpoint.load(folder / "checkpoints", config)
     if (folder / "log.jsonl").exists():
         event_log.truncate_after(folder, found[0].round if found else 0)
     log = RunLog(folder, [*observers, *([trackers.tracker(config, folder)] if config.log.trackers else [])])

@@ -22,7 +22,7 @@ from apiary.models import adapters
 from apiary.models.adapters import LanguageModel
 from apiary.privacy import statement
 from apiary.report.data import OUTCOMES, gain_of
-from apiary.tracking import environment, event_log, metrics_file
+from apiary.tracking import delivery, environment, event_log, metrics_file
 from apiary.tracking.event_log import RunLog
 from apiary.tracking.run_directory import result_folders
 from client import round_files
@@ -55,10 +55,14 @@ def summarise(prepared: Plan, adapter: StateDict, folder: Path, log: RunLog) -> 
     """
     config, federation, lm, template, held_out = prepared
     events = event_log.read_events(folder)
-    took_part = visits.of_run(federation.clients, config, events, folder)
+    delivered = delivery.of_events(events)
+    upto = delivered.round if delivered else config.rounds
+    # What made the adapter that is delivered: the baselines are trained as far as that and no farther.
+    counted = [event for event in events if event["event"] not in ("client", "round") or event["round"] <= upto]
+    took_part = visits.of_run(federation.clients, config, counted, folder)
     if set(config.evaluate.baselines) - {"base"}:
         log.event("phase", name="baselines")
-    finished = sum(event["event"] == "round" for event in events)
+    finished = sum(event["event"] == "round" for event in counted)
     trained = baselines.train_all(config, lm, template, took_part, finished, folder, log)
     log.event("phase", name="evaluating")
     own = _personal(prepared, adapter, folder, {client.client for client in took_part})
@@ -70,7 +74,7 @@ def summarise(prepared: Plan, adapter: StateDict, folder: Path, log: RunLog) -> 
     nats = {method: run.nats for method, run in runs.items()}
     row_losses.write_row_losses(folder, held_out.examples, runs["federated"].tokens, nats)
     kind = kind_of(config, federation)
-    told, unlike = _accounts(trained, events), baselines.unlike(config, took_part)
+    told, unlike = _accounts(trained, counted), baselines.unlike(config, took_part)
     return {
         "schema": 1,
         "run": folder.name,
@@ -91,6 +95,7 @@ def summarise(prepared: Plan, adapter: StateDict, folder: Path, log: RunLog) -> 
         "skills": comparison.by_kind(kind, runs, held_out) if kind and config.evaluate.generate else {},
         "rounds": metrics_file.rounds_table(events),
         "samples": _samples(prepared, runs, kind),
+        "delivered": delivered._asdict() if delivered else None,
         **continual.results(events, runs, held_out, config),
         **({"share": config.adapter.share} if own else {}),
         "rank": exported_rank(adapter),

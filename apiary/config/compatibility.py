@@ -122,6 +122,24 @@ def _stopped_before_the_last_task(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _stopped_by_nothing(config: RunConfig) -> Iterator[str]:
+    if config.evaluate.patience and not config.evaluate.every:
+        yield (
+            f"evaluate.patience = {config.evaluate.patience}: evaluate.every = 0 measures nothing between rounds, so "
+            "nothing could stop the run; set evaluate.every = 1"
+        )
+
+
+def nothing_decides(config: RunConfig) -> str:
+    """Why a deployment without held-out rows on its server (`data.test`) could not stop early; "" where it can."""
+    if not config.evaluate.patience or config.scores_from_clients:
+        return ""
+    return (
+        f"evaluate.patience = {config.evaluate.patience}: no rows decide when to stop, for clients tell no loss "
+        "(evaluate.clients, privacy.unit) and the server has no held-out rows; set data.test, or 0"
+    )
+
+
 def _ranks(config: RunConfig) -> Iterator[str]:
     adapter = config.adapter
     if adapter.ranks != "memory" and (odd := [rank for rank in adapter.ranks if not 1 <= rank <= adapter.rank]):
@@ -196,6 +214,11 @@ def _personal_factors(config: RunConfig) -> Iterator[str]:
         yield f"continual.stages: what is forgotten is measured on one model for all, and {share} makes one a client"
     if config.simulate.attackers:
         yield f"simulate.attackers = {config.simulate.attackers:g}: attacks aim at one model for all; {share} has none"
+    if config.evaluate.patience:
+        yield (
+            f"evaluate.patience = {config.evaluate.patience}: {share} leaves each client a factor of the last round, "
+            "so no earlier one could be delivered; set 0"
+        )
     if config.evaluate.clients is False:
         yield f"evaluate.clients = false: {share} leaves models that clients alone can score; leave the key out"
 
@@ -213,6 +236,7 @@ _RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _too_many_stages,
     _nothing_to_remember,
     _stopped_before_the_last_task,
+    _stopped_by_nothing,
     _ranks,
     _scaffold,
     _seeds,

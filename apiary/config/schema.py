@@ -315,7 +315,12 @@ class EvaluateConfig(_Section):
         "as many steps as one client makes, each on as many tokens as all clients); each but base takes as long as "
         "the training of all clients",
     )
-    patience: int = Field(0, ge=0, description="stop after this many evaluations without a better loss; 0 = never")
+    patience: int = Field(
+        0,
+        ge=0,
+        description="stop after this many evaluations without a better loss, and deliver the best round; half of the "
+        "held-out rows decide, the figures are on the others; 0 = never stop, deliver the last round, keep the best",
+    )
     samples: int = Field(6, ge=0, description="held-out prompts whose answers are shown in the report")
 
 

@@ -3,7 +3,7 @@
     ValueError
     ├── UserError            the user's input is wrong: one line, exit code 2
     │   ├── Unwritable       (apiary.data.templates) a conversation that a template can't write
-    │   └── StillGoing       (deploy.runs) a run is still under way
+    │   └── StillGoing       (apiary.tracking.run_directory) a run is still under way
     ├── WireError            a message doesn't hold what it should
     │   └── Poisoned         ... which no honest client would send
     ├── CodecError           a coded tensor is of no use to the receiver

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import logging
+import errno
 import math
 import os
 import shutil
+import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-_logger = logging.getLogger(__name__)
+_held: set[int] = set()  # descriptors of the locks of this process
 
 
 def finite(value: Any) -> Any:
@@ -30,25 +31,96 @@ def finite(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def hold(folder: Path) -> Iterator[None]:
-    """Holds a run directory for one process, until the end or the process's death; no file is written for it.
+def hold(path: Path) -> Iterator[bool]:
+    """Hold a lock file for this process, until the block ends or the process dies, however it dies.
+
+    The lock is flock(2) on an open file, not the presence of the file: a killed process leaves none behind. The file is
+    made here, holds the id of the process and its machine for whoever is refused, and is removed at the end. It is open
+    for writing, for NFS locks no other; on NFS it holds for all machines that mount the folder so. Other programs that
+    this process starts do not inherit it, and a fork lets go of it: what outlives a killed process holds nothing.
+
+    Args:
+        path: the lock file; its folder exists.
+
+    Yields:
+        Whether the lock protects; False where the system or the file system has no locks.
 
     Raises:
-        BlockingIOError: another process holds it.
+        Held: another process, or another block of this one, holds it.
+        OSError: the file cannot be made.
     """
-    import fcntl  # not on every system that simulates
-
-    handle = os.open(folder, os.O_RDONLY)
+    handle, locked = _lock(path)
+    _held.add(handle)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise
-        except OSError:  # a file system without locks
-            _logger.debug("%s cannot be locked", folder)
-        yield
+        yield locked
     finally:
+        if handle in _held:  # not in a forked child, which has let go of it
+            path.unlink(missing_ok=True)  # still held: who opened this file meanwhile finds that it is gone
+            _held.discard(handle)
+            os.close(handle)
+
+
+class Held(Exception):
+    """A lock is held; the text says by whom, as far as that is known."""
+
+
+def _lock(path: Path) -> tuple[int, bool]:
+    """An open lock file, and whether it is locked."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            if not _flock(handle):
+                return handle, False
+            if _is_at(handle, path):
+                os.ftruncate(handle, 0)
+                os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+                return handle, True
+        except BlockingIOError:
+            whose = os.pread(handle, 200, 0).decode(errors="replace").strip()
+            os.close(handle)
+            raise Held(whose or "another process") from None
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)  # its holder has removed the file between our two calls
+
+
+def _flock(handle: int) -> bool:
+    """Whether a file could be locked; False where there are no locks.
+
+    Raises:
+        BlockingIOError: another open file holds the lock.
+    """
+    try:
+        import fcntl  # not on every system that simulates
+    except ImportError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise BlockingIOError(error.errno, os.strerror(error.errno)) from None
+        return False  # a file system without locks
+    return True
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether an open file is the one that `path` names."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _let_go() -> None:
+    """In a forked child: close its copies of the locks, which would otherwise outlive the parent."""
+    for handle in _held:
         os.close(handle)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 def own_folder(folder: Path) -> None:

@@ -20,6 +20,7 @@ from apiary.data.examples import (
 from apiary.data.partitions import PARTITIONS, Table
 
 IN_HELD_OUT = "also in the held-out set"
+FEWEST = 5  # held-out rows; of fewer a client tells no loss, for the sum would say too much of each
 
 
 class ClientData(NamedTuple):
@@ -46,6 +47,55 @@ def is_held_out(example: Example, fraction: float) -> bool:
     between the sites.
     """
     return int.from_bytes(_question_digest(example)[:8], "big") < fraction * 2.0**64
+
+
+def decides(example: Example) -> bool:
+    """Whether a held-out row is in the half that decides which round is best, and not in that of the figures.
+
+    By other bytes of the same hash as `is_held_out`, so equal questions are in the same half at every site.
+    """
+    return _question_digest(example)[-1] < 128
+
+
+def set_deciding_apart(federation: Federation, config: RunConfig) -> tuple[Federation, tuple[Example, ...]]:
+    """Set the held-out rows that decide when a run stops apart from those of its figures.
+
+    Without `evaluate.patience` there are none: figures are on all held-out rows.
+
+    Returns:
+        The federation with only the held-out rows of the figures, those of the clients and those of the table; and the
+        rows by which the server decides, empty where its clients do, each by its own (`decides`).
+    """
+    if not config.evaluate.patience:
+        return federation, ()
+    by_clients = config.scores_from_clients
+    rows = [row for client in federation.clients for row in client.test] if by_clients else federation.test
+    deciding = tuple(filter(decides, rows))
+    known = set(map(_question_digest, deciding))
+
+    def apart(rows: Sequence[Example]) -> tuple[Example, ...]:
+        return tuple(row for row in rows if _question_digest(row) not in known)
+
+    clients = tuple(client._replace(test=apart(client.test)) for client in federation.clients)
+    figures = federation._replace(clients=clients, test=apart(federation.test))
+    return figures, () if by_clients else deciding
+
+
+def undecided(federation: Federation, config: RunConfig) -> list[str]:
+    """A line that says so where a simulation would stop early, but has too few rows to decide by or to measure on."""
+    patience = config.evaluate.patience
+    if not patience or not federation.test:
+        return []
+    figures, deciding = set_deciding_apart(federation, config)
+    start = f"evaluate.patience = {patience}: half of the held-out rows decide, the others are for the figures, and"
+    fix = "raise data.test_fraction, or set 0"
+    if config.scores_from_clients:
+        most = max(sum(map(decides, client.test)) for client in federation.clients)
+        if most < FEWEST:
+            return [f"{start} no client has {FEWEST} to decide by (the most is {most}); {fix}"]
+    elif not deciding:
+        return [f"{start} none is left to decide by; {fix}"]
+    return [] if figures.test else [f"{start} none is left for the figures; {fix}"]
 
 
 def _question_digest(example: Example) -> bytes:

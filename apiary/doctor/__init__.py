@@ -181,9 +181,10 @@ def _template(config: RunConfig, lm: LanguageModel | None) -> Template | None:
 
 
 def _federation_problems(config: RunConfig, federation: Federation) -> Iterator[str]:
-    from apiary.data.federation import too_few_clients
+    from apiary.data.federation import too_few_clients, undecided
 
     yield from too_few_clients(config, len(federation.clients))
+    yield from undecided(federation, config)
     if not federation.test:
         yield (
             f"data.test_fraction = {config.data.test_fraction}: leaves no held-out example; raise "
@@ -220,10 +221,12 @@ def _warnings(config: RunConfig, federation: Federation, lm: LanguageModel, temp
         UserError: no held-out example can be used, or the model has too few positions for the longest.
     """
     from apiary.data import tokenization
+    from apiary.data.federation import set_deciding_apart
     from apiary.evaluation import comparison
 
-    held_out = comparison.prepare(federation.test, template, lm, config)
-    if federation.test and not held_out.examples:
+    figures, _ = set_deciding_apart(federation, config)
+    held_out = comparison.prepare(figures.test, template, lm, config)
+    if figures.test and not held_out.examples:
         tokenization.check_template(federation.test, template)
         raise UserError(f"prompt.max_tokens = {config.prompt.max_tokens}: no held-out example fits; raise it")
     return comparison.data_warnings(federation, held_out, template, lm, config)

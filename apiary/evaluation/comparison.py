@@ -32,6 +32,7 @@ class HeldOut(NamedTuple):
     questions: tuple[list[int], ...]  # prompt token ids; none where answers are not asked for
     answers: tuple[str, ...]
     left_out: int = 0  # of those drawn, the ones that cannot be used
+    deciding: HeldOut | None = None  # other examples, by which the server decides which round is best, if it does
 
 
 class Measured(NamedTuple):
@@ -71,6 +72,34 @@ def prepare(examples: Sequence[Example], template: Template, lm: LanguageModel, 
         usable, questions = [e for e, _ in asked], [ids for _, ids in asked]
     corpus = tokenization.encode_all(usable, template, lm.tokenizer, config.prompt)
     return HeldOut(tuple(usable), corpus, tuple(questions), tuple(map(answer, usable)), len(drawn) - len(usable))
+
+
+def prepare_apart(
+    examples: Sequence[Example], deciding: Sequence[Example], template: Template, lm: LanguageModel, config: RunConfig
+) -> HeldOut:
+    """As `prepare`, with other examples by which the server decides which round is best.
+
+    Args:
+        examples: of the table.
+        deciding: of the decision; empty where it is not the server's.
+        template: how an example becomes text.
+        lm: the model.
+        config: the run.
+
+    Raises:
+        UserError: the model has too few positions, or no example of the decision can be used.
+    """
+    held_out = prepare(examples, template, lm, config)
+    if not deciding:
+        return held_out
+    loss_only = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"generate": False})})
+    apart = prepare(deciding, template, lm, loss_only)
+    if not apart.examples:
+        raise UserError(
+            f"evaluate.patience = {config.evaluate.patience}: none of the {len(deciding)} held-out examples that would "
+            "decide fits prompt.max_tokens; raise it, or set 0"
+        )
+    return held_out._replace(deciding=apart)
 
 
 def _question(example: Example, template: Template, lm: LanguageModel, config: RunConfig) -> list[int] | None:

@@ -24,13 +24,28 @@ OF_THE_SITE = ("data",)  # tables that say where private data lies
 
 
 def save_adapter_folder(
-    lm: LanguageModel, adapter: StateDict, folder: Path, config: RunConfig, run: Path | None = None
+    lm: LanguageModel,
+    adapter: StateDict,
+    folder: Path,
+    config: RunConfig,
+    run: Path | None = None,
+    *,
+    rounds: int | None = None,
 ) -> None:
-    """A PEFT folder that any tool loads, with a model card and the run's settings; `run` is the folder's where None."""
+    """Write a PEFT folder that any tool loads, with a model card and the run's settings.
+
+    Args:
+        lm: the base with its adapter.
+        adapter: what is written.
+        folder: where to.
+        config: the run.
+        run: its directory; the parent of `folder` where None.
+        rounds: how many made the adapter; those of the run where None.
+    """
     template = make_template(config.prompt, lm.tokenizer)
     config = with_template(config, template.name)
     privacy = statement.read(run or folder.parent)
-    text = card(config, exported_rank(adapter), None, privacy, exported=False, why=template.why)
+    text = card(config, exported_rank(adapter), None, privacy, exported=False, why=template.why, rounds=rounds)
     if config.adapter.share != "both" and is_half(adapter):
         text += "\nThese are the factors A that clients share. B is zero: each client has its own, and keeps it.\n"
     adapter_files.save_adapter(lm, adapter, folder, text)

@@ -22,6 +22,7 @@ def card(
     merged: bool = False,
     exported: bool = True,
     why: str = "",
+    rounds: int | None = None,
 ) -> str:
     """The model card: what it was tuned from, how, and how well it did.
 
@@ -33,8 +34,10 @@ def card(
         merged: whether the card is for a whole model.
         exported: whether the base stands beside the adapter.
         why: what there is to say of the choice of the template.
+        rounds: how many made the adapter; where None, as the results say, else those of the run.
     """
-    name = config.model.name
+    name, told = config.model.name, (metrics or {}).get("delivered") or {}
+    made = rounds or told.get("round") or config.rounds
     template = f"`{Path(config.prompt.template).name}`" + (f" ({why})" if why else "")
     lines = [
         "---",
@@ -44,7 +47,7 @@ def card(
         "---",
         "# A federated LoRA adapter" + (", merged into its base" if merged else ""),
         "",
-        f"Tuned with Apiary from `{public_name(name)}` by federated learning in {config.rounds} rounds, by "
+        f"Tuned with Apiary from `{public_name(name)}` by federated learning in {made} rounds, by "
         f"{summary.sentence(config)}; prompt template {template}. "
         f"Clients sent {summary.sent(config)} and counts.",
         *_grown(config.adapter.rank, rank, merged),

@@ -26,6 +26,7 @@ from apiary.report.page import PAGE
 from apiary.report.verdict import (
     against,
     attacked,
+    delivered,
     headline,
     nobody_joined,
     not_alike,
@@ -172,7 +173,7 @@ def _caption(metrics: Metrics) -> str:
     notes += filter(None, [nobody_joined(metrics)])
     if count and not any(row.ci95.loss for row in metrics.table):
         notes.append(f"no interval of the loss: fewer than {intervals.FEWEST_ROWS} held-out examples")
-    notes += filter(None, [personal(metrics), clean(attacked(metrics))])
+    notes += filter(None, [clean(delivered(metrics)), personal(metrics), clean(attacked(metrics))])
     noise = " without noise" if "local" in metrics.noiseless else " (not alike)" if "local" in metrics.unlike else ""
     own = gain_on_own(metrics)
     rows = f" ({rows_text(own)})" if own and own.rows else ""

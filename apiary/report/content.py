@@ -35,6 +35,7 @@ from apiary.report.stages import stages_content
 from apiary.report.verdict import (
     against,
     caveat,
+    delivered,
     headline,
     nats,
     not_alike,
@@ -62,7 +63,7 @@ def page_content(metrics: Metrics, events: Sequence[Event], config: str) -> dict
     return {
         "metrics": metrics,
         "headline": headline(metrics),
-        "second": second(metrics),
+        "second": " ".join(filter(None, [second(metrics), delivered(metrics)])),
         "tiles": _tiles(metrics, own, everyone),
         "rows": [_row(row, metrics.table) for row in metrics.table],
         "meaning": MEANING,
@@ -81,7 +82,7 @@ def page_content(metrics: Metrics, events: Sequence[Event], config: str) -> dict
         "cost_chart": plots.cost_chart(metrics),
         "sites": sites.grid(metrics),
         "sites_said": sites.sentences(metrics),
-        "sites_chart": plots.sites_chart(sites.told(metrics)),
+        "sites_chart": plots.sites_chart(sites.told(metrics, to_the_end=True)),
         "sent": _sent(metrics),
         "own": own,
         "own_said": _gains_said(own, caveat(metrics, "local")),

@@ -121,6 +121,16 @@ class Traits(_Part):
     scalars: int = 0
 
 
+class Delivered(_Part):
+    """Which round is delivered, and by which rows that was decided; see `apiary.tracking.delivery`."""
+
+    round: int
+    last: int
+    best: int | None = None
+    rows: str = ""
+    kept: str = ""
+
+
 class Round(_Part):
     """One federated round; round 0 is the state before training."""
 
@@ -238,6 +248,7 @@ class Metrics(_Part):
     curation: Mapping[str, CurationPart] = Field(default_factory=dict)
     share: str = "both"  # `adapter.share`
     rank: int | None = None  # of the adapter that is exported
+    delivered: Delivered | None = None  # None in a run of an earlier version
     attack: Attack | None = None  # of a simulation with attackers
     privacy: Mapping[str, Any] = Field(default_factory=dict)
     seconds: float | None = None

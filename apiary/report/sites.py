@@ -6,6 +6,7 @@ is no interval around what is said here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -64,9 +65,10 @@ def with_sites(metrics: Metrics, events: Iterable[Event]) -> Metrics:
     return metrics.model_copy(update={"sites": tuple(map(OwnRound.model_validate, own_rounds(events)))})
 
 
-def told(metrics: Metrics) -> list[OwnRound]:
-    """The rounds in which a site told a loss."""
-    return [measured for measured in metrics.sites or () if _losses(measured)]
+def told(metrics: Metrics, *, to_the_end: bool = False) -> list[OwnRound]:
+    """The rounds in which a site told a loss, up to the one that is delivered or to the end."""
+    last = math.inf if to_the_end or metrics.delivered is None else metrics.delivered.round
+    return [measured for measured in metrics.sites or () if measured.round <= last and _losses(measured)]
 
 
 def change(metrics: Metrics) -> Change | None:

@@ -10,6 +10,7 @@ from apiary.core import formatting
 from apiary.evaluation import intervals
 from apiary.report import sites
 from apiary.report.data import Gain, MethodName, Metrics, Outcome, Row, gain_on_own
+from apiary.tracking import delivery
 
 Verdict: TypeAlias = Literal["better", "worse", "unclear", "few"]
 
@@ -224,6 +225,21 @@ def second(metrics: Metrics) -> str:
     compared = row_by_row(metrics, other) if other else ""
     said = [compared, personal(metrics), attacked(metrics), nobody_joined(metrics) or _meaning(metrics, joint)]
     return " ".join(filter(None, said))
+
+
+def delivered(metrics: Metrics) -> str:
+    """Which round is delivered, by which rows that was decided, and where the best one is; empty where it is not told.
+
+    Sites' own losses are those that decide, where they do: then that is said too.
+    """
+    found = metrics.delivered
+    if found is None:
+        return ""
+    told = delivery.sentence(delivery.read(found.model_dump()))
+    by_sites = metrics.sites is not None and found.best is not None and found.rows.startswith("clients")
+    if by_sites and found.round == found.best != found.last:
+        told += " The losses of the sites in this report are on these same rows, and so lean to the good side."
+    return told
 
 
 def attacked(metrics: Metrics) -> str:

@@ -29,6 +29,7 @@ from apiary.core.formatting import (
     missed_text,
     seconds_text,
 )
+from apiary.tracking import delivery
 from apiary.tracking.event_log import Event, Observer
 
 _NAMED = 6  # how many waiting clients are named; the others are counted
@@ -302,6 +303,8 @@ def line(state: State, event: Event) -> str | None:
             return f"baselines: trained in {seconds_text(event.get('seconds'))}"
         case "stop":
             return f"stopped after round {event['round']}: {clean(event['reason'])}"
+        case delivery.EVENT:
+            return clean(delivery.sentence(delivery.read(event)))
         case "finish":
             return f"finished in {seconds_text(event.get('seconds'))}" + _result(state)
     return None
@@ -416,7 +419,7 @@ class Board:
         if event["event"] in ("refused", "warning", "stop"):
             style = "yellow" if event["event"] == "warning" else "red"
             self._console.print(Text(line(self._state, event) or "", style=style))
-        elif event["event"] == "template":
+        elif event["event"] in ("template", delivery.EVENT):
             self._console.print(Text(line(self._state, event) or "", style="dim"))
         elif event["event"] == "round":
             for text in _asides(self._state, event):

@@ -62,6 +62,8 @@ def test_every_feature_works_by_itself() -> None:
         ),
         (["continual.buffer=0.1"], "nothing to replay", "name the stages"),
         ([STAGES, "evaluate.patience=2"], "leave out the later", "set 0"),
+        (["evaluate.patience=2", "evaluate.every=0"], "measures nothing between rounds", "evaluate.every = 1"),
+        (["evaluate.patience=2", "adapter.share=a"], "no earlier one could be delivered", "set 0"),
     ],
 )
 def test_what_cannot_go_together_is_refused_with_reason_and_way_out(

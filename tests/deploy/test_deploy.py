@@ -37,6 +37,7 @@ from starlette.testclient import TestClient
 
 from apiary.config import loading
 from apiary.core.errors import UserError
+from apiary.tracking import run_directory
 from apiary.tracking.console import Lines
 from apiary.tracking.event_log import RunLog, truncate_after
 from client import site_worker, worker_rpc
@@ -439,19 +440,19 @@ def test_every_site_takes_the_name_of_a_run(text: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_run_directory_is_not_mixed_up_with_another(resume: bool, tmp_path: Path) -> None:
     run = loading.load()
-    runs.check_folder(run, tmp_path / "new", resume=resume)
-    runs.check_folder(run, tmp_path, resume=resume)  # empty
+    run_directory.check_folder(run, tmp_path / "new", resume=resume)
+    run_directory.check_folder(run, tmp_path, resume=resume)  # empty
     (tmp_path / "run-id").write_text("0123abcd\n")  # of a run that was refused before it began
-    runs.check_folder(run, tmp_path, resume=resume)
+    run_directory.check_folder(run, tmp_path, resume=resume)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="holds no run" if resume else "is not empty"):
-        runs.check_folder(run, tmp_path, resume=resume)
+        run_directory.check_folder(run, tmp_path, resume=resume)
     (tmp_path / "config.toml").write_text(run.to_toml())
     if resume:
-        runs.check_folder(run, tmp_path, resume=True)
+        run_directory.check_folder(run, tmp_path, resume=True)
     other = loading.load(None, ["seed=1"])
     with pytest.raises(UserError, match="differs from the run's own" if resume else "is not empty"):
-        runs.check_folder(other, tmp_path, resume=resume)
+        run_directory.check_folder(other, tmp_path, resume=resume)
 
 
 def test_a_run_is_followed_to_its_end(tmp_path: Path) -> None:

@@ -26,7 +26,6 @@ from typer.testing import CliRunner
 
 from apiary.cli import main
 from apiary.config import loading, schema
-from apiary.core import files
 from apiary.core.errors import RunFailed, UserError
 from apiary.core.messages import Decline, Visit
 from apiary.core.tensors import StateDict
@@ -34,6 +33,7 @@ from apiary.data import federation, stages, tokenization
 from apiary.evaluation.comparison import HeldOut
 from apiary.evaluation.row_losses import ROW_LOSSES_FILE
 from apiary.models import adapters
+from apiary.tracking import run_directory
 from apiary.tracking.event_log import RunLog, read_events
 from apiary.tracking.metrics_file import read_metrics
 from apiary.transport import flower_records
@@ -445,7 +445,7 @@ def test_a_second_process_leaves_a_run_directory_alone(tmp_path: Path, tiny_mode
 
     def federate(log: RunLog, held_out: HeldOut | None) -> StateDict:
         before = _files(tmp_path / "run")
-        with pytest.raises(UserError, match="another process still writes it"):
+        with pytest.raises(UserError, match="a run still goes on in it"):
             deployment_run.run(run, tmp_path / "run", 1, federate)
         assert _files(tmp_path / "run") == before
         raise RunFailed("enough")
@@ -463,6 +463,7 @@ def test_a_resumed_run_sweeps_and_counts_all_its_seconds(tmp_path: Path, tiny_mo
     run = loading.load(None, overrides(tiny_model, rows))
     folder = tmp_path / "run"
     (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config.toml").write_text(run.to_toml())
     earlier = [{"event": "start", "time": 1000.0}, {"event": "phase", "time": 1600.0}]
     (folder / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in earlier))
     drafts = [folder / ".metrics.json.tmp", folder / "checkpoints" / ".round-0001.tmp", folder / ".adapter-1" / "part"]
@@ -575,11 +576,11 @@ def test_a_configuration_of_any_characters_arrives(superlink: SuperLink, tmp_pat
 def test_a_directory_takes_no_second_run_while_one_goes_on(superlink: SuperLink, tmp_path: Path) -> None:
     run, state, out = loading.load(), tmp_path / "state", tmp_path / "run"
     runs.start(state, run, out)
-    with pytest.raises(UserError, match="run 1 still goes on"):  # its process is not up yet
+    with pytest.raises(UserError, match=r"still goes on in it \(run 1\)"):  # its process is not up yet
         runs.start(state, run, out)
     superlink.status = "finished:failed"
     (out / "config.toml").write_text(run.to_toml())
-    with files.hold(out), pytest.raises(UserError, match="still goes on"):  # Flower has lost it, but it works
+    with run_directory.claim(out), pytest.raises(UserError, match="still goes on"):  # Flower has lost it, but it works
         runs.start(state, run, out, resume=True)
     assert len(superlink.given) == 1
     runs.start(state, run, out, resume=True)

@@ -15,13 +15,13 @@ from report_pages import HOSTILE, Page, page, table
 from rich.console import Console
 
 from apiary.config import loading
+from apiary.data import federation
 from apiary.export.model_card import card
 from apiary.report import headline, sites, table_plain, table_text, write_report
 from apiary.report.data import parse_metrics
 from apiary.tracking.console import Lines
 from apiary.tracking.event_log import read_events
 from apiary.tracking.metrics_file import read_metrics
-from client import worker
 from server.app import make_app
 from simulation import engines
 
@@ -174,7 +174,7 @@ def test_many_sites_are_summed_up() -> None:
 
 
 def test_the_report_knows_from_how_many_rows_on_a_site_tells_a_loss() -> None:
-    assert sites.FEWEST == worker._FEWEST
+    assert sites.FEWEST == federation.FEWEST
 
 
 def test_a_whole_deployment_without_rows_on_the_server(tmp_path: Path, tiny_model: Path) -> None:

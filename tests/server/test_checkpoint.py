@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from apiary.config.schema import RunConfig
 from client import round_files
 from client import state as memory
 from client.state import Memory
@@ -22,6 +23,8 @@ from client.training.trainer import Cursor
 from server import checkpoint
 from server.sampling import Draw, choose, panel
 from strategies import ServerState
+
+RUN = RunConfig()
 
 
 def state(number: int) -> ServerState:
@@ -31,8 +34,8 @@ def state(number: int) -> ServerState:
 
 def test_newest_whole_checkpoint_comes_back(tmp_path: Path) -> None:
     for number in (1, 2, 3):
-        checkpoint.save(tmp_path, state(number), {"best_loss": 0.5})
-    loaded = checkpoint.load(tmp_path)
+        checkpoint.save(tmp_path, state(number), {"best_loss": 0.5}, RUN)
+    loaded = checkpoint.load(tmp_path, RUN)
     assert loaded is not None
     assert loaded[0].round == 3 and torch.equal(loaded[0].adapter["w"], state(3).adapter["w"])
     assert loaded[1] == {"best_loss": 0.5}
@@ -41,8 +44,8 @@ def test_newest_whole_checkpoint_comes_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "no index", "half json"])
 def test_damaged_checkpoint_is_passed_over(tmp_path: Path, damage: str) -> None:
-    checkpoint.save(tmp_path, state(1), {})
-    newest = checkpoint.save(tmp_path, state(2), {})
+    checkpoint.save(tmp_path, state(1), {}, RUN)
+    newest = checkpoint.save(tmp_path, state(2), {}, RUN)
     weights = newest / "adapter.safetensors"
     data = weights.read_bytes()
     match damage:
@@ -54,23 +57,24 @@ def test_damaged_checkpoint_is_passed_over(tmp_path: Path, damage: str) -> None:
             (newest / "state.json").unlink()
         case _:
             (newest / "state.json").write_text('{"round": 2,')
-    loaded = checkpoint.load(tmp_path)
+    loaded = checkpoint.load(tmp_path, RUN)
     assert loaded is not None and loaded[0].round == 1
 
 
 def test_nothing_there_is_none(tmp_path: Path) -> None:
-    assert checkpoint.load(tmp_path) is None
+    assert checkpoint.load(tmp_path, RUN) is None
 
 
 _WRITER = """
 import sys, torch
 from pathlib import Path
+from apiary.config.schema import RunConfig
 from server import checkpoint
 from strategies import ServerState
 n = 0
 while True:
     n += 1
-    checkpoint.save(Path(sys.argv[1]), ServerState(n, {"w": torch.full((200, 200), float(n))}, {}, {}), {})
+    checkpoint.save(Path(sys.argv[1]), ServerState(n, {"w": torch.full((200, 200), float(n))}, {}, {}), {}, RunConfig())
     print(n, flush=True)
 """
 
@@ -87,20 +91,20 @@ def test_kill_at_random_moments_never_leaves_a_torn_checkpoint(tmp_path: Path) -
                 time.sleep(0.013 * (attempt + 1))
             finally:
                 process.kill()
-        loaded = checkpoint.load(folder)
+        loaded = checkpoint.load(folder, RUN)
         assert loaded is not None
         assert torch.equal(loaded[0].adapter["w"], torch.full((200, 200), float(loaded[0].round)))
 
 
 def test_full_disk_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint.save(tmp_path, state(1), {})
+    checkpoint.save(tmp_path, state(1), {}, RUN)
 
     def full(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "sync", full)
     with pytest.raises(OSError, match="No space"):
-        checkpoint.save(tmp_path, state(2), {})
+        checkpoint.save(tmp_path, state(2), {}, RUN)
     assert sorted(os.listdir(tmp_path)) == ["round-0001"]
 
 

@@ -108,7 +108,7 @@ def test_the_adapter_is_measured_on_the_servers_rows(tiny_model: Path, rows_file
     held_out = comparison.prepare(examples.read(str(rows_file)).examples[:60], template, lm, run)
     rng = torch.Generator().manual_seed(1)
     adapter = {n: torch.randn(t.shape, generator=rng) * 0.05 for n, t in adapters.fresh_adapter(lm, 0).items()}
-    found = evaluation.on_held_out(lm, held_out.corpus, seed=3)(adapter)
+    found = evaluation.on_held_out(lm, held_out, seed=3)(adapter)
 
     adapters.set_adapter(lm, adapter)
     corpus, nats, tokens = held_out.corpus, 0.0, 0

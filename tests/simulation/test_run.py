@@ -29,6 +29,7 @@ from apiary.export import export, model_card, tuned
 from apiary.models import adapters
 from apiary.report import table_plain
 from apiary.tracking.console import make_progress
+from server import checkpoint
 from simulation.run import simulate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -374,6 +375,54 @@ def test_kill_9_while_baselines_are_trained_changes_no_figure(
     done = finish(resumed(folder))
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((folder / "metrics.json").read_text())["table"] == json.loads(json.dumps(whole["table"]))
+
+
+@pytest.mark.slow
+def test_a_directory_that_a_living_run_writes_is_closed_to_others_and_open_once_it_is_killed(
+    tmp_path: Path, small_run: list[str]
+) -> None:
+    settings = [*small_run, "rounds=2000", "evaluate.baselines=[]", "evaluate.generate=false"]
+    folder = tmp_path / "run"
+    first = start_run(folder, settings)
+    try:
+        _wait_for_round(folder, 1, first)
+        lines = (folder / "log.jsonl").read_text()
+        for again in (lambda: start_run(folder, settings), lambda: resumed(folder)):
+            assert_refused(finish(again()), "a run still goes on in it", f"process {first.pid}", "choose another --out")
+        assert first.poll() is None and (folder / "log.jsonl").read_text().startswith(lines)
+        _wait_for_round(folder, len(events_of(folder, "round")) + 3, first)  # and what it writes still arrives
+    finally:
+        first.kill()
+        first.communicate()
+    second = resumed(folder)
+    try:
+        _wait_for_round(folder, len(events_of(folder, "round")) + 3, second)
+    finally:
+        second.kill()
+        second.communicate()
+    rounds = [event["round"] for event in events_of(folder, "round")]
+    assert rounds == list(range(1, len(rounds) + 1))
+    assert [event["resumed"] > 0 for event in events_of(folder, "start")] == [False, True]
+
+
+def test_a_checkpoint_is_not_taken_on_by_a_configuration_that_was_edited(tmp_path: Path, small_run: list[str]) -> None:
+    folder = tmp_path / "run"
+    run(folder, [*small_run, "rounds=1", "evaluate.baselines=[]", "evaluate.generate=false"])
+    (folder / "metrics.json").unlink()
+    text = (folder / "config.toml").read_text()
+    (folder / "config.toml").write_text(text.replace("lr = 0.005", "lr = 0.05"))
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    done = apiary("simulate", "--out", folder, "--resume")
+    assert_refused(done, "round-0001", "train.lr (0.005 then, 0.05 now)", "config.toml")
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    with pytest.raises(UserError, match=r"train\.lr"):  # and by the rounds themselves, should nobody have looked
+        checkpoint.load(folder / "checkpoints", loading.load(folder / "config.toml"))
+
+
+def test_what_is_wrong_with_a_run_leaves_no_directory(tmp_path: Path, small_run: list[str]) -> None:
+    with pytest.raises(UserError):
+        run(tmp_path / "runs" / "one", [*small_run, "data.source=nowhere.jsonl"])
+    assert list(tmp_path.iterdir()) == []
 
 
 def _wait_for_round(folder: Path, number: int, process: subprocess.Popen[str]) -> None:

@@ -12,7 +12,7 @@ import torch
 from reference import server_opt as papers
 from torch import Tensor
 
-from apiary.config.schema import AdapterConfig
+from apiary.config.schema import AdapterConfig, RunConfig
 from apiary.core.errors import UserError
 from apiary.core.lora import is_b, scaling, split
 from apiary.core.messages import Update
@@ -163,7 +163,7 @@ def test_momentum_goes_on_without_gradient_and_dies_away() -> None:
 def test_a_run_resumed_from_its_checkpoint_is_the_same_to_the_bit(name: str, tmp_path: Path) -> None:
     method, deltas = _method(name), _rounds(6)
     whole = _run(method, deltas)
-    checkpoint.save(tmp_path, _run(method, deltas[:3]), {})
+    checkpoint.save(tmp_path, _run(method, deltas[:3]), {}, RunConfig())
     loaded = checkpoint.load(tmp_path)
     assert loaded is not None
     resumed = _run(_method(name), deltas[3:], loaded[0])

@@ -1,0 +1,106 @@
+"""Held-out rows that decide when a run stops are never those of its figures."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from apiary.config import loading
+from apiary.config.schema import RunConfig
+from apiary.data.examples import Example, Turn
+from apiary.data.federation import (
+    FEWEST,
+    ClientData,
+    Federation,
+    decides,
+    federate,
+    is_held_out,
+    set_deciding_apart,
+    undecided,
+)
+
+
+def rows(*numbers: int) -> tuple[Example, ...]:
+    return tuple(Example((Turn("user", f"question {n}"), Turn("assistant", str(n))), {}) for n in numbers)
+
+
+def questions(examples: Iterable[Example]) -> set[str]:
+    return {example.turns[0].text for example in examples}
+
+
+ROWS = rows(*range(400))
+POOLED = Federation(
+    (ClientData("a", (), ROWS[:200]), ClientData("b", (), ROWS[200:])),
+    ROWS,
+    (),
+)
+
+
+def configured(*overrides: str) -> RunConfig:
+    return loading.load(None, ["evaluate.patience=3", *overrides])
+
+
+def test_about_half_decide_whether_or_not_they_are_held_out_by_little() -> None:
+    few = [row for row in rows(*range(4000)) if is_held_out(row, 0.1)]
+    for some in (ROWS, few):  # 400 rows: half, give or take 5 standard deviations of 10
+        assert abs(sum(map(decides, some)) - len(some) / 2) < 5 * (len(some) / 4) ** 0.5
+
+
+def test_a_question_is_in_one_half_however_it_is_written_and_goes_on() -> None:
+    for row in ROWS[:40]:
+        text = row.turns[0].text
+        other = Example((Turn("user", f"  {text.upper()} "), Turn("assistant", "x"), Turn("user", "and then?")), {})
+        assert decides(other) == decides(row)
+
+
+def test_without_patience_nothing_is_set_apart() -> None:
+    figures, deciding = set_deciding_apart(POOLED, RunConfig())
+    assert figures is POOLED and deciding == ()
+
+
+@pytest.mark.parametrize("by", ["clients", "server"])
+def test_no_figure_is_on_a_row_that_decides(by: str) -> None:
+    config = configured() if by == "clients" else configured("evaluate.clients=false")
+    figures, deciding = set_deciding_apart(POOLED, config)
+    # What a client scores on is worked out at the client, from all of its held-out rows.
+    scored = deciding or [row for client in POOLED.clients for row in client.test if decides(row)]
+    assert bool(deciding) == (by == "server")
+    everything = [figures.test, *(client.test for client in figures.clients)]
+    assert all(questions(part) and not questions(part) & questions(scored) for part in everything)
+    assert questions(figures.test) | questions(scored) == questions(ROWS)
+    assert questions(figures.test) == set().union(*(questions(client.test) for client in figures.clients))
+
+
+def test_separate_rows_of_the_table_lose_only_those_that_clients_decide_by() -> None:
+    separate = rows(*range(390, 500))
+    figures, _ = set_deciding_apart(POOLED._replace(test=separate), configured())
+    lost = questions(separate) - questions(figures.test)
+    assert lost == questions(row for row in ROWS[390:] if decides(row)) != set()
+
+
+def test_too_few_rows_are_told_before_the_run() -> None:
+    few = [row for row in ROWS if decides(row)][: FEWEST - 1]
+    others = [row for row in ROWS if not decides(row)]
+    small = Federation((ClientData("a", (), (*few, *others)),), (*few, *others), ())
+    (line,) = undecided(small, configured())
+    assert line.startswith("evaluate.patience = 3: ") and "no client has 5" in line and "the most is 4" in line
+    assert undecided(small, configured("evaluate.clients=false")) == []  # the server needs but one
+    assert undecided(small, RunConfig()) == []
+    (line,) = undecided(small._replace(test=tuple(others)), configured("evaluate.clients=false"))
+    assert "none is left to decide by" in line
+    enough = [row for row in ROWS if decides(row)][:FEWEST]
+    (line,) = undecided(Federation((ClientData("a", (), tuple(enough)),), tuple(enough), ()), configured())
+    assert "none is left for the figures" in line
+
+
+def test_a_real_federation_is_split_in_disjoint_parts(rows_file: Path) -> None:
+    config = configured(f"data.source={rows_file}", "data.partition=iid", "data.clients=3", "data.test_fraction=0.4")
+    whole = federate(config.data, config.seed)
+    figures, _ = set_deciding_apart(whole, config)
+    parts = [[row for client in whole.clients for row in client.test if decides(row)], figures.test]
+    parts += [[row for client in whole.clients for row in client.train]]
+    assert all(questions(one).isdisjoint(questions(other)) for one, other in itertools.combinations(parts, 2))
+    assert [client.train for client in figures.clients] == [client.train for client in whole.clients]
