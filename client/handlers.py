@@ -1,7 +1,8 @@
 """What a client answers to a message: in this process for a virtual client, in the worker for a site of its own.
 
 Whatever goes wrong inside, the server learns the kind of error and the line of our code, never a message text: that
-could quote a row or a path. The whole error stays in the client's own log.
+could quote a row or a path. Under record-level privacy it learns not even that, for which error it is may depend on a
+row. The whole error stays in the client's own log.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ def answer(
     worker: Callable[[], Worker],
     site: Callable[[], Site],
     errors: Path | None = None,
+    *,
+    private: bool = False,
 ) -> RecordDict:
     """The content of the answer to a message of type `kind`.
 
@@ -55,6 +58,7 @@ def answer(
         worker: makes the worker that answers.
         site: reads the site that is asked.
         errors: the folder that keeps errors in full; the site's own where None.
+        private: whether the run promises the rows record-level privacy.
 
     Raises:
         Refusal: anything went wrong; the text is what the server may be told.
@@ -70,9 +74,9 @@ def answer(
         if error.errno in _FULL:
             _write_down(error, errors)
             raise OSError(error.errno, os.strerror(error.errno)) from None
-        raise Refusal(_reason(error, errors)) from error
+        raise Refusal(_reason(error, errors, private)) from error
     except Exception as error:
-        raise Refusal(_reason(error, errors)) from error
+        raise Refusal(_reason(error, errors, private)) from error
 
 
 def _ask(worker: Worker, site: Site, kind: str, content: RecordDict) -> RecordDict:
@@ -106,20 +110,26 @@ def _check_promise(worker: Worker, site: Site) -> None:
     """Check that the run can keep its promise to the site's rows; what else would be said follows from public numbers.
 
     Raises:
-        Refusal: it cannot, or not for a single round.
+        Refusal: it cannot, or not for a single round; or its method needs numbers that the site does not tell.
     """
     try:
-        sampling.check(worker.config, [stages.rows_by_stage(site.train, worker.config)])
+        sampling.check(worker.config, [site.counts.planned(stages.rows_by_stage(site.train, worker.config))])
     except UserError as error:
         raise Refusal(str(error)) from None
+    if worker.local.settle and worker.config.train.epochs is not None and site.counts.kind == "declared":
+        raise Refusal(
+            "this site states its counts itself, and the run's method divides by the steps of a visit, which "
+            "train.epochs lets depend on them; set train.steps"
+        )
 
 
-def _reason(error: Exception, folder: Path | None) -> str:
+def _reason(error: Exception, folder: Path | None, private: bool) -> str:
     """A text that says little; all of it stays on this machine."""
     written = _write_down(error, folder)
     # A traceback that stands in a file is not for everybody's terminal.
     _log.log(logging.DEBUG if written else logging.ERROR, "a message could not be answered", exc_info=error)
-    return f"{_safe(error)}; {'its own errors.log' if written else 'the log on its machine'} says more"
+    told = "it could not answer (what went wrong is not told under record-level privacy)" if private else _safe(error)
+    return f"{told}; {'its own errors.log' if written else 'the log on its machine'} says more"
 
 
 def _write_down(error: Exception, folder: Path | None) -> bool:
@@ -167,7 +177,17 @@ def simulated(
     """
     config = str(context.run_config["config"])
     make = worker_of or worker
-    return answer(kind, content, functools.partial(make, config), functools.partial(_site, config, context))
+    site = functools.partial(_site, config, context)
+    return answer(kind, content, functools.partial(make, config), site, private=is_private(config))
+
+
+@functools.lru_cache(maxsize=1)
+def is_private(config: str) -> bool:
+    """Whether a run promises record-level privacy; `config` is its JSON. One that cannot be read promises nothing."""
+    try:
+        return loading.from_json(config).privacy.unit == "record"
+    except Exception:  # of another version; what is wrong with it will be said when it is used
+        return False
 
 
 @functools.lru_cache(maxsize=1)

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -38,7 +39,7 @@ class Work(NamedTuple):
 
     corpus: Corpus  # new rows, then kept ones
     new: int  # how many of its rows are new
-    rows: Sequence[int]  # the client's rows in each stage, before curation: public
+    rows: Sequence[int]  # in each stage, before curation, as the client's policy for counts has them: public
     rounds_before: int  # of this stage
     rounds: int  # of this stage, all told
     penalties: tuple[Penalty, ...] = ()  # on the adapter, which cost nothing
@@ -95,7 +96,8 @@ def visit(
     # Expected numbers, and so public; only new rows give an update its weight.
     expected = steps * runs.batch_rows
     new = max(1, round(steps * runs.sampler.new * work.rows[runs.sampler.stage]))
-    return result._replace(report=result.report._replace(tokens=new, replayed=expected - new)), spent
+    public = result.report._replace(tokens=new, replayed=expected - new, seconds=math.nan)
+    return result._replace(report=public), spent
 
 
 def _corpus_digest(corpus: Corpus, rates: np.ndarray) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from apiary.core.counts import EXACT, CountPolicy
 from apiary.data.examples import Example
 
 
@@ -18,3 +19,4 @@ class Site(NamedTuple):
     folder: Path  # of this run
     ledger: Path  # of all runs on these data
     rank: int  # of its adapter
+    counts: CountPolicy = EXACT  # how it tells its counts: exactly in a simulation, which has nobody to hide them from

@@ -27,8 +27,10 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from apiary.config import loading
 from apiary.config.schema import Method, RunConfig
+from apiary.core import counts
+from apiary.core.counts import CountPolicy
 from apiary.core.errors import UserError
-from apiary.data import stages, templates
+from apiary.data import split, stages, templates
 from apiary.data.availability import Rows, check_rows
 from apiary.data.federation import federate
 from apiary.models import adapters, availability
@@ -56,6 +58,7 @@ class Facts(NamedTuple):
     rank: int | None = None  # the highest that it trains; as the run says where None
     max_epsilon: float | None = None  # train only under record-level privacy, and within this budget
     max_delta: float = 1e-5  # likewise, where there is a `max_epsilon`
+    counts: CountPolicy = counts.ROUNDED  # how it tells its counts
 
 
 class _Job(NamedTuple):
@@ -101,7 +104,12 @@ class Service:
             job = self._job_of(call)
             content = recorddict_from_proto(RecordDictProto.FromString(call.body))
             reply: RecordDict = handlers.answer(
-                kind, content, lambda: job().worker, lambda: job().site, errors=self._facts.state
+                kind,
+                content,
+                lambda: job().worker,
+                lambda: job().site,
+                errors=self._facts.state,
+                private=handlers.is_private(str(call.header["config"])),
             )
         except handlers.Refusal as refusal:
             return Envelope({"error": str(refusal)})
@@ -126,6 +134,7 @@ class Service:
                 self._job = None
                 sent = loading.from_json(text)
                 _refuse_foreign_places(sent, self._facts)
+                _refuse_chosen_rows(sent)
                 config = at_home(sent, self._facts)
                 _refuse_foreign_code(config)
                 _refuse_less_privacy(config, self._facts)
@@ -162,6 +171,21 @@ def _refuse_foreign_places(config: RunConfig, facts: Facts) -> None:
     if facts.model is None and not config.model.name.startswith("builtin:"):
         raise handlers.Refusal(
             "the run's base model is not built in, and this site was started without --model, its own place of it"
+        )
+
+
+def _refuse_chosen_rows(config: RunConfig) -> None:
+    """Check that the server does not say how many of the site's rows count.
+
+    Two counts or losses that differ in one row tell of that row; see also `apiary.data.split`.
+
+    Raises:
+        Refusal: the run limits the rows.
+    """
+    if config.data.max_rows is not None:
+        raise handlers.Refusal(
+            f"data.max_rows = {config.data.max_rows}: which of its rows a site uses is for the site to choose; leave "
+            "it out, and let the sites shorten their files"
         )
 
 
@@ -210,8 +234,21 @@ def _refuse_less_privacy(config: RunConfig, facts: Facts) -> None:
 
 
 def _read_site(config: RunConfig, facts: Facts, run: str) -> Site:
-    """The site's rows, as one client; which are held out, and which are in a stage, is decided as in a simulation."""
-    federation = stages.within(federate(config.data, config.seed), config, whole=False)
+    """The site's rows, as one client. Which are in a stage is decided as in a simulation; which are held out, by a key.
+
+    The first run that the site takes part in pins the fraction that is held out; from then on it is the site's own.
+
+    Raises:
+        Refusal: the run asks for another fraction than the pinned one.
+        UserError: the rows cannot be used, or what is pinned cannot be read.
+    """
+    try:
+        held_out = split.of_run(facts.state, config.data.test_fraction)
+    except split.AnotherSplit as error:
+        raise handlers.Refusal(str(error)) from None
+    federation = stages.within(federate(config.data, config.seed, held_out.key), config, whole=False)
+    if split.pin(facts.state, held_out):
+        _log.info("held-out rows pinned: data.test_fraction = %g, by a key of this site's own", held_out.fraction)
     for report in federation.reports:
         for line in report.lines():
             _log.warning("%s", line)
@@ -221,15 +258,17 @@ def _read_site(config: RunConfig, facts: Facts, run: str) -> Site:
         rank = device_rank.of_device(config, folder)
     else:
         rank = min(facts.rank or config.adapter.rank, config.adapter.rank)
-    return Site(facts.client, client.train, client.test, folder, facts.state / "ledger.json", rank)
+    return Site(facts.client, client.train, client.test, folder, facts.state / "ledger.json", rank, facts.counts)
 
 
 def check(facts: Facts) -> Rows:
     """What was found of the site's rows, once all that its operator says is known to be usable.
 
     Raises:
-        UserError: no run could use the data, the model or the device; or limits that limit nothing.
+        UserError: no run could use the data, the model or the device; limits that limit nothing; or a held-out split
+            that cannot be read.
     """
+    split.load(facts.state)
     if facts.max_epsilon is not None and not 0.0 < facts.max_epsilon < math.inf:
         raise UserError(f"--max-epsilon {facts.max_epsilon:g}: expected a number above 0, such as 8")
     if not 0.0 < facts.max_delta < 1.0:
@@ -274,12 +313,13 @@ def _arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, help="the highest rank of an adapter that the site trains")
     parser.add_argument("--max-epsilon", type=float, help="refuse runs that promise the rows less privacy")
     parser.add_argument("--max-delta", type=float, default=Facts._field_defaults["max_delta"], help="likewise")
+    parser.add_argument("--counts", default="rounded", help="how counts are told: rounded, exact or ROWS:TOKENS")
     return parser.parse_args(words)
 
 
 def _facts(given: argparse.Namespace) -> Facts:
     named = {name: value for name, value in vars(given).items() if name in Facts._fields}
-    return Facts(client=given.site, **named)
+    return Facts(client=given.site, **{**named, "counts": counts.parse(given.counts, "--counts")})
 
 
 def main() -> None:

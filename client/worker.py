@@ -23,7 +23,7 @@ from apiary.models import adapters
 from apiary.models.adapters import LanguageModel
 from apiary.models.inference import ModelProbe
 from apiary.transport.codec import Shapes
-from client import compression, private_visit, replay, round_files, state
+from client import compression, private_visit, replay, round_files, state, told
 from client.private_visit import Work
 from client.replay import StageData
 from client.site import Site
@@ -69,16 +69,16 @@ class Worker:
         return {n: p.shape for n, p in self._model(site).adapter.items() if self.local.shares(n)}
 
     def hello(self, site: Site) -> Hello:
-        """Who the site is, what it runs, and how much it has to train on.
+        """Who the site is, what it runs, and how much it has to train on, as its policy for counts lets it tell.
 
-        Under differential privacy the tokens stay untold, and the rows stand in for them.
+        Under differential privacy how much that is stays untold.
         """
         fingerprint = adapters.fingerprint(self._model(site), self.template)
         if self.config.privacy.unit == "record":
-            rows = len(site.train)
-            return Hello(site.client, fingerprint, site.rank, rows, rows)
+            return Hello(site.client, fingerprint, site.rank, None, None, counts=site.counts.kind)
         stats = self._rows.corpus(site, "train", tuple(site.train)).stats
-        return Hello(site.client, fingerprint, site.rank, stats.examples, stats.response_tokens)
+        counts = told.handshake(site.counts, stats.examples, stats.response_tokens, self.config)
+        return Hello(site.client, fingerprint, site.rank, *counts, counts=site.counts.kind)
 
     # -- training -------------------------------------------------------------------------------
 
@@ -111,7 +111,8 @@ class Worker:
             return Decline(site.client, "idle")
         result = self._fit(site, number, payload, opened.hooks, corpus, data)
         at = Memory(number, result.cursor, data.stage, result.replay, chosen.round if chosen else 0)
-        return self._visit(site, at, payload, result, chosen.counts if chosen else None)
+        result = result._replace(report=told.report(site.counts, result.report, self.config))
+        return self._visit(site, at, payload, result, told.curated(site.counts, chosen.counts if chosen else None))
 
     def _fit(
         self, site: Site, number: int, payload: Payload, hooks: Hooks, corpus: Corpus, data: StageData
@@ -163,7 +164,7 @@ class Worker:
                 Work(
                     corpus,
                     new,
-                    rows_by_stage(site.train, self.config),
+                    site.counts.planned(rows_by_stage(site.train, self.config)),
                     data.rounds_before,
                     data.rounds,
                     self._with_penalties(hooks, payload).penalties,
@@ -235,7 +236,7 @@ class Worker:
         if len(corpus) < FEWEST:
             return Score(0.0, 0, 0)
         nats, tokens = self._probe(site, payload).losses(corpus)
-        return Score(float(nats.sum()), int(tokens.sum()), len(nats))
+        return told.score(site.counts, Score(float(nats.sum()), int(tokens.sum()), len(nats)), self.config)
 
     def _save_own(self, site: Site, adapter: StateDict) -> None:
         """Write the model that only the site itself has."""

@@ -157,6 +157,11 @@ def check(config: RunConfig) -> None:
     if config.prompt.template not in templates.BUILTIN:
         known = ", ".join(templates.BUILTIN)
         raise UserError(f"prompt.template = {config.prompt.template!r}: sites take the built-in ones alone ({known})")
+    if config.data.max_rows is not None:
+        raise UserError(
+            f"data.max_rows = {config.data.max_rows}: sites choose their rows themselves; leave it out, or let them "
+            "shorten their files"
+        )
     availability.check_device(config.model.device, "model.device =")
     availability.check_model(config.model.name, "model.name =", config.model.revision)
     if config.data.test is not None:
@@ -172,8 +177,6 @@ def check(config: RunConfig) -> None:
 def remarks(config: RunConfig) -> list[str]:
     """What means something else than in a simulation, or may hurt; a line for each."""
     lines = []
-    if config.data.max_rows is not None:
-        lines.append(f"data.max_rows = {config.data.max_rows} is for each site here; in a simulation, for all together")
     if config.strategy.deadline_s == 0:
         lines.append("strategy.deadline_s = 0: a round waits without end for a site that is alive but stuck; set it")
     return lines

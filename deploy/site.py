@@ -15,7 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from apiary.core import counts
+from apiary.core.counts import ROUNDED, CountPolicy
 from apiary.core.errors import UserError
+from apiary.data import split
 from apiary.data.availability import check_rows
 from deploy import certificates, code_guard, flower_cli, kits, processes
 from deploy.kits import Kit
@@ -44,6 +47,7 @@ class Options(NamedTuple):
     max_epsilon: float | None = None  # take part only in runs that promise each row this much privacy
     max_delta: float = 1e-5  # likewise, where there is a `max_epsilon`
     rank: int | None = None  # the highest of an adapter that it trains; None: as the run says
+    counts: CountPolicy = ROUNDED  # how counts are told
 
 
 class _Line(NamedTuple):
@@ -65,9 +69,11 @@ def run(kit: Kit, state: Path, options: Options) -> int:
         options: where its data and model are.
 
     Raises:
-        UserError: no such data or model, a defective kit, a port that is taken, or another process with this state.
+        UserError: no such data or model, a defective kit, a port that is taken, a held-out split that cannot be read,
+            or another process with this state.
     """
     _check(kit, options)
+    split.load(state)  # the worker looks at it too, but only once it has loaded torch
     with processes.hold(state):
         end = processes.wait_for_end()
         processes.adopt_orphans()
@@ -157,6 +163,7 @@ def _worker(kit: Kit, state: Path, options: Options, address: str) -> Supervised
         *(sys.executable, "-P", "-m", "client.site_worker"),
         *("--address", address, "--site", kit.site),
         *("--data", str(options.data.expanduser().resolve()), "--state", str(state)),
+        *("--counts", counts.text_of(options.counts)),
     ]
     if options.model:
         local = _is_there(Path(options.model), Path.is_dir)

@@ -186,7 +186,8 @@ def _summarise(config: RunConfig, folder: Path, adapter: StateDict, held_out: He
 
 
 def _client(name: str, hello: Mapping[str, Any], rank: int | None) -> dict[str, Any]:
-    return {"client": name, "examples": hello["examples"], "tokens": hello["tokens"], "rank": rank}
+    told = {key: hello.get(key) for key in ("examples", "tokens")}
+    return {"client": name, **told, "counts": hello.get("counts", "exact"), "rank": rank}
 
 
 def _line(error: BaseException) -> str:

@@ -11,7 +11,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from apiary.config.schema import RunConfig
-from apiary.core import errors
+from apiary.core import counts, errors
 from apiary.core.errors import RunFailed
 from apiary.core.messages import ClientInfo, Fingerprint, Hello
 from apiary.transport import flower_records
@@ -33,7 +33,7 @@ class Member(NamedTuple):
 
     node: int
     info: ClientInfo
-    examples: int  # training examples that it named at the handshake
+    examples: int | None  # training examples that it can have, by what it told at the handshake; None: it told none
 
 
 class _Refused(NamedTuple):
@@ -174,10 +174,12 @@ class Roster:
             self._refuse(node, client, objection.reason, objection.for_s)
             return
         info = self._info_of(hello)
-        self.members[hello.client] = Member(node, info, hello.examples)
+        examples = None if hello.examples is None else counts.most(hello.counts, hello.examples)
+        self.members[hello.client] = Member(node, info, examples)
         self._clients[node] = hello.client
         self._refused.pop(node, None)
-        self._log.event("handshake", client=hello.client, examples=hello.examples, tokens=hello.tokens, rank=info.rank)
+        told = {"examples": hello.examples, "tokens": hello.tokens, "counts": hello.counts}
+        self._log.event("handshake", client=hello.client, **told, rank=info.rank)
 
     def _objection(self, node: int, hello: Hello) -> _Objection | None:
         registered = self._name_of(node)
@@ -192,12 +194,10 @@ class Roster:
         if (other := self.members.get(hello.client)) and other.node != node:
             # Not for good: an organisation that restarted may come before its old node is given up.
             return _Objection("another client of this name is still there", for_s=_AGAIN_S)
-        if hello.tokens == 0:
-            return _Objection("it has nothing to train on")
+        if reason := validation.wrong_counts(hello, self.config):
+            return _Objection(reason)
         if reason := validation.wrong_rank(hello.rank, self.config, self._mixed):
             return _Objection(reason)
-        if not validation.possible(hello.tokens, hello.examples, self.config):
-            return _Objection(f"it claims {hello.tokens:g} tokens in {hello.examples:g} examples; that cannot be")
         return None
 
     def _refuse(self, node: int, client: str, reason: str, for_s: float = math.inf) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from apiary.config.schema import RunConfig
 from apiary.core.errors import Poisoned, WireError
 from apiary.core.lora import is_b
-from apiary.core.messages import CurationCounts, Decline, FitReport, Payload, Score, Spent, Visit
+from apiary.core.messages import CurationCounts, Decline, FitReport, Hello, Payload, Score, Spent, Visit
 from apiary.core.tensors import StateDict, add, is_finite
 from strategies import seed_scalars
 
@@ -22,13 +22,13 @@ _MOST_ENTRY = 1e12  # of a change; beyond it products of factors, and their deco
 _SLACK = 1e-6  # of a budget, for two sides that add in another order
 
 
-def check_visit(visit: Visit, config: RunConfig, examples: int, payload: Payload, number: int) -> None:
+def check_visit(visit: Visit, config: RunConfig, examples: int | None, payload: Payload, number: int) -> None:
     """Check a client's visit of a round.
 
     Args:
         visit: the visit, with its change decoded.
         config: the run.
-        examples: training examples that the client named at the handshake.
+        examples: training examples that the client can have, by its handshake; None where it told none.
         payload: what the client was sent, which the update must fit.
         number: the round, from 1.
 
@@ -59,6 +59,26 @@ def wrong_rank(rank: int, config: RunConfig, mixed: bool) -> str:
         return ""
     allowed = f"1 to {most}" if mixed else f"{most} alone, for strategy.name = {config.strategy.name!r} takes one rank"
     return f"its adapter has rank {rank}; this run allows {allowed}"
+
+
+def wrong_counts(hello: Hello, config: RunConfig) -> str:
+    """Why a client cannot take part with the counts of its handshake; "" where it can.
+
+    Args:
+        hello: the handshake.
+        config: the run.
+    """
+    if config.privacy.unit == "record":
+        if hello.examples is None and hello.tokens is None:
+            return ""
+        return "it tells how much it holds, which differential privacy withholds; is it another version?"
+    if hello.examples is None or hello.tokens is None:
+        return "it does not tell how much it holds, which only differential privacy withholds; is it another version?"
+    if hello.tokens == 0:
+        return "it has nothing to train on"
+    if not possible(hello.tokens, hello.examples, config):
+        return f"it claims {hello.tokens:g} tokens in {hello.examples:g} examples; that cannot be"
+    return ""
 
 
 def possible(tokens: int, examples: int, config: RunConfig) -> bool:
@@ -134,9 +154,10 @@ def check_score(score: Score, config: RunConfig) -> None:
         )
 
 
-def _check_report(report: FitReport, config: RunConfig, examples: int, private: bool) -> None:
-    steps = _most_steps(config, examples, private)
-    tokens = min(MOST, steps * _most_tokens(config, private))
+def _check_report(report: FitReport, config: RunConfig, examples: int | None, private: bool) -> None:
+    steps = _most_steps(config, examples)
+    made = report.steps if steps == MOST else steps  # where the steps have no limit, they are one to the tokens
+    tokens = min(MOST, made * _most_tokens(config, private))
     if not (report.tokens > 0 and report.tokens + report.replayed <= tokens and 0 < report.steps <= steps):
         raise WireError(
             f"it reports {report.tokens + report.replayed:g} tokens in {report.steps:g} steps; "
@@ -160,14 +181,13 @@ def check_walk(report: FitReport, config: RunConfig) -> None:
         raise WireError(f"it reports {report.steps:g} steps; a visit has train.steps = {config.train.steps}")
 
 
-def _most_steps(config: RunConfig, examples: int, private: bool) -> int:
-    """Optimizer steps in a round, at most."""
+def _most_steps(config: RunConfig, examples: int | None) -> int:
+    """Optimizer steps in a round, at most. Who tells no rows, under privacy, has no limit but its epsilon."""
     train = config.train
     if train.epochs is None:
         return train.steps or 1
-    if private:
-        new = config.privacy.batch_rows * (1 - config.continual.replay if config.continual.buffer else 1)
-        return max(1, math.ceil(round(train.epochs * examples / new, 6)))
+    if examples is None:
+        return MOST
     return max(1, math.ceil(train.epochs * examples / train.accumulate))  # with a batch for each example
 
 

@@ -36,6 +36,12 @@ def write_rows(folder: Path) -> Path:
     return folder
 
 
+def write_held_out(path: Path) -> Path:
+    """A file of rows that no site has."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in instruction_rows(160)[40 * len(SITES) :]))
+    return path
+
+
 def overrides(model: Path, rows: Path) -> list[str]:
     return [
         *overrides_for(model, rows),
@@ -75,7 +81,7 @@ class Deployment:
         self.wait_for("server", "server ready")
 
     def join(self, site: str, rows: Path) -> None:
-        own = ("--data", str(rows / f"{site}.jsonl"), "--model", str(self.model))
+        own = ("--data", str(rows / f"{site}.jsonl"), "--model", str(self.model), "--counts", "exact")
         self.start(site, "deploy", "client", str(self.kits / site), *own)
 
     def said(self, name: str) -> str:

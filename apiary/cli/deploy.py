@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from apiary.cli.shared import AsJson, ConfigFile, Overrides, Resume, print_json, print_table, settings_of, shown
+from apiary.core.counts import parse as parse_counts
 from apiary.core.errors import UserError
 
 app = typer.Typer(help="Run a federation between machines: kits, processes, runs.", no_args_is_help=True)
@@ -79,6 +80,9 @@ def deploy_client(
         typer.Option(help="refuse every run without record-level privacy of this epsilon or less"),
     ] = None,
     max_delta: Annotated[float, typer.Option(help="likewise, beside --max-epsilon")] = 1e-5,
+    counts: Annotated[
+        str, typer.Option(help="how counts are told: rounded, exact, or ROWS:TOKENS to state numbers of your own")
+    ] = "rounded",
     state: State = None,
 ) -> None:
     """Take part as one site until SIGTERM or Ctrl-C."""
@@ -86,12 +90,41 @@ def deploy_client(
         raise UserError(f"--max-epsilon {max_epsilon:g}: expected a number above 0, such as 8")
     if not 0.0 < max_delta < 1.0:
         raise UserError(f"--max-delta {max_delta:g}: expected a number between 0 and 1, such as 1e-5")
+    policy = parse_counts(counts, "--counts")
     from deploy import kits, site
 
     opened = kits.read(kit, "site")
     where = (state or opened.folder / "state").resolve()
-    options = site.Options(data, model, device, port, max_epsilon, max_delta, rank)
+    options = site.Options(data, model, device, port, max_epsilon, max_delta, rank, policy)
     raise typer.Exit(site.run(opened, where, options))
+
+
+@app.command("split")
+def deploy_split(
+    kit: Annotated[Path, typer.Argument(metavar="KIT", help="the site's folder, made by `apiary deploy init`")],
+    test_fraction: Annotated[
+        float | None, typer.Option(help="hold out this fraction from now on; default: only print what is pinned")
+    ] = None,
+    new_key: Annotated[bool, typer.Option("--new-key", help="and deal all rows anew, by another secret key")] = False,
+    state: State = None,
+) -> None:
+    """Print or change which fraction of its rows a site holds out; for its operator, while the site is stopped."""
+    from apiary.data import split
+    from deploy import kits, processes
+
+    opened = kits.read(kit, "site")
+    where = (state or opened.folder / "state").resolve()
+    if test_fraction is None:
+        if new_key:
+            raise UserError("--new-key: name the fraction as well (--test-fraction 0.1)")
+        pinned = split.load(where)
+        told = "nothing yet: the first run decides" if pinned is None else f"data.test_fraction = {pinned.fraction:g}"
+        typer.echo(f"pinned: {told}")
+        return
+    split.draw(test_fraction)  # an impossible one is refused before the folder is made
+    with processes.hold(where):
+        made = split.repin(where, test_fraction, new_key=new_key)
+    typer.echo(f"pinned: data.test_fraction = {made.fraction:g}")
 
 
 @app.command("submit")

@@ -116,7 +116,11 @@ class DataConfig(_Section):
         None, description="a separate source of held-out rows; unset: part of each client's rows, by content hash"
     )
     test_fraction: float = Field(
-        0.1, ge=0, lt=1, description="fraction of each client's rows that is held out, chosen by content hash"
+        0.1,
+        ge=0,
+        lt=1,
+        description="fraction of each client's rows that is held out, chosen by a hash of the question; "
+        "a site pins the first it is asked for and refuses others (apiary deploy split)",
     )
     columns: Mapping[str, str] = Field(
         default_factory=dict,
@@ -127,7 +131,7 @@ class DataConfig(_Section):
         Method(name="dirichlet", alpha=0.3, by="skill"),
         description="iid, dirichlet, by_value, pathological, size or natural, with options",
     )
-    max_rows: int | None = Field(None, ge=1, description="use at most this many rows of the source")
+    max_rows: int | None = Field(None, ge=1, description="use at most this many rows of the source; sites refuse it")
 
 
 class PromptConfig(_Section):

@@ -13,6 +13,7 @@ from apiary.core import lora
 from apiary.core.tensors import StateDict
 
 _NOTHING: StateDict = MappingProxyType({})
+COUNT_POLICIES = ("exact", "rounded", "declared")  # `apiary.core.counts.CountPolicy.kind`
 
 
 class Fingerprint(NamedTuple):
@@ -25,14 +26,18 @@ class Fingerprint(NamedTuple):
 
 
 class Hello(NamedTuple):
-    """A client's answer to the handshake."""
+    """A client's answer to the handshake.
+
+    Under record-level privacy it tells no counts: they depend on the rows.
+    """
 
     client: str
     fingerprint: Fingerprint
     rank: int
-    examples: int  # training examples
-    tokens: int  # response tokens in them, which is what is trained
+    examples: int | None  # training examples, as the client's policy lets it tell them; None where privacy withholds it
+    tokens: int | None  # response tokens in them, which is what is trained; likewise
     holds: str = ""  # the version of the server's adapter that it holds, where changes alone travel down
+    counts: str = "exact"  # its policy: how it tells its counts, one of `COUNT_POLICIES`
 
 
 class ClientInfo(NamedTuple):
@@ -71,7 +76,7 @@ class Update(NamedTuple):
 
 
 class FitReport(NamedTuple):
-    """Counts of one visit; nothing in it says what the data holds.
+    """Counts of one visit, told as the client's policy says; nothing in it says what the data holds.
 
     Under differential privacy the counts are the expected ones, which depend on public numbers alone.
     """
@@ -80,7 +85,7 @@ class FitReport(NamedTuple):
     examples: int
     steps: int
     loss: float  # mean nats per trained token; NaN where privacy withholds it
-    seconds: float
+    seconds: float  # NaN where privacy withholds it: a step takes longer when more rows are drawn
     replayed: int = 0  # response tokens trained from the client's buffer
 
 

@@ -18,6 +18,7 @@ from apiary.data.examples import (
     take_out,
 )
 from apiary.data.partitions import PARTITIONS, Table
+from apiary.data.split import PUBLIC_KEY
 
 IN_HELD_OUT = "also in the held-out set"
 FEWEST = 5  # held-out rows; of fewer a client tells no loss, for the sum would say too much of each
@@ -39,20 +40,20 @@ class Federation(NamedTuple):
     reports: tuple[FileReport, ...]
 
 
-def is_held_out(example: Example, fraction: float) -> bool:
+def is_held_out(example: Example, fraction: float, key: bytes = PUBLIC_KEY) -> bool:
     """Whether a row belongs to the held-out `fraction`, decided by its first question alone.
 
-    The turns up to the first user turn (case, white space and Unicode form aside) are hashed with blake2b, so equal
-    questions, and longer and shorter conversations that begin alike, fall on the same side at every site without a word
-    between the sites.
+    The turns up to the first user turn (case, white space and Unicode form aside) are hashed with blake2b under
+    `key`, so equal questions, and longer and shorter conversations that begin alike, fall on the same side. Under
+    one key that is the same side at every client; who does not have the key cannot tell which.
     """
-    return int.from_bytes(_question_digest(example)[:8], "big") < fraction * 2.0**64
+    return int.from_bytes(_question_digest(example, key)[:8], "big") < fraction * 2.0**64
 
 
 def decides(example: Example) -> bool:
     """Whether a held-out row is in the half that decides which round is best, and not in that of the figures.
 
-    By other bytes of the same hash as `is_held_out`, so equal questions are in the same half at every site.
+    By a hash of the question that needs no key, so equal questions are in the same half at every site.
     """
     return _question_digest(example)[-1] < 128
 
@@ -98,19 +99,24 @@ def undecided(federation: Federation, config: RunConfig) -> list[str]:
     return [] if figures.test else [f"{start} none is left for the figures; {fix}"]
 
 
-def _question_digest(example: Example) -> bytes:
+def _question_digest(example: Example, key: bytes = PUBLIC_KEY) -> bytes:
     first = next(i for i, turn in enumerate(example.turns) if turn.role == "user") + 1
     parts = (f"{role}\x1f{' '.join(text.split())}" for role, text in example.turns[:first])
     text = unicodedata.normalize("NFC", "\x1e".join(parts)).casefold()
-    return hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
+    return hashlib.blake2b(text.encode("utf-8"), digest_size=16, key=key).digest()
 
 
-def federate(config: DataConfig, seed: int) -> Federation:
+def federate(config: DataConfig, seed: int, key: bytes = PUBLIC_KEY) -> Federation:
     """The clients' rows and the shared held-out set.
 
     The held-out set is `data.test`, or the source's own test part, or else all clients' held-out
     rows. No prompt of it stands in any client's training rows: where a separate set overlaps the
     source, those rows are taken out and counted.
+
+    Args:
+        config: where the rows are, and how they are spread and held out.
+        seed: of the partition.
+        key: of the hash that holds rows out: that of a simulation, where anybody may know it, or a site's own.
 
     Raises:
         UserError: unreadable source, impossible partition, or a client left without a row.
@@ -121,7 +127,7 @@ def federate(config: DataConfig, seed: int) -> Federation:
         extra = read(config.test, split="test", columns=config.columns, key="data.test")
         apart = extra.examples if extra.test is None else extra.test
         reports = (*reports, *extra.reports)
-    held_out = [is_held_out(example, config.test_fraction) for example in source.examples]
+    held_out = [is_held_out(example, config.test_fraction, key) for example in source.examples]
     known = {_question_digest(example) for example in apart or ()}
     leaked = [
         not held and bool(known) and _question_digest(example) in known

@@ -134,7 +134,7 @@ def describe(config: RunConfig, made: Plan) -> Iterator[str]:
     whose = f"{made.client}, whose rows pay most" if made.client else "as given"
     origin = "as set" if privacy.noise_multiplier else f"the least that keeps to epsilon {privacy.epsilon:g}"
     yield "unit         one row of one client's data"
-    yield "adjacency    one row blanked; how many rows a client has is taken to be public"
+    yield "adjacency    one row blanked; the number of rows that a client plans with is taken to be public"
     yield f"sampler      Poisson: each row is in a step by itself, with chance {_chances(made)}"
     yield f"accountant   {privacy.accountant}, at delta {privacy.delta:g}"
     yield f"rows         {' + '.join(map(str, made.rows))} ({whose}); {runs.batch_rows} expected in a step"

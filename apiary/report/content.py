@@ -266,7 +266,9 @@ def _site_tiles(metrics: Metrics) -> list[tuple[str, str, str]]:
         tiles.append(("Sites whose loss fell", f"{moved.fell} of {len(moved.by_site)}", remark))
     examples = [client.examples for client in metrics.clients if client.examples is not None]
     if metrics.sites is not None and examples:
-        tiles.append(("Rows to train on", formatting.count_text(sum(examples)), f"at {plural(len(examples), 'site')}"))
+        about = ", about" if any(client.counts != "exact" for client in metrics.clients) else ""
+        where = f"at {plural(len(examples), 'site')}{about}"
+        tiles.append(("Rows to train on", formatting.count_text(sum(examples)), where))
     return tiles
 
 

@@ -75,8 +75,9 @@ class Client(_Part):
     """What a client holds, and how each method does on its own held-out examples and on all."""
 
     client: str
-    examples: int | None = None
+    examples: int | None = None  # None where record-level privacy withholds it
     tokens: int | None = None
+    counts: str = "exact"  # how a site tells them: exact, rounded or declared
     mix: Mapping[str, int] = Field(default_factory=dict)
     rank: int | None = None  # of what it trains
     steps: int | None = None  # optimizer steps in the federation; 0 where it never took part

@@ -16,6 +16,8 @@ from apiary.tracking.event_log import Event
 
 FEWEST = 5  # held-out rows; a site with fewer tells no loss, for the sum would say too much of each
 TOGETHER = "all together"
+NOT_TOLD = "not told under record-level privacy"
+_AS_TOLD = {"rounded": "about {}", "declared": "{} (declared)"}  # counts that are not exact, by the site's policy
 _NAMED = 40  # sites with a line of their own
 
 
@@ -136,7 +138,9 @@ def silent(metrics: Metrics) -> list[str]:
         return []
     if metrics.private:
         where = "" if metrics.row("federated") else "; data.test names rows on the server to measure on"
-        return [f"Under differential privacy sites tell no loss of their own held-out rows{where}."]
+        rows = any(client.examples is not None for client in metrics.clients)  # a run of an earlier version
+        known = "" if rows else f" How many rows a site has, and the loss in training, are {NOT_TOLD}."
+        return [f"Under differential privacy sites tell no loss of their own held-out rows{where}.{known}"]
     if few := _few(metrics):
         verbs = ("has", "tells") if len(few) == 1 else ("have", "tell")
         return [f"{_listed(few)} {verbs[0]} fewer than {FEWEST} held-out rows and so {verbs[1]} no loss."]
@@ -190,6 +194,10 @@ def _line(metrics: Metrics, client: Client, rounds: Sequence[OwnRound], few: boo
     # A private site tells how many rows it has, and no tokens.
     counts = [client.examples, None if metrics.private else client.tokens, held_out]
     texts = [client.client, *map(formatting.count_text, counts)]
+    if metrics.private and client.examples is None:
+        texts[1] = "not told"
+    elif client.counts in _AS_TOLD:
+        texts[1:] = [text if text == formatting.MISSING else _AS_TOLD[client.counts].format(text) for text in texts[1:]]
     if few:
         texts[3] = f"below {FEWEST}"
     return (*texts, *_fall(own, _ends(rounds)))
@@ -220,7 +228,8 @@ def _total(metrics: Metrics, rounds: Sequence[OwnRound]) -> tuple[str, ...]:
     tokens = [client.tokens for client in metrics.clients if client.tokens is not None and not metrics.private]
     held_out = [count for count, _ in rounds[-1].rows.values()] if rounds else []
     sums = (sum(counts) if counts else None for counts in (examples, tokens, held_out))
-    texts = [TOGETHER, *map(formatting.count_text, sums)]
+    about = "about {}" if any(client.counts != "exact" for client in metrics.clients) else "{}"
+    texts = [TOGETHER, *(formatting.MISSING if n is None else about.format(formatting.count_text(n)) for n in sums)]
     ends, moved = _ends(rounds), change(metrics)
     if len(ends) < 2:
         return (*texts, *(formatting.loss_text(measured.loss) for measured in ends))

@@ -33,6 +33,7 @@ from apiary.tracking import delivery
 from apiary.tracking.event_log import Event, Observer
 
 _NAMED = 6  # how many waiting clients are named; the others are counted
+_NOT_TOLD = "not told under record-level privacy"
 _RECENT = 5  # rounds whose mean duration makes the forecast
 
 
@@ -50,7 +51,8 @@ class State:
     asked: tuple[str, ...] = ()
     waiting: tuple[str, ...] = ()
     round_tokens: float = 0.0
-    rate: float | None = None  # trained tokens per second
+    rate: float | None = None  # trained tokens per second; expected rows under record-level privacy
+    private: bool = False  # whether clients account for record-level privacy, and so tell no loss and no tokens
     train_loss: float | None = None
     gauge: float | None = None  # what averaging A and B apart missed in the last round, of the clients' mean change
     method: str = ""  # of the last round, where the run chooses by the round
@@ -100,6 +102,7 @@ def _asked(state: State, event: Event) -> dict[str, Any]:
 def _client(state: State, event: Event) -> dict[str, Any]:
     tokens = state.round_tokens + (event.get("tokens") or 0)
     changes: dict[str, Any] = {"waiting": _without(state.waiting, event), "round_tokens": tokens}
+    changes["private"] = state.private or "spent" in event
     if state.asked_at is not None and event["time"] > state.asked_at:
         changes["rate"] = tokens / (event["time"] - state.asked_at)
     return changes
@@ -221,12 +224,12 @@ def _facts(state: State, now: float) -> Iterator[tuple[str, str]]:
             f"{len(state.asked) - len(state.waiting)} of {len(state.asked)} done" + _refusals(state),
         )
     if state.train_loss is not None or state.losses:
-        yield "train loss", f"{loss_text(state.train_loss)} nats per token"
+        yield "train loss", _NOT_TOLD if state.private else f"{loss_text(state.train_loss)} nats per token"
         yield "held-out loss", _held_out(state)
     if state.gauge is not None:
         yield f"averaging {_misses(state)}", missed_text(state.gauge) + _averaged_by(state)
     if state.rate is not None:
-        yield "speed", f"{count_text(state.rate)} tokens/s"
+        yield "speed", _rate(state)
     if state.bytes_up or state.bytes_down:
         yield "sent", f"{bytes_text(state.bytes_up)} up, {bytes_text(state.bytes_down)} down"
     if state.started is not None:
@@ -313,8 +316,8 @@ def line(state: State, event: Event) -> str | None:
 def _round_line(state: State, event: Event) -> str:
     parts = [
         f"{event['clients']} of {event['asked']} clients",
-        f"train loss {loss_text(event.get('train_loss'))}",
-        f"{count_text(state.rate)} tokens/s",
+        f"train loss {_NOT_TOLD if state.private else loss_text(event.get('train_loss'))}",
+        _rate(state),
         f"{bytes_text(event.get('bytes_up'))} up"
         + (f", {bytes_text(down)} down" if (down := event.get("bytes_down")) else ""),
         seconds_text(event.get("seconds")),
@@ -325,6 +328,10 @@ def _round_line(state: State, event: Event) -> str:
     if left is not None and state.finished_rounds < state.rounds:
         parts.append(f"about {seconds_text(left)} left")
     return f"round {event['round']}/{state.rounds}: " + ", ".join(parts)
+
+
+def _rate(state: State) -> str:
+    return f"{count_text(state.rate)} {'expected rows' if state.private else 'tokens'}/s"
 
 
 def _asides(state: State, event: Event) -> list[str]:

@@ -14,6 +14,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from apiary.core.errors import WireError
 from apiary.core.messages import (
+    COUNT_POLICIES,
     CurationCounts,
     Decline,
     Fingerprint,
@@ -194,12 +195,13 @@ def _read_spent(content: RecordDict) -> Spent | None:
 
 
 def hello_reply(hello: Hello) -> RecordDict:
-    """The content of a client's answer to the handshake."""
+    """The content of a client's answer to the handshake; a count that is withheld is not in it."""
+    counts = {"rank": hello.rank, "examples": hello.examples, "tokens": hello.tokens}
     return RecordDict(
         {
-            _WHO: ConfigRecord({_WHO: hello.client, _HOLDS: hello.holds}),
+            _WHO: ConfigRecord({_WHO: hello.client, _HOLDS: hello.holds, _COUNTS: hello.counts}),
             _PRINT: ConfigRecord(dict(hello.fingerprint._asdict())),
-            _COUNTS: MetricRecord({"rank": hello.rank, "examples": hello.examples, "tokens": hello.tokens}),
+            _COUNTS: MetricRecord({name: count for name, count in counts.items() if count is not None}),
         }
     )
 
@@ -208,8 +210,14 @@ def read_hello_reply(content: RecordDict) -> Hello:
     """The handshake that `hello_reply` wrote."""
     with _reading("handshake"):
         fingerprint = Fingerprint(**{k: str(v) for k, v in _part(content, _PRINT, ConfigRecord).items()})
-        holds = str(_part(content, _WHO, ConfigRecord).get(_HOLDS, ""))
-        return Hello(_name(content), fingerprint, **{k: int(v) for k, v in _numbers(content).items()}, holds=holds)
+        who, counts = _part(content, _WHO, ConfigRecord), {k: int(v) for k, v in _numbers(content).items()}
+        policy = str(who.get(_COUNTS, "exact"))
+        if policy not in COUNT_POLICIES:
+            raise WireError("it tells its counts in a way that this version does not know")
+        rank, examples, tokens = counts.pop("rank"), counts.pop("examples", None), counts.pop("tokens", None)
+        if counts:
+            raise WireError(f"its handshake has {len(counts)} numbers that this version does not know")
+        return Hello(_name(content), fingerprint, rank, examples, tokens, str(who.get(_HOLDS, "")), policy)
 
 
 def score_reply(client: str, score: Score) -> RecordDict:

@@ -321,7 +321,8 @@ def test_wrong_column_names_are_told(tmp_path, columns, words):
 
 
 @pytest.mark.parametrize(
-    "source", ["nowhere/d.jsonl", "./nowhere", "/nowhere/at/all", "d.csv", "../nowhere/d", "~/nowhere", "a/b/c", "rows/"]
+    "source",
+    ["nowhere/d.jsonl", "./nowhere", "/nowhere/at/all", "d.csv", "../nowhere/d", "~/nowhere", "a/b/c", "rows/"],
 )
 def test_a_missing_file_is_told_as_given(source):
     with pytest.raises(UserError, match="no such file or folder; relative paths") as error:

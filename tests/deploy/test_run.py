@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from deployment import SITES, Deployment, events_of, overrides, running
+from deployment import SITES, Deployment, events_of, overrides, running, write_held_out
 from safetensors.torch import load_file
 
 from apiary.config import loading
@@ -20,13 +20,18 @@ from simulation.run import simulate
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def compared(folder: Path) -> list[str]:
+    """What makes a federation equal its rehearsal: no site holds rows out, which each does by a key of its own."""
+    return [f"data.test={write_held_out(folder / 'held-out.jsonl')}", "data.test_fraction=0"]
+
+
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Deployment]:
     """A server and three sites as real processes, after a run of three rounds in `run`."""
     folder = tmp_path_factory.mktemp("federation")
     with running(folder, tiny_model) as made:
         words = [word for text in overrides(tiny_model, folder / "rows") for word in ("-s", text)]
-        words += ["-s", "data.test=rows/ant.jsonl"]
+        words += [word for text in compared(folder) for word in ("-s", text)]
         done = made.call("deploy", "submit", str(made.kits / "server"), "--out", "run", *words)
         (folder / "submit.out").write_text(f"{done.stdout}\n{done.stderr}\nexit code {done.returncode}\n")
         yield made
@@ -38,8 +43,7 @@ def test_a_federation_of_processes_learns_what_a_simulation_does(
 ) -> None:
     assert "exit code 0" in federation.said("submit"), federation.said("submit")
     rows = federation.folder / "rows"
-    # The held-out rows that the server measures on are taken out of a simulated client's; here nobody can.
-    simulate(loading.load(None, overrides(tiny_model, rows)), tmp_path / "run")
+    simulate(loading.load(None, [*overrides(tiny_model, rows), *compared(federation.folder)]), tmp_path / "run")
     theirs, ours = (
         load_file(folder / "run" / "adapter" / "adapter_model.safetensors") for folder in (tmp_path, federation.folder)
     )
@@ -54,7 +58,8 @@ def test_coded_messages_travel_between_processes_as_in_a_simulation(
     federation: Deployment, tiny_model: Path, tmp_path: Path
 ) -> None:
     """Up with feedback, which lies on the sites' disks between rounds, and down as changes of what they hold."""
-    coded = [*overrides(tiny_model, federation.folder / "rows"), "wire.up=int4", "wire.down=int8"]
+    coded = [*overrides(tiny_model, federation.folder / "rows"), *compared(federation.folder)]
+    coded += ["wire.up=int4", "wire.down=int8"]
     words = [word for text in coded for word in ("-s", text)]
     done = federation.call("deploy", "submit", str(federation.kits / "server"), "--out", "coded", *words)
     assert done.returncode == 0, done.stderr
@@ -171,14 +176,24 @@ def test_status_names_the_sites(federation: Deployment) -> None:
 
 
 @pytest.mark.slow
-def test_sites_that_refuse_a_run_are_named(federation: Deployment, tiny_model: Path) -> None:
-    other = 'data.columns={instruction="text", output="label"}'  # which no row of theirs has
-    words = [word for text in [*overrides(tiny_model, federation.folder / "rows"), other] for word in ("-s", text)]
-    done = federation.call("deploy", "submit", str(federation.kits / "server"), "--out", "refused", *words)
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        (['data.columns={instruction="text", output="label"}'], "UserError"),  # which no row of theirs has
+        (["data.test_fraction=0.3"], "data.test_fraction = 0.3: this site has pinned 0 and takes no other"),
+    ],
+)
+def test_sites_that_refuse_a_run_are_named(
+    other: list[str], reason: str, federation: Deployment, tiny_model: Path
+) -> None:
+    texts = [*overrides(tiny_model, federation.folder / "rows"), *compared(federation.folder), *other]
+    words = [word for text in texts if not text.startswith("data.test=") for word in ("-s", text)]
+    out = f"refused-{reason[:4]}"
+    done = federation.call("deploy", "submit", str(federation.kits / "server"), "--out", out, *words)
     assert done.returncode == 1, done.stderr
-    refused = events_of(federation.folder / "refused", "refused")
+    refused = events_of(federation.folder / out, "refused")
     assert sorted(event["client"] for event in refused) == sorted(SITES)
-    assert all("UserError" in event["reason"] for event in refused)
+    assert all(reason in event["reason"] for event in refused)
 
 
 @pytest.mark.long

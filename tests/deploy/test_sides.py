@@ -26,10 +26,11 @@ from typer.testing import CliRunner
 
 from apiary.cli import main
 from apiary.config import loading, schema
+from apiary.core.counts import EXACT
 from apiary.core.errors import RunFailed, UserError
 from apiary.core.messages import Decline, Visit
 from apiary.core.tensors import StateDict
-from apiary.data import federation, stages, tokenization
+from apiary.data import federation, split, stages, tokenization
 from apiary.evaluation.comparison import HeldOut
 from apiary.evaluation.row_losses import ROW_LOSSES_FILE
 from apiary.models import adapters
@@ -110,6 +111,10 @@ def site(tmp_path: Path, tiny_model: Path, rows: Path) -> Iterator[Site]:
 
 
 def test_the_worker_answers_what_a_virtual_client_would(site: Site, rows: Path, tmp_path: Path) -> None:
+    """Where nothing is held out, which each site does by a key of its own, and counts are told exactly."""
+    site.server.stop(None)
+    site.server = site.serve(site.facts._replace(counts=EXACT))
+    site.run = site.run.model_copy(update={"data": site.run.data.model_copy(update={"test_fraction": 0.0})})
     own = site.ask("train")
     handlers.forget()
     grid = LocalGrid(client_app.make_app(engines.site_facts(site.run.to_json(), tmp_path / "simulated")), len(SITES))
@@ -130,9 +135,9 @@ def test_the_worker_is_healthy_and_reads_its_base_once(site: Site, caplog: pytes
     for name in ("first", "second", "first"):
         assert not site.ask("train", name=name).has_error()
     assert adapters.base_loads() == loads
-    lines = [r.getMessage() for r in caplog.records if r.name == "client.site_worker"]
-    assert "query.hello" in lines[0]
-    assert all("round 1 train" in line and "0 base loads" in line for line in lines[1:])
+    pinned, hello, *lines = [r.getMessage() for r in caplog.records if r.name == "client.site_worker"]
+    assert "held-out rows pinned" in pinned and "query.hello" in hello
+    assert all("round 1 train" in line and "0 base loads" in line for line in lines)
 
 
 def test_what_goes_wrong_at_a_site_stays_there(site: Site, rows: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -287,7 +292,8 @@ def test_a_site_leaves_out_the_rows_of_no_stage_as_a_simulation_does(tmp_path: P
         (folder / f"{site}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = [*overrides(tiny_model, folder), "rounds=2", 'continual.stages=[["first"], ["second"]]']
     run = loading.load(None, [*given, "strategy.min_clients=2"])
-    simulated = stages.within(federation.federate(run.data, run.seed), run)
+    own = split.repin(tmp_path / "state", run.data.test_fraction, new_key=True)
+    simulated = stages.within(federation.federate(run.data, run.seed, own.key), run)
     for client in simulated.clients:
         facts = Facts(client.name, folder / f"{client.name}.jsonl", tmp_path / "state")
         site = site_worker._read_site(site_worker.at_home(run, facts), facts, "first")
@@ -600,6 +606,9 @@ def test_a_run_that_is_not_started_leaves_no_trace(superlink: SuperLink, tmp_pat
     with pytest.raises(UserError, match=r"prompt\.template.*built-in"):
         runs.start(tmp_path / "state", own, tmp_path / "run")
     assert len(superlink.given) == 1
+    with pytest.raises(UserError, match=r"data\.max_rows = 7: sites choose their rows.*leave it out"):
+        runs.start(tmp_path / "state", loading.load(None, ["data.max_rows=7"]), tmp_path / "run")
+    assert len(superlink.given) == 1 and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -687,6 +696,6 @@ def test_who_follows_is_told_that_the_server_is_gone(
 
 
 def test_what_differs_from_a_simulation_is_said_before_the_start() -> None:
-    lines = runs.remarks(loading.load(None, ["data.max_rows=7"]))
-    assert [line.partition(" =")[0] for line in lines] == ["data.max_rows", "strategy.deadline_s"]
+    (line,) = runs.remarks(loading.load(None, []))
+    assert line.startswith("strategy.deadline_s =")
     assert runs.remarks(loading.load(None, ["strategy.deadline_s=60"])) == []

@@ -150,6 +150,46 @@ def test_where_nobody_tells_a_loss_the_page_says_why() -> None:
     assert "Site Rows to train on ant 100" in text  # what a private site calls its tokens are rows
 
 
+def test_counts_that_are_not_exact_are_shown_as_what_they_are() -> None:
+    metrics = fake_deployment()
+    for client, policy in zip(metrics["clients"], ("exact", "rounded", "declared"), strict=True):
+        client["counts"] = policy
+    for shown in (Page(page(metrics)).text, table_plain(metrics)):
+        rows = " ".join(shown.split())
+        assert "ant 100 900 10" in rows and "bee about 101 about 900 about 20" in rows
+        assert "cricket 102 (declared) 900 (declared) below 5" in rows and "all together about 303" in rows
+
+
+def test_what_a_private_site_withholds_is_said_and_not_left_blank(tmp_path: Path, tiny_model: Path) -> None:
+    """The server's own app against private clients: it weighs, logs and reports without a number of theirs."""
+    rows = write_rows(tmp_path / "rows")
+    private = ["privacy.unit=record", "privacy.batch_rows=8", "privacy.epsilon=50.0", "privacy.noise_multiplier=1.0"]
+    given = [text for text in overrides(tiny_model, rows) if not text.startswith("evaluate.clients")]
+    run = loading.load(None, [*given, *private, "evaluate.generate=false", "rounds=1"])
+    folder = tmp_path / "run"
+    engines.local()(make_app(), run, len(SITES), folder)
+    metrics, events = read_metrics(folder), read_events(folder)
+    hellos = [event for event in events if event["event"] == "handshake"]
+    assert len(hellos) == 3 and all(hello["examples"] is hello["tokens"] is None for hello in hellos)
+    visits = [event for event in events if event["event"] == "client"]
+    steps = run.train.steps or 0
+    assert {visit["tokens"] for visit in visits} == {8 * steps} and all(
+        v["seconds"] is v["loss"] is None for v in visits
+    )
+    assert [client["examples"] for client in metrics["clients"]] == [None] * 3
+    text = Page((folder / "report.html").read_text(encoding="utf-8")).text
+    for shown in (text, " ".join(table_plain(metrics).split())):
+        assert "and the loss in training, are not told under record-level privacy" in shown
+        assert "Rows to train on ant not told" in shown.replace("rows to train", "Rows to train")
+    lines = io.StringIO()
+    observe = Lines(lines)
+    for event in events:
+        observe(event)
+    (told,) = [line for line in lines.getvalue().splitlines() if line.startswith("round 1/1: 3 of 3")]
+    assert "train loss not told under record-level privacy" in told and "expected rows/s" in told
+    assert "tokens/s" not in told
+
+
 def test_names_of_sites_are_shown_and_never_obeyed() -> None:
     metrics = json.loads(
         json.dumps(fake_deployment()).replace("cricket", "<b>$x$\\u001b[2J[red]").replace("ant", "$_$")

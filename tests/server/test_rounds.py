@@ -65,7 +65,9 @@ def clients(
     @app.query("hello")
     def hello(message: Message, context: Context) -> Message:
         i = int(context.node_config["partition-id"])
-        return Message(flower_records.hello_reply(Hello(f"c{i}", prints.get(i, PRINT), 4, 10, 100)), reply_to=message)
+        counts = (None, None) if private else (10, 100)
+        hello = Hello(f"c{i}", prints.get(i, PRINT), 4, *counts)
+        return Message(flower_records.hello_reply(hello), reply_to=message)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
@@ -236,7 +238,7 @@ def test_a_round_without_work_for_anybody_keeps_the_state() -> None:
 def test_a_run_in_which_nobody_ever_trains_fails(reason: str) -> None:
     made, log = rounds(DECLINING[reason])
     with pytest.raises(RunFailed, match="no client trained in any of"):
-        made.run(LocalGrid(clients(dict.fromkeys(range(3), reason)), 3), 3)
+        made.run(LocalGrid(clients(dict.fromkeys(range(3), reason), private=reason == "budget"), 3), 3)
     assert log.of("refused") == []
 
 
