@@ -1,0 +1,147 @@
+"""The gradient-inversion drill: what one step on a few rows gives away of their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from apiary.config.schema import ContinualConfig, CurateConfig, RunConfig
+from apiary.core import lora
+from apiary.core.messages import Payload, Visit
+from apiary.core.tensors import StateDict
+from apiary.data import tokenization
+from apiary.data.examples import Example
+from apiary.models import adapters
+from apiary.models.adapters import LanguageModel
+from apiary.privacy.audit import inversion
+from client.worker import Worker
+from simulation import replay
+from simulation.replay import Bench
+from strategies.local import PLAIN
+
+_ALIKE = 1e-2  # relative; inputs of one token at two places may differ by rounding in bfloat16
+_CHUNK = 2048  # tokens of the vocabulary in one pass
+
+
+def token_inputs(lm: LanguageModel) -> tuple[tuple[str, ...], Tensor] | None:
+    """The adapted modules whose common input follows from a token alone, and that input of each token, (V, d) float32.
+
+    None where there is no such module: with positions added to the embeddings, say, or where the first layers are not
+    adapted. Found by asking the model: the token must have the same input behind others and at another place.
+    """
+    modules = tuple(lora.split(dict(lm.adapter)))
+    ids = (
+        torch.tensor([[5, 6, 7], [8, 9, 7], [7, 5, 6]], device=lm.device)
+        % lm.model.get_input_embeddings().weight.shape[0]
+    )
+    seen = _inputs(lm, modules, ids)
+    found = []
+    for name, x in seen.items():
+        here, behind, first = x[0, 2], x[1, 2], x[2, 0]
+        size = float(here.norm()) * _ALIKE
+        if float((here - behind).norm()) <= size and float((here - first).norm()) <= size:
+            found.append(name)
+    if not found:
+        return None
+    width = seen[found[0]].shape[-1]
+    same = tuple(name for name in found if seen[name].shape[-1] == width and torch.equal(seen[name], seen[found[0]]))
+    every = torch.arange(len(lm.tokenizer), device=lm.device)
+    parts = [_inputs(lm, same[:1], part[:, None])[same[0]][:, 0] for part in every.split(_CHUNK)]
+    return same, torch.cat(parts)
+
+
+def _inputs(lm: LanguageModel, modules: Sequence[str], ids: Tensor) -> dict[str, Tensor]:
+    """What each module is given for these tokens, (b, t, d) float32 on the CPU."""
+    seen: dict[str, Tensor] = {}
+
+    def note(name: str):  # type: ignore[no-untyped-def]
+        def hook(_: object, inputs: tuple[Tensor, ...]) -> None:
+            seen[name] = inputs[0].detach().float().cpu()
+
+        return hook
+
+    hooks = [lm.model.get_submodule(name).register_forward_pre_hook(note(name)) for name in modules]
+    try:
+        with torch.inference_mode(), adapters.autocast(lm):
+            lm.model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def one_step(config: RunConfig, noise: float | None, rows: int) -> RunConfig:
+    """The run's settings for a visit of one plain gradient step in which every one of `rows` rows takes part.
+
+    It is the worst case for the rows: with `adamw`, or after several steps, an update is no gradient any more.
+
+    Args:
+        config: the run.
+        noise: the run's noise multiplier; None without privacy.
+        rows: of the step.
+    """
+    train = {"optimizer": "sgd", "lr": 1.0, "schedule": "constant", "warmup": 0.0, "steps": 1, "epochs": None}
+    train |= {"accumulate": 1, "batch_tokens": rows * config.prompt.max_tokens, "weight_decay": 0.0, "penalties": ()}
+    privacy = {"batch_rows": rows, "noise_multiplier": noise, "epsilon": 1e9}
+    return config.model_copy(
+        update={
+            "train": config.train.model_copy(update=train),
+            "privacy": config.privacy.model_copy(update=privacy if noise is not None else {}),
+            "curate": CurateConfig(),
+            "continual": ContinualConfig(),
+        }
+    )
+
+
+def drill(
+    bench: Bench, start: StateDict, noise: float | None, rows: int, trials: int, folder: Path, seed: int
+) -> list[tuple[float, float]] | None:
+    """The token recovery of some batches of `rows` rows of the client, each with its chance; see `inversion.recovery`.
+
+    Args:
+        bench: the client and its run.
+        start: the adapter that the step begins with, with what it adds to the base.
+        noise: the run's noise multiplier; None without privacy.
+        rows: of a batch.
+        trials: batches, drawn by `seed`.
+        folder: for what the copies keep; new.
+        seed: of the batches and the copies' keys.
+
+    Returns:
+        None where no adapted layer has an input that follows from a token alone, or its A is not trained.
+    """
+    config, lm = one_step(bench.config, noise, rows), bench.lm
+    number = next((n for n in (1, 2) if config.adapter.trained(n) != "b"), None)
+    adapters.set_adapter(lm, start)
+    known = token_inputs(lm)
+    if number is None or known is None:
+        return None
+    modules, inputs = known
+    worker = Worker(config, PLAIN)
+    usable = [e for e in bench.client.train if tokenization.encode(e, worker.template, lm.tokenizer, config.prompt)]
+    common = _in_every(usable, worker)
+    rng = np.random.default_rng(seed)
+    found = []
+    for trial in range(trials):
+        batch = [usable[i] for i in rng.choice(len(usable), min(rows, len(usable)), replace=False)]
+        copy = replay.site(bench, batch, folder / f"{rows}-{trial}", seed)
+        adapter, base_delta = lora.parts(start)
+        answer = worker.train(copy, number, Payload(adapter, base_delta))
+        if not isinstance(answer, Visit):
+            continue
+        gradients = torch.cat([lora.split(answer.update.delta)[name].a for name in modules])
+        present = np.unique(tokenization.encode_all(batch, worker.template, lm.tokenizer, config.prompt).ids)
+        found.append(inversion.recovery(inversion.presence(inputs, gradients), present, common))
+    return [pair for pair in found if pair[0] == pair[0]]
+
+
+def _in_every(rows: Sequence[Example], worker: Worker) -> np.ndarray:
+    """Ids of the tokens that all rows have: what the template writes, which everybody knows."""
+    corpus = tokenization.encode_all(rows, worker.template, worker.tokenizer, worker.config.prompt)
+    each = [np.unique(corpus.ids[a:b]) for a, b in zip(corpus.offsets[:-1], corpus.offsets[1:], strict=True)]
+    ids, counts = np.unique(np.concatenate(each), return_counts=True)
+    return np.asarray(ids[counts == len(each)])
