@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from apiary.config import loading
-from apiary.config.schema import Method, RunConfig
+from apiary.config.schema import Method
 from apiary.core.errors import RunFailed, UserError
 from apiary.core.seeds import derive_seed
 from apiary.core.tensors import StateDict, generator
@@ -42,7 +42,7 @@ from simulation.run import check_names
 
 SCHEMA = 1
 FILLS = 256  # that a secret is ranked among: 8 bits at most
-COPIES = ((1, 8, 64), (1, 4, 16))  # how often secrets are planted; the second where a client has too few rows
+COPIES = ((1, 4, 32), (1, 4, 16))  # how often secrets are planted; the second where a client has too few rows
 BATCHES = ((1, 8), (2, 8), (8, 4))  # rows and trials of the inversion drill
 _FEWEST_ROWS = 16  # of a client; with fewer nothing could be told
 _SECRETS = 4  # for each number of copies, where there are rows enough
@@ -82,8 +82,8 @@ def open_bench(folder: Path, options: Options, data: str | None = None) -> Bench
     if data is None:
         if metrics_file.read_metrics(folder).get("sites") is not None:
             raise UserError(
-                f"{str(folder)!r} is a deployed run, whose rows are at its sites: run the audit at a site, on a copy of "
-                "this folder, with `apiary privacy audit RUN --data ROWS`"
+                f"{str(folder)!r} is a deployed run, whose rows are at its sites: run the audit at a site, on a copy "
+                "of this folder, with `apiary privacy audit RUN --data ROWS`"
             )
     else:
         alone = {"source": data, "test": None, "clients": 1, "partition": Method(name="iid")}
@@ -119,9 +119,10 @@ def _chosen(clients: Sequence[ClientData], name: str | None) -> int:
 
 
 def plant(bench: Bench, options: Options) -> Plan:
-    """The rows of the audited copy: at most a quarter of the client's are canaries, a quarter own rows that a coin
-    decides about, and a quarter secrets.
-    """  # noqa: D205
+    """What the audited copy trains on: of the client's rows it keeps a quarter at least.
+
+    At most a quarter each is replaced by canaries, left to a coin, and replaced by secrets.
+    """
     train, quarter = bench.client.train, len(bench.client.train) // 4
     rng = np.random.default_rng(derive_seed(options.seed, "audit", bench.client.name))
     places = rng.permutation(len(train)).tolist()
@@ -249,7 +250,8 @@ def _gradients(bench: Bench, corpus: Corpus, seen: Seen) -> tuple[Tensor, list[s
     lm = bench.lm
     adapters.set_adapter(lm, seen.start)
     with adapters.training(lm, bench.config.adapter.trained(seen.number)) as moving, row_gradients(moving):
-        names, numbers = [], 0
+        names: list[str] = []
+        numbers = 0
         for name, parameter in moving.adapter.items():
             if name in seen.change and (not names or numbers + parameter.numel() <= _ROOM // len(corpus)):
                 names, numbers = [*names, name], numbers + parameter.numel()
@@ -301,10 +303,7 @@ def _inversion(bench: Bench, last: Seen, scratch: Path, seed: int) -> list[dict[
     """Token recovery by batch size; empty where the attack has nothing to go by."""
     noise = last.spent.noise_multiplier if last.spent else None
     found = []
-    for rows, trials in BATCHES:
-        pairs = inversion.drill(bench, last.end, noise, rows, trials, scratch / "drill", seed)
-        if not pairs:
-            continue
+    for rows, pairs in inversion.drill(bench, last.end, noise, BATCHES, scratch / "drill", seed).items():
         recovered, chance = np.array(pairs).T
         resampled = np.random.default_rng(seed).choice(recovered, (1000, len(recovered))).mean(1)
         low, high = np.percentile(resampled, [2.5, 97.5])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from apiary.core import lora
 from apiary.core.messages import Payload, Visit
 from apiary.core.tensors import StateDict
 from apiary.data import tokenization
-from apiary.data.examples import Example
+from apiary.data.batches import Corpus
 from apiary.models import adapters
 from apiary.models.adapters import LanguageModel
 from apiary.privacy.audit import inversion
@@ -58,7 +60,7 @@ def _inputs(lm: LanguageModel, modules: Sequence[str], ids: Tensor) -> dict[str,
     """What each module is given for these tokens, (b, t, d) float32 on the CPU."""
     seen: dict[str, Tensor] = {}
 
-    def note(name: str):  # type: ignore[no-untyped-def]
+    def note(name: str) -> Callable[[object, tuple[Tensor, ...]], None]:
         def hook(_: object, inputs: tuple[Tensor, ...]) -> None:
             seen[name] = inputs[0].detach().float().cpu()
 
@@ -98,50 +100,58 @@ def one_step(config: RunConfig, noise: float | None, rows: int) -> RunConfig:
 
 
 def drill(
-    bench: Bench, start: StateDict, noise: float | None, rows: int, trials: int, folder: Path, seed: int
-) -> list[tuple[float, float]] | None:
-    """The token recovery of some batches of `rows` rows of the client, each with its chance; see `inversion.recovery`.
+    bench: Bench,
+    start: StateDict,
+    noise: float | None,
+    sizes: Sequence[tuple[int, int]],
+    folder: Path,
+    seed: int,
+) -> dict[int, list[tuple[float, float]]]:
+    """By batch size, the token recovery of some batches of the client's rows, each with its chance.
 
     Args:
         bench: the client and its run.
         start: the adapter that the step begins with, with what it adds to the base.
         noise: the run's noise multiplier; None without privacy.
-        rows: of a batch.
-        trials: batches, drawn by `seed`.
+        sizes: rows of a batch, and how many batches are drawn.
         folder: for what the copies keep; new.
         seed: of the batches and the copies' keys.
 
     Returns:
-        None where no adapted layer has an input that follows from a token alone, or its A is not trained.
+        Pairs as of `inversion.recovery`; nothing where no adapted layer has an input that follows from a token alone,
+        or no A is trained.
     """
-    config, lm = one_step(bench.config, noise, rows), bench.lm
-    number = next((n for n in (1, 2) if config.adapter.trained(n) != "b"), None)
+    lm = bench.lm
+    number = next((n for n in (1, 2) if bench.config.adapter.trained(n) != "b"), None)
     adapters.set_adapter(lm, start)
     known = token_inputs(lm)
     if number is None or known is None:
-        return None
+        return {}
     modules, inputs = known
-    worker = Worker(config, PLAIN)
-    usable = [e for e in bench.client.train if tokenization.encode(e, worker.template, lm.tokenizer, config.prompt)]
-    common = _in_every(usable, worker)
+    whole = tokenization.encode_all(bench.client.train, bench.worker.template, lm.tokenizer, bench.config.prompt)
+    usable = [row for i, row in enumerate(bench.client.train) if i not in whole.dropped]
+    common = _in_every(whole)
     rng = np.random.default_rng(seed)
-    found = []
-    for trial in range(trials):
-        batch = [usable[i] for i in rng.choice(len(usable), min(rows, len(usable)), replace=False)]
-        copy = replay.site(bench, batch, folder / f"{rows}-{trial}", seed)
-        adapter, base_delta = lora.parts(start)
-        answer = worker.train(copy, number, Payload(adapter, base_delta))
-        if not isinstance(answer, Visit):
-            continue
-        gradients = torch.cat([lora.split(answer.update.delta)[name].a for name in modules])
-        present = np.unique(tokenization.encode_all(batch, worker.template, lm.tokenizer, config.prompt).ids)
-        found.append(inversion.recovery(inversion.presence(inputs, gradients), present, common))
-    return [pair for pair in found if pair[0] == pair[0]]
+    found: dict[int, list[tuple[float, float]]] = {}
+    for rows, trials in sizes:
+        worker = Worker(one_step(bench.config, noise, rows), PLAIN)
+        for trial in range(trials):
+            batch = [usable[i] for i in rng.choice(len(usable), rows, replace=False)]
+            copy = replay.site(bench, batch, folder / f"{rows}-{trial}", seed)
+            answer = worker.train(copy, number, Payload(*lora.parts(start)))
+            if not isinstance(answer, Visit):
+                continue
+            factors = lora.split(answer.update.delta)
+            scores = inversion.presence(inputs, torch.cat([factors[name].a for name in modules]))
+            ids = tokenization.encode_all(batch, worker.template, lm.tokenizer, bench.config.prompt).ids
+            recovered, chance = inversion.recovery(scores, np.unique(ids), common)
+            if not math.isnan(recovered):
+                found.setdefault(rows, []).append((recovered, chance))
+    return found
 
 
-def _in_every(rows: Sequence[Example], worker: Worker) -> np.ndarray:
+def _in_every(corpus: Corpus) -> np.ndarray:
     """Ids of the tokens that all rows have: what the template writes, which everybody knows."""
-    corpus = tokenization.encode_all(rows, worker.template, worker.tokenizer, worker.config.prompt)
-    each = [np.unique(corpus.ids[a:b]) for a, b in zip(corpus.offsets[:-1], corpus.offsets[1:], strict=True)]
+    each = [np.unique(corpus.ids[a:b]) for a, b in itertools.pairwise(corpus.offsets)]
     ids, counts = np.unique(np.concatenate(each), return_counts=True)
     return np.asarray(ids[counts == len(each)])

@@ -133,10 +133,11 @@ def verdict(audit: Mapping[str, Any]) -> str:
         return "Nothing is claimed of these updates, and nothing bounds what a stronger attack finds."
     if bound > claim["epsilon"]:
         return (
-            f"The lower bound {bound:.2f} is above the claim {claim['epsilon']:.2f}: by chance that happens in at most 5% "
-            "of audits; with another --seed it should not, or the mechanism is broken."
+            f"The lower bound {bound:.2f} is above the claim {claim['epsilon']:.2f}: by chance that happens in at most "
+            "5% of audits; with another --seed it should not, or the mechanism is broken."
         )
-    return f"The lower bound is below the claim, {rounded_up(claim['epsilon'])}, as it must be; an attack proves no safety."
+    claimed = rounded_up(claim["epsilon"])
+    return f"The lower bound is below the claim, {claimed}, as it must be; that an attack fails proves no safety."
 
 
 def _figure(figure: Mapping[str, float] | None, scale: float, digits: int, unit: str = "") -> str:

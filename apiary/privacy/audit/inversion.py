@@ -1,10 +1,9 @@
-"""Token presence from the gradient of a LoRA factor, as in DAGER (Petrov et al. 2024, "Exact gradient inversion for
-LLMs").
+"""Token presence from the gradient of a LoRA factor, as in DAGER (Petrov et al. 2024).
 
 The gradient of A is s B^T (dL/dY)^T X: its rows lie in the span of the layer's inputs x_t, and the inputs of a model's
 first layers follow from their tokens alone. So a token that was in the batch has an input inside the span of the rows,
 and with fewer distinct tokens than rows hardly any other token has.
-"""  # noqa: D205
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""A lower bound on epsilon from one training run (Steinke, Nasr and Jagielski 2023, "Privacy auditing with one (1)
-training run"): every canary is in or out by a fair coin of its own, and the auditor guesses which.
-"""  # noqa: D205, D209
+"""A lower bound on epsilon from one training run, in which the auditor guesses which canaries were in.
+
+Every canary is in or out by a fair coin of its own: Steinke, Nasr and Jagielski 2023, "Privacy auditing with one (1)
+training run".
+"""
 
 from __future__ import annotations
 
