@@ -35,7 +35,7 @@ class Exposure(NamedTuple):
 def exposure(losses: np.ndarray, own: int) -> float:
     """log2 of the number of fills less log2 of the rank of the planted one, in bits; exact, over all given fills.
 
-    The rank counts from 1 and takes ties against the attack. A secret that was drawn at random among the fills and never
+    The rank counts from 1 and takes ties against the attack. A secret drawn at random among the fills and never
     seen has every rank with the same probability.
 
     Args:
