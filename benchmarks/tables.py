@@ -274,6 +274,61 @@ def aggregation_round(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"{size}, rank 16, 16 clients; on {_machine(results)}."])
 
 
+def audit(results: dict[str, Any]) -> str:
+    """What attacks on one client's updates find, by budget."""
+    runs = results["runs"]
+    budgets = list(dict.fromkeys(run["budget"] for run in runs))
+    names = ["no privacy" if budget == "none" else f"epsilon {budget}" for budget in budgets]
+    lines = [f"| | by chance | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
+    last = max(run["rounds"] for run in runs)
+
+    def add(
+        label: str, chance: str, found: Callable[[dict[str, Any]], float | None], scale: float, digits: int
+    ) -> None:
+        cells = []
+        for budget in budgets:
+            values = [value for run in runs if run["budget"] == budget and (value := found(run)) is not None]
+            cells.append(_spread(values, scale, digits) if values else "")
+        lines.append(f"| {label} | {chance} | {' | '.join(cells)} |")
+
+    def member(attack: str, updates: int) -> Callable[[dict[str, Any]], float | None]:
+        def find(run: dict[str, Any]) -> float | None:
+            (row,) = [r for r in run["membership"] if (r["attack"], r["updates"]) == (attack, updates)]
+            return None if row["auc"] is None else row["auc"]["value"]
+
+        return find
+
+    for updates, told in ((1, "the first update"), (last, f"{last} updates")):
+        add(f"membership by the loss, {told}: AUC", "0.50", member("loss", updates), 1, 2)
+        add(f"membership by the direction of {told}: AUC", "0.50", member("update", updates), 1, 2)
+    for copies in [row["copies"] for row in runs[0]["exposure"]]:
+        add(
+            f"exposure of a secret planted {'once' if copies == 1 else f'{copies} times'}, bits of 8",
+            "1.4",
+            lambda run, copies=copies: next((r["mean"] for r in run["exposure"] if r["copies"] == copies), None),
+            1,
+            1,
+        )
+    for rows in [row["rows"] for row in runs[0]["inversion"]]:
+        chance = statistics.mean(r["chance"] for run in runs for r in run["inversion"] if r["rows"] == rows)
+        add(
+            f"tokens read from one gradient of {rows} row{'s' * (rows > 1)}, %",
+            f"{100 * chance:.0f}",
+            lambda run, rows=rows: next((r["recovered"]["value"] for r in run["inversion"] if r["rows"] == rows), None),
+            100,
+            0,
+        )
+    add("epsilon is at least (95%)", "0", lambda run: run["lower_bound"]["epsilon"], 1, 2)
+    add("epsilon that is claimed", "", lambda run: run["claim"] and run["claim"]["epsilon"], 1, 2)
+    rows = _spread([run["rows"] for run in runs], 1, 0)
+    canaries = _spread([run["lower_bound"]["canaries"] for run in runs], 1, 0)
+    note = (
+        f"One client of 16 with {rows} rows, {last} visits of 3 steps, rank 4; {canaries} canaries. "
+        f"Each audit took {_spread([run['seconds'] for run in runs], 1, 0)} s on a machine that others used too."
+    )
+    return _noted(lines, results, note)
+
+
 _CODED = ("fedavg", "bf16", "int8", "int4", "top 1% up", "top 10% up", "ffa", "alternating")
 _MIXED, _SGD = "mixed ranks: ", ("fedavg, SGD", "scaffold, SGD")
 _PERSONAL = "each client its own B"
@@ -478,6 +533,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "curation": curation,
     "judges": judges,
     "privacy": privacy,
+    "audit": audit,
     "aggregation_error": aggregation_error,
     "aggregation_module": aggregation_module,
     "aggregation_memory": aggregation_memory,

@@ -170,6 +170,13 @@ def test_losses_of_single_rows_are_kept_by_a_simulation_alone() -> None:
     assert users == {"simulation/summary.py", "apiary/evaluation/runs.py"}
 
 
+def test_the_arithmetic_of_audits_asks_no_model() -> None:
+    """Attacks are functions of arrays: whoever replays a client's training stands where client code may be imported."""
+    audits = [found for found in IMPORTS if found.file.startswith("apiary/privacy/audit/")]
+    assert {found.top for found in audits} <= {"numpy", "torch", "math", "typing", "collections", "__future__"}
+    assert {Path(found.file).name for found in audits} >= {"membership.py", "one_run.py", "inversion.py"}
+
+
 def test_nothing_imports_in_a_circle() -> None:
     """Of all imports that run when a module is loaded; one inside a function waits until it is called."""
     graph: dict[str, set[str]] = {}

@@ -211,7 +211,9 @@ def curate(
     typer.echo(f"written: {shown(done.out.resolve())}   private page: {shown(done.report.resolve())}")
 
 
-privacy_app = typer.Typer(help="Differential privacy: what a run would cost.", no_args_is_help=True)
+privacy_app = typer.Typer(
+    help="Differential privacy: what a run would cost, and what updates tell.", no_args_is_help=True
+)
 app.add_typer(privacy_app, name="privacy")
 app.add_typer(deploy.app, name="deploy")
 
@@ -234,6 +236,29 @@ def privacy_plan(
         return
     for line in describe(settings, made):
         typer.echo(line)
+
+
+@privacy_app.command("audit")
+def privacy_audit(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="the run directory of a finished simulation")],
+    client: Annotated[str | None, typer.Option(help="the client; unset: the one with most rows")] = None,
+    canaries: Annotated[int, typer.Option(min=16, help="canaries at most, and as many of the client's own rows")] = 200,
+    rounds: Annotated[int | None, typer.Option(min=1, help="visits that are replayed; unset: those of the run")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of canaries, coins and noise of the replay")] = 0,
+    data: Annotated[
+        str | None, typer.Option(help="at a site, of a deployed run: the site's rows, a file or a folder")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Attack one client's updates as a curious server could, and print what they tell beside the claimed epsilon."""
+    from apiary.cli import audit
+
+    with shared.stdout_kept(as_json):
+        found = audit.run_audit(run, client, canaries, rounds, seed, data)
+    if as_json:
+        print_json(found)
+    else:
+        typer.echo(audit.table(found))
 
 
 @app.command("config")

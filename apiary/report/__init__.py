@@ -21,6 +21,7 @@ from apiary.core.formatting import clean, plural
 from apiary.evaluation import intervals
 from apiary.privacy import statement
 from apiary.report import sites
+from apiary.report.audit import audit_content, read_audit
 from apiary.report.data import Interval, Metrics, Row, gain_on_all, gain_on_own, parse_metrics
 from apiary.report.page import PAGE
 from apiary.report.verdict import (
@@ -56,11 +57,13 @@ def write_report(folder: Path) -> Path:
     config = folder / "config.toml"
     text = config.read_text(encoding="utf-8", errors="replace") if config.exists() else ""
     path = folder / REPORT_FILE
-    write_atomic(path, render(metrics, events, text))
+    write_atomic(path, render(metrics, events, text, read_audit(folder)))
     return path
 
 
-def render(metrics: Metrics, events: Sequence[Event] = (), config: str = "") -> str:
+def render(
+    metrics: Metrics, events: Sequence[Event] = (), config: str = "", audit: Mapping[str, Any] | None = None
+) -> str:
     """The page as one HTML text; the same input gives the same bytes."""
     from apiary.report.content import page_content  # draws with Matplotlib, which a table does without
 
@@ -75,7 +78,9 @@ def render(metrics: Metrics, events: Sequence[Event] = (), config: str = "") -> 
     ):
         environment.filters[name.removesuffix("_text")] = getattr(formatting, name)
     environment.filters["up"] = statement.rounded_up
-    return environment.from_string(PAGE).render(**page_content(metrics, events, config))
+    return environment.from_string(PAGE).render(
+        **page_content(metrics, events, config), **audit_content(audit, metrics.private)
+    )
 
 
 def table_text(metrics: Mapping[str, Any]) -> RenderableType:

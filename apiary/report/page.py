@@ -395,9 +395,26 @@ surprise). Lower is better and 0 is certainty.{% if probability is not none %} {
 
 <section>
 <h2>What left the clients</h2>
-<p class="note">{% if sent[0] or sent[1] %}{{ sent[0] | bytes }} went from clients to the server and {{ sent[1] | bytes }} back, all rounds and evaluations together: {{ sent_what }}, never text. {% if saved %}{{ saved }} {% endif %}{% endif %}{% if not promise %}{{ privacy }}{% endif %}</p>
+<p class="note">{% if sent[0] or sent[1] %}{{ sent[0] | bytes }} went from clients to the server and {{ sent[1] | bytes }} back, all rounds and evaluations together: {{ sent_what }}, never text. {% if saved %}{{ saved }} {% endif %}{% endif %}{% if not promise %}{{ privacy }}{% endif %} {{ unmeasured }}</p>
 {% if cost_chart %}<div class="panel">{{ cost_chart }}</div>{% endif %}
 </section>
+
+{% if audit %}
+<section>
+<h2>What an update tells</h2>
+<p class="note">{{ audit.intro }} {{ audit.verdict }}</p>
+<div class="panel scroll">
+<table>
+<thead><tr><th scope="col">Attack</th><th scope="col" class="num">Found</th><th scope="col" class="num">By chance</th><th scope="col">Remark</th></tr></thead>
+<tbody>
+{% for what, found, chance, remark in audit.lines %}
+<tr><th scope="row">{{ what }}</th><td class="num">{{ found }}</td><td class="num">{{ chance }}</td><td>{{ remark }}</td></tr>
+{% endfor %}
+</tbody>
+</table>
+</div>
+</section>
+{% endif %}
 
 {% if samples %}
 <section>

@@ -1,0 +1,52 @@
+"""`apiary privacy audit`: runs the attacks and prints what they found."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from apiary.core.errors import UserError
+from apiary.core.files import finite, write_atomic
+
+
+def run_audit(
+    run: Path, client: str | None, canaries: int, rounds: int | None, seed: int, data: str | None
+) -> dict[str, Any]:
+    """The audit of a run, written to its `audit.json`; its report, if it has one, is written again.
+
+    Raises:
+        UserError: no such run or client, or a deployed one without `data`.
+        apiary.core.errors.RunFailed: the replay did not come about.
+    """
+    if not run.is_dir():
+        raise UserError(f"run folder {str(run)!r} does not exist")
+    from apiary.report import write_report
+    from apiary.report.audit import AUDIT_FILE
+    from apiary.tracking.event_log import METRICS_FILE
+    from simulation import audit
+
+    options = audit.Options(client, canaries, rounds, seed)
+    bench = audit.open_bench(run, options, data)
+    typer.echo(f"auditing {bench.client.name}: {len(bench.client.train):,} training rows", err=True)
+    say = (lambda line: typer.echo(line, err=True)) if sys.stderr.isatty() else (lambda line: None)
+    found = audit.audit(bench, options, say)
+    write_atomic(run / AUDIT_FILE, json.dumps(finite(found), indent=1) + "\n")
+    if (run / METRICS_FILE).exists():
+        write_report(run)
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    """The figures as aligned plain lines, and what they say of the claim."""
+    from apiary.report.audit import intro, lines, verdict
+
+    grid = [("", "found", "chance", ""), *lines(found)]
+    widths = [max(len(row[column]) for row in grid) for column in range(3)]
+    rows = [
+        "  ".join([r[0].ljust(widths[0]), r[1].rjust(widths[1]), r[2].rjust(widths[2]), r[3]]).rstrip() for r in grid
+    ]
+    return "\n".join([intro(found), "", *rows, "", verdict(found)])

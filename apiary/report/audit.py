@@ -1,0 +1,147 @@
+"""What an audit of one client's updates found, for terminal and page: `audit.json` as lines of a table."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from apiary.core.errors import UserError
+from apiary.core.formatting import MISSING, plural
+from apiary.privacy.statement import rounded_up
+
+AUDIT_FILE = "audit.json"
+COMMAND = "apiary privacy audit RUN"
+_SCHEMA = 1
+_BY = {"loss": "by the fall of the loss", "update": "by the update's direction"}
+
+
+class Line(NamedTuple):
+    """One figure."""
+
+    what: str
+    found: str  # with its 95% interval
+    chance: str  # what an attack that knows nothing reaches
+    remark: str = ""
+
+
+def read_audit(folder: Path) -> dict[str, Any] | None:
+    """The newest audit of a run; None where there is none.
+
+    Raises:
+        UserError: the file is no audit that this version knows.
+    """
+    path = folder / AUDIT_FILE
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} is not valid JSON: {error}; remove it, or run the audit again") from None
+    if not isinstance(found, dict) or found.get("schema") != _SCHEMA:
+        raise UserError(f"{str(path)!r} is no audit that this version reads; remove it, or run the audit again")
+    return found
+
+
+def audit_content(audit: Mapping[str, Any] | None, private: bool) -> dict[str, Any]:
+    """What the page shows of an audit, by the names that its template uses."""
+    if audit is None:
+        return {"audit": None, "unmeasured": unmeasured(private)}
+    return {"audit": {"intro": intro(audit), "lines": lines(audit), "verdict": verdict(audit)}, "unmeasured": ""}
+
+
+def unmeasured(private: bool) -> str:
+    """The line of a report without an audit: what an update could tell, and how to measure it."""
+    could = (
+        "what an update tells of a row is bounded by the epsilon above"
+        if private
+        else "an update can tell which rows a client trained on, and words of them"
+    )
+    return f"{could[0].upper()}{could[1:]}; how much an attack really finds, {COMMAND} measures."
+
+
+def intro(audit: Mapping[str, Any]) -> str:
+    """Whose updates were attacked, and how."""
+    return (
+        f"A server that is honest but curious, and one client: {audit['client']}, {plural(audit['rounds'], 'visit')} "
+        f"replayed with {audit['rows']:,} rows. Some of its rows, and canaries among them, were in or out by a coin; "
+        "figures have 95% intervals."
+    )
+
+
+def lines(audit: Mapping[str, Any]) -> list[Line]:
+    """All figures, each with what chance gives."""
+    return [*_membership(audit), *_exposure(audit), *_inversion(audit), _bound(audit)]
+
+
+def _membership(audit: Mapping[str, Any]) -> list[Line]:
+    made = []
+    for row in audit["membership"]:
+        after = "first update" if row["updates"] == 1 else f"{row['updates']} updates"
+        many = f"{row['members']} rows in, {row['others']} out"
+        what = f"Membership {_BY[row['attack']]}, {after}"
+        few = "" if row["auc"] else f"too few rows: {many}"
+        made.append(Line(f"{what}: AUC", _figure(row["auc"], 1, 2), "0.50", few or many))
+        few = "" if row["true_positives"] else "fewer than 100 rows out"
+        made.append(
+            Line(f"{what}: found at 1% false positives", _figure(row["true_positives"], 100, 0, "%"), "1%", few)
+        )
+    return made
+
+
+def _exposure(audit: Mapping[str, Any]) -> list[Line]:
+    if not audit["exposure"]:
+        return [Line("Exposure of planted secrets", MISSING, "", "too few rows to plant them among")]
+    chance = f"{1 / math.log(2):.1f} bits"
+    made = []
+    for row in audit["exposure"]:
+        times = "once" if row["copies"] == 1 else f"{row['copies']} times"
+        value = _figure({"value": row["mean"], "low": row["low"], "high": row["high"]}, 1, 1, " bits")
+        remark = f"of {row['highest']:.0f}; {plural(len(row['bits']), 'secret')}, p = {row['p_value']:.2g}"
+        made.append(Line(f"Exposure of a secret planted {times}", value, chance, remark))
+    return made
+
+
+def _inversion(audit: Mapping[str, Any]) -> list[Line]:
+    if not audit["inversion"]:
+        return [Line("Gradient inversion", MISSING, "", "no adapted layer whose input follows from a token alone")]
+    return [
+        Line(
+            f"Tokens read from one gradient of {plural(row['rows'], 'row')}",
+            _figure(row["recovered"], 100, 0, "%"),
+            f"{100 * row['chance']:.0f}%",
+            plural(row["trials"], "batch").replace("batchs", "batches"),
+        )
+        for row in audit["inversion"]
+    ]
+
+
+def _bound(audit: Mapping[str, Any]) -> Line:
+    found, claim = audit["lower_bound"], audit["claim"]
+    said = f"claimed: {rounded_up(claim['epsilon'])} at delta {claim['delta']:g}" if claim else "nothing is claimed"
+    right = f"{found['right']} of {found['guesses']} guesses right on {plural(found['canaries'], 'canary')}"
+    right = right.replace("canarys", "canaries")
+    return Line("Epsilon is at least", f"{found['epsilon']:.2f}", "0.00", f"{said}; {right}")
+
+
+def verdict(audit: Mapping[str, Any]) -> str:
+    """One sentence on the claim, if there is one."""
+    claim, bound = audit["claim"], audit["lower_bound"]["epsilon"]
+    if not claim:
+        return "Nothing is claimed of these updates, and nothing bounds what a stronger attack finds."
+    if bound > claim["epsilon"]:
+        return (
+            f"The lower bound {bound:.2f} is above the claim {claim['epsilon']:.2f}: by chance that happens in at most "
+            "5% of audits; with another --seed it should not, or the mechanism is broken."
+        )
+    claimed = rounded_up(claim["epsilon"])
+    return f"The lower bound is below the claim, {claimed}, as it must be; that an attack fails proves no safety."
+
+
+def _figure(figure: Mapping[str, float] | None, scale: float, digits: int, unit: str = "") -> str:
+    if figure is None:
+        return MISSING
+    value, low, high = (f"{scale * figure[key]:.{digits}f}" for key in ("value", "low", "high"))
+    return f"{value}{unit} [{low}, {high}]"

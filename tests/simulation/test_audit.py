@@ -1,0 +1,245 @@
+"""The audit of one client's updates, on the path that trains: what it finds, what it leaves alone, what it refuses."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import small_models
+from command_line import apiary, assert_refused
+from conftest import overrides_for
+from fake_run import fake_deployment, fake_metrics, fake_run
+from report_pages import page
+from safetensors.torch import load_file
+
+from apiary.config import loading
+from apiary.core.messages import Payload, Visit
+from apiary.core.tensors import norm, subtract
+from apiary.data.examples import Example, Turn
+from apiary.data.federation import ClientData
+from apiary.models import adapters
+from apiary.privacy.audit import one_run
+from client import private_visit
+from client.worker import Worker
+from simulation import audit, inversion, replay
+from simulation.replay import Bench, Seen
+from simulation.run import simulate
+
+PRIVATE = ["privacy.unit=record", "privacy.batch_rows=10", "privacy.epsilon=8.0", "evaluate.baselines=[]"]
+
+
+def bench(model: Path, rows: tuple[Example, ...], *more: str) -> Bench:
+    base = [f"model.name={model}", "model.dtype=float32", "model.device=cpu", "prompt.max_tokens=96"]
+    train = ["train.threads=1", "train.warmup=0.0", "train.schedule=constant", "train.batch_tokens=4096"]
+    config = loading.load(None, [*base, *train, *more])
+    lm = adapters.load(config.model, config.adapter)
+    return Bench(config, lm, Worker(config), ClientData("c", rows, ()), config.adapter.rank)
+
+
+def short_rows(count: int, rng: np.random.Generator) -> tuple[Example, ...]:
+    letters = list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789")
+    texts = ["".join(rng.choice(letters, 3)) for _ in range(2 * count)]
+    return tuple(
+        Example((Turn("user", a), Turn("assistant", b)), {}) for a, b in zip(texts[::2], texts[1::2], strict=True)
+    )
+
+
+@pytest.fixture(scope="module")
+def varied(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model whose rows have gradients of many directions, and a template that adds nothing they share."""
+    folder = tmp_path_factory.mktemp("varied")
+    (folder / "bare.txt").write_text("{instruction}{response}")
+    return small_models.make_folder("llama", tiny_model, folder / "model"), folder / "bare.txt"
+
+
+def hardest_drill(
+    varied: tuple[Path, Path], folder: Path, seed: int, share: float, monkeypatch: pytest.MonkeyPatch
+) -> tuple[float, float]:
+    """The lower bound and the claim where all rows are canaries and each is in the one step; with a share of the noise.
+
+    The ledger is charged for the whole of the noise: only what the training loop is given differs.
+    """
+    rng, count = np.random.default_rng(seed), 400
+    settings = ["adapter.rank=32", f"prompt.template={varied[1]}", "rounds=1", "train.steps=1", "train.optimizer=sgd"]
+    private = ["privacy.unit=record", f"privacy.batch_rows={count}", "privacy.epsilon=2.0", "privacy.clip=0.05"]
+    rows = short_rows(count, rng)
+    made = bench(varied[0], rows, *settings, *private, "train.lr=1.0", f"seed={seed}")
+    fit = private_visit.fit_private
+
+    def with_less(*given: Any) -> Any:
+        *before, visit = given
+        noise = visit.mechanism.noise_multiplier * share
+        return fit(*before, visit._replace(mechanism=visit.mechanism._replace(noise_multiplier=noise)))
+
+    monkeypatch.setattr(private_visit, "fit_private", with_less)
+    inside = rng.random(count) < 0.5
+    copy = [row if stays else replay.blank(row, made.config) for row, stays in zip(rows, inside, strict=True)]
+    # A server may send what it likes: with such an adapter both factors get gradients, and rows differ most.
+    start = small_models.random_state(adapters.get_adapter(made.lm), 0.3)
+    answer = made.worker.train(replay.site(made, copy, folder / "copy", seed), 1, Payload(start, {}))
+    assert isinstance(answer, Visit) and answer.spent is not None
+    seen = Seen(1, start, answer.update.delta, answer.spent)
+    scores = audit._decoded(made, audit._corpus(made, rows), seen)
+    return one_run.lower_bound(scores, inside, 1e-5).epsilon, answer.spent.epsilon
+
+
+@pytest.mark.slow
+def test_the_hardest_drill_shows_a_quarter_of_the_noise(
+    varied: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bound is above the claim, which the right mechanism allows in 5% of seeds at most."""
+    bound, claim = hardest_drill(varied, tmp_path, 1, 0.25, monkeypatch)
+    assert 1.9 < claim <= 2.0 < bound
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_right_noise_never_beats_its_claim(
+    seed: int, varied: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bound, claim = hardest_drill(varied, tmp_path, seed, 1.0, monkeypatch)
+    assert bound < claim
+
+
+def test_without_noise_every_canary_is_found(
+    varied: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert hardest_drill(varied, tmp_path, 0, 1e-6, monkeypatch)[0] > 3.5
+
+
+def test_tokens_are_read_from_a_gradient_and_not_from_a_private_one(varied: tuple[Path, Path], tmp_path: Path) -> None:
+    rows = short_rows(60, np.random.default_rng(0))
+    found = {}
+    for unit in ("none", "record"):
+        keys = ["adapter.rank=8", f"prompt.template={varied[1]}", f"privacy.unit={unit}", "privacy.batch_rows=8"]
+        made = bench(varied[0], rows, *keys)
+        start = small_models.random_state(adapters.get_adapter(made.lm))
+        noise = None if unit == "none" else 0.5
+        found[unit] = inversion.drill(made, start, noise, ((1, 10), (8, 5)), tmp_path / unit, 0)
+    recovered = {
+        unit: {rows: np.mean([r for r, _ in pairs]) for rows, pairs in each.items()} for unit, each in found.items()
+    }
+    chance = np.mean([c for _, c in found["none"][1]])
+    assert recovered["none"][1] > 0.95 and recovered["none"][8] > 0.3
+    # About 60 tokens are guessed at: more than a fifth of them right has a probability below 1e-6 at chance.
+    assert chance < 0.05 and recovered["record"][1] < 0.2
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_only_layers_whose_input_follows_from_a_token_alone_are_read(
+    family: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    """GPT-2 adds positions to its embeddings: there is no such layer."""
+    model = small_models.make_folder(family, tiny_model, tmp_path / family)
+    config = loading.load(None, [f"model.name={model}", "model.dtype=float32", "model.device=cpu"])
+    known = inversion.token_inputs(adapters.load(config.model, config.adapter))
+    if family == "gpt2":
+        assert known is None
+    else:
+        assert known is not None
+        assert {name.rpartition(".")[2] for name in known[0]} == {"q_proj", "k_proj", "v_proj"}
+        assert all(".layers.0." in name for name in known[0])
+
+
+def test_a_row_that_is_left_out_adds_nothing_and_is_still_counted(tiny_model: Path, tmp_path: Path) -> None:
+    rows = short_rows(20, np.random.default_rng(0))
+    made = bench(tiny_model, rows, "adapter.rank=2", "prompt.template=plain", *PRIVATE, "rounds=1")
+    copy = [*rows[:5], *(replay.blank(row, made.config) for row in rows[5:])]
+    (seen,) = replay.visits(made, copy, 1, tmp_path / "copy", 0)
+    assert len(audit._corpus(made, copy)) == 5
+    assert seen.spent is not None and seen.spent.sample_rate == 0.5  # 10 of 20, not of 5
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, rows_file: Path) -> Path:
+    """A finished private run of one client."""
+    folder = tmp_path_factory.mktemp("audited") / "run"
+    keys = [
+        *overrides_for(tiny_model, rows_file),
+        *PRIVATE,
+        "data.clients=1",
+        "strategy.min_clients=1",
+        "evaluate.max_examples=4",
+    ]
+    simulate(loading.load(None, keys), folder)
+    return folder
+
+
+def everything(folder: Path) -> dict[str, str]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.mark.slow
+def test_a_replay_is_the_run_itself(tmp_path: Path, small_run: list[str]) -> None:
+    """With one client and its own rows, the last visit ends where the run's adapter stands, to the bit of a float."""
+    keys = [*small_run, "data.clients=1", "strategy.min_clients=1", "evaluate.baselines=[]"]
+    simulate(loading.load(None, keys), tmp_path / "run")
+    made = audit.open_bench(tmp_path / "run", audit.Options())
+    *_, last = replay.visits(made, made.client.train, 3, tmp_path / "copy", 0)
+    stands = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    stands = {name.replace(".default.", "."): tensor for name, tensor in stands.items()}
+    assert norm(subtract(last.end, stands)) <= 1e-6 * norm(stands)
+    assert norm(last.change) > 0
+
+
+@pytest.mark.slow
+def test_an_audit_charges_nothing_and_changes_nothing_but_its_own_file(run: Path) -> None:
+    before = everything(run)
+    done = apiary("privacy", "audit", run, "--canaries", "24", "--rounds", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    after = everything(run)
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert changed == {"audit.json", "report.html"} and set(before) <= set(after)
+    found = json.loads(done.stdout)
+    assert found == json.loads((run / "audit.json").read_text())
+    assert found["lower_bound"]["epsilon"] <= found["claim"]["epsilon"] <= 8.0
+    assert {row["attack"] for row in found["membership"]} == {"loss", "update"}
+    assert [row["rows"] for row in found["inversion"]] == [1, 2, 8]
+    text = (run / "report.html").read_text()
+    assert "What an update tells" in text and "Epsilon is at least" in text
+    again = apiary("privacy", "audit", run, "--canaries", "24", "--rounds", "1")
+    assert again.returncode == 0 and "Epsilon is at least" in again.stdout
+    timeless = [
+        {k: v for k, v in each.items() if k != "seconds"}
+        for each in (found, json.loads((run / "audit.json").read_text()))
+    ]
+    assert timeless[0] == timeless[1]  # the same seed, the same audit
+
+
+def test_what_cannot_be_audited_is_refused_in_one_line(tmp_path: Path, small_run: list[str]) -> None:
+    assert_refused(apiary("privacy", "audit", tmp_path / "none"), "does not exist")
+    assert_refused(apiary("privacy", "audit", tmp_path), "no config.toml")
+    deployed = fake_run(tmp_path / "deployed", fake_deployment())
+    assert_refused(apiary("privacy", "audit", deployed), "at a site", "--data ROWS")
+    (deployed / "metrics.json").unlink()
+    assert_refused(apiary("privacy", "audit", deployed), "has not finished")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.toml").write_text(loading.load(None, small_run).to_toml())
+    (folder / "metrics.json").write_text(json.dumps(fake_metrics()))
+    assert_refused(apiary("privacy", "audit", folder, "--client", "nobody"), "--client = 'nobody'", "client-00")
+    assert_refused(apiary("privacy", "audit", folder, "--rounds", "9"), "--rounds = 9: the run has 3")
+    (folder / "audit.json").write_text("{")
+    assert_refused(apiary("report", folder), "audit.json", "not valid JSON")
+
+
+@pytest.mark.slow
+def test_a_site_audits_its_own_rows_with_a_deployed_runs_configuration(
+    tmp_path: Path, small_run: list[str], rows_file: Path
+) -> None:
+    (tmp_path / "config.toml").write_text(loading.load(None, [*small_run, "data.source=elsewhere.jsonl"]).to_toml())
+    done = apiary("privacy", "audit", tmp_path, "--data", rows_file, "--rounds", "1", "--canaries", "24")
+    assert done.returncode == 0, done.stderr
+    assert "nothing is claimed" in done.stdout and (tmp_path / "audit.json").exists()
+
+
+def test_every_report_says_what_an_update_could_tell_and_how_to_measure_it() -> None:
+    for metrics in (fake_metrics(), fake_deployment()):
+        text = page(metrics)
+        assert "An update can tell which rows a client trained on" in text and "apiary privacy audit RUN" in text
+    assert "What an update tells</h2>" not in text
