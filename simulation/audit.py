@@ -22,19 +22,19 @@ from apiary.config import loading
 from apiary.config.schema import Method
 from apiary.core.errors import RunFailed, UserError
 from apiary.core.seeds import derive_seed
-from apiary.core.tensors import StateDict, generator
+from apiary.core.tensors import StateDict
 from apiary.data import stages, tokenization
-from apiary.data.batches import Corpus, collate, plan_batches
+from apiary.data.batches import Corpus, collate
 from apiary.data.examples import Example, Turn
 from apiary.data.federation import ClientData, federate
 from apiary.models import adapters
-from apiary.models.adapters import autocast, pad_id
+from apiary.models.adapters import pad_id
 from apiary.models.inference import ModelProbe
 from apiary.models.loss import row_losses, to_device
 from apiary.privacy.audit import decoding, exposure, membership, one_run
 from apiary.tracking import environment, metrics_file
 from client import device_rank
-from client.training.dp_sgd import row_gradients
+from client.training.dp_sgd import row_gradient
 from client.worker import Worker
 from simulation import inversion, replay
 from simulation.replay import Bench, Seen
@@ -47,7 +47,6 @@ BATCHES = ((1, 8), (2, 8), (8, 4))  # rows and trials of the inversion drill
 _FEWEST_ROWS = 16  # of a client; with fewer nothing could be told
 _SECRETS = 4  # for each number of copies, where there are rows enough
 _ROOM = 1 << 27  # numbers in the gradients that are held: 512 MiB in float32
-_BATCH_TOKENS = 1024
 _LETTERS = "bcdfghjklmnpqrstvwxz"
 
 
@@ -249,22 +248,18 @@ def _gradients(bench: Bench, corpus: Corpus, seen: Seen) -> tuple[Tensor, list[s
     """Each row's gradient where the visit began, (n, p), and the tensors it is of: as many as there is room for."""
     lm = bench.lm
     adapters.set_adapter(lm, seen.start)
-    with adapters.training(lm, bench.config.adapter.trained(seen.number)) as moving, row_gradients(moving):
+    with adapters.training(lm, bench.config.adapter.trained(seen.number)) as moving:
         names: list[str] = []
         numbers = 0
         for name, parameter in moving.adapter.items():
             if name in seen.change and (not names or numbers + parameter.numel() <= _ROOM // len(corpus)):
                 names, numbers = [*names, name], numbers + parameter.numel()
         made = torch.zeros(len(corpus), numbers)
-        for rows in plan_batches(corpus.lengths, _BATCH_TOKENS, generator(0, "audit")):
-            batch = to_device(collate(corpus, rows, pad_id(lm.tokenizer)), lm.device)
-            with autocast(lm):
-                losses = row_losses(lm.model, batch)
-            (losses / batch.targets.sum(1).clamp(min=1)).sum().backward()
-            parts = [moving.adapter[name].grad_sample.float().flatten(1) for name in names]  # type: ignore[attr-defined]
-            made[torch.from_numpy(rows)] = torch.cat(parts, 1).cpu()
-            for parameter in moving.adapter.values():
-                parameter.grad_sample = parameter.grad = None  # type: ignore[attr-defined]
+        for row in range(len(corpus)):
+            batch = to_device(collate(corpus, np.array([row]), pad_id(lm.tokenizer)), lm.device)
+            gradient, _ = row_gradient(moving, row_losses, batch)
+            if all(name in gradient for name in names):
+                made[row] = torch.cat([gradient[name].float().flatten() for name in names]).cpu()
     return made, names
 
 

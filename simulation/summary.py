@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,23 +130,23 @@ def _attack(prepared: Plan, adapter: StateDict, events: Sequence[Mapping[str, An
     return {"attack": {**told, "asked": len(asked), "answered": answered}}
 
 
-def _accounts(trained: Baselines, events: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+def _accounts(trained: Baselines, events: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int | None]]:
     """By method the optimizer steps, the training rows that they drew from, and the response tokens that they trained.
 
     Those of baselines are what their own fits told (of `local` the mean over clients); those of the federation what its
-    clients told.
+    clients told, None where one did not.
     """
     came = [event for event in events if event["event"] == "client"]
     names = {event["client"] for event in came}
     rows = {event["client"]: event["examples"] for event in events if event["event"] == "handshake"}
     rows |= {name: counts["kept"] for name, counts in metrics_file.curation_counts(events).items()}
     keys = ("steps", "rows", "tokens")
-    found = {
+    found: dict[str, dict[str, int | None]] = {
         "base": dict.fromkeys(keys, 0),
         "federated": {
-            "steps": sum(event["steps"] for event in came),
-            "rows": sum(rows.get(name, 0) for name in names),
-            "tokens": sum(event["tokens"] for event in came),
+            "steps": _sum(event["steps"] for event in came),
+            "rows": _sum(rows.get(name) for name in names),
+            "tokens": _sum(event["tokens"] for event in came),
         },
         **{method: {key: getattr(made.account, key) for key in keys} for method, made in trained.pooled.items()},
     }
@@ -154,6 +154,12 @@ def _accounts(trained: Baselines, events: Sequence[Mapping[str, Any]]) -> dict[s
     if alone:
         found["local"] = {key: round(sum(getattr(account, key) for account in alone) / len(alone)) for key in keys}
     return found
+
+
+def _sum(counts: Iterable[int | None]) -> int | None:
+    """The sum; None where one is not told."""
+    known = list(counts)
+    return None if None in known else sum(count for count in known if count is not None)
 
 
 def _personal(prepared: Plan, adapter: StateDict, folder: Path, trained: Collection[str]) -> dict[str, StateDict]:

@@ -125,7 +125,7 @@ def _refuse_unreached(lm: LanguageModel, objective: Objective) -> None:
     """
     ids = torch.full((1, _PROBE), pad_id(lm.tokenizer))
     padding = Batch(ids, torch.arange(_PROBE).unsqueeze(0) > 0, torch.zeros(1, dtype=torch.int64))
-    found, _ = _row_gradient(lm, objective, to_device(padding, lm.device))
+    found, _ = row_gradient(lm, objective, to_device(padding, lm.device))
     missing = [name for name in lm.adapter if name not in found]
     if missing:
         raise RuntimeError(
@@ -151,14 +151,14 @@ def clipped_sum(lm: LanguageModel, objective: Objective, corpus: Corpus, rows: n
     nats, tokens = 0.0, 0
     for row in rows:
         batch = to_device(collate(corpus, np.array([row]), pad_id(lm.tokenizer)), lm.device)
-        gradient, loss = _row_gradient(lm, objective, batch)
+        gradient, loss = row_gradient(lm, objective, batch)
         nats, tokens = nats + loss, tokens + int(batch.targets.sum())
         for name, units in _clipped({name: g.to(there, torch.float64) for name, g in gradient.items()}, clip).items():
             total[name] += units
     return Sum({name: units.double() * (clip / _UNITS) for name, units in total.items()}, nats, tokens)
 
 
-def _row_gradient(lm: LanguageModel, objective: Objective, batch: Batch) -> tuple[dict[str, Tensor], float]:
+def row_gradient(lm: LanguageModel, objective: Objective, batch: Batch) -> tuple[dict[str, Tensor], float]:
     """The gradient of a row's mean loss per trained token, of the tensors that it reaches, and its summed nats."""
     with autocast(lm):
         losses = objective(lm.model, batch)
