@@ -22,7 +22,6 @@ import logging
 import re
 import secrets
 import string
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["UNSAFE", "Boundary", "ControlTokens", "Tokens", "boundary_of", "control_tokens", "tokenise"]
+__all__ = ["UNSAFE", "Boundary", "ControlTokens", "Ids", "Tokens", "boundary_of", "control_tokens", "tokenise"]
 
 _log = logging.getLogger(__name__)
 
@@ -49,6 +48,9 @@ _BRACKETED = re.compile(r"</?[^<>\s]*\w[^<>\s]*>|\[/?[^\[\]\s]*\w[^\[\]\s]*\]")
 _SPACE = "\u2581\u0120"  # how vocabularies write a space before a word
 _NEUTRAL = "xT{}xTx"
 _NEUTRAL_PATTERN = re.compile(r"xT(\d+)xTx")
+
+
+Ids = Mapping[str, np.ndarray]  # text -> its ids (t,) int32
 
 
 class Tokens(NamedTuple):
@@ -65,7 +67,7 @@ class _Piece(NamedTuple):
     template: bool
 
 
-def tokenise(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Mapping[str, np.ndarray]:
+def tokenise(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Ids:
     """The ids (t,) int32 of each distinct text, as the tokenizer reads it: control tokens and all."""
     distinct = list(dict.fromkeys(texts))
     if not distinct:
@@ -103,15 +105,14 @@ class ControlTokens:
         # Of two tokens that are spelled alike, text becomes the added one.
         self.ids = {text: i for i, text in sorted(texts.items(), key=lambda item: item[0] in added)}
         self.pattern = _any_of(self.ids)
-        self._folded = _any_of(map(_fold, self.ids))
 
     def within(self, ids: np.ndarray) -> np.ndarray:
         """Those of the ids that are control tokens, in order."""
         return np.asarray(ids[self._table[ids]])
 
     def spelled(self, text: str) -> bool:
-        """Whether the text spells a control token, in any case and width of letters: a tokenizer may normalise."""
-        return self._folded.search(_fold(text)) is not None
+        """Whether the text spells a control token; what it becomes by normalisation shows in its ids alone."""
+        return self.pattern.search(text) is not None
 
     @cached_property
     def renamed(self) -> Renamed | None:
@@ -177,10 +178,6 @@ def _state(tokenizer: PreTrainedTokenizerBase) -> object:
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
     longest_first = sorted(set(texts), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-
-
-def _fold(text: str) -> str:
-    return (text if text.isascii() else unicodedata.normalize("NFKC", text)).casefold()
 
 
 # --- fast tokenizers: a copy that knows the control tokens by other names
@@ -353,9 +350,7 @@ class Boundary:
         self.control = control_tokens(tokenizer, literal_text(template, tokenizer))
         self._layout: Callable[[tuple[Turn, ...]], _Layout | None] = lru_cache(_SHAPES)(self._read)
 
-    def tokens(
-        self, turns: Sequence[Turn], segments: Sequence[Segment], ids: Mapping[str, np.ndarray]
-    ) -> Tokens | None:
+    def tokens(self, turns: Sequence[Turn], segments: Sequence[Segment], ids: Ids) -> Tokens | None:
         """The ids of a conversation with no control tokens but the template's, at its places; None if there are none.
 
         Args:
