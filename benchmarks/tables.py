@@ -524,6 +524,19 @@ def interval_shares(results: dict[str, Any]) -> str:
     )
 
 
+def boundary(results: dict[str, Any]) -> str:
+    """Time to encode with the text of rows kept apart, over the time without."""
+    rows = {(row["template"], row["spelling"]): row for row in results["encoded"]}
+    spellings = list(dict.fromkeys(spelling for _, spelling in rows))
+    lines = ["| rows that spell a control token | chat template | alpaca |", "|---|---|---|"]
+    for spelling in spellings:
+        cells = (rows[template, spelling] for template in ("chat", "alpaca"))
+        texts = (f"{row['ratio']:.2f} ({row['quartiles'][0]:.2f} to {row['quartiles'][1]:.2f})" for row in cells)
+        lines.append(f"| {spelling} | {' | '.join(texts)} |")
+    note = f"Processor time to encode {results['rows']:,} rows of the built-in corpus, with over without: median and "
+    return "\n".join([*lines, "", f"{note}quartiles of {results['times']} pairs in one run. On {_machine(results)}."])
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo": demo,
     "training": training,
@@ -549,6 +562,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "coded": coded,
     "intervals": intervals,
     "interval_shares": interval_shares,
+    "boundary": boundary,
 }
 _FROM = {  # tables that have no file of results of their own
     "judges": "curation",

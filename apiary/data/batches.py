@@ -16,11 +16,15 @@ _WINDOW = 50
 
 
 class Encoded(NamedTuple):
-    """One example as tokens: ids (t,) int32, trained (t,) bool; cut: its end did not fit."""
+    """One example as tokens: ids (t,) int32, trained (t,) bool.
+
+    cut: its end did not fit; spelled: its text spells control tokens, and was read as plain text.
+    """
 
     ids: np.ndarray
     trained: np.ndarray
     cut: bool
+    spelled: bool = False
 
 
 class CorpusStats(NamedTuple):
@@ -39,7 +43,8 @@ class Corpus:
 
     ids: (N,) int32; trained: (N,) bool, True where the token's loss counts (never an example's
     first token, which nothing predicts); offsets: (n + 1,) int64. Of the rows it was made from, by
-    their number there: cut, those that were cut short; dropped, why the missing ones are not in it.
+    their number there: cut, those that were cut short; dropped, why the missing ones are not in it;
+    spelled, those whose text spells control tokens.
     """
 
     ids: np.ndarray
@@ -48,6 +53,7 @@ class Corpus:
     stats: CorpusStats
     cut: tuple[int, ...] = ()
     dropped: Mapping[int, str] = field(default_factory=dict)
+    spelled: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -63,6 +69,7 @@ def gather(encoded: Iterable[Encoded | str]) -> Corpus:
     rows = list(encoded)
     kept = [row for row in rows if isinstance(row, Encoded)]
     cut = tuple(i for i, row in enumerate(rows) if isinstance(row, Encoded) and row.cut)
+    spelled = tuple(i for i, row in enumerate(rows) if isinstance(row, Encoded) and row.spelled)
     dropped = {i: row for i, row in enumerate(rows) if isinstance(row, str)}
     offsets = np.zeros(len(kept) + 1, np.int64)
     np.cumsum([len(row.ids) for row in kept], out=offsets[1:])
@@ -75,7 +82,7 @@ def gather(encoded: Iterable[Encoded | str]) -> Corpus:
         cut=len(cut),
         dropped=len(dropped),
     )
-    return Corpus(ids, trained, offsets, stats, cut, dropped)
+    return Corpus(ids, trained, offsets, stats, cut, dropped, spelled)
 
 
 def plan_batches(lengths: np.ndarray, batch_tokens: int, rng: torch.Generator) -> list[np.ndarray]:

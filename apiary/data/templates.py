@@ -89,9 +89,13 @@ class Template:
         Raises:
             Unwritable: the template cannot write this conversation with a right mask.
         """
+        return self.split(self.whole(turns))
+
+    def whole(self, turns: Sequence[Turn]) -> Sequence[Turn]:
+        """The turns with the configured system message before them, if they have none."""
         if self.system is not None and turns[0].role != "system":
-            turns = (Turn("system", self.system), *turns)
-        return self.split(turns)
+            return (Turn("system", self.system), *turns)
+        return turns
 
     def prompt(self, turns: Sequence[Turn]) -> str:
         """The text that the model continues, without the last assistant turn if there is one."""
@@ -127,6 +131,25 @@ def make_template(config: PromptConfig, tokenizer: PreTrainedTokenizerBase) -> T
 def with_template(config: RunConfig, name: str) -> RunConfig:
     """The configuration with this `prompt.template`, such as the one that `auto` came to."""
     return config.model_copy(update={"prompt": config.prompt.model_copy(update={"template": name})})
+
+
+def literal_text(template: Template, tokenizer: PreTrainedTokenizerBase) -> str:
+    """All text that the template can write of its own: what it writes around a few turns, and its strings."""
+    user, answer = Turn("user", "xQx1xQx"), Turn("assistant", "xAx2xAx")
+    texts = [] if not tokenizer.chat_template else _strings(str(tokenizer.chat_template))
+    for turns in ([Turn("system", "xSx3xSx"), user, answer, user, answer], [user, answer]):
+        try:
+            texts += [segment.text for segment in template.split(turns)]
+        except Unwritable:
+            continue
+    return "\0".join(texts)
+
+
+def _strings(source: str) -> list[str]:
+    """The text of a Jinja template outside its blocks, and the quoted strings within them, tools' included."""
+    blocks = re.findall(r"\{[{%].*?[%}]\}", source, re.DOTALL)
+    quoted = re.findall(r"'([^']*)'|\"([^\"]*)\"", "\n".join(blocks))
+    return [*re.split(r"\{[{%#].*?[%}#]\}", source, flags=re.DOTALL), *(one or other for one, other in quoted)]
 
 
 def asking(turns: Sequence[Turn]) -> Sequence[Turn]:

@@ -2,6 +2,7 @@
 
 Every segment of a template is tokenised by itself and the pieces are joined, so no boundary can
 fall inside a token, and what training puts before a response is, id by id, the generation prompt.
+Control tokens are the template's alone: what a turn spells stays text (`boundary`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain, groupby
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ import numpy as np
 from apiary.config.schema import DataConfig, PromptConfig
 from apiary.core.errors import UserError
 from apiary.data.batches import Batch, Corpus, CorpusStats, Encoded, collate, gather, plan_batches
+from apiary.data.boundary import UNSAFE, Tokens, boundary_of, tokenise
 from apiary.data.examples import Example, Source, Turn, read, rows_text
 from apiary.data.templates import Segment, Template, Unwritable, asking, make_template, short_digest
 
@@ -44,6 +46,7 @@ __all__ = [
 ]
 
 _CHUNK = 4096  # rows tokenised in one call
+SPELLED = "spell control tokens of the tokenizer, which stay plain text"
 
 
 def encode(
@@ -72,14 +75,20 @@ def _encode(
     examples: Sequence[Example], template: Template, tokenizer: PreTrainedTokenizerBase, config: PromptConfig
 ) -> list[Encoded | str]:
     """The tokens of each example, or why there are none."""
-    written = [_write(example.turns, template) for example in examples]
-    ids = _tokenise(chain.from_iterable(part for part in written if not isinstance(part, str)), tokenizer)
-    return [part if isinstance(part, str) else _assemble(part, ids, config) for part in written]
+    boundary = boundary_of(template, tokenizer)
+    turns = [template.whole(example.turns) for example in examples]
+    written = [_write(each, template) for each in turns]
+    texts = (segment.text for part in written if not isinstance(part, str) for segment in part)
+    ids = tokenise(texts, tokenizer)
+    return [
+        part if isinstance(part, str) else _assemble(part, boundary.tokens(each, part, ids), config)
+        for each, part in zip(turns, written, strict=True)
+    ]
 
 
 def _write(turns: Sequence[Turn], template: Template) -> list[Segment] | str:
     try:
-        return template.segments(turns)
+        return template.split(turns)
     except Unwritable as refusal:
         return refusal.reason
 
@@ -103,23 +112,26 @@ def check_template(examples: Iterable[Example], template: Template) -> None:
 
 
 def rows_lost(parts: Iterable[tuple[Sequence[Example], Corpus]], data: DataConfig, max_tokens: int) -> list[str]:
-    """What encoding cut and dropped: a line for each file, with counts and the first row numbers.
+    """What encoding cut, dropped and read as plain text: a line for each file, with counts and the first row numbers.
 
     Args:
         parts: examples, and what `encode_all` made of them.
         data: where they came from; read again if there is something to tell, for an example does not know its row.
         max_tokens: their limit.
     """
-    fates: dict[tuple[Turn, ...], str] = {}  # a conversation's fate depends on nothing else
+    fates: dict[tuple[Turn, ...], tuple[str, ...]] = {}  # a conversation's fates depend on nothing else
     for given, corpus in parts:
-        fates |= {given[i].turns: f"cut at prompt.max_tokens = {max_tokens}" for i in corpus.cut}
-        fates |= {given[i].turns: f"left out: {why}" for i, why in corpus.dropped.items()}
+        of: dict[int, tuple[str, ...]] = dict.fromkeys(corpus.cut, (f"cut at prompt.max_tokens = {max_tokens}",))
+        for i in corpus.spelled:
+            of[i] = (*of.get(i, ()), SPELLED)
+        of |= {i: (f"left out: {why}",) for i, why in corpus.dropped.items()}
+        fates |= {given[i].turns: what for i, what in of.items()}
     lines: list[str] = []
     unplaced = dict(fates)
     for source in _sources(data) if fates else ():
         rows_by_fate: dict[int, dict[str, list[int]]] = {}
         for example, place in zip(source.examples, source.places, strict=True):
-            if fate := fates.get(example.turns):
+            for fate in fates.get(example.turns, ()):
                 rows_by_fate.setdefault(place.file, {}).setdefault(fate, []).append(place.row)
                 unplaced.pop(example.turns, None)
         for file, fate_rows in sorted(rows_by_fate.items()):
@@ -129,7 +141,7 @@ def rows_lost(parts: Iterable[tuple[Sequence[Example], Corpus]], data: DataConfi
             )
             lines.append(f"{name}: {'; '.join(losses)}")
     if unplaced:
-        counts = Counter(unplaced.values()).items()
+        counts = Counter(chain.from_iterable(unplaced.values())).items()
         lines.append("test part of data.source: " + "; ".join(f"{count} {fate}" for fate, count in counts))
     return lines
 
@@ -152,13 +164,18 @@ def encode_prompt(
     A long chat loses its oldest exchanges (never the system message) until a response token fits.
 
     Raises:
-        UserError: the last question alone is too long, or the template cannot write the conversation.
+        UserError: the last question alone is too long, the template cannot write the conversation, or its text
+            cannot be kept from becoming control tokens.
     """
     turns = asking(example.turns)
     while True:
-        segments = template.segments(turns)
-        ids = _tokenise(segments, tokenizer)
-        prompt = [int(i) for segment in segments for i in ids[segment.text]]
+        whole = template.whole(turns)
+        segments = template.split(whole)
+        ids = tokenise((segment.text for segment in segments), tokenizer)
+        tokens = boundary_of(template, tokenizer).tokens(whole, segments, ids)
+        if tokens is None:
+            raise UserError(f"the conversation cannot be put to the model: {UNSAFE}; leave these words out")
+        prompt = [int(i) for part in tokens.parts for i in part]
         if len(prompt) < max_tokens:
             return prompt
         starts = [i for i, turn in enumerate(turns) if turn.role == "user"]
@@ -189,28 +206,12 @@ def preview(
     ]
 
 
-def _tokenise(segments: Iterable[Segment], tokenizer: PreTrainedTokenizerBase) -> Mapping[str, np.ndarray]:
-    """The ids of each distinct text: constant segments are tokenised once."""
-    texts = list(dict.fromkeys(segment.text for segment in segments))
-    if not texts:
-        return {}
-    rows = tokenizer(
-        texts,
-        add_special_tokens=False,
-        padding=False,
-        truncation=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )["input_ids"]
-    return {text: np.array(ids, np.int32) for text, ids in zip(texts, rows, strict=True)}
-
-
-def _assemble(segments: Sequence[Segment], ids_of: Mapping[str, np.ndarray], config: PromptConfig) -> Encoded | str:
+def _assemble(segments: Sequence[Segment], tokens: Tokens | None, config: PromptConfig) -> Encoded | str:
     """The segments' ids end to end, up to the last trained token that fits; or why none is left to train."""
-    parts = [ids_of[segment.text] for segment in segments]
-    ids = np.concatenate(parts)
-    trained = np.repeat([segment.trained for segment in segments], [len(part) for part in parts])
+    if tokens is None:
+        return UNSAFE
+    ids = np.concatenate(tokens.parts)
+    trained = np.repeat([segment.trained for segment in segments], [len(part) for part in tokens.parts])
     trained[:1] = False  # nothing comes before the first token to predict it from
     end = _end(trained)
     cut = end > config.max_tokens
@@ -218,7 +219,7 @@ def _assemble(segments: Sequence[Segment], ids_of: Mapping[str, np.ndarray], con
         end = _end(trained[: config.max_tokens]) if config.on_long == "truncate" else 0
     if not end:
         return f"too long for prompt.max_tokens = {config.max_tokens}" if cut else "no token of it is trained"
-    return Encoded(ids[:end], trained[:end], cut)
+    return Encoded(ids[:end], trained[:end], cut, tokens.spelled)
 
 
 def _end(trained: np.ndarray) -> int:

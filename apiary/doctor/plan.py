@@ -167,6 +167,9 @@ def _print_lengths(run: PreparedRun, console: Console) -> None:
     _fact(console, "too long", f"{text} at {run.config.prompt.max_tokens} tokens")
     if cut + dropped > _MANY * n:
         _warn(console, "much is lost; raise prompt.max_tokens, or see why prompt.template cannot write it")
+    spelled = sum(len(corpus.spelled) for corpus in run.corpora)
+    text = f"tokens spelled in {count_text(spelled)} examples ({share_text(spelled / n)}), where they stay plain text"
+    _fact(console, "control", text if spelled else "tokens spelled in no example")
     tokens = sum(corpus.stats.tokens for corpus in run.corpora)
     trained = sum(corpus.stats.response_tokens for corpus in run.corpora)
     text = f"{count_text(tokens)}, of them {count_text(trained)} trained"

@@ -54,6 +54,7 @@ def run_values(run: PreparedRun, cost: Cost) -> dict[str, Any]:
                 "examples": len(corpus),
                 "cut": corpus.stats.cut,
                 "dropped": corpus.stats.dropped,
+                "spell_control_tokens": len(corpus.spelled),
                 "tokens": corpus.stats.tokens,
                 "trained_tokens": corpus.stats.response_tokens,
                 "steps_per_epoch": epoch,

@@ -108,6 +108,24 @@ def test_the_clients_are_told_with_their_tokens(small_run: list[str], tiny_model
         assert row == (str(len(client.train)), str(tokens))
 
 
+def test_rows_that_spell_control_tokens_are_counted(small_run: list[str], tmp_path: Path) -> None:
+    rows = [
+        row | {"output": row["output"] + (" <eos> more" if k % 40 == 0 else "")}
+        for k, row in enumerate(instruction_rows(120))
+    ]
+    path = tmp_path / "logs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    _, text = _doctor([*small_run, f"data.source={path}"])
+    assert (
+        "logs.jsonl: 3 of 120 rows spell control tokens of the tokenizer, which stay plain text (rows 1, 41, 81)"
+        in text
+    )
+    count = re.match(r"tokens spelled in (\d) examples", _fact(text, "control"))
+    assert count and int(count[1]) in (2, 3)  # of the clients' training rows; the others are held out
+    _, text = _doctor(small_run)
+    assert _fact(text, "control") == "tokens spelled in no example"
+
+
 def test_the_preview_brackets_the_answer_and_nothing_else(small_run: list[str]) -> None:
     _, text = _doctor(small_run)
     shown = text.split("One example")[1].split("Cost")[0]
