@@ -154,6 +154,23 @@ def curation(results: dict[str, Any]) -> str:
     return _noted(lines, results, f"All in the same number of steps; curated again every {again} rounds.")
 
 
+def masking(results: dict[str, Any]) -> str:
+    """What of personal details is masked, and what else is."""
+    lines = ["| details of our own making | found | of |", "|---|---|---|"]
+    lines += [f"| {way} | {100 * row['share']:.2f}% | {row['n']:,} |" for way, row in results["found"].items()]
+    lines += ["", "| no details | masked all the same | of |", "|---|---|---|"]
+    lines += [
+        f"| {kind} | {100 * row['share']:.2f}% | {row['n']:,} |" for kind, row in results["taken_wrongly"].items()
+    ]
+    below = results["regions_below_99"]
+    lines += [
+        "",
+        "Phone numbers of all regions of phonenumbers, in its own formats, each with its own region named; "
+        f"regions with less than 99%: {', '.join(below) or 'none'} (`benchmarks/masking.py`, on {_machine(results)}).",
+    ]
+    return "\n".join(lines)
+
+
 def judges(results: dict[str, Any]) -> str:
     """Which bad rows curation finds, by who judges."""
     kinds = {
@@ -545,6 +562,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "continual": continual,
     "curation": curation,
     "judges": judges,
+    "masking": masking,
     "privacy": privacy,
     "audit": audit,
     "aggregation_error": aggregation_error,

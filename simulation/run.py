@@ -13,7 +13,7 @@ from apiary.config import summary
 from apiary.config.schema import RunConfig
 from apiary.core import files
 from apiary.core.errors import RunFailed, UserError
-from apiary.data import stages, tokenization
+from apiary.data import splits, stages, tokenization
 from apiary.data.federation import set_deciding_apart, too_few_clients, undecided
 from apiary.data.stages import rows_by_stage, unlimited_buffers
 from apiary.evaluation import comparison, continual
@@ -80,10 +80,10 @@ def plan(config: RunConfig) -> Plan:
         rows = [stages.rows_by_stage(client.train, config) for client in federation.clients]
         sampling.check(config, rows)
         sampling.noise_multiplier(config, rows[sampling.worst(config, rows)])  # there may be none that is enough
-    if not federation.test:
-        raise UserError("no held-out examples: set data.test_fraction above 0, or data.test to a held-out source")
-    if wrong := undecided(federation, config):
-        raise UserError(*wrong)
+        if none := splits.no_test(federation, config):
+            raise UserError(*none)
+        if wrong := undecided(federation, config):
+            raise UserError(*wrong)
     trusted_update.rows(config, federation.test)
     lm = adapters.load(config.model, config.adapter)
     template = tokenization.make_template(config.prompt, lm.tokenizer)
@@ -173,7 +173,7 @@ def _report_rows(log: RunLog, prepared: Plan) -> None:
     config, federation, lm, template, held_out = prepared
     lines = comparison.data_warnings(federation, held_out, template, lm, config)
     stages = [rows_by_stage(client.train, config) for client in federation.clients]
-    lines += unlimited_buffers(stages, config)
+    lines += [*splits.remarks(federation, config), *unlimited_buffers(stages, config)]
     if config.privacy.unit == "record":
         lines += privacy_plan.remarks(config, stages)
     for line in [*lines, *continual.unmeasured(held_out, config)]:

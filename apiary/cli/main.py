@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import io
 import logging
 import os
 import sys
@@ -26,6 +27,7 @@ from apiary.cli.shared import AsJson, ConfigFile, Overrides, Resume, print_json,
 from apiary.config import loading, methods
 from apiary.config import schema as configs
 from apiary.core.errors import UserError
+from apiary.core.formatting import name_text
 
 app = typer.Typer(
     name="apiary",
@@ -301,10 +303,17 @@ def _no_key(key: str) -> str:
 
 def main() -> None:
     """The entry point: turns errors into one line and an exit code."""
+    for stream in (sys.stdout, sys.stderr):  # a name or a row may hold what the terminal's encoding does not
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     for noisy in ("flwr", "transformers", "ray", "httpx", "huggingface_hub", "datasets", "peft"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     sys.exit(_guarded(app))
+
+
+# What is wrong with a name, or with what lies there.
+_NO_NAME = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EINVAL, errno.EILSEQ, errno.EEXIST)
 
 
 def _guarded(command: Callable[[], Any]) -> int:
@@ -319,7 +328,13 @@ def _guarded(command: Callable[[], Any]) -> int:
     except KeyboardInterrupt:
         typer.echo("apiary: interrupted", err=True)
         return 130
+    except UnicodeEncodeError as error:
+        typer.echo(f"apiary: '{name_text(str(error.object))[:200]}': this name is not UTF-8; rename it", err=True)
+        return 2
     except OSError as error:
+        if error.errno in _NO_NAME and error.filename is not None:
+            typer.echo(f"apiary: '{name_text(str(error.filename))[:200]}': {error.strerror}", err=True)
+            return 2
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
             raise
         typer.echo(

@@ -16,6 +16,7 @@ from apiary.config import loading, methods
 from apiary.config import schema as configs
 from apiary.core.errors import UserError
 from apiary.core.files import finite
+from apiary.core.formatting import is_unicode, name_text
 
 ConfigFile = Annotated[Path | None, typer.Argument(help="a TOML file; none = the built-in demo", show_default=False)]
 Overrides = Annotated[
@@ -50,6 +51,8 @@ def settings_of(
         raise UserError("--resume needs --out DIR: the run to go on with, or to begin")
     name = config.stem if config else "demo"
     folder = (out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
+    if not is_unicode(str(folder)):
+        raise UserError(f"--out '{name_text(str(out or folder))}': this name is not UTF-8; name another folder")
     stored = folder / "config.toml" if resume and config is None and (folder / "config.toml").exists() else config
     return load(stored, overrides), folder
 

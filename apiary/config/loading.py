@@ -18,6 +18,7 @@ from apiary.config.schema import (
     _Section,
 )
 from apiary.core.errors import UserError as UserError
+from apiary.core.formatting import is_unicode, name_text
 
 _DRAFT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -32,23 +33,27 @@ def parse(values: Mapping[str, Any]) -> RunConfig:
         config = RunConfig.model_validate(dict(values))
     except ValidationError as error:
         raise UserError(*error_lines(error, RunConfig)) from None
-    if odd := [*_not_finite("", config.model_dump())]:
+    if odd := [*_unwritable("", config.model_dump())]:
         raise UserError(*odd)
     if clashes := compatibility.problems(config):
         raise UserError(*clashes)
     return config
 
 
-def _not_finite(key: str, value: object) -> Iterator[str]:
-    """A line for each option of a method that JSON could not carry to the other side."""
+def _unwritable(key: str, value: object) -> Iterator[str]:
+    """A line for each value, or option of a method, that JSON could not carry to the other side."""
     if isinstance(value, float) and not math.isfinite(value):
         yield f"{key} = {value}: must be finite; leave it out for the default"
+    elif isinstance(value, str) and not is_unicode(value):
+        yield f"{key} = '{name_text(value)}': is not UTF-8; rename what it names"
     elif isinstance(value, Mapping):
         for name, inner in value.items():
-            yield from _not_finite(f"{key}.{name}" if key else name, inner)
+            if not is_unicode(str(name)):
+                yield f"{key}: the name '{name_text(str(name))}' in it is not UTF-8"
+            yield from _unwritable(f"{key}.{name}" if key else name, inner)
     elif isinstance(value, list | tuple):
         for place, inner in enumerate(value):
-            yield from _not_finite(f"{key}[{place}]", inner)
+            yield from _unwritable(f"{key}[{place}]", inner)
 
 
 def from_json(text: str) -> RunConfig:

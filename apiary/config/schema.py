@@ -208,7 +208,8 @@ class ContinualConfig(_Section):
     buffer: float = Field(
         0.0,
         ge=0,
-        description="size of a client's replay buffer: below 1 a fraction of its training rows, else a number of rows",
+        description="size of a client's replay buffer: below 1 a fraction of its training rows, else a number of rows, "
+        "2 or more",
     )
     replay: float = Field(
         0.5, gt=0, lt=1, description="fraction of each step's tokens that comes from the replay buffer"
@@ -218,6 +219,16 @@ class ContinualConfig(_Section):
         description="how rows enter the buffer: reservoir keeps exactly `buffer` rows; "
         "poisson keeps each row independently",
     )
+
+    @model_validator(mode="after")
+    def _fraction_or_number(self) -> Self:
+        if self.buffer >= 1 and (self.buffer < 2 or self.buffer != int(self.buffer)):
+            whole = "; for nearly all rows set 0.999" if self.buffer == 1 else ""
+            raise ValueError(
+                f"continual.buffer = {self.buffer:g}: must be a fraction below 1, such as 0.1, or a whole number of "
+                f"rows from 2{whole}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_stage_each(self) -> Self:

@@ -44,15 +44,23 @@ def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
         table = values.get(section)
         if isinstance(table, dict) and isinstance(value := table.get(key), str):
             beside = folder / value
-            if not Path(value).is_absolute() and beside.exists():
+            if not Path(value).is_absolute() and _exists(beside):
                 table[key] = str(beside.resolve())
 
 
 def _absolute(key: str, value: object) -> object:
     """The value; where it names a file or folder that exists, its whole path, for a run may be opened from anywhere."""
-    if tuple(key.split(".")) in _PATH_KEYS and isinstance(value, str) and value and Path(value).exists():
+    if tuple(key.split(".")) in _PATH_KEYS and isinstance(value, str) and value and _exists(Path(value)):
         return str(Path(value).resolve())
     return value
+
+
+def _exists(path: Path) -> bool:
+    """Whether something is there; nothing is under a name that no file system takes."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def override(values: dict[str, Any], text: str, partition: Mapping[str, Any]) -> None:

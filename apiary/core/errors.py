@@ -19,16 +19,23 @@ Errors of one file, such as a row that can't be read, stand beside the code that
 
 from __future__ import annotations
 
+import re
+
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
 
 class UserError(ValueError):
     """The user's input is wrong; the message is one line a person can act on (exit code 2).
 
     Args:
-        problems: one or more lines; the first one is the message.
+        problems: one or more lines; the first one is the message. Names in them may hold anything: line breaks,
+            control characters and what is not UTF-8 are escaped, so that each stays one line that can be written.
     """
 
     def __init__(self, *problems: str) -> None:
-        self.problems = problems
+        self.problems = problems = tuple(
+            _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], problem) for problem in problems
+        )
         more = f" (and {len(problems) - 1} more: run `apiary doctor`)" if len(problems) > 1 else ""
         super().__init__(problems[0] + more)
 

@@ -81,6 +81,22 @@ def clean(text: object) -> str:
     return shown if len(shown) <= _LONGEST else shown[: _LONGEST - 1] + "…"
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8; names that the file system has in another encoding cannot."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def name_text(name: str) -> str:
+    """A name as a message can show it: bytes that are not UTF-8, and control characters, are escaped."""
+    plain = name.encode("utf-8", "surrogateescape" if _from_bytes(name) else "backslashreplace")
+    shown = plain.decode("utf-8", "backslashreplace")
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in shown)
+
+
+def _from_bytes(name: str) -> bool:
+    return all(not "\ud800" <= letter <= "\udfff" or "\udc80" <= letter <= "\udcff" for letter in name)
+
+
 def plural(count: int, noun: str) -> str:
     """`1 client`, `2 clients`."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")

@@ -44,7 +44,7 @@ class Columns(NamedTuple):
         return tuple(name for name in (self.instruction, self.output, self.messages) if name)
 
 
-# Of those whose columns a file has, the one that most of its rows fill is taken (ties: first).
+# Of each row the first that it fills is taken.
 _KNOWN = (
     Columns(messages="messages"),
     Columns(messages="conversations"),
@@ -86,8 +86,8 @@ def given_columns(columns: Mapping[str, str]) -> Columns | None:
     return given
 
 
-def choose_columns(file: str, rows: Sequence[Mapping[str, object]], given: Columns | None) -> Columns:
-    """The columns to use for the rows of one file: the user's, or the known ones that fit best.
+def check_columns(file: str, rows: Sequence[Mapping[str, object]], given: Columns | None) -> None:
+    """Check that some row of a file has the columns that the user named, or else known ones.
 
     Raises:
         UserError: a column that the user named is not there, or none of the known ones is.
@@ -95,20 +95,36 @@ def choose_columns(file: str, rows: Sequence[Mapping[str, object]], given: Colum
     names = list({name: None for row in rows for name in row})  # in order of appearance
     if given is not None:
         _check_given(file, names, given)
-        return given
-    fitting = [known for known in _KNOWN if all(name in names for name in known.required)]
-    if not fitting:
+    elif not any(all(name in row for name in known.required) for row in rows for known in _KNOWN):
         raise UserError(
             f"{file}: no columns known as instruction data (it has {_listed(names)}); say which "
             'to use, e.g. data.columns = { instruction = "...", output = "..." }'
         )
-    best = max(fitting, key=lambda known: sum(_fills(row, known) for row in rows))
-    extra = next((name for name in ("input", "context") if name in names), "")
+
+
+def columns_of(row: Mapping[str, object], given: Columns | None = None) -> Columns:
+    """The columns to use for a row: the user's, or the known ones that this row fills, the first of several.
+
+    Other rows are not asked. Under record-level privacy a row that could change how its neighbours are read would make
+    the sensitivity that of the whole file.
+
+    Args:
+        row: one of a file.
+        given: the user's own columns, where there are any.
+    """
+    if given is not None:
+        return given
+    best = max(_KNOWN, key=lambda known: _fills(row, known))
+    extra = next((name for name in ("input", "context") if not is_absent(row.get(name))), "")
     return best if best.messages else best._replace(input=extra)
 
 
-def _fills(row: Mapping[str, object], columns: Columns) -> bool:
-    return all(row.get(name) is not None for name in columns.required)
+def _fills(row: Mapping[str, object], columns: Columns) -> tuple[bool, bool, int]:
+    """How well a row fills columns: with something in each; with no null; else how many of them are there."""
+    values = [row.get(name) for name in columns.required]
+    there = not any(map(is_absent, values))
+    blank = any(not value.strip() if isinstance(value, str) else value == [] for value in values)
+    return there and not blank, there, 0 if there else sum(name in row for name in columns.required)
 
 
 def _check_given(file: str, names: Sequence[str], given: Columns) -> None:

@@ -15,7 +15,8 @@ from apiary.data.columns import (
     Columns,
     RowProblem,
     Turn,
-    choose_columns,
+    check_columns,
+    columns_of,
     given_columns,
     is_absent,
     scalar_text,
@@ -168,12 +169,13 @@ def _check_file(file: RawFile, given: Columns | None) -> tuple[list[tuple[int, E
     """
     if not file.rows:
         raise UserError(f"{file.name}: empty, it holds no rows; remove it or fill it")
-    columns = _columns(file, given)
+    if objects := [row for _, row in file.rows if isinstance(row, Mapping)]:
+        check_columns(file.name, objects, given)
     usable: list[tuple[int, Example]] = []
     found: dict[str, list[int]] = {}
     for number, row in file.rows:
         try:
-            usable.append((number, _example(row, columns)))
+            usable.append((number, _example(row, given)))
         except RowProblem as problem:
             found.setdefault(str(problem), []).append(number)
     if not usable:
@@ -184,11 +186,6 @@ def _check_file(file: RawFile, given: Columns | None) -> tuple[list[tuple[int, E
         )
     problems = {reason: (len(rows), tuple(rows[:_FIRST_ROWS])) for reason, rows in found.items()}
     return usable, FileReport(file.name, len(file.rows), len(usable), problems)
-
-
-def _columns(file: RawFile, given: Columns | None) -> Columns:
-    objects = [row for _, row in file.rows if isinstance(row, Mapping)]
-    return choose_columns(file.name, objects, given) if objects else Columns()
 
 
 def as_read(
@@ -208,14 +205,13 @@ def as_read(
         ValueError: an example has other turns than its row.
     """
     given = given_columns(columns)
-    chosen = [_columns(file, given) for file in files]
     rows_of = [dict(file.rows) for file in files]
     rewritten = []
     for place, example in rows:
         row = rows_of[place.file][place.row]
         if not isinstance(row, Mapping):
             raise ValueError(f"row {place.row} of {files[place.file].name} is no row of these files")
-        rewritten.append(with_turns(row, chosen[place.file], example.turns))
+        rewritten.append(with_turns(row, columns_of(row, given), example.turns))
     return rewritten
 
 
@@ -229,11 +225,12 @@ def _fix(reason: str) -> str:
     return "fill it in, or name your columns with data.columns"
 
 
-def _example(row: object, columns: Columns) -> Example:
+def _example(row: object, given: Columns | None) -> Example:
     if isinstance(row, Unreadable):
         raise RowProblem(row.reason)
     if not isinstance(row, Mapping):
         raise RowProblem("not an object")
+    columns = columns_of(row, given)
     turns = turns_of(row, columns)
     tags = {name: _tag(value) for name, value in row.items() if name not in columns}
     return Example(turns, {name: tag for name, tag in tags.items() if tag})

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from apiary.config.schema import DataConfig, RunConfig
 from apiary.core.errors import UserError
+from apiary.data import splits
 from apiary.data.examples import (
     Example,
     FileReport,
@@ -159,7 +160,7 @@ def _clients(
             tuple(source.examples[i] for i in share if held_out[i]),
         )
         if not client.train:
-            fix = (
+            fix = splits.same_opening([source.examples[i] for i in share]) or (
                 "lower data.test_fraction, or put more rows in its file"
                 if natural
                 else "lower data.clients or data.test_fraction, or give it more rows (dirichlet: min_rows)"

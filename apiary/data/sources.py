@@ -17,8 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from apiary.config.errors import shown
 from apiary.core.errors import UserError
-from apiary.core.formatting import first_line
+from apiary.core.formatting import first_line, is_unicode, name_text
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ def load(source: str, split: str = "train", key: str = "data.source") -> list[Ra
     """
     if source.startswith("builtin:"):
         return _builtin(source, key)
-    path = Path(source).expanduser()
+    path = _path(source, key)
     if path.is_dir():
         return _folder(path, source, key)
     if path.exists():
@@ -67,6 +68,25 @@ def load(source: str, split: str = "train", key: str = "data.source") -> list[Ra
         hint = "relative paths start from the current folder" if is_path else "a hub id is owner/name"
         raise UserError(f"{key} = {source!r}: no such file or folder; {hint}")
     return [_hub(source, split, key)]
+
+
+def _path(source: str, key: str) -> Path:
+    """The path that `source` may be.
+
+    Raises:
+        UserError: no file system takes such a name, or none may be looked at there.
+    """
+    if not is_unicode(source):
+        raise UserError(f"{key} = '{name_text(source)}': this name is not UTF-8; rename the file or folder")
+    try:
+        path = Path(source).expanduser()
+        path.stat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a null byte, a user without a home
+        why = error.strerror if isinstance(error, OSError) else first_line(error)
+        raise UserError(f"{key} = {shown(name_text(source))}: cannot be read: {why}") from None
+    return path
 
 
 def _allowed() -> str:
@@ -112,7 +132,7 @@ def _folder(folder: Path, source: str, key: str) -> list[RawFile]:
 
 def _members(folder: Path) -> Iterator[tuple[Path, str, bool]]:
     ignored = []
-    for entry in sorted(folder.iterdir(), key=lambda p: _natural(p.name)):
+    for entry in sorted(_entries(folder), key=lambda p: _natural(p.name)):
         if entry.name.startswith("."):
             continue
         inside = _split_files(entry) if entry.is_dir() else []
@@ -126,9 +146,24 @@ def _members(folder: Path) -> Iterator[tuple[Path, str, bool]]:
         log.warning("%s: ignored %s (not %s)", folder.name, ", ".join(ignored), _allowed())
 
 
+def _entries(folder: Path) -> list[Path]:
+    """What is in a folder.
+
+    Raises:
+        UserError: it may not be read, or a name in it is not UTF-8: it would be the name of a client.
+    """
+    try:
+        entries = list(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"{name_text(folder.name)}: this folder cannot be read: {error.strerror}") from None
+    if odd := next((entry.name for entry in entries if not is_unicode(entry.name)), None):
+        raise UserError(f"{name_text(folder.name)}: the name '{name_text(odd)}' in it is not UTF-8; rename it")
+    return entries
+
+
 def _split_files(folder: Path) -> list[Path]:
     return sorted(
-        path for path in folder.iterdir() if path.stem.lower() in ("train", "test") and path.suffix.lower() in _READERS
+        path for path in _entries(folder) if path.stem.lower() in ("train", "test") and path.suffix.lower() in _READERS
     )
 
 

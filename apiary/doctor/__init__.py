@@ -86,7 +86,7 @@ def _attempt(problems: list[str], action: Callable[[], T]) -> T | None:
 def _examine_parts(config: RunConfig, problems: list[str], console: Console, remarks: Remarks) -> dict[str, Any]:
     """Print what can be told of a run, and add all that is wrong with it to `problems`; the same as plain values."""
     # Here and not above: what is wrong with the file itself is told without waiting for torch.
-    from apiary.data import stages
+    from apiary.data import splits, stages
     from apiary.data.federation import federate
     from apiary.doctor import plan, values
     from apiary.evaluation import comparison
@@ -115,7 +115,12 @@ def _examine_parts(config: RunConfig, problems: list[str], console: Console, rem
     told["data"] = values.rows_values(federation)
     staged = [stages.rows_by_stage(client.train, config) for client in federation.clients]
     said = _attempt(problems, lambda: remarks(config, [client.name for client in federation.clients])) or ()
-    said = [*said, *from_config.remarks(config), *stages.unlimited_buffers(staged, config)]
+    said = [
+        *said,
+        *splits.remarks(federation, config),
+        *from_config.remarks(config),
+        *stages.unlimited_buffers(staged, config),
+    ]
     plan.print_warnings(said, console)
     told["warnings"] = said
     problems += _federation_problems(config, federation)
@@ -181,15 +186,12 @@ def _template(config: RunConfig, lm: LanguageModel | None) -> Template | None:
 
 
 def _federation_problems(config: RunConfig, federation: Federation) -> Iterator[str]:
+    from apiary.data import splits
     from apiary.data.federation import too_few_clients, undecided
 
     yield from too_few_clients(config, len(federation.clients))
+    yield from splits.no_test(federation, config)
     yield from undecided(federation, config)
-    if not federation.test:
-        yield (
-            f"data.test_fraction = {config.data.test_fraction}: leaves no held-out example; raise "
-            "it, or set data.test to a held-out source"
-        )
 
 
 def _encode(config: RunConfig, federation: Federation, lm: LanguageModel, template: Template) -> tuple[Corpus, ...]:

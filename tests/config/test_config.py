@@ -308,3 +308,17 @@ def test_every_recipe_loads_and_names_what_a_reader_looks_for(path: Path) -> Non
     assert path.read_text(encoding="utf-8").startswith("#"), "say in a comment what the recipe is for"
     assert {"rounds", "data", "prompt", "train"} <= set(written)
     assert {"source", "partition"} <= set(written["data"])
+
+
+@pytest.mark.parametrize("buffer", [1.0, 1.5, 1.001, 2.5, 100.5])
+def test_a_buffer_that_can_only_be_a_slip_is_refused(buffer: float) -> None:
+    with pytest.raises(
+        UserError, match=r"continual\.buffer = .*: must be a fraction below 1, such as 0\.1, or a whole"
+    ):
+        loading.load(None, [f"continual.buffer={buffer}", 'continual.stages=[["sort"]]'])
+
+
+@pytest.mark.parametrize("buffer", [0.0, 0.999, 2.0, 500.0])
+def test_fractions_and_whole_numbers_of_rows_are_buffers(buffer: float) -> None:
+    settings = [f"continual.buffer={buffer}", 'continual.stages=[["sort"]]']
+    assert loading.load(None, settings).continual.buffer == buffer

@@ -648,3 +648,58 @@ def test_recipes_load(name):
     assert config.rounds >= 3
     if name != "smollm2-dolly" and DATA.is_dir():
         assert Path(config.data.source).exists()
+
+
+# A row is read by itself
+
+SHAPES = st.sampled_from(
+    [
+        {"instruction": "q", "output": "a"},
+        {"instruction": "q", "input": "i", "output": "a", "context": "c"},
+        {"instruction": "q", "context": "c", "response": "a"},
+        {"instruction": "q", "input": None, "output": "a", "context": "c"},
+        {"instruction": "q", "output": None, "response": "a"},
+        {"instruction": "q", "output": "", "response": "a"},
+        {"messages": CHAT, "instruction": "q", "output": "a"},
+        {"messages": None, "conversations": CHAT, "prompt": "q", "completion": "a"},
+        {"messages": [], "question": "q", "answer": "a"},
+        {"prompt": CHAT[:1], "completion": CHAT[1:], "answer": "x"},
+        {"question": "q", "answer": "a", "instruction": "", "output": ""},
+        {"instruction": "q"},
+        {"other": 1},
+        [],
+    ]
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.lists(SHAPES, min_size=1, max_size=8), more=SHAPES, place=st.integers(0, 8))
+def test_one_row_more_changes_how_no_other_is_read(tmp_path_factory, rows, more, place):
+    """The claim of record-level privacy, on the path that a site takes: files that differ in one row."""
+    folder = tmp_path_factory.mktemp("neighbours")
+    rows = [{"question": "one", "answer": "usable"}, *rows]
+    place = min(place, len(rows))
+    near = [*rows[:place], more, *rows[place:]]
+    one, two = (read(write_lines(folder / f"{i}.jsonl", some)) for i, some in enumerate((rows, near)))
+    by_row = {
+        spot.row - (spot.row > place + 1): e
+        for e, spot in zip(two.examples, two.places, strict=True)
+        if spot.row != place + 1
+    }
+    assert by_row == {spot.row: e for e, spot in zip(one.examples, one.places, strict=True)}
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"instruction": "q", "output": None, "response": "a"}, "a"),
+        ({"messages": CHAT, "instruction": "q", "output": "a"}, A),  # both are whole: a conversation says more
+        ({"messages": [], "question": "q", "answer": "a"}, "a"),
+        ({"question": "q", "answer": "a", "instruction": "", "output": ""}, "a"),
+        ({"instruction": "q", "output": "a", "response": "b"}, "a"),
+    ],
+)
+def test_each_row_says_by_itself_which_columns_it_fills(tmp_path, row, said):
+    others = [{"instruction": "x", "output": "y"}] * 9
+    source = read(write_lines(tmp_path / "d.jsonl", [*others, row]))
+    assert (answer(source.examples[-1]), len(source.examples)) == (said, 10)

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, TypeAlias
 
 from apiary.core.errors import UserError
 from apiary.data.examples import Example
+from client.curation.phones import Found, phones
 from client.curation.pipeline import STEPS, Context, Row, Step, StepResult
+from client.curation.text import MARKS, UNSPACED
 
 Kind = Literal["email", "iban", "card", "phone", "ip"]
-
-
-class Found(NamedTuple):
-    """A detail in a text: where it stands, and the form in which equal ones are equal."""
-
-    start: int
-    end: int
-    value: str
 
 
 Finder: TypeAlias = Callable[[str], Iterator[Found]]
@@ -47,7 +42,7 @@ def mask(kinds: tuple[Kind, ...] = ("email", "iban", "card", "phone"), regions: 
         "email": _emails,
         "iban": _ibans,
         "card": _cards,
-        "phone": lambda text: _phones(text, regions),
+        "phone": lambda text: phones(text, regions),
         "ip": _ips,
     }
     chosen = [(kind.upper(), finders[kind]) for kind in finders if kind in kinds]
@@ -91,7 +86,8 @@ def _highest(texts: Sequence[str], name: str) -> int:
 def _replace(text: str, name: str, find: Finder, numbers: dict[str, int], first: int) -> str:
     """The text with each found value as `<NAME_k>`; values not yet in `numbers` are added, counting on from `first`."""
     parts, at = [], 0
-    for start, end, value in sorted(find(text)):
+    # Of two that begin together the longer; of equal ones the first that was found.
+    for start, end, value in sorted(find(_plain(text)), key=lambda found: (found.start, -found.end)):
         if start < at:
             continue  # inside the one before
         number = numbers.setdefault(value, first + len(numbers))
@@ -100,24 +96,86 @@ def _replace(text: str, name: str, find: Finder, numbers: dict[str, int], first:
     return "".join([*parts, text[at:]])
 
 
+# Full-width forms as East Asian keyboards write them, digits of every script, hyphens that look like hyphens: one
+# character for one, so that places stay the same.
+_PLAIN = {
+    **{0xFF01 + i: 0x21 + i for i in range(0x5E)},
+    **{point: ord("-") for point in (0x2010, 0x2011, 0x2212)},
+    **{0x3000: 0x20, 0xFE6B: ord("@")},
+    **{
+        point: ord("0") + unicodedata.digit(chr(point))
+        for point in range(0x660, 0x20000)
+        if unicodedata.category(chr(point)) == "Nd"
+    },
+}
+
+
+def _plain(text: str) -> str:
+    return text if text.isascii() else text.translate(_PLAIN)
+
+
 # --- e-mail
 
-_LOCAL = r"[\w.!#$%&'*+/=?^`{|}~-]"
-_EMAIL = re.compile(
-    rf"(?<!{_LOCAL}){_LOCAL}+@(?:[^\W_](?:[\w-]{{0,62}})\.)+(?:xn--[a-z0-9-]{{2,59}}|[^\W\d_]{{2,24}})(?![\w-])",
-    re.I,
+# Scripts that put no space between words, and Korean, which puts particles right after a name, end no word where an
+# address begins or ends. So letters of one kind make up the name, and of one kind each part of the host.
+_LATIN = "a-zA-Z\u00aa\u00ba\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\u1e00-\u1eff\u0300-\u036f"
+_RUNNING = rf"{UNSPACED}\uac00-\ud7af\u1100-\u11ff"
+_OTHER = rf"(?:[^\W\d_{_LATIN}]|[{MARKS}])"
+_SIGNS = r"\d_.!#$%&'*+/=?^`{|}~-"
+_NAMES = (  # the part before the @, as it ends there
+    re.compile(rf"[{_LATIN}{_SIGNS}]+$"),
+    re.compile(rf"(?:[^\W{_LATIN}{_RUNNING}]|[{MARKS}{_SIGNS}])+$"),
+    re.compile(rf"(?:[{_RUNNING}{MARKS}{_SIGNS}])+$"),
 )
+_LONGEST_NAME = 320
+# Top-level domains in scripts that run on; of others a run of letters is one.
+_RUNNING_TLDS = (
+    "中国 中國 公司 网络 網路 香港 台湾 台灣 新加坡 澳门 澳門 在线 中文网 网址 手机 商标 商店 商城 我爱你 "
+    "游戏 广东 佛山 集团 世界 移动 公益 政务 机构 组织机构 网店 网站 信息 娱乐 时尚 健康 慈善 餐厅 食品 "
+    "书籍 家電 招聘 新闻 购物 通販 微博 企业 广告 测试 測試 テスト 테스트 みんな コム クラウド グーグル "
+    "ストア セール ファッション ポイント アマゾン 한국 삼성 닷넷 닷컴 ไทย คอม ລາວ"
+)
+_TLD = (
+    rf"(?:xn--[a-z0-9-]{{2,59}}(?![a-z0-9-])|[{_LATIN}]{{2,24}}(?![{_LATIN}])|{'|'.join(_RUNNING_TLDS.split())}"
+    rf"|(?:(?![{_RUNNING}]){_OTHER}){{2,24}}(?!{_OTHER}))"
+)
+_LABEL = rf"(?:[{_LATIN}\d][{_LATIN}\d_-]{{0,62}}|{_OTHER}(?:[\w-]|[{MARKS}]){{0,62}})\."
+_HOST = re.compile(rf"(?:{_LABEL})+{_TLD}", re.I)
 
 
 def _emails(text: str) -> Iterator[Found]:
-    for match in _EMAIL.finditer(text):
-        start = match.start() + len(match[0]) - len(match[0].lstrip("'`*{|=/?!.~"))  # quotes and mark-up around it
-        yield Found(start, match.end(), text[start : match.end()].casefold())
+    before = 0  # where the one before ends
+    for sign in re.finditer("@", text):
+        host = _HOST.match(text, sign.end())
+        name = text[max(before, sign.start() - _LONGEST_NAME) : sign.start()]
+        if host is None or not any(names := [_ending(pattern, name) for pattern in _NAMES]):
+            continue
+        start = sign.start() - len(_name(names, host[0]).lstrip("'`*{|=/?!.~"))  # quotes and mark-up around it
+        if start < sign.start():
+            yield Found(start, host.end(), text[start : host.end()].casefold())
+            before = host.end()
+
+
+def _ending(pattern: re.Pattern[str], text: str) -> str:
+    found = pattern.search(text)
+    return found[0] if found else ""
+
+
+def _name(names: Sequence[str], host: str) -> str:
+    """Which of the runs of letters of one kind before an @ is the name: the longest.
+
+    Beside a host in Latin letters one in a script that runs on is so only where nothing else is: the digits of
+    12345@mail.example stand right behind a word.
+    """
+    *apart, running = names
+    best = max(apart, key=len)
+    return best if best and re.fullmatch(rf"[{_LATIN}\d._-]+", host) else max(best, running, key=len)
 
 
 # --- bank accounts and cards
 
 _IBAN_START = re.compile(r"(?<![A-Za-z0-9])[A-Za-z]{2}\d{2}(?=[ -]?[A-Za-z0-9])")
+_ALNUM = re.compile("[A-Za-z0-9]")  # letters of other scripts may follow right after
 _IBAN_LONGEST, _IBAN_SHORTEST = 34, 15  # ISO 13616
 
 
@@ -130,7 +188,7 @@ def _ibans(text: str) -> Iterator[Found]:
             end = ends[size - 1]
             candidate = text[match.start() : end]
             # The length is fixed by country, so at most one of them is right.
-            if not text[end : end + 1].isalnum() and iban.is_valid(candidate, check_country=False):
+            if not _ALNUM.match(text, end) and iban.is_valid(candidate, check_country=False):
                 yield Found(match.start(), end, iban.compact(candidate))
                 break
 
@@ -156,7 +214,7 @@ _LAYOUTS = (  # a row of two-digit numbers is no card, though its digits may pas
     r"\d{4}([ \xa0-])\d{4}\1\d{4}\1\d{1,4}",
     r"\d{4}([ \xa0-])\d{6}\1\d{4,5}",
 )
-_CARDS = tuple(re.compile(rf"(?<![\w.,+-]){_ISSUERS}{layout}(?!\w|[.,-]\d)") for layout in _LAYOUTS)
+_CARDS = tuple(re.compile(rf"(?<![A-Za-z0-9_.,+-]){_ISSUERS}{layout}(?![A-Za-z0-9_]|[.,-]\d)") for layout in _LAYOUTS)
 
 
 def _cards(text: str) -> Iterator[Found]:
@@ -169,56 +227,11 @@ def _cards(text: str) -> Iterator[Found]:
                 yield Found(match.start(), match.end(), digits)
 
 
-# --- phones
-
-_ISBN = re.compile(r"(?<![\d-])(?:97[89][- ]?)?\d{1,5}[- ]\d{1,7}[- ]\d{1,7}[- ][\dXx](?![\w-])")
-_ISBN_WORD = re.compile(r"ISBN(?:-1[03])?:?\s*[\dXx -]+", re.I)
-_DATE = re.compile(r"(?<![\d+])(?:\d{4}([-/.])\d{1,2}\1\d{1,2}|\d{1,2}([-/.])\d{1,2}\2\d{4})(?!\d)")
-_VERSION = re.compile(r"(?:\bv(?:ersion|er\.?)?\s*\d[\d.]*)", re.I)
-_MONEY = r"(?:[$€£¥₹₽]|\b(?:USD|EUR|GBP|CHF|JPY|CAD|AUD|INR|CNY|SEK|NOK|DKK|PLN|Rs|dollars?|euros?|pounds?|francs?)\b)"
-_PRICE = re.compile(rf"{_MONEY}\s*\d[\d.,' \xa0]*|\d[\d.,' \xa0]{{0,30}}{_MONEY}", re.I)
-_THOUSANDS = re.compile(r"[1-9]\d{0,2}(?:[ ,.'\xa0]\d{3})+(?:[.,]\d+)?")
-_PHONE_WORD = re.compile(
-    r"(?:phone|tel|telephone|telefon|mobile|cell|handy|call|fax|ring|whatsapp|sms)\W{0,3}(?:\w+\W{1,3})?$", re.I
-)
-
-
-def _phones(text: str, regions: Sequence[str]) -> Iterator[Found]:
-    import phonenumbers
-    from phonenumbers import Leniency, PhoneNumberFormat, PhoneNumberMatcher
-
-    if sum(character.isdigit() for character in text) < 5:
-        return  # the matcher is slow, and most texts hold no number
-    others = _no_phones(text)
-    for region in regions or (None,):
-        for match in PhoneNumberMatcher(text, region, leniency=Leniency.VALID, max_tries=len(text)):
-            if any(start < match.end and match.start < end for start, end in others):
-                continue
-            if match.raw_string.lstrip("(").startswith("+") or _dialled_at_home(match.raw_string, text[: match.start]):
-                number = phonenumbers.format_number(match.number, PhoneNumberFormat.E164)
-                # The matcher takes a bracket around the whole number for one around its area code.
-                unclosed = match.raw_string.startswith("(") and ")" not in match.raw_string
-                yield Found(match.start + unclosed, match.end, number)
-
-
-def _dialled_at_home(raw: str, before: str) -> bool:
-    """Whether digits without a country code are written as a phone number is, not as any number may be."""
-    if _THOUSANDS.fullmatch(raw):
-        return False
-    return not raw.isdigit() or raw.startswith("0") or bool(_PHONE_WORD.search(before[-40:]))
-
-
-def _no_phones(text: str) -> list[tuple[int, int]]:
-    """Stretches that hold dates, versions, prices or ISBNs."""
-    from stdnum import isbn
-
-    spans = [m.span() for pattern in (_ISBN_WORD, _DATE, _VERSION, _PRICE) for m in pattern.finditer(text)]
-    return spans + [m.span() for m in _ISBN.finditer(text) if isbn.is_valid(m[0])]
-
-
 # --- addresses of machines
 
-_IP = re.compile(r"(?<![\w.:])(?:\d{1,3}(?:\.\d{1,3}){3}|[0-9a-f]{0,4}(?::[0-9a-f]{0,4}){2,7})(?![\w:]|\.\d)", re.I)
+_IP = re.compile(
+    r"(?<![a-z0-9_.:])(?:\d{1,3}(?:\.\d{1,3}){3}|[0-9a-f]{0,4}(?::[0-9a-f]{0,4}){2,7})(?![a-z0-9_:]|\.\d)", re.I
+)
 
 
 def _ips(text: str) -> Iterator[Found]:

@@ -43,7 +43,7 @@ def length(
         text = answer(example)
         if _only_punctuation(text):
             return "answer is empty or only punctuation"
-        size = len(words(text)) if unit == "words" else len(text)
+        size = len(words(text)) if unit == "words" else len(unicodedata.normalize("NFC", text))
         # Signs such as "+" or an emoji are no words, and may yet be a whole answer.
         if size < min and not (unit == "words" and min <= 1):
             return "answer too short"
