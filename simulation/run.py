@@ -80,10 +80,10 @@ def plan(config: RunConfig) -> Plan:
         rows = [stages.rows_by_stage(client.train, config) for client in federation.clients]
         sampling.check(config, rows)
         sampling.noise_multiplier(config, rows[sampling.worst(config, rows)])  # there may be none that is enough
-        if none := splits.no_test(federation, config):
-            raise UserError(*none)
-        if wrong := undecided(federation, config):
-            raise UserError(*wrong)
+    if none := splits.no_test(federation, config):
+        raise UserError(*none)
+    if wrong := undecided(federation, config):
+        raise UserError(*wrong)
     trusted_update.rows(config, federation.test)
     lm = adapters.load(config.model, config.adapter)
     template = tokenization.make_template(config.prompt, lm.tokenizer)
