@@ -140,7 +140,7 @@ def test_runs_of_two_seeds_are_compared_on_the_command_line(tmp_path: Path, tiny
     assert done.returncode == 0, done.stderr
     assert "intervals are over seeds and rows" in done.stdout
     found = json.loads(apiary("compare", tmp_path / "0", tmp_path / "1", "--json").stdout)
-    assert found["seeds"] == [0, 1] and set(found["paired"]) == {"base", "local", "central"}
+    assert found["seeds"] == [0, 1] and set(found["paired"]) == {"base", "local", "central", "central_serial"}
     low, high = found["paired"]["local"]["ci95"]
     assert low < found["paired"]["local"]["difference"] < high
     assert f"{found['paired']['local']['difference']:+.3f}".replace("-", "−") in done.stdout  # noqa: RUF001
