@@ -54,7 +54,14 @@ from simulation import engines
 from simulation.in_process_grid import LocalGrid
 
 pytestmark = pytest.mark.slow
-ROUNDS, STEPS, EXPECTED, CLIP, NOISE, LR = 3, 2, 8, 0.1, 0.01, 1e-2
+ROUNDS, STEPS, EXPECTED, CLIP, NOISE, LR = (
+    3,
+    2,
+    8,
+    0.1,
+    0.01,
+    5e-3,
+)  # a rate so small that the first step hardly moves the second's gradients
 FAR = 5.0  # deviations; 6e-7 of a normal distribution lies beyond
 
 
@@ -242,4 +249,4 @@ def test_a_visit_that_runs_otherwise_than_it_is_charged_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     change(monkeypatch)
-    assert audited(0) >= found  # what is wrong in one part may show in another statistic as well
+    assert audited(0) == found
