@@ -54,14 +54,8 @@ from simulation import engines
 from simulation.in_process_grid import LocalGrid
 
 pytestmark = pytest.mark.slow
-ROUNDS, STEPS, EXPECTED, CLIP, NOISE, LR = (
-    3,
-    2,
-    8,
-    0.1,
-    0.01,
-    5e-3,
-)  # a rate so small that the first step hardly moves the second's gradients
+ROUNDS, STEPS, EXPECTED, CLIP, NOISE = 3, 2, 8, 0.1, 0.01
+LR = 5e-3  # so small that the first step hardly moves the gradients of the second
 FAR = 5.0  # deviations; 6e-7 of a normal distribution lies beyond
 
 
