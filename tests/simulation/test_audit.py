@@ -75,12 +75,13 @@ def hardest_drill(
         noise = visit.mechanism.noise_multiplier * share
         return fit(*before, visit._replace(mechanism=visit.mechanism._replace(noise_multiplier=noise)))
 
-    monkeypatch.setattr(private_visit, "fit_private", with_less)
     inside = rng.random(count) < 0.5
     copy = [row if stays else replay.blank(row, made.config) for row, stays in zip(rows, inside, strict=True)]
     # A server may send what it likes: with such an adapter both factors get gradients, and rows differ most.
     start = small_models.random_state(adapters.get_adapter(made.lm), 0.3)
-    answer = made.worker.train(replay.site(made, copy, folder / "copy", seed), 1, Payload(start, {}))
+    with monkeypatch.context() as patched:
+        patched.setattr(private_visit, "fit_private", with_less)
+        answer = made.worker.train(replay.site(made, copy, folder / "copy", seed), 1, Payload(start, {}))
     assert isinstance(answer, Visit) and answer.spent is not None
     seen = Seen(1, start, answer.update.delta, answer.spent)
     scores = audit._decoded(made, audit._corpus(made, rows), seen)
@@ -91,9 +92,14 @@ def hardest_drill(
 def test_the_hardest_drill_shows_a_quarter_of_the_noise(
     varied: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The bound is above the claim, which the right mechanism allows in 5% of seeds at most."""
-    bound, claim = hardest_drill(varied, tmp_path, 1, 0.25, monkeypatch)
-    assert 1.9 < claim <= 2.0 < bound
+    """For most of five seeds the bound is above the claim; for one, the right mechanism allows that in 5% at most.
+
+    So the right mechanism passes with a probability of 0.002 at most. A quarter of the noise was above it for 23 of 24
+    seeds, so it is missed about as rarely. The noise hangs on the names of folders too, and is another in each run.
+    """
+    drills = [hardest_drill(varied, tmp_path / str(seed), seed, 0.25, monkeypatch) for seed in range(1, 6)]
+    assert all(1.9 < claim <= 2.0 for _, claim in drills)
+    assert sum(bound > 2.0 for bound, _ in drills) >= 3
 
 
 @pytest.mark.slow
