@@ -253,8 +253,9 @@ def differences(runs: Mapping[str, Measured], seed: int, method: str = "federate
     """How far the loss of a method lies from each other one's, example by example: the `paired` part of metrics.json.
 
     Whole examples are drawn, each with both of its losses, so that what makes one hard for both models cancels out
-    (paired bootstrap, Koehn 2004). Two intervals that overlap may well hide a difference that this one shows. It is
-    over the examples alone: two models whose training differed in nothing but the order of batches may differ too.
+    (pairing as in Koehn 2004; the interval is `intervals.over_rows`). Two intervals that overlap may well hide a
+    difference that this one shows. It is over the examples alone: two models whose training differed in nothing but the
+    order of batches may differ too.
 
     Args:
         runs: every method on the same held-out examples.

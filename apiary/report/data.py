@@ -67,7 +67,7 @@ class Difference(_Part):
     """
 
     difference: float | None = None
-    ci95: _Interval = None  # paired bootstrap; None where there are too few examples for one
+    ci95: _Interval = None  # `intervals.over_rows` of the pairs; None where there are too few examples for one
     n: int | None = None
 
 
