@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from apiary.config.schema import Method  # noqa: E402
-from apiary.data.examples import Example, Turn  # noqa: E402
+from apiary.data.examples import Example  # noqa: E402
+from apiary.data.turns import Turn  # noqa: E402
 from apiary.tracking import environment  # noqa: E402
 from client.curation import build_steps  # noqa: E402
 from client.curation.pipeline import Context  # noqa: E402

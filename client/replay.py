@@ -15,8 +15,9 @@ from typing import NamedTuple
 from apiary.config.schema import RunConfig
 from apiary.core.files import write_atomic
 from apiary.core.stages import rounds_of, stage_of
-from apiary.data.examples import Example, Turn
+from apiary.data.examples import Example
 from apiary.data.stages import stage_numbers
+from apiary.data.turns import turn_values, turns_of_values
 from client.continual.buffer import Buffer, BufferedRow, Rule, admit, buffer_rule
 from client.round_files import RoundFiles
 from client.state import Memory
@@ -77,13 +78,14 @@ def remove(folder: Path, digests: Collection[str]) -> int:
 def _row(values: dict[str, object]) -> BufferedRow:
     match values:
         case {"digest": str(digest), "stage": int(stage), "turns": list(turns), "tags": dict(tags)}:
-            return BufferedRow(digest, stage, Example(tuple(Turn(*turn) for turn in turns), tags))
+            return BufferedRow(digest, stage, Example(turns_of_values(turns), tags, str(values.get("tools", ""))))
     raise ValueError("a buffer file does not hold rows: was it edited? Remove it, and the stage's buffer is made again")
 
 
 def _line(row: BufferedRow) -> str:
-    turns, tags = [list(turn) for turn in row.example.turns], dict(row.example.tags)
-    return json.dumps({"digest": row.digest, "stage": row.stage, "turns": turns, "tags": tags}) + "\n"
+    example = row.example
+    values = {"digest": row.digest, "stage": row.stage, "turns": turn_values(example.turns), "tags": dict(example.tags)}
+    return json.dumps(values | ({"tools": example.tools} if example.tools else {})) + "\n"
 
 
 def _write(path: Path, rows: Iterable[BufferedRow]) -> None:

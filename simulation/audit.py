@@ -25,8 +25,9 @@ from apiary.core.seeds import derive_seed
 from apiary.core.tensors import StateDict
 from apiary.data import stages, tokenization
 from apiary.data.batches import Corpus, collate
-from apiary.data.examples import Example, Turn
+from apiary.data.examples import Example
 from apiary.data.federation import ClientData, federate
+from apiary.data.turns import Turn
 from apiary.models import adapters
 from apiary.models.adapters import pad_id
 from apiary.models.inference import ModelProbe

@@ -19,8 +19,9 @@ from apiary.core import lora
 from apiary.core.files import own_folder, write_atomic
 from apiary.core.messages import ClientInfo, Decline, Payload, Spent, Update, Visit
 from apiary.core.tensors import StateDict, add, generator, subtract
-from apiary.data.examples import Example, Turn
+from apiary.data.examples import Example
 from apiary.data.federation import ClientData
+from apiary.data.turns import Turn
 from apiary.models import adapters
 from apiary.models.adapters import LanguageModel
 from apiary.privacy.ledger import Ledger, save_ledger

@@ -12,7 +12,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from apiary.config.schema import PromptConfig
 from apiary.data import tokenization
-from apiary.data.examples import Example, Turn
+from apiary.data.examples import Example
+from apiary.data.turns import Turn
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>"]
 SPECIAL += ["<|end_header_id|>", "<|eot_id|>", "[INST]", "[/INST]", "<start_of_turn>"]

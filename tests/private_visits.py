@@ -9,7 +9,8 @@ import torch
 from apiary.config import loading
 from apiary.config.schema import RunConfig
 from apiary.core.messages import Payload
-from apiary.data.examples import Example, Turn
+from apiary.data.examples import Example
+from apiary.data.turns import Turn
 from apiary.models import adapters
 from client.site import Site
 from client.worker import Worker

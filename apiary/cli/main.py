@@ -120,7 +120,7 @@ def chat(
     overrides: Overrides = None,
 ) -> None:
     """Talk to a tuned model; an empty line or Ctrl-D ends, /new starts over."""
-    from apiary.data.examples import Turn
+    from apiary.data.turns import Turn
     from apiary.export import tuned as results
 
     opened = results.open_tuned(tuned, overrides or [])

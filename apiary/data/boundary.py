@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from apiary.data.examples import Turn
 from apiary.data.templates import Segment, Template, Unwritable, literal_text
+from apiary.data.turns import Turn
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

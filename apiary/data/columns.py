@@ -8,11 +8,10 @@ import difflib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from apiary.core.errors import UserError
-
-Role = Literal["system", "user", "assistant"]
+from apiary.data.turns import Role, Turn
 
 _ROLES: Mapping[str, Role] = {
     "system": "system",
@@ -21,13 +20,6 @@ _ROLES: Mapping[str, Role] = {
     "assistant": "assistant",
     "gpt": "assistant",
 }
-
-
-class Turn(NamedTuple):
-    """One message of a conversation; the text has no outer white space."""
-
-    role: Role
-    text: str
 
 
 class Columns(NamedTuple):

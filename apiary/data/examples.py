@@ -14,7 +14,6 @@ from apiary.core.errors import UserError
 from apiary.data.columns import (
     Columns,
     RowProblem,
-    Turn,
     check_columns,
     columns_of,
     given_columns,
@@ -24,8 +23,9 @@ from apiary.data.columns import (
     with_turns,
 )
 from apiary.data.sources import RawFile, Unreadable, load
+from apiary.data.turns import Turn
 
-__all__ = ["Example", "FileReport", "Place", "Source", "Turn", "answer", "as_read", "check", "read"]
+__all__ = ["Example", "FileReport", "Place", "Source", "answer", "as_read", "check", "read"]
 
 OVER_MAX_ROWS = "left out by data.max_rows"
 
@@ -33,10 +33,14 @@ _FIRST_ROWS = 5  # row numbers kept per problem
 
 
 class Example(NamedTuple):
-    """A conversation that ends in an assistant turn; tags: the row's other scalar columns."""
+    """A conversation, by rule one that ends in an assistant turn.
+
+    tags: the row's other scalar columns; tools: what the assistant may call, a JSON list as text, "" for none.
+    """
 
     turns: tuple[Turn, ...]
     tags: Mapping[str, str]
+    tools: str = ""
 
 
 class FileReport(NamedTuple):

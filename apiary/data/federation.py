@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -20,6 +19,7 @@ from apiary.data.examples import (
 )
 from apiary.data.partitions import PARTITIONS, Table
 from apiary.data.split import PUBLIC_KEY
+from apiary.data.turns import opening_text
 
 IN_HELD_OUT = "also in the held-out set"
 FEWEST = 5  # held-out rows; of fewer a client tells no loss, for the sum would say too much of each
@@ -101,10 +101,7 @@ def undecided(federation: Federation, config: RunConfig) -> list[str]:
 
 
 def _question_digest(example: Example, key: bytes = PUBLIC_KEY) -> bytes:
-    first = next(i for i, turn in enumerate(example.turns) if turn.role == "user") + 1
-    parts = (f"{role}\x1f{' '.join(text.split())}" for role, text in example.turns[:first])
-    text = unicodedata.normalize("NFC", "\x1e".join(parts)).casefold()
-    return hashlib.blake2b(text.encode("utf-8"), digest_size=16, key=key).digest()
+    return hashlib.blake2b(opening_text(example.turns).encode("utf-8"), digest_size=16, key=key).digest()
 
 
 def federate(config: DataConfig, seed: int, key: bytes = PUBLIC_KEY) -> Federation:

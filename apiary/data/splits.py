@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 from apiary.config.schema import RunConfig
 from apiary.core.formatting import share_text
 from apiary.data.examples import OVER_MAX_ROWS, Example, FileReport
+from apiary.data.turns import opening_text
 
 if TYPE_CHECKING:
     from apiary.data.federation import Federation
@@ -41,10 +41,10 @@ def same_opening(examples: Sequence[Example]) -> str | None:
     """
     if not examples:
         return None
-    ((opening, count),) = Counter(map(_opening, examples)).most_common(1)
+    ((opening, count),) = Counter(opening_text(example.turns) for example in examples).most_common(1)
     if count < 2 or count < _ALIKE * len(examples):
         return None
-    alike = [example for example in examples if _opening(example) == opening]
+    alike = [example for example in examples if opening_text(example.turns) == opening]
     longer = sum(sum(turn.role == "user" for turn in example.turns) > 1 for example in alike)
     fix = (
         "leave the turns that they share out of the rows, so that each opens with its own question"
@@ -52,13 +52,6 @@ def same_opening(examples: Sequence[Example]) -> str | None:
         else "set data.test to rows with other questions, and data.test_fraction = 0"
     )
     return f"{count:,} of {len(examples):,} rows open with the same question and stay on one side of the split; {fix}"
-
-
-def _opening(example: Example) -> str:
-    """The turns by which a row is held out or not, as `apiary.data.federation` compares them."""
-    first = next(i for i, turn in enumerate(example.turns) if turn.role == "user") + 1
-    text = "\x1e".join(f"{role}\x1f{' '.join(text.split())}" for role, text in example.turns[:first])
-    return unicodedata.normalize("NFC", text).casefold()
 
 
 def _uneven(federation: Federation, config: RunConfig) -> Iterator[str]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from apiary.config.schema import PromptConfig, RunConfig
 from apiary.core.errors import UserError
-from apiary.data.examples import Turn
+from apiary.data.turns import Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

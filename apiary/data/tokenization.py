@@ -20,8 +20,9 @@ from apiary.config.schema import DataConfig, PromptConfig
 from apiary.core.errors import UserError
 from apiary.data.batches import Batch, Corpus, CorpusStats, Encoded, collate, gather, plan_batches
 from apiary.data.boundary import UNSAFE, Tokens, boundary_of, tokenise
-from apiary.data.examples import Example, Source, Turn, read, rows_text
+from apiary.data.examples import Example, Source, read, rows_text
 from apiary.data.templates import Segment, Template, Unwritable, asking, make_template, short_digest
+from apiary.data.turns import Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from apiary.core.errors import UserError
 from apiary.core.files import finite, write_atomic
 from apiary.data.examples import Example
+from apiary.data.turns import conversation_text
 
 Floats = NDArray[np.float64]
 ROW_LOSSES_FILE = "row_losses.json"
@@ -53,7 +54,7 @@ def write_row_losses(folder: Path, examples: Sequence[Example], tokens: Floats, 
 
 def _digest(example: Example) -> str:
     """16 hex digits of the conversation; tags do not count."""
-    text = json.dumps(example.turns).encode("utf-8")
+    text = (conversation_text(example.turns) + example.tools).encode("utf-8")
     return hashlib.blake2b(text, digest_size=8).hexdigest()
 
 

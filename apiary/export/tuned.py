@@ -13,9 +13,10 @@ from apiary.core.errors import UserError
 from apiary.core.lora import is_half
 from apiary.core.tensors import StateDict
 from apiary.data import examples, tokenization
-from apiary.data.examples import Example, Turn
+from apiary.data.examples import Example
 from apiary.data.templates import with_template
 from apiary.data.tokenization import Template
+from apiary.data.turns import Turn
 from apiary.evaluation import comparison
 from apiary.evaluation.comparison import Measured
 from apiary.export.adapter_folder import SETTINGS, WEIGHTS

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from apiary.config.schema import ContinualConfig
 from apiary.core.seeds import derive_seed
 from apiary.data.examples import Example
+from apiary.data.turns import conversation_text
 
 
 class Rule(NamedTuple):
@@ -48,7 +48,7 @@ def buffer_rule(config: ContinualConfig, seed: int, client: str, rows: int) -> R
 
 def row_digest(example: Example) -> str:
     """SHA-256 of the conversation; tags do not count."""
-    return hashlib.sha256(json.dumps(example.turns).encode()).hexdigest()
+    return hashlib.sha256((conversation_text(example.turns) + example.tools).encode()).hexdigest()
 
 
 def priority(digest: str, key: bytes) -> int:

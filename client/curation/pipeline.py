@@ -17,6 +17,7 @@ from apiary.config.registry import Registry
 from apiary.config.schema import Method, PromptConfig
 from apiary.core.errors import UserError
 from apiary.data.examples import Example
+from apiary.data.turns import conversation_text
 
 if TYPE_CHECKING:  # not otherwise: most steps need no model, and no torch
     from transformers import PreTrainedTokenizerBase
@@ -237,7 +238,7 @@ def digest(examples: Sequence[Example], methods: Sequence[Method]) -> str:
 
 def row_digest(example: Example) -> str:
     """A SHA-256 over a row's turns and tags (32 hex digits)."""
-    text = json.dumps([example.turns, sorted(example.tags.items())])
+    text = json.dumps([conversation_text(example.turns), sorted(example.tags.items()), example.tools])
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 

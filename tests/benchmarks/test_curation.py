@@ -9,7 +9,8 @@ from collections import Counter
 from pathlib import Path
 
 from apiary.config.schema import Method
-from apiary.data.examples import Example, Turn, answer
+from apiary.data.examples import Example, answer
+from apiary.data.turns import Turn
 from client.curation import STEPS, curate
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -22,7 +22,8 @@ from apiary.cli.main import app
 from apiary.config import loading
 from apiary.core.errors import UserError
 from apiary.data.columns import Columns, with_turns
-from apiary.data.examples import Example, Turn, read
+from apiary.data.examples import Example, read
+from apiary.data.turns import Turn
 from apiary.export import adapter_folder
 from apiary.models import adapters
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from apiary.config.schema import CurateConfig, Method
-from apiary.data.examples import Example, Turn
+from apiary.data.examples import Example
+from apiary.data.turns import Turn
 from apiary.models.inference import ModelProbe
 from client import curated_rows, round_files
 from client.curation import Context, Reader

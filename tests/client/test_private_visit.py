@@ -18,7 +18,8 @@ from apiary.core.errors import UserError
 from apiary.core.messages import Decline, Payload, Visit
 from apiary.core.tensors import norm, subtract
 from apiary.data import tokenization
-from apiary.data.examples import Example, Turn
+from apiary.data.examples import Example
+from apiary.data.turns import Turn
 from apiary.models import adapters
 from apiary.models.loss import row_losses
 from apiary.privacy import sampling

@@ -72,7 +72,7 @@ def mixed(small_run: list[str], thoughtless: Path, tmp_path: Path) -> list[str]:
     """Three clients: one with bad rows among good ones, one that is all good, one of which nothing can be used."""
 
     def write(name: str, conversations: list[Example]) -> None:
-        rows = ({"messages": [{"role": r, "content": text} for r, text in e.turns]} for e in conversations)
+        rows = ({"messages": [{"role": t.role, "content": t.text} for t in e.turns]} for e in conversations)
         (tmp_path / "rows" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def plain(start: int) -> list[Example]:

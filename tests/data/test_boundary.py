@@ -18,7 +18,8 @@ from tokenizer_kinds import KINDS, PHI, ROLES, Letters, Tiktoken, kind, loaded
 from apiary.config.schema import DataConfig, PromptConfig
 from apiary.core.errors import UserError
 from apiary.data import boundary, tokenization
-from apiary.data.examples import Example, Turn, read
+from apiary.data.examples import Example, read
+from apiary.data.turns import Turn
 from apiary.models import tiny
 
 ROOT = Path(__file__).resolve().parents[2]

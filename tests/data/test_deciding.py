@@ -10,7 +10,7 @@ import pytest
 
 from apiary.config import loading
 from apiary.config.schema import RunConfig
-from apiary.data.examples import Example, Turn
+from apiary.data.examples import Example
 from apiary.data.federation import (
     FEWEST,
     ClientData,
@@ -21,6 +21,7 @@ from apiary.data.federation import (
     set_deciding_apart,
     undecided,
 )
+from apiary.data.turns import Turn
 
 
 def rows(*numbers: int) -> tuple[Example, ...]:

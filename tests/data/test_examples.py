@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from apiary.config.loading import load
 from apiary.config.schema import DataConfig
 from apiary.core.errors import UserError
-from apiary.data.examples import Example, Turn, answer, read
+from apiary.data.examples import Example, answer, read
 from apiary.data.federation import federate, is_held_out, too_few_clients
+from apiary.data.turns import Turn
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data"

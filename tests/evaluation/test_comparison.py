@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from apiary.data.examples import Example, Turn
+from apiary.data.examples import Example
+from apiary.data.turns import Turn
 from apiary.evaluation import comparison, intervals
 from apiary.evaluation.comparison import Measured
 

@@ -23,8 +23,9 @@ from apiary.config.schema import ContinualConfig, RunConfig
 from apiary.core.errors import UserError
 from apiary.core.messages import Payload, Visit
 from apiary.data import stages
-from apiary.data.examples import Example, Turn, read
+from apiary.data.examples import Example, read
 from apiary.data.federation import ClientData, Federation
+from apiary.data.turns import Turn
 from apiary.evaluation import continual as measures
 from apiary.evaluation.comparison import HeldOut, Measured
 from apiary.models import adapters

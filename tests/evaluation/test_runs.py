@@ -12,7 +12,8 @@ from scipy import stats
 
 from apiary.config import loading
 from apiary.core.errors import UserError
-from apiary.data.examples import Example, Turn
+from apiary.data.examples import Example
+from apiary.data.turns import Turn
 from apiary.evaluation.row_losses import read_row_losses, write_row_losses
 from apiary.evaluation.runs import compare_runs, lines
 

@@ -18,7 +18,8 @@ from apiary.core.errors import RunFailed, UserError
 from apiary.core.messages import Payload, Visit
 from apiary.core.tensors import StateDict, generator
 from apiary.data import stages, tokenization
-from apiary.data.examples import Example, Turn
+from apiary.data.examples import Example
+from apiary.data.turns import Turn
 from apiary.evaluation import comparison
 from apiary.export import export, model_card
 from apiary.models import adapter_files, adapters

@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from apiary.config import loading
 from apiary.core.messages import Payload, Visit
 from apiary.core.tensors import norm, subtract
-from apiary.data.examples import Example, Turn
+from apiary.data.examples import Example
 from apiary.data.federation import ClientData
+from apiary.data.turns import Turn
 from apiary.models import adapters
 from apiary.privacy.audit import one_run
 from client import private_visit

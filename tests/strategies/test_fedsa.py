@@ -14,7 +14,7 @@ import strategies
 from apiary.config import loading
 from apiary.core.errors import UserError
 from apiary.core.lora import is_b
-from apiary.data.examples import Turn
+from apiary.data.turns import Turn
 from apiary.export import export, tuned
 from apiary.models import adapters
 from apiary.report import table_plain

@@ -10,8 +10,9 @@ import numpy as np
 from pydantic import Field
 
 from apiary.core.errors import UserError
-from apiary.data.examples import Example, Turn
+from apiary.data.examples import Example
 from apiary.data.templates import Segment, Template
+from apiary.data.turns import Turn
 from client.curation.pipeline import STEPS, Context, Reader, Row, Step, StepResult, by_reason
 from client.curation.steps.budget import Count, Share, budget, over
 

@@ -23,7 +23,8 @@ from apiary.config import loading
 from apiary.config.schema import Method
 from apiary.core.errors import UserError
 from apiary.data import tokenization
-from apiary.data.examples import Example, Turn
+from apiary.data.examples import Example
+from apiary.data.turns import Turn
 from apiary.models import adapters
 from apiary.models.inference import ModelProbe
 from client.curation import STEPS, Context, Curation, Reader, Step, StepResult, build_steps, curate, digest, restore

@@ -13,7 +13,8 @@ import pytest
 from phonenumbers import PhoneNumberFormat, PhoneNumberType
 
 from apiary.config.schema import Method
-from apiary.data.examples import Example, Turn
+from apiary.data.examples import Example
+from apiary.data.turns import Turn
 from benchmarks.masking import SENTENCES, other
 from client.curation import curate
 
