@@ -44,7 +44,7 @@ from simulation.run import check_names
 SCHEMA = 1
 FILLS = 256  # that a secret is ranked among: 8 bits at most
 COPIES = ((1, 4, 32), (1, 4, 16))  # how often secrets are planted; the second where a client has too few rows
-BATCHES = ((1, 8), (2, 8), (8, 4))  # rows and trials of the inversion drill
+BATCHES = ((1, 8), (2, 8), (8, 8))  # rows and trials of the inversion drill
 _FEWEST_ROWS = 16  # of a client; with fewer nothing could be told
 _SECRETS = 4  # for each number of copies, where there are rows enough
 _ROOM = 1 << 27  # numbers in the gradients that are held: 512 MiB in float32

@@ -107,7 +107,10 @@ def drill(
     folder: Path,
     seed: int,
 ) -> dict[int, list[tuple[float, float]]]:
-    """By batch size, the token recovery of some batches of the client's rows, each with its chance.
+    """By batch size, the token recovery of some batches of the client's rows, each with its reference.
+
+    The reference is what the updates of the other batches recover of this one. Rows of a client share common words, and
+    the guesses of pure noise fall on some tokens rather than on others, so a uniform guess would be too low a bar.
 
     Args:
         bench: the client and its run.
@@ -118,8 +121,8 @@ def drill(
         seed: of the batches and the copies' keys.
 
     Returns:
-        Pairs as of `inversion.recovery`; nothing where no adapted layer has an input that follows from a token alone,
-        or no A is trained.
+        Pairs (by the batch's own update, by those of the others), NaN for the second of a single batch; nothing where
+        no adapted layer has an input that follows from a token alone, or no A is trained.
     """
     lm = bench.lm
     number = next((n for n in (1, 2) if bench.config.adapter.trained(n) != "b"), None)
@@ -134,6 +137,7 @@ def drill(
     rng = np.random.default_rng(seed)
     found: dict[int, list[tuple[float, float]]] = {}
     for rows, trials in sizes:
+        seen: list[tuple[np.ndarray, np.ndarray]] = []  # the scores by an update, and the tokens of its batch
         worker = Worker(one_step(bench.config, noise, rows), PLAIN)
         for trial in range(trials):
             batch = [usable[i] for i in rng.choice(len(usable), rows, replace=False)]
@@ -144,9 +148,12 @@ def drill(
             factors = lora.split(answer.update.delta)
             scores = inversion.presence(inputs, torch.cat([factors[name].a for name in modules]))
             ids = tokenization.encode_all(batch, worker.template, lm.tokenizer, bench.config.prompt).ids
-            recovered, chance = inversion.recovery(scores, np.unique(ids), common)
-            if not math.isnan(recovered):
-                found.setdefault(rows, []).append((recovered, chance))
+            if len(np.setdiff1d(ids, common)):
+                seen.append((scores, np.unique(ids)))
+        if seen:
+            shares = np.array([[inversion.recovery(scores, ids, common) for scores, _ in seen] for _, ids in seen])
+            others = [float(np.delete(row, i).mean()) if len(row) > 1 else math.nan for i, row in enumerate(shares)]
+            found[rows] = list(zip(shares.diagonal().tolist(), others, strict=True))
     return found
 
 

@@ -111,7 +111,7 @@ def _inversion(audit: Mapping[str, Any]) -> list[Line]:
         Line(
             f"Tokens read from one gradient of {plural(row['rows'], 'row')}",
             _figure(row["recovered"], 100, 0, "%"),
-            f"{100 * row['chance']:.0f}%",
+            MISSING if row["chance"] is None else f"{100 * row['chance']:.0f}%",
             plural(row["trials"], "batch").replace("batchs", "batches"),
         )
         for row in audit["inversion"]

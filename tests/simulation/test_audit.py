@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from apiary.config import loading
 from apiary.core.messages import Payload, Visit
 from apiary.core.tensors import norm, subtract
+from apiary.data import tokenization
 from apiary.data.examples import Example
 from apiary.data.federation import ClientData
 from apiary.data.turns import Turn
@@ -127,13 +128,28 @@ def test_tokens_are_read_from_a_gradient_and_not_from_a_private_one(varied: tupl
         start = small_models.random_state(adapters.get_adapter(made.lm))
         noise = None if unit == "none" else 0.5
         found[unit] = inversion.drill(made, start, noise, ((1, 10), (8, 5)), tmp_path / unit, 0)
-    recovered = {
-        unit: {rows: np.mean([r for r, _ in pairs]) for rows, pairs in each.items()} for unit, each in found.items()
-    }
-    chance = np.mean([c for _, c in found["none"][1]])
-    assert recovered["none"][1] > 0.95 and recovered["none"][8] > 0.3
+    own, others = (
+        {unit: {rows: np.mean(pairs, 0)[i] for rows, pairs in each.items()} for unit, each in found.items()}
+        for i in (0, 1)
+    )
+    assert own["none"][1] > 0.95 and own["none"][8] > others["none"][8] + 0.2
     # About 60 tokens are guessed at: more than a fifth of them right has a probability below 1e-6 at chance.
-    assert chance < 0.05 and recovered["record"][1] < 0.2
+    assert max(others["none"][1], others["record"][1]) < 0.1 and own["record"][1] < 0.2
+    assert own["record"][8] == pytest.approx(others["record"][8], abs=0.05)
+
+
+def test_recovery_is_held_against_what_other_batches_give_away(
+    varied: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An update that says nothing recovers the client's common words all the same: that is no leak."""
+    common = [Example((Turn("user", f"alpha beta gamma {word}"), Turn("assistant", "x")), {}) for word in "abcdefgh"]
+    made = bench(varied[0], common, "adapter.rank=8", f"prompt.template={varied[1]}", "privacy.unit=none")
+    ids = tokenization.encode_all(common, made.worker.template, made.lm.tokenizer, made.config.prompt).ids
+    often = np.bincount(ids, minlength=len(made.lm.tokenizer)).astype(float)
+    monkeypatch.setattr(inversion.inversion, "presence", lambda inputs, gradients: often)
+    start = small_models.random_state(adapters.get_adapter(made.lm))
+    pairs = inversion.drill(made, start, None, ((2, 4),), tmp_path / "drill", 0)[2]
+    assert len(pairs) == 4 and all(own == pytest.approx(reference) for own, reference in pairs)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

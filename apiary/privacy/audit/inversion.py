@@ -38,8 +38,8 @@ def presence(inputs: Tensor, gradients: Tensor) -> np.ndarray:
     return np.asarray(share)
 
 
-def recovery(scores: np.ndarray, present: np.ndarray, ignored: np.ndarray) -> tuple[float, float]:
-    """The share of the batch's distinct tokens among as many guesses, and that share by chance.
+def recovery(scores: np.ndarray, present: np.ndarray, ignored: np.ndarray) -> float:
+    """The share of the batch's distinct tokens among as many guesses; NaN where no token counts.
 
     Args:
         scores: (V,) from `presence`.
@@ -49,6 +49,6 @@ def recovery(scores: np.ndarray, present: np.ndarray, ignored: np.ndarray) -> tu
     candidates = np.setdiff1d(np.arange(len(scores)), ignored)
     wanted = np.setdiff1d(present, ignored)
     if not len(wanted):
-        return float("nan"), float("nan")
+        return float("nan")
     guessed = candidates[np.argsort(-scores[candidates], kind="stable")[: len(wanted)]]
-    return len(np.intersect1d(guessed, wanted)) / len(wanted), len(wanted) / len(candidates)
+    return len(np.intersect1d(guessed, wanted)) / len(wanted)
