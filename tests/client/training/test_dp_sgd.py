@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import small_models
 import torch
+from opacus_sum import opacus_sum
 from scipy import optimize, stats
 from small_models import same
 
@@ -119,33 +119,6 @@ def test_the_sum_of_a_step_is_that_of_opacus(lm: adapters.LanguageModel) -> None
     rows = list(range(0, 40, 3))
     for name, expected in opacus_sum(lm, CORPUS, rows, CLIP).items():
         torch.testing.assert_close(summed(lm, CORPUS, rows)[name], expected.double(), rtol=1e-4, atol=1e-6)
-
-
-def opacus_sum(lm: adapters.LanguageModel, corpus: Corpus, rows: list[int], clip: float) -> StateDict:
-    """The clipped sum over rows that share one batch, by the hooks of Opacus on peft's own modules."""
-    from opacus.grad_sample import GradSampleHooks
-
-    layers = [m for m in lm.model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
-    lean = [m for m in lm.model.modules() if isinstance(m, fused_layers.LeanLinear)]
-    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
-        warnings.filterwarnings("ignore", "Full backward hook is firing")
-        for layer in lean:  # the lean forward passes by the modules that Opacus watches
-            patch.setattr(layer, "is_plain", lambda: False)
-        for layer in layers:
-            patch.setattr(layer, "training", True)  # Opacus passes over a layer that is not
-        hooks = GradSampleHooks(lm.model, loss_reduction="sum")
-        try:
-            batch = collate(corpus, np.array(rows), 0)
-            with adapters.autocast(lm):
-                losses = row_losses(lm.model, batch)
-            (losses / batch.targets.sum(1).clamp(min=1)).sum().backward()
-            single = {name: p.grad_sample.double() for name, p in lm.adapter.items()}
-        finally:
-            hooks.cleanup()
-            for parameter in lm.adapter.values():
-                parameter.grad = parameter.grad_sample = None
-    norms = torch.stack([g.flatten(1).square().sum(1) for g in single.values()]).sum(0).sqrt()
-    return {name: torch.tensordot((clip / norms).clamp(max=1.0), g, 1) for name, g in single.items()}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
