@@ -28,6 +28,7 @@ from apiary.data.batches import Corpus, collate
 from apiary.data.examples import Example
 from apiary.data.federation import ClientData, federate
 from apiary.data.turns import Turn
+from apiary.evaluation import intervals
 from apiary.models import adapters
 from apiary.models.adapters import pad_id
 from apiary.models.inference import ModelProbe
@@ -41,12 +42,12 @@ from simulation import inversion, replay
 from simulation.replay import Bench, Seen
 from simulation.run import check_names
 
-SCHEMA = 1
+SCHEMA = 2  # since medians have intervals of their own, and the rate at 1% says of which threshold it is
 FILLS = 256  # that a secret is ranked among: 8 bits at most
 COPIES = ((1, 4, 32), (1, 4, 16))  # how often secrets are planted; the second where a client has too few rows
-BATCHES = ((1, 8), (2, 8), (8, 8))  # rows and trials of the inversion drill
+BATCHES = ((1, 9), (2, 9), (8, 9))  # rows and trials of the inversion drill
 _FEWEST_ROWS = 16  # of a client; with fewer nothing could be told
-_SECRETS = 4  # for each number of copies, where there are rows enough
+_SECRETS = 6  # for each number of copies, where there are rows enough: with fewer their median has no interval
 _ROOM = 1 << 27  # numbers in the gradients that are held: 512 MiB in float32
 _LETTERS = "bcdfghjklmnpqrstvwxz"
 
@@ -134,7 +135,8 @@ def plant(bench: Bench, options: Options) -> Plan:
     for place, row, stays in zip(places, [*canaries, *own], inside, strict=False):
         rows[place] = row if stays else replay.blank(train[place], bench.config)
     secrets, left = [], places[2 * count :][:quarter]
-    times = next((each for each in COPIES if sum(each) <= quarter), ())
+    enough = [each for each in COPIES if _SECRETS * sum(each) <= quarter]
+    times = (*enough, *(each for each in reversed(COPIES) if sum(each) <= quarter), ())[0]
     for copies in times:
         for _ in range(min(_SECRETS, quarter // sum(times))):
             fills, planted = _fills(rng, train[left[0]]), int(rng.integers(FILLS))
@@ -198,7 +200,7 @@ def audit(bench: Bench, options: Options = Options(), say: Callable[[str], None]
         found = {
             "membership": _membership(bench, plan, (first, last), scores, options.seed),
             "lower_bound": _bound(bench, plan, scores),
-            "exposure": _exposure(bench, plan, (first, last), options.seed),
+            "exposure": _exposure(bench, plan, (first, last)),
             "inversion": _inversion(bench, last, Path(scratch), options.seed),
         }
     return {
@@ -275,8 +277,32 @@ def _membership(
         by_update = np.sum(scores[:visits], axis=0)[skipped:]
         for attack, score in (("loss", before - _losses(bench, seen.end, corpus)), ("update", by_update)):
             made = membership.membership(score[inside], score[~inside], seed)
-            found.append({"attack": attack, "updates": visits, **made.document()})
+            figures = {"auc": made.auc and made.auc._asdict(), **_at_one_per_cent(made)}
+            found.append(
+                {"attack": attack, "updates": visits, "members": made.members, "others": made.others, **figures}
+            )
     return found
+
+
+def _at_one_per_cent(made: membership.Membership) -> dict[str, Any]:
+    """The share of members above the threshold, and the share of all rows like the others that it would let through.
+
+    The first interval is of this threshold. The threshold itself comes from few rows, and what it lets through is
+    known no better than the second says.
+    """
+    if made.found is None:
+        return {"true_positives": None, "false_positives": None}
+    passed = membership.allowed(made.others)
+    return {
+        "true_positives": _value(made.found / made.members, intervals.of_rate(made.found, made.members)),
+        "false_positives": _value(passed / made.others, intervals.of_exceedance(passed + 1, made.others)),
+    }
+
+
+def _value(value: float, ends: intervals.Ends | None) -> dict[str, float | None]:
+    """A figure with its 95% interval, if there is one."""
+    low, high = ends or (None, None)
+    return {"value": value, "low": low, "high": high}
 
 
 def _bound(bench: Bench, plan: Plan, scores: Sequence[np.ndarray]) -> dict[str, Any]:
@@ -285,14 +311,15 @@ def _bound(bench: Bench, plan: Plan, scores: Sequence[np.ndarray]) -> dict[str, 
     return one_run.lower_bound(canaries, plan.inside[:count], bench.config.privacy.delta)._asdict()
 
 
-def _exposure(bench: Bench, plan: Plan, ends: tuple[Seen, Seen], seed: int) -> list[dict[str, Any]]:
+def _exposure(bench: Bench, plan: Plan, ends: tuple[Seen, Seen]) -> list[dict[str, Any]]:
     """The exposure of the secrets by how often they were planted; empty where the client has too few rows for any."""
     bits: dict[int, list[float]] = {}
     for copies, planted, fills in plan.secrets:
         corpus = _corpus(bench, fills)
         fell = _losses(bench, ends[1].end, corpus) - _losses(bench, ends[0].start, corpus)
         bits.setdefault(copies, []).append(exposure.exposure(fell, planted))
-    return [exposure.summed_up(copies, each, FILLS, seed).document() for copies, each in bits.items()]
+    made = [exposure.summed_up(copies, each, FILLS) for copies, each in bits.items()]
+    return [{**each._asdict(), "median": _value(each.median, intervals.of_median(each.bits))} for each in made]
 
 
 def _inversion(bench: Bench, last: Seen, scratch: Path, seed: int) -> list[dict[str, Any]]:
@@ -301,8 +328,6 @@ def _inversion(bench: Bench, last: Seen, scratch: Path, seed: int) -> list[dict[
     found = []
     for rows, pairs in inversion.drill(bench, last.end, noise, BATCHES, scratch / "drill", seed).items():
         recovered, chance = np.array(pairs).T
-        resampled = np.random.default_rng(seed).choice(recovered, (1000, len(recovered))).mean(1)
-        low, high = np.percentile(resampled, [2.5, 97.5])
-        value = {"value": float(recovered.mean()), "low": float(low), "high": float(high)}
-        found.append({"rows": rows, "trials": len(pairs), "recovered": value, "chance": float(chance.mean())})
+        value = _value(float(np.median(recovered)), intervals.of_median(recovered))
+        found.append({"rows": rows, "trials": len(pairs), "recovered": value, "chance": float(np.median(chance))})
     return found

@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import stdtrit
+from scipy.special import bdtr, betaincinv, stdtrit
 
 from apiary.core.seeds import derive_seed
 
@@ -101,6 +101,40 @@ def of_share(hits: Floats) -> Ends:
     n, p, z2 = len(hits), float(hits.mean()), stdtrit(np.inf, (1 + LEVEL) / 2) ** 2
     centre, half = p + z2 / (2 * n), np.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n * n)))
     return float(max(0.0, (centre - half) / (1 + z2 / n))), float(min(1.0, (centre + half) / (1 + z2 / n)))
+
+
+def of_rate(hits: int, tries: int) -> Ends:
+    """The 95% interval of a chance from so many hits in independent tries, never too narrow (Clopper and Pearson 1934)."""
+    tail = (1 - LEVEL) / 2
+    low = float(betaincinv(hits, tries - hits + 1, tail)) if hits else 0.0
+    return low, float(betaincinv(hits + 1, tries - hits, 1 - tail)) if hits < tries else 1.0
+
+
+def of_exceedance(rank: int, count: int) -> Ends:
+    """The 95% range of the chance that one more value lies above the `rank`-th highest of `count` values.
+
+    That chance has the law Beta(rank, count + 1 - rank), whatever the values' own continuous law is (Wilks 1941).
+    """
+    tail = (1 - LEVEL) / 2
+    return tuple(float(betaincinv(rank, count + 1 - rank, at)) for at in (tail, 1 - tail))  # type: ignore[return-value]
+
+
+def of_median(values: ArrayLike) -> Ends | None:
+    """The interval of a median between two of the values, which holds it with 95% or more whatever their law is.
+
+    How many of n independent values lie below their median is Binomial(n, 1/2): the sign test turned round (Thompson
+    1936). So nothing is taken for normal, which few values of a skewed law are not.
+
+    Args:
+        values: (n,), independent and of one law.
+
+    Returns:
+        The ends; None for fewer than 6 values, of which even the lowest and the highest leave the median out too often.
+    """
+    ordered = np.sort(np.asarray(values, np.float64))
+    n = len(ordered)
+    left_out = [k for k in range(1, n // 2 + 1) if 2 * bdtr(k - 1, n, 0.5) <= 1 - LEVEL]
+    return (float(ordered[left_out[-1] - 1]), float(ordered[n - left_out[-1]])) if left_out else None
 
 
 class SeedRows(NamedTuple):

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from apiary.core.errors import UserError
 from apiary.core.formatting import MISSING, plural
+from apiary.privacy.audit import exposure, one_run
 from apiary.privacy.statement import rounded_up
 
 AUDIT_FILE = "audit.json"
 COMMAND = "apiary privacy audit RUN"
-_SCHEMA = 1
+_SCHEMA = 2
 _BY = {"loss": "by the fall of the loss", "update": "by the update's direction"}
 
 
@@ -22,7 +22,7 @@ class Line(NamedTuple):
     """One figure."""
 
     what: str
-    found: str  # with its 95% interval
+    found: str  # with its 95% interval, where there is one
     chance: str  # what an attack that knows nothing reaches
     remark: str = ""
 
@@ -67,7 +67,7 @@ def intro(audit: Mapping[str, Any]) -> str:
     return (
         f"A server that is honest but curious, and one client: {audit['client']}, {plural(audit['rounds'], 'visit')} "
         f"replayed with {audit['rows']:,} rows. Some of its rows, and canaries among them, were in or out by a coin; "
-        "figures have 95% intervals."
+        "figures have 95% intervals where there is enough to take them from."
     )
 
 
@@ -84,9 +84,10 @@ def _membership(audit: Mapping[str, Any]) -> list[Line]:
         what = f"Membership {_BY[row['attack']]}, {after}"
         few = "" if row["auc"] else f"too few rows: {many}"
         made.append(Line(f"{what}: AUC", _figure(row["auc"], 1, 2), "0.50", few or many))
-        few = "" if row["true_positives"] else "fewer than 100 rows out"
+        passed = row["false_positives"]
+        said = f"this threshold lets {_figure(passed, 100, 1, '%')} through" if passed else "fewer than 100 rows out"
         made.append(
-            Line(f"{what}: found at 1% false positives", _figure(row["true_positives"], 100, 0, "%"), "1%", few)
+            Line(f"{what}: found at 1% false positives", _figure(row["true_positives"], 100, 0, "%"), "1%", said)
         )
     return made
 
@@ -94,13 +95,11 @@ def _membership(audit: Mapping[str, Any]) -> list[Line]:
 def _exposure(audit: Mapping[str, Any]) -> list[Line]:
     if not audit["exposure"]:
         return [Line("Exposure of planted secrets", MISSING, "", "too few rows to plant them among")]
-    chance = f"{1 / math.log(2):.1f} bits"
-    made = []
+    chance, made = f"{exposure.CHANCE:.1f} bits", []
     for row in audit["exposure"]:
         times = "once" if row["copies"] == 1 else f"{row['copies']} times"
-        value = _figure({"value": row["mean"], "low": row["low"], "high": row["high"]}, 1, 1, " bits")
-        remark = f"of {row['highest']:.0f}; {plural(len(row['bits']), 'secret')}, p = {row['p_value']:.2g}"
-        made.append(Line(f"Exposure of a secret planted {times}", value, chance, remark))
+        remark = f"of {row['highest']:.0f}; median of {plural(len(row['bits']), 'secret')}, p = {row['p_value']:.2g}"
+        made.append(Line(f"Exposure of a secret planted {times}", _figure(row["median"], 1, 1, " bits"), chance, remark))
     return made
 
 
@@ -112,7 +111,7 @@ def _inversion(audit: Mapping[str, Any]) -> list[Line]:
             f"Tokens read from one gradient of {plural(row['rows'], 'row')}",
             _figure(row["recovered"], 100, 0, "%"),
             MISSING if row["chance"] is None else f"{100 * row['chance']:.0f}%",
-            plural(row["trials"], "batch").replace("batchs", "batches"),
+            f"median of {plural(row['trials'], 'batch')}".replace("batchs", "batches"),
         )
         for row in audit["inversion"]
     ]
@@ -136,12 +135,17 @@ def verdict(audit: Mapping[str, Any]) -> str:
             f"The lower bound {bound:.2f} is above the claim {claim['epsilon']:.2f}: by chance that happens in at most "
             "5% of audits; with another --seed it should not, or the mechanism is broken."
         )
-    claimed = rounded_up(claim["epsilon"])
-    return f"The lower bound is below the claim, {claimed}, as it must be; that an attack fails proves no safety."
+    claimed, most = rounded_up(claim["epsilon"]), one_run.highest(audit["lower_bound"]["canaries"], claim["delta"])
+    return (
+        f"The lower bound is below the claim, {claimed}, as it must be; with {audit['lower_bound']['canaries']} canaries "
+        f"it could be {most:.2f} at most, were all of them told. That an attack fails proves no safety."
+    )
 
 
-def _figure(figure: Mapping[str, float] | None, scale: float, digits: int, unit: str = "") -> str:
+def _figure(figure: Mapping[str, float | None] | None, scale: float, digits: int, unit: str = "") -> str:
     if figure is None:
         return MISSING
-    value, low, high = (f"{scale * figure[key]:.{digits}f}" for key in ("value", "low", "high"))
-    return f"{value}{unit} [{low}, {high}]"
+    value, low, high = (
+        None if figure[key] is None else f"{scale * figure[key]:.{digits}f}" for key in ("value", "low", "high")
+    )
+    return f"{value}{unit}" if low is None else f"{value}{unit} [{low}, {high}]"

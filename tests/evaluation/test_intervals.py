@@ -180,3 +180,44 @@ def test_the_interval_over_clients_is_students_and_there_is_none_of_one() -> Non
     reference = stats.t.interval(0.95, 3, np.mean(gains), stats.sem(gains))
     assert intervals.over_clients(gains) == pytest.approx(reference)
     assert intervals.over_clients([0.1]) is None and intervals.over_clients([]) is None
+
+
+@pytest.mark.parametrize("count", [6, 9, 12])
+@pytest.mark.parametrize("law", ["exposure", "mixed", "few values"])
+def test_the_interval_of_a_median_holds_it_as_often_as_it_says(law: str, count: int) -> None:
+    """2,000 draws of so few values of skewed laws; 95% or more, but for chance. A bootstrap of four misses 25%."""
+    rng = np.random.default_rng(count)
+
+    def draw(size: tuple[int, ...]) -> np.ndarray:
+        made = rng.exponential(1 / np.log(2), size)  # of secrets that were not learnt
+        if law == "mixed":
+            return np.where(rng.random(size) < 0.3, 8.0, made)  # some were
+        return np.round(made) if law == "few values" else made
+
+    median = float(np.median(draw((200_001,))))
+    ends = [intervals.of_median(values) for values in draw((2000, count))]
+    held = sum(end is not None and end[0] <= median <= end[1] for end in ends)
+    assert held >= 1900 - 29  # three deviations
+
+
+def test_the_interval_of_a_median_lies_between_two_of_its_values() -> None:
+    """Of 9 values the second and the eighth: 2 (1 + 9) / 512 = 3.9% are left out; of 8 one must go to the ends."""
+    values = np.array([9.0, 1.0, 8.0, 2.0, 7.0, 3.0, 6.0, 4.0, 5.0])
+    assert intervals.of_median(values) == (2.0, 8.0)
+    assert intervals.of_median(values[1:]) == (1.0, 8.0)
+    assert intervals.of_median(values[:5]) is None and intervals.of_median([]) is None
+
+
+@pytest.mark.parametrize(("hits", "tries"), [(0, 100), (1, 40), (13, 100), (100, 100)])
+def test_the_interval_of_a_rate_is_the_exact_one(hits: int, tries: int) -> None:
+    exact = stats.binomtest(hits, tries).proportion_ci(0.95, "exact")
+    assert intervals.of_rate(hits, tries) == pytest.approx((exact.low, exact.high))
+
+
+def test_what_a_threshold_lets_through_is_in_its_range_as_often_as_it_says() -> None:
+    """The second highest of 130 normal scores, 4,000 times: which share of all others lies above it."""
+    rng = np.random.default_rng(0)
+    thresholds = np.sort(rng.normal(size=(4000, 130)))[:, -2]
+    low, high = intervals.of_exceedance(2, 130)
+    held = np.mean([low <= above <= high for above in stats.norm.sf(thresholds)])
+    assert held == pytest.approx(0.95, abs=0.0104)  # three deviations

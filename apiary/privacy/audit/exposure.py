@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-CHANCE = 1 / math.log(2)  # bits, the mean where nothing was memorised: E[-log2 U] for U uniform
-_RESAMPLES = 1000
+CHANCE = 1.0  # bits, the median where nothing was memorised: that of -log2 U for U uniform
 
 
 class Exposure(NamedTuple):
@@ -18,18 +17,12 @@ class Exposure(NamedTuple):
     copies: int
     bits: tuple[float, ...]  # of each secret
     highest: float  # bits that a secret can show: log2 of the fills that it is ranked among
-    low: float  # 95% interval of the mean
-    high: float
     p_value: float  # how probable so much exposure or more is where nothing was memorised
 
     @property
-    def mean(self) -> float:
-        """The mean over the secrets, in bits."""
-        return sum(self.bits) / len(self.bits)
-
-    def document(self) -> dict[str, Any]:
-        """As plain values."""
-        return {**self._asdict(), "mean": self.mean}
+    def median(self) -> float:
+        """The median over the secrets, in bits."""
+        return float(np.median(self.bits))
 
 
 def exposure(losses: np.ndarray, own: int) -> float:
@@ -45,17 +38,15 @@ def exposure(losses: np.ndarray, own: int) -> float:
     return math.log2(len(losses)) - math.log2(int((losses <= losses[own]).sum()))
 
 
-def summed_up(copies: int, bits: Sequence[float], fills: int, seed: int) -> Exposure:
-    """The exposures of secrets that were planted equally often, with a bootstrap interval of their mean.
+def summed_up(copies: int, bits: Sequence[float], fills: int) -> Exposure:
+    """The exposures of secrets that were planted equally often, with the p-value of their sum.
 
     Where nothing is memorised, exposure is at most -log2 U for a uniform U, so the sum over k secrets is at most a
     Gamma(k) variable over ln 2: the p-value is its tail, which is the sum of the first k terms of a Poisson law.
     """
-    found, total = np.array(bits), sum(bits) * math.log(2)
-    resampled = np.random.default_rng(seed).choice(found, (_RESAMPLES, len(found))).mean(1)
-    low, high = np.percentile(resampled, [2.5, 97.5])
+    total = sum(bits) * math.log(2)
     terms = [
         math.exp(k * math.log(total) - total - math.lgamma(k + 1)) if total else float(k == 0)
-        for k in range(len(found))
+        for k in range(len(bits))
     ]
-    return Exposure(copies, tuple(bits), math.log2(fills), float(low), float(high), min(1.0, sum(terms)))
+    return Exposure(copies, tuple(bits), math.log2(fills), min(1.0, sum(terms)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,16 +26,7 @@ class Membership(NamedTuple):
     members: int
     others: int
     auc: Figure | None  # the probability that a member scores higher than another row; 0.5 is chance
-    true_positives: Figure | None  # members that are found where 1% of the others are taken for one; 0.01 is chance
-
-    def document(self) -> dict[str, Any]:
-        """As plain values."""
-        return {
-            "members": self.members,
-            "others": self.others,
-            "auc": self.auc and self.auc._asdict(),
-            "true_positives": self.true_positives and self.true_positives._asdict(),
-        }
+    found: int | None  # members above the threshold that takes 1% of the others for members; chance is 1% of them too
 
 
 def auc(members: np.ndarray, others: np.ndarray) -> float:
@@ -50,18 +41,22 @@ def auc(members: np.ndarray, others: np.ndarray) -> float:
     return float(below.mean() / (2 * len(others)))
 
 
-def true_positive_rate(members: np.ndarray, others: np.ndarray, false_positives: float = FALSE_POSITIVES) -> float:
-    """The share of the members that score above all but `false_positives` of the others (Carlini et al. 2022).
+def allowed(others: int) -> int:
+    """How many of so many others may be taken for members at 1% false positives."""
+    return int(FALSE_POSITIVES * others)
 
-    The threshold is the (floor(false_positives k) + 1)-th highest of the k others, and a member must exceed it.
+
+def true_positives(members: np.ndarray, others: np.ndarray) -> int:
+    """How many members score above all but 1% of the others (Carlini et al. 2022).
+
+    The threshold is the (floor(k / 100) + 1)-th highest of the k others, and a member must exceed it.
     """
-    allowed = int(false_positives * len(others))
-    threshold = np.sort(others)[::-1][allowed]
-    return float((members > threshold).mean())
+    threshold = np.sort(others)[::-1][allowed(len(others))]
+    return int((members > threshold).sum())
 
 
 def membership(members: np.ndarray, others: np.ndarray, seed: int) -> Membership:
-    """Both figures with 95% intervals: percentiles of a bootstrap over members and over others (Efron 1979).
+    """Both figures; the area's 95% interval has the percentiles of a bootstrap over members and others (Efron 1979).
 
     Args:
         members: (n,) scores.
@@ -72,13 +67,7 @@ def membership(members: np.ndarray, others: np.ndarray, seed: int) -> Membership
     if min(n, k) < FEWEST:
         return Membership(n, k, None, None)
     rng = np.random.default_rng(seed)
-    again = [(members[rng.integers(n, size=n)], others[rng.integers(k, size=k)]) for _ in range(_RESAMPLES)]
-    rate = None
-    if k >= FEWEST_FOR_RATE:
-        rate = _figure(true_positive_rate(members, others), [true_positive_rate(*pair) for pair in again])
-    return Membership(n, k, _figure(auc(members, others), [auc(*pair) for pair in again]), rate)
-
-
-def _figure(value: float, resampled: list[float]) -> Figure:
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return Figure(value, float(min(low, value)), float(max(high, value)))
+    again = [auc(members[rng.integers(n, size=n)], others[rng.integers(k, size=k)]) for _ in range(_RESAMPLES)]
+    value, (low, high) = auc(members, others), np.percentile(again, [2.5, 97.5])
+    area = Figure(value, float(min(low, value)), float(max(high, value)))
+    return Membership(n, k, area, true_positives(members, others) if k >= FEWEST_FOR_RATE else None)

@@ -65,6 +65,12 @@ def epsilon_bound(right: int, guesses: int, canaries: int, delta: float, confide
     return low
 
 
+def highest(canaries: int, delta: float) -> float:
+    """What `lower_bound` gives of so many canaries where every coin is told rightly: no bound of theirs is above it."""
+    inside = np.arange(canaries) < canaries // 2
+    return lower_bound(inside.astype(float), inside, delta).epsilon
+
+
 def lower_bound(scores: np.ndarray, inside: np.ndarray, delta: float, confidence: float = 0.95) -> Bound:
     """The best bound over a few choices of guesses that are fixed beforehand, at `confidence` for all of them together.
 
