@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import secrets
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,10 @@ import pytest
 import torch
 from private_visits import payload, rows, settings, site
 
+from apiary.core.files import write_atomic
 from apiary.core.messages import FitReport, Visit
 from apiary.privacy.noise import SecretNoise
-from client import private_visit
+from client import private_visit, releases
 from client.training.dp_sgd import PrivateVisit
 from client.training.trainer import Cursor, FitResult
 from client.worker import Worker
@@ -100,6 +104,57 @@ def test_a_kill_at_any_point_never_leads_to_the_same_noise_on_two_answers(
         # where a kill has kept its answer from being removed.
         assert len(charged) == len(bits_of) and len(charged) in (4, 5)
     assert point > 40
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+def test_kills_one_after_the_other_never_lead_to_the_same_noise_on_two_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four requests, each killed before the first, second or third of its changes to the disk, then asked again: all sequences.
+
+    An answer whose list was never written, for the process died, is known by its file alone until the next request
+    writes the list; that one may die as well.
+    """
+    left_to_live = math.inf
+
+    def dying(change: Callable[..., None]) -> Callable[..., None]:
+        def step(path: Path, *given: Any, **named: Any) -> None:
+            nonlocal left_to_live
+            left_to_live -= not path.name.startswith(".")  # a draft is no change of its own
+            if left_to_live < 0:
+                raise Killed
+            change(path, *given, **named)
+
+        return step
+
+    def answer(folder: Path, number: int) -> None:
+        name = releases.unanswered(folder, number, lambda again: f"{number}{'x'.join(again).replace(' ', '')}")
+        bits = torch.tensor([float(next(made))])
+        report = FitReport(1, 1, 1, 0.0, 0.0)
+        left = releases.released(folder, number, name, lambda: FitResult({"bits": bits}, Cursor(), report))
+        bits_of.setdefault(name, set()).add(float(left.delta["bits"]))
+
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    monkeypatch.setattr(releases, "write_atomic", dying(write_atomic))
+    monkeypatch.setattr(Path, "unlink", dying(Path.unlink))
+    made, died = itertools.count(), 0
+    for kills in itertools.product([0, 1, 2], repeat=4):
+        folder, bits_of = tmp_path / "-".join(map(str, kills)), dict[str, set[float]]()
+        for number, left_to_live in enumerate(kills, 1):
+            try:
+                answer(folder, number)
+            except Killed:
+                died += 1
+                left_to_live = math.inf
+                answer(folder, number)
+        left_to_live = math.inf
+        for number in (1, 2, 3, 4):
+            answer(folder, number)
+        assert all(len(bits) == 1 for bits in bits_of.values()), f"killed after {kills} changes: {bits_of}"
+    assert died > 200
 
 
 def test_an_answer_that_was_removed_by_hand_is_not_made_again_under_its_noise(

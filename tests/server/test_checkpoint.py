@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apiary.config.schema import RunConfig
+from apiary.core.errors import UserError
 from client import round_files
 from client import state as memory
 from client.state import Memory
@@ -59,6 +60,16 @@ def test_damaged_checkpoint_is_passed_over(tmp_path: Path, damage: str) -> None:
             (newest / "state.json").write_text('{"round": 2,')
     loaded = checkpoint.load(tmp_path, RUN)
     assert loaded is not None and loaded[0].round == 1
+
+
+def test_an_older_checkpoint_of_another_run_is_not_taken_where_the_newest_is_torn(tmp_path: Path) -> None:
+    """The index of the newest one is whole and says this run, so only the one that is read can be refused."""
+    checkpoint.save(tmp_path, state(1), {}, RUN.model_copy(update={"seed": 7}))
+    newest = checkpoint.save(tmp_path, state(2), {}, RUN)
+    (newest / "adapter.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"checkpoint round-0001 was made with another seed"):
+        checkpoint.load(tmp_path, RUN)
+    assert checkpoint.load(tmp_path) is not None  # to look at it, whoever made it
 
 
 def test_nothing_there_is_none(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from apiary.core.errors import UserError
 from apiary.core.tensors import StateDict, norm, subtract
 from apiary.data.batches import Batch, Corpus, Encoded, collate, gather
 from apiary.models import adapters, fused_layers
-from apiary.models.loss import row_losses
+from apiary.models.loss import row_losses, to_device
 from apiary.privacy.accounting import Mechanism, epsilon
 from apiary.privacy.mechanism import BlankedRow, VisitMechanism
 from apiary.privacy.noise import SecretNoise
@@ -318,6 +318,20 @@ def test_a_row_without_a_usable_gradient_adds_nothing(lm: adapters.LanguageModel
 
     spoilt = dp_sgd.clipped_sum(lm, spoiling, CORPUS, np.array(rows), CLIP).gradients
     close(spoilt, clipped_by_hand(lm, CORPUS, good, CLIP), 3e-5)
+
+
+def test_a_row_with_one_infinite_number_in_its_gradient_adds_nothing(lm: adapters.LanguageModel) -> None:
+    """Its norm is infinite and not NaN, and times a scale of 0 the other numbers would be 0, that one anything."""
+    adapters.set_adapter(lm, small_models.random_state(adapters.get_adapter(lm)))
+    name, spoilt = next(iter(lm.adapter.items()))
+
+    def spoiling(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        return row_losses(model, batch) + (math.inf * spoilt.flatten()[0] if 8 in batch.rows else 0.0)
+
+    found, _ = dp_sgd.row_gradient(lm, spoiling, to_device(collate(CORPUS, np.array([8]), 0), lm.device))
+    assert found[name].flatten()[0].isinf() and found[name].flatten()[1:].isfinite().all()
+    total = dp_sgd.clipped_sum(lm, spoiling, CORPUS, np.array([0, 4, 8, 12]), CLIP).gradients
+    close(total, clipped_by_hand(lm, CORPUS, [0, 4, 12], CLIP), 3e-5)
 
 
 def test_a_row_without_trained_tokens_is_harmless(lm: adapters.LanguageModel) -> None:
