@@ -8,6 +8,7 @@ python benchmarks/tables.py [--check]
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import statistics
@@ -299,50 +300,77 @@ def audit(results: dict[str, Any]) -> str:
     lines = [f"| | by chance | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
     last = max(run["rounds"] for run in runs)
 
-    def add(
-        label: str, chance: str, found: Callable[[dict[str, Any]], float | None], scale: float, digits: int
-    ) -> None:
-        cells = []
-        for budget in budgets:
-            values = [value for run in runs if run["budget"] == budget and (value := found(run)) is not None]
-            cells.append(_spread(values, scale, digits) if values else "")
+    def add(label: str, chance: str, cell: Callable[[list[dict[str, Any]]], str]) -> None:
+        cells = [cell([run for run in runs if run["budget"] == budget]) for budget in budgets]
         lines.append(f"| {label} | {chance} | {' | '.join(cells)} |")
 
-    def member(attack: str, updates: int) -> Callable[[dict[str, Any]], float | None]:
-        def find(run: dict[str, Any]) -> float | None:
-            (row,) = [r for r in run["membership"] if (r["attack"], r["updates"]) == (attack, updates)]
-            return None if row["auc"] is None else row["auc"]["value"]
+    def member(attack: str, updates: int, key: str, scale: float, digits: int) -> Callable[..., str]:
+        def cell(runs: list[dict[str, Any]]) -> str:
+            rows = [row for run in runs for row in run["membership"]]
+            return _hull([r[key] for r in rows if (r["attack"], r["updates"]) == (attack, updates)], scale, digits)
 
-        return find
+        return cell
 
     for updates, told in ((1, "the first update"), (last, f"{last} updates")):
-        add(f"membership by the loss, {told}: AUC", "0.50", member("loss", updates), 1, 2)
-        add(f"membership by the direction of {told}: AUC", "0.50", member("update", updates), 1, 2)
+        for attack, by in (("loss", f"loss, {told}"), ("update", f"direction of {told}")):
+            add(f"membership by the {by}: AUC", "0.50", member(attack, updates, "auc", 1, 2))
+            found = member(attack, updates, "true_positives", 100, 0)
+            add(f"membership by the {by}: rows found at 1% false positives, %", "1", found)
     for copies in [row["copies"] for row in runs[0]["exposure"]]:
+        times = "once" if copies == 1 else f"{copies} times"
+        chosen = functools.partial(_of_each, part="exposure", key="copies", value=copies)
         add(
-            f"exposure of a secret planted {'once' if copies == 1 else f'{copies} times'}, bits of 8",
-            "1.4",
-            lambda run, copies=copies: next((r["mean"] for r in run["exposure"] if r["copies"] == copies), None),
-            1,
-            1,
+            f"exposure of a secret planted {times}, median, bits of 8",
+            "1.0",
+            lambda runs, chosen=chosen: _hull([row["median"] for row in chosen(runs)], 1, 1),
         )
     for rows in [row["rows"] for row in runs[0]["inversion"]]:
-        cells = []
-        for budget in budgets:
-            found = [r for run in runs if run["budget"] == budget for r in run["inversion"] if r["rows"] == rows]
-            shown = _spread([r["recovered"]["value"] for r in found], 100, 0)
-            cells.append(f"{shown} against {100 * statistics.mean(r['chance'] for r in found):.0f}")
-        label = f"tokens read from one gradient of {rows} row{'s' * (rows > 1)}, %, against those read from others'"
-        lines.append(f"| {label} | | {' | '.join(cells)} |")
-    add("epsilon is at least (95%)", "0", lambda run: run["lower_bound"]["epsilon"], 1, 2)
-    add("epsilon that is claimed", "", lambda run: run["claim"] and run["claim"]["epsilon"], 1, 2)
-    rows = _spread([run["rows"] for run in runs], 1, 0)
-    canaries = _spread([run["lower_bound"]["canaries"] for run in runs], 1, 0)
-    note = (
-        f"One client of 16 with {rows} rows, {last} visits of 3 steps, rank 4; {canaries} canaries. "
-        f"Each audit took {_spread([run['seconds'] for run in runs], 1, 0)} s on a machine that others used too."
+        chosen = functools.partial(_of_each, part="inversion", key="rows", value=rows)
+        add(
+            f"tokens read from one gradient of {rows} row{'s' * (rows > 1)}, median, %, against others' gradients",
+            "",
+            lambda runs, chosen=chosen: (
+                f"{_hull([row['recovered'] for row in chosen(runs)], 100, 0)} against "
+                f"{100 * statistics.mean(row['chance'] for row in chosen(runs)):.0f}"
+            ),
+        )
+    add("epsilon is at least (95%)", "0", lambda runs: _spread([r["lower_bound"]["epsilon"] for r in runs], 1, 2))
+    add(
+        "epsilon that is claimed",
+        "",
+        lambda runs: _spread([r["claim"]["epsilon"] for r in runs], 1, 2) if runs[0]["claim"] else "",
     )
-    return _noted(lines, results, note)
+    return "\n".join([*lines, "", f"{_audited(runs, last)} On {_machine(results)}."])
+
+
+def _of_each(runs: list[dict[str, Any]], part: str, key: str, value: int) -> list[dict[str, Any]]:
+    return [row for run in runs for row in run[part] if row[key] == value]
+
+
+def _hull(figures: list[dict[str, Any]], scale: float, digits: int) -> str:
+    """The mean over runs, with the lowest and the highest end of the runs' own intervals."""
+    value = f"{scale * statistics.mean(figure['value'] for figure in figures):.{digits}f}"
+    ends = [[figure[key] for figure in figures] for key in ("low", "high")]
+    if None in (*ends[0], *ends[1]):
+        return value
+    return f"{value} [{scale * min(ends[0]):.{digits}f}, {scale * max(ends[1]):.{digits}f}]"
+
+
+def _audited(runs: list[dict[str, Any]], last: int) -> str:
+    """What the figures of the audits are of, and what their brackets are."""
+    members = [row for run in runs for row in run["membership"]]
+    inside, out = (f"{min(r[key] for r in members)} to {max(r[key] for r in members)}" for key in ("members", "others"))
+    passed = [row["false_positives"] for row in members]
+    secrets, batches = len(runs[0]["exposure"][0]["bits"]), runs[0]["inversion"][0]["trials"]
+    return (
+        f"Mean over {len({run['seed'] for run in runs})} seeds. Square brackets: the lowest and the highest end of the "
+        f"95% intervals that each seed's run has of its own. {inside} rows in and {out} out; the threshold that lets 1% of those through lets "
+        f"{100 * min(p['low'] for p in passed):.1f} to {100 * max(p['high'] for p in passed):.1f}% of all others "
+        f"through (95%). {secrets} secrets of each kind and {batches} batches of each size in a run. Round brackets: "
+        f"range over seeds. One client of 6 with {_spread([run['rows'] for run in runs], 1, 0)} rows, {last} visits "
+        f"of 3 steps, rank 4; {_spread([run['lower_bound']['canaries'] for run in runs], 1, 0)} canaries. Each audit "
+        f"took {_spread([run['seconds'] for run in runs], 1, 0)} s, two at a time."
+    )
 
 
 _CODED = ("fedavg", "bf16", "int8", "int4", "top 1% up", "top 10% up", "ffa", "alternating")

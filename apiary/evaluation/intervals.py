@@ -104,7 +104,7 @@ def of_share(hits: Floats) -> Ends:
 
 
 def of_rate(hits: int, tries: int) -> Ends:
-    """The 95% interval of a chance from so many hits in independent tries, never too narrow (Clopper and Pearson 1934)."""
+    """The 95% interval of a chance from hits in independent tries, never too narrow (Clopper and Pearson 1934)."""
     tail = (1 - LEVEL) / 2
     low = float(betaincinv(hits, tries - hits + 1, tail)) if hits else 0.0
     return low, float(betaincinv(hits + 1, tries - hits, 1 - tail)) if hits < tries else 1.0

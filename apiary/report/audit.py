@@ -99,7 +99,9 @@ def _exposure(audit: Mapping[str, Any]) -> list[Line]:
     for row in audit["exposure"]:
         times = "once" if row["copies"] == 1 else f"{row['copies']} times"
         remark = f"of {row['highest']:.0f}; median of {plural(len(row['bits']), 'secret')}, p = {row['p_value']:.2g}"
-        made.append(Line(f"Exposure of a secret planted {times}", _figure(row["median"], 1, 1, " bits"), chance, remark))
+        made.append(
+            Line(f"Exposure of a secret planted {times}", _figure(row["median"], 1, 1, " bits"), chance, remark)
+        )
     return made
 
 
@@ -135,17 +137,17 @@ def verdict(audit: Mapping[str, Any]) -> str:
             f"The lower bound {bound:.2f} is above the claim {claim['epsilon']:.2f}: by chance that happens in at most "
             "5% of audits; with another --seed it should not, or the mechanism is broken."
         )
-    claimed, most = rounded_up(claim["epsilon"]), one_run.highest(audit["lower_bound"]["canaries"], claim["delta"])
+    claimed, canaries = rounded_up(claim["epsilon"]), audit["lower_bound"]["canaries"]
+    most = one_run.highest(canaries, claim["delta"])
     return (
-        f"The lower bound is below the claim, {claimed}, as it must be; with {audit['lower_bound']['canaries']} canaries "
-        f"it could be {most:.2f} at most, were all of them told. That an attack fails proves no safety."
+        f"The lower bound is below the claim, {claimed}, as it must be; so few canaries as {canaries} could show "
+        f"{most:.2f} at most, were every one told rightly. That an attack fails proves no safety."
     )
 
 
 def _figure(figure: Mapping[str, float | None] | None, scale: float, digits: int, unit: str = "") -> str:
-    if figure is None:
+    numbers = [figure[key] for key in ("value", "low", "high")] if figure else []
+    shown = [f"{scale * number:.{digits}f}" for number in numbers if number is not None]
+    if not shown:
         return MISSING
-    value, low, high = (
-        None if figure[key] is None else f"{scale * figure[key]:.{digits}f}" for key in ("value", "low", "high")
-    )
-    return f"{value}{unit}" if low is None else f"{value}{unit} [{low}, {high}]"
+    return f"{shown[0]}{unit} [{', '.join(shown[1:])}]" if shown[1:] else f"{shown[0]}{unit}"

@@ -113,7 +113,7 @@ class Killed(BaseException):
 def test_kills_one_after_the_other_never_lead_to_the_same_noise_on_two_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four requests, each killed before the first, second or third of its changes to the disk, then asked again: all sequences.
+    """Four requests, each killed before one of its first three changes to the disk, then asked again: all sequences.
 
     An answer whose list was never written, for the process died, is known by its file alone until the next request
     writes the list; that one may die as well.

@@ -46,7 +46,6 @@ def summed_up(copies: int, bits: Sequence[float], fills: int) -> Exposure:
     """
     total = sum(bits) * math.log(2)
     terms = [
-        math.exp(k * math.log(total) - total - math.lgamma(k + 1)) if total else float(k == 0)
-        for k in range(len(bits))
+        math.exp(k * math.log(total) - total - math.lgamma(k + 1)) if total else float(k == 0) for k in range(len(bits))
     ]
     return Exposure(copies, tuple(bits), math.log2(fills), min(1.0, sum(terms)))
