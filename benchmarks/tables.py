@@ -361,15 +361,16 @@ def _audited(runs: list[dict[str, Any]], last: int) -> str:
     members = [row for run in runs for row in run["membership"]]
     inside, out = (f"{min(r[key] for r in members)} to {max(r[key] for r in members)}" for key in ("members", "others"))
     passed = [row["false_positives"] for row in members]
+    low, high = 100 * min(each["low"] for each in passed), 100 * max(each["high"] for each in passed)
     secrets, batches = len(runs[0]["exposure"][0]["bits"]), runs[0]["inversion"][0]["trials"]
+    rows, canaries = _spread([run["rows"] for run in runs], 1, 0), runs[0]["lower_bound"]["canaries"]
     return (
         f"Mean over {len({run['seed'] for run in runs})} seeds. Square brackets: the lowest and the highest end of the "
-        f"95% intervals that each seed's run has of its own. {inside} rows in and {out} out; the threshold that lets 1% of those through lets "
-        f"{100 * min(p['low'] for p in passed):.1f} to {100 * max(p['high'] for p in passed):.1f}% of all others "
-        f"through (95%). {secrets} secrets of each kind and {batches} batches of each size in a run. Round brackets: "
-        f"range over seeds. One client of 6 with {_spread([run['rows'] for run in runs], 1, 0)} rows, {last} visits "
-        f"of 3 steps, rank 4; {_spread([run['lower_bound']['canaries'] for run in runs], 1, 0)} canaries. Each audit "
-        f"took {_spread([run['seconds'] for run in runs], 1, 0)} s, two at a time."
+        f"95% intervals that each seed's run has of its own. {inside} rows in and {out} out; the threshold that lets "
+        f"1% of those through lets {low:.1f} to {high:.1f}% of all others through (95%). {secrets} secrets of each "
+        f"kind and {batches} batches of each size in a run. Round brackets: range over seeds. One client of 6 with "
+        f"{rows} rows, {last} visits of 3 steps, rank 4; {canaries} canaries. Each audit took "
+        f"{_spread([run['seconds'] for run in runs], 1, 0)} s, two at a time."
     )
 
 

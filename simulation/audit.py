@@ -19,14 +19,16 @@ import torch
 from torch import Tensor
 
 from apiary.config import loading
-from apiary.config.schema import Method
+from apiary.config.schema import Method, RunConfig
+from apiary.core.counts import EXACT, ROUNDED, CountPolicy
 from apiary.core.errors import RunFailed, UserError
 from apiary.core.seeds import derive_seed
 from apiary.core.tensors import StateDict
-from apiary.data import stages, tokenization
+from apiary.data import split, stages, tokenization
 from apiary.data.batches import Corpus, collate
 from apiary.data.examples import Example
 from apiary.data.federation import ClientData, federate
+from apiary.data.split import PUBLIC_KEY
 from apiary.data.turns import Turn
 from apiary.evaluation import intervals
 from apiary.models import adapters
@@ -71,26 +73,41 @@ class Plan(NamedTuple):
     secrets: tuple[tuple[int, int, tuple[Example, ...]], ...]  # copies, which fill was planted, all fills
 
 
-def open_bench(folder: Path, options: Options, data: str | None = None) -> Bench:
-    """A client of a finished simulated run, or the rows `data` of a site with the configuration of a deployed run.
+class AtSite(NamedTuple):
+    """What decides, at a site, which rows it trains on and how they are drawn."""
+
+    data: str  # its rows, a file or a folder
+    state: Path | None = None  # its state folder, with the pinned split; None: a site that has pinned none
+    counts: CountPolicy = ROUNDED  # as it was told to tell its counts
+
+
+def open_bench(folder: Path, options: Options, at: AtSite | None = None) -> Bench:
+    """A client of a finished simulated run, or a site with the configuration of a deployed run.
+
+    Args:
+        folder: of the run.
+        options: which client, and how it is audited.
+        at: the site; it holds the same rows out as in its runs, and plans its sampling rate with the same number.
 
     Raises:
-        UserError: no such run or client, a deployed run without `data`, or too few rows.
+        UserError: no such run or client, a deployed run without a site, another pinned split, or too few rows.
     """
     if not (folder / "config.toml").exists():
         raise UserError(f"{str(folder)!r} holds no run (no config.toml); give a run directory")
     config = loading.load(folder / "config.toml")
-    if data is None:
+    key = PUBLIC_KEY
+    if at is None:
         if metrics_file.read_metrics(folder).get("sites") is not None:
             raise UserError(
                 f"{str(folder)!r} is a deployed run, whose rows are at its sites: run the audit at a site, on a copy "
-                "of this folder, with `apiary privacy audit RUN --data ROWS`"
+                "of this folder, with `apiary privacy audit RUN --data ROWS --state STATE`"
             )
     else:
-        alone = {"source": data, "test": None, "clients": 1, "partition": Method(name="iid")}
+        key = _pinned_key(at, config)
+        alone = {"source": at.data, "test": None, "clients": 1, "partition": Method(name="iid")}
         config = config.model_copy(update={"data": config.data.model_copy(update=alone)})
     check_names(config)
-    clients = stages.within(federate(config.data, config.seed), config).clients
+    clients = stages.within(federate(config.data, config.seed, key), config, whole=at is None).clients
     index = _chosen(clients, options.client)
     if len(clients[index].train) < _FEWEST_ROWS:
         raise UserError(
@@ -106,7 +123,23 @@ def open_bench(folder: Path, options: Options, data: str | None = None) -> Bench
     else:
         rank = given[index % len(given)] if given else config.adapter.rank
     lm = adapters.load(config.model, config.adapter.of_rank(rank))
-    return Bench(config, lm, Worker(config), clients[index], rank)
+    return Bench(config, lm, Worker(config), clients[index], rank, at.counts if at else EXACT)
+
+
+def _pinned_key(at: AtSite, config: RunConfig) -> bytes:
+    """The key by which the site holds rows out; without its state folder the one that anybody knows.
+
+    Raises:
+        UserError: the folder holds no split, or one of another fraction.
+    """
+    if at.state is None:
+        return PUBLIC_KEY
+    if split.load(at.state) is None:
+        raise UserError(
+            f"--state {str(at.state)!r} holds no {split.FILE}: give the site's state folder (KIT/state), or leave it "
+            "out for rows that have been in no run"
+        )
+    return split.of_run(at.state, config.data.test_fraction).key
 
 
 def _chosen(clients: Sequence[ClientData], name: str | None) -> int:

@@ -16,6 +16,7 @@ import strategies
 from apiary.config import schedule
 from apiary.config.schema import RunConfig
 from apiary.core import lora
+from apiary.core.counts import EXACT, CountPolicy
 from apiary.core.files import own_folder, write_atomic
 from apiary.core.messages import ClientInfo, Decline, Payload, Spent, Update, Visit
 from apiary.core.tensors import StateDict, add, generator, subtract
@@ -56,6 +57,7 @@ class Bench(NamedTuple):
     worker: Worker
     client: ClientData
     rank: int
+    counts: CountPolicy = EXACT  # by which it tells its counts, and plans its sampling rate
 
 
 def site(bench: Bench, rows: Sequence[Example], folder: Path, seed: int) -> Site:
@@ -68,7 +70,7 @@ def site(bench: Bench, rows: Sequence[Example], folder: Path, seed: int) -> Site
     save_ledger(ledger, Ledger())
     key = hashlib.sha256(f"audit {seed} {folder.name}".encode()).digest()
     write_atomic(ledger.with_name(KEY_FILE), key, private=True)
-    return Site(bench.client.name, tuple(rows), (), folder / "run", ledger, bench.rank)
+    return Site(bench.client.name, tuple(rows), (), folder / "run", ledger, bench.rank, bench.counts)
 
 
 def blank(example: Example, config: RunConfig) -> Example:

@@ -9,17 +9,25 @@ from typing import Any
 
 import typer
 
+from apiary.core.counts import parse as parse_counts
 from apiary.core.errors import UserError
 from apiary.core.files import finite, write_atomic
 
 
 def run_audit(
-    run: Path, client: str | None, canaries: int, rounds: int | None, seed: int, data: str | None
+    run: Path,
+    client: str | None,
+    canaries: int,
+    rounds: int | None,
+    seed: int,
+    data: str | None,
+    state: Path | None,
+    counts: str | None,
 ) -> dict[str, Any]:
     """The audit of a run, written to its `audit.json`; its report, if it has one, is written again.
 
     Raises:
-        UserError: no such run or client, or a deployed one without `data`.
+        UserError: no such run or client, a deployed one without `data`, or a site's options without `data`.
         apiary.core.errors.RunFailed: the replay did not come about.
     """
     if not run.is_dir():
@@ -29,8 +37,15 @@ def run_audit(
     from apiary.tracking.event_log import METRICS_FILE
     from simulation import audit
 
+    at = None
+    if data is not None:
+        at = audit.AtSite(data, state, parse_counts(counts or "rounded", "--counts"))
+        if state is None:
+            typer.echo("no --state: rows are held out by the public key, not as in the site's runs", err=True)
+    elif state is not None or counts is not None:
+        raise UserError(f"{'--state' if state is not None else '--counts'} is of a site: give its rows too (--data)")
     options = audit.Options(client, canaries, rounds, seed)
-    bench = audit.open_bench(run, options, data)
+    bench = audit.open_bench(run, options, at)
     typer.echo(f"auditing {bench.client.name}: {len(bench.client.train):,} training rows", err=True)
     say = (lambda line: typer.echo(line, err=True)) if sys.stderr.isatty() else (lambda line: None)
     found = audit.audit(bench, options, say)

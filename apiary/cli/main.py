@@ -250,13 +250,19 @@ def privacy_audit(
     data: Annotated[
         str | None, typer.Option(help="at a site, of a deployed run: the site's rows, a file or a folder")
     ] = None,
+    state: Annotated[
+        Path | None, typer.Option(help="beside --data: the site's state folder, whose pinned split holds rows out")
+    ] = None,
+    counts: Annotated[
+        str | None, typer.Option(help="beside --data: as the site tells its counts; unset: rounded")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Attack one client's updates as a curious server could, and print what they tell beside the claimed epsilon."""
     from apiary.cli import audit
 
     with shared.stdout_kept(as_json):
-        found = audit.run_audit(run, client, canaries, rounds, seed, data)
+        found = audit.run_audit(run, client, canaries, rounds, seed, data, state, counts)
     if as_json:
         print_json(found)
     else:

@@ -17,15 +17,19 @@ from report_pages import page
 from safetensors.torch import load_file
 
 from apiary.config import loading
+from apiary.core import counts
+from apiary.core.counts import CountPolicy
 from apiary.core.messages import Payload, Visit
 from apiary.core.tensors import norm, subtract
-from apiary.data import tokenization
+from apiary.data import split, tokenization
 from apiary.data.examples import Example
 from apiary.data.federation import ClientData
 from apiary.data.turns import Turn
+from apiary.evaluation import intervals
 from apiary.models import adapters
 from apiary.privacy.audit import one_run
-from client import private_visit
+from client import private_visit, site_worker
+from client.site_worker import Facts
 from client.worker import Worker
 from simulation import audit, inversion, replay
 from simulation.replay import Bench, Seen
@@ -222,6 +226,12 @@ def test_an_audit_charges_nothing_and_changes_nothing_but_its_own_file(run: Path
     assert found == json.loads((run / "audit.json").read_text())
     assert found["lower_bound"]["epsilon"] <= found["claim"]["epsilon"] <= 8.0
     assert {row["attack"] for row in found["membership"]} == {"loss", "update"}
+    for row in found["exposure"]:
+        low, high = intervals.of_median(row["bits"]) or (None, None)
+        assert row["median"] == {"value": np.median(row["bits"]), "low": low, "high": high}
+    for row in found["membership"]:
+        figures = row["true_positives"], row["false_positives"]
+        assert row["others"] >= 100 or figures == (None, None)
     assert [row["rows"] for row in found["inversion"]] == [1, 2, 8]
     text = (run / "report.html").read_text()
     assert "What an update tells" in text and "Epsilon is at least" in text
@@ -259,6 +269,52 @@ def test_a_site_audits_its_own_rows_with_a_deployed_runs_configuration(
     done = apiary("privacy", "audit", tmp_path, "--data", rows_file, "--rounds", "1", "--canaries", "24")
     assert done.returncode == 0, done.stderr
     assert "nothing is claimed" in done.stdout and (tmp_path / "audit.json").exists()
+    assert "no --state" in done.stderr
+
+
+@pytest.mark.parametrize("policy", [counts.ROUNDED, counts.CountPolicy("declared", 80, 900)])
+def test_the_audit_at_a_site_has_the_sites_own_split_rate_and_noise(
+    policy: CountPolicy, tmp_path: Path, small_run: list[str], rows_file: Path
+) -> None:
+    """As the site's own worker answers the same run: the same rows held out, and the same mechanism on the others."""
+    config = loading.load(None, [*small_run, *PRIVATE, "data.test_fraction=0.3", "data.source=elsewhere.jsonl"])
+    (tmp_path / "config.toml").write_text(config.to_toml())
+    held_out = split.draw(0.3)
+    split.save(tmp_path / "state", held_out)
+    facts = Facts("c", rows_file, tmp_path / "state", counts=policy)
+    there = site_worker.at_home(config, facts)
+    own = site_worker._read_site(there, facts, "run")
+    made = audit.open_bench(tmp_path, audit.Options(), audit.AtSite(str(rows_file), tmp_path / "state", policy))
+    assert made.client.train == own.train and made.client.test == own.test
+    public = audit.open_bench(tmp_path, audit.Options(), audit.AtSite(str(rows_file), None, policy))
+    assert made.client.test != public.client.test
+    (seen,) = replay.visits(made, made.client.train, 1, tmp_path / "copy", 0)
+    answer = Worker(there).train(own, 1, Payload(seen.start, {}))
+    assert isinstance(answer, Visit) and answer.spent is not None and seen.spent is not None
+    assert seen.spent == answer.spent
+    assert seen.spent.sample_rate == 10 / policy.planned([len(own.train)])[0] != 10 / len(own.train)
+
+
+@pytest.mark.slow
+def test_a_site_audits_a_private_run(tmp_path: Path, small_run: list[str], rows_file: Path) -> None:
+    """Also by the drill on single rows, in which each row takes part whatever number the site declares."""
+    (tmp_path / "config.toml").write_text(loading.load(None, [*small_run, *PRIVATE]).to_toml())
+    split.save(tmp_path / "state", split.draw(0.1))
+    site = ("--data", rows_file, "--state", tmp_path / "state", "--counts", "200:3000")
+    done = apiary("privacy", "audit", tmp_path, *site, "--rounds", "1", "--canaries", "24", "--json")
+    assert done.returncode == 0, done.stderr
+    assert "no --state" not in done.stderr
+    found = json.loads(done.stdout)
+    assert found["claim"]["sample_rate"] == 10 / 200 and [row["rows"] for row in found["inversion"]] == [1, 2, 8]
+
+
+def test_a_sites_options_are_refused_where_they_say_nothing(tmp_path: Path, small_run: list[str]) -> None:
+    (tmp_path / "config.toml").write_text(loading.load(None, small_run).to_toml())
+    assert_refused(apiary("privacy", "audit", tmp_path, "--counts", "exact"), "--counts is of a site", "--data")
+    at = ("--data", tmp_path, "--state")
+    assert_refused(apiary("privacy", "audit", tmp_path, *at, tmp_path), "holds no split.json")
+    split.save(tmp_path / "state", split.draw(0.4))
+    assert_refused(apiary("privacy", "audit", tmp_path, *at, tmp_path / "state"), "this site has pinned 0.4")
 
 
 def test_every_report_says_what_an_update_could_tell_and_how_to_measure_it() -> None:
