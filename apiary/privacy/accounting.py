@@ -1,7 +1,11 @@
 """Record-level differential privacy: what a run costs each row, and the ledger of it.
 
-The unit is one row of one client's data, the adjacency add or remove one, the sampler Poisson, the accountant a
-privacy loss distribution. The clients' data are disjoint, so the claim of a federation is its worst client's
+The unit is one row of one client's data, the sampler Poisson, the accountant a privacy loss distribution. Neighbouring
+data differ in one row that is blanked, and have the same number of rows ("zero-out": Ponomareva et al. 2023). The
+distributions that are composed are those of adding or removing a row, which are the ones of blanking as well: drawn or
+not, a blanked row adds zero to a step's sum, as a row that is not there does. In units of the clip both set N(0, z^2)
+against (1 - q) N(0, z^2) + q N(1, z^2), either way round. What removing a row would change besides, the number of rows
+and with it q, stays as it is. The clients' data are disjoint, so the claim of a federation is its worst client's
 (parallel composition). docs/privacy.md says it in full.
 """
 
@@ -40,9 +44,9 @@ class Mechanism(NamedTuple):
 def epsilon(history: History, delta: float, accountant: Accountant = "pld") -> float:
     """The least epsilon that the accountant can claim for all of `history` together; never below the truth.
 
-    Add/remove adjacency. "pld" composes privacy loss distributions (Koskela et al. 2020; discretised by connecting the
-    dots, Doroshenko et al. 2022, which rounds up), "rdp" Rényi divergences (Mironov et al. 2019). Beyond 200 both are
-    the latter.
+    For a row that is blanked, whose distributions are those of one that is added or removed. "pld" composes privacy
+    loss distributions (Koskela et al. 2020; discretised by connecting the dots, Doroshenko et al. 2022, which rounds
+    up), "rdp" Rényi divergences (Mironov et al. 2019). Beyond 200 both are the latter.
 
     Args:
         history: in any order; 0 noise costs infinity.
