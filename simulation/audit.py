@@ -128,7 +128,7 @@ def plant(bench: Bench, options: Options) -> Plan:
     places = rng.permutation(len(train)).tolist()
     count = min(options.canaries, quarter)
     rows = list(train)
-    canaries = tuple(train[i]._replace(turns=_canary(rng)) for i in places[:count])
+    canaries = tuple(train[i]._replace(turns=_canary(rng), tools="") for i in places[:count])
     own = tuple(train[i] for i in places[count : 2 * count])
     inside = rng.random(2 * count) < 0.5
     for place, row, stays in zip(places, [*canaries, *own], inside, strict=False):
@@ -161,10 +161,9 @@ def _fills(rng: np.random.Generator, like: Example) -> tuple[Example, ...]:
     """All that one secret could have been: a code of six digits for a name, (FILLS,) of the million."""
     name = f"{_word(rng)} {_word(rng)}"
     codes = rng.choice(10**6, FILLS, replace=False)
-    return tuple(
-        like._replace(turns=(Turn("user", f"What is the code of {name}?"), Turn("assistant", " ".join(f"{code:06d}"))))
-        for code in codes
-    )
+    asked = Turn("user", f"What is the code of {name}?")
+    answers = (Turn("assistant", " ".join(f"{code:06d}")) for code in codes)
+    return tuple(like._replace(turns=(asked, answer), tools="") for answer in answers)
 
 
 def audit(bench: Bench, options: Options = Options(), say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
