@@ -14,6 +14,7 @@ from apiary.core.errors import UserError
 from apiary.core.files import finite, write_atomic
 from apiary.data.examples import Example, Source, as_read, check, read
 from apiary.data.sources import RawFile, load
+from apiary.data.turns import conversation_text
 from client.curation.pipeline import Context, Curation, Reader, build_steps, curate
 
 _OURS = ("messages", "conversations", "instruction", "input", "output")  # columns that a reader would take for text
@@ -91,7 +92,12 @@ def _as_read(made: Curation, source: Source, files: Sequence[RawFile], columns: 
         back = check([RawFile("", "", again)], columns=columns)
     except (ValueError, UserError):
         return None
-    return lines if [row.turns for row in back.examples] == [row.turns for row in made.examples] else None
+    return lines if list(map(_said, back.examples)) == list(map(_said, made.examples)) else None
+
+
+def _said(example: Example) -> tuple[str, str]:
+    """What a row says; where its data part begins does not count."""
+    return conversation_text(example.turns), example.tools
 
 
 def _line(row: Mapping[str, object]) -> str:

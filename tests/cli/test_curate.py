@@ -266,7 +266,7 @@ TAGS = st.dictionaries(st.sampled_from(["skill", "source", "prompt", "question",
 
 
 @settings(max_examples=80, deadline=None)
-@given(rows=st.lists(st.builds(Example, CHATS, TAGS), min_size=1, max_size=5))
+@given(rows=st.lists(st.builds(Example, CHATS, TAGS, st.just("")), min_size=1, max_size=5))
 def test_what_is_written_reads_back(rows: list[Example], tmp_path_factory: pytest.TempPathFactory) -> None:
     path = write(tmp_path_factory.mktemp("back") / "rows.jsonl", list(as_rows(rows)))
     assert read(str(path)).examples == tuple(rows)
