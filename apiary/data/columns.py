@@ -28,6 +28,7 @@ from apiary.data.turns import Turn
 
 __all__ = [
     "CONTINUED",
+    "NO_ANSWER",
     "PREFERENCES",
     "Columns",
     "Reading",

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from apiary.core.errors import UserError
 from apiary.data.columns import (
+    NO_ANSWER,
     PREFERENCES,
     Columns,
     Reading,
@@ -258,15 +259,22 @@ def as_read(
 
 
 def _fix(reason: str) -> str:
-    if "JSON" in reason or "UTF-8" in reason:
-        return "expected one JSON object per line, in UTF-8"
-    if "role" in reason or "turn" in reason:
-        return "roles are system, user (human), assistant (gpt) and tool; a user's turn comes before an assistant's"
-    if "call" in reason or "tool" in reason:
-        return 'a call is {"name": ..., "arguments": {...}}, and a tool has a name'
-    if "not an object" in reason:
-        return "expected an object with a value for each column"
+    for words, fix in _FIXES.items():
+        if any(word in reason for word in words):
+            return fix
     return "fill it in, or name your columns with data.columns"
+
+
+# Words of a reason -> what helps; the first that has one.
+_FIXES: Mapping[tuple[str, ...], str] = {
+    ("part of",): "only text is learnt; take such messages out",
+    ("call", "tool"): 'a call is {"name": ..., "arguments": {...}}, and a tool has a name',
+    ("is trained",): "give the answers to learn the weight 1",
+    (NO_ANSWER,): "give answers, or take such rows out",
+    ("bad JSON", "UTF-8"): "expected one JSON object per line, in UTF-8",
+    ("role", "turn"): "roles are system, user (human), assistant (gpt) and tool; the assistant answers the user",
+    ("not an object",): "expected an object with a value for each column",
+}
 
 
 def _example(row: object, given: Columns | None) -> tuple[Example, tuple[str, ...]]:

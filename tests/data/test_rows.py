@@ -738,3 +738,19 @@ def test_remarks_are_lines_like_problems_and_change_no_count() -> None:
         "d.jsonl: 3 of 9 rows left out: missing field 'output' (rows 3, 6, 9)",
         f"d.jsonl: 3 of 9 rows: {TAIL} (rows 2, 5, 8)",
     ]
+
+
+@pytest.mark.parametrize(
+    ("row", "fix"),
+    [
+        ({"messages": [user("Who?"), says(tool_calls=[{"name": "f", "arguments": "me"}])]}, "a call is {"),
+        ({"messages": [user([{"type": "tool_use"}]), says()]}, "only text is learnt"),
+        ({"messages": [user("Who?"), says(weight=0)]}, "the weight 1"),
+        ({"messages": [says()]}, "the assistant answers the user"),
+        ({"question": "Who?", "answers": []}, "give answers"),
+    ],
+)
+def test_a_file_of_such_rows_alone_is_told_what_helps(row: dict[str, Any], fix: str) -> None:
+    with pytest.raises(UserError) as error:
+        check(file_of(row))
+    assert fix in str(error.value).rpartition("row 1, is: ")[2] and "\n" not in str(error.value)
