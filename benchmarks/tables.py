@@ -1,7 +1,7 @@
 """Writes the tables of the README, the docs and the base's card between their markers.
 
-They come from the committed results; the tables of what goes together and of the aggregation methods come from the code
-that decides it.
+They come from the committed results; the tables of what goes together, of the aggregation methods and of the shapes of
+rows come from the code that decides it.
 
 python benchmarks/tables.py [--check]
 """
@@ -20,7 +20,7 @@ _NONE = "*No measurement is committed yet.*"
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # another package is called benchmarks too
 
-from benchmarks import methods, together  # noqa: E402
+from benchmarks import methods, shapes, together  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 TINY = ROOT / "apiary" / "models" / "tiny" / "checkpoint"
@@ -655,6 +655,7 @@ def render(text: str) -> str:
         ("together", together.table),
         ("together_methods", together.methods_table),
         ("methods", methods.table),
+        ("row_shapes", shapes.table),
     ):
         text = _fill(text, name, table()) if f"<!-- {name} -->" in text else text
     return text

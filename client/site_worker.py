@@ -30,7 +30,7 @@ from apiary.config.schema import Method, RunConfig
 from apiary.core import counts
 from apiary.core.counts import CountPolicy
 from apiary.core.errors import UserError
-from apiary.data import split, stages, templates
+from apiary.data import split, splits, stages, templates
 from apiary.data.availability import Rows, check_rows
 from apiary.data.federation import federate
 from apiary.models import adapters, availability
@@ -252,6 +252,8 @@ def _read_site(config: RunConfig, facts: Facts, run: str) -> Site:
     for report in federation.reports:
         for line in report.lines():
             _log.warning("%s", line)
+    for line in splits.remarks(federation, config):
+        _log.warning("%s", line)
     (client,) = federation.clients
     folder = facts.state / "runs" / run
     if facts.rank is None and config.adapter.ranks == "memory":

@@ -15,7 +15,7 @@ from apiary.core.errors import UserError
 from apiary.core.files import finite, write_atomic
 from apiary.data.examples import Example, Source, as_read, check, read
 from apiary.data.sources import RawFile, load
-from apiary.data.turns import ToolCall, Turn
+from apiary.data.turns import ToolCall, Turn, conversation_text
 from client.curation.pipeline import Context, Curation, Reader, build_steps, curate
 
 # Columns that a reader would take for what is said beside messages, or instruction and output; and for text alone,
@@ -105,8 +105,9 @@ def _as_read(made: Curation, source: Source, files: Sequence[RawFile], columns: 
     return lines if list(map(_said, back.examples)) == list(map(_said, made.examples)) else None
 
 
-def _said(example: Example) -> tuple[tuple[Turn, ...], str]:
-    return example.turns, example.tools
+def _said(example: Example) -> tuple[str, str]:
+    """What a row says; where its data part begins does not count."""
+    return conversation_text(example.turns), example.tools
 
 
 def _line(row: Mapping[str, object]) -> str:

@@ -130,24 +130,35 @@ def print_template(template: Template, console: Console) -> None:
 
 
 def print_rows(federation: Federation, console: Console) -> None:
-    """Print how many rows there are, and which are left out for what."""
+    """Print how many rows there are, which are left out for what, and what is read otherwise than it stands."""
     _head(console, "Data")
     rows = sum(report.rows for report in federation.reports)
     usable = sum(report.usable for report in federation.reports)
     share = share_text(usable / rows if rows else None)
     _fact(console, "rows", f"{count_text(rows)}, of them {count_text(usable)} usable ({share})")
-    troubled = [report for report in federation.reports if report.problems]
+    troubled = [report for report in federation.reports if report.problems or report.remarks]
     for report in troubled[:_FILES]:
-        for reason, (count, first) in report.problems.items():
-            places = ", ".join(map(str, first)) + (", ..." if count > len(first) else "")
-            part = f"{count_text(count)} of {count_text(report.rows)} left out ({places})"
-            _fact(console, "", f"{report.name}: {part}: {reason}")
+        for what, found in ((" left out", report.problems), ("", report.remarks)):
+            for reason, (count, first) in found.items():
+                places = ", ".join(map(str, first)) + (", ..." if count > len(first) else "")
+                part = f"{count_text(count)} of {count_text(report.rows)}{what} ({places})"
+                _fact(console, "", f"{report.name}: {part}: {reason}")
     if len(troubled) > _FILES:
-        _fact(console, "", f"and rows of {len(troubled) - _FILES} more files left out")
+        _fact(console, "", f"and rows of {len(troubled) - _FILES} more files left out or read otherwise")
     trained = sum(len(client.train) for client in federation.clients)
     own = sum(len(client.test) for client in federation.clients)
     text = f"{count_text(trained)} to train on, {count_text(own)} held out at the clients"
     _fact(console, "examples", f"{text}, {count_text(len(federation.test))} held out for the table")
+    turns = turn_counts(federation)
+    text = f"{count_text(turns['turns'])} in these, of them {count_text(turns['answers'])} of the assistant"
+    _fact(console, "turns", f"{text}, {count_text(turns['trained'])} trained")
+
+
+def turn_counts(federation: Federation) -> dict[str, int]:
+    """How many turns the clients' examples have, how many are the assistant's, and how many of those are trained."""
+    rows = [row for client in federation.clients for part in (client.train, client.test) for row in part]
+    answers = [turn.trained for row in rows for turn in row.turns if turn.role == "assistant"]
+    return {"turns": sum(len(row.turns) for row in rows), "answers": len(answers), "trained": sum(answers)}
 
 
 def print_warnings(lines: Sequence[str], console: Console) -> None:

@@ -20,7 +20,7 @@ from apiary.core.errors import UserError
 from apiary.core.tensors import digest
 from apiary.data import examples, federation, tokenization
 from apiary.data.federation import federate
-from apiary.doctor import examine, forecast
+from apiary.doctor import document, examine, forecast
 from apiary.models import adapters
 from apiary.privacy.accounting import Mechanism, epsilon
 from apiary.tracking.event_log import read_events
@@ -362,3 +362,19 @@ def test_promises_and_stages_that_the_data_cannot_keep_are_problems(small_run: l
     assert not good and any("privacy.batch_rows = 1000" in line for line in _problems(text))
     good, text = _doctor([*small_run, 'continual.stages=[["first"], ["lost"]]'])
     assert not good and any("continual.stages names 'lost'" in line for line in _problems(text))
+
+
+def test_what_is_read_otherwise_and_how_many_turns_there_are_is_told(small_run: list[str], tmp_path: Path) -> None:
+    chat = [{"role": role, "content": "Who?"} for role in ("user", "user", "assistant", "user", "assistant", "user")]
+    rows = [{"messages": [{**chat[0], "content": f"Case {i}"}, *chat[1:]]} for i in range(40)]
+    rows[3]["messages"][2] = {**chat[2], "weight": 0}
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = [*small_run, f"data.source={path}", "data.partition=iid", "data.clients=2"]
+    _, text = _doctor(overrides)
+    assert "rows.jsonl: 40 of 40 (1, 2, 3, 4, 5, ...): turns of one role in a row are joined" in text
+    assert "rows.jsonl: 40 of 40 (1, 2, 3, 4, 5, ...): what follows the last trained answer is left out" in text
+    assert _fact(text, "turns") == "160 in these, of them 80 of the assistant, 79 trained"
+    found = document(lambda: loading.load(None, overrides))["data"]
+    assert (found["turns"], found["answers"], found["trained"], found["left_out"]) == (160, 80, 79, [])
+    assert [(remark["rows"], remark["first"]) for remark in found["remarks"]] == [(40, [1, 2, 3, 4, 5])] * 2

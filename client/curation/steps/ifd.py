@@ -92,9 +92,8 @@ def ifd(
         reasons = {**nats.lost, **_beyond(scores, threshold)}
         left = {index: score for index, score in scores.items() if index not in reasons}
         reasons |= _outside(left, band)
-        ranked = sorted(
-            (i for i in left if i not in reasons), key=lambda i: (-scores[i] if order == "highest" else scores[i], i)
-        )
+        sign = -1 if order == "highest" else 1
+        ranked = sorted((i for i in left if i not in reasons), key=lambda i: (sign * scores[i], i))
         if limit.limited:
             ranked += [index for index, example in given if not _asks(example)]
             reasons |= over(ranked, limit, given, context)
