@@ -176,8 +176,8 @@ def _encoded(
 def last_answer(template: Template) -> Template:
     """The same template with the last answer alone trained."""
 
-    def split(turns: Sequence[Turn]) -> list[Segment]:
-        segments = template.split(turns)
+    def split(turns: Sequence[Turn], tools: str = "", think: bool = False) -> list[Segment]:
+        segments = template.split(turns, tools, think)
         last = max(i for i, segment in enumerate(segments) if segment.trained)
         return [segment._replace(trained=i == last) for i, segment in enumerate(segments)]
 
