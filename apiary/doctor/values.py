@@ -11,7 +11,7 @@ from apiary.config.schema import RunConfig
 from apiary.data.examples import FileReport
 from apiary.data.federation import Federation
 from apiary.doctor import forecast
-from apiary.doctor.plan import Cost, PreparedRun, turn_counts
+from apiary.doctor.plan import Cost, PreparedRun, length_bins, turn_counts
 from apiary.models import base
 from apiary.tracking import environment
 
@@ -62,6 +62,10 @@ def run_values(run: PreparedRun, cost: Cost) -> dict[str, Any]:
                 "examples": len(corpus),
                 "cut": corpus.stats.cut,
                 "dropped": corpus.stats.dropped,
+                "cut_within_an_answer": corpus.stats.cut_within,
+                "trained_tokens_cut": corpus.stats.trained_cut,
+                "trained_tokens_dropped": corpus.stats.trained_dropped,
+                "turns": sum(len(row.turns) for row in client.train),
                 "spell_control_tokens": len(corpus.spelled),
                 "tokens": corpus.stats.tokens,
                 "trained_tokens": corpus.stats.response_tokens,
@@ -70,6 +74,12 @@ def run_values(run: PreparedRun, cost: Cost) -> dict[str, Any]:
             }
             for client, corpus, epoch, steps in zip(
                 run.federation.clients, run.corpora, work.per_epoch, work.per_round, strict=True
+            )
+        ],
+        "lengths": [
+            each._asdict()
+            for each in length_bins(
+                [n for corpus in run.corpora for n in corpus.whole.tolist()], run.config.prompt.max_tokens
             )
         ],
         "cost": {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -192,9 +192,9 @@ def _encoded(
 def last_answer(template: Template) -> Template:
     """The same template with the last answer alone trained."""
 
-    def split(turns: Sequence[Turn], *more: Any, **named: Any) -> list[Segment]:
-        segments = template.split(turns, *more, **named)
-        last = max(i for i, segment in enumerate(segments) if segment.trained)
+    def split(turns: Sequence[Turn], tools: str = "", think: bool = False) -> list[Segment]:
+        segments = template.split(turns, tools, think)
+        last = max((i for i, segment in enumerate(segments) if segment.trained), default=-1)
         first = last  # of the answer's own segments, between which nothing stands that is not trained
         while first and segments[first - 1].trained:
             first -= 1
