@@ -146,7 +146,7 @@ def turns_of(row: Mapping[str, object], columns: Columns) -> tuple[Turn, ...]:
     user = _field(row, columns.instruction, may_be_number=False)
     extra = _optional_field(row, columns.input) if columns.input else ""
     return (
-        Turn("user", f"{user}{_BORDER}{extra}" if extra else user),
+        Turn("user", f"{user}{_BORDER}{extra}", data=len(user) + len(_BORDER)) if extra else Turn("user", user),
         Turn("assistant", _field(row, columns.output)),
     )
 

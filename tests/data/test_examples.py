@@ -27,7 +27,9 @@ DATA = ROOT.parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data")
 
 ROWS = [{"instruction": f"Say {i}", "input": "please", "output": f"it is {i}"} for i in range(9)]
-TURNS = [(Turn("user", f"Say {i}\n\nplease"), Turn("assistant", f"it is {i}")) for i in range(9)]
+TURNS = [
+    (Turn("user", f"Say {i}\n\nplease", data=len(f"Say {i}\n\n")), Turn("assistant", f"it is {i}")) for i in range(9)
+]
 
 
 def write_lines(path: Path, rows: list[object]) -> str:
@@ -158,7 +160,10 @@ def test_mappings_agree_on_any_text(tmp_path_factory, q, extra, a):
         {"prompt": joined, "completion": a},
         {"messages": [{"role": "user", "content": joined}, {"role": "assistant", "content": a}]},
     ]
-    read_back = {read(write_lines(folder / f"{i}.jsonl", [form])).examples[0].turns for i, form in enumerate(forms)}
+    read_back = {
+        tuple(turn._replace(data=None) for turn in read(write_lines(folder / f"{i}.jsonl", [form])).examples[0].turns)
+        for i, form in enumerate(forms)
+    }
     assert read_back == {(Turn("user", joined.strip()), Turn("assistant", a.strip()))}
 
 
@@ -436,7 +441,7 @@ def test_super_natural_instructions_folders(tmp_path):
     source = read(str(tmp_path))
     assert source.origins == ("task2_x", "task10_x")
     assert source.examples[0] == Example(
-        (Turn("user", "Answer it.\n\ntrain 2"), Turn("assistant", "first")), {"task": "task2_x"}
+        (Turn("user", "Answer it.\n\ntrain 2", data=12), Turn("assistant", "first")), {"task": "task2_x"}
     )
     assert source.test is not None
     assert [answer(example) for example in source.test] == ["third", "third"]
