@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from apiary.config.schema import RunConfig
 from apiary.core.errors import UserError
 from apiary.core.tensors import StateDict, derive_seed
-from apiary.data import tokenization
+from apiary.data import structured, tokenization
 from apiary.data.batches import Corpus
 from apiary.data.examples import Example, answer
 from apiary.data.federation import Federation
@@ -122,6 +122,8 @@ def data_warnings(
             "the table: the first answer or last question does not fit prompt.max_tokens, or prompt.template "
             "cannot write it"
         )
+    if config.prompt.boundary == "structured":
+        lines += structured.remarks(row.turns for client in federation.clients for row in client.train)
     return lines
 
 
