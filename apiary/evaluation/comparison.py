@@ -64,7 +64,7 @@ def prepare(examples: Sequence[Example], template: Template, lm: LanguageModel, 
         UserError: the model has fewer positions than `prompt.max_tokens`.
     """
     check_positions(lm, config)
-    drawn = _evenly(examples, config)
+    drawn = evenly(examples, config)
     usable = [e for e in drawn if tokenization.encode(e, template, lm.tokenizer, config.prompt)]
     questions: list[list[int]] = []
     if config.evaluate.generate:
@@ -146,7 +146,7 @@ def _positions(lm: LanguageModel) -> int:
     return limit if isinstance(limit, int) else sys.maxsize
 
 
-def _evenly(examples: Sequence[Example], config: RunConfig) -> list[Example]:
+def evenly(examples: Sequence[Example], config: RunConfig) -> list[Example]:
     """A seeded sample without replacement, in the order of the source."""
     limit = config.evaluate.max_examples
     if len(examples) <= limit:
