@@ -58,7 +58,7 @@ def test_what_a_row_becomes_follows_from_the_row_alone() -> None:
     whole = encode_training(ROWS[:60], template, BYTE_TOKENIZER, config)
     assert 0 < sum(trained(row, 0.5) is not row for row in ROWS[:60]) < 60
     for i in random.Random(1).sample(range(60), 20):
-        others = [TALK, ROWS[i], ROWS[i], *ROWS[100:130]]
+        others = [TALK, _row(i), _row(i), *ROWS[100:130]]
         part = encode_training(others, template, BYTE_TOKENIZER, config)
         ids = whole.ids[whole.offsets[i] : whole.offsets[i + 1]].tolist()
         for place in (1, 2):
