@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from apiary.config.schema import PromptConfig, RunConfig
 from apiary.core.errors import UserError
@@ -153,8 +153,8 @@ def _check_delimiters(tokenizer: PreTrainedTokenizerBase) -> None:
 def _delimited(split: Splitter) -> Splitter:
     """The same, where no delimiter of data is written but those that stand in the turns."""
 
-    def checked(turns: Sequence[Turn]) -> list[Segment]:
-        segments = split(turns)
+    def checked(turns: Sequence[Turn], *given: Any) -> list[Segment]:
+        segments = split(turns, *given)
         if structured.count(["".join(s.text for s in segments)]) != structured.count(turn.text for turn in turns):
             raise Unwritable("writes delimiters of data where no data stands")
         return segments

@@ -40,9 +40,6 @@ class Turn(NamedTuple):
     data: int | None = None
 
 
-_BLANK = "\n\n"  # a blank line: what stands between a question and its data
-
-
 def turn_values(turns: Iterable[Turn]) -> list[list[Any]]:
     """The turns as JSON values: role and text, and the other fields up to the last one that says something."""
     plain = Turn("user", "")
@@ -78,18 +75,3 @@ def opening_text(turns: Sequence[Turn]) -> str:
     end = next((i for i, turn in enumerate(turns, 1) if turn.role == "user"), len(turns))
     text = "\x1e".join(f"{turn.role}\x1f{' '.join(turn.text.split())}" for turn in turns[:end])
     return unicodedata.normalize("NFC", text).casefold()
-
-
-def with_text(turn: Turn, text: str) -> Turn:
-    """The turn with a text that was made from its own by rewriting some words.
-
-    Its data begin behind as many blank lines as before; where the text has come to have another number of them, it no
-    longer shows where they begin.
-    """
-    if turn.data is None or text == turn.text:
-        return turn._replace(text=text)
-    before = turn.text[: turn.data].count(_BLANK)
-    pieces = text.split(_BLANK)
-    if not before or len(pieces) != turn.text.count(_BLANK) + 1:
-        return turn._replace(text=text, data=0 if turn.data == 0 else None)
-    return turn._replace(text=text, data=len(_BLANK.join(pieces[:before])) + len(_BLANK))

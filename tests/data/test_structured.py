@@ -19,7 +19,7 @@ from apiary.core.errors import UserError
 from apiary.data import structured, tokenization
 from apiary.data.examples import Example
 from apiary.data.structured import BEGIN, END, front_end, strip
-from apiary.data.turns import ToolCall, Turn, with_text
+from apiary.data.turns import ToolCall, Turn
 
 ROWS = Example((Turn("user", "Sort.\n\nb, a", data=7), Turn("assistant", "a, b")), {})
 UNABLE = ("Unigram with NFKC", "WordLevel, marks in its vocabulary")  # no tokens for the delimiters' letters
@@ -212,13 +212,3 @@ def test_remarks_say_what_there_is_to_say_of_the_rows() -> None:
     assert (
         spelled == 'prompt.boundary = "structured": 2 rows spell <<<DATA>>> or <<<END>>>, which are taken out of them'
     )
-
-
-def test_a_rewritten_question_still_shows_where_its_data_begin() -> None:
-    turn = Turn("user", "Who is Ann Lee?\n\nAsk.\n\nAnn Lee: ann@bee.org", data=23)
-    assert turn.text[23:] == "Ann Lee: ann@bee.org"
-    new = with_text(turn, "Who is A?\n\nAsk.\n\nA: <EMAIL_1>")
-    assert new.data is not None and new.text[new.data :] == "A: <EMAIL_1>"
-    assert with_text(turn, "Who is A? A").data is None
-    assert with_text(Turn("user", "all", data=0), "some").data == 0
-    assert with_text(Turn("user", "all"), "some") == Turn("user", "some")

@@ -10,7 +10,6 @@ from typing import Literal, TypeAlias
 
 from apiary.core.errors import UserError
 from apiary.data.examples import Example
-from apiary.data.turns import with_text
 from client.curation.phones import Found, phones
 from client.curation.pipeline import STEPS, Context, Row, Step, StepResult
 from client.curation.text import MARKS, UNSPACED
@@ -75,7 +74,7 @@ def _masked(example: Example, finders: Sequence[tuple[str, Finder]]) -> Example:
         texts = masked
     if texts == before:
         return example
-    turns = (with_text(turn, text) for turn, text in zip(example.turns, texts, strict=True))
+    turns = (turn._replace(text=text) for turn, text in zip(example.turns, texts, strict=True))
     return example._replace(turns=tuple(turns))
 
 
