@@ -23,7 +23,7 @@ from apiary.config.schema import Method
 from apiary.core.errors import RunFailed, UserError
 from apiary.core.seeds import derive_seed
 from apiary.core.tensors import StateDict
-from apiary.data import stages, tokenization
+from apiary.data import injection, stages
 from apiary.data.batches import Corpus, collate
 from apiary.data.examples import Example
 from apiary.data.federation import ClientData, federate
@@ -227,7 +227,7 @@ def _fitting(bench: Bench, plan: Plan) -> Plan:
 
 
 def _corpus(bench: Bench, rows: Sequence[Example]) -> Corpus:
-    return tokenization.encode_all(rows, bench.worker.template, bench.lm.tokenizer, bench.config.prompt)
+    return injection.encode_training(rows, bench.worker.template, bench.lm.tokenizer, bench.config.prompt)
 
 
 def _losses(bench: Bench, adapter: StateDict, corpus: Corpus) -> np.ndarray:

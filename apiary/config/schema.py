@@ -148,6 +148,18 @@ class PromptConfig(_Section):
     on_long: Literal["truncate", "drop"] = Field(
         "truncate", description="what happens to longer examples (counted and reported either way)"
     )
+    boundary: Literal["plain", "structured"] = Field(
+        "plain",
+        description="structured: data (input and context columns, what tools say) stands between delimiters that no "
+        "text can produce, and rows with instructions planted in their data are trained (StruQ)",
+    )
+    injected: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="with boundary = structured: share of the training rows with data that get an instruction planted "
+        "in it, to be answered as if it were not there",
+    )
 
 
 class TrainConfig(_Section):

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from apiary.config.schema import PromptConfig, RunConfig
 from apiary.core.errors import UserError
+from apiary.data import structured
 from apiary.data.chat import read_chat
 from apiary.data.chat_messages import chat_source, eos_text, has_chat, render, with_short_ids
 from apiary.data.segments import NoPlace, Segment, Splitter, Unwritable
@@ -55,7 +56,8 @@ class Template:
     """How a conversation is written for the model.
 
     name: as configured, with `auto` settled; digest: 16 hex digits over all that shapes the text; system: put before
-    conversations without a system turn; split: turns -> segments; why: what there is to say of the choice.
+    conversations without a system turn; split: turns -> segments; why: what there is to say of the choice; structured:
+    whether data stands between delimiters (`apiary.data.structured`).
     """
 
     name: str
@@ -63,6 +65,7 @@ class Template:
     system: str | None
     split: Splitter
     why: str = ""
+    structured: bool = False
 
     @property
     def words(self) -> str:
@@ -98,10 +101,10 @@ class Template:
             return renamed, self.split(renamed, tools, think)
 
     def whole(self, turns: Sequence[Turn]) -> Sequence[Turn]:
-        """The turns with the configured system message before them, if they have none and are a conversation."""
+        """The turns as they are written: a conversation with the configured system message, and data set apart."""
         if self.system is not None and not _is_bare(turns) and turns[0].role != "system":
-            return (Turn("system", self.system), *turns)
-        return turns
+            turns = (Turn("system", self.system), *turns)
+        return structured.front_end(turns) if self.structured else turns
 
     def prompt(self, turns: Sequence[Turn]) -> str:
         """The text that the model continues, without the last assistant turn if there is one."""
@@ -130,10 +133,42 @@ def make_template(config: PromptConfig, tokenizer: PreTrainedTokenizerBase) -> T
         eos = eos_text(tokenizer)
         bos = _bos(tokenizer)
         split = _Pattern(before, after.removeprefix(eos), "" if before.startswith(bos) else bos, eos)
-    shape = json.dumps(["chat" if name == "chat" else "pattern", text, config.system])
+    shape = ["chat" if name == "chat" else "pattern", text, config.system]
+    split = _or_bare(split, tokenizer)
+    if apart := config.boundary == "structured":
+        _check_delimiters(tokenizer)
+        split, shape = _delimited(split), [*shape, structured.BEGIN, structured.END]
     why = "" if has_one else "the tokenizer has no chat template"
     why = {"chat": "the tokenizer's own", "alpaca": why}.get(name, "")
-    return Template(name, short_digest(shape), config.system, _or_bare(split, tokenizer), why)
+    return Template(name, short_digest(json.dumps(shape)), config.system, split, why, apart)
+
+
+def _check_delimiters(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that the tokenizer tells the delimiters of data from other text: by tokens that read as they do.
+
+    Raises:
+        UserError: it has unknown characters in one of them, or reads it as something else.
+    """
+    for mark in (structured.BEGIN, structured.END):
+        ids = tokenizer(f"a\n{mark}\na", add_special_tokens=False)["input_ids"]
+        unknown = tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids
+        if unknown or structured.count([str(tokenizer.decode(ids))]) != 1:
+            raise UserError(
+                f'prompt.boundary = "structured": this tokenizer has no tokens for {mark!r}, so other text could pass '
+                'for it; use another base model, or "plain"'
+            )
+
+
+def _delimited(split: Splitter) -> Splitter:
+    """The same, where no delimiter of data is written but those that stand in the turns."""
+
+    def checked(turns: Sequence[Turn], tools: str = "", think: bool = False) -> list[Segment]:
+        segments = split(turns, tools, think)
+        if structured.count(["".join(s.text for s in segments)]) != structured.count(turn.text for turn in turns):
+            raise Unwritable("writes delimiters of data where no data stands")
+        return segments
+
+    return checked
 
 
 def with_template(config: RunConfig, name: str) -> RunConfig:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from apiary.config.schema import RunConfig
 from apiary.core.errors import UserError
 from apiary.core.tensors import StateDict, derive_seed
-from apiary.data import tokenization
+from apiary.data import structured, tokenization
 from apiary.data.batches import Corpus
 from apiary.data.examples import Example, answer
 from apiary.data.federation import Federation
@@ -72,7 +72,7 @@ def prepare(examples: Sequence[Example], template: Template, lm: LanguageModel, 
         UserError: the model has fewer positions than `prompt.max_tokens`.
     """
     check_positions(lm, config)
-    drawn = _evenly(examples, config)
+    drawn = evenly(examples, config)
     usable = [e for e in drawn if tokenization.encode(e, template, lm.tokenizer, config.prompt)]
     questions: list[list[int]] = []
     if config.evaluate.generate:
@@ -162,6 +162,8 @@ def data_warnings(
             "the table: the first answer or last question does not fit prompt.max_tokens, or prompt.template "
             "cannot write it"
         )
+    if config.prompt.boundary == "structured":
+        lines += structured.remarks(row.turns for client in federation.clients for row in client.train)
     return lines
 
 
@@ -184,7 +186,7 @@ def _positions(lm: LanguageModel) -> int:
     return limit if isinstance(limit, int) else sys.maxsize
 
 
-def _evenly(examples: Sequence[Example], config: RunConfig) -> list[Example]:
+def evenly(examples: Sequence[Example], config: RunConfig) -> list[Example]:
     """A seeded sample without replacement, in the order of the source."""
     limit = config.evaluate.max_examples
     if len(examples) <= limit:
