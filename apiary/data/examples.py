@@ -50,10 +50,11 @@ class FileReport(NamedTuple):
     rows: int
     usable: int
     problems: Mapping[str, tuple[int, tuple[int, ...]]]
+    notes: tuple[str, ...] = ()  # on how the file was read
 
     def lines(self) -> list[str]:
         """A line for each problem, with the first rows that have it."""
-        return [
+        return [f"{self.name}: {note}" for note in self.notes] + [
             f"{self.name}: {count} of {self.rows} rows left out: {problem}"
             + (f" ({rows_text(rows, count)})" if rows else "")
             for problem, (count, rows) in self.problems.items()
@@ -90,6 +91,7 @@ def read(
     columns: Mapping[str, str] = MappingProxyType({}),
     max_rows: int | None = None,
     key: str = "data.source",
+    query: str | None = None,
 ) -> Source:
     """The checked examples of a file, a folder, a hub data set or the built-in corpus.
 
@@ -99,11 +101,12 @@ def read(
         columns: the user's own names for instruction, input and output, or for messages.
         max_rows: keep this many examples, taken at even distances so that every file has its share.
         key: what error lines call the source.
+        query: of a database.
 
     Raises:
         UserError: nothing there, unknown format, or a file without a usable row.
     """
-    return check(load(source, split, key), columns=columns, max_rows=max_rows)
+    return check(load(source, split, key, query), columns=columns, max_rows=max_rows)
 
 
 def check(
@@ -116,7 +119,7 @@ def check(
     test: list[Example] | None = None
     for index, file in enumerate(files):
         checked, report = _check_file(file, given)
-        reports.append(report)
+        reports.append(report._replace(notes=file.notes))
         if file.held_out:
             test = (test or []) + [example for _, example in checked]
         else:
