@@ -174,12 +174,24 @@ def test_text_in_another_encoding_is_read_and_said(tmp_path: Path, encoding: str
 
 
 def test_a_bad_line_of_a_utf_8_file_stays_a_bad_line(tmp_path: Path) -> None:
-    good = [json.dumps(row, ensure_ascii=False).encode() for row in FRENCH]
-    bad = json.dumps(FRENCH[0], ensure_ascii=False).encode("latin-1")
-    (tmp_path / "d.jsonl").write_bytes(b"\n".join([bad, bad, *good]))
+    good = [json.dumps(FRENCH[0], ensure_ascii=False).encode(), *LINES.splitlines()]
+    bad = [json.dumps(row, ensure_ascii=False).encode("latin-1") for row in FRENCH]
+    (tmp_path / "d.jsonl").write_bytes(b"\n".join([*bad, *good]))
     source = read(str(tmp_path / "d.jsonl"))
-    assert len(source.examples) == 4
-    assert source.reports[0].problems == {"not UTF-8 text": (2, (1, 2))} and source.reports[0].notes == ()
+    assert len(source.examples) == 6
+    assert source.reports[0].problems == {"not UTF-8 text": (4, (1, 2, 3, 4))} and source.reports[0].notes == ()
+    (tmp_path / "d.jsonl").write_bytes(bad[0] + b"\n" + LINES * 3)  # one among many, of which none proves anything
+    assert read(str(tmp_path / "d.jsonl")).reports[0].problems == {"not UTF-8 text": (1, (1,))}
+
+
+def test_a_utf_8_file_with_a_bad_byte_is_not_read_otherwise(tmp_path: Path) -> None:
+    rows = [json.dumps(row, ensure_ascii=False).encode() for row in FRENCH]
+    rows[1] = json.dumps(FRENCH[1], ensure_ascii=False).encode("latin-1")
+    (tmp_path / "d.json").write_bytes(b"[" + b",".join(rows) + b"]")
+    (tmp_path / "d.csv").write_bytes("instruction,output\né,è\n".encode() + b"\xe9,b\n")
+    for name in ("d.json", "d.csv"):
+        with pytest.raises(UserError, match="not UTF-8 text at byte"):
+            read(str(tmp_path / name))
 
 
 def test_excel(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ an encoding reads as some language; where two encodings read alike and differ, n
 from __future__ import annotations
 
 import codecs
+import re
 from collections.abc import Iterator
 
 from apiary.core.errors import UserError
@@ -22,6 +23,9 @@ _MARKS = (  # the longer ones first: that of UTF-16 opens that of UTF-32
 _WIDE_LETTERS = ("shift_jis", "euc_jp", "gb18030", "big5", "euc_kr")
 _WESTERN = "cp1252"  # with all of Latin-1's letters
 _GUESSED = (_WESTERN, "cp1250", "cp1251", "koi8_r", "cp1253", "cp1254", "cp1255", "cp1256", *_WIDE_LETTERS)
+# A letter of UTF-8 in two to four bytes, which text in units of one byte hardly ever spells.
+_LETTER = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
+_LETTERS = 0.1  # of the bytes beyond ASCII: from this share of them on, text is UTF-8 with bad bytes in it
 _SAMPLE = 2**18  # bytes of lines beyond ASCII that are judged
 _CHAOS = 0.2  # of charset-normalizer, from 0: the most that is still text
 _COHERENCE = 0.3  # likewise, up to 1: the least of a guess that is not Western
@@ -53,7 +57,7 @@ def note(encoding: str) -> str:
 
 
 def guess(text: bytes) -> str | None:
-    """The encoding of bytes that are not UTF-8; None where it cannot be told."""
+    """The encoding of bytes that are not UTF-8; None where it cannot be told, or where they are but for a few."""
     from charset_normalizer import from_bytes
 
     lines, size = [], 0
@@ -62,6 +66,9 @@ def guess(text: bytes) -> str | None:
             lines.append(line[: _SAMPLE - size])
             size += len(lines[-1])
     sample = b"\n".join(lines)
+    if any(_reads(line, "utf-8") is not None for line in lines[:-1]):  # the last one may be cut
+        return None
+    spelled = sum(map(len, _LETTER.findall(sample))) > _LETTERS * sum(byte >= 0x80 for byte in sample)
     found = [match for match in from_bytes(sample, cp_isolation=[*_GUESSED]) if match.encoding in _GUESSED]
     if not found or found[0].chaos > _CHAOS:
         return None
@@ -70,9 +77,11 @@ def guess(text: bytes) -> str | None:
         if match.encoding == _WESTERN and (match.chaos, -match.coherence) <= (best.chaos, -best.coherence):
             best = match
     if best.encoding == _WESTERN or _reads(sample, _WESTERN) == _reads(sample, best.encoding):
-        return _WESTERN if _in_words(sample) else None
+        return _WESTERN if _in_words(sample) and not spelled else None
     if best.encoding in _WIDE_LETTERS:
         return best.encoding
+    if spelled:
+        return None
     rivals = [m for m in found if _reads(sample, m.encoding) != _reads(sample, best.encoding)]
     close = [m for m in rivals if m.chaos <= best.chaos and m.coherence > best.coherence - _MARGIN]
     return best.encoding if best.coherence >= _COHERENCE and not close else None

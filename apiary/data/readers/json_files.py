@@ -25,9 +25,18 @@ def json_lines(file: DataFile, split: str) -> list[Part]:
     if encoding is not None and not encoding.startswith("utf-8"):
         file.notes.append(encodings.note(encoding))
         return [Part((number, parse(line)) for number, line in encodings.decoded_lines(file, encoding))]
-    if first and not isinstance(parse(first), Mapping) and (parts := _not_lines(file, split)) is not None:
+    if first and _is_no_row(file, first) and (parts := _not_lines(file, split)) is not None:
         return parts
     return [Part(_lines(file))]
+
+
+def _is_no_row(file: DataFile, line: bytes) -> bool:
+    """Whether the first line of a file is text, and no object."""
+    try:
+        return not isinstance(parse(line.decode("utf-8")), Mapping)
+    except UnicodeDecodeError:
+        encoding = encodings.of_lines(file)
+        return encoding is not None and not isinstance(_decoded(line, encoding), Mapping)
 
 
 def _not_lines(file: DataFile, split: str) -> list[Part] | None:
