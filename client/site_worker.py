@@ -149,7 +149,9 @@ def at_home(config: RunConfig, facts: Facts) -> RunConfig:
     """The run's configuration with this site's own places; what the server says of data on its disk is left out."""
     model = {"name": facts.model} if facts.model else {}
     device = {"device": facts.device} if facts.device else {}
-    data = {"source": str(facts.data), "test": None, "clients": 1, "partition": Method(name="iid")}
+    # Which split and which query choose the rows, which is for the site to say as well.
+    mine = {"source": str(facts.data), "split": "train", "query": None, "test": None}
+    data = {**mine, "clients": 1, "partition": Method(name="iid")}
     return config.model_copy(
         update={
             "model": config.model.model_copy(update=model | device),

@@ -72,7 +72,7 @@ def curate_file(
     if page == out:
         raise UserError("--out and --report name the same file")
     settings = _settings(config, adapter, overrides)
-    files = load(data, settings.data.split, "DATA")
+    files = load(data, settings.data.split, "DATA", settings.data.query)
     source = check(files, columns=settings.data.columns, max_rows=settings.data.max_rows)
     apart = read(held_out, split="test", columns=settings.data.columns, key="--held-out") if held_out else None
     against = (apart.test or apart.examples) if apart else (source.test or ())

@@ -53,7 +53,7 @@ class FileReport(NamedTuple):
     """What became of a file's rows.
 
     problems: reason -> (count, first 1-based row numbers), of rows that are left out; remarks: the same of what was
-    read otherwise than it stands, in rows that are usable.
+    read otherwise than it stands, in rows that are usable; notes: on how the file was read.
     """
 
     name: str
@@ -61,10 +61,11 @@ class FileReport(NamedTuple):
     usable: int
     problems: Mapping[str, tuple[int, tuple[int, ...]]]
     remarks: Mapping[str, tuple[int, tuple[int, ...]]] = MappingProxyType({})
+    notes: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
-        """A line for each problem and each remark, with the first rows that have it."""
-        return [
+        """A line for each note, problem and remark, with the first rows that have it."""
+        return [f"{self.name}: {note}" for note in self.notes] + [
             f"{self.name}: {count} of {self.rows} rows{what}: {reason}"
             + (f" ({rows_text(rows, count)})" if rows else "")
             for what, found in ((" left out", self.problems), ("", self.remarks))
@@ -102,6 +103,7 @@ def read(
     columns: Mapping[str, str] = MappingProxyType({}),
     max_rows: int | None = None,
     key: str = "data.source",
+    query: str | None = None,
 ) -> Source:
     """The checked examples of a file, a folder, a hub data set or the built-in corpus.
 
@@ -111,11 +113,12 @@ def read(
         columns: the user's own names for instruction, input and output, or for messages.
         max_rows: keep this many examples, taken at even distances so that every file has its share.
         key: what error lines call the source.
+        query: of a database.
 
     Raises:
         UserError: nothing there, unknown format, or a file without a usable row.
     """
-    return check(load(source, split, key), columns=columns, max_rows=max_rows)
+    return check(load(source, split, key, query), columns=columns, max_rows=max_rows)
 
 
 def check(
@@ -128,7 +131,7 @@ def check(
     test: list[Example] | None = None
     for index, file in enumerate(files):
         checked, report = _check_file(file, given)
-        reports.append(report)
+        reports.append(report._replace(notes=file.notes))
         if file.held_out:
             test = (test or []) + [example for _, example in checked]
         else:

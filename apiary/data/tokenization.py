@@ -193,7 +193,7 @@ def rows_lost(parts: Iterable[tuple[Sequence[Example], Corpus]], data: DataConfi
 
 
 def _sources(data: DataConfig) -> list[Source]:
-    sources = [read(data.source, split=data.split, columns=data.columns, max_rows=data.max_rows)]
+    sources = [read(data.source, split=data.split, columns=data.columns, max_rows=data.max_rows, query=data.query)]
     if data.test is not None:
         sources.append(read(data.test, split="test", columns=data.columns, key="data.test"))
     return sources

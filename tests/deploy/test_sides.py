@@ -723,3 +723,10 @@ def test_what_differs_from_a_simulation_is_said_before_the_start() -> None:
     (line,) = runs.remarks(loading.load(None, []))
     assert line.startswith("strategy.deadline_s =")
     assert runs.remarks(loading.load(None, ["strategy.deadline_s=60"])) == []
+
+
+def test_neither_the_split_nor_the_query_of_a_site_is_the_servers(tmp_path: Path, rows: Path) -> None:
+    """Either would choose which of its rows a site uses, and the second could ask a database for anything."""
+    sent = loading.load(None, ["data.split=test", "data.query=select 1", "data.source=sqlite:///elsewhere.db"])
+    data = site_worker.at_home(sent, Facts("bee", rows / "bee.jsonl", tmp_path)).data
+    assert (data.source, data.split, data.query, data.test) == (str(rows / "bee.jsonl"), "train", None, None)
