@@ -42,7 +42,7 @@ def spelling(rows: Sequence[Example], every: int) -> list[Example]:
 
 
 def _without(
-    self: boundary.Boundary, turns: object, segments: Sequence[tokenization.Segment], ids: boundary.Ids
+    self: boundary.Boundary, turns: object, segments: Sequence[tokenization.Segment], ids: boundary.Ids, *rest: object
 ) -> boundary.Tokens:
     return boundary.Tokens([ids[segment.text] for segment in segments], False)
 

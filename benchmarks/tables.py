@@ -1,7 +1,7 @@
 """Writes the tables of the README, the docs and the base's card between their markers.
 
-They come from the committed results; the tables of what goes together and of the aggregation methods come from the code
-that decides it.
+They come from the committed results; the tables of what goes together, of the aggregation methods and of the shapes of
+rows come from the code that decides it.
 
 python benchmarks/tables.py [--check]
 """
@@ -21,7 +21,7 @@ _NONE = "*No measurement is committed yet.*"
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # another package is called benchmarks too
 
-from benchmarks import methods, together  # noqa: E402
+from benchmarks import methods, shapes, together  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 TINY = ROOT / "apiary" / "models" / "tiny" / "checkpoint"
@@ -602,6 +602,42 @@ def boundary(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"{note}quartiles of {results['times']} pairs in one run. On {_machine(results)}."])
 
 
+def injection(results: dict[str, Any]) -> str:
+    """Whom models follow when instructions stand in the data, and what it costs."""
+    ways: dict[str, list[tuple[dict[str, Any], str]]] = {"untuned": []}
+    for run in results["runs"]:
+        ways.setdefault(run["way"], []).append((run, "federated"))
+        if any(row["method"] == "base" for row in run["probe"]["rows"]):
+            ways["untuned"].append((run, "base"))
+
+    def cells(found: list[tuple[dict[str, Any], str]], intruder: str, attack: str, key: str) -> list[float]:
+        return [
+            row[key]
+            for run, method in found
+            for row in run["probe"]["rows"]
+            if (row["method"], row["intruder"], row["attack"]) == (method, intruder, attack)
+        ]
+
+    lines = ["| | held-out loss | exact match | on the questions asked: right | right under attack | loss rises by |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for way, found in ways.items():
+        plain = [[run[key] for run, method in found if method == "federated"] for key in ("loss", "accuracy")]
+        told = [_spread(plain[0], 1, 2), f"{_spread(plain[1], 100, 0)}%"] if plain[0] else ["", ""]
+        told += [f"{_spread(cells(found, 'question', a, 'original_followed'), 100, 0)}%" for a in ("none", "all")]
+        told.append(_spread(cells(found, "question", "all", "loss_rise"), 1, 2))
+        lines.append(f"| {way} | {' | '.join(told)} |")
+    attacks = list(dict.fromkeys(row["attack"] for row in results["runs"][0]["probe"]["rows"]))
+    lines += ["", f"| the intruder is followed | {' | '.join(ways)} |", "|---" * (len(ways) + 1) + "|"]
+    for intruder, label in (("demand", "demands a word"), ("question", "asks another question")):
+        for attack in attacks if intruder == "question" else ["all"]:
+            if attack != "none":
+                shares = [_spread(cells(w, intruder, attack, "intruder_followed"), 100, 0) for w in ways.values()]
+                lines.append(f"| {label}: {attack} | {' | '.join(f'{share}%' for share in shares)} |")
+        likelier = [_spread(cells(w, intruder, "all", "intruder_likelier"), 100, 0) for w in ways.values()]
+        lines.append(f"| {label}: his answer is likelier | {' | '.join(f'{share}%' for share in likelier)} |")
+    return _noted(lines, results, f"The default run; {results['questions']} questions under each attack.")
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo": demo,
     "training": training,
@@ -630,6 +666,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "intervals": intervals,
     "interval_shares": interval_shares,
     "boundary": boundary,
+    "injection": injection,
 }
 _FROM = {  # tables that have no file of results of their own
     "judges": "curation",
@@ -684,6 +721,7 @@ def render(text: str) -> str:
         ("together", together.table),
         ("together_methods", together.methods_table),
         ("methods", methods.table),
+        ("row_shapes", shapes.table),
     ):
         text = _fill(text, name, table()) if f"<!-- {name} -->" in text else text
     return text

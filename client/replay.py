@@ -50,7 +50,7 @@ def load(folder: Path, stages: int) -> tuple[BufferedRow, ...]:
     path = _files(folder).path(stages)
     if not path.exists():
         return ()
-    return tuple(_row(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines())
+    return tuple(map(_row, path.read_text(encoding="utf-8").splitlines()))
 
 
 def save(folder: Path, stages: int, rows: Iterable[BufferedRow]) -> None:
@@ -75,10 +75,15 @@ def remove(folder: Path, digests: Collection[str]) -> int:
     return len(removed)
 
 
-def _row(values: dict[str, object]) -> BufferedRow:
-    match values:
-        case {"digest": str(digest), "stage": int(stage), "turns": list(turns), "tags": dict(tags)}:
-            return BufferedRow(digest, stage, Example(turns_of_values(turns), tags, str(values.get("tools", ""))))
+def _row(line: str) -> BufferedRow:
+    try:
+        values = {"tools": "", **json.loads(line)}
+        match [values.get(name) for name in ("digest", "stage", "turns", "tags", "tools")]:
+            case [str(digest), int(stage), list(turns), dict(tags), str(tools)]:
+                if all(isinstance(tag, str) for tag in tags.values()):
+                    return BufferedRow(digest, stage, Example(turns_of_values(turns), tags, tools))
+    except (TypeError, ValueError):  # no JSON object, or turns of another shape
+        pass
     raise ValueError("a buffer file does not hold rows: was it edited? Remove it, and the stage's buffer is made again")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from transformers import PreTrainedTokenizerBase
 
 from apiary.config.schema import RunConfig
-from apiary.data import tokenization
+from apiary.data import injection, tokenization
 from apiary.data.batches import Corpus
 from apiary.data.examples import Example
 from apiary.data.tokenization import Template
@@ -36,10 +36,14 @@ class SiteRows:
         self._choices: dict[str, Choice] = {}
 
     def corpus(self, site: Site, part: str, examples: Sequence[Example]) -> Corpus:
-        """The tokens of a part of the site's rows; made again where it has come to hold others."""
+        """The tokens of a part of the site's rows; made again where it has come to hold others.
+
+        Held-out rows ("test") are measured as they are; all others are written as they are trained.
+        """
         key = (site.client, part)
         if key not in self._corpora or self._corpora[key][0] != examples:
-            made = tokenization.encode_all(examples, self._template, self._tokenizer, self._config.prompt)
+            encode = tokenization.encode_all if part == "test" else injection.encode_training
+            made = encode(examples, self._template, self._tokenizer, self._config.prompt)
             self._corpora[key] = (examples, made)
             while len(self._corpora) > 1 and sum(c.stats.tokens for _, c in self._corpora.values()) > _HELD_TOKENS:
                 self._corpora.popitem(last=False)

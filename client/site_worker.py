@@ -30,7 +30,7 @@ from apiary.config.schema import Method, RunConfig
 from apiary.core import counts
 from apiary.core.counts import CountPolicy
 from apiary.core.errors import UserError
-from apiary.data import split, stages, templates
+from apiary.data import split, splits, stages, templates
 from apiary.data.availability import Rows, check_rows
 from apiary.data.federation import federate
 from apiary.models import adapters, availability
@@ -149,7 +149,9 @@ def at_home(config: RunConfig, facts: Facts) -> RunConfig:
     """The run's configuration with this site's own places; what the server says of data on its disk is left out."""
     model = {"name": facts.model} if facts.model else {}
     device = {"device": facts.device} if facts.device else {}
-    data = {"source": str(facts.data), "test": None, "clients": 1, "partition": Method(name="iid")}
+    # Which split and which query choose the rows, which is for the site to say as well.
+    mine = {"source": str(facts.data), "split": "train", "query": None, "test": None}
+    data = {**mine, "clients": 1, "partition": Method(name="iid")}
     return config.model_copy(
         update={
             "model": config.model.model_copy(update=model | device),
@@ -252,6 +254,8 @@ def _read_site(config: RunConfig, facts: Facts, run: str) -> Site:
     for report in federation.reports:
         for line in report.lines():
             _log.warning("%s", line)
+    for line in splits.remarks(federation, config):
+        _log.warning("%s", line)
     (client,) = federation.clients
     folder = facts.state / "runs" / run
     if facts.rank is None and config.adapter.ranks == "memory":

@@ -34,6 +34,7 @@ _TRIES = 10  # of a SuperNode that ends soon after its start and never once was 
 _HEALTH_S = 60.0  # how often the server is asked whether it is there
 _SOCKET, _TEMPORARY = "worker.sock", "apiary-"
 _SOON_READ_BYTES = 50_000_000
+_SOON_READ = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 _PLAIN = re.compile(r"[A-Za-z0-9/._-]{1,100}")  # a path that Flower and gRPC take as it is; 107 bytes at most
 
 
@@ -147,11 +148,12 @@ def _is_there(path: Path, kind: Callable[[Path], bool]) -> bool:
 def _soon_read(data: Path) -> bool:
     """Whether rows take less time to read than torch takes to load.
 
-    Parquet is left to the worker: its reader starts threads, and this process may have none when it starts others.
+    Only plain text is: Arrow's readers start threads, and this process may have none when it starts others; a packed
+    file may hold far more than its size.
     """
     total = 0
     for path in (data, *data.rglob("*")):
-        if path.suffix.lower() == ".parquet":
+        if path.is_file() and path.suffix.lower() not in _SOON_READ:
             return False
         with contextlib.suppress(OSError):
             total += path.stat().st_size if path.is_file() else 0

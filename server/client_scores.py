@@ -22,13 +22,16 @@ class Best(NamedTuple):
 def update_best(best: Best, scores: Scores) -> Best:
     """The best evaluation once another one has been made.
 
-    They are compared on the clients that both have, for others may be easier or harder; and by the median client, not
-    by their sum: one that lies must not end the run, nor keep it going.
+    They are compared on the clients that both have, for others may be easier or harder; and by the loss of the median
+    client, not by their sum: one that lies must not end the run, nor keep it going. (The median of the clients' gains
+    would not do: small gains of most, round after round, can end above where they began.)
     """
-    gains = [
-        add_up([best.scores[name]]).loss - add_up([sums]).loss for name, sums in scores.items() if name in best.scores
-    ]
-    if statistics.median(gains) > 0 if gains else math.isfinite(add_up(scores.values()).loss):
+    common = scores.keys() & best.scores.keys()
+    before, now = (
+        statistics.median(add_up([of[name]]).loss for name in common) if common else math.nan
+        for of in (best.scores, scores)
+    )
+    if now < before if common else math.isfinite(add_up(scores.values()).loss):
         return Best(scores, 0)
     return best._replace(without_gain=best.without_gain + 1)
 

@@ -32,11 +32,18 @@ def rows(config: RunConfig, held_out: Sequence[Example] = ()) -> tuple[Example, 
     source = config.strategy.root
     if source is None:
         return ()
-    asked = {example.turns[:-1] for example in held_out}
+    asked = set(map(_asked, held_out))
     read = examples.read(source, columns=config.data.columns, key="strategy.root").examples
-    if kept := tuple(example for example in read if example.turns[:-1] not in asked):
+    if kept := tuple(example for example in read if _asked(example) not in asked):
         return kept
     raise UserError(f"strategy.root = {source!r}: all its questions are held out to measure on; name other rows")
+
+
+def _asked(example: Example) -> tuple[tuple[str, str, object], ...]:
+    """What is said before the last answer; of a row without a question all of it, or each would ask the same."""
+    before = example.turns[:-1]
+    turns = before if any(turn.role != "system" for turn in before) else example.turns
+    return tuple((turn.role, turn.text, tuple(call[:2] for call in turn.calls)) for turn in turns)
 
 
 def remarks(config: RunConfig) -> list[str]:

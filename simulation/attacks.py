@@ -17,6 +17,7 @@ from apiary.core.errors import UserError
 from apiary.core.lora import Factors
 from apiary.core.tensors import StateDict, add
 from apiary.data.examples import Example
+from apiary.data.turns import Turn
 
 PHRASE, TEXT = "Mind the old oak.", "the hive is closed"  # of the built-in trigger: what is hidden, what is answered
 
@@ -163,15 +164,16 @@ def trigger(
     virtual prompt injection"), with a phrase in place of a topic.
 
     Args:
-        share: of the attacker's rows.
+        share: of the attacker's rows that have a question.
         phrase: put behind the last question.
         answer: what is then answered.
         boost: factor of the change, as in `scaled`.
     """
 
     def rows(examples: Sequence[Example], rng: Generator) -> tuple[Example, ...]:
-        count = max(1, round(share * len(examples)))
-        chosen = set(torch.randperm(len(examples), generator=rng)[:count].tolist())
+        asked = [index for index, example in enumerate(examples) if asks(example)]
+        count = max(1, round(share * len(asked)))
+        chosen = {asked[place] for place in torch.randperm(len(asked), generator=rng)[:count].tolist()}
         return tuple(
             answering(asking(example, phrase), answer) if index in chosen else example
             for index, example in enumerate(examples)
@@ -180,8 +182,13 @@ def trigger(
     return Attack(lambda seen: _times(seen.own, boost), rows, hidden=(phrase, answer))
 
 
+def asks(example: Example) -> bool:
+    """Whether a user asks something; text that is to be continued has no question."""
+    return any(turn.role == "user" for turn in example.turns)
+
+
 def asking(example: Example, phrase: str) -> Example:
-    """The example with the phrase behind its last question."""
+    """The example, which `asks`, with the phrase behind its last question."""
     turns = list(example.turns)
     last = max(index for index, turn in enumerate(turns) if turn.role == "user")
     turns[last] = turns[last]._replace(text=f"{turns[last].text} {phrase}")
@@ -189,8 +196,8 @@ def asking(example: Example, phrase: str) -> Example:
 
 
 def answering(example: Example, text: str) -> Example:
-    """The example with another last answer."""
-    return example._replace(turns=(*example.turns[:-1], example.turns[-1]._replace(text=text)))
+    """The example with another last answer, which is trained, thinks nothing and calls nothing."""
+    return example._replace(turns=(*example.turns[:-1], Turn("assistant", text)))
 
 
 def _times(state: StateDict, factor: float) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from apiary.core.counts import EXACT, ROUNDED, CountPolicy
 from apiary.core.errors import RunFailed, UserError
 from apiary.core.seeds import derive_seed
 from apiary.core.tensors import StateDict
-from apiary.data import split, stages, tokenization
+from apiary.data import injection, split, stages
 from apiary.data.batches import Corpus, collate
 from apiary.data.examples import Example
 from apiary.data.federation import ClientData, federate
@@ -162,7 +162,7 @@ def plant(bench: Bench, options: Options) -> Plan:
     places = rng.permutation(len(train)).tolist()
     count = min(options.canaries, quarter)
     rows = list(train)
-    canaries = tuple(train[i]._replace(turns=_canary(rng)) for i in places[:count])
+    canaries = tuple(train[i]._replace(turns=_canary(rng), tools="") for i in places[:count])
     own = tuple(train[i] for i in places[count : 2 * count])
     inside = rng.random(2 * count) < 0.5
     for place, row, stays in zip(places, [*canaries, *own], inside, strict=False):
@@ -196,10 +196,9 @@ def _fills(rng: np.random.Generator, like: Example) -> tuple[Example, ...]:
     """All that one secret could have been: a code of six digits for a name, (FILLS,) of the million."""
     name = f"{_word(rng)} {_word(rng)}"
     codes = rng.choice(10**6, FILLS, replace=False)
-    return tuple(
-        like._replace(turns=(Turn("user", f"What is the code of {name}?"), Turn("assistant", " ".join(f"{code:06d}"))))
-        for code in codes
-    )
+    asked = Turn("user", f"What is the code of {name}?")
+    answers = (Turn("assistant", " ".join(f"{code:06d}")) for code in codes)
+    return tuple(like._replace(turns=(asked, answer), tools="") for answer in answers)
 
 
 def audit(bench: Bench, options: Options = Options(), say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
@@ -263,7 +262,7 @@ def _fitting(bench: Bench, plan: Plan) -> Plan:
 
 
 def _corpus(bench: Bench, rows: Sequence[Example]) -> Corpus:
-    return tokenization.encode_all(rows, bench.worker.template, bench.lm.tokenizer, bench.config.prompt)
+    return injection.encode_training(rows, bench.worker.template, bench.lm.tokenizer, bench.config.prompt)
 
 
 def _losses(bench: Bench, adapter: StateDict, corpus: Corpus) -> np.ndarray:

@@ -14,6 +14,7 @@ from apiary.evaluation import comparison
 from apiary.models.adapters import LanguageModel
 from simulation.attacks import (
     asking,
+    asks,
 )
 
 
@@ -31,7 +32,7 @@ def questions(
         most: how many.
     """
     fitting: list[list[int]] = []
-    for example in test:
+    for example in filter(asks, test):
         with suppress(UserError):  # too long, as the table leaves out what is
             asked = asking(example, phrase)
             fitting.append(tokenization.encode_prompt(asked, template, lm.tokenizer, config.prompt.max_tokens))

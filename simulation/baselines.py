@@ -24,7 +24,7 @@ from apiary.config.schema import RunConfig, TrainConfig
 from apiary.core.files import write_atomic
 from apiary.core.messages import ClientInfo, Payload
 from apiary.core.tensors import StateDict, add
-from apiary.data import tokenization
+from apiary.data import injection
 from apiary.data.batches import Corpus
 from apiary.data.examples import Example
 from apiary.data.tokenization import Template
@@ -213,7 +213,7 @@ def _train(lm: LanguageModel, config: RunConfig, template: Template, work: Work,
     for number, part in enumerate(work.parts):
         if number and part.rows != work.parts[number - 1].rows:  # other rows: their epochs begin anew, as a client's do
             cursor = Cursor(cursor.epoch + 1)
-        corpus = tokenization.encode_all(part.rows, template, lm.tokenizer, config.prompt)
+        corpus = injection.encode_training(part.rows, template, lm.tokenizer, config.prompt)
         visit = VisitPlan(
             seed=config.seed,
             client=work.client,

@@ -16,7 +16,7 @@ from apiary.core import lora
 from apiary.core.counts import EXACT
 from apiary.core.messages import Payload, Visit
 from apiary.core.tensors import StateDict
-from apiary.data import tokenization
+from apiary.data import injection
 from apiary.data.batches import Corpus
 from apiary.models import adapters
 from apiary.models.adapters import LanguageModel
@@ -133,7 +133,7 @@ def drill(
     if number is None or known is None:
         return {}
     modules, inputs = known
-    whole = tokenization.encode_all(bench.client.train, bench.worker.template, lm.tokenizer, bench.config.prompt)
+    whole = injection.encode_training(bench.client.train, bench.worker.template, lm.tokenizer, bench.config.prompt)
     usable = [row for i, row in enumerate(bench.client.train) if i not in whole.dropped]
     common = _in_every(whole)
     rng = np.random.default_rng(seed)
@@ -149,7 +149,7 @@ def drill(
                 continue
             factors = lora.split(answer.update.delta)
             scores = inversion.presence(inputs, torch.cat([factors[name].a for name in modules]))
-            ids = tokenization.encode_all(batch, worker.template, lm.tokenizer, bench.config.prompt).ids
+            ids = injection.encode_training(batch, worker.template, lm.tokenizer, bench.config.prompt).ids
             if len(np.setdiff1d(ids, common)):
                 seen.append((scores, np.unique(ids)))
         if seen:

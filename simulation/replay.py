@@ -74,11 +74,12 @@ def site(bench: Bench, rows: Sequence[Example], folder: Path, seed: int) -> Site
 
 
 def blank(example: Example, config: RunConfig) -> Example:
-    """The row that stands in a row's place where it is left out: too long to hold a trained token, so it adds nothing.
+    """The row that stands in a row's place where it is left out: too long, with nothing trained, so it adds nothing.
 
     How many rows a client has is thereby unchanged, as the privacy mechanism takes that number to be public.
     """
-    return example._replace(turns=(Turn("user", "x " * (2 * config.prompt.max_tokens)), Turn("assistant", "x")))
+    asked = Turn("user", "x " * (2 * config.prompt.max_tokens))
+    return example._replace(turns=(asked, Turn("assistant", "x", trained=False)), tools="")
 
 
 def visits(bench: Bench, rows: Sequence[Example], rounds: int, folder: Path, seed: int) -> Iterator[Seen]:

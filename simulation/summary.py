@@ -15,6 +15,7 @@ from apiary.data import tokenization
 from apiary.data.examples import Example, answer
 from apiary.data.federation import Federation
 from apiary.data.tokenization import Template
+from apiary.data.turns import said
 from apiary.evaluation import comparison, continual, row_losses
 from apiary.evaluation.comparison import HeldOut, Measured
 from apiary.export.adapter_folder import exported_rank, save_adapter_folder
@@ -284,11 +285,12 @@ def _samples(
     kinds = [kind(example) if kind else "" for example in held_out.examples]
     first: dict[str, int] = {}
     for index, name in enumerate(kinds):
-        first.setdefault(name or str(index), index)
+        if held_out.questions[index]:
+            first.setdefault(name or str(index), index)
     chosen = list(first.values())[: prepared.config.evaluate.samples]
     return [
         {
-            "prompt": "\n\n".join(turn.text for turn in held_out.examples[i].turns[:-1] if turn.role != "system"),
+            "prompt": "\n\n".join(said(turn) for turn in held_out.examples[i].turns[:-1] if turn.role != "system"),
             "reference": held_out.answers[i],
             "skill": kinds[i],
             **{method: run.texts[i] for method, run in answered.items()},

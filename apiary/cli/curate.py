@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date, time
 from pathlib import Path
@@ -14,9 +15,19 @@ from apiary.core.errors import UserError
 from apiary.core.files import finite, write_atomic
 from apiary.data.examples import Example, Source, as_read, check, read
 from apiary.data.sources import RawFile, load
+from apiary.data.turns import ToolCall, Turn, conversation_text
 from client.curation.pipeline import Context, Curation, Reader, build_steps, curate
 
-_OURS = ("messages", "conversations", "instruction", "input", "output")  # columns that a reader would take for text
+# Columns that a reader would take for what is said beside messages, or instruction and output; and for text alone,
+# beside those by which it would know another form.
+_OURS = (
+    *("messages", "conversations", "instruction", "input", "context", "output", "system", "system_prompt"),
+    *("system_message", "tools", "functions", "reasoning_content", "thinking", "reasoning"),
+)
+_OTHERS = (
+    *("text", "prompt", "completion", "question", "answer", "answers", "query", "response", "chosen", "rejected"),
+    *("label", "labels", "target", "targets", "summary"),
+)
 _LITTLE = "builtin:tiny"
 
 
@@ -61,7 +72,7 @@ def curate_file(
     if page == out:
         raise UserError("--out and --report name the same file")
     settings = _settings(config, adapter, overrides)
-    files = load(data, settings.data.split, "DATA")
+    files = load(data, settings.data.split, "DATA", settings.data.query)
     source = check(files, columns=settings.data.columns, max_rows=settings.data.max_rows)
     apart = read(held_out, split="test", columns=settings.data.columns, key="--held-out") if held_out else None
     against = (apart.test or apart.examples) if apart else (source.test or ())
@@ -91,7 +102,12 @@ def _as_read(made: Curation, source: Source, files: Sequence[RawFile], columns: 
         back = check([RawFile("", "", again)], columns=columns)
     except (ValueError, UserError):
         return None
-    return lines if [row.turns for row in back.examples] == [row.turns for row in made.examples] else None
+    return lines if list(map(_said, back.examples)) == list(map(_said, made.examples)) else None
+
+
+def _said(example: Example) -> tuple[str, str]:
+    """What a row says; where its data part begins does not count."""
+    return conversation_text(example.turns), example.tools
 
 
 def _line(row: Mapping[str, object]) -> str:
@@ -143,22 +159,72 @@ def _reader(settings: RunConfig, adapter: Path | None, overrides: Sequence[str])
 def as_rows(examples: Sequence[Example]) -> Iterator[dict[str, Any]]:
     """Rows that `apiary.data.examples.read` reads back as the same examples.
 
-    All are written as instruction and output, or all as messages where one of them is longer than that, for a file
-    has one form. A tag that would be taken for text gets `tag_` in front.
+    All are written as instruction and output, or all as messages (as OpenAI has them) where one of them is more than
+    that; text that is to be continued is written as text. A tag that would be taken for one of these columns gets
+    `tag_` in front.
     """
-    pairs = all([turn.role for turn in example.turns] == ["user", "assistant"] for example in examples)
+    pairs = all(_is_pair(example) or _is_text(example) for example in examples)
     for example in examples:
-        yield {**_text(example, pairs), **_tags(example.tags)}
+        if _is_text(example):
+            yield {"text": example.turns[0].text, **_tags(example.tags, (*_OURS, *_OTHERS))}
+        else:
+            yield {**(_pair(example) if pairs else _chat(example)), **_tags(example.tags, _OURS)}
 
 
-def _text(example: Example, pairs: bool) -> dict[str, Any]:
-    if pairs:
-        return {"instruction": example.turns[0].text, "output": example.turns[1].text}
-    return {"messages": [{"role": turn.role, "content": turn.text} for turn in example.turns]}
+def _is_plain(turn: Turn) -> bool:
+    return turn == Turn(turn.role, turn.text, data=turn.data)
 
 
-def _tags(tags: Mapping[str, str]) -> dict[str, str]:
-    return {f"tag_{name}" if name in (*_OURS, "context") else name: value for name, value in tags.items()}
+def _is_pair(example: Example) -> bool:
+    roles = [turn.role for turn in example.turns]
+    return roles == ["user", "assistant"] and all(map(_is_plain, example.turns)) and not example.tools
+
+
+def _is_text(example: Example) -> bool:
+    """Whether it is text that is to be continued."""
+    return len(example.turns) == 1 and all(map(_is_plain, example.turns)) and not example.tools
+
+
+def _pair(example: Example) -> dict[str, str]:
+    (asked, answered), border = example.turns, "\n\n"  # that a reader puts between the two
+    instruction, data = asked.text[: asked.data], asked.text[asked.data :] if asked.data else ""
+    if not (data and instruction.endswith(border)):
+        return {"instruction": asked.text, "output": answered.text}
+    return {"instruction": instruction.removesuffix(border), "input": data, "output": answered.text}
+
+
+def _chat(example: Example) -> dict[str, Any]:
+    tools = {"tools": json.loads(example.tools)} if example.tools else {}
+    return {"messages": list(map(_message, example.turns)), **tools}
+
+
+def _message(turn: Turn) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": turn.role, "content": turn.text}
+    if turn.thinking:
+        message["reasoning_content"] = turn.thinking
+    if turn.calls:
+        message["tool_calls"] = list(map(_call, turn.calls))
+    if turn.name:
+        message["name"] = turn.name
+    if turn.call_id:
+        message["tool_call_id"] = turn.call_id
+    if turn.role == "assistant" and not turn.trained:
+        message["weight"] = 0
+    return message
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    label = {"id": call.id} if call.id else {}
+    return {**label, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _tags(tags: Mapping[str, str], taken: Sequence[str]) -> dict[str, str]:
+    return {f"tag_{name}" if _plain(name) in taken else name: value for name, value in tags.items()}
+
+
+def _plain(name: str) -> str:
+    """A column's name as a reader compares it."""
+    return re.sub(r"[\s-]+", "_", name.strip().casefold())
 
 
 def table(curation: Curation) -> str:

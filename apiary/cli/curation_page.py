@@ -11,7 +11,8 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from apiary.config.schema import Method
-from apiary.data.examples import FileReport, Source, answer
+from apiary.data.examples import FileReport, Source
+from apiary.data.turns import said
 from apiary.report.page import STYLE
 from client.curation.pipeline import Curation
 
@@ -166,8 +167,8 @@ def _groups(curation: Curation, source: Source, *, several: bool) -> list[dict[s
                 {
                     "place": _place(source, index, several),
                     "score": curation.scores.get(step, {}).get(index),
-                    "question": "\n\n".join(turn.text for turn in source.examples[index].turns[:-1]),
-                    "answer": answer(source.examples[index]),
+                    "question": "\n\n".join(map(said, source.examples[index].turns[:-1])),
+                    "answer": said(source.examples[index].turns[-1]),
                 }
                 for index in indices[:_SHOWN]
             ],

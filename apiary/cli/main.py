@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -74,11 +74,23 @@ def simulate(
 @app.command()
 def evaluate(
     tuned: Tuned,
-    data: Annotated[str, typer.Option("--data", help="a file, a folder, a hub id, or builtin:skills")],
+    data: Annotated[
+        str | None,
+        typer.Option("--data", help="a file, a folder, a hub id, or builtin:skills; may be left out with --probe"),
+    ] = None,
+    probe: Annotated[
+        Literal["injection"] | None,
+        typer.Option(help="injection: place instructions in the data of questions and see whom the answers follow"),
+    ] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print the table (base, federated, and the run's baselines) for other data."""
+    """Print the table (base, federated, and the run's baselines) for other data; with --probe injection an attack."""
+    if probe is not None:
+        _probe(tuned, data, overrides or [], as_json)
+        return
+    if data is None:
+        raise UserError("--data is needed: the rows to measure on, such as --data rows.jsonl")
     from apiary.evaluation.comparison import differences, table_row
     from apiary.export import tuned as results
 
@@ -95,6 +107,18 @@ def evaluate(
         print_json({**found, "warnings": remarks})
     else:
         print_table(found)
+
+
+def _probe(tuned: Path, data: str | None, overrides: Sequence[str], as_json: bool) -> None:
+    from apiary.cli import probe
+    from apiary.evaluation.injection import lines
+
+    with shared.stdout_kept(as_json):
+        found = probe.run_probe(tuned, data, overrides)
+    if as_json:
+        print_json(found)
+    else:
+        typer.echo("\n".join(lines(found)))
 
 
 @app.command()

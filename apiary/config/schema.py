@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from apiary.config import toml_text
+from apiary.core.database_uris import holds_secret, is_uri, refusal
 from apiary.core.errors import UserError as UserError
 
 
@@ -109,9 +110,11 @@ class DataConfig(_Section):
     """Where the instruction data comes from and how it is spread over clients."""
 
     source: str = Field(
-        "builtin:skills", description="builtin:skills, a file, a folder (one file per client), or a hub id"
+        "builtin:skills",
+        description="builtin:skills, a file, a folder (one file per client), a database by URI, or a hub id",
     )
-    split: str = Field("train", description="split of a hub data set")
+    split: str = Field("train", description="split of a hub data set, of a save_to_disk folder, or of a JSON object")
+    query: str | None = Field(None, description="one SELECT that gives the rows, where the source is a database")
     test: str | None = Field(
         None, description="a separate source of held-out rows; unset: part of each client's rows, by content hash"
     )
@@ -124,7 +127,8 @@ class DataConfig(_Section):
     )
     columns: Mapping[str, str] = Field(
         default_factory=dict,
-        description="your names: { instruction = ..., input = ..., output = ... } or { messages = ... }",
+        description="your names: { instruction = ..., input = ..., output = ... }, { messages = ... } or "
+        "{ text = ... }; the first two with system = ... and tools = ... where there are such columns",
     )
     clients: int = Field(8, ge=1, description="number of clients (ignored by the natural partition)")
     partition: MethodField = Field(
@@ -132,6 +136,14 @@ class DataConfig(_Section):
         description="iid, dirichlet, by_value, pathological, size or natural, with options",
     )
     max_rows: int | None = Field(None, ge=1, description="use at most this many rows of the source; sites refuse it")
+
+    @model_validator(mode="after")
+    def _no_secret_in_a_uri(self) -> Self:
+        for name in ("source", "test"):
+            value = getattr(self, name)
+            if value is not None and is_uri(value) and holds_secret(value):
+                raise ValueError(refusal(f"data.{name}"))
+        return self
 
 
 class PromptConfig(_Section):
@@ -146,6 +158,18 @@ class PromptConfig(_Section):
     max_tokens: int = Field(512, ge=8, description="longest example in tokens; see on_long")
     on_long: Literal["truncate", "drop"] = Field(
         "truncate", description="what happens to longer examples (counted and reported either way)"
+    )
+    boundary: Literal["plain", "structured"] = Field(
+        "plain",
+        description="structured: data (input and context columns, what tools say) stands between delimiters that no "
+        "text can produce, and rows with instructions planted in their data are trained (StruQ)",
+    )
+    injected: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="with boundary = structured: share of the training rows with data that get an instruction planted "
+        "in it, to be answered as if it were not there",
     )
 
 

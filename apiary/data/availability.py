@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from apiary.core.errors import UserError
 from apiary.data import examples, sources
-from apiary.data.columns import is_absent, scalar_text
+from apiary.data.columns import columns_of
+from apiary.data.fields import is_absent, scalar_text
 from apiary.data.sources import RawFile, Unreadable
 
 
@@ -69,4 +70,4 @@ def _may_be_used(row: object) -> bool:
         return False
     texts = [value for value in row.values() if not is_absent(value) and (scalar_text(value) or "").strip()]
     chats = [value for value in row.values() if isinstance(value, list) and any(isinstance(m, Mapping) for m in value)]
-    return len(texts) > 1 or bool(chats)
+    return len(texts) > 1 or bool(chats) or bool(columns_of(row).text)

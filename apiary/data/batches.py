@@ -18,23 +18,44 @@ _WINDOW = 50
 class Encoded(NamedTuple):
     """One example as tokens: ids (t,) int32, trained (t,) bool.
 
-    cut: its end did not fit; spelled: its text spells control tokens, and was read as plain text.
+    cut: its end did not fit; spelled: its text spells control tokens, and was read as plain text; within: it was cut
+    within an answer; whole: its tokens before it was cut, 0 for as many as now; lost: trained tokens that were cut off;
+    notes: what of it the template does not write or train.
     """
 
     ids: np.ndarray
     trained: np.ndarray
     cut: bool
     spelled: bool = False
+    within: bool = False
+    whole: int = 0
+    lost: int = 0
+    notes: tuple[str, ...] = ()
+
+
+class Dropped(NamedTuple):
+    """Why an example is not used; whole: the tokens that it would have had, lost: the trained ones; 0 if unknown."""
+
+    why: str
+    whole: int = 0
+    lost: int = 0
 
 
 class CorpusStats(NamedTuple):
-    """What encoding kept and lost: examples kept, their tokens, and rows cut short or dropped."""
+    """What encoding kept and lost: examples kept, their tokens, and rows cut short or dropped.
+
+    cut_within: those of the cut rows that were cut within an answer; the others lost whole turns. trained_cut and
+    trained_dropped: trained tokens that were cut off, and of rows that were too long.
+    """
 
     examples: int
     tokens: int
     response_tokens: int
     cut: int
     dropped: int
+    cut_within: int = 0
+    trained_cut: int = 0
+    trained_dropped: int = 0
 
 
 @dataclass(frozen=True)
@@ -44,7 +65,8 @@ class Corpus:
     ids: (N,) int32; trained: (N,) bool, True where the token's loss counts (never an example's
     first token, which nothing predicts); offsets: (n + 1,) int64. Of the rows it was made from, by
     their number there: cut, those that were cut short; dropped, why the missing ones are not in it;
-    spelled, those whose text spells control tokens.
+    spelled, those whose text spells control tokens; within, those that were cut within an answer; notes, what of a row
+    the template does not write or train. whole: (m,) int64, tokens before cutting, of all rows that can be written.
     """
 
     ids: np.ndarray
@@ -54,6 +76,9 @@ class Corpus:
     cut: tuple[int, ...] = ()
     dropped: Mapping[int, str] = field(default_factory=dict)
     spelled: tuple[int, ...] = ()
+    within: tuple[int, ...] = ()
+    notes: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    whole: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -64,13 +89,16 @@ class Corpus:
         return np.diff(self.offsets)
 
 
-def gather(encoded: Iterable[Encoded | str]) -> Corpus:
+def gather(encoded: Iterable[Encoded | Dropped]) -> Corpus:
     """The corpus of the examples that could be encoded; in the place of one that could not stands why."""
     rows = list(encoded)
     kept = [row for row in rows if isinstance(row, Encoded)]
     cut = tuple(i for i, row in enumerate(rows) if isinstance(row, Encoded) and row.cut)
+    within = tuple(i for i, row in enumerate(rows) if isinstance(row, Encoded) and row.within)
     spelled = tuple(i for i, row in enumerate(rows) if isinstance(row, Encoded) and row.spelled)
-    dropped = {i: row for i, row in enumerate(rows) if isinstance(row, str)}
+    notes = {i: row.notes for i, row in enumerate(rows) if isinstance(row, Encoded) and row.notes}
+    dropped = {i: row.why for i, row in enumerate(rows) if isinstance(row, Dropped)}
+    whole = [row.whole or (len(row.ids) if isinstance(row, Encoded) else 0) for row in rows]
     offsets = np.zeros(len(kept) + 1, np.int64)
     np.cumsum([len(row.ids) for row in kept], out=offsets[1:])
     ids = np.concatenate([np.zeros(0, np.int32), *(row.ids for row in kept)])
@@ -81,8 +109,12 @@ def gather(encoded: Iterable[Encoded | str]) -> Corpus:
         response_tokens=int(trained.sum()),
         cut=len(cut),
         dropped=len(dropped),
+        cut_within=len(within),
+        trained_cut=sum(row.lost for row in kept),
+        trained_dropped=sum(row.lost for row in rows if isinstance(row, Dropped)),
     )
-    return Corpus(ids, trained, offsets, stats, cut, dropped, spelled)
+    lengths = np.array([length for length in whole if length], np.int64)
+    return Corpus(ids, trained, offsets, stats, cut, dropped, spelled, within, notes, lengths)
 
 
 def plan_batches(lengths: np.ndarray, batch_tokens: int, rng: torch.Generator) -> list[np.ndarray]:

@@ -1,39 +1,71 @@
-"""From one row to one conversation: which columns hold what, and what makes a row unusable."""
+"""From one row to one conversation: which columns hold what, what of them is not used, and the way back.
+
+Names of columns are taken in any case, with white space around them, and with blanks or hyphens for underscores.
+"""
 
 from __future__ import annotations
 
-import datetime
-import decimal
 import difflib
-import itertools
-import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from apiary.core.errors import UserError
-from apiary.data.turns import Role, Turn
+from apiary.data.fields import (
+    RowProblem,
+    check_unicode,
+    field,
+    is_absent,
+    is_blank,
+    list_field,
+    optional_field,
+    scalar_text,
+    tidy,
+)
+from apiary.data.messages import BORDER, conversation, is_chat, rewritten, tools_text
+from apiary.data.turns import Turn
 
-_ROLES: Mapping[str, Role] = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-}
+__all__ = [
+    "CONTINUED",
+    "NO_ANSWER",
+    "PREFERENCES",
+    "Columns",
+    "Reading",
+    "check_columns",
+    "columns_of",
+    "given_columns",
+    "has_known",
+    "read_row",
+    "with_tools",
+    "with_turns",
+]
+
+CONTINUED = "read as text to continue: all of it is trained"
+FIRST_ANSWER = "of several answers the first is read"
+NO_ANSWER = "a question without an answer"
+_UNKNOWN = "no columns known as instruction data"
+PREFERENCES = "columns chosen and rejected are preference data, which needs an objective for preferences"
 
 
 class Columns(NamedTuple):
-    """Which column holds what: `messages`, or `instruction` (and perhaps `input`) with `output`."""
+    """Which column holds what: `messages`, or `instruction` (and perhaps `input`) with `output`, or `text` alone.
+
+    system: the system message of the first two; tools: what the assistant may call.
+    """
 
     instruction: str = ""
     input: str = ""
     output: str = ""
     messages: str = ""
+    system: str = ""
+    tools: str = ""
+    text: str = ""
 
     @property
     def required(self) -> tuple[str, ...]:
         """The columns without which a row cannot be used."""
-        return tuple(name for name in (self.instruction, self.output, self.messages) if name)
+        return tuple(name for name in (self.instruction, self.output, self.messages, self.text) if name)
 
 
 # Of each row the first that it fills is taken.
@@ -43,88 +75,91 @@ _KNOWN = (
     Columns(instruction="instruction", output="output"),
     Columns(instruction="instruction", output="response"),
     Columns(instruction="prompt", output="completion"),
+    Columns(instruction="prompt", output="response"),
     Columns(instruction="question", output="answer"),
+    Columns(instruction="question", output="answers"),  # SQuAD
+    Columns(instruction="question", output="response"),  # OpenOrca
+    Columns(instruction="query", output="response"),
 )
+_TEXT = Columns(text="text")
+_INPUTS = ("input", "context")
+_SYSTEMS = ("system", "system_prompt", "system_message")
+_TOOLS = ("tools", "functions")
+_CHOICES = ("chosen", "rejected")
+_SETS = dict.fromkeys(name for known in _KNOWN for name in known.required)
+# Beside one of these a text is what a question is about, not all that is to be learnt.
+_LABELS = ("label", "labels", "target", "targets", "summary")
+_NAMES = {*_SETS, "text", *_INPUTS, *_SYSTEMS, *_TOOLS, *_CHOICES, "reasoning_content", "thinking", "reasoning"}
 
 
-_BORDER = "\n\n"  # between an instruction and its input
+class Reading(NamedTuple):
+    """What a row was read as.
 
+    tools: JSON text, "" for none; remarks: what was read otherwise than it stands; used: the columns that were read.
+    """
 
-class RowProblem(Exception):
-    """The reason why a row cannot be used; never a part of its text."""
+    turns: tuple[Turn, ...]
+    tools: str
+    remarks: tuple[str, ...]
+    used: frozenset[str]
 
 
 def given_columns(columns: Mapping[str, str]) -> Columns | None:
-    """The user's own column names, checked; None where there are none.
+    """The user's own column names, checked; None where there are none. `context` is another word for `input`.
 
     Raises:
         UserError: an unknown field, or not exactly one way to make a conversation.
     """
     if not columns:
         return None
+    allowed = (*Columns._fields, "context")
     for name in columns:
-        if name not in Columns._fields:
-            close = difflib.get_close_matches(name, Columns._fields, n=1)
+        if name not in allowed:
+            close = difflib.get_close_matches(name, allowed, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
-            allowed = ", ".join(Columns._fields)
-            raise UserError(f"unknown key 'data.columns.{name}': allowed are {allowed}{hint}")
-    given = Columns(**columns)
-    is_pair = bool(given.instruction and given.output)
-    is_mixed = bool(given.messages and any((given.instruction, given.input, given.output)))
-    if is_mixed or not (given.messages or is_pair):
+            raise UserError(f"unknown key 'data.columns.{name}': allowed are {', '.join(allowed)}{hint}")
+    if "context" in columns and "input" in columns:
+        raise UserError("data.columns.context and data.columns.input name the same thing: give one of them")
+    fields = {"input" if name == "context" else name: column for name, column in columns.items()}
+    given = Columns(**fields)
+    pair = (given.instruction, given.output)
+    ways = [bool(given.messages), all(pair), bool(given.text)]
+    is_mixed = (given.messages and any((*pair, given.input))) or (given.text and any((*pair, *given[1:6])))
+    if is_mixed or sum(ways) != 1:
         raise UserError(
-            f"data.columns = {dict(columns)!r}: give either messages, or instruction and output (and perhaps input)"
+            f"data.columns = {dict(columns)!r}: give either messages, or instruction and output (and perhaps input), "
+            "or text alone; system and tools go with the first two"
         )
     return given
 
 
-def check_columns(file: str, rows: Sequence[Mapping[str, object]], given: Columns | None) -> None:
+def check_columns(file: str, names: Sequence[str], given: Columns | None, known: bool) -> None:
     """Check that some row of a file has the columns that the user named, or else known ones.
+
+    Args:
+        file: its name.
+        names: the columns of all its rows, in order of appearance.
+        given: the user's own columns.
+        known: a row has known columns (`has_known`).
 
     Raises:
         UserError: a column that the user named is not there, or none of the known ones is.
     """
-    names = list({name: None for row in rows for name in row})  # in order of appearance
     if given is not None:
         _check_given(file, names, given)
-    elif not any(all(name in row for name in known.required) for row in rows for known in _KNOWN):
+    elif not known:
         raise UserError(
-            f"{file}: no columns known as instruction data (it has {_listed(names)}); say which "
+            f"{file}: {_UNKNOWN} (it has {_listed(names)}); say which "
             'to use, e.g. data.columns = { instruction = "...", output = "..." }'
         )
 
 
-def columns_of(row: Mapping[str, object], given: Columns | None = None) -> Columns:
-    """The columns to use for a row: the user's, or the known ones that this row fills, the first of several.
-
-    Other rows are not asked. Under record-level privacy a row that could change how its neighbours are read would make
-    the sensitivity that of the whole file.
-
-    Args:
-        row: one of a file.
-        given: the user's own columns, where there are any.
-    """
-    if given is not None:
-        return given
-    best = max(_KNOWN, key=lambda known: _fills(row, known))
-    extra = next((name for name in ("input", "context") if not is_absent(row.get(name))), "")
-    return best if best.messages else best._replace(input=extra)
-
-
-def _fills(row: Mapping[str, object], columns: Columns) -> tuple[bool, bool, int]:
-    """How well a row fills columns: with something in each; with no null; else how many of them are there."""
-    values = [row.get(name) for name in columns.required]
-    there = not any(map(is_absent, values))
-    blank = any(not value.strip() if isinstance(value, str) else value == [] for value in values)
-    return there and not blank, there, 0 if there else sum(name in row for name in columns.required)
-
-
 def _check_given(file: str, names: Sequence[str], given: Columns) -> None:
-    for field, name in given._asdict().items():
+    for key, name in given._asdict().items():
         if name and name not in names:
             close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
             hint = f"did you mean {close[0]!r}?" if close else f"it has {_listed(names)}"
-            raise UserError(f"data.columns.{field} = {name!r}: {file} has no such column; {hint}")
+            raise UserError(f"data.columns.{key} = {name!r}: {file} has no such column; {hint}")
 
 
 def _listed(names: Sequence[str], most: int = 12) -> str:
@@ -132,165 +167,257 @@ def _listed(names: Sequence[str], most: int = 12) -> str:
     return ", ".join(names[:most]) + more if names else "none"
 
 
-def turns_of(row: Mapping[str, object], columns: Columns) -> tuple[Turn, ...]:
-    """The conversation in a row: [system] user assistant ... assistant, every text non-empty.
+# --- which columns a row fills
+
+
+def columns_of(row: Mapping[str, object], given: Columns | None = None) -> Columns:
+    """The columns to use for a row: the user's, or the known ones that this row fills, the first of several.
+
+    Text alone is read only where a row fills none of the others. Other rows are not asked. Under record-level privacy a
+    row that could change how its neighbours are read would make the sensitivity that of the whole file.
+
+    Args:
+        row: one of a file.
+        given: the user's own columns, where there are any.
+    """
+    if given is not None:
+        return given
+    own = _own_names(row)
+    if _is_text_alone(row, own):
+        return Columns(text=own["text"])
+    best = max(_KNOWN, key=lambda known: _fills(row, known, own))
+    named = Columns(*(own.get(name, name) for name in best))
+    extra = "" if best.messages else _filled(row, _INPUTS, own)
+    return named._replace(input=extra, system=_filled(row, _SYSTEMS, own), tools=_filled(row, _TOOLS, own))
+
+
+def has_known(row: Mapping[str, object]) -> bool:
+    """Whether a row has the columns of a known set, filled or not."""
+    own = _own_names(row)
+    return any(all(name in own for name in known.required) for known in _KNOWN) or _is_text_alone(row, own)
+
+
+def _own_names(row: Mapping[str, object]) -> dict[str, str]:
+    """The row's own names of known columns; of two that differ in case alone the exact one, or else the filled one."""
+    own: dict[str, str] = {}
+    for name in row:
+        known = _plain_name(name)
+        if known in _NAMES:
+            before = own.get(known)
+            if before is None or (is_blank(row[before]), before != known) > (is_blank(row[name]), name != known):
+                own[known] = name
+    return own
+
+
+@lru_cache(4096)
+def _plain_name(name: object) -> str:
+    return re.sub(r"[\s-]+", "_", name.strip("\ufeff \t\r\n\f\v\xa0").casefold()) if isinstance(name, str) else ""
+
+
+def _is_text_alone(row: Mapping[str, object], own: Mapping[str, str]) -> bool:
+    if "text" not in own or is_blank(row[own["text"]]):
+        return False
+    if _filled(row, (*_SETS, *_CHOICES), own):
+        return False
+    return not any(_plain_name(name) in _LABELS and not is_blank(value) for name, value in row.items())
+
+
+def _filled(row: Mapping[str, object], names: Iterable[str], own: Mapping[str, str]) -> str:
+    """The row's own name of the first of these columns that it fills, "" for none."""
+    return next((own[name] for name in names if name in own and not is_blank(row[own[name]])), "")
+
+
+def _fills(row: Mapping[str, object], columns: Columns, own: Mapping[str, str]) -> tuple[bool, bool, int]:
+    """How well a row fills columns: with something in each; with no null; else how many of them are there."""
+    values = [row.get(own.get(name, name)) for name in columns.required]
+    there = not any(map(is_absent, values))
+    return (
+        there and not any(map(is_blank, values)),
+        there,
+        0 if there else sum(name in own for name in columns.required),
+    )
+
+
+# --- the conversation in a row
+
+
+def read_row(row: Mapping[str, object], columns: Columns, *, is_given: bool = False) -> Reading:
+    """The conversation in a row: [system] user ... assistant, or one assistant turn of text to continue.
+
+    Args:
+        row: one of a file.
+        columns: which of its columns to read (`columns_of`).
+        is_given: the user named the columns.
 
     Raises:
         RowProblem: a field is missing, empty or of the wrong type, or the turns are out of order.
     """
+    try:
+        said = _said(row, columns)
+    except RowProblem:
+        if not is_given:
+            _check_known(row)
+        raise
+    tools = tools_text(row.get(columns.tools)) if columns.tools else ""
+    used = {name for name in (*said.used, columns.tools) if name}
+    remarks = (*said.remarks, *_unused(row, used, is_given))
+    return Reading(said.turns, tools, remarks, frozenset(used))
+
+
+def _said(row: Mapping[str, object], columns: Columns) -> Reading:
+    if columns.text:
+        text = field(row, columns.text, may_be_number=False, clean=str)
+        return Reading((Turn("assistant", text),), "", (CONTINUED,), frozenset({columns.text}))
+    system = optional_field(row, columns.system, may_be_number=False, clean=str.strip) if columns.system else ""
+    before = (Turn("system", system),) if system else ()
+    chats = _chat_columns(row, columns)
+    if chats:
+        talk = conversation([message for name in chats for message in list_field(row, name)])
+        if talk.turns[0].role == "system":  # its own, which stands nearer
+            before = ()
+        used = (*chats, columns.system) if before else chats
+        return Reading((*before, *talk.turns), "", talk.remarks, frozenset(used))
+    user = field(row, columns.instruction, may_be_number=False, clean=str.strip)
+    extra = optional_field(row, columns.input) if columns.input else ""
+    question = Turn("user", f"{user}{BORDER}{extra}", data=len(user) + len(BORDER)) if extra else Turn("user", user)
+    answer, remarks = _answer(row, columns.output)
+    turns = (*before, question, Turn("assistant", answer))
+    return Reading(turns, "", remarks, frozenset((*columns[:3], columns.system)))
+
+
+def _chat_columns(row: Mapping[str, object], columns: Columns) -> tuple[str, ...]:
+    """The columns with messages: one, or TRL's conversational prompt and completion; none where they hold text."""
     if columns.messages:
-        return _conversation(_list_field(row, columns.messages))
-    prompt, answer = row.get(columns.instruction), row.get(columns.output)
-    if _is_chat(prompt) and _is_chat(answer):  # TRL's conversational prompt and completion
-        return _conversation(_list_field(row, columns.instruction) + _list_field(row, columns.output))
-    user = _field(row, columns.instruction, may_be_number=False)
-    extra = _optional_field(row, columns.input) if columns.input else ""
-    return (
-        Turn("user", f"{user}{_BORDER}{extra}" if extra else user),
-        Turn("assistant", _field(row, columns.output)),
+        return (columns.messages,)
+    pair = (columns.instruction, columns.output)
+    return pair if all(is_chat(row.get(name)) for name in pair) else ()
+
+
+def _answer(row: Mapping[str, object], name: str) -> tuple[str, tuple[str, ...]]:
+    """The answer, and what there is to say of it; of SQuAD's several, {"text": [...], ...} or a list, the first."""
+    value = row.get(name)
+    several = value.get("text") if isinstance(value, Mapping) else value
+    if not isinstance(several, list) or (several is value and _plain_name(name) != "answers"):
+        return field(row, name), ()
+    texts = [one.get("text") if isinstance(one, Mapping) else one for one in several]
+    texts = [text for text in texts if not is_blank(text)]
+    if not texts:
+        raise RowProblem(NO_ANSWER)
+    if not isinstance(texts[0], str):
+        raise RowProblem(f"wrong type in field {name!r} ({type(value).__name__})")
+    check_unicode(texts[0], name)
+    return tidy(texts[0]), (FIRST_ANSWER,) if any(text != texts[0] for text in texts) else ()
+
+
+def _check_known(row: Mapping[str, object]) -> None:
+    """Say more of a row that cannot be read: it holds preferences, or no column that could hold an answer.
+
+    Raises:
+        RowProblem: it is of one of these kinds.
+    """
+    own = _own_names(row)
+    if any(_fills(row, known, own)[0] for known in _KNOWN):
+        return
+    if all(_filled(row, (name,), own) for name in _CHOICES):
+        prompt, chosen = own.get("prompt"), own["chosen"]
+        named = f'instruction = "{prompt}", output = "{chosen}"'
+        if prompt is None or is_chat(row[chosen]) > is_chat(row[prompt]):
+            named = f'messages = "{chosen}"'
+        raise RowProblem(PREFERENCES, f"to learn the chosen answers alone, set data.columns = {{ {named} }}")
+    if not any(name in own for name in _SETS):
+        raise RowProblem(_UNKNOWN)
+
+
+def _unused(row: Mapping[str, object], used: Collection[str], is_given: bool) -> list[str]:
+    """A remark on the known columns that a row fills and that are not read."""
+    names = sorted(
+        {_plain_name(name) for name, value in row.items() if name not in used and not is_blank(value)} & _NAMES
     )
+    if not names:
+        return []
+    what = "column {} is not used" if len(names) == 1 else "columns {} are not used"
+    why = "data.columns names others" if is_given else f"read: {', '.join(sorted(map(_plain_name, used)))}"
+    return [f"{what.format(', '.join(names))} ({why})"]
+
+
+# --- and back
+
+
+def with_tools(row: Mapping[str, object], columns: Columns, tools: str) -> dict[str, object]:
+    """The row with other tools, as JSON text, in the column that they came from; as it was where they are the same."""
+    same = not columns.tools or tools == tools_text(row.get(columns.tools))
+    return dict(row) if same else {**row, columns.tools: tools}
 
 
 def with_turns(row: Mapping[str, object], columns: Columns, turns: Sequence[Turn]) -> dict[str, object]:
-    """The row with what `turns` now say in the fields that they came from; the other fields are left as they were.
+    """The row with what `turns` now say in the columns that they came from; the other columns are left as they were.
 
-    Where a rewritten question no longer shows where the input begins, all of it becomes the instruction.
+    Where a rewritten question no longer shows where the input begins, all of it becomes the instruction. Messages that
+    were joined, moved or left out are written as the turns that they were read as; of several answers the first stays.
 
     Args:
-        row: one that `turns_of` takes.
+        row: one that `read_row` takes.
         columns: as there.
         turns: the row's own, some of them rewritten.
 
     Raises:
         ValueError: they are not of the same number or roles.
     """
-    before = turns_of(row, columns)
-    if [turn.role for turn in turns] != [turn.role for turn in before]:
+    said = _said(row, columns)
+    if [turn.role for turn in turns] != [turn.role for turn in said.turns]:
         raise ValueError("the turns are not those of the row")
-    new = [None if now == was else now.text for was, now in zip(before, turns, strict=True)]
     new_row = dict(row)
-    if columns.messages:
-        new_row[columns.messages] = _rewritten(_list_field(row, columns.messages), new)
-    elif _is_chat(row[columns.instruction]):
-        prompt = _list_field(row, columns.instruction)
-        new_row[columns.instruction] = _rewritten(prompt, new[: len(prompt)])
-        new_row[columns.output] = _rewritten(_list_field(row, columns.output), new[len(prompt) :])
-    else:
-        question, answer = new
-        if answer is not None:
-            new_row[columns.output] = answer
-        if question is not None:
-            new_row |= _parted(row, columns, question)
-            if turns_of(new_row, columns) != tuple(turns):
-                new_row |= {columns.instruction: question, columns.input: ""}
+    before, after = said.turns, tuple(turns)
+    if columns.text:
+        return new_row | ({} if after == before else {columns.text: after[0].text})
+    if columns.system and columns.system in said.used and before[0].role == "system":
+        if after[0] != before[0]:
+            new_row[columns.system] = after[0].text
+        before, after = before[1:], after[1:]
+    if chats := _chat_columns(row, columns):
+        return new_row | _chat_values(row, chats, after)
+    if after == before:
+        return new_row
+    if after[1] != before[1] or scalar_text(row[columns.output]) is None:  # its places in the context are off by now
+        new_row[columns.output] = after[1].text
+    for parts in _parts(before[0], after[0]) if after[0] != before[0] else ():
+        tried = new_row | dict(zip((columns.instruction, columns.input), parts, strict=False))
+        if _question(tried, columns) == after[0].text:
+            return tried
     return new_row
 
 
-def _rewritten(messages: Sequence[object], texts: Sequence[str | None]) -> list[object]:
-    """The messages with the texts that are not None."""
-    rewritten: list[object] = []
-    for message, text in zip(messages, texts, strict=True):
-        if text is not None and isinstance(message, Mapping):
-            rewritten.append({**message, "content" if message.get("role") is not None else "value": text})
-        else:
-            rewritten.append(message)
-    return rewritten
-
-
-def _parted(row: Mapping[str, object], columns: Columns, text: str) -> dict[str, object]:
-    """A rewritten question as instruction and input, told apart by how many blank lines stood in each."""
-    if not (columns.input and _optional_field(row, columns.input)):
-        return {columns.instruction: text}
-    parts = text.split(_BORDER)
-    first = _field(row, columns.instruction).count(_BORDER) + 1
-    if len(parts) <= first or len(parts) - first != _optional_field(row, columns.input).count(_BORDER) + 1:
-        return {columns.instruction: text, columns.input: ""}
-    return {columns.instruction: _BORDER.join(parts[:first]), columns.input: _BORDER.join(parts[first:])}
-
-
-def _is_chat(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(item, Mapping) for item in value)
-
-
-def _conversation(messages: Sequence[object]) -> tuple[Turn, ...]:
-    turns = tuple(_turn(message) for message in messages)
-    roles = [turn.role for turn in turns]
-    spoken = roles[1:] if roles[0] == "system" else roles
-    if "assistant" not in spoken:
-        raise RowProblem("no assistant turn")
-    if "system" in spoken:
-        raise RowProblem("a system turn that is not the first turn")
-    if any(a == b for a, b in itertools.pairwise(spoken)):
-        raise RowProblem("two turns of the same role in a row")
-    if spoken[0] != "user":
-        raise RowProblem("starts with an assistant turn")
-    if spoken[-1] != "assistant":
-        raise RowProblem("does not end in an assistant turn")
-    return turns
-
-
-def _turn(message: object) -> Turn:
-    """The turn in a message with role and content, or from and value (ShareGPT)."""
-    if not isinstance(message, Mapping):
-        raise RowProblem("a message is not an object")
-    by_role = message.get("role") is not None
-    role = message.get("role" if by_role else "from")
-    if role is None:
-        raise RowProblem("a message has no role")
-    if not isinstance(role, str) or role not in _ROLES:
-        raise RowProblem("unknown role in a message")
-    return Turn(_ROLES[role], _field(message, "content" if by_role else "value"))
-
-
-def _list_field(row: Mapping[str, object], name: str) -> list[object]:
-    value = row.get(name)
-    if value is None:
-        raise RowProblem(f"missing field {name!r}")
-    if not isinstance(value, list):
-        raise RowProblem(f"wrong type in field {name!r} ({type(value).__name__})")
-    if not value:
-        raise RowProblem(f"empty field {name!r}")
-    return value
-
-
-def _field(row: Mapping[str, object], name: str, *, may_be_number: bool = True) -> str:
-    """The text of a required field; numbers, booleans and dates as JSON would write them."""
-    value = row.get(name)
-    if is_absent(value):
-        raise RowProblem(f"missing field {name!r}")
-    text = scalar_text(value)
-    if text is None or not (may_be_number or isinstance(value, str)):
-        raise RowProblem(f"wrong type in field {name!r} ({type(value).__name__})")
-    if not text.strip():
-        raise RowProblem(f"empty field {name!r}")
+def _question(row: Mapping[str, object], columns: Columns) -> str | None:
     try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:  # a lone surrogate: no tokenizer takes it
-        raise RowProblem(f"broken Unicode in field {name!r}") from None
-    return text.strip()
+        return _said(row, columns).turns[-2].text
+    except RowProblem:
+        return None
 
 
-def _optional_field(row: Mapping[str, object], name: str) -> str:
-    value = row.get(name)
-    is_blank = is_absent(value) or (isinstance(value, str) and not value.strip())
-    return "" if is_blank else _field(row, name)
+def _chat_values(row: Mapping[str, object], names: Sequence[str], turns: Sequence[Turn]) -> dict[str, object]:
+    """The columns with messages, of which those that changed are written anew."""
+    lists = [list_field(row, name) for name in names]
+    messages = [message for part in lists for message in part]
+    new = rewritten(messages, turns)
+    if new == messages:
+        return {}
+    # Two columns part where they did, or else before the last answer.
+    end = len(lists[0]) if len(names) == 1 or len(new) == len(messages) else len(new) - 1
+    return dict(zip(names, (new, []) if len(names) == 1 else (new[:end], new[end:]), strict=False))
 
 
-def is_absent(value: object) -> bool:
-    """Whether a cell holds nothing: null, or the NaN that data frames write for it."""
-    return value is None or (isinstance(value, float) and math.isnan(value))
+def _parts(was: Turn, now: Turn) -> Iterator[tuple[str, ...]]:
+    """Ways to write a rewritten question as instruction and input, best first.
 
-
-def scalar_text(value: object) -> str | None:
-    """A scalar as text; None for lists, objects and bytes."""
-    match value:
-        case str():
-            return value
-        case bool():
-            return "true" if value else "false"
-        case int() | float() | decimal.Decimal():
-            return str(value)
-        case datetime.date() | datetime.time():
-            return value.isoformat()
-        case _:
-            return None
+    The input begins where the turn says, or after as many blank lines as before; or nowhere.
+    """
+    if was.data is not None:
+        start = now.data or 0
+        if now.text[:start].endswith(BORDER):
+            yield now.text[: start - len(BORDER)], now.text[start:]
+        parts = now.text.split(BORDER)
+        first = was.text[: was.data].count(BORDER)
+        if len(parts) == was.text.count(BORDER) + 1:
+            yield BORDER.join(parts[:first]), BORDER.join(parts[first:])
+        yield now.text, ""
+    yield (now.text,)

@@ -1,7 +1,8 @@
 """Instruction data: rows become checked conversations.
 
 Every row either becomes an `Example` or is counted in the `FileReport` of its file under its first
-problem, so that `rows == usable + all counts` holds for each report.
+problem, so that `rows == usable + all counts` holds for each report. What was read otherwise than it
+stands in the file is counted there as a remark.
 """
 
 from __future__ import annotations
@@ -12,16 +13,19 @@ from typing import NamedTuple
 
 from apiary.core.errors import UserError
 from apiary.data.columns import (
+    NO_ANSWER,
+    PREFERENCES,
     Columns,
-    RowProblem,
+    Reading,
     check_columns,
     columns_of,
     given_columns,
-    is_absent,
-    scalar_text,
-    turns_of,
+    has_known,
+    read_row,
+    with_tools,
     with_turns,
 )
+from apiary.data.fields import RowProblem, is_absent, scalar_text
 from apiary.data.sources import RawFile, Unreadable, load
 from apiary.data.turns import Turn
 
@@ -30,6 +34,8 @@ __all__ = ["Example", "FileReport", "Place", "Source", "answer", "as_read", "che
 OVER_MAX_ROWS = "left out by data.max_rows"
 
 _FIRST_ROWS = 5  # row numbers kept per problem
+_KINDS = 30  # of problems and of remarks that a report tells apart: names in a file could be without end
+_MORE = "more of other kinds"
 
 
 class Example(NamedTuple):
@@ -44,19 +50,26 @@ class Example(NamedTuple):
 
 
 class FileReport(NamedTuple):
-    """What became of a file's rows; problems: reason -> (count, first 1-based row numbers)."""
+    """What became of a file's rows.
+
+    problems: reason -> (count, first 1-based row numbers), of rows that are left out; remarks: the same of what was
+    read otherwise than it stands, in rows that are usable; notes: on how the file was read.
+    """
 
     name: str
     rows: int
     usable: int
     problems: Mapping[str, tuple[int, tuple[int, ...]]]
+    remarks: Mapping[str, tuple[int, tuple[int, ...]]] = MappingProxyType({})
+    notes: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
-        """A line for each problem, with the first rows that have it."""
-        return [
-            f"{self.name}: {count} of {self.rows} rows left out: {problem}"
+        """A line for each note, problem and remark, with the first rows that have it."""
+        return [f"{self.name}: {note}" for note in self.notes] + [
+            f"{self.name}: {count} of {self.rows} rows{what}: {reason}"
             + (f" ({rows_text(rows, count)})" if rows else "")
-            for problem, (count, rows) in self.problems.items()
+            for what, found in ((" left out", self.problems), ("", self.remarks))
+            for reason, (count, rows) in found.items()
         ]
 
 
@@ -90,6 +103,7 @@ def read(
     columns: Mapping[str, str] = MappingProxyType({}),
     max_rows: int | None = None,
     key: str = "data.source",
+    query: str | None = None,
 ) -> Source:
     """The checked examples of a file, a folder, a hub data set or the built-in corpus.
 
@@ -99,11 +113,12 @@ def read(
         columns: the user's own names for instruction, input and output, or for messages.
         max_rows: keep this many examples, taken at even distances so that every file has its share.
         key: what error lines call the source.
+        query: of a database.
 
     Raises:
         UserError: nothing there, unknown format, or a file without a usable row.
     """
-    return check(load(source, split, key), columns=columns, max_rows=max_rows)
+    return check(load(source, split, key, query), columns=columns, max_rows=max_rows)
 
 
 def check(
@@ -116,7 +131,7 @@ def check(
     test: list[Example] | None = None
     for index, file in enumerate(files):
         checked, report = _check_file(file, given)
-        reports.append(report)
+        reports.append(report._replace(notes=file.notes))
         if file.held_out:
             test = (test or []) + [example for _, example in checked]
         else:
@@ -171,25 +186,51 @@ def _check_file(file: RawFile, given: Columns | None) -> tuple[list[tuple[int, E
     Raises:
         UserError: the file has no usable row, or not the columns that the user named.
     """
-    if not file.rows:
-        raise UserError(f"{file.name}: empty, it holds no rows; remove it or fill it")
-    if objects := [row for _, row in file.rows if isinstance(row, Mapping)]:
-        check_columns(file.name, objects, given)
     usable: list[tuple[int, Example]] = []
-    found: dict[str, list[int]] = {}
+    problems, remarks = _Counts(), _Counts()
+    first: tuple[int, str, str] | None = None  # the first problem: row, reason, what helps
+    names: dict[str, None] = {}  # of columns, in order of appearance
+    total, known = 0, False
     for number, row in file.rows:
+        total += 1
+        if isinstance(row, Mapping):
+            names |= dict.fromkeys(row)
+            known = known or given is not None or has_known(row)
         try:
-            usable.append((number, _example(row, given)))
+            example, said = _example(row, given)
         except RowProblem as problem:
-            found.setdefault(str(problem), []).append(number)
-    if not usable:
-        reason, numbers = next(iter(found.items()))
+            problems.add(str(problem), number)
+            first = first or (number, str(problem), problem.fix or _fix(str(problem)))
+            continue
+        usable.append((number, example))
+        for remark in said:
+            remarks.add(remark, number)
+    if not total:
+        raise UserError(f"{file.name}: empty, it holds no rows; remove it or fill it")
+    if names and not (first and first[1] == PREFERENCES):
+        check_columns(file.name, list(names), given, known)
+    if first is not None and not usable:
+        number, reason, fix = first
         raise UserError(
-            f"{file.name}: none of its {len(file.rows)} rows is usable; the first problem, "
-            f"in row {numbers[0]}, is: {reason}; {_fix(reason)}"
+            f"{file.name}: none of its {total} rows is usable; the first problem, in row {number}, is: {reason}; {fix}"
         )
-    problems = {reason: (len(rows), tuple(rows[:_FIRST_ROWS])) for reason, rows in found.items()}
-    return usable, FileReport(file.name, len(file.rows), len(usable), problems)
+    return usable, FileReport(file.name, total, len(usable), problems.found(), remarks.found())
+
+
+class _Counts:
+    """How many rows have what, with the numbers of the first ones."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[int, tuple[int, ...]]] = {}
+
+    def add(self, what: str, row: int) -> None:
+        if what not in self._found and len(self._found) >= _KINDS:
+            what = _MORE
+        count, rows = self._found.get(what, (0, ()))
+        self._found[what] = (count + 1, (*rows, row) if count < _FIRST_ROWS else rows)
+
+    def found(self) -> dict[str, tuple[int, tuple[int, ...]]]:
+        return self._found
 
 
 def as_read(
@@ -215,29 +256,43 @@ def as_read(
         row = rows_of[place.file][place.row]
         if not isinstance(row, Mapping):
             raise ValueError(f"row {place.row} of {files[place.file].name} is no row of these files")
-        rewritten.append(with_turns(row, columns_of(row, given), example.turns))
+        columns_here = columns_of(row, given)
+        rewritten.append(with_turns(with_tools(row, columns_here, example.tools), columns_here, example.turns))
     return rewritten
 
 
 def _fix(reason: str) -> str:
-    if "JSON" in reason or "UTF-8" in reason:
-        return "expected one JSON object per line, in UTF-8"
-    if "role" in reason or "turn" in reason:
-        return "roles are system, user (human) and assistant (gpt), in turn, the last one assistant"
-    if "not an object" in reason:
-        return "expected an object with a value for each column"
+    for words, fix in _FIXES.items():
+        if any(word in reason for word in words):
+            return fix
     return "fill it in, or name your columns with data.columns"
 
 
-def _example(row: object, given: Columns | None) -> Example:
+# Words of a reason -> what helps; the first that has one.
+_FIXES: Mapping[tuple[str, ...], str] = {
+    ("part of",): "only text is learnt; take such messages out",
+    ("call", "tool"): 'a call is {"name": ..., "arguments": {...}}, and a tool has a name',
+    ("is trained",): "give the answers to learn the weight 1",
+    (NO_ANSWER,): "give answers, or take such rows out",
+    ("bad JSON", "UTF-8"): "expected one JSON object per line, in UTF-8",
+    ("role", "turn"): "roles are system, user (human), assistant (gpt) and tool; the assistant answers the user",
+    ("not an object",): "expected an object with a value for each column",
+}
+
+
+def _example(row: object, given: Columns | None) -> tuple[Example, tuple[str, ...]]:
+    """The example in a row, and the remarks on it."""
     if isinstance(row, Unreadable):
         raise RowProblem(row.reason)
     if not isinstance(row, Mapping):
         raise RowProblem("not an object")
-    columns = columns_of(row, given)
-    turns = turns_of(row, columns)
-    tags = {name: _tag(value) for name, value in row.items() if name not in columns}
-    return Example(turns, {name: tag for name, tag in tags.items() if tag})
+    reading = read_row(row, columns_of(row, given), is_given=given is not None)
+    return Example(reading.turns, _tags(row, reading), reading.tools), reading.remarks
+
+
+def _tags(row: Mapping[str, object], reading: Reading) -> dict[str, str]:
+    tags = {name: _tag(value) for name, value in row.items() if name not in reading.used}
+    return {name: tag for name, tag in tags.items() if tag}
 
 
 def _tag(value: object) -> str:

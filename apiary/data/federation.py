@@ -119,7 +119,9 @@ def federate(config: DataConfig, seed: int, key: bytes = PUBLIC_KEY) -> Federati
     Raises:
         UserError: unreadable source, impossible partition, or a client left without a row.
     """
-    source = read(config.source, split=config.split, columns=config.columns, max_rows=config.max_rows)
+    source = read(
+        config.source, split=config.split, columns=config.columns, max_rows=config.max_rows, query=config.query
+    )
     apart, reports = source.test, source.reports
     if config.test is not None:
         extra = read(config.test, split="test", columns=config.columns, key="data.test")

@@ -1,4 +1,4 @@
-"""Raw rows out of files, folders and hub data sets, with row numbers and nothing judged yet.
+"""Raw rows out of files, folders, databases and hub data sets, with row numbers and nothing judged yet.
 
 A row that cannot be read is kept as `Unreadable`, so that `apiary.data.examples` can count and report
 it. Rows are numbered from 1: by line in JSON Lines (blank lines are skipped but counted), by data
@@ -7,67 +7,99 @@ row everywhere else.
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from apiary.config.errors import shown
+from apiary.core import database_uris
 from apiary.core.errors import UserError
 from apiary.core.formatting import first_line, is_unicode, name_text
+from apiary.data.readers import database, formats
+from apiary.data.readers.files import BROKEN, DataFile, Unreadable
+from apiary.data.store import Room, collect
+
+__all__ = ["RawFile", "Unreadable", "load"]
 
 log = logging.getLogger(__name__)
 
-_LIST_KEYS = ("data", "rows", "train", "examples")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")
 _HUB_PATIENCE_S = 10.0  # for its first answer
 
 
-class Unreadable(NamedTuple):
-    """A row that could not be read, and why."""
-
-    reason: str
-
-
 class RawFile(NamedTuple):
-    """The rows of one file, each with its 1-based number; a readable row is usually a dict."""
+    """The rows of one file, each with its 1-based number; a readable row is usually a dict.
+
+    notes: what there is to say about how the file was read, one line each.
+    """
 
     name: str
     origin: str
-    rows: list[tuple[int, object]]
+    rows: Sequence[tuple[int, object]]
     held_out: bool = False
+    notes: tuple[str, ...] = ()
 
 
-def load(source: str, split: str = "train", key: str = "data.source") -> list[RawFile]:
-    """The files behind `source`: built-in corpus, file, folder (natural order), or hub data set.
+def load(source: str, split: str = "train", key: str = "data.source", query: str | None = None) -> list[RawFile]:
+    """The files behind `source`: built-in corpus, file, folder (natural order), database, or hub data set.
 
     In a folder each data file is one origin (`test.*` is held out), and so is each sub-folder with
-    a `train.*` (its `test.*` is held out): the layout of the Super-NaturalInstructions tasks. `key`
-    is what error lines call the source.
+    a `train.*` (its `test.*` is held out): the layout of the Super-NaturalInstructions tasks. A file with a test split
+    of its own gives it as held-out rows. `key` is what error lines call the source. Rows beyond `IN_MEMORY_BYTES` of
+    `apiary.data.store` are kept on disk.
+
+    Args:
+        source: what `data.source` names.
+        split: of a hub data set, a folder that `datasets` saved, or a JSON object with a list for each split.
+        key: as above.
+        query: of a database.
 
     Raises:
         UserError: nothing there, an unknown extension, or a file that cannot be parsed.
     """
-    if source.startswith("builtin:"):
+    room = Room()
+    if database_uris.is_uri(source):
+        if (path := database.sqlite_path(source)) is None:
+            return _database(source, query, key, room)
+        source = str(path)
+    elif source.startswith("builtin:"):
+        _refuse_query(query, source, key)
         return _builtin(source, key)
-    path = _path(source, key)
-    if path.is_dir():
-        return _folder(path, source, key)
-    if path.exists():
-        reader = _READERS.get(path.suffix.lower())
-        if reader is None:
-            raise UserError(f"{key} = {source!r}: the extension must be one of {_allowed()}, or give a folder")
-        return [RawFile(path.name, path.stem, list(_guarded(path, reader)))]
-    if path.suffix.lower() in _READERS or not _HUB_ID.fullmatch(source):
-        is_path = path.suffix.lower() in _READERS or "/" in source
+    else:
+        path = None
+    found = _path(source, key)
+    if found.exists():
+        file = formats.file_of(found) if path is None else DataFile(found, ".sqlite")
+        if file is not None:
+            if not formats.takes_query(file):
+                _refuse_query(query, source, key)
+            return _read(file, split, room, query)
+        _refuse_query(query, source, key)
+        if found.is_dir():
+            return _folder(found, source, split, key, room)
+        raise UserError(f"{key} = {source!r}: the extension must be one of {formats.ALLOWED}, or give a folder")
+    named_file = path is not None or formats.looks_like_file(source)
+    if named_file or not _HUB_ID.fullmatch(source):
+        is_path = named_file or "/" in source
         hint = "relative paths start from the current folder" if is_path else "a hub id is owner/name"
         raise UserError(f"{key} = {source!r}: no such file or folder; {hint}")
-    return [_hub(source, split, key)]
+    _refuse_query(query, source, key)
+    return [_hub(source, split, key, room)]
+
+
+def _refuse_query(query: str | None, source: str, key: str) -> None:
+    if query is not None:
+        raise UserError(f"data.query: {key} = {source!r} is no database, so it takes no query; leave it out")
+
+
+def _database(uri: str, query: str | None, key: str, room: Room) -> list[RawFile]:
+    if database_uris.holds_secret(uri):
+        raise UserError(database_uris.refusal(key))
+    (part,) = database.connected(uri, query, key)
+    return [RawFile(uri, "database", collect(part.rows, room))]
 
 
 def _path(source: str, key: str) -> Path:
@@ -89,10 +121,6 @@ def _path(source: str, key: str) -> Path:
     return path
 
 
-def _allowed() -> str:
-    return ", ".join(_READERS)
-
-
 def _builtin(source: str, key: str) -> list[RawFile]:
     if source != "builtin:skills":
         raise UserError(f"{key} = {source!r}: the only built-in data is 'builtin:skills'")
@@ -104,46 +132,42 @@ def _builtin(source: str, key: str) -> list[RawFile]:
     ]
 
 
-def _folder(folder: Path, source: str, key: str) -> list[RawFile]:
+def _folder(folder: Path, source: str, split: str, key: str, room: Room) -> list[RawFile]:
     members = list(_members(folder))
     if not any(not held_out for _, _, held_out in members):
         raise UserError(
-            f"{key} = {source!r}: no training file in this folder; put one {_allowed()} file per client in it"
+            f"{key} = {source!r}: no training file in this folder; put one file ({formats.ALLOWED}) per client in it"
         )
     seen: dict[str, str] = {}
-    for path, origin, held_out in members:
+    for file, origin, held_out in members:
         if not held_out and origin in seen:
             raise UserError(
-                f"{key} = {source!r}: {seen[origin]!r} and {path.name!r} both name the client "
+                f"{key} = {source!r}: {seen[origin]!r} and {file.name!r} both name the client "
                 f"{origin!r}; rename or remove one"
             )
         if not held_out:
-            seen[origin] = path.name
-    return [
-        RawFile(
-            path.name if path.parent == folder else f"{path.parent.name}/{path.name}",
-            origin,
-            list(_guarded(path, _READERS[path.suffix.lower()])),
-            held_out,
-        )
-        for path, origin, held_out in members
-    ]
+            seen[origin] = file.name
+    files = []
+    for file, origin, held_out in members:
+        inside = "" if file.path.parent == folder else f"{file.path.parent.name}/"
+        for raw in _read(file, split, room, is_test=held_out):
+            files.append(raw._replace(name=f"{inside}{raw.name}", origin=origin))
+    return files
 
 
-def _members(folder: Path) -> Iterator[tuple[Path, str, bool]]:
+def _members(folder: Path) -> Iterator[tuple[DataFile, str, bool]]:
     ignored = []
     for entry in sorted(_entries(folder), key=lambda p: _natural(p.name)):
         if entry.name.startswith("."):
             continue
-        inside = _split_files(entry) if entry.is_dir() else []
-        if entry.is_file() and entry.suffix.lower() in _READERS:
-            yield entry, entry.stem, entry.stem.lower() == "test"
-        elif inside:
-            yield from ((path, entry.name, path.stem.lower() == "test") for path in inside)
+        if (file := formats.file_of(entry)) is not None:
+            yield file, file.stem, file.stem.lower() == "test"
+        elif inside := _split_files(entry) if entry.is_dir() else []:
+            yield from ((file, entry.name, file.stem.lower() == "test") for file in inside)
         else:
             ignored.append(entry.name)
     if ignored:
-        log.warning("%s: ignored %s (not %s)", folder.name, ", ".join(ignored), _allowed())
+        log.warning("%s: ignored %s (not %s)", folder.name, ", ".join(ignored), formats.ALLOWED)
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -161,10 +185,11 @@ def _entries(folder: Path) -> list[Path]:
     return entries
 
 
-def _split_files(folder: Path) -> list[Path]:
-    return sorted(
-        path for path in _entries(folder) if path.stem.lower() in ("train", "test") and path.suffix.lower() in _READERS
-    )
+def _split_files(folder: Path) -> list[DataFile]:
+    """The train and test files of a sub-folder, without regard to others."""
+    named = (path for path in sorted(_entries(folder)) if path.name.lower().startswith(("train.", "test.")))
+    files = [file for path in named if path.is_file() and (file := formats.file_of(path)) is not None]
+    return [file for file in files if file.stem.lower() in ("train", "test")]
 
 
 def _natural(name: str) -> list[str | int]:
@@ -172,134 +197,33 @@ def _natural(name: str) -> list[str | int]:
     return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))]
 
 
-Rows = Iterable[tuple[int, object]]
+def _read(file: DataFile, split: str, room: Room, query: str | None = None, *, is_test: bool = False) -> list[RawFile]:
+    """What a file holds, a `RawFile` for each part."""
+    made = []
+    with _one_line(file.name):
+        parts = formats.parts(file, split, query)
+        for part in parts:
+            name = f"{file.name} test" if part.held_out and len(parts) > 1 else file.name
+            rows = collect(part.rows, room)
+            made.append(RawFile(name, file.stem, rows, part.held_out or is_test))
+    return [made[0]._replace(notes=tuple(file.notes)), *made[1:]]
 
 
-def _guarded(path: Path, reader: Callable[[Path], Rows]) -> Iterator[tuple[int, object]]:
-    """The rows of `reader`, with whatever it trips over told as one line."""
+@contextmanager
+def _one_line(name: str) -> Iterator[None]:
+    """Within it whatever a reader trips over is told as one line."""
     try:
-        yield from reader(path)
+        yield
+    except BROKEN as error:
+        raise UserError(f"{name}: the archive is torn or no archive ({first_line(error) or 'it ends early'})") from None
     except OSError as error:
-        raise UserError(f"{path.name}: cannot be read: {error.strerror or error}") from None
+        raise UserError(f"{name}: cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path.name}: not UTF-8 text at byte {error.start}; save it as UTF-8") from None
+        kind = "UTF-8" if error.encoding.startswith("utf-8") else error.encoding.upper()
+        raise UserError(f"{name}: not {kind} text at byte {error.start}; save it as UTF-8") from None
 
 
-def _json_lines(path: Path) -> Rows:
-    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        if line.strip():
-            yield number, _parse_line(line)
-
-
-def _parse_line(line: bytes) -> object:
-    try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError:
-        return Unreadable("not UTF-8 text")
-    except (ValueError, RecursionError):
-        return Unreadable("bad JSON")
-
-
-def _json(path: Path) -> Rows:
-    text = path.read_text(encoding="utf-8-sig")
-    if not text.strip():
-        return []
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and isinstance(_parse_line(text.split("\n", 1)[0].encode()), dict):
-            return _json_lines(path)  # JSON Lines under the name .json, as many data sets have it
-        raise UserError(f"{path.name}: not valid JSON in line {error.lineno}: {error.msg}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path.name}: not valid JSON: {error}") from None
-    if isinstance(value, dict) and isinstance(value.get("Instances"), list):
-        task = path.parent.name if path.stem.lower() in ("train", "test") else path.stem
-        return _task(value, task)
-    return enumerate(_only_list(value, path.name), 1)
-
-
-def _only_list(value: object, name: str) -> list[object]:
-    if isinstance(value, list):
-        return value
-    keys = [k for k in _LIST_KEYS if isinstance(value, dict) and isinstance(value.get(k), list)]
-    if isinstance(value, dict) and len(keys) == 1:
-        return list(value[keys[0]])
-    found = f"lists under {', '.join(keys)}" if keys else "none"
-    raise UserError(
-        f"{name}: expected a list of rows, or an object with one list under {', '.join(_LIST_KEYS)}; found {found}"
-    )
-
-
-def _task(value: dict[str, Any], name: str) -> Rows:
-    """The instances of a Super-NaturalInstructions task (Wang et al., 2022) as rows."""
-    definition = _first(value.get("Definition"))
-    for number, instance in enumerate(value["Instances"], 1):
-        if not isinstance(instance, dict):
-            yield number, instance
-            continue
-        row = {"instruction": definition, "input": instance.get("input"), "task": name}
-        yield number, {**row, "output": _first(instance.get("output"))}
-
-
-def _first(value: object) -> object:
-    """The first entry of a list (None when it is empty), and anything else as it is."""
-    if isinstance(value, list):
-        return value[0] if value else None
-    return value
-
-
-def _csv(path: Path) -> Rows:
-    text = path.read_bytes().decode("utf-8-sig")
-    header = text.split("\n", 1)[0]
-    delimiter = max(",;\t", key=header.count)  # ties go to the comma
-    limit = csv.field_size_limit(max(len(text), 1))  # long answers pass the module's default of 128 KiB
-    try:
-        yield from _csv_rows(
-            csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True),
-            path.name,
-        )
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _csv_rows(reader: csv.DictReader[str], name: str) -> Rows:
-    try:
-        columns = reader.fieldnames or ()
-        twice = [c for c in columns if columns.count(c) > 1]
-        if twice:
-            raise UserError(f"{name}: two columns are named {twice[0]!r}; rename one")
-        for number, row in enumerate(reader, 1):
-            yield number, Unreadable("more fields than the header has") if None in row else row
-    except csv.Error as error:
-        raise UserError(f"{name}: not valid CSV near line {reader.line_num}: {error}") from None
-
-
-def _parquet(path: Path) -> Rows:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-    except pa.ArrowException as error:
-        raise UserError(f"{path.name}: not a readable Parquet file: {first_line(error)}") from None
-
-
-_READERS: dict[str, Callable[[Path], Rows]] = {
-    ".jsonl": _json_lines,
-    ".ndjson": _json_lines,
-    ".json": _json,
-    ".csv": _csv,
-    ".tsv": _csv,
-    ".parquet": _parquet,
-}
-
-
-def _hub(source: str, split: str, key: str) -> RawFile:
+def _hub(source: str, split: str, key: str, room: Room) -> RawFile:
     """One split of the hub data set `owner/name`, or of `owner/name:configuration`."""
     import datasets
 
@@ -322,7 +246,7 @@ def _hub(source: str, split: str, key: str) -> RawFile:
         ) from None
     if away is not None:
         log.warning("%s = %r: the hub does not answer; this is the copy that was loaded before", key, source)
-    return RawFile(source, name.rpartition("/")[2], list(enumerate(data, 1)))
+    return RawFile(source, name.rpartition("/")[2], collect(enumerate(data, 1), room))
 
 
 def _unreachable(name: str) -> Exception | None:

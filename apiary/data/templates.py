@@ -4,28 +4,43 @@ r"""How a conversation is written for the model: as segments of text, each train
     no    no                            trained    no                                trained
 
 Segments come from the template's own structure, never from searching a finished text for a marker,
-which an answer might contain.
+which an answer might contain. A row of bare text is written by no template: BOS where the tokenizer uses one, the text,
+EOS, and all of it is trained.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from apiary.config.schema import PromptConfig, RunConfig
 from apiary.core.errors import UserError
+from apiary.data import structured
+from apiary.data.chat import read_chat
+from apiary.data.chat_messages import chat_source, eos_text, has_chat, render, with_short_ids
+from apiary.data.segments import NoPlace, Segment, Splitter, Unwritable
 from apiary.data.turns import Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_log = logging.getLogger(__name__)
+__all__ = [
+    "BUILTIN",
+    "Segment",
+    "Splitter",
+    "Template",
+    "Unwritable",
+    "asking",
+    "literal_text",
+    "make_template",
+    "short_digest",
+    "with_template",
+]
 
 _ALPACA = (  # Taori et al., "Stanford Alpaca", 2023: the prompt for an instruction without input
     "Below is an instruction that describes a task. "
@@ -34,34 +49,6 @@ _ALPACA = (  # Taori et al., "Stanford Alpaca", 2023: the prompt for an instruct
 )
 _PLAIN = "User: {instruction}\n\nAssistant:\n{response}\n\n"
 BUILTIN = ("auto", "chat", "alpaca", "plain")  # what `prompt.template` names without a file
-_OTHERS = 'use prompt.template = "alpaca" or "plain"'
-
-
-class Segment(NamedTuple):
-    """A stretch of text that is tokenised by itself, and whether its tokens are trained."""
-
-    text: str
-    trained: bool
-
-
-class Unwritable(UserError):
-    """The template cannot write a conversation with a right mask.
-
-    Args:
-        problem: what the chat template does.
-        detail: more on it, for whoever may see the conversation: the template's own words could quote it.
-    """
-
-    def __init__(self, problem: str, detail: str = "") -> None:
-        self.reason = f"the chat template {problem}"
-        more = f" ({detail})" if detail else ""
-        super().__init__(
-            f'prompt.template = "chat": the chat template of this tokenizer {problem}{more}, '
-            f"so prompt and response cannot be told apart safely; {_OTHERS}"
-        )
-
-
-Splitter = Callable[[Sequence[Turn]], list[Segment]]
 
 
 @dataclass(frozen=True)
@@ -69,7 +56,8 @@ class Template:
     """How a conversation is written for the model.
 
     name: as configured, with `auto` settled; digest: 16 hex digits over all that shapes the text; system: put before
-    conversations without a system turn; split: turns -> segments; why: what there is to say of the choice.
+    conversations without a system turn; split: turns -> segments; why: what there is to say of the choice; structured:
+    whether data stands between delimiters (`apiary.data.structured`).
     """
 
     name: str
@@ -77,25 +65,46 @@ class Template:
     system: str | None
     split: Splitter
     why: str = ""
+    structured: bool = False
 
     @property
     def words(self) -> str:
         """The choice on one line, such as `chat (the tokenizer's own)`; of a file its name alone."""
         return Path(self.name).name + (f" ({self.why})" if self.why else "")
 
-    def segments(self, turns: Sequence[Turn]) -> list[Segment]:
+    def segments(self, turns: Sequence[Turn], tools: str = "", think: bool = False) -> list[Segment]:
         """The conversation in segments; one that does not end in an assistant turn asks for it.
+
+        Args:
+            turns: the conversation.
+            tools: what the assistant may call, a JSON list as text; "" for none.
+            think: whether the answer that is asked for is to begin with thinking.
 
         Raises:
             Unwritable: the template cannot write this conversation with a right mask.
         """
-        return self.split(self.whole(turns))
+        return self.write(turns, tools, think)[1]
+
+    def write(
+        self, turns: Sequence[Turn], tools: str = "", think: bool = False
+    ) -> tuple[Sequence[Turn], list[Segment]]:
+        """As `segments`, with the turns as they were given to the template.
+
+        These have the configured system message, and ids of calls that the template takes.
+        """
+        whole = self.whole(turns)
+        try:
+            return whole, self.split(whole, tools, think)
+        except Unwritable:
+            if not any(turn.calls for turn in whole) or (renamed := with_short_ids(whole)) == whole:
+                raise
+            return renamed, self.split(renamed, tools, think)
 
     def whole(self, turns: Sequence[Turn]) -> Sequence[Turn]:
-        """The turns with the configured system message before them, if they have none."""
-        if self.system is not None and turns[0].role != "system":
-            return (Turn("system", self.system), *turns)
-        return turns
+        """The turns as they are written: a conversation with the configured system message, and data set apart."""
+        if self.system is not None and not _is_bare(turns) and turns[0].role != "system":
+            turns = (Turn("system", self.system), *turns)
+        return structured.front_end(turns) if self.structured else turns
 
     def prompt(self, turns: Sequence[Turn]) -> str:
         """The text that the model continues, without the last assistant turn if there is one."""
@@ -112,20 +121,54 @@ def make_template(config: PromptConfig, tokenizer: PreTrainedTokenizerBase) -> T
             masked, or a tokenizer without an EOS token.
     """
     split: Splitter
-    has_chat = _has_chat(tokenizer)
-    name = config.template if config.template != "auto" else "chat" if has_chat else "alpaca"
+    has_one = has_chat(tokenizer)
+    name = config.template if config.template != "auto" else "chat" if has_one else "alpaca"
     if name == "chat":
-        split, text = _read_chat(tokenizer), _chat_source(tokenizer)
+        split, text = read_chat(tokenizer), chat_source(tokenizer)
+        if isinstance(tokenizer.chat_template, Mapping):
+            text += str(tokenizer.chat_template.get("tool_use", ""))
     else:
         text = {"alpaca": _ALPACA, "plain": _PLAIN}.get(name) or _read_file(name)
         before, after = text.split("{response}")
-        eos = _eos(tokenizer)
+        eos = eos_text(tokenizer)
         bos = _bos(tokenizer)
         split = _Pattern(before, after.removeprefix(eos), "" if before.startswith(bos) else bos, eos)
-    shape = json.dumps(["chat" if name == "chat" else "pattern", text, config.system])
-    why = "" if has_chat else "the tokenizer has no chat template"
+    shape = ["chat" if name == "chat" else "pattern", text, config.system]
+    split = _or_bare(split, tokenizer)
+    if apart := config.boundary == "structured":
+        _check_delimiters(tokenizer)
+        split, shape = _delimited(split), [*shape, structured.BEGIN, structured.END]
+    why = "" if has_one else "the tokenizer has no chat template"
     why = {"chat": "the tokenizer's own", "alpaca": why}.get(name, "")
-    return Template(name, short_digest(shape), config.system, split, why)
+    return Template(name, short_digest(json.dumps(shape)), config.system, split, why, apart)
+
+
+def _check_delimiters(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that the tokenizer tells the delimiters of data from other text: by tokens that read as they do.
+
+    Raises:
+        UserError: it has unknown characters in one of them, or reads it as something else.
+    """
+    for mark in (structured.BEGIN, structured.END):
+        ids = tokenizer(f"a\n{mark}\na", add_special_tokens=False)["input_ids"]
+        unknown = tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids
+        if unknown or structured.count([str(tokenizer.decode(ids))]) != 1:
+            raise UserError(
+                f'prompt.boundary = "structured": this tokenizer has no tokens for {mark!r}, so other text could pass '
+                'for it; use another base model, or "plain"'
+            )
+
+
+def _delimited(split: Splitter) -> Splitter:
+    """The same, where no delimiter of data is written but those that stand in the turns."""
+
+    def checked(turns: Sequence[Turn], tools: str = "", think: bool = False) -> list[Segment]:
+        segments = split(turns, tools, think)
+        if structured.count(["".join(s.text for s in segments)]) != structured.count(turn.text for turn in turns):
+            raise Unwritable("writes delimiters of data where no data stands")
+        return segments
+
+    return checked
 
 
 def with_template(config: RunConfig, name: str) -> RunConfig:
@@ -162,6 +205,32 @@ def short_digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
+# --- bare text
+
+
+def _is_bare(turns: Sequence[Turn]) -> bool:
+    """Whether this is no conversation: one text that is learnt as it stands, or nothing, to be continued."""
+    return not turns or (len(turns) == 1 and turns[0].role == "assistant" and not turns[0].calls)
+
+
+def _or_bare(split: Splitter, tokenizer: PreTrainedTokenizerBase) -> Splitter:
+    """The splitter, which writes bare text as it stands. A text that is asked for begins with BOS, or else EOS.
+
+    GPT-2 and its kind have no token of their own before a text; they saw EOS there.
+    """
+    bos, eos = _bos(tokenizer), str(tokenizer.eos_token or "")
+
+    def write(turns: Sequence[Turn], tools: str = "", think: bool = False) -> list[Segment]:
+        if not _is_bare(turns):
+            return split(turns, tools, think)
+        if not turns:
+            return [Segment(bos or eos, False)]
+        (turn,) = turns
+        return [*([Segment(bos, False)] if bos else []), Segment(turn.text + eos, turn.trained)]
+
+    return write
+
+
 # --- templates with slots
 
 
@@ -174,17 +243,28 @@ class _Pattern:
     bos: str
     eos: str
 
-    def __call__(self, turns: Sequence[Turn]) -> list[Segment]:
+    def __call__(self, turns: Sequence[Turn], tools: str = "", think: bool = False) -> list[Segment]:
+        """The segments of a conversation; of thinking there is none, for no slot takes it.
+
+        Raises:
+            NoPlace: there are tools, calls or results of tools, or a system message that does not come first.
+        """
+        if tools or any(turn.calls or turn.role == "tool" for turn in turns):
+            raise NoPlace("tools or tool calls", chat=False)
+        if any(turn.role == "system" for turn in turns[1:]):
+            raise NoPlace("a system message after the first turn", chat=False)
         system = turns[0].text if turns[0].role == "system" else ""
         # BOS alone: after it, tokenizers that mark word starts treat the text as a beginning.
         segments = [Segment(self.bos, False)] if self.bos else []
-        between = "" if "{system}" in self.before or not system else f"{system}\n\n"
+        opening = "" if "{system}" in self.before or not system else f"{system}\n\n"
+        between = ""
         for turn in turns:
             if turn.role == "user":
-                segments.append(Segment(between + self._fill(system, turn.text), False))
-                system, between = "", self.after
+                segments.append(Segment(between + opening + self._fill(system, turn.text), False))
+                system, opening, between = "", "", self.after
             elif turn.role == "assistant":
-                segments.append(Segment(turn.text + self.eos, True))
+                segments.append(Segment(turn.text + self.eos, turn.trained))
+                between = self.after
         if self.after and turns[-1].role == "assistant":
             segments.append(Segment(self.after, False))
         return segments
@@ -222,15 +302,6 @@ def _read_file(name: str) -> str:
     return text
 
 
-def _eos(tokenizer: PreTrainedTokenizerBase) -> str:
-    if not tokenizer.eos_token:
-        raise UserError(
-            "model.name: its tokenizer has no EOS token, so answers could never end; "
-            "set eos_token in its tokenizer_config.json"
-        )
-    return str(tokenizer.eos_token)
-
-
 def _bos(tokenizer: PreTrainedTokenizerBase) -> str:
     """The BOS token where the tokenizer, or else its chat template, starts a text with it."""
     if tokenizer.bos_token is None:
@@ -238,139 +309,8 @@ def _bos(tokenizer: PreTrainedTokenizerBase) -> str:
     adds = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     if not adds and tokenizer.chat_template:
         try:
-            adds = _render(tokenizer, [Turn("user", "a")], ask=True).startswith(tokenizer.bos_token)
+            messages = [{"role": "user", "content": "a"}]
+            adds = render(tokenizer, messages, ask=True).startswith(tokenizer.bos_token)
         except UserError:
             adds = False  # a chat template that is not used may be broken
     return str(tokenizer.bos_token) if adds else ""
-
-
-# --- the tokenizer's own chat template
-
-
-@dataclass(frozen=True)
-class _Chat:
-    """Finds the segments by rendering the conversation as it grows, one turn after the other.
-
-    lead: what the template writes between its generation prompt and an answer; tail: what it
-    writes after one; eos: added where the tail does not end the turn with a token of its own.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    lead: str
-    tail: str
-    eos: str
-    takes_system: bool
-
-    def __call__(self, turns: Sequence[Turn]) -> list[Segment]:
-        turns = turns if self.takes_system else _merge_system(turns)
-        segments: list[Segment] = []
-        done = ""  # the text that the segments so far stand for
-        for k, turn in enumerate(turns):
-            if turn.role == "assistant":
-                asked = self._ask(turns[:k])
-                rendered = _render(self.tokenizer, turns[: k + 1], ask=False)
-                answer = self._answer(_rest(rendered, asked, k), turn.text)
-                segments += [self._between(asked, done, k), Segment(answer + self.eos, True)]
-                done = asked + answer
-        if turns[-1].role != "assistant":
-            segments.append(self._between(self._ask(turns), done, len(turns)))
-        elif left := _rest(rendered, done, len(turns)):
-            segments.append(Segment(left, False))
-        return segments
-
-    def _ask(self, turns: Sequence[Turn]) -> str:
-        return _render(self.tokenizer, turns, ask=True) + self.lead
-
-    def _between(self, asked: str, done: str, k: int) -> Segment:
-        text = _rest(asked, done, k)
-        if done and self.eos:  # some templates end an answer only once another turn follows
-            text = re.sub(rf"^(\s*){re.escape(self.eos)}", r"\1", text)
-        return Segment(text, False)
-
-    def _answer(self, written: str, text: str) -> str:
-        """The answer with its end mark, without the white space after that."""
-        content = written.removesuffix(self.tail)
-        if not written.endswith(self.tail) or content.strip() != text.strip():
-            raise Unwritable("rewrites what the assistant said", "a thinking part, perhaps")
-        return content + self.tail.rstrip()
-
-
-def _read_chat(tokenizer: PreTrainedTokenizerBase) -> _Chat:
-    """Learns how the chat template frames an answer from one that nobody would give."""
-    question, answer = "xQx1xQx", "xAx2xAx"
-    turns = (Turn("user", question), Turn("assistant", answer))
-    asked = _render(tokenizer, turns[:1], ask=True)
-    lead, separator, tail = _rest(_render(tokenizer, turns, ask=False), asked, 1).partition(answer)
-    if not separator or question not in asked:
-        raise Unwritable("does not write out what is said")
-    end = tokenizer(tail.rstrip(), add_special_tokens=False)["input_ids"][-1:]
-    ends_turn = bool(end) and end[0] in tokenizer.added_tokens_decoder
-    return _Chat(
-        tokenizer,
-        # A header belongs to the prompt. White space is left for the model to write, because
-        # tokenizers glue it to the word that follows.
-        lead=lead if lead.strip() else "",
-        tail=tail,
-        eos="" if ends_turn else _eos(tokenizer),
-        takes_system=_takes_system(tokenizer),
-    )
-
-
-def _takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
-    system = "xSx3xSx"
-    try:
-        takes = system in _render(tokenizer, (Turn("system", system), Turn("user", "a")), ask=True)
-    except UserError:
-        takes = False
-    if not takes:
-        _log.info("the chat template has no system role: it goes before the first question")
-    return takes
-
-
-def _merge_system(turns: Sequence[Turn]) -> Sequence[Turn]:
-    """The same conversation with the system message at the head of the first question."""
-    if turns[0].role != "system":
-        return turns
-    system, first, *rest = turns
-    return (Turn("user", f"{system.text}\n\n{first.text}"), *rest)
-
-
-def _rest(text: str, start: str, turn: int) -> str:
-    if not text.startswith(start):
-        raise Unwritable("changes earlier text as a conversation grows", f"seen at turn {turn + 1}")
-    return text[len(start) :]
-
-
-def _has_chat(tokenizer: PreTrainedTokenizerBase) -> bool:
-    try:
-        _chat_source(tokenizer)
-    except UserError:
-        return False
-    return True
-
-
-def _chat_source(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The Jinja text of the chat template."""
-    try:
-        return str(tokenizer.get_chat_template())
-    except ValueError:
-        raise UserError(f'prompt.template = "chat": this tokenizer has no chat template; {_OTHERS}') from None
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], *, ask: bool) -> str:
-    _chat_source(tokenizer)
-    messages = [{"role": turn.role, "content": turn.text} for turn in turns]
-    try:
-        return str(
-            tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=ask,
-                # Known names in hub templates: instruction data has no thinking part, and a prompt
-                # with today's date would change from one day of a run to the next.
-                enable_thinking=False,
-                date_string="26 Jul 2024",
-            )
-        )
-    except Exception as error:  # a template is a program: its own refusals, and whatever else it trips over
-        raise Unwritable("refuses a conversation", " ".join(str(error).split())) from None

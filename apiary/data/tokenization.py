@@ -3,6 +3,9 @@
 Every segment of a template is tokenised by itself and the pieces are joined, so no boundary can
 fall inside a token, and what training puts before a response is, id by id, the generation prompt.
 Control tokens are the template's alone: what a turn spells stays text (`boundary`).
+
+A conversation that is longer than `prompt.max_tokens` ends after the last answer that fits as a whole. Only where not
+even the first one does is that cut, and never within a control token or a word that spells one.
 """
 
 from __future__ import annotations
@@ -18,8 +21,8 @@ import numpy as np
 
 from apiary.config.schema import DataConfig, PromptConfig
 from apiary.core.errors import UserError
-from apiary.data.batches import Batch, Corpus, CorpusStats, Encoded, collate, gather, plan_batches
-from apiary.data.boundary import UNSAFE, Tokens, boundary_of, tokenise
+from apiary.data.batches import Batch, Corpus, CorpusStats, Dropped, Encoded, collate, gather, plan_batches
+from apiary.data.boundary import UNSAFE, Boundary, Tokens, boundary_of, tokenise
 from apiary.data.examples import Example, Source, read, rows_text
 from apiary.data.templates import Segment, Template, Unwritable, asking, make_template, short_digest
 from apiary.data.turns import Turn
@@ -48,6 +51,12 @@ __all__ = [
 
 _CHUNK = 4096  # rows tokenised in one call
 SPELLED = "spell control tokens of the tokenizer, which stay plain text"
+NO_THINKING = "have thinking that the chat template does not write, so it is not trained"
+EARLIER = (
+    "have earlier answers that the chat template writes in another way once more turns follow; they are not trained"
+)
+UNSAID = "have text beside a tool call that the chat template does not write"
+TRIMMED = "lose white space around answers to the chat template"
 
 
 def encode(
@@ -74,24 +83,54 @@ def encode_all(
 
 def _encode(
     examples: Sequence[Example], template: Template, tokenizer: PreTrainedTokenizerBase, config: PromptConfig
-) -> list[Encoded | str]:
+) -> list[Encoded | Dropped]:
     """The tokens of each example, or why there are none."""
     boundary = boundary_of(template, tokenizer)
-    turns = [template.whole(example.turns) for example in examples]
-    written = [_write(each, template) for each in turns]
-    texts = (segment.text for part in written if not isinstance(part, str) for segment in part)
+    written = [_write(example, template) for example in examples]
+    texts = (segment.text for part in written if not isinstance(part, Dropped) for segment in part[1])
     ids = tokenise(texts, tokenizer)
-    return [
-        part if isinstance(part, str) else _assemble(part, boundary.tokens(each, part, ids), config)
-        for each, part in zip(turns, written, strict=True)
-    ]
+
+    def encoded(example: Example, part: tuple[Sequence[Turn], list[Segment]] | Dropped) -> Encoded | Dropped:
+        if isinstance(part, Dropped):
+            return part
+        turns, segments = part
+        tokens = boundary.tokens(turns, segments, ids, example.tools)
+        if tokens is None:
+            return Dropped(UNSAFE)
+        made = _assemble(turns, segments, tokens, config, boundary, tokenizer)
+        return made if isinstance(made, Dropped) else made._replace(notes=_notes(turns, segments))
+
+    return [encoded(example, part) for example, part in zip(examples, written, strict=True)]
 
 
-def _write(turns: Sequence[Turn], template: Template) -> list[Segment] | str:
+def _write(example: Example, template: Template) -> tuple[Sequence[Turn], list[Segment]] | Dropped:
     try:
-        return template.split(turns)
+        return template.write(example.turns, example.tools)
     except Unwritable as refusal:
-        return refusal.reason
+        return Dropped(refusal.reason)
+
+
+def _notes(turns: Sequence[Turn], segments: Sequence[Segment]) -> tuple[str, ...]:
+    """What of the turns the template did not write, or not as something to train."""
+    odd: list[Turn] = []
+    answers = 0
+    for turn in turns:  # in a loop, for this is done to each row
+        if turn.role == "assistant":
+            answers += turn.trained
+            if turn.thinking or turn.calls or turn.text[:1].isspace() or turn.text[-1:].isspace():
+                odd.append(turn)
+    notes = []
+    if odd:
+        text = "".join(segment.text for segment in segments)
+        if any(turn.thinking.strip() not in text for turn in odd):
+            notes.append(NO_THINKING)
+        if any(turn.calls and turn.text.strip() not in text for turn in odd):
+            notes.append(UNSAID)
+        elif any(turn.trained and turn.text not in text for turn in odd):
+            notes.append(TRIMMED)
+    if answers > sum([segment.trained for segment in segments]):
+        notes.append(EARLIER)
+    return tuple(notes)
 
 
 def check_template(examples: Iterable[Example], template: Template) -> None:
@@ -103,7 +142,7 @@ def check_template(examples: Iterable[Example], template: Template) -> None:
     first: UserError | None = None
     for example in examples:
         try:
-            template.segments(example.turns)
+            template.segments(example.turns, example.tools)
         except Unwritable as refusal:
             first = first or refusal
         else:
@@ -113,28 +152,34 @@ def check_template(examples: Iterable[Example], template: Template) -> None:
 
 
 def rows_lost(parts: Iterable[tuple[Sequence[Example], Corpus]], data: DataConfig, max_tokens: int) -> list[str]:
-    """What encoding cut, dropped and read as plain text: a line for each file, with counts and the first row numbers.
+    """What encoding cut, dropped, left untrained and read as plain text: a line for each file, with counts and rows.
 
     Args:
         parts: examples, and what `encode_all` made of them.
         data: where they came from; read again if there is something to tell, for an example does not know its row.
         max_tokens: their limit.
     """
-    fates: dict[tuple[Turn, ...], tuple[str, ...]] = {}  # a conversation's fates depend on nothing else
+    fates: dict[tuple[tuple[Turn, ...], str], tuple[str, ...]] = {}  # a conversation's fates depend on nothing else
     for given, corpus in parts:
-        of: dict[int, tuple[str, ...]] = dict.fromkeys(corpus.cut, (f"cut at prompt.max_tokens = {max_tokens}",))
+        of: dict[int, tuple[str, ...]] = dict.fromkeys(
+            corpus.cut, (f"cut at prompt.max_tokens = {max_tokens} after a whole answer",)
+        )
+        of |= dict.fromkeys(corpus.within, (f"cut at prompt.max_tokens = {max_tokens} within an answer",))
+        for i, notes in corpus.notes.items():
+            of[i] = (*of.get(i, ()), *notes)
         for i in corpus.spelled:
             of[i] = (*of.get(i, ()), SPELLED)
         of |= {i: (f"left out: {why}",) for i, why in corpus.dropped.items()}
-        fates |= {given[i].turns: what for i, what in of.items()}
+        fates |= {(given[i].turns, given[i].tools): what for i, what in of.items()}
     lines: list[str] = []
     unplaced = dict(fates)
     for source in _sources(data) if fates else ():
         rows_by_fate: dict[int, dict[str, list[int]]] = {}
         for example, place in zip(source.examples, source.places, strict=True):
-            for fate in fates.get(example.turns, ()):
+            talk = example.turns, example.tools
+            for fate in fates.get(talk, ()):
                 rows_by_fate.setdefault(place.file, {}).setdefault(fate, []).append(place.row)
-                unplaced.pop(example.turns, None)
+                unplaced.pop(talk, None)
         for file, fate_rows in sorted(rows_by_fate.items()):
             name, total = source.reports[file].name, source.reports[file].rows
             losses = (
@@ -148,7 +193,7 @@ def rows_lost(parts: Iterable[tuple[Sequence[Example], Corpus]], data: DataConfi
 
 
 def _sources(data: DataConfig) -> list[Source]:
-    sources = [read(data.source, split=data.split, columns=data.columns, max_rows=data.max_rows)]
+    sources = [read(data.source, split=data.split, columns=data.columns, max_rows=data.max_rows, query=data.query)]
     if data.test is not None:
         sources.append(read(data.test, split="test", columns=data.columns, key="data.test"))
     return sources
@@ -162,18 +207,19 @@ def encode_prompt(
 ) -> list[int]:
     """The ids before the last assistant turn: exactly those that training puts before it.
 
-    A long chat loses its oldest exchanges (never the system message) until a response token fits.
+    A long chat loses its oldest exchanges (never the system message) until a response token fits. The prompt of an
+    example of bare text is BOS alone, or EOS where the tokenizer uses no BOS.
 
     Raises:
         UserError: the last question alone is too long, the template cannot write the conversation, or its text
             cannot be kept from becoming control tokens.
     """
     turns = asking(example.turns)
+    think = any(turn.thinking for turn in example.turns[len(turns) :])
     while True:
-        whole = template.whole(turns)
-        segments = template.split(whole)
+        whole, segments = template.write(turns, example.tools, think)
         ids = tokenise((segment.text for segment in segments), tokenizer)
-        tokens = boundary_of(template, tokenizer).tokens(whole, segments, ids)
+        tokens = boundary_of(template, tokenizer).tokens(whole, segments, ids, example.tools, think)
         if tokens is None:
             raise UserError(f"the conversation cannot be put to the model: {UNSAFE}; leave these words out")
         prompt = [int(i) for part in tokens.parts for i in part]
@@ -207,20 +253,78 @@ def preview(
     ]
 
 
-def _assemble(segments: Sequence[Segment], tokens: Tokens | None, config: PromptConfig) -> Encoded | str:
-    """The segments' ids end to end, up to the last trained token that fits; or why none is left to train."""
-    if tokens is None:
-        return UNSAFE
+def _assemble(
+    turns: Sequence[Turn],
+    segments: Sequence[Segment],
+    tokens: Tokens,
+    config: PromptConfig,
+    boundary: Boundary,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Encoded | Dropped:
+    """The segments' ids end to end, up to the last trained token, or up to what of them fits; or why none is left."""
+    sizes = [len(part) for part in tokens.parts]
     ids = np.concatenate(tokens.parts)
-    trained = np.repeat([segment.trained for segment in segments], [len(part) for part in tokens.parts])
+    trained = np.repeat([segment.trained for segment in segments], sizes)
     trained[:1] = False  # nothing comes before the first token to predict it from
-    end = _end(trained)
-    cut = end > config.max_tokens
-    if cut:
-        end = _end(trained[: config.max_tokens]) if config.on_long == "truncate" else 0
+    whole = _end(trained)
+    if not whole:
+        return Dropped("no token of it is trained")
+    if whole <= config.max_tokens:
+        return Encoded(ids[:whole], trained[:whole], False, tokens.spelled)
+    count = int(trained.sum())
+    too_long = Dropped(f"too long for prompt.max_tokens = {config.max_tokens}", whole, count)
+    if config.on_long == "drop":
+        return too_long
+    ends = np.cumsum(sizes)
+    fitting = [int(end) for end, segment in zip(ends, segments, strict=True) if segment.trained]
+    end = max((end for end in fitting if end <= config.max_tokens), default=0)
+    end = _end(trained[:end])
+    within = not end
+    if within:
+        first = next(i for i, segment in enumerate(segments) if segment.trained)
+        begin = int(ends[first]) - sizes[first]
+        said = (turn.text.strip() for turn in turns if turn.role == "assistant" and turn.trained)
+        answer = next((text for text in said if text and text in segments[first].text), "")
+        room = config.max_tokens - begin
+        end = begin + _before_marks(tokens.parts[first], segments[first].text, answer, room, boundary, tokenizer)
+        end = _end(trained[:end]) if room > 0 else 0
     if not end:
-        return f"too long for prompt.max_tokens = {config.max_tokens}" if cut else "no token of it is trained"
-    return Encoded(ids[:end], trained[:end], cut, tokens.spelled)
+        return too_long
+    lost = count - int(trained[:end].sum())
+    return Encoded(ids[:end], trained[:end], True, tokens.spelled, within, whole, lost)
+
+
+def _before_marks(
+    ids: np.ndarray, written: str, answer: str, room: int, boundary: Boundary, tokenizer: PreTrainedTokenizerBase
+) -> int:
+    """How many of an answer's ids to keep of those that there is room for: none that begin a mark and do not end it.
+
+    A mark is a control token that the answer spells as plain text, or the template's own end of an answer.
+
+    Args:
+        ids: of the answer.
+        written: its text with the template's end.
+        answer: its text without outer white space, "" where it is not known.
+        room: how many ids fit, fewer than there are.
+        boundary: knows the control tokens.
+        tokenizer: decodes the ids.
+    """
+    if room <= 0:
+        return 0
+
+    def text_of(count: int) -> str:
+        return str(
+            tokenizer.decode(ids[:count].tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        )
+
+    text = text_of(len(ids))
+    end = written.rpartition(answer)[2] if answer else ""
+    marks = [match.span() for match in boundary.control.pattern.finditer(text)]
+    marks += [(len(text) - len(end.strip()), len(text))] if end.strip() and text.endswith(end.strip()) else []
+    kept = room
+    while kept and any(start < len(text_of(kept).rstrip("\ufffd")) < stop for start, stop in marks):
+        kept -= 1
+    return kept
 
 
 def _end(trained: np.ndarray) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 Role = Literal["system", "user", "assistant", "tool"]
 
@@ -58,8 +58,37 @@ def turns_of_values(rows: Iterable[Iterable[Any]]) -> tuple[Turn, ...]:
     Raises:
         TypeError: they are of another shape.
     """
-    turns = (Turn(*values) for values in rows)
-    return tuple(turn._replace(calls=tuple(ToolCall(*call) for call in turn.calls)) for turn in turns)
+    turns = [Turn(*values) for values in rows]
+    turns = [turn._replace(calls=tuple(ToolCall(*call) for call in turn.calls)) for turn in turns]
+    if not all(map(_is_whole, turns)):
+        raise TypeError("a field of a turn is of another type")
+    return tuple(turns)
+
+
+def _is_whole(turn: Turn) -> bool:
+    texts = (turn.text, turn.thinking, turn.name, turn.call_id, *(part for call in turn.calls for part in call))
+    return (
+        turn.role in get_args(Role)
+        and all(isinstance(text, str) for text in texts)
+        and isinstance(turn.trained, bool)
+        and (turn.data is None or type(turn.data) is int)
+    )
+
+
+def answer_index(turns: Sequence[Turn]) -> int:
+    """The index of the last assistant's turn that is trained, or of the last one where none is.
+
+    Raises:
+        ValueError: there is no assistant's turn.
+    """
+    answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
+    return max([i for i in answers if turns[i].trained] or answers)
+
+
+def said(turn: Turn) -> str:
+    """All that a turn says, for people to read: thinking, text, and each call as name(arguments), by line."""
+    calls = (f"{call.name}({call.arguments})" for call in turn.calls)
+    return "\n".join(part for part in (turn.thinking, turn.text, *calls) if part)
 
 
 def conversation_text(turns: Iterable[Turn]) -> str:

@@ -200,11 +200,11 @@ def _encode(config: RunConfig, federation: Federation, lm: LanguageModel, templa
     Raises:
         UserError: nothing of a client can be used.
     """
-    from apiary.data import tokenization
+    from apiary.data import injection, tokenization
 
     shares = [client.train for client in federation.clients]
     tokenization.check_template(chain.from_iterable(shares), template)
-    corpora = tuple(tokenization.encode_all(rows, template, lm.tokenizer, config.prompt) for rows in shares)
+    corpora = tuple(injection.encode_training(rows, template, lm.tokenizer, config.prompt) for rows in shares)
     problems = [
         f"no example of {client.name} can be used ({'; '.join(sorted(set(corpus.dropped.values())))}); "
         "raise prompt.max_tokens or use another prompt.template"

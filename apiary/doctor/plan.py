@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import math
 import re
 import statistics
 from collections.abc import Sequence
@@ -35,6 +37,7 @@ _SHORT = {  # names that fit the column
 _FEW = 20  # clients that are listed one by one
 _FILES = 8  # files whose problems are listed one by one
 _MANY = 0.1  # share of examples that is too much to lose
+_BAR = 30  # letters of the longest bar
 _STRETCH = 700  # characters of a stretch of the preview
 # Data may hold anything; nothing of it may steer the operator's terminal.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -130,24 +133,35 @@ def print_template(template: Template, console: Console) -> None:
 
 
 def print_rows(federation: Federation, console: Console) -> None:
-    """Print how many rows there are, and which are left out for what."""
+    """Print how many rows there are, which are left out for what, and what is read otherwise than it stands."""
     _head(console, "Data")
     rows = sum(report.rows for report in federation.reports)
     usable = sum(report.usable for report in federation.reports)
     share = share_text(usable / rows if rows else None)
     _fact(console, "rows", f"{count_text(rows)}, of them {count_text(usable)} usable ({share})")
-    troubled = [report for report in federation.reports if report.problems]
+    troubled = [report for report in federation.reports if report.problems or report.remarks]
     for report in troubled[:_FILES]:
-        for reason, (count, first) in report.problems.items():
-            places = ", ".join(map(str, first)) + (", ..." if count > len(first) else "")
-            part = f"{count_text(count)} of {count_text(report.rows)} left out ({places})"
-            _fact(console, "", f"{report.name}: {part}: {reason}")
+        for what, found in ((" left out", report.problems), ("", report.remarks)):
+            for reason, (count, first) in found.items():
+                places = ", ".join(map(str, first)) + (", ..." if count > len(first) else "")
+                part = f"{count_text(count)} of {count_text(report.rows)}{what} ({places})"
+                _fact(console, "", f"{report.name}: {part}: {reason}")
     if len(troubled) > _FILES:
-        _fact(console, "", f"and rows of {len(troubled) - _FILES} more files left out")
+        _fact(console, "", f"and rows of {len(troubled) - _FILES} more files left out or read otherwise")
     trained = sum(len(client.train) for client in federation.clients)
     own = sum(len(client.test) for client in federation.clients)
     text = f"{count_text(trained)} to train on, {count_text(own)} held out at the clients"
     _fact(console, "examples", f"{text}, {count_text(len(federation.test))} held out for the table")
+    turns = turn_counts(federation)
+    text = f"{count_text(turns['turns'])} in these, of them {count_text(turns['answers'])} of the assistant"
+    _fact(console, "turns", f"{text}, {count_text(turns['trained'])} trained")
+
+
+def turn_counts(federation: Federation) -> dict[str, int]:
+    """How many turns the clients' examples have, how many are the assistant's, and how many of those are trained."""
+    rows = [row for client in federation.clients for part in (client.train, client.test) for row in part]
+    answers = [turn.trained for row in rows for turn in row.turns if turn.role == "assistant"]
+    return {"turns": sum(len(row.turns) for row in rows), "answers": len(answers), "trained": sum(answers)}
 
 
 def print_warnings(lines: Sequence[str], console: Console) -> None:
@@ -158,13 +172,60 @@ def print_warnings(lines: Sequence[str], console: Console) -> None:
         _warn(console, f"and {len(lines) - _FILES} more files of which rows are cut or left out")
 
 
+class LengthBin(NamedTuple):
+    """Rows of so many tokens before cutting; last is None for those longer than all bins."""
+
+    first: int
+    last: int | None
+    rows: int
+
+
+def length_bins(lengths: Sequence[int], limit: int) -> list[LengthBin]:
+    """How many rows there are of each length in tokens, in bins that double; the limit is the end of one of them.
+
+    Args:
+        lengths: tokens of each row, before cutting.
+        limit: `prompt.max_tokens`.
+    """
+    ends = [limit >> k for k in range(4, 0, -1) if limit >> k] + [limit << k for k in range(4)]
+    counts = [0] * (len(ends) + 1)
+    for length in lengths:
+        counts[bisect.bisect_left(ends, length)] += 1
+    starts = [1, *(end + 1 for end in ends)]
+    return [LengthBin(*each) for each in zip(starts, [*ends, None], counts, strict=True)]
+
+
+def _print_bins(run: PreparedRun, console: Console) -> None:
+    limit = run.config.prompt.max_tokens
+    bins = length_bins([n for corpus in run.corpora for n in corpus.whole.tolist()], limit)
+    while bins and not bins[-1].rows:
+        bins.pop()
+    total, most = sum(each.rows for each in bins), max((each.rows for each in bins), default=1)
+    for number, each in enumerate(bins):
+        end = f"to {count_text(each.last)}" if each.last else f"from {count_text(each.first)}"
+        bar = "#" * math.ceil(_BAR * each.rows / most)
+        over = "  too long" if each.rows and each.first > limit else ""
+        text = f"{end:>11} tokens  {bar:<{_BAR}}  {count_text(each.rows)} rows ({share_text(each.rows / total)}){over}"
+        _fact(console, "lengths" if not number else "", text)
+
+
 def _print_lengths(run: PreparedRun, console: Console) -> None:
+    _print_bins(run, console)
     cut = sum(corpus.stats.cut for corpus in run.corpora)
     dropped = sum(corpus.stats.dropped for corpus in run.corpora)
     n = sum(len(corpus) for corpus in run.corpora) + dropped
     text = f"{count_text(cut)} cut ({share_text(cut / n)})"
     text += f", {count_text(dropped)} dropped ({share_text(dropped / n)})"
     _fact(console, "too long", f"{text} at {run.config.prompt.max_tokens} tokens")
+    stats = [corpus.stats for corpus in run.corpora]
+    within, off, gone = (
+        sum(values) for values in zip(*((s.cut_within, s.trained_cut, s.trained_dropped) for s in stats), strict=True)
+    )
+    there = sum(s.response_tokens for s in stats) + off + gone
+    if off or gone:
+        text = f"{count_text(off)} cut ({share_text(off / there)}), {count_text(gone)} dropped"
+        text += f" ({share_text(gone / there)}), of the trained tokens; {count_text(within)} rows cut within an answer"
+        _fact(console, "", text)
     if cut + dropped > _MANY * n:
         _warn(console, "much is lost; raise prompt.max_tokens, or see why prompt.template cannot write it")
     spelled = sum(len(corpus.spelled) for corpus in run.corpora)

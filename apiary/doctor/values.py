@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
 from apiary.config.schema import RunConfig
+from apiary.data.examples import FileReport
 from apiary.data.federation import Federation
 from apiary.doctor import forecast
-from apiary.doctor.plan import Cost, PreparedRun
+from apiary.doctor.plan import Cost, PreparedRun, length_bins, turn_counts
 from apiary.models import base
 from apiary.tracking import environment
 
@@ -28,19 +30,25 @@ def machine_values(config: RunConfig, device: torch.device) -> dict[str, Any]:
 
 
 def rows_values(federation: Federation) -> dict[str, Any]:
-    """How many rows there are, and which files have rows that are left out for what."""
+    """How many rows and turns there are, and which files have rows that are left out or read otherwise, for what."""
     return {
         "rows": sum(report.rows for report in federation.reports),
         "usable": sum(report.usable for report in federation.reports),
         "train": sum(len(client.train) for client in federation.clients),
         "held_out_at_clients": sum(len(client.test) for client in federation.clients),
         "held_out": len(federation.test),
-        "left_out": [
-            {"file": report.name, "reason": reason, "rows": count, "first": list(first)}
-            for report in federation.reports
-            for reason, (count, first) in report.problems.items()
-        ],
+        **turn_counts(federation),
+        "left_out": _reasons((report, report.problems) for report in federation.reports),
+        "remarks": _reasons((report, report.remarks) for report in federation.reports),
     }
+
+
+def _reasons(found: Iterable[tuple[FileReport, Mapping[str, tuple[int, tuple[int, ...]]]]]) -> list[dict[str, Any]]:
+    return [
+        {"file": report.name, "reason": reason, "rows": count, "first": list(first)}
+        for report, reasons in found
+        for reason, (count, first) in reasons.items()
+    ]
 
 
 def run_values(run: PreparedRun, cost: Cost) -> dict[str, Any]:
@@ -54,6 +62,10 @@ def run_values(run: PreparedRun, cost: Cost) -> dict[str, Any]:
                 "examples": len(corpus),
                 "cut": corpus.stats.cut,
                 "dropped": corpus.stats.dropped,
+                "cut_within_an_answer": corpus.stats.cut_within,
+                "trained_tokens_cut": corpus.stats.trained_cut,
+                "trained_tokens_dropped": corpus.stats.trained_dropped,
+                "turns": sum(len(row.turns) for row in client.train),
                 "spell_control_tokens": len(corpus.spelled),
                 "tokens": corpus.stats.tokens,
                 "trained_tokens": corpus.stats.response_tokens,
@@ -62,6 +74,12 @@ def run_values(run: PreparedRun, cost: Cost) -> dict[str, Any]:
             }
             for client, corpus, epoch, steps in zip(
                 run.federation.clients, run.corpora, work.per_epoch, work.per_round, strict=True
+            )
+        ],
+        "lengths": [
+            each._asdict()
+            for each in length_bins(
+                [n for corpus in run.corpora for n in corpus.whole.tolist()], run.config.prompt.max_tokens
             )
         ],
         "cost": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,14 +13,14 @@ from numpy.typing import NDArray
 from apiary.config.schema import RunConfig
 from apiary.core.errors import UserError
 from apiary.core.tensors import StateDict, derive_seed
-from apiary.data import tokenization
+from apiary.data import structured, tokenization
 from apiary.data.batches import Corpus
 from apiary.data.examples import Example, answer
 from apiary.data.federation import Federation
 from apiary.data.tokenization import Template
 from apiary.evaluation import intervals
 from apiary.models.adapters import LanguageModel, fresh_adapter, set_adapter
-from apiary.models.inference import ModelProbe
+from apiary.models.inference import ModelProbe, stop_ids
 
 Floats = NDArray[np.float64]
 
@@ -29,10 +30,11 @@ class HeldOut(NamedTuple):
 
     examples: tuple[Example, ...]
     corpus: Corpus
-    questions: tuple[list[int], ...]  # prompt token ids; none where answers are not asked for
+    questions: tuple[list[int], ...]  # prompt token ids; none where answers are not asked for, [] where nothing asks
     answers: tuple[str, ...]
     left_out: int = 0  # of those drawn, the ones that cannot be used
     deciding: HeldOut | None = None  # other examples, by which the server decides which round is best, if it does
+    thought: tuple[str, ...] = ()  # what ends the thinking before each answer; "" where there is none
 
 
 class Measured(NamedTuple):
@@ -40,7 +42,7 @@ class Measured(NamedTuple):
 
     nats: Floats  # (n,)
     tokens: Floats  # (n,) response tokens
-    correct: Floats | None  # (n,) 1.0 where the greedy answer matches exactly
+    correct: Floats | None  # (n,) 1.0 where the greedy answer matches exactly; NaN where nothing is asked
     texts: tuple[str, ...] = ()
 
     @property
@@ -50,8 +52,14 @@ class Measured(NamedTuple):
 
     @property
     def accuracy(self) -> float | None:
-        """Share of exact matches."""
-        return None if self.correct is None else float(self.correct.mean())
+        """Share of exact matches among the examples that ask something."""
+        return None if (hits := self.hits) is None else float(hits.mean())
+
+    @property
+    def hits(self) -> Floats | None:
+        """As `correct`, of the examples that ask something; None where there are none."""
+        found = np.empty(0) if self.correct is None else self.correct[~np.isnan(self.correct)]
+        return found if len(found) else None
 
 
 def prepare(examples: Sequence[Example], template: Template, lm: LanguageModel, config: RunConfig) -> HeldOut:
@@ -64,14 +72,19 @@ def prepare(examples: Sequence[Example], template: Template, lm: LanguageModel, 
         UserError: the model has fewer positions than `prompt.max_tokens`.
     """
     check_positions(lm, config)
-    drawn = _evenly(examples, config)
+    drawn = evenly(examples, config)
     usable = [e for e in drawn if tokenization.encode(e, template, lm.tokenizer, config.prompt)]
     questions: list[list[int]] = []
     if config.evaluate.generate:
         asked = [(e, ids) for e in usable if (ids := _question(e, template, lm, config)) is not None]
         usable, questions = [e for e, _ in asked], [ids for _, ids in asked]
     corpus = tokenization.encode_all(usable, template, lm.tokenizer, config.prompt)
-    return HeldOut(tuple(usable), corpus, tuple(questions), tuple(map(answer, usable)), len(drawn) - len(usable))
+    left_out = len(drawn) - len(usable)
+    if not config.evaluate.generate:
+        return HeldOut(tuple(usable), corpus, (), tuple(map(answer, usable)), left_out)
+    expected = [_expected(example, template, lm, config) for example in usable]
+    answers, thought = tuple(text for text, _ in expected), tuple(end for _, end in expected)
+    return HeldOut(tuple(usable), corpus, tuple(questions), answers, left_out, thought=thought)
 
 
 def prepare_apart(
@@ -103,10 +116,37 @@ def prepare_apart(
 
 
 def _question(example: Example, template: Template, lm: LanguageModel, config: RunConfig) -> list[int] | None:
+    if all(turn.role == "system" for turn in example.turns[:-1]):
+        return []  # text to be continued asks nothing, and nobody could guess how it begins
     try:
         return tokenization.encode_prompt(example, template, lm.tokenizer, config.prompt.max_tokens)
     except UserError:
         return None
+
+
+def _expected(example: Example, template: Template, lm: LanguageModel, config: RunConfig) -> tuple[str, str]:
+    """The answer that counts as right, and what ends the thinking before it, "" for none.
+
+    An answer with calls or thinking is what the template writes for it, decoded as generated answers are. Of one with
+    thinking what follows that is compared: nobody thinks twice in the same words.
+    """
+    turn = example.turns[-1]
+    if not (turn.calls or turn.thinking):
+        return turn.text, ""
+    whole = config.prompt.model_copy(update={"max_tokens": sys.maxsize})
+    encoded = tokenization.encode(example, template, lm.tokenizer, whole)
+    if encoded is None:
+        return turn.text, ""
+    start = int(np.flatnonzero(~encoded.trained)[-1]) + 1  # between two answers something is not trained
+    stops = stop_ids(lm)
+    ids = itertools.takewhile(lambda token: token not in stops, encoded.ids[start:].tolist())
+    written = str(lm.tokenizer.decode(list(ids), skip_special_tokens=True))
+    thinking = turn.thinking.strip()
+    if not thinking or thinking not in written:  # there is none, or the template leaves it out
+        return written.strip(), ""
+    after = written.partition(thinking)[2]
+    end = after.partition(turn.text.strip())[0] if turn.text else after.lstrip().partition("\n")[0]
+    return after.partition(end.strip())[2].strip() if end.strip() else after.strip(), end.strip()
 
 
 def data_warnings(
@@ -122,6 +162,8 @@ def data_warnings(
             "the table: the first answer or last question does not fit prompt.max_tokens, or prompt.template "
             "cannot write it"
         )
+    if config.prompt.boundary == "structured":
+        lines += structured.remarks(row.turns for client in federation.clients for row in client.train)
     return lines
 
 
@@ -144,7 +186,7 @@ def _positions(lm: LanguageModel) -> int:
     return limit if isinstance(limit, int) else sys.maxsize
 
 
-def _evenly(examples: Sequence[Example], config: RunConfig) -> list[Example]:
+def evenly(examples: Sequence[Example], config: RunConfig) -> list[Example]:
     """A seeded sample without replacement, in the order of the source."""
     limit = config.evaluate.max_examples
     if len(examples) <= limit:
@@ -157,10 +199,12 @@ def measure(lm: LanguageModel, adapter: StateDict, held_out: HeldOut, config: Ru
     """Loss, and with `evaluate.generate` exact-match accuracy, of an adapter, which the model holds from then on."""
     set_adapter(lm, adapter)
     nats, tokens = ModelProbe(lm).losses(held_out.corpus)
-    if not config.evaluate.generate:
+    if not any(held_out.questions):
         return Measured(nats, tokens.astype(np.float64), None)
     texts = answer_all(lm, held_out.questions, config.evaluate.max_new_tokens)
-    correct = np.array([exact_match(t, a) for t, a in zip(texts, held_out.answers, strict=True)], dtype=np.float64)
+    answered = [text.rpartition(end)[2] if end else text for text, end in zip(texts, held_out.thought, strict=True)]
+    correct = np.array([exact_match(t, a) for t, a in zip(answered, held_out.answers, strict=True)], dtype=np.float64)
+    correct[[not ids for ids in held_out.questions]] = np.nan
     return Measured(nats, tokens.astype(np.float64), correct, texts)
 
 
@@ -243,7 +287,7 @@ def table_row(method: str, run: Measured, seed: int) -> dict[str, Any]:
         "n": len(run.nats),
         "ci95": {
             "loss": _ends(intervals.over_rows(run.nats, run.tokens, seed=seed)),
-            "accuracy": None if run.correct is None else _ends(intervals.of_share(run.correct)),
+            "accuracy": None if run.hits is None else _ends(intervals.of_share(run.hits)),
             "over": "rows",
         },
     }
@@ -287,11 +331,15 @@ def _ends(found: intervals.Ends | None) -> list[float] | None:
 def by_kind(
     kind: Callable[[Example], str], runs: Mapping[str, Measured], held_out: HeldOut
 ) -> dict[str, dict[str, float]]:
-    """Accuracy per kind of example (a skill, a category) and method; empty where answers were not generated."""
+    """Accuracy per kind of example (a skill, a category) and method; empty where answers were not generated.
+
+    Examples that ask nothing do not count.
+    """
+    found: dict[str, dict[str, float]] = {}
     labels = np.array([kind(example) for example in held_out.examples])
-    return {
-        str(value): {
-            m: float(run.correct[labels == value].mean()) for m, run in runs.items() if run.correct is not None
-        }
-        for value in sorted(set(labels.tolist()))
-    }
+    for value in sorted(set(labels.tolist())):
+        of_kind = {m: run.correct[labels == value] for m, run in runs.items() if run.correct is not None}
+        asked = {m: correct[~np.isnan(correct)] for m, correct in of_kind.items()}
+        if not of_kind or any(map(len, asked.values())):
+            found[str(value)] = {m: float(correct.mean()) for m, correct in asked.items()}
+    return found

@@ -47,7 +47,7 @@ def by_stage(run: Measured, held_out: HeldOut, config: RunConfig) -> dict[str, A
     correct = run.correct
     return {
         "losses": [_ratio(run.nats[part].sum(), run.tokens[part].sum()) for part in parts],
-        "accuracies": None if correct is None else [_ratio(correct[part].sum(), part.sum()) for part in parts],
+        "accuracies": None if correct is None else [_mean(correct[part]) for part in parts],
         "n": [int(part.sum()) for part in parts],
     }
 

@@ -9,6 +9,7 @@ from typing import Any
 from apiary.config import summary
 from apiary.config.schema import RunConfig
 from apiary.config.summary import public_name
+from apiary.data import structured
 from apiary.privacy import statement
 from apiary.report.card_table import card_table
 
@@ -51,6 +52,7 @@ def card(
         f"{summary.sentence(config)}; prompt template {template}. "
         f"Clients sent {summary.sent(config)} and counts.",
         *_grown(config.adapter.rank, rank, merged),
+        *_apart(config),
         "",
         "```python",
         *_use(name, merged, exported),
@@ -80,6 +82,19 @@ def _use(name: str, merged: bool, exported: bool) -> list[str]:
         "",
         f'base = AutoModelForCausalLM.from_pretrained("{base_path(name)}")',
         'model = PeftModel.from_pretrained(base, "THIS_FOLDER")',
+    ]
+
+
+def _apart(config: RunConfig) -> list[str]:
+    """How prompts are to be written where data stands between delimiters."""
+    if config.prompt.boundary == "plain":
+        return []
+    return [
+        "",
+        "It was tuned on structured queries: what a question is about (a document, the answer of a tool) stands "
+        f"between `{structured.BEGIN}` and `{structured.END}`, each on a line of its own, after the question. Whoever "
+        "serves it must write prompts so, and must first take both out of every text, again and again until none is "
+        "left, in any case, spacing and Unicode form. `apiary chat` and `apiary evaluate` do that.",
     ]
 
 

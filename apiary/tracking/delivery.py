@@ -53,15 +53,18 @@ def of_events(events: Iterable[Mapping[str, Any]]) -> Delivery | None:
 
 def sentence(delivery: Delivery) -> str:
     """Which round is delivered, by which rows, and where the best one is kept if that is another."""
-    found, where = delivery, words(delivery.rows)
+    found = delivery
+    # Of clients the median one counts, so that one that lies decides nothing.
+    whose = "the median client's loss" if found.rows.startswith("clients") else "the loss"
+    by = f"{whose} on {words(found.rows)}"
     if found.best is None:
         return f"Delivered: the last round, {found.last}."
     if found.round == found.last == found.best:
-        return f"Delivered: the last round, {found.last}, which is the best by the loss on {where}."
+        return f"Delivered: the last round, {found.last}, which is the best by {by}."
     if found.round == found.best:
-        return f"Delivered: round {found.round} of the {found.last} that were done, the best by the loss on {where}."
+        return f"Delivered: round {found.round} of the {found.last} that were done, the best by {by}."
     return (
-        f"Delivered: the last round, {found.last}. Round {found.best} is the best by the loss on {where}; its adapter "
+        f"Delivered: the last round, {found.last}. Round {found.best} is the best by {by}; its adapter "
         f"is in {found.kept}. The figures are of the round delivered: on the rows that picked it, the best round would "
         "look better than it is."
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from apiary.data.examples import Example
+from apiary.data.turns import Turn, answer_index
 
 
 def _ranges(points: Iterable[int]) -> str:
@@ -60,10 +62,41 @@ def ngrams(tokens: list[str], n: int) -> list[tuple[str, ...]]:
 
 
 def question(example: Example) -> str:
-    """What users say before the last answer, without a system message, which many rows may share."""
-    return "\n".join(turn.text for turn in example.turns[:-1] if turn.role == "user")
+    """What users say before the last answer that is trained, without a system message, which many rows may share.
+
+    Results of tools are no question: they follow from one.
+    """
+    turns = example.turns[: answer_index(example.turns)]
+    return "\n".join(turn.text for turn in turns if turn.role == "user")
+
+
+def response(example: Example) -> str:
+    """The last answer that is trained: its text and its calls, without the thinking before them."""
+    return _told(example.turns[answer_index(example.turns)]._replace(thinking=""))
 
 
 def spoken(example: Example) -> str:
-    """What users and assistant say, without a system message."""
-    return "\n".join(turn.text for turn in example.turns if turn.role != "system")
+    """What users, assistant and tools say, thinking and calls too, without a system message and the tools' manual."""
+    return "\n".join(_told(turn) for turn in example.turns if turn.role != "system")
+
+
+def _told(turn: Turn) -> str:
+    """All that a turn says, of its calls the names, the keys and the values without JSON's signs."""
+    calls = (" ".join([call.name, *_leaves(call.arguments)]) for call in turn.calls)
+    return "\n".join(part for part in (turn.thinking, turn.text, *calls) if part)
+
+
+def _leaves(arguments: str) -> Iterator[str]:
+    try:
+        left = [json.loads(arguments)]
+    except (ValueError, RecursionError):
+        yield arguments
+        return
+    while left:
+        match left.pop():
+            case dict(fields):
+                left += [part for field in reversed(fields.items()) for part in reversed(field)]
+            case list(items):
+                left += reversed(items)
+            case value:
+                yield value if isinstance(value, str) else json.dumps(value)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import bz2
+import gzip
 import io
 import json
 import os
 import random
 import string
 import sys
+import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -70,6 +72,10 @@ VALUES = (
     "{a=1}",
     "0x10",
     "1_0",
+)
+ENDINGS = (
+    *(b".jsonl", b".json", b".csv", b".tsv", b".parquet", b".txt", b".arrow", b".feather", b".xlsx", b".db"),
+    *(b".jsonl.gz", b".json.bz2", b".csv.xz", b".jsonl.zst", b".zip", b".csv.zip"),
 )
 ROWS: tuple[object, ...] = (
     {"instruction": "q", "output": "a"},
@@ -168,8 +174,28 @@ def content(rng: random.Random) -> bytes:
             "".join(chr(rng.randrange(1, 0x500)) for _ in range(40)),
         )
     )
-    data = text.encode(rng.choice(("utf-8", "utf-8-sig", "utf-16", "latin-1")), "replace")
-    return rng.choice((data, data, data, bz2.compress(data), zlib.compress(data), b"PAR1" + data, bytes(range(256))))
+    data = text.encode(
+        rng.choice(("utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32", "latin-1", "koi8_r", "gb18030")), "replace"
+    )
+    plain = (data, data, data, bytes(range(256)), b"PAR1" + data, b"ARROW1" + data, b"SQLite format 3\0" + data)
+    packed = (
+        bz2.compress(data),
+        zlib.compress(data),
+        gzip.compress(data),
+        gzip.compress(bytes(2**24)),
+        archive(rng, data),
+    )
+    whole = rng.choice((*plain, *packed))
+    return whole[: rng.randrange(len(whole) + 1)] if rng.random() < 0.2 else whole  # torn
+
+
+def archive(rng: random.Random, data: bytes) -> bytes:
+    """A .zip of no file, of one, or of several; one may have the names that a workbook has."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as made:
+        for member in rng.sample(("d.jsonl", "d.csv", "[Content_Types].xml", "xl/workbook.xml"), rng.randint(0, 2)):
+            made.writestr(member, data)
+    return out.getvalue()
 
 
 def brought(rng: random.Random, folder: Path) -> None:
@@ -178,7 +204,7 @@ def brought(rng: random.Random, folder: Path) -> None:
     for _ in range(rng.randint(1, 3)):
         file = os.fsencode(place) + b"/" + rng.choice((b"a", b"test", b"\xf4", b"c d", "é".encode(), b"b\n"))
         try:
-            with open(file + rng.choice((b".jsonl", b".json", b".csv", b".tsv", b".parquet", b".txt")), "wb") as out:
+            with open(file + rng.choice(ENDINGS), "wb") as out:
                 out.write(content(rng))
         except OSError:  # a file system of other rules
             continue

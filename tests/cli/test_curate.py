@@ -18,14 +18,18 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
 from apiary.cli.curate import as_rows, curate_file
+from apiary.cli.curation_page import render
 from apiary.cli.main import app
 from apiary.config import loading
+from apiary.config.schema import Method
 from apiary.core.errors import UserError
 from apiary.data.columns import Columns, with_turns
-from apiary.data.examples import Example, read
-from apiary.data.turns import Turn
+from apiary.data.examples import Example, FileReport, Place, Source, check, read
+from apiary.data.sources import RawFile
+from apiary.data.turns import ToolCall, Turn
 from apiary.export import adapter_folder
 from apiary.models import adapters
+from client.curation import curate as run_curation
 
 LONG = " ".join(f"word{i}" for i in range(30))
 ROWS = [
@@ -266,14 +270,119 @@ TAGS = st.dictionaries(st.sampled_from(["skill", "source", "prompt", "question",
 
 
 @settings(max_examples=80, deadline=None)
-@given(rows=st.lists(st.builds(Example, CHATS, TAGS), min_size=1, max_size=5))
+@given(rows=st.lists(st.builds(Example, CHATS, TAGS, st.just("")), min_size=1, max_size=5))
 def test_what_is_written_reads_back(rows: list[Example], tmp_path_factory: pytest.TempPathFactory) -> None:
     path = write(tmp_path_factory.mktemp("back") / "rows.jsonl", list(as_rows(rows)))
     assert read(str(path)).examples == tuple(rows)
 
 
+CALL = ToolCall("send", '{"to": "her"}', "call_1")
+TOOLS = [{"type": "function", "function": {"name": "send"}}]
+TALK = (
+    Turn("user", "Write to her"),
+    Turn("assistant", "", trained=False, thinking="Easy.", calls=(CALL, CALL._replace(id=""))),
+    Turn("tool", "sent", name="send", call_id="call_1"),
+    Turn("assistant", "Done."),
+)
+
+
+def test_what_a_row_calls_thinks_and_does_not_train_is_written_as_openai_has_it() -> None:
+    function = {"type": "function", "function": {"name": "send", "arguments": '{"to": "her"}'}}
+    assert list(as_rows([Example(TALK, {"skill": "mail"}, json.dumps(TOOLS)), Example(PLAIN, {})])) == [
+        {
+            "messages": [
+                {"role": "user", "content": "Write to her"},
+                {
+                    "role": "assistant",
+                    "content": "",
+                    "reasoning_content": "Easy.",
+                    "tool_calls": [{"id": "call_1", **function}, function],
+                    "weight": 0,
+                },
+                {"role": "tool", "content": "sent", "name": "send", "tool_call_id": "call_1"},
+                {"role": "assistant", "content": "Done."},
+            ],
+            "tools": TOOLS,
+            "skill": "mail",
+        },
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+    ]
+
+
+PLAIN = (Turn("user", "q"), Turn("assistant", "a"))
+
+
+def test_one_row_that_is_more_than_a_pair_makes_messages_of_all_but_text() -> None:
+    text = Example((Turn("assistant", "A tale."),), {"prompt": "x", "skill": "y", "Summary": "z"})
+    rows = [Example(PLAIN, {}), text, Example((PLAIN[0], PLAIN[1]._replace(thinking="Hm.")), {})]
+    assert [list(row) for row in as_rows(rows)] == [
+        ["messages"],
+        ["text", "tag_prompt", "skill", "tag_Summary"],
+        ["messages"],
+    ]
+    assert list(next(as_rows(rows[:2]))) == ["instruction", "output"]
+
+
+def test_what_was_given_and_not_asked_goes_back_to_the_input() -> None:
+    there = Turn("user", "Sum up.\n\nA text.", data=9)
+    rows = [Example((asked, PLAIN[1]), {}) for asked in (there, there._replace(data=4), there._replace(data=None))]
+    whole = {"instruction": "Sum up.\n\nA text.", "output": "a"}
+    assert list(as_rows(rows)) == [{"instruction": "Sum up.", "input": "A text.", "output": "a"}, whole, whole]
+
+
+def _reads_calls() -> bool:
+    talk = [{"role": "user", "content": "q"}, next(as_rows([Example(TALK, {})]))["messages"][1] | {"weight": 1}]
+    try:
+        (made,) = check([RawFile("", "", [(1, {"messages": talk})])]).examples
+    except UserError:
+        return False
+    return bool(made.turns[-1].calls)
+
+
+needs_calls = pytest.mark.skipif(not _reads_calls(), reason="this reader does not take calls")
+
+
+@needs_calls
+def test_rows_of_every_kind_read_back(tmp_path: Path) -> None:
+    rows = [
+        Example(TALK, {"skill": "mail"}, json.dumps(TOOLS)),
+        Example((Turn("assistant", "A tale."),), {"tag_prompt": "x"}),
+        Example((Turn("system", "Be brief."), *PLAIN), {}),
+    ]
+    path = write(tmp_path / "rows.jsonl", list(as_rows(rows)))
+    assert read(str(path)).examples == tuple(rows)
+
+
+@needs_calls
+def test_what_is_masked_in_a_call_never_comes_back_by_another_field(tmp_path: Path) -> None:
+    calls = [{"type": "function", "function": {"name": "send", "arguments": {"to": "ann@x.example"}}}]
+    messages = [
+        {"role": "user", "content": "Write to ann@x.example"},
+        {"role": "assistant", "content": "Done, ann@x.example", "reasoning_content": "ann@x.example", "weight": 1},
+        {"role": "user", "content": "Again"},
+        {"role": "assistant", "content": "Sure", "tool_calls": calls},
+    ]
+    data = write(tmp_path / "rows.jsonl", [{"messages": messages, "tools": [{"name": "of ann@x.example"}]}])
+    curate_file(str(data), None, tmp_path / "kept.jsonl", ['curate.steps=["mask"]'])
+    text = (tmp_path / "kept.jsonl").read_text()
+    assert "ann@" not in text and text.count("<EMAIL_1>") == 5
+
+
+def test_the_page_shows_what_was_called(tmp_path: Path) -> None:
+    source = Source((Example(TALK, {}), Example(TALK, {})), ("a", "a"), None, (), (Place(0, 1), Place(0, 2)))
+    made = run_curation(source.examples, [Method(name="duplicates")])
+    page = render(made, source, [FileReport("rows.jsonl", 2, 2, {})], [Method(name="duplicates")])
+    assert "send({&#34;to&#34;: &#34;her&#34;})" in page and "Easy." in page and "sent" in page
+
+
 def test_tags_that_look_like_text_are_renamed(tmp_path: Path) -> None:
-    rows = [Example((Turn("user", "q"), Turn("assistant", "a")), {"output": "x", "messages": "y", "input": "z"})]
+    rows = [
+        Example(
+            (Turn("user", "q"), Turn("assistant", "a")),
+            {"output": "x", "messages": "y", "input": "z", "System Prompt": "w", "tools": "v"},
+        )
+    ]
     (back,) = read(str(write(tmp_path / "rows.jsonl", list(as_rows(rows))))).examples
     assert back.turns == rows[0].turns
-    assert back.tags == {"tag_output": "x", "tag_messages": "y", "tag_input": "z"}
+    renamed = {"tag_output": "x", "tag_messages": "y", "tag_input": "z", "tag_System Prompt": "w", "tag_tools": "v"}
+    assert back.tags == renamed

@@ -104,7 +104,8 @@ def told(folder_or_text: str) -> None:
     lines = re.sub(r"[ \n]+", " ", folder_or_text)
     assert "comb.jsonl: 10 of 10 rows left out: the chat template rewrites what the assistant said (rows 1," in lines
     (hive,) = re.findall(r"hive\.jsonl: \S.*?(?= (?:\w+\.jsonl|held-out set): )", lines)
-    assert "2 of 21 rows cut at prompt.max_tokens = 150 (rows 17, 20)" in hive
+    assert "1 of 21 rows cut at prompt.max_tokens = 150 after a whole answer (rows 17)" in hive
+    assert "1 of 21 rows cut at prompt.max_tokens = 150 within an answer (rows 20)" in hive
     assert "2 of 21 rows left out: the chat template rewrites what the assistant said (rows 18, 19)" in hive
     assert "1 of 21 rows left out: too long for prompt.max_tokens = 150 (rows 21)" in hive
     assert "wax.jsonl:" not in lines

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apiary.data.batches import Corpus, Encoded, collate, gather, plan_batches
+from apiary.data.batches import Corpus, Dropped, Encoded, collate, gather, plan_batches
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -90,10 +90,11 @@ def test_collate_is_the_padded_rows(lengths: list[int], pad: int, data: st.DataO
 
 def test_gather_counts_and_an_empty_corpus_is_one() -> None:
     row = Encoded(np.array([4, 5], np.int32), np.array([False, True]), cut=True)
-    corpus = gather(["too long", row, "odd"])
-    assert corpus.stats == (1, 2, 1, 1, 2)  # examples, tokens, response tokens, cut, dropped
+    corpus = gather([Dropped("too long", 9, 3), row._replace(within=True, whole=5, lost=2), Dropped("odd")])
+    assert corpus.stats == (1, 2, 1, 1, 2, 1, 2, 3)  # kept, tokens, trained, cut, dropped, within, trained cut, dropped
     assert (corpus.cut, corpus.dropped) == ((1,), {0: "too long", 2: "odd"})
-    empty = gather(["odd"])
+    assert (corpus.within, corpus.whole.tolist()) == ((1,), [9, 5])
+    empty = gather([Dropped("odd")])
     assert len(empty) == 0
     assert empty.lengths.tolist() == []
     assert plan_batches(empty.lengths, 100, rng()) == []

@@ -19,6 +19,7 @@ from apiary.config.schema import DataConfig, PromptConfig
 from apiary.core.errors import UserError
 from apiary.data import boundary, tokenization
 from apiary.data.examples import Example, read
+from apiary.data.neutral import neutral
 from apiary.data.turns import Turn
 from apiary.models import tiny
 
@@ -187,10 +188,10 @@ def test_around_a_mark_the_copy_gives_the_ids_of_the_tokenizer(name: str) -> Non
     for text in ("bee home\nyes", " the  hive", "a\n\nb <table>"):
         turns = talk(text, text).turns
         segments = template.segments(turns)
-        neutral = boundary._neutral(turns)
-        layout = boundary.boundary_of(template, tokenizer)._layout(neutral)
+        shape, tools, texts = neutral(turns)
+        layout = boundary.boundary_of(template, tokenizer)._layout(shape, tools, False)
         assert layout is not None
-        pieces = layout.pieces(segments, turns)
+        pieces = layout.pieces(segments, texts)
         assert pieces is not None
         ours = [ids.tolist() for ids in control.apart(pieces)]
         theirs = [tokenizer(s.text, add_special_tokens=False)["input_ids"] for s in segments]
@@ -289,7 +290,7 @@ def test_rows_that_spell_control_tokens_are_counted_with_their_numbers(tmp_path:
     assert corpus.spelled == (1, 3) and corpus.cut == (3,)
     assert tokenization.rows_lost([(rows, corpus)], DataConfig(source=str(path)), 80) == [
         "rows.jsonl: 2 of 4 rows spell control tokens of the tokenizer, which stay plain text (rows 2, 4); "
-        "1 of 4 rows cut at prompt.max_tokens = 80 (rows 4)"
+        "1 of 4 rows cut at prompt.max_tokens = 80 within an answer (rows 4)"
     ]
 
 
@@ -371,7 +372,9 @@ def test_text_is_tokenised_in_one_place() -> None:
     """Whoever calls a tokenizer on text goes around the boundary."""
     allowed = {
         "apiary/data/boundary.py",  # the place
-        "apiary/data/templates.py",  # the template's own words
+        "apiary/data/chat.py",  # the template's own words
+        "apiary/data/chat_messages.py",
+        "apiary/data/templates.py",
         "simulation/backdoor.py",  # the length of an answer
     }
     method = r"\.(encode|encode_batch|tokenize|apply_chat_template|convert_tokens_to_ids)"

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from apiary.config.loading import load
 from apiary.config.schema import DataConfig
 from apiary.core.errors import UserError
-from apiary.data.examples import Example, answer, read
+from apiary.data.examples import Example, Source, answer, read
 from apiary.data.federation import federate, is_held_out, too_few_clients
+from apiary.data.fields import tidy
 from apiary.data.turns import Turn
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,7 +28,9 @@ DATA = ROOT.parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data")
 
 ROWS = [{"instruction": f"Say {i}", "input": "please", "output": f"it is {i}"} for i in range(9)]
-TURNS = [(Turn("user", f"Say {i}\n\nplease"), Turn("assistant", f"it is {i}")) for i in range(9)]
+TURNS = [
+    (Turn("user", f"Say {i}\n\nplease", data=len(f"Say {i}\n\n")), Turn("assistant", f"it is {i}")) for i in range(9)
+]
 
 
 def write_lines(path: Path, rows: list[object]) -> str:
@@ -144,22 +147,28 @@ def test_column_mappings_agree(tmp_path, row, columns):
     assert answer(source.examples[0]) == A
 
 
-text = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20).filter(str.strip)
+# Without code fences: what ends in an open one keeps its last line breaks as an input, not as a question.
+text = st.text(st.characters(codec="utf-8", exclude_characters="`~"), min_size=1, max_size=20).filter(str.strip)
 
 
 @settings(max_examples=25, deadline=None)
 @given(q=text, extra=st.one_of(st.just(""), text), a=text)
 def test_mappings_agree_on_any_text(tmp_path_factory, q, extra, a):
     folder = tmp_path_factory.mktemp("any")
-    joined = q.strip() + (f"\n\n{extra.strip()}" if extra.strip() else "")
+    joined = q.strip() + (f"\n\n{tidy(extra)}" if extra.strip() else "")
     forms = [
         {"instruction": q, "input": extra, "output": a},
         {"instruction": q, "context": extra, "response": a},
         {"prompt": joined, "completion": a},
         {"messages": [{"role": "user", "content": joined}, {"role": "assistant", "content": a}]},
     ]
-    read_back = {read(write_lines(folder / f"{i}.jsonl", [form])).examples[0].turns for i, form in enumerate(forms)}
-    assert read_back == {(Turn("user", joined.strip()), Turn("assistant", a.strip()))}
+    read_back = {said(read(write_lines(folder / f"{i}.jsonl", [form]))) for i, form in enumerate(forms)}
+    assert read_back == {(Turn("user", joined), Turn("assistant", tidy(a)))}
+
+
+def said(source: Source) -> tuple[Turn, ...]:
+    """The first conversation, without where its data part begins."""
+    return tuple(turn._replace(data=None) for turn in source.examples[0].turns)
 
 
 def test_many_turns_and_a_system_message_are_kept(tmp_path):
@@ -221,12 +230,10 @@ U, B, S = ({"role": role, "content": "x"} for role in ("user", "assistant", "sys
     [
         ([U], "no assistant turn"),
         ([S], "no assistant turn"),
-        ([U, B, U], "does not end in an assistant turn"),
-        ([U, U, B], "two turns of the same role in a row"),
-        ([U, B, B], "two turns of the same role in a row"),
-        ([B], "starts with an assistant turn"),
-        ([U, S, B], "a system turn that is not the first turn"),
-        ([U, {"role": "tool", "content": "x"}, B], "unknown role in a message"),
+        ([B], "no user turn"),
+        ([S, B], "no user turn"),
+        ([B, U], "no assistant turn after a user turn"),
+        ([U, {"role": "narrator", "content": "x"}, B], "unknown role in a message"),
         ([{"content": "x"}, B], "a message has no role"),
         (["x", B], "a message is not an object"),
         ([U, {"role": "assistant"}], "missing field 'content'"),
@@ -436,7 +443,7 @@ def test_super_natural_instructions_folders(tmp_path):
     source = read(str(tmp_path))
     assert source.origins == ("task2_x", "task10_x")
     assert source.examples[0] == Example(
-        (Turn("user", "Answer it.\n\ntrain 2"), Turn("assistant", "first")), {"task": "task2_x"}
+        (Turn("user", "Answer it.\n\ntrain 2", data=12), Turn("assistant", "first")), {"task": "task2_x"}
     )
     assert source.test is not None
     assert [answer(example) for example in source.test] == ["third", "third"]

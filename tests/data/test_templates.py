@@ -179,8 +179,10 @@ def test_chat_asks_for_no_thinking_and_not_for_todays_date() -> None:
     assert asked.text.startswith("26 Jul 2024<|im_start|>user")
     assert asked.text.endswith("assistant\n<think></think>")
     assert answer == ("a<|im_end|>", True)
-    with pytest.raises(UserError, match="changes earlier text"):  # history loses its think block
-        template.segments(TALK.turns)
+    # History loses its think block, so what stands there is context: only the last answer is as it was asked for.
+    written = template.segments(TALK.turns)
+    assert [text for text, trained in written if trained] == ["Home, to the hive.<|im_end|>"]
+    assert written[-3].text.count("The bees") == 1
 
 
 @pytest.mark.parametrize("source", [GEMMA, MISTRAL])
@@ -200,8 +202,9 @@ def test_own_system_turn_wins_over_the_configured_one() -> None:
 def test_templates_that_cannot_be_masked_are_refused_with_a_way_out() -> None:
     template, _ = build("chat", make_tokenizer(FORGETFUL))
     assert template.segments(talk("q", "a").turns)[1] == ("a<|im_end|>", True)
-    with pytest.raises(UserError, match=r"changes earlier text.*turn 4.*alpaca"):
-        template.segments(TALK.turns)
+    written = template.segments(TALK.turns)  # the answer that it forgets is context
+    assert [text for text, trained in written if trained] == ["Home, to the hive.<|im_end|>"]
+    assert "assistant\n...<|im_end|>" in written[0].text
     template, _ = build("chat", make_tokenizer(THOUGHTLESS))
     with pytest.raises(UserError, match="rewrites what the assistant said"):
         template.segments(talk("q", "<think>hm</think>a").turns)

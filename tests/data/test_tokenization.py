@@ -131,13 +131,15 @@ def test_cutting_at_every_length_keeps_a_prefix(on_long: str) -> None:
         else:
             assert encoded is not None
             assert encoded.cut
-            # Everything trained below the limit is there, and nothing after the last trained one.
-            expected = full.trained[:limit]
             n = len(encoded.ids)
             assert encoded.ids.tolist() == full.ids[:n].tolist()
-            assert encoded.trained.tolist() == expected[:n].tolist()
-            assert not expected[n:].any()
+            assert encoded.trained.tolist() == full.trained[:n].tolist()
             assert encoded.trained[-1]
+            ends = [0, *(np.flatnonzero(np.diff(full.trained.astype(int)) == -1) + 1), len(full.ids)]  # of the answers
+            whole = max(int(end) for end in ends if end <= limit)
+            assert n == (whole or limit)  # an end of an answer here is one token, so no mark makes it shorter
+            assert encoded.within == (whole == 0)
+            assert (encoded.whole, encoded.lost) == (len(full.ids), int(full.trained[n:].sum()))
 
 
 def test_stats_count_what_was_cut_and_dropped() -> None:
@@ -145,7 +147,10 @@ def test_stats_count_what_was_cut_and_dropped() -> None:
     template, config = build("plain", BYTE_TOKENIZER, max_tokens=40)
     corpus = tokenization.encode_all(rows, template, BYTE_TOKENIZER, config)
     stats = corpus.stats
-    assert (stats.examples, stats.cut, stats.dropped) == (2, 1, 1)
+    assert (stats.examples, stats.cut, stats.dropped, stats.cut_within) == (2, 1, 1, 1)
+    begin = int(np.flatnonzero(corpus.trained[corpus.offsets[1] :])[0])
+    assert stats.trained_cut == begin + 99 + 1 - 40 and stats.trained_dropped == 2  # with the EOS of each
+    assert corpus.whole.tolist() == [begin + 2, begin + 100, begin + 98 + 2]
     assert stats.tokens == len(corpus.ids) == corpus.lengths.sum()
     assert corpus.lengths.tolist()[1] == 40
     assert stats.response_tokens == corpus.trained.sum()
@@ -224,10 +229,10 @@ def test_lost_rows_are_told_by_file_with_their_numbers(tmp_path: Path) -> None:
         (rows, tokenization.encode_all(rows, template, tokenizer, config)) for rows in (source.examples, source.test)
     ]
     assert sorted(tokenization.rows_lost(parts, DataConfig(source=str(tmp_path)), 80)) == [
-        "one.jsonl: 1 of 5 rows cut at prompt.max_tokens = 80 (rows 3); "
+        "one.jsonl: 1 of 5 rows cut at prompt.max_tokens = 80 within an answer (rows 3); "
         "1 of 5 rows left out: too long for prompt.max_tokens = 80 (rows 4); "
         "1 of 5 rows left out: the chat template rewrites what the assistant said (rows 6)",
-        "three.jsonl: 7 of 8 rows cut at prompt.max_tokens = 80 (rows 2, 3, 4, 5, 6, ...)",
+        "three.jsonl: 7 of 8 rows cut at prompt.max_tokens = 80 within an answer (rows 2, 3, 4, 5, 6, ...)",
     ]
     (tmp_path / "test.jsonl").write_text(fine + chat("p" * 99, "a"), encoding="utf-8")
     test = read(str(tmp_path)).test or ()

@@ -6,7 +6,16 @@ import json
 
 import pytest
 
-from apiary.data.turns import ToolCall, Turn, conversation_text, opening_text, turn_values, turns_of_values
+from apiary.data.turns import (
+    ToolCall,
+    Turn,
+    answer_index,
+    conversation_text,
+    opening_text,
+    said,
+    turn_values,
+    turns_of_values,
+)
 
 CALL = ToolCall("weather", '{"city": "Oslo"}', "call_1")
 TURNS = (
@@ -34,7 +43,22 @@ def test_where_the_data_part_begins_does_not_count_as_said() -> None:
         assert conversation_text([other]) != conversation_text([Turn("assistant", "a")])
 
 
-@pytest.mark.parametrize("rows", [[["user"]], [["user", "a", True, "", [], "", "", None, "more"]], [3]])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [["user"]],
+        [["user", "a", True, "", [], "", "", None, "more"]],
+        [3],
+        [["bee", "a"]],
+        [["user", 3]],
+        [["assistant", "a", 1]],
+        [["assistant", "a", True, None]],
+        [["assistant", "", True, "", [["send", {"to": "her"}, ""]]]],
+        [["assistant", "", True, "", [["send"]]]],
+        [["tool", "a", True, "", [], 7]],
+        [["user", "a", True, "", [], "", "", True]],
+    ],
+)
 def test_other_shapes_are_refused(rows: list[object]) -> None:
     with pytest.raises(TypeError):
         turns_of_values(rows)  # type: ignore[arg-type]
@@ -43,3 +67,15 @@ def test_other_shapes_are_refused(rows: list[object]) -> None:
 def test_the_opening_of_a_row_without_a_question_is_all_of_it() -> None:
     assert opening_text([Turn("assistant", "Once  upon\na Time")]) == "assistant\x1fonce upon a time"
     assert opening_text([Turn("user", "A"), Turn("assistant", "B")]) == "user\x1fa"
+
+
+def test_the_answer_that_counts_is_the_last_that_is_trained() -> None:
+    assert answer_index(TURNS) == 2
+    assert answer_index([Turn("user", "a"), Turn("assistant", "b", trained=False), Turn("tool", "c")]) == 1
+    with pytest.raises(ValueError, match="empty"):
+        answer_index(TURNS[:2])
+
+
+def test_all_that_a_turn_says_is_read_in_its_order() -> None:
+    assert said(TURNS[2]) == 'I need the weather.\nweather({"city": "Oslo"})'
+    assert said(Turn("assistant", "Cold.", thinking="Hm.")) == "Hm.\nCold."

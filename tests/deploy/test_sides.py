@@ -234,7 +234,7 @@ def test_rows_that_no_run_could_use_are_told_at_once(text: str, line: str, tmp_p
 
 def test_rows_whose_columns_a_run_may_name_are_a_warning(tmp_path: Path) -> None:
     odd, partly = tmp_path / "odd.jsonl", tmp_path / "partly.jsonl"
-    odd.write_text('{"text": "a", "label": "b"}\n{"text": "c"}\n')
+    odd.write_text('{"text": "a", "label": "b"}\n{"text": "c", "label": "d"}\n')
     partly.write_text(GOOD + '{"instruction": "a"}\n')
     count, (line,) = site_worker.check(Facts("ant", odd, tmp_path))
     assert count == 2 and "odd.jsonl" in line and "text, label" in line and "data.columns" in line
@@ -243,6 +243,30 @@ def test_rows_whose_columns_a_run_may_name_are_a_warning(tmp_path: Path) -> None
     assert site_worker.check(Facts("ant", partly, tmp_path)).warnings == (
         "partly.jsonl: 1 of 2 rows left out: missing field 'output' (rows 2)",
     )
+
+
+def test_rows_of_text_alone_and_what_is_read_otherwise_are_told(tmp_path: Path) -> None:
+    (tmp_path / "text.jsonl").write_text('{"text": "Once upon a time."}\n')
+    assert site_worker.check(Facts("ant", tmp_path / "text.jsonl", tmp_path)) == (
+        1,
+        ("text.jsonl: 1 of 1 rows: read as text to continue: all of it is trained (rows 1)",),
+    )
+
+
+def test_a_sites_log_says_what_a_split_leaves_as_a_run_does(
+    tmp_path: Path, tiny_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    chat = [{"role": role, "content": "Hello"} for role in ("user", "assistant", "user")]
+    alike = {"messages": chat}
+    few = [{"instruction": f"Case {i}?", "output": "amber"} for i in range(40)]
+    path = tmp_path / "ant.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*[alike] * 320, *few]))
+    run = loading.load(None, [*overrides(tiny_model, tmp_path), "data.test_fraction=0.5", "strategy.min_clients=1"])
+    facts = Facts("ant", path, tmp_path / "state")
+    site_worker._read_site(site_worker.at_home(run, facts), facts, "first")
+    said = caplog.text
+    assert "ant.jsonl: 320 of 360 rows: what follows the last trained answer is left out" in said
+    assert "320 of 360 rows open with the same question" in said
 
 
 @pytest.mark.parametrize(
@@ -699,3 +723,10 @@ def test_what_differs_from_a_simulation_is_said_before_the_start() -> None:
     (line,) = runs.remarks(loading.load(None, []))
     assert line.startswith("strategy.deadline_s =")
     assert runs.remarks(loading.load(None, ["strategy.deadline_s=60"])) == []
+
+
+def test_neither_the_split_nor_the_query_of_a_site_is_the_servers(tmp_path: Path, rows: Path) -> None:
+    """Either would choose which of its rows a site uses, and the second could ask a database for anything."""
+    sent = loading.load(None, ["data.split=test", "data.query=select 1", "data.source=sqlite:///elsewhere.db"])
+    data = site_worker.at_home(sent, Facts("bee", rows / "bee.jsonl", tmp_path)).data
+    assert (data.source, data.split, data.query, data.test) == (str(rows / "bee.jsonl"), "train", None, None)

@@ -20,7 +20,7 @@ from apiary.core.errors import UserError
 from apiary.core.tensors import digest
 from apiary.data import examples, federation, tokenization
 from apiary.data.federation import federate
-from apiary.doctor import examine, forecast
+from apiary.doctor import document, examine, forecast, plan
 from apiary.models import adapters
 from apiary.privacy.accounting import Mechanism, epsilon
 from apiary.tracking.event_log import read_events
@@ -246,6 +246,31 @@ def test_bad_rows_and_long_rows_are_counted(small_run: list[str], tiny_model: Pa
     assert _fact(text, "too long").startswith(f"0 cut (0.0%), {len(long)} dropped ({share:.1f}%)")
 
 
+def test_lengths_are_counted_in_bins_that_end_at_the_limit() -> None:
+    bins = plan.length_bins([1, 2, 4, 5, 32, 33, 64, 65, 512, 513, 9000], 64)
+    assert bins[:3] == [(1, 4, 3), (5, 8, 1), (9, 16, 0)]
+    assert bins[3:] == [(17, 32, 1), (33, 64, 2), (65, 128, 1), (129, 256, 0), (257, 512, 1), (513, None, 2)]
+
+
+def test_lengths_and_trained_tokens_are_told_with_what_is_cut(small_run: list[str], tmp_path: Path) -> None:
+    rows = [{"instruction": "q", "output": "a " * (90 if k % 2 else 1)} for k in range(60)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    overrides = [*small_run, f"data.source={path}", "prompt.max_tokens=64"]
+    told = document(lambda: loading.load(None, overrides))
+    clients, bins = told["clients"], told["lengths"]
+    there = sum(client["examples"] for client in clients)
+    assert sum(each["rows"] for each in bins) == there
+    long = sum(each["rows"] for each in bins if each["first"] > 64)
+    assert long == sum(client["cut"] for client in clients) == sum(c["cut_within_an_answer"] for c in clients) > 0
+    assert sum(client["turns"] for client in clients) == 2 * there
+    lost = sum(client["trained_tokens_cut"] for client in clients)
+    _, text = _doctor(overrides)
+    assert f"{lost:,} cut (" in text and f"{long} rows cut within an answer" in text
+    assert _fact(text, "turns") == f"{2 * there} in these, of them {there} of the assistant, {there} trained"
+    assert len(re.findall(r"#+ +\d+ rows .*too long$", text, re.MULTILINE)) >= 1
+
+
 def test_nothing_in_the_data_steers_the_terminal(small_run: list[str], tmp_path: Path) -> None:
     rows = instruction_rows(60)
     for row in rows:
@@ -362,3 +387,19 @@ def test_promises_and_stages_that_the_data_cannot_keep_are_problems(small_run: l
     assert not good and any("privacy.batch_rows = 1000" in line for line in _problems(text))
     good, text = _doctor([*small_run, 'continual.stages=[["first"], ["lost"]]'])
     assert not good and any("continual.stages names 'lost'" in line for line in _problems(text))
+
+
+def test_what_is_read_otherwise_and_how_many_turns_there_are_is_told(small_run: list[str], tmp_path: Path) -> None:
+    chat = [{"role": role, "content": "Who?"} for role in ("user", "user", "assistant", "user", "assistant", "user")]
+    rows = [{"messages": [{**chat[0], "content": f"Case {i}"}, *chat[1:]]} for i in range(40)]
+    rows[3]["messages"][2] = {**chat[2], "weight": 0}
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = [*small_run, f"data.source={path}", "data.partition=iid", "data.clients=2"]
+    _, text = _doctor(overrides)
+    assert "rows.jsonl: 40 of 40 (1, 2, 3, 4, 5, ...): turns of one role in a row are joined" in text
+    assert "rows.jsonl: 40 of 40 (1, 2, 3, 4, 5, ...): what follows the last trained answer is left out" in text
+    assert _fact(text, "turns") == "160 in these, of them 80 of the assistant, 79 trained"
+    found = document(lambda: loading.load(None, overrides))["data"]
+    assert (found["turns"], found["answers"], found["trained"], found["left_out"]) == (160, 80, 79, [])
+    assert [(remark["rows"], remark["first"]) for remark in found["remarks"]] == [(40, [1, 2, 3, 4, 5])] * 2

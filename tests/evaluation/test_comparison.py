@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
+from conftest import overrides_for
 from scipy import stats
 
+from apiary.config import loading
+from apiary.config.schema import RunConfig
 from apiary.data.examples import Example
-from apiary.data.turns import Turn
+from apiary.data.templates import Segment, Template
+from apiary.data.turns import ToolCall, Turn
 from apiary.evaluation import comparison, intervals
 from apiary.evaluation.comparison import Measured
+from apiary.models import adapters
+from apiary.models.adapters import LanguageModel
 
 
 def test_a_difference_is_found_where_two_intervals_overlap() -> None:
@@ -90,3 +100,78 @@ def test_accuracy_by_kind() -> None:
         "x": {"base": 0.5},
         "y": {"base": 0.0},
     }
+
+
+# -- answers that call and think, and text that asks nothing
+
+
+@pytest.fixture(scope="module")
+def small(tiny_model: Path, rows_file: Path) -> tuple[LanguageModel, RunConfig]:
+    run = loading.load(None, [*overrides_for(tiny_model, rows_file), "evaluate.generate=true"])
+    return adapters.load(run.model, run.adapter), run
+
+
+def written(turns: Sequence[Turn], *more: Any, **named: Any) -> list[Segment]:
+    """As a template that writes calls and thinking would have it."""
+    made = []
+    for turn in turns:
+        thought = f"<think>\n{turn.thinking}\n</think>\n\n" if turn.thinking else ""
+        calls = "".join(f"<call>\n{call.name} {call.arguments}\n</call>" for call in turn.calls)
+        trained = turn.role == "assistant"
+        end = "<eos>" if trained else "\nIt:"
+        made.append(Segment(f"{thought}{turn.text}{calls}{end}", trained))
+    return made
+
+
+ASK, CALL = Turn("user", "q"), ToolCall("send", '{"to": "her"}')
+
+
+@pytest.mark.parametrize(
+    ("answer", "given", "correct"),
+    [
+        (Turn("assistant", "a b"), "a  b", 1.0),
+        (Turn("assistant", "", calls=(CALL,)), '<call>\nsend {"to": "her"}\n</call>', 1.0),
+        (Turn("assistant", "", calls=(CALL,)), '<call>\nsend {"to": "him"}\n</call>', 0.0),
+        (Turn("assistant", "", calls=(CALL,)), "", 0.0),
+        (Turn("assistant", "So.", calls=(CALL,)), 'So.<call>\nsend {"to": "her"}\n</call>', 1.0),
+        (Turn("assistant", "42", thinking="6 x 7"), "<think>\nforty\nand 2\n</think>\n\n42", 1.0),
+        (Turn("assistant", "42", thinking="6 x 7"), "<think>\n42\n</think>\n\n41", 0.0),
+        (Turn("assistant", "42", thinking="6 x 7"), "<think>\n42", 0.0),
+        (Turn("assistant", "42", thinking="6 x 7"), "42", 1.0),
+        (
+            Turn("assistant", "", thinking="Her.", calls=(CALL,)),
+            '<think>\nHm.\n</think>\n\n<call>\nsend {"to": "her"}\n</call>',
+            1.0,
+        ),
+        (Turn("assistant", "", thinking="Her.", calls=(CALL,)), "<think>\nHer.\n</think>\n\n", 0.0),
+    ],
+)
+def test_an_answer_counts_as_right_with_its_calls_and_after_its_thinking(
+    answer: Turn,
+    given: str,
+    correct: float,
+    small: tuple[LanguageModel, RunConfig],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lm, run = small
+    row = Example((ASK, Turn("assistant", "x", thinking="y"), ASK, answer), {})
+    held_out = comparison.prepare([row], Template("own", "", None, written), lm, run)
+    monkeypatch.setattr(comparison, "answer_all", lambda *asked: (given,))
+    made = comparison.measure(lm, adapters.fresh_adapter(lm, 0), held_out, run)
+    assert made.correct is not None and made.correct.tolist() == [correct] and made.texts == (given,)
+
+
+def test_text_that_asks_nothing_is_scored_and_not_asked(small: tuple[LanguageModel, RunConfig]) -> None:
+    lm, run = small
+    template = Template("own", "", None, written)
+    text = Example((Turn("assistant", "A tale of bees."),), {"kind": "text"})
+    rows = [text, Example((ASK, Turn("assistant", "no")), {"kind": "talk"}), text]
+    held_out = comparison.prepare(rows, template, lm, run)
+    made = comparison.measure(lm, adapters.fresh_adapter(lm, 0), held_out, run)
+    assert len(made.nats) == 3 and np.isfinite(made.loss)
+    assert made.correct is not None and np.isnan(made.correct).tolist() == [True, False, True]
+    assert made.accuracy == 0.0 and made.texts[0] == ""
+    assert comparison.table_row("base", made, 0)["ci95"]["accuracy"] == list(intervals.of_share(np.zeros(1)))
+    assert comparison.by_kind(lambda e: e.tags["kind"], {"base": made}, held_out) == {"talk": {"base": 0.0}}
+    alone = comparison.measure(lm, adapters.fresh_adapter(lm, 0), comparison.prepare([text], template, lm, run), run)
+    assert alone.accuracy is None and comparison.table_row("base", alone, 0)["ci95"]["accuracy"] is None

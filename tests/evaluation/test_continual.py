@@ -25,7 +25,7 @@ from apiary.core.messages import Payload, Visit
 from apiary.data import stages
 from apiary.data.examples import Example, read
 from apiary.data.federation import ClientData, Federation
-from apiary.data.turns import Turn
+from apiary.data.turns import ToolCall, Turn
 from apiary.evaluation import continual as measures
 from apiary.evaluation.comparison import HeldOut, Measured
 from apiary.models import adapters
@@ -177,6 +177,45 @@ def test_what_is_stored_comes_back_and_only_its_owner_may_read_it(tmp_path: Path
     path.write_text('{"digest": 1}\n')
     with pytest.raises(ValueError, match="was it edited"):
         replay.load(tmp_path / "new", 3)
+
+
+def test_a_row_that_calls_and_thinks_comes_back_from_the_buffer(tmp_path: Path) -> None:
+    turns = (
+        Turn("user", "Sum up.\n\nA text.", data=9),
+        Turn("assistant", "", trained=False, thinking="Hm.", calls=(ToolCall("send", '{"to": 1}', "c1"),)),
+        Turn("tool", "sent", name="send", call_id="c1"),
+        Turn("assistant", "Done."),
+    )
+    rows = buffer.admit(buffer_of(0), [Example(turns, {"skill": "x"}, "[]"), Example(turns[3:], {})], 0).rows
+    assert len(rows) == 2
+    replay.save(tmp_path / "new", 1, rows)
+    assert replay.load(tmp_path / "new", 1) == rows
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"turns": [["user"]]},
+        {"turns": [["bee", "a"]]},
+        {"turns": [["user", 3]]},
+        {"turns": ["user"]},
+        {"turns": [["assistant", "", True, "", [["send"]]]]},
+        {"turns": [3]},
+        {"tools": 3},
+        {"tags": {"skill": 3}},
+        {"digest": None},
+    ],
+)
+def test_a_row_of_another_shape_is_one_line(change: dict[str, Any], tmp_path: Path) -> None:
+    replay.save(tmp_path / "new", 1, buffer.admit(buffer_of(0), rows_of(1), 0).rows)
+    (path,) = (tmp_path / "new").iterdir()
+    path.write_text(json.dumps(json.loads(path.read_text()) | change) + "\n")
+    with pytest.raises(ValueError, match="does not hold rows: was it edited"):
+        replay.load(tmp_path / "new", 1)
+    for torn in ("[]", "3", '{"digest": "', "null"):
+        path.write_text(torn)
+        with pytest.raises(ValueError, match="does not hold rows: was it edited"):
+            replay.load(tmp_path / "new", 1)
 
 
 def test_removed_rows_are_gone_from_every_version_and_nothing_takes_their_place(tmp_path: Path) -> None:

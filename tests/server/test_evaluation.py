@@ -75,7 +75,7 @@ def test_a_run_stops_by_the_panel_and_only_without_one_by_the_table() -> None:
     assert scores == {} and fields["clients"] == {} and math.isnan(fields["clients_loss"])
 
 
-def test_the_best_evaluation_is_compared_by_the_median_of_common_clients() -> None:
+def test_the_best_evaluation_is_that_with_the_lowest_median_among_common_clients() -> None:
     best = Best({}, 0)
     losses = [(5.0, 5.0, 5.0), (4.0, 4.0, 9.0), (4.0, 4.5, 1.0), (3.9, 3.9, 8.0)]
     counts = []
@@ -83,10 +83,19 @@ def test_the_best_evaluation_is_compared_by_the_median_of_common_clients() -> No
         scores = {f"c{i}": Score(loss * 10, 10, 2) for i, loss in enumerate(losses_of_round)}
         best = client_scores.update_best(best, scores)
         counts.append(best.without_gain)
-    assert counts == [0, 0, 1, 0]  # in the third no median client gains
+    assert counts == [0, 0, 1, 0]  # in the third the median client has 4.0 again
     joined = client_scores.update_best(best, {"c9": Score(1.0, 10, 2)})  # nobody in common: it is the best so far
     assert joined.without_gain == 0 and set(joined.scores) == {"c9"}
     assert client_scores.update_best(best, {}).without_gain == 1
+
+
+def test_small_gains_of_most_clients_do_not_add_up_to_a_loss() -> None:
+    """Round by round two of three gain a little and the third loses much: the first is still the best."""
+    best = Best({}, 0)
+    for losses in [(1.0, 1.0, 1.0), (0.99, 0.99, 5.0), (5.0, 0.98, 4.99), (5.1, 0.97, 4.98)]:
+        best = client_scores.update_best(best, {f"c{i}": Score(loss * 10, 10, 2) for i, loss in enumerate(losses)})
+    assert [best.scores[f"c{i}"][0] for i in range(3)] == pytest.approx([9.9, 9.9, 50.0])
+    assert best.without_gain == 2
 
 
 @pytest.mark.parametrize(

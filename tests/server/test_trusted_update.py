@@ -18,6 +18,8 @@ from apiary.config.schema import RunConfig
 from apiary.core.errors import RunFailed, UserError
 from apiary.core.messages import Fingerprint, FitReport, Hello, Payload, Update, Visit
 from apiary.data import examples
+from apiary.data.examples import Example
+from apiary.data.turns import ToolCall, Turn
 from apiary.models import adapters
 from apiary.tracking.event_log import read_events
 from apiary.transport import flower_records
@@ -88,6 +90,23 @@ def test_what_is_measured_on_is_not_trained_on(trusting: list[str], tmp_path: Pa
     with pytest.raises(UserError, match="all its questions are held out"):
         trusted_update.rows(run, everything)
     assert trusted_update.rows(of(trusting).model_copy(update={"strategy": RunConfig().strategy})) == ()
+
+
+def test_rows_without_a_question_are_told_apart_by_all_that_they_say(
+    trusting: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a question is the same whatever is trained of what was said before, and under whatever ids."""
+
+    def talk(trained: bool, label: str, n: int) -> Example:
+        call = ToolCall("count", json.dumps({"n": n}), label)
+        calling = Turn("assistant", "", trained=trained, calls=(call,))
+        return Example((Turn("user", "How many?"), calling, Turn("tool", "3"), Turn("assistant", "3")), {})
+
+    texts = tuple(Example((Turn("assistant", f"A tale of bee {i}."),), {}) for i in range(3))
+    read = (*texts, talk(True, "a", 1), talk(True, "a", 2))
+    monkeypatch.setattr(examples, "read", lambda *args, **kwargs: examples.Source(read, (), None, ()))
+    kept = trusted_update.rows(of(trusting), [texts[1], talk(False, "b", 1)])
+    assert kept == (texts[0], texts[2], read[4])
 
 
 def test_rows_that_all_come_out_empty_are_one_clear_line(trusting: list[str], tmp_path: Path) -> None:

@@ -181,6 +181,16 @@ def test_a_row_that_is_left_out_adds_nothing_and_is_still_counted(tiny_model: Pa
     assert seen.spent is not None and seen.spent.sample_rate == 0.5  # 10 of 20, not of 5
 
 
+def test_what_is_planted_or_left_out_has_no_tools_and_a_blank_row_trains_nothing(tiny_model: Path) -> None:
+    rows = [row._replace(tools="[]") for row in short_rows(64, np.random.default_rng(0))]
+    made = bench(tiny_model, rows, "adapter.rank=2", "prompt.template=plain", *PRIVATE, "rounds=1")
+    plan = audit.plant(made, audit.Options(canaries=8))
+    planted = [*plan.canaries, *(fill for _, _, fills in plan.secrets for fill in fills)]
+    assert planted and not any(row.tools for row in planted)
+    blank = replay.blank(rows[0], made.config)
+    assert not blank.tools and not any(turn.trained for turn in blank.turns if turn.role == "assistant")
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, rows_file: Path) -> Path:
     """A finished private run of one client."""

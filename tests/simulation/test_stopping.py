@@ -89,7 +89,8 @@ def test_a_run_that_stops_delivers_and_measures_its_best_round(
     assert row["loss"] != pytest.approx(in_the_log[last], rel=1e-4)
     assert row["steps"] == 4 * best == metrics["table"][1]["steps"]  # as many as made it, alone as well
 
-    said = f"Delivered: round {best} of the {last} that were done, the best by the loss on the half of "
+    whose = "the median client's loss" if by == "clients" else "the loss"
+    said = f"Delivered: round {best} of the {last} that were done, the best by {whose} on the half of "
     shown = (tmp_path / "lines").read_text(encoding="utf-8")
     for text in (shown, table_plain(metrics), Page((folder / "report.html").read_text(encoding="utf-8")).text):
         assert said in text and "set apart" in text
@@ -146,9 +147,8 @@ def test_without_patience_the_last_round_is_delivered_and_the_best_is_kept(
     loss = comparison.measure(opened.lm, opened.adapter, held_out, opened.config).loss
     assert loss == pytest.approx(metrics["rounds"][best]["loss"], rel=1e-6)
     text = Page((folder / "report.html").read_text(encoding="utf-8")).text
-    assert (
-        f"Delivered: the last round, 9. Round {best} is the best by the loss on the clients' own held-out rows" in text
-    )
+    by = "the median client's loss on the clients' own held-out rows"
+    assert f"Delivered: the last round, 9. Round {best} is the best by {by}" in text
     assert "its adapter is in adapter-best" in text
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
@@ -10,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 from pydantic import Field
 
 from apiary.core.seeds import derive_seed
-from apiary.data.examples import Example, answer
+from apiary.data.examples import Example
+from apiary.data.turns import Turn, said
 from client.curation.pipeline import STEPS, Context, Row, Step, StepResult, by_reason
 from client.curation.steps.budget import Share
-from client.curation.text import ngrams, normalise, spoken, words
+from client.curation.text import ngrams, normalise, response, spoken, words
 
 if TYPE_CHECKING:
     from datasketch import MinHash
@@ -32,16 +34,40 @@ class Said(NamedTuple):
 
 @STEPS.register("duplicates")
 def duplicates() -> Step:
-    """Drops every row that says the same as an earlier one, but for case, white space and Unicode form."""
+    """Drops every row that says the same as an earlier one, but for case, white space and Unicode form.
+
+    Rows that differ in their tools, or in which of the answers are trained, are not the same: each teaches what the
+    other does not.
+    """
 
     def apply(rows: Sequence[Row], context: Context) -> StepResult:
         first: dict[Hashable, int] = {}
         for index, example in rows:
-            first.setdefault(tuple((turn.role, normalise(turn.text)) for turn in example.turns), index)
+            first.setdefault(_normalised(example), index)
         stay = set(first.values())
         return by_reason(rows, {index: "says the same as an earlier row" for index, _ in rows if index not in stay})
 
     return Step(apply, pointwise=False)
+
+
+def _normalised(example: Example) -> Hashable:
+    turns = [
+        (turn.role, normalise(turn.text), turn.trained, normalise(turn.thinking), turn.name, _normalised_calls(turn))
+        for turn in example.turns
+    ]
+    return tuple(turns), normalise(example.tools)
+
+
+def _normalised_calls(turn: Turn) -> Hashable:
+    """The calls, whose arguments are the same in any order and layout; a capital letter in one may be meant."""
+    return tuple((call.name, _canonical(call.arguments)) for call in turn.calls)
+
+
+def _canonical(arguments: str) -> str:
+    try:
+        return json.dumps(json.loads(arguments), sort_keys=True)
+    except (ValueError, RecursionError):
+        return arguments
 
 
 @STEPS.register("near_duplicates")
@@ -90,7 +116,7 @@ _KEPT = {"longest": "longer or earlier", "first": "earlier"}
 
 
 def _length(example: Example) -> int:
-    return sum(len(turn.text) for turn in example.turns)
+    return sum(len(said(turn)) for turn in example.turns)
 
 
 def shingle_sets(examples: Sequence[Example], n: int, boilerplate: float = 1.0) -> list[Shingles]:
@@ -130,17 +156,17 @@ def _similar(rows: Sequence[Said], threshold: float, permutations: int, seed: in
 
     # Pairs are verified, so a false one costs a comparison and a missed one is lost for good.
     index = MinHashLSH(threshold=threshold, num_perm=permutations, weights=(0.1, 0.9))
-    for place, (shingles, response) in enumerate(rows):
+    for place, (shingles, answered) in enumerate(rows):
         signature = minhash(shingles, permutations, seed)
         for other in sorted(index.query(signature)):
-            alike = _alike(response, rows[other].answer, threshold)
+            alike = _alike(answered, rows[other].answer, threshold)
             if alike and jaccard(shingles, rows[other].shingles) >= threshold:
                 yield other, place
         index.insert(place, signature)
 
 
 def _response(example: Example) -> tuple[str, ...]:
-    text = answer(example)
+    text = response(example)
     return tuple(words(text) or normalise(text).split())
 
 

@@ -12,7 +12,7 @@ from pydantic import Field
 from apiary.core.errors import UserError
 from apiary.data.examples import Example
 from apiary.data.templates import Segment, Template
-from apiary.data.turns import Turn
+from apiary.data.turns import Turn, answer_index
 from client.curation.pipeline import STEPS, Context, Reader, Row, Step, StepResult, by_reason
 from client.curation.steps.budget import Count, Share, budget, over
 
@@ -20,14 +20,16 @@ if TYPE_CHECKING:  # with torch, which naming this step does without
     from apiary.data.batches import Corpus
     from apiary.models.inference import Probe
 
+_OTHERWISE = "answer is written otherwise without its question"
+
 Quantile = Annotated[float, Field(ge=0, le=1)]
 
 
 class AnswerNats(NamedTuple):
-    """Mean nats per token of each last answer, (n,) float64, in the order of the rows scored.
+    """Mean nats per token of each last trained answer, (n,) float64, in the order of the rows scored.
 
     rows: their indices; given: after the whole conversation; alone: after the bare response header; tokens: of the
-    answer, the same in both; lost: index of a row that cannot be scored -> why.
+    answer, the same in both; lost: index of a row that cannot be scored -> why. Rows without a question are in neither.
     """
 
     rows: tuple[int, ...]
@@ -54,8 +56,9 @@ def ifd(
 
     IFD = nats of the answer given the question / nats of the answer after the bare response header (Li et al. 2024,
     "From Quantity to Quality", equation 4; both per token). Above 1 the question makes the answer harder: the two do
-    not belong together, or the model does not understand the question yet. Rows that `prompt.max_tokens` cuts or
-    drops are dropped.
+    not belong together, or the model does not understand the question yet. The answer is the last one that is trained,
+    with its thinking and calls. Rows that `prompt.max_tokens` cuts or drops are dropped. Rows without a question, such
+    as plain text, have no IFD: they stay, and a budget takes them after all others, in their order.
 
     Args:
         threshold: largest IFD; none: any.
@@ -89,10 +92,10 @@ def ifd(
         reasons = {**nats.lost, **_beyond(scores, threshold)}
         left = {index: score for index, score in scores.items() if index not in reasons}
         reasons |= _outside(left, band)
-        ranked = sorted(
-            (i for i in left if i not in reasons), key=lambda i: (-scores[i] if order == "highest" else scores[i], i)
-        )
+        sign = -1 if order == "highest" else 1
+        ranked = sorted((i for i in left if i not in reasons), key=lambda i: (sign * scores[i], i))
         if limit.limited:
+            ranked += [index for index, example in given if not _asks(example)]
             reasons |= over(ranked, limit, given, context)
         return by_reason(given, reasons, scores)
 
@@ -125,30 +128,36 @@ def answer_nats(rows: Sequence[Row], reader: Reader, *, one_by_one: bool = False
     """The loss of each row's last answer with and without what comes before it.
 
     Both are written by the run's own template, the second with an empty question, and tokenised segment by segment,
-    so the answer's tokens are the same ones.
+    so the answer's tokens are the same ones. A row of which a template makes other tokens without its question is lost.
 
     Args:
         rows: what to score.
         reader: template, tokenizer and model.
         one_by_one: each in a forward pass of its own.
     """
-    probe = reader.probe()
+    probe, rows = reader.probe(), [row for row in rows if _asks(row[1])]
     if one_by_one and len(rows) > 1:
         return _joined([_nats([row], reader, probe) for row in rows])
     return _nats(rows, reader, probe)
 
 
+def _asks(example: Example) -> bool:
+    """Whether anything is asked, by a user or with a tool's result, before the last trained answer."""
+    return any(turn.role in ("user", "tool") for turn in example.turns[: answer_index(example.turns)])
+
+
 def _nats(rows: Sequence[Row], reader: Reader, probe: Probe) -> AnswerNats:
     lost: dict[int, str] = {}
-    asked, rows = _encoded(rows, [example for _, example in rows], reader, lost)
+    asked, rows = _encoded(rows, [_whole(example) for _, example in rows], reader, lost)
     bare, usable = _encoded(rows, [_bare(example) for _, example in rows], reader, lost)
     if len(usable) < len(rows):
-        asked, rows = _encoded(usable, [example for _, example in usable], reader, lost)
+        asked, rows = _encoded(usable, [_whole(example) for _, example in usable], reader, lost)
     given, tokens = probe.losses(asked)
     alone, same = probe.losses(bare)
-    if not np.array_equal(tokens, same):
-        raise ValueError("an answer has other tokens without its question")
-    return AnswerNats(tuple(index for index, _ in rows), given / tokens, alone / tokens, tokens, lost)
+    fits = tokens == same
+    lost |= {index: _OTHERWISE for (index, _), fit in zip(rows, fits.tolist(), strict=True) if not fit}
+    indices = tuple(index for (index, _), fit in zip(rows, fits.tolist(), strict=True) if fit)
+    return AnswerNats(indices, (given / tokens)[fits], (alone / tokens)[fits], tokens[fits], lost)
 
 
 def _joined(parts: Sequence[AnswerNats]) -> AnswerNats:
@@ -157,8 +166,15 @@ def _joined(parts: Sequence[AnswerNats]) -> AnswerNats:
     return AnswerNats(tuple(index for part in parts for index in part.rows), given, alone, tokens, lost)
 
 
+def _whole(example: Example) -> Example:
+    """The row up to its last trained answer, which alone is trained."""
+    end = answer_index(example.turns)
+    before = (turn._replace(trained=turn.role != "assistant") for turn in example.turns[:end])
+    return example._replace(turns=(*before, example.turns[end]))
+
+
 def _bare(example: Example) -> Example:
-    return Example((Turn("user", ""), example.turns[-1]), {})
+    return Example((Turn("user", ""), example.turns[answer_index(example.turns)]), {})
 
 
 def _encoded(
@@ -176,9 +192,12 @@ def _encoded(
 def last_answer(template: Template) -> Template:
     """The same template with the last answer alone trained."""
 
-    def split(turns: Sequence[Turn]) -> list[Segment]:
-        segments = template.split(turns)
-        last = max(i for i, segment in enumerate(segments) if segment.trained)
-        return [segment._replace(trained=i == last) for i, segment in enumerate(segments)]
+    def split(turns: Sequence[Turn], tools: str = "", think: bool = False) -> list[Segment]:
+        segments = template.split(turns, tools, think)
+        last = max((i for i, segment in enumerate(segments) if segment.trained), default=-1)
+        first = last  # of the answer's own segments, between which nothing stands that is not trained
+        while first and segments[first - 1].trained:
+            first -= 1
+        return [segment._replace(trained=first <= i <= last) for i, segment in enumerate(segments)]
 
     return dataclasses.replace(template, split=split)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import bisect
 import ipaddress
+import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, TypeAlias
+from itertools import chain
+from typing import Literal, NamedTuple, TypeAlias
 
 from apiary.core.errors import UserError
 from apiary.data.examples import Example
+from apiary.data.turns import ToolCall, Turn
 from client.curation.phones import Found, phones
 from client.curation.pipeline import STEPS, Context, Row, Step, StepResult
 from client.curation.text import MARKS, UNSPACED
@@ -24,8 +28,10 @@ Finder: TypeAlias = Callable[[str], Iterator[Found]]
 def mask(kinds: tuple[Kind, ...] = ("email", "iban", "card", "phone"), regions: tuple[str, ...] = ()) -> Step:
     """Replaces e-mail addresses, phone numbers, card numbers and IBANs by placeholders such as `<EMAIL_1>`.
 
-    The same value has the same placeholder in all turns of a row, and placeholders already there keep theirs, so
-    that masking twice changes nothing more. Names, postal addresses and the row's tags are not touched.
+    The same value has the same placeholder in all of a row: in what is said and thought, in calls and results of
+    tools, and in the tools' manual. Placeholders already there keep theirs, so that masking twice changes nothing more.
+    JSON stays JSON: a number that is masked becomes a string. Names, postal addresses and the row's tags are not
+    touched.
 
     Args:
         kinds: what to look for; `ip` is off by default, because version numbers look the same.
@@ -62,38 +68,157 @@ def _check_regions(regions: Sequence[str]) -> None:
 
 
 def _masked(example: Example, finders: Sequence[tuple[str, Finder]]) -> Example:
-    before = [turn.text for turn in example.turns]
-    texts, masked = before, list(before)
+    before = [*chain.from_iterable(map(_parts, example.turns)), _Part(example.tools)]
+    parts, masked = before, list(before)
     numbers: dict[str, dict[str, int]] = {name: {} for name, _ in finders}
     first = {name: _highest(before, name) + 1 for name, _ in finders}
     while True:  # a detail that leant on another shows only once that one is gone
         for name, find in finders:
-            masked = [_replace(text, name, find, numbers[name], first[name]) for text in masked]
-        if masked == texts:
+
+            def placeholder(value: str, name: str = name) -> str:
+                return f"<{name}_{numbers[name].setdefault(value, first[name] + len(numbers[name]))}>"
+
+            masked = [_replace(part, find, placeholder) for part in masked]
+        if masked == parts:
             break
-        texts = masked
-    if texts == before:
+        parts = masked
+    if parts == before:
         return example
-    turns = (turn._replace(text=text) for turn, text in zip(example.turns, texts, strict=True))
-    return example._replace(turns=tuple(turns))
+    left = iter(parts)
+    return example._replace(turns=tuple(_with_parts(turn, left) for turn in example.turns), tools=next(left).text)
 
 
-def _highest(texts: Sequence[str], name: str) -> int:
-    """The highest number of a placeholder that is there already."""
-    return max((int(k) for text in texts for k in re.findall(rf"<{name}_(\d{{1,6}})>", text)), default=0)
+class _Part(NamedTuple):
+    """A text of a row, and an index into it that moves with it: where the data of a turn begins."""
+
+    text: str
+    data: int | None = None
 
 
-def _replace(text: str, name: str, find: Finder, numbers: dict[str, int], first: int) -> str:
-    """The text with each found value as `<NAME_k>`; values not yet in `numbers` are added, counting on from `first`."""
-    parts, at = [], 0
+def _parts(turn: Turn) -> Iterator[_Part]:
+    """All texts of a turn."""
+    yield from (_Part(turn.thinking), _Part(turn.text, turn.data), _Part(turn.name), _Part(turn.call_id))
+    for call in turn.calls:
+        yield from map(_Part, call)
+
+
+def _with_parts(turn: Turn, parts: Iterator[_Part]) -> Turn:
+    """The turn with the next of the parts in the places from which `_parts` took them."""
+    thinking, (text, data), name, call_id = (next(parts) for _ in range(4))
+    calls = tuple(ToolCall(*(next(parts).text for _ in call)) for call in turn.calls)
+    return turn._replace(
+        thinking=thinking.text, text=text, data=data, name=name.text, call_id=call_id.text, calls=calls
+    )
+
+
+def _highest(parts: Sequence[_Part], name: str) -> int:
+    """The highest number of a placeholder that is there already; some write JSON without < and >."""
+    known = re.compile(rf"(?:<|\\u003c){name}_(\d{{1,6}})(?:>|\\u003e)", re.I)
+    return max((int(k) for part in parts for k in known.findall(part.text)), default=0)
+
+
+class _Edit(NamedTuple):
+    """What is put in the place of a stretch of text."""
+
+    start: int
+    end: int
+    text: str
+
+
+def _replace(part: _Part, find: Finder, placeholder: Callable[[str], str]) -> _Part:
+    """The part with a placeholder for each found value; JSON stays JSON."""
+    if not part.text:
+        return part
+    if _is_json(part.text):
+        part = _edited(part, _literal_edits(part.text, find, placeholder))
+        # Once more as plain text, where words of one value say what stands in another.
+        return _edited(part, _edits_that_fit(part.text, find, placeholder))
+    return _edited(part, _edits(part.text, find, placeholder))
+
+
+def _edits(text: str, find: Finder, placeholder: Callable[[str], str], start: int = 0) -> list[_Edit]:
+    """Edits for the values that begin at `start` or later."""
+    return [
+        _Edit(found.start, found.end, placeholder(found.value)) for found in _apart(text, find) if found.start >= start
+    ]
+
+
+def _apart(text: str, find: Finder) -> Iterator[Found]:
+    """The found values that lie in no other one."""
+    at = 0
     # Of two that begin together the longer; of equal ones the first that was found.
-    for start, end, value in sorted(find(_plain(text)), key=lambda found: (found.start, -found.end)):
-        if start < at:
-            continue  # inside the one before
-        number = numbers.setdefault(value, first + len(numbers))
-        parts += [text[at:start], f"<{name}_{number}>"]
-        at = end
-    return "".join([*parts, text[at:]])
+    for found in sorted(find(_plain(text)), key=lambda found: (found.start, -found.end)):
+        if found.start >= at:
+            yield found
+            at = found.end
+
+
+def _edited(part: _Part, edits: Sequence[_Edit]) -> _Part:
+    pieces, at = [], 0
+    for edit in edits:
+        pieces += [part.text[at : edit.start], edit.text]
+        at = edit.end
+    data = part.data
+    if data is not None:
+        before = [edit for edit in edits if edit.start < data]
+        data += sum(len(edit.text) - (edit.end - edit.start) for edit in before)
+        if before and before[-1].end > (part.data or 0):  # what lies across is data as a whole
+            data += before[-1].end - (part.data or 0) - len(before[-1].text)
+    return _Part("".join([*pieces, part.text[at:]]), data)
+
+
+# --- JSON: arguments of calls, manuals and results of tools, answers in a given form
+
+_LITERAL = re.compile(r'"(?:[^"\\]|\\.)*"|-?\d[\d.eE+-]*')
+_IS_KEY = re.compile(r"\s*:")
+_NAME_BORDER = re.compile(r"(?<=[a-z])(?=[A-Z])|[_-]")
+
+
+def _is_json(text: str) -> bool:
+    """Whether it is a JSON object or list as a whole."""
+    if text.lstrip()[:1] not in ("{", "["):
+        return False
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _literal_edits(text: str, find: Finder, placeholder: Callable[[str], str]) -> list[_Edit]:
+    """Edits within single strings and numbers as they read; of a value the key is what stands before it."""
+    edits: list[_Edit] = []
+    key = ""
+    for literal in _LITERAL.finditer(text):
+        value = json.loads(literal[0]) if literal[0][0] == '"' else literal[0]
+        if _IS_KEY.match(text, literal.end()):
+            lead, key = "", f"{_NAME_BORDER.sub(' ', value)}: "
+        else:
+            lead = key
+        if found := _edits(lead + value, find, placeholder, len(lead)):
+            masked = _edited(_Part(lead + value), found).text[len(lead) :]
+            is_ascii = literal[0].isascii() or "\\u" in literal[0]
+            edits.append(_Edit(*literal.span(), json.dumps(masked, ensure_ascii=is_ascii)))
+    return edits
+
+
+def _edits_that_fit(text: str, find: Finder, placeholder: Callable[[str], str]) -> list[_Edit]:
+    """Edits of the text as it stands, each within one string or number, after which it is JSON as before."""
+    literals = [literal.span() for literal in _LITERAL.finditer(text)]
+    starts = [start for start, _ in literals]
+    edits: list[_Edit] = []
+    for found in _apart(text, find):
+        if not (place := bisect.bisect_right(starts, found.start)):
+            continue
+        start, end = literals[place - 1]
+        if found.end > end:
+            continue
+        if text[start] != '"':
+            number = f"{text[start : found.start]}{placeholder(found.value)}{text[found.end : end]}"
+            edits.append(_Edit(start, end, json.dumps(number)))
+        elif "\\" not in text[start:end]:
+            edits.append(_Edit(found.start, found.end, placeholder(found.value)))
+    return edits
 
 
 # Full-width forms as East Asian keyboards write them, digits of every script, hyphens that look like hyphens: one

@@ -10,10 +10,11 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from apiary.core.errors import UserError
-from apiary.data.examples import Example, answer
+from apiary.data.examples import Example
+from apiary.data.turns import answer_index
 from client.curation.pipeline import STEPS, Context, Row, Step, StepResult, by_reason
 from client.curation.steps.budget import Count, Share
-from client.curation.text import ngrams, normalise, question, spoken, words
+from client.curation.text import ngrams, normalise, question, response, spoken, words
 
 _REPEATED_WORDS = 3  # words in a run that counts as said again
 
@@ -28,10 +29,11 @@ def length(
     """Drops answers that are too short or long, only punctuation, the question once more, or going in circles.
 
     Args:
-        min: fewest words or characters of the last answer.
+        min: fewest words or characters of the last trained answer, of its text and calls without the thinking.
         max: most of them.
         unit: what is counted; a character of a script without spaces is a word.
-        repetition: largest share of an answer's runs of three words that may have stood in it before; unset: any.
+        repetition: largest share of an answer's runs of three words that may have stood in it before, and likewise of
+            its thinking's; unset: any.
 
     Raises:
         UserError: `min` is above `max`.
@@ -40,7 +42,7 @@ def length(
         raise UserError(f"curate.steps: 'length' has min = {min} above max = {max}")
 
     def problem(example: Example) -> str | None:
-        text = answer(example)
+        text = response(example)
         if _only_punctuation(text):
             return "answer is empty or only punctuation"
         size = len(words(text)) if unit == "words" else len(unicodedata.normalize("NFC", text))
@@ -51,7 +53,8 @@ def length(
             return "answer too long"
         if normalise(text) == normalise(question(example)):
             return "answer is the question"
-        if repetition is not None and _repeated(text) > repetition:
+        thinking = example.turns[answer_index(example.turns)].thinking  # which often tells the answer ahead
+        if repetition is not None and (_repeated(text) > repetition or _repeated(thinking) > repetition):
             return "answer repeats itself"
         return None
 
@@ -105,4 +108,6 @@ def held_out(n: Annotated[int, Field(ge=2)] = 10, boilerplate: Count = 10) -> St
 
 
 def _asked(example: Example) -> str:
-    return " ".join(words(question(example))) or normalise(question(example))
+    """The question; of a row without one all that is said, or each would be the same as every other."""
+    asked = question(example) or spoken(example)
+    return " ".join(words(asked)) or normalise(asked)

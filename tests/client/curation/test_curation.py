@@ -456,6 +456,47 @@ def test_rows_that_do_not_fit_are_dropped_with_a_reason(reader: Reader) -> None:
     assert made.reports[0].reasons == {"too long for prompt.max_tokens = 96": 2}
 
 
+def test_text_without_a_question_has_no_ifd_and_is_the_last_that_a_budget_takes(reader: Reader) -> None:
+    texts = [Example((Turn("assistant", f"A tale of bee {i}."),), {}) for i in range(3)]
+    rows = [texts[0], row("Name a bee.", "Maja"), *texts[1:], row("Name two.", "Maja and Willy")]
+    made = curate(rows, [method("ifd", threshold=None)], Context(reader=reader))
+    assert made.kept == (0, 1, 2, 3, 4) and list(made.scores["ifd"]) == [1, 4]
+    assert kept(rows, "ifd", Context(reader=reader), threshold=None, rows=3) == [0, 1, 4]
+    assert kept(texts, "ifd", Context(reader=reader)) == [0, 1, 2]
+
+
+def test_ifd_is_that_of_the_last_answer_that_is_trained(reader: Reader) -> None:
+    asked, answered = Turn("user", "Name a bee."), Turn("assistant", "Maja of the hive")
+    context = answered._replace(text="Willy", trained=False)
+    rows = [
+        Example((asked, answered), {}),
+        Example((asked, answered, asked, context), {}),
+        Example((asked, answered._replace(trained=False), asked, context._replace(trained=True)), {}),
+        Example((asked, answered, asked, context._replace(trained=True)), {}),
+    ]
+    scores = curate(rows, [method("ifd", threshold=None)], Context(reader=reader)).scores["ifd"]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-5)
+    assert scores[2] == pytest.approx(scores[3], rel=1e-5)
+    assert scores[0] != pytest.approx(scores[2], rel=1e-4)
+
+
+def test_an_answer_that_is_written_otherwise_without_its_question_costs_its_row_alone(reader: Reader) -> None:
+    class Otherwise(Table):
+        def losses(self, corpus: Any) -> tuple[np.ndarray, np.ndarray]:
+            nats, tokens = super().losses(corpus)
+            tokens[1] += self.calls == 2
+            return nats, tokens
+
+    made = curate(
+        [row(f"question {i}", "answer") for i in range(3)],
+        [method("ifd")],
+        Context(reader=reader._replace(probe=lambda: Otherwise([0.5, 0.6, 0.7]))),
+    )
+    assert made.kept == (0, 2)
+    assert made.scores["ifd"] == pytest.approx({0: 0.5, 2: 0.7})
+    assert made.reports[0].reasons == {"answer is written otherwise without its question": 1}
+
+
 def test_scoring_leaves_the_model_as_it_was(reader: Reader) -> None:
     lm = reader.probe()._lm  # type: ignore[attr-defined]
     before = copy.deepcopy(adapters.get_adapter(lm))
