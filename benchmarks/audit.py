@@ -28,17 +28,18 @@ from simulation.replay import Bench
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "audit.json"
-BATCH_ROWS = 160
+BATCH_ROWS = 88
 SETTINGS = [
     "rounds=4",
     "adapter.rank=4",
     "adapter.alpha=4.0",
-    "data.clients=6",  # so that a client has rows enough for a rate at 1%
+    "data.clients=6",
+    "data.test_fraction=0.5",  # so that a client has rows left out by the hundred: a rate at 1% needs them
     "data.partition=iid",
     "train.steps=3",
     "train.lr=1e-2",
     "train.warmup=0.0",
-    "train.batch_tokens=7250",  # about as many rows in a step as private runs expect
+    "train.batch_tokens=3950",  # about as many rows in a step as private runs expect
 ]
 
 
@@ -60,14 +61,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--epsilons", default="16,8,3")
-    parser.add_argument("--canaries", type=int, default=200)
+    parser.add_argument("--canaries", type=int, default=260)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=1, help="audits at a time")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("-s", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     args = parser.parse_args()
     each = [(seed, budget) for seed in range(args.seeds) for budget in ["none", *args.epsilons.split(",")]]
-    settings = {"keys": [*SETTINGS, *args.overrides], "batch_rows": BATCH_ROWS}
+    settings = {"keys": [*SETTINGS, *args.overrides], "batch_rows": BATCH_ROWS, "jobs": args.jobs}
     runs: list[dict[str, Any]] = []
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
         made = [pool.submit(run, *which, args.canaries, args.overrides, args.threads) for which in each]

@@ -340,7 +340,7 @@ def audit(results: dict[str, Any]) -> str:
         "",
         lambda runs: _spread([r["claim"]["epsilon"] for r in runs], 1, 2) if runs[0]["claim"] else "",
     )
-    return "\n".join([*lines, "", f"{_audited(runs, last)} On {_machine(results)}."])
+    return "\n".join([*lines, "", f"{_audited(results, last)} On {_machine(results)}."])
 
 
 def _of_each(runs: list[dict[str, Any]], part: str, key: str, value: int) -> list[dict[str, Any]]:
@@ -356,21 +356,25 @@ def _hull(figures: list[dict[str, Any]], scale: float, digits: int) -> str:
     return f"{value} [{scale * min(ends[0]):.{digits}f}, {scale * max(ends[1]):.{digits}f}]"
 
 
-def _audited(runs: list[dict[str, Any]], last: int) -> str:
+def _audited(results: dict[str, Any], last: int) -> str:
     """What the figures of the audits are of, and what their brackets are."""
+    runs = results["runs"]
     members = [row for run in runs for row in run["membership"]]
     inside, out = (f"{min(r[key] for r in members)} to {max(r[key] for r in members)}" for key in ("members", "others"))
     passed = [row["false_positives"] for row in members]
     low, high = 100 * min(each["low"] for each in passed), 100 * max(each["high"] for each in passed)
     secrets, batches = len(runs[0]["exposure"][0]["bits"]), runs[0]["inversion"][0]["trials"]
-    rows, canaries = _spread([run["rows"] for run in runs], 1, 0), runs[0]["lower_bound"]["canaries"]
+    rows, canaries = (
+        " to ".join(map(str, sorted({min(each), max(each)})))
+        for each in ([run["rows"] for run in runs], [run["lower_bound"]["canaries"] for run in runs])
+    )
     return (
         f"Mean over {len({run['seed'] for run in runs})} seeds. Square brackets: the lowest and the highest end of the "
         f"95% intervals that each seed's run has of its own. {inside} rows in and {out} out; the threshold that lets "
         f"1% of those through lets {low:.1f} to {high:.1f}% of all others through (95%). {secrets} secrets of each "
         f"kind and {batches} batches of each size in a run. Round brackets: range over seeds. One client of 6 with "
         f"{rows} rows, {last} visits of 3 steps, rank 4; {canaries} canaries. Each audit took "
-        f"{_spread([run['seconds'] for run in runs], 1, 0)} s, two at a time."
+        f"{_spread([run['seconds'] for run in runs], 1, 0)} s, {results['settings']['jobs']} at a time."
     )
 
 
