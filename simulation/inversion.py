@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from apiary.config.schema import ContinualConfig, CurateConfig, RunConfig
@@ -112,6 +113,28 @@ def drill(
 
     The reference is what the updates of the other batches recover of this one. Rows of a client share common words, and
     the guesses of pure noise fall on some tokens rather than on others, so a uniform guess would be too low a bar.
+    Takes what `read_batches` does.
+
+    Returns:
+        Pairs (by the batch's own update, by those of the others), NaN for the second of a single batch; nothing where
+        no adapted layer has an input that follows from a token alone, or no A is trained.
+    """
+    found: dict[int, list[tuple[float, float]]] = {}
+    for rows, shares in read_batches(bench, start, noise, sizes, folder, seed).items():
+        others = [float(np.delete(row, i).mean()) if len(row) > 1 else math.nan for i, row in enumerate(shares)]
+        found[rows] = list(zip(shares.diagonal().tolist(), others, strict=True))
+    return found
+
+
+def read_batches(
+    bench: Bench,
+    start: StateDict,
+    noise: float | None,
+    sizes: Sequence[tuple[int, int]],
+    folder: Path,
+    seed: int,
+) -> dict[int, NDArray[np.float64]]:
+    """By batch size, which share of each batch's tokens each batch's update gives away.
 
     Args:
         bench: the client and its run.
@@ -122,8 +145,8 @@ def drill(
         seed: of the batches and the copies' keys.
 
     Returns:
-        Pairs (by the batch's own update, by those of the others), NaN for the second of a single batch; nothing where
-        no adapted layer has an input that follows from a token alone, or no A is trained.
+        (k, k), row i of the i-th batch, column j by the update of the j-th; nothing where no adapted layer has an input
+        that follows from a token alone, or no A is trained.
     """
     lm = bench.lm
     bench = bench._replace(counts=EXACT)  # every row of a batch is in its step, whatever the site plans with
@@ -137,7 +160,7 @@ def drill(
     usable = [row for i, row in enumerate(bench.client.train) if i not in whole.dropped]
     common = _in_every(whole)
     rng = np.random.default_rng(seed)
-    found: dict[int, list[tuple[float, float]]] = {}
+    found: dict[int, NDArray[np.float64]] = {}
     for rows, trials in sizes:
         seen: list[tuple[np.ndarray, np.ndarray]] = []  # the scores by an update, and the tokens of its batch
         worker = Worker(one_step(bench.config, noise, rows), PLAIN)
@@ -153,9 +176,7 @@ def drill(
             if len(np.setdiff1d(ids, common)):
                 seen.append((scores, np.unique(ids)))
         if seen:
-            shares = np.array([[inversion.recovery(scores, ids, common) for scores, _ in seen] for _, ids in seen])
-            others = [float(np.delete(row, i).mean()) if len(row) > 1 else math.nan for i, row in enumerate(shares)]
-            found[rows] = list(zip(shares.diagonal().tolist(), others, strict=True))
+            found[rows] = np.array([[inversion.recovery(scores, ids, common) for scores, _ in seen] for _, ids in seen])
     return found
 
 
