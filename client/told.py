@@ -9,16 +9,16 @@ from __future__ import annotations
 import math
 
 from apiary.config.schema import RunConfig
-from apiary.core.counts import CountPolicy, two_digits_down
+from apiary.core.counts import CountPolicy, raised
 from apiary.core.messages import CurationCounts, FitReport, Score
 
 
 def handshake(policy: CountPolicy, rows: int, tokens: int, config: RunConfig) -> tuple[int, int]:
-    """How many rows a client has to train on, and response tokens in them; zeros where it has none."""
-    if policy.kind == "exact" or not tokens:
-        return rows, tokens
+    """How many rows a client has to train on, and response tokens in them; unless stated, zeros where it has none."""
     if policy.kind == "declared":
         return policy.rows, _stated_tokens(policy, config)
+    if policy.kind == "exact" or not tokens:
+        return rows, tokens
     rows = policy.told_some(rows)
     return rows, min(policy.told_some(tokens), rows * config.prompt.max_tokens)
 
@@ -31,7 +31,8 @@ def _stated_tokens(policy: CountPolicy, config: RunConfig) -> int:
 def report(policy: CountPolicy, made: FitReport, config: RunConfig) -> FitReport:
     """The counts of a visit without privacy; `tokens`, the weight of its update, follow the policy too.
 
-    Steps are told as they are where the run sets their number, else to two digits. Of declared numbers a visit tells
+    Steps are told as they are where the run sets their number, else raised to two digits, for a batch may be a row. Of
+    declared numbers a visit tells
     the part that it covers: `train.epochs` of them, or all of them where the run sets steps, but no more than fit into
     its batches.
     """
@@ -39,7 +40,7 @@ def report(policy: CountPolicy, made: FitReport, config: RunConfig) -> FitReport
         return made
     if policy.kind == "declared":
         return _declared(policy, made, config)
-    steps = made.steps if config.train.epochs is None else two_digits_down(made.steps)
+    steps = made.steps if config.train.epochs is None else raised(made.steps)
     room = steps * _step_tokens(config)
     return made._replace(
         tokens=min(policy.told_some(made.tokens), room),

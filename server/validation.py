@@ -11,6 +11,7 @@ import math
 from torch import Tensor
 
 from apiary.config.schema import RunConfig
+from apiary.core.counts import raised
 from apiary.core.errors import Poisoned, WireError
 from apiary.core.lora import is_b
 from apiary.core.messages import CurationCounts, Decline, FitReport, Hello, Payload, Score, Spent, Visit
@@ -167,7 +168,7 @@ def _check_report(report: FitReport, config: RunConfig, examples: int | None, pr
         raise WireError(f"it reports {report.replayed} replayed tokens; continual.buffer = {config.continual.buffer:g}")
     if private and not math.isnan(report.loss):
         raise WireError("it tells its training loss, which differential privacy withholds; is it another version?")
-    if not private and not math.isfinite(report.loss):
+    if not private and math.isinf(report.loss):  # NaN: it has walked too few rows to tell one
         raise WireError(f"its loss is {report.loss}")
 
 
@@ -188,7 +189,7 @@ def _most_steps(config: RunConfig, examples: int | None) -> int:
         return train.steps or 1
     if examples is None:
         return MOST
-    return max(1, math.ceil(train.epochs * examples / train.accumulate))  # with a batch for each example
+    return raised(max(1, math.ceil(train.epochs * examples / train.accumulate)))  # with a batch for each example
 
 
 def _most_tokens(config: RunConfig, private: bool) -> int:
