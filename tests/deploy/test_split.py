@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import random
+import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -46,8 +48,8 @@ class Server:
         self.adapter = adapters.fresh_adapter(lm, 0)
         self._content = flower_records.request(1, flower_records.to_arrays(self.adapter), ArrayRecord())
 
-    def ask(self, kind: str, *changes: str, name: str = "run") -> Envelope:
-        """The answer to a message, where `changes` are settings of the run that the server chooses."""
+    def settings(self, *changes: str) -> RunConfig:
+        """The run, where `changes` are settings of it that the server chooses."""
         values = self.run.model_dump(mode="json")
         for change in changes:
             key, _, value = change.partition("=")
@@ -56,9 +58,13 @@ class Server:
             for parent in parents:
                 part = part[parent]
             part[last] = json.loads(value)
+        return loading.parse(values)
+
+    def ask(self, kind: str, *changes: str, name: str = "run") -> Envelope:
+        """The answer to a message of a run with these `changes`."""
         content = RecordDict() if kind == flower_records.HELLO else self._content
         body = recorddict_to_proto(content).SerializeToString()
-        header = {"kind": kind, "round": "1", "config": loading.parse(values).to_json(), "name": name}
+        header = {"kind": kind, "round": "1", "config": self.settings(*changes).to_json(), "name": name}
         return self.service.answer(Envelope(header, body))
 
     def hello(self, *changes: str) -> Hello | str:
@@ -83,7 +89,10 @@ def serve(tmp_path: Path, tiny_model: Path) -> Callable[..., Server]:
         if rows is not None:
             data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         run = loading.load(None, [*overrides(tiny_model, folder), "evaluate.clients=true", *more])
-        return Server(Facts("ant", data, tmp_path / f"state-{name}", run.model.name, **facts), run)
+        state, agreed = tmp_path / f"state-{name}", facts.pop("agreed", False)
+        if agreed:
+            split.repin(state, run.data.test_fraction, new_key=True, agreed=run)
+        return Server(Facts("ant", data, state, run.model.name, **facts), run)
 
     return made
 
@@ -293,6 +302,7 @@ def _held(number: int, made: split.Split) -> bool:
 def test_counts_are_rounded_to_two_digits_and_tens(count: int, told_as: int) -> None:
     assert counts.rounded(count) == told_as
     assert counts.most("rounded", told_as) >= count
+    assert count <= counts.raised(count) == counts.rounded(counts.raised(count)) < count + max(10, count / 10)
     assert ROUNDED.told_some(count) == max(told_as, 10 if count else 0)
 
 
@@ -328,7 +338,8 @@ def test_a_site_rounds_its_counts_unless_its_operator_says_otherwise(serve: Call
     settings = (*CURATED, "data.test_fraction=0.3")
     exact, plain = (serve(n, rows, *settings, **facts) for n, facts in (("e", {"counts": EXACT}), ("p", {})))
     for server in (exact, plain):
-        split.save(server.facts.state, split.Split(0.3, bytes(32)))  # the same rows, to compare
+        # The same rows, to compare.
+        split.save(server.facts.state, split.Split(0.3, bytes(32), split.reading(server.run)))
     true, told_ = exact.hello(), plain.hello()
     assert isinstance(true, Hello) and isinstance(told_, Hello)
     assert (true.counts, told_.counts) == ("exact", "rounded")
@@ -340,7 +351,7 @@ def test_a_site_rounds_its_counts_unless_its_operator_says_otherwise(serve: Call
     assert any(number % 10 for number in _numbers(a))
     assert b.update.weight == b.report.tokens == counts.rounded(a.report.tokens)
     assert b.report.examples == counts.rounded(a.report.examples)
-    assert b.report.steps == counts.two_digits_down(a.report.steps)
+    assert b.report.steps == counts.raised(a.report.steps)
     assert all(number % 10 == 0 for number in (b.curated.rows, b.curated.kept, *b.curated.dropped.values()))
     assert a.report.loss == b.report.loss
     scores = [flower_records.read_score_reply(_content(each.ask("evaluate")))[1] for each in (exact, plain)]
@@ -356,7 +367,7 @@ def test_declared_counts_are_all_that_leaves(serve: Callable[..., Server]) -> No
     stated = CountPolicy("declared", 500, 9_000)
     seen = []
     for name, rows in (("few", instruction_rows(30)), ("many", instruction_rows(47, seed=3))):
-        server = serve(name, rows, *CURATED, "data.test_fraction=0.5", counts=stated)
+        server = serve(name, rows, *CURATED, "data.test_fraction=0.5", counts=stated, agreed=True)
         hello, visit = server.hello(), server.visit()
         _, score = flower_records.read_score_reply(_content(server.ask("evaluate")))
         assert isinstance(hello, Hello) and isinstance(visit, Visit) and math.isfinite(visit.report.loss)
@@ -417,7 +428,8 @@ def test_under_record_level_privacy_no_number_depends_on_the_rows(
     seen = []
     for name, rows in (("one", instruction_rows(40)), ("other", [*instruction_rows(43, seed=9)[:42], long])):
         fraction = 0.3 if policy.kind == "declared" else 0.0  # rounded, another split could be another number
-        server = serve(name, rows, *PRIVATE, length, curate, f"data.test_fraction={fraction}", counts=policy)
+        more = (*PRIVATE, length, curate, f"data.test_fraction={fraction}")
+        server = serve(name, rows, *more, counts=policy, agreed=True)
         answers = [server.ask(kind) for kind in (flower_records.HELLO, "train", "evaluate")]
         assert not any(answer.header for answer in answers)
         visit = flower_records.read_train_reply(_content(answers[1]))
@@ -460,3 +472,152 @@ def test_a_declared_number_of_rows_sets_the_sampling_rate_that_is_charged(serve:
     (entry,) = json.loads((server.facts.state / "ledger.json").read_text())["entries"]
     assert entry["rates"] == {"0": 0.1}
     assert visit.update.weight == 16.0
+
+
+# -- which rows count, and how they are read ----------------------------------------------------------
+
+STATED = CountPolicy("declared", 60, 900)
+_PRIVATE_RUN = (*PRIVATE, "privacy.epsilon=50.0", "train.steps=2")
+MODES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "plain": (("train.steps=2",), {}),
+    "plain, stated counts": (("train.steps=2",), {"counts": STATED}),
+    "private": (_PRIVATE_RUN, {}),
+    "private, stated counts": (_PRIVATE_RUN, {"counts": STATED}),
+}
+_ANN, _STAGE = 'continual.by="name"', 'continual.stages=[["Ann Smith"]]'
+# What a server may set to ask for few rows, or for rows read otherwise; together they name every key that could.
+QUESTIONS: tuple[tuple[str, ...], ...] = (
+    (_ANN, _STAGE),
+    (_ANN, 'continual.stages=[["Ann Smith"], ["person 1"]]', "rounds=2"),
+    (
+        _ANN,
+        'continual.stages=[["person 1"], ["Ann Smith"]]',
+        "rounds=2",
+        "continual.buffer=0.9",
+        'continual.policy="poisson"',
+        "continual.replay=0.9",
+    ),
+    ('continual.by="instruction"', 'continual.stages=[["What does Ann Smith have?"]]'),
+    (
+        'data.columns={"instruction": "output", "output": "instruction"}',
+        'continual.by="instruction"',
+        'continual.stages=[["What does Ann Smith have?"]]',
+    ),
+    ('data.columns={"instruction": "instruction", "output": "only"}',),
+    ('data.columns={"messages": "messages"}',),
+    ("data.test_fraction=0.9",),
+    ("data.max_rows=1",),
+    ('data.split="test"',),
+    ('data.source="builtin:skills"', 'data.test="builtin:skills"', "data.clients=9"),
+    ('data.partition={"name": "by_value", "by": "name"}',),
+    ('curate.steps=[{"name": "length", "max": 5}]',),
+    ('curate.steps=[{"name": "length", "min": 50}]', "curate.every=1"),
+    ('curate.steps=[{"name": "length", "max": 10000}]', "curate.every=1"),
+    ("prompt.max_tokens=36", 'prompt.on_long="drop"'),
+    ('prompt.system="' + "word " * 20 + '"', "prompt.max_tokens=60", 'prompt.on_long="drop"'),
+    ('prompt.template="plain"', "prompt.max_tokens=16", 'prompt.on_long="drop"'),
+    ("prompt.max_tokens=8", 'prompt.on_long="drop"'),
+    ("train.steps=1", "train.batch_tokens=16", "train.lr=1e-12"),
+    ("train.steps=null", "train.epochs=1.0", "train.batch_tokens=16", "train.accumulate=1"),
+    ("evaluate.patience=1",),
+    ("seed=5", "rounds=1"),
+)
+# The other keys: they neither take a part of the rows nor change what is read of them.
+_OF_NO_ROWS = ("model.", "adapter.", "strategy.", "wire.", "evaluate.", "simulate.", "log.", "privacy.", "train.")
+
+
+def _keys(question: tuple[str, ...]) -> set[str]:
+    return {change.partition("=")[0] for change in question}
+
+
+def test_the_questions_name_every_key_that_can_choose_rows() -> None:
+    """A key that is added to these parts of a configuration has to be asked for here as well."""
+    values = RunConfig().model_dump()
+    keys = {
+        f"{part}.{key}" if isinstance(values[part], dict) else part for part in values for key in _inner(values[part])
+    }
+    asked = set().union(*map(_keys, QUESTIONS))
+    assert asked <= keys
+    assert {key for key in keys if not key.startswith(_OF_NO_ROWS)} <= asked
+
+
+def _inner(part: Any) -> Any:
+    return part if isinstance(part, dict) else [""]
+
+
+def _others() -> list[dict[str, str]]:
+    """So many that no rounded count of the handshake or of steps stands at a border, which one row may cross."""
+    return [{**row, "name": f"person {i}"} for i, row in enumerate(instruction_rows(45))]
+
+
+ANN = {"instruction": "What does Ann Smith have?", "output": "flu", "skill": "last", "name": "Ann Smith", "only": "x"}
+PAIRS: dict[str, tuple[list[dict[str, str]], list[dict[str, str]]]] = {
+    "another person's": ([ANN], [{**ANN, "name": "Bob Jones", "instruction": "What does Bob Jones have?"}]),
+    "a short one": ([{**ANN, "instruction": "?", "output": "y"}], [ANN]),
+    "one more": ([ANN], []),
+}
+
+
+def _told(server: Server, *changes: str, name: str = "run") -> list[str]:
+    """All that a site answers in turn to a handshake, a visit and a question for its score, but what must differ.
+
+    That is the bits of a change, and losses over many rows; whether there is a loss is kept. Rounded counts of a visit
+    follow its batches, which another row deals anew, and may cross a border; whether there are any is kept.
+    """
+    counted = server.facts.counts == ROUNDED and server.run.privacy.unit == "none"
+    seen = []
+    for kind in (flower_records.HELLO, "train", "evaluate"):
+        answer = server.ask(kind, *changes, name=name)
+        if answer.header or kind != "evaluate":
+            numbers = "loss|seconds" + "|tokens|examples|replayed|weight" * (counted and kind == "train")
+            seen.append(re.sub(rf'"({numbers})": "(?!0(\.0)?")[0-9][^"]*"', r'"\1": "a number"', _without_noise(answer)))
+        else:
+            _, score = flower_records.read_score_reply(_content(answer))
+            seen.append(str(score._replace(nats=float(score.nats > 0))))
+    return seen
+
+
+def _two(pair: str, mode: str, serve: Callable[..., Server], suffix: str = "") -> list[Server]:
+    """Two sites that differ in one row and deal their rows by one key, which the server does not have."""
+    settings, facts = MODES[mode]
+    made = []
+    for name, more in zip("ab", PAIRS[pair], strict=True):
+        server = serve(f"{name}{suffix}", [*_others(), *more], *settings, "data.test_fraction=0.2", **facts)
+        split.save(server.facts.state, split.Split(0.2, bytes(32)))
+        made.append(server)
+    return made
+
+
+def _questions(server: Server) -> list[tuple[str, ...]]:
+    """The questions that a run of this kind can hold: of a private one some clash with the rest."""
+    held = []
+    for question in QUESTIONS:
+        with contextlib.suppress(UserError):
+            server.settings(*question)
+            held.append(question)
+    return held
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("pair", PAIRS)
+def test_no_question_after_an_honest_run_tells_apart_sites_that_differ_in_one_row(
+    pair: str, mode: str, serve: Callable[..., Server]
+) -> None:
+    """Whatever the server sets, all answers are equal, or refused in equal words."""
+    one, other = _two(pair, mode, serve)
+    assert _told(one) == _told(other)
+    for number, question in enumerate(_questions(one)):
+        answers = [_told(server, *question, name=f"run{number}") for server in (one, other)]
+        assert answers[0] == answers[1], question
+
+
+@pytest.mark.parametrize("mode", ["plain", "private"])
+@pytest.mark.parametrize("pair", PAIRS)
+def test_no_first_question_tells_apart_sites_that_differ_in_one_row(
+    pair: str, mode: str, serve: Callable[..., Server]
+) -> None:
+    questions = _questions(_two(pair, mode, serve)[0])
+    assert len(questions) >= len(QUESTIONS) - 2
+    for number, question in enumerate(questions):
+        answers = [_told(server, *question) for server in _two(pair, mode, serve, f"-{number}")]
+        assert answers[0] == answers[1], question
