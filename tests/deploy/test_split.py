@@ -547,7 +547,7 @@ def _inner(part: Any) -> Any:
 
 def _others() -> list[dict[str, str]]:
     """So many that no rounded count of the handshake or of steps stands at a border, which one row may cross."""
-    return [{**row, "name": f"person {i}"} for i, row in enumerate(instruction_rows(45))]
+    return [{**row, "name": f"person {i}"} for i, row in enumerate(instruction_rows(52))]
 
 
 ANN = {"instruction": "What does Ann Smith have?", "output": "flu", "skill": "last", "name": "Ann Smith", "only": "x"}
@@ -570,7 +570,9 @@ def _told(server: Server, *changes: str, name: str = "run") -> list[str]:
         answer = server.ask(kind, *changes, name=name)
         if answer.header or kind != "evaluate":
             numbers = "loss|seconds" + "|tokens|examples|replayed|weight" * (counted and kind == "train")
-            seen.append(re.sub(rf'"({numbers})": "(?!0(\.0)?")[0-9][^"]*"', r'"\1": "a number"', _without_noise(answer)))
+            seen.append(
+                re.sub(rf'"({numbers})": "(?!0(\.0)?")[0-9][^"]*"', r'"\1": "a number"', _without_noise(answer))
+            )
         else:
             _, score = flower_records.read_score_reply(_content(answer))
             seen.append(str(score._replace(nats=float(score.nats > 0))))
