@@ -247,11 +247,13 @@ def _read_site(config: RunConfig, facts: Facts, run: str) -> Site:
             site's operator has not agreed to.
         UserError: the rows cannot be used, or what is pinned cannot be read.
     """
+    before = split.load(facts.state)
     try:
         held_out = split.of_run(facts.state, config)
     except split.AnotherSplit as error:
         raise handlers.Refusal(str(error)) from None
-    _log.info("pinned: %s", "; ".join(split.lines(held_out)))
+    if held_out != before:
+        _log.info("held-out rows pinned by a key of this site's own; pinned: %s", "; ".join(split.lines(held_out)))
     federation = stages.within(federate(config.data, config.seed, held_out.key), config, whole=False)
     for report in federation.reports:
         for line in report.lines():

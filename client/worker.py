@@ -116,7 +116,7 @@ class Worker:
         result = self._fit(site, number, payload, opened.hooks, corpus, data)
         at = Memory(number, result.cursor, data.stage, result.replay, chosen.round if chosen else 0)
         report = result.report if result.walked >= site.fewest else result.report._replace(loss=math.nan)
-        result = result._replace(report=told.report(site.counts, report, self.config))
+        result = result._replace(report=told.report(site.counts, report, self.config, result.rows))
         return self._visit(site, at, payload, result, told.curated(site.counts, chosen.counts if chosen else None))
 
     def _fit(

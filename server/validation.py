@@ -11,7 +11,6 @@ import math
 from torch import Tensor
 
 from apiary.config.schema import RunConfig
-from apiary.core.counts import raised
 from apiary.core.errors import Poisoned, WireError
 from apiary.core.lora import is_b
 from apiary.core.messages import CurationCounts, Decline, FitReport, Hello, Payload, Score, Spent, Visit
@@ -189,7 +188,7 @@ def _most_steps(config: RunConfig, examples: int | None) -> int:
         return train.steps or 1
     if examples is None:
         return MOST
-    return raised(max(1, math.ceil(train.epochs * examples / train.accumulate)))  # with a batch for each example
+    return max(1, math.ceil(train.epochs * examples / train.accumulate))  # with a batch for each example
 
 
 def _most_tokens(config: RunConfig, private: bool) -> int:

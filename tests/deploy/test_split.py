@@ -26,17 +26,19 @@ from apiary.config.schema import Method, RunConfig
 from apiary.core import counts
 from apiary.core.counts import EXACT, ROUNDED, CountPolicy
 from apiary.core.errors import UserError
-from apiary.core.messages import CurationCounts, Decline, FitReport, Hello, Score, Visit
+from apiary.core.messages import CurationCounts, Decline, FitReport, Hello, Payload, Score, Visit
 from apiary.data import split
+from apiary.data.availability import parse_columns
 from apiary.data.examples import read
-from apiary.data.federation import federate, is_held_out
+from apiary.data.federation import decides, federate, is_held_out
 from apiary.models import adapters
 from apiary.transport import flower_records
 from client import site_worker, told
 from client.site_worker import Facts, Service
+from client.worker import Worker
 from client.worker_rpc import Envelope
 from deploy import kits, processes
-from server import validation
+from server import client_scores, validation
 
 
 class Server:
@@ -393,7 +395,7 @@ def test_what_any_policy_tells_is_possible_for_the_server(policy: CountPolicy, l
         epochs = config.train.epochs
         steps = 3 if epochs is None else rng.randint(1, max(1, math.ceil(epochs * rows / 2)))
         made = FitReport(rng.randint(1, 128 * steps), rng.randint(1, 2 * rows), steps, 1.0, 1.0)
-        report = told.report(policy, made, config)
+        report = told.report(policy, made, config, rows)
         validation._check_report(report, config, counts.most(policy.kind, examples), private=False)
         score = told.score(policy, Score(2.0 * tokens, tokens, rows), config)
         validation.check_score(score, config)
@@ -623,3 +625,152 @@ def test_no_first_question_tells_apart_sites_that_differ_in_one_row(
     for number, question in enumerate(questions):
         answers = [_told(server, *question) for server in _two(pair, mode, serve, f"-{number}")]
         assert answers[0] == answers[1], question
+
+
+def _staged(person: str) -> list[dict[str, str]]:
+    """Rows of two tasks, and one of a third."""
+    rows = [{**row, "task": ("sort", "count")[i % 2]} for i, row in enumerate(instruction_rows(60))]
+    return [*rows, {**ANN, "task": person}]
+
+
+STAGES = ('continual.by="task"', 'continual.stages=[["Ann"], ["sort"]]', "rounds=2", "data.test_fraction=0.0")
+
+
+@pytest.mark.parametrize("policy", [ROUNDED, STATED])
+def test_under_privacy_a_stage_without_rows_answers_like_any_other(
+    policy: CountPolicy, serve: Callable[..., Server]
+) -> None:
+    """Of an agreed stage: noise alone, by planned numbers, and charged."""
+    seen, changes = [], set()
+    for person in ("Ann", "Bob"):
+        server = serve(person, _staged(person), *_PRIVATE_RUN, *STAGES, counts=policy, agreed=True)
+        seen.append(_told(server))
+        content = _content(server.ask("train"))
+        assert isinstance(flower_records.read_train_reply(content), Visit)
+        assert (server.facts.state / "ledger.json").exists()
+        changes.add(flower_records.read_message(content))
+    assert seen[0] == seen[1] and len(changes) == 2 and b"" not in changes
+
+
+@pytest.mark.parametrize("policy", [ROUNDED, STATED, EXACT])
+def test_without_privacy_a_stage_of_few_rows_is_sat_out_as_one_of_none(
+    policy: CountPolicy, serve: Callable[..., Server]
+) -> None:
+    for number, people in enumerate((0, 1, 4, 5)):
+        rows = [*_staged("Bob"), *({**ANN, "task": "Ann", "instruction": f"{i}?"} for i in range(people))]
+        server = serve(f"s{number}", rows, "train.steps=2", *STAGES, counts=policy, agreed=True)
+        assert isinstance(server.hello(), Hello)
+        answer = server.visit()
+        assert isinstance(answer, Visit) if people == 5 else answer == Decline("ant", "idle"), people
+        assert not isinstance(answer, Visit) or math.isfinite(answer.report.loss)
+
+
+@pytest.mark.parametrize("policy", [ROUNDED, STATED, EXACT])
+def test_no_loss_of_few_rows_is_told(policy: CountPolicy, serve: Callable[..., Server]) -> None:
+    """A step may hold one row; the server takes a visit without a loss, and tells the round's loss without it."""
+    server = serve("ant", None, counts=policy)
+    for steps, rows in ((1, 1), (4, 4), (5, 5)):
+        visit = server.visit("train.batch_tokens=16", f"train.steps={steps}", "train.lr=1e-12")
+        assert isinstance(visit, Visit) and math.isfinite(visit.report.loss) == (rows >= 5)
+        validation._check_report(visit.report, server.settings(f"train.steps={steps}"), None, private=False)
+    reports = [FitReport(30, 10, 1, math.nan, 1.0), FitReport(10, 10, 1, 2.0, 1.0), FitReport(30, 10, 1, 4.0, 1.0)]
+    assert client_scores.training_fields(reports) == {"clients": 3, "tokens": 70, "train_loss": 3.5}
+    assert "train_loss" not in client_scores.training_fields(reports[:1])
+
+
+def test_a_site_that_a_run_leaves_few_rows_has_none(serve: Callable[..., Server]) -> None:
+    """By the first run's prompt, which alone it can be: nothing is told of four rows that is not told of none."""
+    others = [{**row, "instruction": row["instruction"] + " and so on" * 20} for row in _others()]
+    for few in (0, 4, 5):
+        rows = [*others, *({**ANN, "instruction": f"{i}", "output": "y"} for i in range(few))]
+        server = serve(f"few{few}", rows, "data.test_fraction=0.0", "prompt.max_tokens=60", "prompt.on_long=drop")
+        hello = server.hello()
+        assert isinstance(hello, Hello) and (hello.examples, hello.tokens) == ((10, 10) if few == 5 else (0, 0)), few
+
+
+def test_a_site_tells_no_half_of_its_scores_that_leaves_few_rows(serve: Callable[..., Server]) -> None:
+    """Else the sum over all held-out rows, less that over the half that decides, would be theirs."""
+    rows = _others()
+    examples = _examples(rows)
+    halves = [[row for row, e in zip(rows, examples, strict=True) if decides(e) == side] for side in (True, False)]
+    one, other = (_examples(half) for half in halves)
+    for rest, told_ in ((0, True), (1, False), (4, False), (5, True)):
+        server = serve(f"rest{rest}", rows, "evaluate.patience=1")
+        site = site_worker._read_site(site_worker.at_home(server.run, server.facts), server.facts, "run")
+        test = (*one[:8], *other[:rest])
+        worker = Worker(server.run)
+        score = worker.evaluate(site._replace(test=test), Payload(server.adapter, {}))
+        assert (score.examples > 0) is told_, rest
+
+
+def test_the_operator_agrees_to_a_runs_choice_of_rows_and_to_no_other(serve: Callable[..., Server]) -> None:
+    server = serve("ant", _staged("Ann"), "train.steps=2", *STAGES)
+    refused = server.hello()
+    assert "continual.by, continual.stages" in str(refused) and "apiary deploy split KIT --agree run.toml" in str(
+        refused
+    )
+    assert not (server.facts.state / split.FILE).exists()
+    split.repin(server.facts.state, 0.0, new_key=True, agreed=server.run)
+    assert isinstance(server.hello(), Hello)
+    for other in (
+        'continual.stages=[["Ann"]]',
+        "continual.stages=[]",
+        'continual.by="skill"',
+        "prompt.max_tokens=60",
+        'curate.steps=["duplicates"]',
+    ):
+        line = str(server.hello(other))
+        assert other.partition("=")[0] in line and "this site has pinned another value" in line and "Ann" not in line
+    assert isinstance(server.hello("train.lr=0.5", "rounds=4"), Hello)
+
+
+def test_agreement_is_given_by_the_command_that_pins(tmp_path: Path) -> None:
+    kits.init(tmp_path / "fed", "localhost:18443", ["north"])
+    kit, state, file = tmp_path / "fed" / "north", tmp_path / "fed" / "north" / "state", tmp_path / "run.toml"
+    file.write_text('[data]\ntest_fraction = 0.2\n[continual]\nby = "task"\nstages = [["a"], ["b"]]\n')
+    run = loading.load(file, [])
+
+    def call(*words: str) -> str:
+        done = CliRunner().invoke(main.app, ["deploy", "split", str(kit), *words])
+        if done.exception is not None:
+            raise done.exception
+        return done.stdout.strip()
+
+    lines = call("--agree", str(file)).splitlines()
+    assert lines[0] == "pinned: data.test_fraction = 0.2"
+    assert lines[1:] == ['pinned: continual.by = "task"', 'pinned: continual.stages = [["a"], ["b"]]']
+    assert call().splitlines() == lines
+    made = split.load(state)
+    assert made is not None and split.of_run(state, run) == made
+    assert call("--test-fraction", "0.3").splitlines()[1:] == lines[1:]  # what was agreed to stays
+    with pytest.raises(UserError, match=r"--agree: the run has data.test_fraction = 0.2, .* pinned 0.3; .*name it"):
+        call("--agree", str(file))
+    call("--agree", str(file), "--test-fraction", "0.2")
+    assert split.load(state) == made
+    file.write_text("[data]\ntest_fraction = 0.2\n")
+    assert call("--agree", str(file)) == "pinned: data.test_fraction = 0.2"
+    with pytest.raises(split.AnotherSplit):
+        split.of_run(state, run)
+
+
+def test_a_split_of_an_older_version_takes_all_rows_and_the_next_runs_prompt(serve: Callable[..., Server]) -> None:
+    server = serve()
+    server.facts.state.mkdir()
+    (server.facts.state / split.FILE).write_text(json.dumps({"schema": 1, "test_fraction": 0.1, "key": "00" * 32}))
+    assert isinstance(server.hello("data.test_fraction=0.1"), Hello)
+    assert "prompt.max_tokens" in str(server.hello("data.test_fraction=0.1", "prompt.max_tokens=50"))
+
+
+def test_a_site_names_its_own_columns(serve: Callable[..., Server]) -> None:
+    """What the run names of columns is for the server's rows, and changes nothing at a site."""
+    rows = [{"q": row["instruction"], "a": row["output"], "z": "no"} for row in instruction_rows(40)]
+    server = serve("ant", rows, columns={"instruction": "q", "output": "a"})
+    assert site_worker.check(server.facts).total == 40
+    first = server.hello()
+    assert isinstance(first, Hello) and first == server.hello('data.columns={"instruction": "a", "output": "z"}')
+    with pytest.raises(UserError, match=r"no columns known.*--column instruction=NAME"):
+        site_worker.check(server.facts._replace(columns={}))
+    for wrong in (["q"], ["instruction="], ["instruction=q", "instruction=a"], ["question=q"], ["instruction=q"]):
+        with pytest.raises(UserError):
+            parse_columns(wrong)
+    assert parse_columns(["instruction=q", "output=a=b"]) == {"instruction": "q", "output": "a=b"}
