@@ -482,6 +482,7 @@ STATED = CountPolicy("declared", 60, 900)
 _PRIVATE_RUN = (*PRIVATE, "privacy.epsilon=50.0", "train.steps=2")
 MODES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "plain": (("train.steps=2",), {}),
+    "plain, exact counts": (("train.steps=2",), {"counts": EXACT}),
     "plain, stated counts": (("train.steps=2",), {"counts": STATED}),
     "private": (_PRIVATE_RUN, {}),
     "private, stated counts": (_PRIVATE_RUN, {"counts": STATED}),
@@ -498,6 +499,10 @@ QUESTIONS: tuple[tuple[str, ...], ...] = (
         "continual.buffer=0.9",
         'continual.policy="poisson"',
         "continual.replay=0.9",
+    ),
+    *(
+        (_ANN, f"continual.stages={json.dumps([['Ann Smith', *(f'person {i}' for i in range(known))]])}")
+        for known in range(1, 8)  # with four to train on, hers is the fifth
     ),
     ('continual.by="instruction"', 'continual.stages=[["What does Ann Smith have?"]]'),
     (
@@ -564,9 +569,10 @@ def _told(server: Server, *changes: str, name: str = "run") -> list[str]:
     """All that a site answers in turn to a handshake, a visit and a question for its score, but what must differ.
 
     That is the bits of a change, and losses over many rows; whether there is a loss is kept. Rounded counts of a visit
-    follow its batches, which another row deals anew, and may cross a border; whether there are any is kept.
+    follow its batches, which another row deals anew, and may cross a border, exact ones differ; whether there are any
+    is kept.
     """
-    counted = server.facts.counts == ROUNDED and server.run.privacy.unit == "none"
+    counted = server.facts.counts.kind != "declared" and server.run.privacy.unit == "none"
     seen = []
     for kind in (flower_records.HELLO, "train", "evaluate"):
         answer = server.ask(kind, *changes, name=name)
@@ -602,8 +608,10 @@ def _questions(server: Server) -> list[tuple[str, ...]]:
     return held
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize(
+    ("pair", "mode"),
+    [(pair, mode) for pair in PAIRS for mode in MODES if "exact" not in mode or pair == "another person's"],
+)
 def test_no_question_after_an_honest_run_tells_apart_sites_that_differ_in_one_row(
     pair: str, mode: str, serve: Callable[..., Server]
 ) -> None:
@@ -636,14 +644,17 @@ def _staged(person: str) -> list[dict[str, str]]:
 STAGES = ('continual.by="task"', 'continual.stages=[["Ann"], ["sort"]]', "rounds=2", "data.test_fraction=0.0")
 
 
+@pytest.mark.parametrize("stages", ['[["Ann"], ["sort"]]', '[["Ann"]]'])
 @pytest.mark.parametrize("policy", [ROUNDED, STATED])
 def test_under_privacy_a_stage_without_rows_answers_like_any_other(
-    policy: CountPolicy, serve: Callable[..., Server]
+    policy: CountPolicy, stages: str, serve: Callable[..., Server]
 ) -> None:
     """Of an agreed stage: noise alone, by planned numbers, and charged."""
     seen, changes = [], set()
     for person in ("Ann", "Bob"):
-        server = serve(person, _staged(person), *_PRIVATE_RUN, *STAGES, counts=policy, agreed=True)
+        server = serve(
+            person, _staged(person), *_PRIVATE_RUN, *STAGES, f"continual.stages={stages}", counts=policy, agreed=True
+        )
         seen.append(_told(server))
         content = _content(server.ask("train"))
         assert isinstance(flower_records.read_train_reply(content), Visit)
@@ -663,6 +674,15 @@ def test_without_privacy_a_stage_of_few_rows_is_sat_out_as_one_of_none(
         answer = server.visit()
         assert isinstance(answer, Visit) if people == 5 else answer == Decline("ant", "idle"), people
         assert not isinstance(answer, Visit) or math.isfinite(answer.report.loss)
+
+
+@pytest.mark.parametrize("policy", [ROUNDED, STATED, EXACT])
+def test_a_site_without_rows_of_any_stage_tells_what_one_of_few_does(
+    policy: CountPolicy, serve: Callable[..., Server]
+) -> None:
+    more = ("train.steps=2", *STAGES, 'continual.stages=[["Ann"]]')
+    seen = [_told(serve(person, _staged(person), *more, counts=policy, agreed=True)) for person in ("Ann", "Bob")]
+    assert seen[0] == seen[1] and not any("error" in answer for answer in seen[0])
 
 
 @pytest.mark.parametrize("policy", [ROUNDED, STATED, EXACT])
