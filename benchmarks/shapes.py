@@ -48,6 +48,7 @@ SHAPES: Final[Mapping[str, dict[str, Any]]] = {
             *_chat("assistant: You."),
         ]
     },
+    "a thinking column (the same names)": {"instruction": "Who?", "output": "You.", "thinking": "Not I."},
     "thinking (`reasoning_content`, `thinking`, `reasoning`)": {
         "messages": [*_ASKED, {"role": "assistant", "content": "You.", "thinking": "Not I."}]
     },
@@ -67,6 +68,22 @@ SHAPES: Final[Mapping[str, dict[str, Any]]] = {
             {"role": "tool", "content": "you", "tool_call_id": "c1"},
             *_chat("assistant: You."),
         ],
+    },
+    "a tool that returns nothing": {
+        "messages": [
+            *_ASKED,
+            {"role": "assistant", "tool_calls": [_CALL]},
+            {"role": "tool", "content": "", "tool_call_id": "c1"},
+            *_chat("assistant: You."),
+        ]
+    },
+    "xLAM: `query`, `tools` and `answers`": {
+        "query": "Who?",
+        "tools": '[{"name": "find", "parameters": {}}]',
+        "answers": '[{"name": "find", "arguments": {"who": "me"}}]',
+    },
+    "calls within a text (Hermes)": {
+        "messages": _chat("user: Who?", 'assistant: <tool_call>{"name": "find", "arguments": {}}</tool_call>')
     },
     "a broken call": {
         "messages": [*_ASKED, {"role": "assistant", "tool_calls": [{"name": "find", "arguments": "me"}]}]

@@ -128,7 +128,8 @@ class DataConfig(_Section):
     columns: Mapping[str, str] = Field(
         default_factory=dict,
         description="your names: { instruction = ..., input = ..., output = ... }, { messages = ... } or "
-        "{ text = ... }; the first two with system = ... and tools = ... where there are such columns",
+        "{ text = ... }; the first two with system = ... and tools = ... where there are such columns, the first with "
+        "thinking = ... too",
     )
     clients: int = Field(8, ge=1, description="number of clients (ignored by the natural partition)")
     partition: MethodField = Field(

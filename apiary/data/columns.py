@@ -9,7 +9,7 @@ import difflib
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from apiary.core.errors import UserError
 from apiary.data.fields import (
@@ -20,11 +20,21 @@ from apiary.data.fields import (
     is_blank,
     list_field,
     optional_field,
+    parsed,
     scalar_text,
     tidy,
 )
-from apiary.data.messages import BORDER, conversation, is_chat, rewritten, tools_text
-from apiary.data.turns import Turn
+from apiary.data.messages import (
+    BORDER,
+    THINKING,
+    calls_in,
+    calls_value,
+    conversation,
+    is_chat,
+    rewritten,
+    tools_text,
+)
+from apiary.data.turns import ToolCall, Turn
 
 __all__ = [
     "CONTINUED",
@@ -51,7 +61,8 @@ PREFERENCES = "columns chosen and rejected are preference data, which needs an o
 class Columns(NamedTuple):
     """Which column holds what: `messages`, or `instruction` (and perhaps `input`) with `output`, or `text` alone.
 
-    system: the system message of the first two; tools: what the assistant may call.
+    system: the system message of the first two; tools: what the assistant may call; thinking: what it thought before
+    the output.
     """
 
     instruction: str = ""
@@ -61,6 +72,7 @@ class Columns(NamedTuple):
     system: str = ""
     tools: str = ""
     text: str = ""
+    thinking: str = ""
 
     @property
     def required(self) -> tuple[str, ...]:
@@ -80,6 +92,7 @@ _KNOWN = (
     Columns(instruction="question", output="answers"),  # SQuAD
     Columns(instruction="question", output="response"),  # OpenOrca
     Columns(instruction="query", output="response"),
+    Columns(instruction="query", output="answers"),  # xLAM, whose answers are calls
 )
 _TEXT = Columns(text="text")
 _INPUTS = ("input", "context")
@@ -89,7 +102,7 @@ _CHOICES = ("chosen", "rejected")
 _SETS = dict.fromkeys(name for known in _KNOWN for name in known.required)
 # Beside one of these a text is what a question is about, not all that is to be learnt.
 _LABELS = ("label", "labels", "target", "targets", "summary")
-_NAMES = {*_SETS, "text", *_INPUTS, *_SYSTEMS, *_TOOLS, *_CHOICES, "reasoning_content", "thinking", "reasoning"}
+_NAMES = {*_SETS, "text", *_INPUTS, *_SYSTEMS, *_TOOLS, *_CHOICES, *THINKING}
 
 
 class Reading(NamedTuple):
@@ -124,11 +137,12 @@ def given_columns(columns: Mapping[str, str]) -> Columns | None:
     given = Columns(**fields)
     pair = (given.instruction, given.output)
     ways = [bool(given.messages), all(pair), bool(given.text)]
-    is_mixed = (given.messages and any((*pair, given.input))) or (given.text and any((*pair, *given[1:6])))
+    of_pair = (*pair, given.input, given.thinking)
+    is_mixed = (given.messages and any(of_pair)) or (given.text and any((*of_pair, given.system, given.tools)))
     if is_mixed or sum(ways) != 1:
         raise UserError(
             f"data.columns = {dict(columns)!r}: give either messages, or instruction and output (and perhaps input), "
-            "or text alone; system and tools go with the first two"
+            "or text alone; system and tools go with the first two, thinking with output"
         )
     return given
 
@@ -187,8 +201,12 @@ def columns_of(row: Mapping[str, object], given: Columns | None = None) -> Colum
         return Columns(text=own["text"])
     best = max(_KNOWN, key=lambda known: _fills(row, known, own))
     named = Columns(*(own.get(name, name) for name in best))
-    extra = "" if best.messages else _filled(row, _INPUTS, own)
-    return named._replace(input=extra, system=_filled(row, _SYSTEMS, own), tools=_filled(row, _TOOLS, own))
+    named = named._replace(system=_filled(row, _SYSTEMS, own), tools=_filled(row, _TOOLS, own))
+    if _chat_columns(row, named):  # their messages say what they were given and what was thought
+        return named
+    texts = (name for name in THINKING if name in own and isinstance(row[own[name]], str))  # others are settings
+    thinking = _filled(row, texts, own)
+    return named._replace(input=_filled(row, _INPUTS, own), thinking=thinking)
 
 
 def has_known(row: Mapping[str, object]) -> bool:
@@ -280,9 +298,12 @@ def _said(row: Mapping[str, object], columns: Columns) -> Reading:
     user = field(row, columns.instruction, may_be_number=False, clean=str.strip)
     extra = optional_field(row, columns.input) if columns.input else ""
     question = Turn("user", f"{user}{BORDER}{extra}", data=len(user) + len(BORDER)) if extra else Turn("user", user)
-    answer, remarks = _answer(row, columns.output)
-    turns = (*before, question, Turn("assistant", answer))
-    return Reading(turns, "", remarks, frozenset((*columns[:3], columns.system)))
+    thinking = optional_field(row, columns.thinking, may_be_number=False) if columns.thinking else ""
+    calls = _answer_calls(row, columns)
+    text, remarks = ("", ()) if calls else _answer(row, columns.output)
+    answer = Turn("assistant", text, thinking=thinking, calls=calls)
+    used = (*columns[:3], columns.system, columns.thinking)
+    return Reading((*before, question, answer), "", remarks, frozenset(used))
 
 
 def _chat_columns(row: Mapping[str, object], columns: Columns) -> tuple[str, ...]:
@@ -291,6 +312,21 @@ def _chat_columns(row: Mapping[str, object], columns: Columns) -> tuple[str, ...
         return (columns.messages,)
     pair = (columns.instruction, columns.output)
     return pair if all(is_chat(row.get(name)) for name in pair) else ()
+
+
+def _answer_calls(row: Mapping[str, object], columns: Columns) -> tuple[ToolCall, ...]:
+    """The calls that are the answer where a row has tools and a list of objects with names for answers (xLAM).
+
+    Raises:
+        RowProblem: the list is empty, or one of them is no call.
+    """
+    if not columns.tools or _plain_name(columns.output) != "answers":
+        return ()
+    value = row.get(columns.output)
+    found: Any = parsed(value) if isinstance(value, str) else value
+    if found == []:
+        raise RowProblem(NO_ANSWER)
+    return calls_in(value) if is_chat(found) and all("name" in call for call in found) else ()
 
 
 def _answer(row: Mapping[str, object], name: str) -> tuple[str, tuple[str, ...]]:
@@ -378,8 +414,13 @@ def with_turns(row: Mapping[str, object], columns: Columns, turns: Sequence[Turn
         return new_row | _chat_values(row, chats, after)
     if after == before:
         return new_row
-    if after[1] != before[1] or scalar_text(row[columns.output]) is None:  # its places in the context are off by now
+    if after[1].calls:
+        if after[1].calls != before[1].calls:
+            new_row[columns.output] = calls_value(after[1].calls)
+    elif after[1].text != before[1].text or scalar_text(row[columns.output]) is None:  # places in the context are off
         new_row[columns.output] = after[1].text
+    if after[1].thinking != before[1].thinking:
+        new_row[columns.thinking] = after[1].thinking
     for parts in _parts(before[0], after[0]) if after[0] != before[0] else ():
         tried = new_row | dict(zip((columns.instruction, columns.input), parts, strict=False))
         if _question(tried, columns) == after[0].text:

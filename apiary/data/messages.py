@@ -16,6 +16,7 @@ and the role of ShareGPT); arguments may be an object or its JSON text.
 from __future__ import annotations
 
 import decimal
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -34,7 +35,18 @@ from apiary.data.fields import (
 )
 from apiary.data.turns import Role, ToolCall, Turn
 
-__all__ = ["BORDER", "Conversation", "conversation", "is_chat", "message_of", "rewritten", "tools_text"]
+__all__ = [
+    "BORDER",
+    "THINKING",
+    "Conversation",
+    "calls_in",
+    "calls_value",
+    "conversation",
+    "is_chat",
+    "message_of",
+    "rewritten",
+    "tools_text",
+]
 
 BORDER = "\n\n"  # between two texts that become one
 
@@ -67,7 +79,7 @@ _ROLES: Mapping[str, Role] = {
     "tool_result": "tool",
 }
 _CALLING = ("function_call", "tool_call", "tool_calls")  # roles of a message whose text is a call
-_THINKING = ("reasoning_content", "thinking", "reasoning")
+THINKING = ("reasoning_content", "thinking", "reasoning")
 _TRAINED = ("weight", "train", "trained", "trainable", "training", "loss")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _PART_KINDS = {  # the kinds that public formats have; others are not named, for they could be anything
@@ -179,7 +191,7 @@ def _turn(message: object, remarks: dict[str, None]) -> Turn:
     trained = _is_trained(message, role, remarks)
     if role == "assistant":
         calls = _calls(message, name if is_call else "")
-        thinking = next((n for n in _THINKING if isinstance(message.get(n), str) and not is_blank(message[n])), "")
+        thinking = next((n for n in THINKING if isinstance(message.get(n), str) and not is_blank(message[n])), "")
         used |= {thinking, "tool_calls", "function_call"}
         silent = is_call or (bool(calls) and is_blank(message.get(name)))
         text = "" if silent else _text(message, name, role, remarks)
@@ -219,14 +231,18 @@ def _label(message: Mapping[str, object], name: str) -> str:
 
 
 def _text(message: Mapping[str, object], name: str, role: Role, remarks: dict[str, None]) -> str:
-    """What a message says: text, parts of text, or an object that a tool returned."""
+    """What a message says: text, parts of text, or an object that a tool returned; a tool may return nothing, ""."""
     value = message.get(name)
+    if role == "tool" and is_blank(value):
+        return ""
     if isinstance(value, Mapping) and role == "tool":
         return _strict(without_nulls_or_refuse(value), f"wrong type in field {name!r} (dict)")
     clean = tidy if role in ("assistant", "tool") else str.strip
     if not isinstance(value, list):
         return field(message, name, clean=clean)
     texts = [text for text in (_part(part, name) for part in value) if text.strip()]
+    if not texts and role == "tool":
+        return ""
     if not texts:
         raise RowProblem(f"empty field {name!r}")
     if len(texts) > 1:
@@ -315,15 +331,33 @@ def _calls(message: Mapping[str, object], name: str) -> tuple[ToolCall, ...]:
     """
     found: list[ToolCall] = []
     for place in (name, "tool_calls", "function_call"):
-        value = message.get(place) if place else None
-        if is_hollow(value):
-            continue
-        calls = parsed(value) if isinstance(value, str) else value
-        for call in calls if isinstance(calls, list) else [calls]:
-            found.append(_call(call, is_text=isinstance(value, str)))
+        found += calls_in(message.get(place)) if place else ()
     if name and not found:
         raise RowProblem(f"empty field {name!r}")
     return tuple(found)
+
+
+def calls_in(value: object) -> tuple[ToolCall, ...]:
+    """The calls in a value: an object or a list of objects, or its JSON text; none in one that says nothing.
+
+    Raises:
+        RowProblem: it is something else.
+    """
+    if is_hollow(value):
+        return ()
+    calls = parsed(value) if isinstance(value, str) else value
+    return tuple(
+        _call(call, is_text=isinstance(value, str)) for call in (calls if isinstance(calls, list) else [calls])
+    )
+
+
+def calls_value(calls: Iterable[ToolCall]) -> str:
+    """The JSON text in which `calls_in` finds these calls."""
+    listed = [
+        {"name": call.name, "arguments": json.loads(call.arguments), **({"id": call.id} if call.id else {})}
+        for call in calls
+    ]
+    return json.dumps(listed, ensure_ascii=False)
 
 
 def _call(call: object, *, is_text: bool) -> ToolCall:

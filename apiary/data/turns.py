@@ -21,7 +21,7 @@ class ToolCall(NamedTuple):
 class Turn(NamedTuple):
     """One message of a conversation.
 
-    text: what is said; "" only where an assistant calls tools and says nothing.
+    text: what is said; "" only where an assistant calls tools and says nothing, or a tool returns nothing.
     trained: False for an assistant's turn that is context and not learnt; other roles are never trained.
     thinking: an assistant's reasoning before the text, "" for none.
     calls: what an assistant calls, in order.

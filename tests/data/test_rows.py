@@ -103,6 +103,32 @@ def test_thinking_of_the_user_or_of_another_type_is_not_used_and_that_is_said() 
     assert remarks == ["field 'thinking' of messages is not used", "field 'reasoning' of messages is not used"]
 
 
+@pytest.mark.parametrize("name", ["thinking", "Reasoning", "reasoning_content"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "Who?", "output": "Me."},
+        {"question": "Who?", "answers": {"text": ["Me."], "answer_start": [0]}},
+    ],
+)
+def test_a_column_of_thinking_is_that_of_the_answer(row: dict[str, Any], name: str) -> None:
+    example, remarks = one({**row, name: "\n It is I.\n"})
+    assert example.turns == (Q, A._replace(thinking="It is I."))
+    assert (example.tags, remarks) == ({}, [])
+
+
+def test_of_thinking_the_first_column_with_text_is_read_and_others_are_said() -> None:
+    example, remarks = one({**GOOD, "reasoning_content": " ", "thinking": "It is I.", "reasoning": "Hm."})
+    assert (example.turns[1].thinking, remarks) == (
+        "It is I.",
+        ["column reasoning is not used (read: instruction, output, thinking)"],
+    )
+    example, remarks = one({**GOOD, "thinking": True})  # a setting, it seems
+    assert (example.turns, remarks) == ((Q, A), ["column thinking is not used (read: instruction, output)"])
+    example, remarks = one({"messages": [user("Who?"), says()], "thinking": "It is I."})  # whose, of several answers?
+    assert (example.turns, remarks) == ((Q, A), ["column thinking is not used (read: messages)"])
+
+
 @pytest.mark.parametrize("no", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"trainable": "false"}, {"loss": 0}])
 def test_a_turn_of_weight_nought_is_context(no: dict[str, Any]) -> None:
     example, remarks = one({"messages": [user("Who?"), says("You.", **no), user("Who?"), says(weight=1, train=True)]})
@@ -329,6 +355,37 @@ def test_broken_tools_cost_the_row(tools: Any, reason: str) -> None:
     assert refused({"messages": [user("Who?"), says()], "tools": tools}) == reason
 
 
+@pytest.mark.parametrize("content", ["", "  \n", None, [], [{"type": "text", "text": ""}]])
+def test_a_tool_that_returns_nothing_is_an_empty_turn(content: Any) -> None:
+    calls = [{"id": "1", "name": "f"}]
+    result = {"role": "tool", "content": content, "tool_call_id": "1"}
+    example, remarks = one({"messages": [user("Who?"), says("", tool_calls=calls), result, says()]})
+    called = Turn("assistant", "", calls=(ToolCall("f", "{}", "1"),))
+    assert example.turns == (Q, called, Turn("tool", "", call_id="1"), A)
+    assert remarks == []
+    assert round_trip([{"messages": [user("Who?"), says("", tool_calls=calls), result, says()]}]) == 2
+
+
+XLAM = [{"name": "find", "arguments": {"who": "me"}}, {"name": "now", "arguments": {}}]
+
+
+@pytest.mark.parametrize("answers", [json.dumps(XLAM), XLAM])
+def test_answers_of_xlam_are_calls(answers: Any) -> None:
+    row = {"id": 3, "query": "Who?", "tools": json.dumps([TOOL["function"]]), "answers": answers}
+    example, remarks = one(row)
+    called = Turn("assistant", "", calls=(ToolCall("find", '{"who": "me"}'), ToolCall("now", "{}")))
+    assert (example.turns, example.tools, example.tags, remarks) == ((Q, called), TOOL_TEXT, {"id": "3"}, [])
+
+
+def test_answers_beside_tools_that_are_no_calls() -> None:
+    row = {"query": "Who?", "tools": [TOOL]}
+    assert refused({**row, "answers": "[]"}) == refused({**row, "answers": []}) == "a question without an answer"
+    broken = json.dumps([{"name": "find", "arguments": "me"}])
+    assert refused({**row, "answers": broken}) == "the arguments of a call are no JSON object"
+    assert one({**row, "answers": "I cannot."})[0].turns == (Q, Turn("assistant", "I cannot."))
+    assert one({"query": "Who?", "answers": json.dumps(XLAM)})[0].turns[1].text == json.dumps(XLAM)
+
+
 def test_no_tools_are_none() -> None:
     for tools in (None, "", "[]", [], {}, "{}"):
         assert one({"messages": [user("Who?"), says()], "tools": tools})[0].tools == ""
@@ -475,8 +532,8 @@ def test_of_two_column_sets_the_one_that_is_not_read_is_named() -> None:
     example, remarks = one({"messages": [user("Who?"), says()], "instruction": "x", "output": "y", "reward": 1})
     assert (example.turns, example.tags["reward"]) == ((Q, A), "1")
     assert remarks == ["columns instruction, output are not used (read: messages)"]
-    _, remarks = one({**GOOD, "response": "You.", "thinking": "hm", "rejected": None})
-    assert remarks == ["columns response, thinking are not used (read: instruction, output)"]
+    _, remarks = one({**GOOD, "response": "You.", "query": "hm", "rejected": None})
+    assert remarks == ["columns query, response are not used (read: instruction, output)"]
 
 
 PREFERENCES = "columns chosen and rejected are preference data, which needs an objective for preferences"
@@ -511,9 +568,11 @@ def test_preferences_are_named_with_what_can_be_done(row: dict[str, Any], fix: s
 
 def test_columns_that_the_user_names() -> None:
     row = {"s": "Be brief.", "q": "Who?", "c": "I did.", "a": "Me.", "t": [TOOL], "tools": [TOOL], "system": "x"}
-    names = {"instruction": "q", "context": "c", "output": "a", "system": "s", "tools": "t"}
+    row |= {"w": "It is I."}
+    names = {"instruction": "q", "context": "c", "output": "a", "system": "s", "tools": "t", "thinking": "w"}
     example, remarks = one(row, names)
-    assert example.turns == (Turn("system", "Be brief."), Turn("user", "Who?\n\nI did.", data=6), A)
+    answer = A._replace(thinking="It is I.")
+    assert example.turns == (Turn("system", "Be brief."), Turn("user", "Who?\n\nI did.", data=6), answer)
     assert example.tools == TOOL_TEXT
     assert remarks == ["columns system, tools are not used (data.columns names others)"]
     assert one({"body": " a b "}, {"text": "body"})[0].turns == (Turn("assistant", " a b "),)
@@ -529,6 +588,8 @@ def test_columns_that_the_user_names() -> None:
         {"text": "a", "messages": "b"},
         {"system": "a"},
         {"messages": "a", "context": "b"},
+        {"messages": "a", "thinking": "b"},
+        {"text": "a", "thinking": "b"},
         {"instruction": "a", "output": "b", "input": "c", "context": "d"},
     ],
 )
@@ -605,7 +666,7 @@ MESSAGE = st.builds(
 )
 NAMES = [
     *("messages", "conversations", "instruction", "Input", "output", "response", "prompt", "completion", "question"),
-    *("answers", "text", "system", "tools", "chosen", "rejected", "label", "context", "other"),
+    *("answers", "text", "system", "tools", "chosen", "rejected", "label", "context", "other", "query", "thinking"),
 ]
 ANY_ROW = st.dictionaries(st.sampled_from(NAMES), JSON | st.lists(MESSAGE, max_size=4)) | JSON
 
@@ -622,7 +683,7 @@ def test_any_row_is_an_example_or_a_problem(rows: list[Any]) -> None:
         assert roles[-1] == "assistant" and example.turns[-1].trained
         assert roles == ["assistant"] or "user" in roles[:2]
         assert "system" not in roles[1:]
-        assert all(turn.text or turn.calls for turn in example.turns)
+        assert all(turn.text or turn.calls or turn.role == "tool" for turn in example.turns)
         assert all(isinstance(json.loads(call.arguments), dict) for turn in example.turns for call in turn.calls)
         assert not example.tools or isinstance(json.loads(example.tools), list)
     assert round_trip(rows) == report.usable
@@ -672,6 +733,9 @@ SHAPES = [
         "answers": {"text": ["I", "Me"]},
         "k": 3,
     },
+    {"query": "Who?", "tools": [TOOL], "answers": json.dumps(XLAM)},
+    {"query": "Who?", "tools": [TOOL], "answers": XLAM, "thinking": "hm"},
+    {"instruction": "Who?", "output": 7, "Reasoning": "hm"},
     {"system_prompt": "Be brief.", "messages": [user([{"type": "text", "text": "Who?"}]), says(thinking="hm")]},
     {
         "messages": [user("Who?"), says(None, tool_calls=[{"name": "f", "arguments": {}}]), RESULT, says()],

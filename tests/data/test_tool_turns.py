@@ -125,6 +125,16 @@ def test_no_part_of_a_row_with_tools_becomes_a_control_token(style: str, texts: 
     assert controls(given) == controls(calling({"k": ["v", {"deep": "d"}]}, "r", harmless, "n"))
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_an_empty_result_is_written_as_any_other_and_costs_nothing(style: str) -> None:
+    tokenizer = tokenizer_of(style)
+    template, config = build("chat", tokenizer, max_tokens=4096)
+    empty, full = (tokenization.encode(calling({}, result), template, tokenizer, config) for result in ("", "sunny"))
+    assert empty is not None and full is not None
+    assert trained_texts(empty, tokenizer) == trained_texts(full, tokenizer)
+    assert tokenizer.decode(empty.ids) == tokenizer.decode(full.ids).replace("sunny", "")
+
+
 def test_templates_without_a_place_for_tools_leave_the_row_out_with_the_reason() -> None:
     example = calling({"a": 1})
     tokenizer = make_tokenizer(CHATML)
