@@ -134,12 +134,18 @@ def _pinned_key(at: AtSite, config: RunConfig) -> bytes:
     """
     if at.state is None:
         return PUBLIC_KEY
-    if split.load(at.state) is None:
+    pinned = split.load(at.state)
+    if pinned is None:
         raise UserError(
             f"--state {str(at.state)!r} holds no {split.FILE}: give the site's state folder (KIT/state), or leave it "
             "out for rows that have been in no run"
         )
-    return split.of_run(at.state, config.data.test_fraction).key
+    if pinned.fraction != config.data.test_fraction:
+        raise UserError(
+            f"data.test_fraction = {config.data.test_fraction:g}: the site has pinned {pinned.fraction:g} since this "
+            f"run; give a {split.FILE} of that time, or leave --state out for rows that have been in no run"
+        )
+    return pinned.key
 
 
 def _chosen(clients: Sequence[ClientData], name: str | None) -> int:

@@ -350,7 +350,7 @@ def test_a_sites_options_are_refused_where_they_say_nothing(tmp_path: Path, smal
     at = ("--data", tmp_path, "--state")
     assert_refused(apiary("privacy", "audit", tmp_path, *at, tmp_path), "holds no split.json")
     split.save(tmp_path / "state", split.draw(0.4))
-    assert_refused(apiary("privacy", "audit", tmp_path, *at, tmp_path / "state"), "this site has pinned 0.4")
+    assert_refused(apiary("privacy", "audit", tmp_path, *at, tmp_path / "state"), "the site has pinned 0.4")
 
 
 def test_every_report_says_what_an_update_could_tell_and_how_to_measure_it() -> None:
