@@ -116,10 +116,10 @@ def _check_promise(worker: Worker, site: Site) -> None:
         sampling.check(worker.config, [site.counts.planned(stages.rows_by_stage(site.train, worker.config))])
     except UserError as error:
         raise Refusal(str(error)) from None
-    if worker.local.settle and worker.config.train.epochs is not None and site.counts.kind == "declared":
+    if worker.local.settle and worker.config.train.epochs is not None and site.counts.kind != "exact":
         raise Refusal(
-            "this site states its counts itself, and the run's method divides by the steps of a visit, which "
-            "train.epochs lets depend on them; set train.steps"
+            f"this site tells {site.counts.kind} counts, and the run's method divides by the steps of a visit, which "
+            "train.epochs lets depend on its rows; set train.steps"
         )
 
 

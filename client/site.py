@@ -20,3 +20,4 @@ class Site(NamedTuple):
     ledger: Path  # of all runs on these data
     rank: int  # of its adapter
     counts: CountPolicy = EXACT  # how it tells its counts: exactly in a simulation, which has nobody to hide them from
+    fewest: int = 0  # rows, below which without privacy it neither trains nor tells a loss; none in a simulation

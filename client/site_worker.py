@@ -14,9 +14,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent import futures
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import grpc
@@ -31,8 +32,8 @@ from apiary.core import counts
 from apiary.core.counts import CountPolicy
 from apiary.core.errors import UserError
 from apiary.data import split, splits, stages, templates
-from apiary.data.availability import Rows, check_rows
-from apiary.data.federation import federate
+from apiary.data.availability import Rows, check_rows, parse_columns
+from apiary.data.federation import FEWEST, federate
 from apiary.models import adapters, availability
 from client import device_rank, handlers, worker_rpc
 from client.site import Site
@@ -59,6 +60,7 @@ class Facts(NamedTuple):
     max_epsilon: float | None = None  # train only under record-level privacy, and within this budget
     max_delta: float = 1e-5  # likewise, where there is a `max_epsilon`
     counts: CountPolicy = counts.ROUNDED  # how it tells its counts
+    columns: Mapping[str, str] = MappingProxyType({})  # its own names of them, as in `data.columns`
 
 
 class _Job(NamedTuple):
@@ -136,6 +138,8 @@ class Service:
                 _refuse_foreign_places(sent, self._facts)
                 _refuse_chosen_rows(sent)
                 config = at_home(sent, self._facts)
+                if sent.data.columns and sent.data.columns != config.data.columns:
+                    _log.info("data.columns of the run is not used: its columns are for a site to name (--column)")
                 _refuse_foreign_code(config)
                 _refuse_less_privacy(config, self._facts)
                 site = _read_site(config, self._facts, name)
@@ -149,8 +153,8 @@ def at_home(config: RunConfig, facts: Facts) -> RunConfig:
     """The run's configuration with this site's own places; what the server says of data on its disk is left out."""
     model = {"name": facts.model} if facts.model else {}
     device = {"device": facts.device} if facts.device else {}
-    # Which split and which query choose the rows, which is for the site to say as well.
-    mine = {"source": str(facts.data), "split": "train", "query": None, "test": None}
+    # Which split, query and columns choose the rows, which is for the site to say as well.
+    mine = {"source": str(facts.data), "split": "train", "query": None, "test": None, "columns": dict(facts.columns)}
     data = {**mine, "clients": 1, "partition": Method(name="iid")}
     return config.model_copy(
         update={
@@ -213,11 +217,8 @@ def _local(config: RunConfig) -> LocalAlgorithm:
 def _refuse_less_privacy(config: RunConfig, facts: Facts) -> None:
     """Check that the run promises the site's rows what its operator asks for.
 
-    Which rows make a stage, and which columns hold them, are then not for the server to say: how many rows there are
-    is taken to be public, so each choice of theirs would be a question about the rows that costs nothing.
-
     Raises:
-        Refusal: it promises less, or nothing, or names stages or columns.
+        Refusal: it promises less, or nothing.
     """
     privacy, limit = config.privacy, facts.max_epsilon
     if limit is None:
@@ -229,28 +230,27 @@ def _refuse_less_privacy(config: RunConfig, facts: Facts) -> None:
             f'this site asks for privacy.unit = "record", epsilon <= {limit:g} and delta <= {facts.max_delta:g}; '
             f"the run promises {told}"
         )
-    if config.continual.stages or config.data.columns:
-        raise handlers.Refusal(
-            "this site insists on privacy, so it takes no continual.stages or data.columns from a run"
-        )
 
 
 def _read_site(config: RunConfig, facts: Facts, run: str) -> Site:
     """The site's rows, as one client. Which are in a stage is decided as in a simulation; which are held out, by a key.
 
-    The first run that the site takes part in pins the fraction that is held out; from then on it is the site's own.
+    The first run that the site takes part in pins the fraction that is held out, and how rows become tokens; from then
+    on they are the site's own. Pinned before a row is read, so that no run can ask again after an error of the rows.
 
     Raises:
-        Refusal: the run asks for another fraction than the pinned one.
+        Refusal: the run asks for another fraction or reading than the pinned one, or for a choice of rows that the
+            site's operator has not agreed to.
         UserError: the rows cannot be used, or what is pinned cannot be read.
     """
+    before = split.load(facts.state)
     try:
-        held_out = split.of_run(facts.state, config.data.test_fraction)
+        held_out = split.of_run(facts.state, config)
     except split.AnotherSplit as error:
         raise handlers.Refusal(str(error)) from None
+    if held_out != before:
+        _log.info("held-out rows pinned by a key of this site's own; pinned: %s", "; ".join(split.lines(held_out)))
     federation = stages.within(federate(config.data, config.seed, held_out.key), config, whole=False)
-    if split.pin(facts.state, held_out):
-        _log.info("held-out rows pinned: data.test_fraction = %g, by a key of this site's own", held_out.fraction)
     for report in federation.reports:
         for line in report.lines():
             _log.warning("%s", line)
@@ -262,7 +262,8 @@ def _read_site(config: RunConfig, facts: Facts, run: str) -> Site:
         rank = device_rank.of_device(config, folder)
     else:
         rank = min(facts.rank or config.adapter.rank, config.adapter.rank)
-    return Site(facts.client, client.train, client.test, folder, facts.state / "ledger.json", rank, facts.counts)
+    ledger = facts.state / "ledger.json"
+    return Site(facts.client, client.train, client.test, folder, ledger, rank, facts.counts, FEWEST)
 
 
 def check(facts: Facts) -> Rows:
@@ -283,8 +284,7 @@ def check(facts: Facts) -> Rows:
         availability.check_device(facts.device, "--device")
     if facts.model:
         availability.check_model(facts.model, "--model")
-    # A site that insists on privacy takes no `data.columns` from a run.
-    return check_rows(str(facts.data), "--data", columns_may_be_named=facts.max_epsilon is None)
+    return check_rows(str(facts.data), "--data", facts.columns)
 
 
 def make_server(service: Service, address: str) -> grpc.Server:
@@ -317,13 +317,15 @@ def _arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, help="the highest rank of an adapter that the site trains")
     parser.add_argument("--max-epsilon", type=float, help="refuse runs that promise the rows less privacy")
     parser.add_argument("--max-delta", type=float, default=Facts._field_defaults["max_delta"], help="likewise")
+    parser.add_argument("--column", action="append", default=[], help="FIELD=NAME: the site's own name of a column")
     parser.add_argument("--counts", default="rounded", help="how counts are told: rounded, exact or ROWS:TOKENS")
     return parser.parse_args(words)
 
 
 def _facts(given: argparse.Namespace) -> Facts:
     named = {name: value for name, value in vars(given).items() if name in Facts._fields}
-    return Facts(client=given.site, **{**named, "counts": counts.parse(given.counts, "--counts")})
+    named |= {"counts": counts.parse(given.counts, "--counts"), "columns": parse_columns(given.column)}
+    return Facts(client=given.site, **named)
 
 
 def main() -> None:

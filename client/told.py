@@ -9,16 +9,16 @@ from __future__ import annotations
 import math
 
 from apiary.config.schema import RunConfig
-from apiary.core.counts import CountPolicy, two_digits_down
+from apiary.core.counts import ROUNDED, CountPolicy, most, raised
 from apiary.core.messages import CurationCounts, FitReport, Score
 
 
 def handshake(policy: CountPolicy, rows: int, tokens: int, config: RunConfig) -> tuple[int, int]:
-    """How many rows a client has to train on, and response tokens in them; zeros where it has none."""
-    if policy.kind == "exact" or not tokens:
-        return rows, tokens
+    """How many rows a client has to train on, and response tokens in them; unless stated, zeros where it has none."""
     if policy.kind == "declared":
         return policy.rows, _stated_tokens(policy, config)
+    if policy.kind == "exact" or not tokens:
+        return rows, tokens
     rows = policy.told_some(rows)
     return rows, min(policy.told_some(tokens), rows * config.prompt.max_tokens)
 
@@ -28,18 +28,25 @@ def _stated_tokens(policy: CountPolicy, config: RunConfig) -> int:
     return min(policy.tokens, policy.rows * config.prompt.max_tokens)
 
 
-def report(policy: CountPolicy, made: FitReport, config: RunConfig) -> FitReport:
+def report(policy: CountPolicy, made: FitReport, config: RunConfig, rows: int) -> FitReport:
     """The counts of a visit without privacy; `tokens`, the weight of its update, follow the policy too.
 
-    Steps are told as they are where the run sets their number, else to two digits. Of declared numbers a visit tells
+    Steps are told as they are where the run sets their number, else raised to two digits, for a batch may be a row. Of
+    declared numbers a visit tells
     the part that it covers: `train.epochs` of them, or all of them where the run sets steps, but no more than fit into
     its batches.
+
+    Args:
+        policy: the client's.
+        made: the counts as they are.
+        config: the run.
+        rows: that the visit could have trained on.
     """
     if policy.kind == "exact":
         return made
     if policy.kind == "declared":
         return _declared(policy, made, config)
-    steps = made.steps if config.train.epochs is None else two_digits_down(made.steps)
+    steps = made.steps if config.train.epochs is None else _raised_steps(made.steps, rows, config)
     room = steps * _step_tokens(config)
     return made._replace(
         tokens=min(policy.told_some(made.tokens), room),
@@ -47,6 +54,13 @@ def report(policy: CountPolicy, made: FitReport, config: RunConfig) -> FitReport
         steps=steps,
         replayed=min(policy.told_some(made.replayed), room),
     )
+
+
+def _raised_steps(steps: int, rows: int, config: RunConfig) -> int:
+    """Steps raised to two digits, but to no more than the server believes: a batch for each row it may think there."""
+    passes = config.train.epochs or 1.0
+    believed = math.ceil(passes * most("rounded", ROUNDED.told_some(rows)) / config.train.accumulate)
+    return min(raised(steps), max(1, believed))
 
 
 def _declared(policy: CountPolicy, made: FitReport, config: RunConfig) -> FitReport:

@@ -6,6 +6,7 @@ or the one site of an organisation.
 
 from __future__ import annotations
 
+import math
 import sys
 
 from apiary.config import schedule
@@ -77,7 +78,9 @@ class Worker:
         if self.config.privacy.unit == "record":
             return Hello(site.client, fingerprint, site.rank, None, None, counts=site.counts.kind)
         stats = self._rows.corpus(site, "train", site.train).stats
-        counts = told.handshake(site.counts, stats.examples, stats.response_tokens, self.config)
+        enough = stats.examples >= site.fewest
+        known = (stats.examples, stats.response_tokens) if enough else (0, 0)
+        counts = told.handshake(site.counts, *known, self.config)
         return Hello(site.client, fingerprint, site.rank, *counts, counts=site.counts.kind)
 
     # -- training -------------------------------------------------------------------------------
@@ -85,7 +88,8 @@ class Worker:
     def train(self, site: Site, number: int, payload: Payload) -> Visit | Decline:
         """Train from the received adapter on the next part of the site's data.
 
-        The rows are curated, those of the stage are taken, and kept rows of earlier stages are mixed in.
+        The rows are curated, those of the stage are taken, and kept rows of earlier stages are mixed in. Of few rows a
+        site tells no loss, and without privacy it neither trains on so few nor replays them.
 
         Args:
             site: whose data.
@@ -107,18 +111,20 @@ class Worker:
         if self.config.privacy.unit == "record":
             return self._train_privately(site, number, payload, opened.hooks, data)
         corpus = self._rows.corpus(site, "train", data.new)
-        if not len(corpus):
+        if len(corpus) < max(1, site.fewest):
             return Decline(site.client, "idle")
         result = self._fit(site, number, payload, opened.hooks, corpus, data)
         at = Memory(number, result.cursor, data.stage, result.replay, chosen.round if chosen else 0)
-        result = result._replace(report=told.report(site.counts, result.report, self.config))
+        report = result.report if result.walked >= site.fewest else result.report._replace(loss=math.nan)
+        result = result._replace(report=told.report(site.counts, report, self.config, result.rows))
         return self._visit(site, at, payload, result, told.curated(site.counts, chosen.counts if chosen else None))
 
     def _fit(
         self, site: Site, number: int, payload: Payload, hooks: Hooks, corpus: Corpus, data: StageData
     ) -> FitResult:
         config = self.config.train
-        old = self._rows.corpus(site, "buffer", tuple(row.example for row in data.replay))
+        kept = data.replay if len(data.replay) >= site.fewest else ()
+        old = self._rows.corpus(site, "buffer", tuple(row.example for row in kept))
         again = Replay(old, data.replay_cursor, self.config.continual.replay)
         steps = trainer.steps_per_round(config, corpus, again)
         plan = VisitPlan(
@@ -221,9 +227,10 @@ class Worker:
     def evaluate(self, site: Site, payload: Payload, number: int = sys.maxsize) -> Score:
         """The received adapter's loss on the site's held-out examples, as sums, after round `number`.
 
-        Where the run may stop early, on the half of them that decides. Below `FEWEST` examples nothing is told: the sum
-        would say too much of each. Under differential privacy
-        nothing is told at all, whatever the server asks: a loss without noise would be a way around it.
+        Where the run may stop early, on the half of them that decides. Below `FEWEST` examples nothing is told, for the
+        sum would say too much of each; nor of a half by a site whose other half is so small, which the sum over both
+        would then tell. Under differential privacy nothing is told at all, whatever the server asks: a loss without
+        noise would be a way around it.
         """
         site = self._of_round(site, payload)
         payload = payload._replace(adapter=self._open(site, number + 1, payload).adapter)
@@ -233,7 +240,7 @@ class Worker:
             return Score(0.0, 0, 0)
         rows = deciding_of(site.test) if self.config.evaluate.patience else site.test
         corpus = self._rows.corpus(site, "test", rows)
-        if len(corpus) < FEWEST:
+        if len(corpus) < FEWEST or 0 < len(site.test) - len(rows) < site.fewest:
             return Score(0.0, 0, 0)
         nats, tokens = self._probe(site, payload).losses(corpus)
         return told.score(site.counts, Score(float(nats.sum()), int(tokens.sum()), len(nats)), self.config)

@@ -11,8 +11,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from apiary.core import counts
@@ -49,6 +50,7 @@ class Options(NamedTuple):
     max_delta: float = 1e-5  # likewise, where there is a `max_epsilon`
     rank: int | None = None  # the highest of an adapter that it trains; None: as the run says
     counts: CountPolicy = ROUNDED  # how counts are told
+    columns: Mapping[str, str] = MappingProxyType({})  # its own names of them, as in `data.columns`
 
 
 class _Line(NamedTuple):
@@ -135,7 +137,7 @@ def _check(kit: Kit, options: Options) -> None:
         raise UserError(f"--model {model!r}: no such folder")
     data = options.data.expanduser().resolve()
     if _soon_read(data):  # the worker looks at them too, but can tell of an empty file only once it has loaded torch
-        check_rows(str(data), "--data", columns_may_be_named=options.max_epsilon is None)
+        check_rows(str(data), "--data", options.columns)
 
 
 def _is_there(path: Path, kind: Callable[[Path], bool]) -> bool:
@@ -166,6 +168,7 @@ def _worker(kit: Kit, state: Path, options: Options, address: str) -> Supervised
         *("--address", address, "--site", kit.site),
         *("--data", str(options.data.expanduser().resolve()), "--state", str(state)),
         *("--counts", counts.text_of(options.counts)),
+        *(word for field, name in options.columns.items() for word in ("--column", f"{field}={name}")),
     ]
     if options.model:
         local = _is_there(Path(options.model), Path.is_dir)

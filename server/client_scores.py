@@ -64,8 +64,9 @@ def add_up(scores: Iterable[Sequence[float]]) -> Score:
 
 
 def training_fields(reports: Sequence[FitReport]) -> dict[str, float]:
-    """The counts of a round, as fields of its event; without the loss where privacy withholds it."""
+    """The counts of a round, as fields of its event; the loss is over the clients that tell one, if any does."""
     tokens = sum(report.tokens for report in reports)
-    loss = sum(report.loss * report.tokens for report in reports) / max(tokens, 1)
-    known = {"train_loss": loss} if reports and math.isfinite(loss) else {}
+    told = [report for report in reports if math.isfinite(report.loss)]
+    weight = sum(report.tokens for report in told)
+    known = {"train_loss": sum(report.loss * report.tokens for report in told) / weight} if weight else {}
     return {"clients": len(reports), "tokens": tokens, **known}

@@ -167,7 +167,7 @@ def _check_report(report: FitReport, config: RunConfig, examples: int | None, pr
         raise WireError(f"it reports {report.replayed} replayed tokens; continual.buffer = {config.continual.buffer:g}")
     if private and not math.isnan(report.loss):
         raise WireError("it tells its training loss, which differential privacy withholds; is it another version?")
-    if not private and not math.isfinite(report.loss):
+    if not private and math.isinf(report.loss):  # NaN: it has walked too few rows to tell one
         raise WireError(f"its loss is {report.loss}")
 
 

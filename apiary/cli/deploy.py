@@ -83,6 +83,10 @@ def deploy_client(
     counts: Annotated[
         str, typer.Option(help="how counts are told: rounded, exact, or ROWS:TOKENS to state numbers of your own")
     ] = "rounded",
+    column: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FIELD=NAME", help="the site's own name of a column, such as instruction=question"),
+    ] = None,
     state: State = None,
 ) -> None:
     """Take part as one site until SIGTERM or Ctrl-C."""
@@ -91,11 +95,13 @@ def deploy_client(
     if not 0.0 < max_delta < 1.0:
         raise UserError(f"--max-delta {max_delta:g}: expected a number between 0 and 1, such as 1e-5")
     policy = parse_counts(counts, "--counts")
+    from apiary.data.availability import parse_columns
     from deploy import kits, site
 
     opened = kits.read(kit, "site")
     where = (state or opened.folder / "state").resolve()
-    options = site.Options(data, model, device, port, max_epsilon, max_delta, rank, policy)
+    names = parse_columns(column or [])
+    options = site.Options(data, model, device, port, max_epsilon, max_delta, rank, policy, names)
     raise typer.Exit(site.run(opened, where, options))
 
 
@@ -106,25 +112,39 @@ def deploy_split(
         float | None, typer.Option(help="hold out this fraction from now on; default: only print what is pinned")
     ] = None,
     new_key: Annotated[bool, typer.Option("--new-key", help="and deal all rows anew, by another secret key")] = False,
+    agree: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CONFIG", help="agree to a run's continual.by, stages, curation and prompt, and to no others"
+        ),
+    ] = None,
     state: State = None,
 ) -> None:
-    """Print or change which fraction of its rows a site holds out; for its operator, while the site is stopped."""
+    """Print or change which of its rows a site holds out and uses; for its operator, while the site is stopped."""
+    from apiary.config import loading
     from apiary.data import split
     from deploy import kits, processes
 
     opened = kits.read(kit, "site")
     where = (state or opened.folder / "state").resolve()
-    if test_fraction is None:
-        if new_key:
-            raise UserError("--new-key: name the fraction as well (--test-fraction 0.1)")
-        pinned = split.load(where)
-        told = "nothing yet: the first run decides" if pinned is None else f"data.test_fraction = {pinned.fraction:g}"
-        typer.echo(f"pinned: {told}")
-        return
-    split.draw(test_fraction)  # an impossible one is refused before the folder is made
-    with processes.hold(where):
-        made = split.repin(where, test_fraction, new_key=new_key)
-    typer.echo(f"pinned: data.test_fraction = {made.fraction:g}")
+    if test_fraction is None and new_key:
+        raise UserError("--new-key: name the fraction as well (--test-fraction 0.1)")
+    run = None if agree is None else loading.load(agree, [])
+    pinned = None if new_key else split.load(where)
+    if test_fraction is None and run is not None:
+        test_fraction = run.data.test_fraction
+        if pinned is not None and pinned.fraction != test_fraction:
+            raise UserError(
+                f"--agree: the run has data.test_fraction = {test_fraction:g}, and this site has pinned "
+                f"{pinned.fraction:g}; to change that as well, name it (--test-fraction {test_fraction:g})"
+            )
+    if test_fraction is not None:
+        split.draw(test_fraction)  # an impossible one is refused before the folder is made
+        with processes.hold(where):
+            pinned = split.repin(where, test_fraction, new_key=new_key, agreed=run)
+    told = ["nothing yet: the first run decides"] if pinned is None else split.lines(pinned)
+    for line in told:
+        typer.echo(f"pinned: {line}")
 
 
 @app.command("submit")

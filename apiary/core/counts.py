@@ -34,10 +34,13 @@ class CountPolicy(NamedTuple):
     def planned(self, rows_by_stage: list[int]) -> list[int]:
         """The training rows of each stage by which a private visit plans its sampling rate, and which so are public.
 
-        Declared rows are shared evenly by the stages: where the rows really are does not show.
+        Declared rows are shared evenly by the stages: where the rows really are does not show. A rounded stage without
+        rows is planned as one of a few, so that its visits are noise alone and look like any other's.
         """
         if self.kind != "declared":
-            return [self.told_some(rows) for rows in rows_by_stage]
+            if self.kind == "exact":
+                return list(rows_by_stage)
+            return [max(COARSEST, rounded(rows)) for rows in rows_by_stage]
         stages = len(rows_by_stage)
         return [max(1, self.rows // stages)] * stages
 
@@ -63,10 +66,9 @@ def _step(count: int) -> int:
     return int(max(COARSEST, 10 ** (len(str(count)) - 2)))
 
 
-def two_digits_down(count: int) -> int:
-    """A count cut to two significant digits, whatever its size: 7 to 7, 1,249 to 1,200, 1,290 to 1,200."""
-    step = 10 ** max(0, len(str(count)) - 2)
-    return int(count // step * step)
+def raised(count: int) -> int:
+    """A count to two significant digits, and to tens at least, but never lower: 7 to 10, 41 to 50, 1,249 to 1,300."""
+    return -(-count // _step(count)) * _step(count)
 
 
 def parse(text: str, key: str) -> CountPolicy:

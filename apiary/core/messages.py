@@ -84,7 +84,7 @@ class FitReport(NamedTuple):
     tokens: int  # response tokens trained that are new, not replayed
     examples: int
     steps: int
-    loss: float  # mean nats per trained token; NaN where privacy withholds it
+    loss: float  # mean nats per trained token; NaN where privacy withholds it, or a site that walked too few rows
     seconds: float  # NaN where privacy withholds it: a step takes longer when more rows are drawn
     replayed: int = 0  # response tokens trained from the client's buffer
 
@@ -121,7 +121,7 @@ class Decline(NamedTuple):
     """A client's answer when it rightly does not train."""
 
     client: str
-    reason: Literal["idle", "budget"]  # it has no rows for this stage; its privacy budget is spent
+    reason: Literal["idle", "budget"]  # it has no rows for this stage, or too few; its privacy budget is spent
 
 
 class Score(NamedTuple):

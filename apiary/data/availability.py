@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from apiary.core.errors import UserError
 from apiary.data import examples, sources
-from apiary.data.columns import columns_of
+from apiary.data.columns import columns_of, given_columns
 from apiary.data.fields import is_absent, scalar_text
 from apiary.data.sources import RawFile, Unreadable
+
+
+def parse_columns(options: Sequence[str]) -> Mapping[str, str]:
+    """The names of columns that the options `--column FIELD=NAME` give, checked.
+
+    Raises:
+        UserError: not so written, a field given twice or unknown, or not exactly one way to make a conversation.
+    """
+    names: dict[str, str] = {}
+    for option in options:
+        field, is_pair, name = option.partition("=")
+        if not (is_pair and field and name) or field in names:
+            raise UserError(f"--column {option!r}: expected FIELD=NAME, once for a field, such as instruction=question")
+        names[field] = name
+    given_columns(names)
+    return names
 
 
 class Rows(NamedTuple):
@@ -19,14 +36,13 @@ class Rows(NamedTuple):
     warnings: tuple[str, ...] = ()  # what is left out, or needs a word from the run
 
 
-def check_rows(source: str, key: str, *, columns_may_be_named: bool = True) -> Rows:
-    """Check that a run can use rows, read with the default settings.
+def check_rows(source: str, key: str, columns: Mapping[str, str] = MappingProxyType({})) -> Rows:
+    """Check that a run can use the rows of a site, whose columns no run names.
 
     Args:
         source: a file, or a folder of files.
         key: what error lines call it.
-        columns_may_be_named: whether a later run may say by `data.columns` which columns to use; what it could mend
-            is then a warning.
+        columns: the site's own names of its columns, as in `data.columns`.
 
     Raises:
         UserError: nothing there, or nothing that can be read or used.
@@ -39,11 +55,11 @@ def check_rows(source: str, key: str, *, columns_may_be_named: bool = True) -> R
         _check_mendable(file, key)
     count = sum(len(file.rows) for file in files)
     try:
-        reports = examples.check(files).reports
+        reports = examples.check(files, columns=columns).reports
     except UserError as error:
-        if not columns_may_be_named:
-            raise UserError(f"{error}; but this site takes no names from a run, so rename them in the file") from None
-        return Rows(count, (f"{error}; without that this site cannot take part",))
+        raise UserError(
+            f"{error}; a site names its own columns at its start, and no run does (--column instruction=NAME)"
+        ) from None
     return Rows(count, tuple(line for report in reports for line in report.lines()))
 
 

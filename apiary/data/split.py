@@ -1,8 +1,13 @@
-"""Which rows are held out: a fraction of the questions, by a keyed hash, and how a site pins both for good.
+"""Which rows are held out, which of the others a run uses and how it reads them, and how a site pins all of it.
 
-Whoever can choose the fraction, and can compute the hash of a row, learns from two counts whether a site has that row.
-So a site draws a key of its own and keeps it, with the first fraction that it was asked for, in `split.json` in its
-state folder. A simulation has no adversary: it uses `PUBLIC_KEY`, so that a run is the same wherever it is done again.
+Whoever can choose the fraction that is held out, and can compute the hash of a row, learns from two counts whether a
+site has that row. So a site draws a key of its own and keeps it, with the first fraction that it was asked for, in
+`split.json` in its state folder. A simulation has no adversary: it uses `PUBLIC_KEY`, so that a run is the same
+wherever it is done again.
+
+Whoever can choose by other settings which rows count learns as much: a stage, or a step of curation, that one row
+alone passes is a question about that row. These a site takes from a run only as its operator has agreed to them. How
+rows become tokens, `[prompt]`, is pinned by the first run as the fraction is.
 """
 
 from __future__ import annotations
@@ -10,9 +15,12 @@ from __future__ import annotations
 import json
 import math
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
+from apiary.config.schema import CurateConfig, PromptConfig, RunConfig
 from apiary.core.errors import UserError
 from apiary.core.files import own_folder, write_atomic
 
@@ -27,10 +35,38 @@ class Split(NamedTuple):
 
     fraction: float
     key: bytes  # of the hash of a question; secret at a site
+    reading: Mapping[str, Any] | None = None  # which rows are used and how, see `reading`; None: not pinned yet
 
 
 class AnotherSplit(UserError):
-    """A run asks for another held-out fraction than the one that is pinned."""
+    """A run asks for other rows, or for another way to read them, than what is pinned."""
+
+
+def reading(config: RunConfig) -> dict[str, Any]:
+    """The settings of a run, by key, that say which of a site's rows are used and how they become tokens.
+
+    `data.test_fraction` is pinned beside them. `data.columns` is no setting of a run at a site, nor are the other keys
+    of `[data]`.
+    """
+    values = config.model_dump(mode="json")
+    staged = {"by": config.continual.by if config.continual.stages else "", "stages": values["continual"]["stages"]}
+    curated = values["curate"] if config.curate.steps else CurateConfig().model_dump(mode="json")
+    parts = {"continual": staged, "curate": curated, "prompt": values["prompt"]}
+    return {f"{part}.{key}": value for part, keys in parts.items() for key, value in keys.items()}
+
+
+# What a run asks that takes all rows as they are. Of these keys the operator has to agree to anything else; of
+# `[prompt]` the first run decides.
+_ALL_ROWS: Mapping[str, Any] = MappingProxyType(
+    {
+        "continual.by": "",
+        "continual.stages": [],
+        **{f"curate.{key}": value for key, value in CurateConfig().model_dump(mode="json").items()},
+    }
+)
+_LEFT_OUT: Mapping[str, Any] = MappingProxyType(
+    {**_ALL_ROWS, **{f"prompt.{key}": value for key, value in PromptConfig().model_dump(mode="json").items()}}
+)  # the value of a key that a file of an older version does not name
 
 
 def draw(fraction: float) -> Split:
@@ -58,7 +94,9 @@ def load(state: Path) -> Split | None:
         values = json.loads(path.read_bytes())
         if values["schema"] != SCHEMA:
             raise ValueError(f"schema {values['schema']!r}")
-        split = Split(float(values["test_fraction"]), bytes.fromhex(values["key"]))
+        split = Split(float(values["test_fraction"]), bytes.fromhex(values["key"]), values.get("reading"))
+        if not (split.reading is None or isinstance(split.reading, dict)):
+            raise ValueError("reading")
         if not (math.isfinite(split.fraction) and 0.0 <= split.fraction < 1.0):
             raise ValueError(f"test_fraction {split.fraction:g}")
         if len(split.key) != _KEY_BYTES:
@@ -88,50 +126,59 @@ def save(state: Path, split: Split) -> None:
     """
     own_folder(state)
     values = {"schema": SCHEMA, "test_fraction": split.fraction, "key": split.key.hex()}
+    values |= {} if split.reading is None else {"reading": dict(split.reading)}
     write_atomic(state / FILE, json.dumps(values) + "\n", private=True)
 
 
-def pin(state: Path, split: Split) -> bool:
-    """Pin a split where none is pinned, and say whether that was so.
+def of_run(state: Path, config: RunConfig) -> Split:
+    """The split for a run, pinned: as it was, or, for the first run, with what that run asks for.
 
-    Raises:
-        OSError: it cannot be written; no row has then been told of.
-    """
-    if (state / FILE).exists():
-        return False
-    save(state, split)
-    return True
-
-
-def of_run(state: Path, fraction: float) -> Split:
-    """The split for a run: the pinned one, or a new one for the first run, which `pin` has yet to keep.
+    Nothing here looks at a row, so neither can what is refused, or pinned, tell of one.
 
     Args:
         state: the site's state folder.
-        fraction: `data.test_fraction` of the run.
+        config: the run.
 
     Raises:
-        AnotherSplit: the site has pinned another fraction. The text may be told to the server.
+        AnotherSplit: the run asks for what is not pinned, or for rows that the operator has to agree to. The text may
+            be told to the server.
         UserError: what is pinned cannot be read.
+        OSError: it cannot be written.
     """
-    pinned = load(state)
-    if pinned is None:
-        return draw(fraction)
-    if pinned.fraction != fraction:
+    pinned, asked = load(state), reading(config)
+    fraction = config.data.test_fraction
+    if pinned is not None and pinned.fraction != fraction:
         raise AnotherSplit(
             f"data.test_fraction = {fraction:g}: this site has pinned {pinned.fraction:g} and takes no other from a "
             f"run; set that in the run, or ask the site's operator ({_COMMAND})"
         )
+    if pinned is None or pinned.reading is None:
+        if unasked := [key for key, value in _ALL_ROWS.items() if asked[key] != value]:
+            raise AnotherSplit(
+                f"{', '.join(unasked)}: this site's operator has agreed to no such choice of its rows; send the run's "
+                f"configuration there, to agree to it ({_COMMAND} KIT --agree run.toml)"
+            )
+        made = (pinned or draw(fraction))._replace(reading=asked)
+        save(state, made)
+        return made
+    known = {key: pinned.reading.get(key, _LEFT_OUT.get(key)) for key in asked}
+    if other := [key for key, value in asked.items() if known[key] != value]:
+        raise AnotherSplit(
+            f"{', '.join(other)}: this site has pinned another value and takes no other from a run; its operator can "
+            f"agree to the run's configuration ({_COMMAND} KIT --agree run.toml)"
+        )
     return pinned
 
 
-def repin(state: Path, fraction: float, *, new_key: bool) -> Split:
-    """Pin another fraction, as the site's operator asks; under the same key the smaller held-out set is in the larger.
+def repin(state: Path, fraction: float, *, new_key: bool, agreed: RunConfig | None = None) -> Split:
+    """Pin what the site's operator asks for; under the same key the smaller held-out set is in the larger.
 
     Args:
         state: the site's state folder.
         fraction: of the questions that are held out from now on.
-        new_key: draw another key, so that all rows are dealt anew; what is pinned is then not read.
+        new_key: draw another key, so that all rows are dealt anew; what is pinned is then not read, and is gone.
+        agreed: a run whose choice of rows, and whose way to read them, the operator agrees to; those that are pinned
+            where None.
 
     Raises:
         UserError: the fraction is impossible, or the key is to be kept and what is pinned cannot be read.
@@ -140,5 +187,14 @@ def repin(state: Path, fraction: float, *, new_key: bool) -> Split:
     fresh = draw(fraction)
     pinned = None if new_key else load(state)
     split = fresh if pinned is None else pinned._replace(fraction=fraction)
+    if agreed is not None:
+        split = split._replace(reading=reading(agreed))
     save(state, split)
     return split
+
+
+def lines(split: Split) -> list[str]:
+    """What is pinned, for the site's operator: the key apart, a line for each setting that is not the default."""
+    values = {key: value for key, value in (split.reading or {}).items() if value != _LEFT_OUT.get(key)}
+    told = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
+    return [f"data.test_fraction = {split.fraction:g}", *told]

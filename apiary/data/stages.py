@@ -45,13 +45,15 @@ def within(federation: Federation, config: RunConfig, *, whole: bool = True) -> 
         whole: these are all clients, so every task that the stages name must be there; False for one site of several.
 
     Raises:
-        UserError: the stages do not fit the data, or a client has no row in any of them.
+        UserError: the stages do not fit the data, or a client has no row in any of them; not of one site of several,
+            where an error would tell the server that no row matches.
     """
     if not config.continual.stages:
         return federation
-    _check(federation, config, whole)
+    if whole:
+        _check(federation, config)
     clients = tuple(c._replace(train=inside(c.train, config), test=inside(c.test, config)) for c in federation.clients)
-    if empty := next((client.name for client in clients if not client.train), None):
+    if whole and (empty := next((client.name for client in clients if not client.train), None)):
         raise UserError(f"continual.stages: client {empty!r} has no row of any stage; name its tasks too")
     before, after = (sum(len(c.train) + len(c.test) for c in cs) for cs in (federation.clients, clients))
     lost = {f"their {config.continual.by} is in no stage of continual.stages": (before - after, ())}
@@ -90,13 +92,11 @@ def unlimited_buffers(clients: Iterable[Sequence[int]], config: RunConfig) -> li
     ]
 
 
-def _check(federation: Federation, config: RunConfig, whole: bool) -> None:
+def _check(federation: Federation, config: RunConfig) -> None:
     stages, by = config.continual.stages, config.continual.by
     tasks_present = {task_of(example, config) for client in federation.clients for example in client.train} - {""}
     if not tasks_present:
         raise UserError(f"continual.by = {by!r}: no row has that column; name one that says what task a row is")
-    if not whole:
-        return
     if unknown := next((task for tasks in stages for task in tasks if task not in tasks_present), None):
         some = ", ".join(sorted(tasks_present)[:_SHOWN]) + (", ..." if len(tasks_present) > _SHOWN else "")
         raise UserError(f"continual.stages names {unknown!r}: no training row has that {by}; there are {some}")

@@ -65,6 +65,7 @@ class FitResult(NamedTuple):
     report: FitReport
     replay: Cursor = Cursor()  # likewise, in the replayed rows
     rows: int = 0  # of the corpus that new batches were drawn from; stays with the client
+    walked: int = 0  # of these, how many were in a batch; likewise
 
 
 def steps_per_round(config: TrainConfig, corpus: Corpus, replay: Replay | None = None) -> int:
@@ -143,7 +144,7 @@ def fit(lm: LanguageModel, start: StateDict, corpus: Corpus, config: TrainConfig
         delta = project(delta)
     loss = nats / tokens if tokens else float("nan")
     report = FitReport(tokens, examples, made, loss, time.perf_counter() - began, replayed)
-    return FitResult(dict(delta), rows.cursor, report, old.cursor if old else Cursor(), len(corpus))
+    return FitResult(dict(delta), rows.cursor, report, old.cursor if old else Cursor(), len(corpus), len(rows.walked))
 
 
 def _streams(corpus: Corpus, config: TrainConfig, plan: VisitPlan) -> tuple[BatchStream, BatchStream | None]:
@@ -171,6 +172,7 @@ class BatchStream:
         self._corpus, self._budget, self._rng = corpus, budget, rng
         self._plan = self._make(cursor.epoch)
         self.cursor = self._rolled(cursor)
+        self.walked: set[int] = set()  # the rows of the batches that were taken
 
     def _make(self, epoch: int) -> list[np.ndarray]:
         return plan_batches(self._corpus.lengths, self._budget, self._rng(epoch))
@@ -186,6 +188,7 @@ class BatchStream:
         batches = []
         for _ in range(count):
             batch = collate(self._corpus, self._plan[self.cursor.batch], pad_id(lm.tokenizer))
+            self.walked.update(batch.rows.tolist())
             batches.append(to_device(batch, lm.device))
             self.cursor = self._rolled(self.cursor._replace(batch=self.cursor.batch + 1))
         return batches

@@ -55,7 +55,7 @@ def fit(
         raise FloatingPointError("the loss is no number in any step of this visit; a lower train.lr usually helps")
     loss = steps.nats / steps.tokens if steps.tokens else float("nan")
     report = FitReport(steps.tokens, steps.examples, plan.steps, loss, time.perf_counter() - began)
-    return FitResult(made.delta, steps.rows.cursor, report, rows=len(corpus))
+    return FitResult(made.delta, steps.rows.cursor, report, rows=len(corpus), walked=len(steps.rows.walked))
 
 
 class _Steps:

@@ -179,7 +179,7 @@ def test_status_names_the_sites(federation: Deployment) -> None:
 @pytest.mark.parametrize(
     ("other", "reason"),
     [
-        (['data.columns={instruction="text", output="label"}'], "UserError"),  # which no row of theirs has
+        (['continual.stages=[["first"]]'], "continual.by, continual.stages: this site has pinned another value"),
         (["data.test_fraction=0.3"], "data.test_fraction = 0.3: this site has pinned 0 and takes no other"),
     ],
 )

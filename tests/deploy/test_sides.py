@@ -232,14 +232,13 @@ def test_rows_that_no_run_could_use_are_told_at_once(text: str, line: str, tmp_p
     assert site_worker.check(Facts("ant", folder / "good.jsonl", tmp_path)) == (1, ())
 
 
-def test_rows_whose_columns_a_run_may_name_are_a_warning(tmp_path: Path) -> None:
+def test_rows_whose_columns_nobody_names_are_told_at_once(tmp_path: Path) -> None:
     odd, partly = tmp_path / "odd.jsonl", tmp_path / "partly.jsonl"
     odd.write_text('{"text": "a", "label": "b"}\n{"text": "c", "label": "d"}\n')
     partly.write_text(GOOD + '{"instruction": "a"}\n')
-    count, (line,) = site_worker.check(Facts("ant", odd, tmp_path))
-    assert count == 2 and "odd.jsonl" in line and "text, label" in line and "data.columns" in line
-    with pytest.raises(UserError, match=r"text, label.*takes no names from a run"):
-        site_worker.check(Facts("ant", odd, tmp_path, max_epsilon=8.0))
+    with pytest.raises(UserError, match=r"odd.jsonl.*text, label.*no run does \(--column instruction=NAME\)"):
+        site_worker.check(Facts("ant", odd, tmp_path))
+    assert site_worker.check(Facts("ant", odd, tmp_path, columns={"instruction": "text", "output": "label"}))[0] == 2
     assert site_worker.check(Facts("ant", partly, tmp_path)).warnings == (
         "partly.jsonl: 1 of 2 rows left out: missing field 'output' (rows 2)",
     )
@@ -316,7 +315,7 @@ def test_a_site_leaves_out_the_rows_of_no_stage_as_a_simulation_does(tmp_path: P
         (folder / f"{site}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = [*overrides(tiny_model, folder), "rounds=2", 'continual.stages=[["first"], ["second"]]']
     run = loading.load(None, [*given, "strategy.min_clients=2"])
-    own = split.repin(tmp_path / "state", run.data.test_fraction, new_key=True)
+    own = split.repin(tmp_path / "state", run.data.test_fraction, new_key=True, agreed=run)
     simulated = stages.within(federation.federate(run.data, run.seed, own.key), run)
     for client in simulated.clients:
         facts = Facts(client.name, folder / f"{client.name}.jsonl", tmp_path / "state")
@@ -337,13 +336,11 @@ def test_a_site_may_insist_on_privacy(site: Site) -> None:
     site.server = site.serve(facts)
     private = _private(site.run)
     stages = loading.parse({**private.model_dump(mode="json"), "rounds": 3, "continual": {"stages": [["first"]]}})
-    columns = private.model_copy(update={"data": private.data.model_copy(update={"columns": {"output": "skill"}})})
     for run, why in (
         (site.run, "the run promises nothing"),
         (_private(site.run, epsilon=8.5), "epsilon <= 8"),
         (_private(site.run, delta=1e-3), "delta <= 1e-05"),
-        (stages, "takes no continual.stages"),
-        (columns, "data.columns"),
+        (stages, "continual.by, continual.stages: this site's operator has agreed to no such choice"),
     ):
         assert why in site.ask("train", config=run.to_json()).error.reason
     assert not (site.state / "ledger.json").exists()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import random
+import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -24,17 +26,19 @@ from apiary.config.schema import Method, RunConfig
 from apiary.core import counts
 from apiary.core.counts import EXACT, ROUNDED, CountPolicy
 from apiary.core.errors import UserError
-from apiary.core.messages import CurationCounts, Decline, FitReport, Hello, Score, Visit
+from apiary.core.messages import CurationCounts, Decline, FitReport, Hello, Payload, Score, Visit
 from apiary.data import split
+from apiary.data.availability import parse_columns
 from apiary.data.examples import read
-from apiary.data.federation import federate, is_held_out
+from apiary.data.federation import decides, federate, is_held_out
 from apiary.models import adapters
 from apiary.transport import flower_records
 from client import site_worker, told
 from client.site_worker import Facts, Service
+from client.worker import Worker
 from client.worker_rpc import Envelope
 from deploy import kits, processes
-from server import validation
+from server import client_scores, validation
 
 
 class Server:
@@ -46,8 +50,8 @@ class Server:
         self.adapter = adapters.fresh_adapter(lm, 0)
         self._content = flower_records.request(1, flower_records.to_arrays(self.adapter), ArrayRecord())
 
-    def ask(self, kind: str, *changes: str, name: str = "run") -> Envelope:
-        """The answer to a message, where `changes` are settings of the run that the server chooses."""
+    def settings(self, *changes: str) -> RunConfig:
+        """The run, where `changes` are settings of it that the server chooses."""
         values = self.run.model_dump(mode="json")
         for change in changes:
             key, _, value = change.partition("=")
@@ -56,9 +60,13 @@ class Server:
             for parent in parents:
                 part = part[parent]
             part[last] = json.loads(value)
+        return loading.parse(values)
+
+    def ask(self, kind: str, *changes: str, name: str = "run") -> Envelope:
+        """The answer to a message of a run with these `changes`."""
         content = RecordDict() if kind == flower_records.HELLO else self._content
         body = recorddict_to_proto(content).SerializeToString()
-        header = {"kind": kind, "round": "1", "config": loading.parse(values).to_json(), "name": name}
+        header = {"kind": kind, "round": "1", "config": self.settings(*changes).to_json(), "name": name}
         return self.service.answer(Envelope(header, body))
 
     def hello(self, *changes: str) -> Hello | str:
@@ -83,7 +91,10 @@ def serve(tmp_path: Path, tiny_model: Path) -> Callable[..., Server]:
         if rows is not None:
             data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         run = loading.load(None, [*overrides(tiny_model, folder), "evaluate.clients=true", *more])
-        return Server(Facts("ant", data, tmp_path / f"state-{name}", run.model.name, **facts), run)
+        state, agreed = tmp_path / f"state-{name}", facts.pop("agreed", False)
+        if agreed:
+            split.repin(state, run.data.test_fraction, new_key=True, agreed=run)
+        return Server(Facts("ant", data, state, run.model.name, **facts), run)
 
     return made
 
@@ -293,6 +304,7 @@ def _held(number: int, made: split.Split) -> bool:
 def test_counts_are_rounded_to_two_digits_and_tens(count: int, told_as: int) -> None:
     assert counts.rounded(count) == told_as
     assert counts.most("rounded", told_as) >= count
+    assert count <= counts.raised(count) == counts.rounded(counts.raised(count)) < count + max(10, count / 10)
     assert ROUNDED.told_some(count) == max(told_as, 10 if count else 0)
 
 
@@ -328,7 +340,8 @@ def test_a_site_rounds_its_counts_unless_its_operator_says_otherwise(serve: Call
     settings = (*CURATED, "data.test_fraction=0.3")
     exact, plain = (serve(n, rows, *settings, **facts) for n, facts in (("e", {"counts": EXACT}), ("p", {})))
     for server in (exact, plain):
-        split.save(server.facts.state, split.Split(0.3, bytes(32)))  # the same rows, to compare
+        # The same rows, to compare.
+        split.save(server.facts.state, split.Split(0.3, bytes(32), split.reading(server.run)))
     true, told_ = exact.hello(), plain.hello()
     assert isinstance(true, Hello) and isinstance(told_, Hello)
     assert (true.counts, told_.counts) == ("exact", "rounded")
@@ -340,7 +353,7 @@ def test_a_site_rounds_its_counts_unless_its_operator_says_otherwise(serve: Call
     assert any(number % 10 for number in _numbers(a))
     assert b.update.weight == b.report.tokens == counts.rounded(a.report.tokens)
     assert b.report.examples == counts.rounded(a.report.examples)
-    assert b.report.steps == counts.two_digits_down(a.report.steps)
+    assert b.report.steps == counts.raised(a.report.steps)
     assert all(number % 10 == 0 for number in (b.curated.rows, b.curated.kept, *b.curated.dropped.values()))
     assert a.report.loss == b.report.loss
     scores = [flower_records.read_score_reply(_content(each.ask("evaluate")))[1] for each in (exact, plain)]
@@ -356,7 +369,7 @@ def test_declared_counts_are_all_that_leaves(serve: Callable[..., Server]) -> No
     stated = CountPolicy("declared", 500, 9_000)
     seen = []
     for name, rows in (("few", instruction_rows(30)), ("many", instruction_rows(47, seed=3))):
-        server = serve(name, rows, *CURATED, "data.test_fraction=0.5", counts=stated)
+        server = serve(name, rows, *CURATED, "data.test_fraction=0.5", counts=stated, agreed=True)
         hello, visit = server.hello(), server.visit()
         _, score = flower_records.read_score_reply(_content(server.ask("evaluate")))
         assert isinstance(hello, Hello) and isinstance(visit, Visit) and math.isfinite(visit.report.loss)
@@ -382,7 +395,7 @@ def test_what_any_policy_tells_is_possible_for_the_server(policy: CountPolicy, l
         epochs = config.train.epochs
         steps = 3 if epochs is None else rng.randint(1, max(1, math.ceil(epochs * rows / 2)))
         made = FitReport(rng.randint(1, 128 * steps), rng.randint(1, 2 * rows), steps, 1.0, 1.0)
-        report = told.report(policy, made, config)
+        report = told.report(policy, made, config, rows)
         validation._check_report(report, config, counts.most(policy.kind, examples), private=False)
         score = told.score(policy, Score(2.0 * tokens, tokens, rows), config)
         validation.check_score(score, config)
@@ -417,7 +430,8 @@ def test_under_record_level_privacy_no_number_depends_on_the_rows(
     seen = []
     for name, rows in (("one", instruction_rows(40)), ("other", [*instruction_rows(43, seed=9)[:42], long])):
         fraction = 0.3 if policy.kind == "declared" else 0.0  # rounded, another split could be another number
-        server = serve(name, rows, *PRIVATE, length, curate, f"data.test_fraction={fraction}", counts=policy)
+        more = (*PRIVATE, length, curate, f"data.test_fraction={fraction}")
+        server = serve(name, rows, *more, counts=policy, agreed=True)
         answers = [server.ask(kind) for kind in (flower_records.HELLO, "train", "evaluate")]
         assert not any(answer.header for answer in answers)
         visit = flower_records.read_train_reply(_content(answers[1]))
@@ -460,3 +474,325 @@ def test_a_declared_number_of_rows_sets_the_sampling_rate_that_is_charged(serve:
     (entry,) = json.loads((server.facts.state / "ledger.json").read_text())["entries"]
     assert entry["rates"] == {"0": 0.1}
     assert visit.update.weight == 16.0
+
+
+# -- which rows count, and how they are read ----------------------------------------------------------
+
+STATED = CountPolicy("declared", 60, 900)
+_PRIVATE_RUN = (*PRIVATE, "privacy.epsilon=50.0", "train.steps=2")
+MODES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "plain": (("train.steps=2",), {}),
+    "plain, exact counts": (("train.steps=2",), {"counts": EXACT}),
+    "plain, stated counts": (("train.steps=2",), {"counts": STATED}),
+    "private": (_PRIVATE_RUN, {}),
+    "private, stated counts": (_PRIVATE_RUN, {"counts": STATED}),
+}
+_ANN, _STAGE = 'continual.by="name"', 'continual.stages=[["Ann Smith"]]'
+# What a server may set to ask for few rows, or for rows read otherwise; together they name every key that could.
+QUESTIONS: tuple[tuple[str, ...], ...] = (
+    (_ANN, _STAGE),
+    (_ANN, 'continual.stages=[["Ann Smith"], ["person 1"]]', "rounds=2"),
+    (
+        _ANN,
+        'continual.stages=[["person 1"], ["Ann Smith"]]',
+        "rounds=2",
+        "continual.buffer=0.9",
+        'continual.policy="poisson"',
+        "continual.replay=0.9",
+    ),
+    *(
+        (_ANN, f"continual.stages={json.dumps([['Ann Smith', *(f'person {i}' for i in range(known))]])}")
+        for known in range(1, 8)  # with four to train on, hers is the fifth
+    ),
+    ('continual.by="instruction"', 'continual.stages=[["What does Ann Smith have?"]]'),
+    (
+        'data.columns={"instruction": "output", "output": "instruction"}',
+        'continual.by="instruction"',
+        'continual.stages=[["What does Ann Smith have?"]]',
+    ),
+    ('data.columns={"instruction": "instruction", "output": "only"}',),
+    ('data.columns={"messages": "messages"}',),
+    ("data.test_fraction=0.9",),
+    ("data.max_rows=1",),
+    ('data.split="test"',),
+    ('data.source="builtin:skills"', 'data.test="builtin:skills"', "data.clients=9"),
+    ('data.source="sqlite:///rows.db"', 'data.query="select * from rows where name = 1"'),
+    ('data.partition={"name": "by_value", "by": "name"}',),
+    ('curate.steps=[{"name": "length", "max": 5}]',),
+    ('curate.steps=[{"name": "length", "min": 50}]', "curate.every=1"),
+    ('curate.steps=[{"name": "length", "max": 10000}]', "curate.every=1"),
+    ("prompt.max_tokens=36", 'prompt.on_long="drop"'),
+    ('prompt.system="' + "word " * 20 + '"', "prompt.max_tokens=60", 'prompt.on_long="drop"'),
+    ('prompt.template="plain"', "prompt.max_tokens=16", 'prompt.on_long="drop"'),
+    ("prompt.max_tokens=8", 'prompt.on_long="drop"'),
+    ('prompt.boundary="structured"', "prompt.injected=1.0"),
+    ("train.steps=1", "train.batch_tokens=16", "train.lr=1e-12"),
+    ("train.steps=null", "train.epochs=1.0", "train.batch_tokens=16", "train.accumulate=1"),
+    ("evaluate.patience=1",),
+    ("seed=5", "rounds=1"),
+)
+# The other keys: they neither take a part of the rows nor change what is read of them.
+_OF_NO_ROWS = ("model.", "adapter.", "strategy.", "wire.", "evaluate.", "simulate.", "log.", "privacy.", "train.")
+
+
+def _keys(question: tuple[str, ...]) -> set[str]:
+    return {change.partition("=")[0] for change in question}
+
+
+def test_the_questions_name_every_key_that_can_choose_rows() -> None:
+    """A key that is added to these parts of a configuration has to be asked for here as well."""
+    values = RunConfig().model_dump()
+    keys = {
+        f"{part}.{key}" if isinstance(values[part], dict) else part for part in values for key in _inner(values[part])
+    }
+    asked = set().union(*map(_keys, QUESTIONS))
+    assert asked <= keys
+    assert {key for key in keys if not key.startswith(_OF_NO_ROWS)} <= asked
+
+
+def _inner(part: Any) -> Any:
+    return part if isinstance(part, dict) else [""]
+
+
+def _others() -> list[dict[str, str]]:
+    """So many that no rounded count of the handshake or of steps stands at a border, which one row may cross."""
+    return [{**row, "name": f"person {i}"} for i, row in enumerate(instruction_rows(52))]
+
+
+ANN = {"instruction": "What does Ann Smith have?", "output": "flu", "skill": "last", "name": "Ann Smith", "only": "x"}
+PAIRS: dict[str, tuple[list[dict[str, str]], list[dict[str, str]]]] = {
+    "another person's": ([ANN], [{**ANN, "name": "Bob Jones", "instruction": "What does Bob Jones have?"}]),
+    "a short one": ([{**ANN, "instruction": "?", "output": "y"}], [ANN]),
+    "one more": ([ANN], []),
+}
+
+
+def _told(server: Server, *changes: str, name: str = "run") -> list[str]:
+    """All that a site answers in turn to a handshake, a visit and a question for its score, but what must differ.
+
+    That is the bits of a change, and losses over many rows; whether there is a loss is kept. Rounded counts of a visit
+    follow its batches, which another row deals anew, and may cross a border, exact ones differ; whether there are any
+    is kept.
+    """
+    counted = server.facts.counts.kind != "declared" and server.run.privacy.unit == "none"
+    seen = []
+    for kind in (flower_records.HELLO, "train", "evaluate"):
+        answer = server.ask(kind, *changes, name=name)
+        if answer.header or kind != "evaluate":
+            numbers = "loss|seconds" + "|tokens|examples|replayed|weight" * (counted and kind == "train")
+            seen.append(
+                re.sub(rf'"({numbers})": "(?!0(\.0)?")[0-9][^"]*"', r'"\1": "a number"', _without_noise(answer))
+            )
+        else:
+            _, score = flower_records.read_score_reply(_content(answer))
+            seen.append(str(score._replace(nats=float(score.nats > 0))))
+    return seen
+
+
+def _two(pair: str, mode: str, serve: Callable[..., Server], suffix: str = "") -> list[Server]:
+    """Two sites that differ in one row and deal their rows by one key, which the server does not have."""
+    settings, facts = MODES[mode]
+    made = []
+    for name, more in zip("ab", PAIRS[pair], strict=True):
+        server = serve(f"{name}{suffix}", [*_others(), *more], *settings, "data.test_fraction=0.2", **facts)
+        split.save(server.facts.state, split.Split(0.2, bytes(32)))
+        made.append(server)
+    return made
+
+
+def _questions(server: Server) -> list[tuple[str, ...]]:
+    """The questions that a run of this kind can hold: of a private one some clash with the rest."""
+    held = []
+    for question in QUESTIONS:
+        with contextlib.suppress(UserError):
+            server.settings(*question)
+            held.append(question)
+    return held
+
+
+@pytest.mark.parametrize(
+    ("pair", "mode"),
+    [(pair, mode) for pair in PAIRS for mode in MODES if "exact" not in mode or pair == "another person's"],
+)
+def test_no_question_after_an_honest_run_tells_apart_sites_that_differ_in_one_row(
+    pair: str, mode: str, serve: Callable[..., Server]
+) -> None:
+    """Whatever the server sets, all answers are equal, or refused in equal words."""
+    one, other = _two(pair, mode, serve)
+    assert _told(one) == _told(other)
+    for number, question in enumerate(_questions(one)):
+        answers = [_told(server, *question, name=f"run{number}") for server in (one, other)]
+        assert answers[0] == answers[1], question
+
+
+@pytest.mark.parametrize("mode", ["plain", "private"])
+@pytest.mark.parametrize("pair", PAIRS)
+def test_no_first_question_tells_apart_sites_that_differ_in_one_row(
+    pair: str, mode: str, serve: Callable[..., Server]
+) -> None:
+    questions = _questions(_two(pair, mode, serve)[0])
+    assert len(questions) >= len(QUESTIONS) - 2
+    for number, question in enumerate(questions):
+        answers = [_told(server, *question) for server in _two(pair, mode, serve, f"-{number}")]
+        assert answers[0] == answers[1], question
+
+
+def _staged(person: str) -> list[dict[str, str]]:
+    """Rows of two tasks, and one of a third."""
+    rows = [{**row, "task": ("sort", "count")[i % 2]} for i, row in enumerate(instruction_rows(60))]
+    return [*rows, {**ANN, "task": person}]
+
+
+STAGES = ('continual.by="task"', 'continual.stages=[["Ann"], ["sort"]]', "rounds=2", "data.test_fraction=0.0")
+
+
+@pytest.mark.parametrize("stages", ['[["Ann"], ["sort"]]', '[["Ann"]]'])
+@pytest.mark.parametrize("policy", [ROUNDED, STATED])
+def test_under_privacy_a_stage_without_rows_answers_like_any_other(
+    policy: CountPolicy, stages: str, serve: Callable[..., Server]
+) -> None:
+    """Of an agreed stage: noise alone, by planned numbers, and charged."""
+    seen, changes = [], set()
+    for person in ("Ann", "Bob"):
+        server = serve(
+            person, _staged(person), *_PRIVATE_RUN, *STAGES, f"continual.stages={stages}", counts=policy, agreed=True
+        )
+        seen.append(_told(server))
+        content = _content(server.ask("train"))
+        assert isinstance(flower_records.read_train_reply(content), Visit)
+        assert (server.facts.state / "ledger.json").exists()
+        changes.add(flower_records.read_message(content))
+    assert seen[0] == seen[1] and len(changes) == 2 and b"" not in changes
+
+
+@pytest.mark.parametrize("policy", [ROUNDED, STATED, EXACT])
+def test_without_privacy_a_stage_of_few_rows_is_sat_out_as_one_of_none(
+    policy: CountPolicy, serve: Callable[..., Server]
+) -> None:
+    for number, people in enumerate((0, 1, 4, 5)):
+        rows = [*_staged("Bob"), *({**ANN, "task": "Ann", "instruction": f"{i}?"} for i in range(people))]
+        server = serve(f"s{number}", rows, "train.steps=2", *STAGES, counts=policy, agreed=True)
+        assert isinstance(server.hello(), Hello)
+        answer = server.visit()
+        assert isinstance(answer, Visit) if people == 5 else answer == Decline("ant", "idle"), people
+        assert not isinstance(answer, Visit) or math.isfinite(answer.report.loss)
+
+
+@pytest.mark.parametrize("policy", [ROUNDED, STATED, EXACT])
+def test_a_site_without_rows_of_any_stage_tells_what_one_of_few_does(
+    policy: CountPolicy, serve: Callable[..., Server]
+) -> None:
+    more = ("train.steps=2", *STAGES, 'continual.stages=[["Ann"]]')
+    seen = [_told(serve(person, _staged(person), *more, counts=policy, agreed=True)) for person in ("Ann", "Bob")]
+    assert seen[0] == seen[1] and not any("error" in answer for answer in seen[0])
+
+
+@pytest.mark.parametrize("policy", [ROUNDED, STATED, EXACT])
+def test_no_loss_of_few_rows_is_told(policy: CountPolicy, serve: Callable[..., Server]) -> None:
+    """A step may hold one row; the server takes a visit without a loss, and tells the round's loss without it."""
+    server = serve("ant", None, counts=policy)
+    for steps, rows in ((1, 1), (4, 4), (5, 5)):
+        visit = server.visit("train.batch_tokens=16", f"train.steps={steps}", "train.lr=1e-12")
+        assert isinstance(visit, Visit) and math.isfinite(visit.report.loss) == (rows >= 5)
+        validation._check_report(visit.report, server.settings(f"train.steps={steps}"), None, private=False)
+    reports = [FitReport(30, 10, 1, math.nan, 1.0), FitReport(10, 10, 1, 2.0, 1.0), FitReport(30, 10, 1, 4.0, 1.0)]
+    assert client_scores.training_fields(reports) == {"clients": 3, "tokens": 70, "train_loss": 3.5}
+    assert "train_loss" not in client_scores.training_fields(reports[:1])
+
+
+def test_a_site_that_a_run_leaves_few_rows_has_none(serve: Callable[..., Server]) -> None:
+    """By the first run's prompt, which alone it can be: nothing is told of four rows that is not told of none."""
+    others = [{**row, "instruction": row["instruction"] + " and so on" * 20} for row in _others()]
+    for few in (0, 4, 5):
+        rows = [*others, *({**ANN, "instruction": f"{i}", "output": "y"} for i in range(few))]
+        server = serve(f"few{few}", rows, "data.test_fraction=0.0", "prompt.max_tokens=60", "prompt.on_long=drop")
+        hello = server.hello()
+        assert isinstance(hello, Hello) and (hello.examples, hello.tokens) == ((10, 10) if few == 5 else (0, 0)), few
+
+
+def test_a_site_tells_no_half_of_its_scores_that_leaves_few_rows(serve: Callable[..., Server]) -> None:
+    """Else the sum over all held-out rows, less that over the half that decides, would be theirs."""
+    rows = _others()
+    examples = _examples(rows)
+    halves = [[row for row, e in zip(rows, examples, strict=True) if decides(e) == side] for side in (True, False)]
+    one, other = (_examples(half) for half in halves)
+    for rest, told_ in ((0, True), (1, False), (4, False), (5, True)):
+        server = serve(f"rest{rest}", rows, "evaluate.patience=1")
+        site = site_worker._read_site(site_worker.at_home(server.run, server.facts), server.facts, "run")
+        test = (*one[:8], *other[:rest])
+        worker = Worker(server.run)
+        score = worker.evaluate(site._replace(test=test), Payload(server.adapter, {}))
+        assert (score.examples > 0) is told_, rest
+
+
+def test_the_operator_agrees_to_a_runs_choice_of_rows_and_to_no_other(serve: Callable[..., Server]) -> None:
+    server = serve("ant", _staged("Ann"), "train.steps=2", *STAGES)
+    refused = server.hello()
+    assert "continual.by, continual.stages" in str(refused) and "apiary deploy split KIT --agree run.toml" in str(
+        refused
+    )
+    assert not (server.facts.state / split.FILE).exists()
+    split.repin(server.facts.state, 0.0, new_key=True, agreed=server.run)
+    assert isinstance(server.hello(), Hello)
+    for other in (
+        'continual.stages=[["Ann"]]',
+        "continual.stages=[]",
+        'continual.by="skill"',
+        "prompt.max_tokens=60",
+        'curate.steps=["duplicates"]',
+    ):
+        line = str(server.hello(other))
+        assert other.partition("=")[0] in line and "this site has pinned another value" in line and "Ann" not in line
+    assert isinstance(server.hello("train.lr=0.5", "rounds=4"), Hello)
+
+
+def test_agreement_is_given_by_the_command_that_pins(tmp_path: Path) -> None:
+    kits.init(tmp_path / "fed", "localhost:18443", ["north"])
+    kit, state, file = tmp_path / "fed" / "north", tmp_path / "fed" / "north" / "state", tmp_path / "run.toml"
+    file.write_text('[data]\ntest_fraction = 0.2\n[continual]\nby = "task"\nstages = [["a"], ["b"]]\n')
+    run = loading.load(file, [])
+
+    def call(*words: str) -> str:
+        done = CliRunner().invoke(main.app, ["deploy", "split", str(kit), *words])
+        if done.exception is not None:
+            raise done.exception
+        return done.stdout.strip()
+
+    lines = call("--agree", str(file)).splitlines()
+    assert lines[0] == "pinned: data.test_fraction = 0.2"
+    assert lines[1:] == ['pinned: continual.by = "task"', 'pinned: continual.stages = [["a"], ["b"]]']
+    assert call().splitlines() == lines
+    made = split.load(state)
+    assert made is not None and split.of_run(state, run) == made
+    assert call("--test-fraction", "0.3").splitlines()[1:] == lines[1:]  # what was agreed to stays
+    with pytest.raises(UserError, match=r"--agree: the run has data.test_fraction = 0.2, .* pinned 0.3; .*name it"):
+        call("--agree", str(file))
+    call("--agree", str(file), "--test-fraction", "0.2")
+    assert split.load(state) == made
+    file.write_text("[data]\ntest_fraction = 0.2\n")
+    assert call("--agree", str(file)) == "pinned: data.test_fraction = 0.2"
+    with pytest.raises(split.AnotherSplit):
+        split.of_run(state, run)
+
+
+def test_a_split_of_an_older_version_takes_all_rows_and_the_next_runs_prompt(serve: Callable[..., Server]) -> None:
+    server = serve()
+    server.facts.state.mkdir()
+    (server.facts.state / split.FILE).write_text(json.dumps({"schema": 1, "test_fraction": 0.1, "key": "00" * 32}))
+    assert isinstance(server.hello("data.test_fraction=0.1"), Hello)
+    assert "prompt.max_tokens" in str(server.hello("data.test_fraction=0.1", "prompt.max_tokens=50"))
+
+
+def test_a_site_names_its_own_columns(serve: Callable[..., Server]) -> None:
+    """What the run names of columns is for the server's rows, and changes nothing at a site."""
+    rows = [{"q": row["instruction"], "a": row["output"], "z": "no"} for row in instruction_rows(40)]
+    server = serve("ant", rows, columns={"instruction": "q", "output": "a"})
+    assert site_worker.check(server.facts).total == 40
+    first = server.hello()
+    assert isinstance(first, Hello) and first == server.hello('data.columns={"instruction": "a", "output": "z"}')
+    with pytest.raises(UserError, match=r"no columns known.*--column instruction=NAME"):
+        site_worker.check(server.facts._replace(columns={}))
+    for wrong in (["q"], ["instruction="], ["instruction=q", "instruction=a"], ["question=q"], ["instruction=q"]):
+        with pytest.raises(UserError):
+            parse_columns(wrong)
+    assert parse_columns(["instruction=q", "output=a=b"]) == {"instruction": "q", "output": "a=b"}

@@ -79,7 +79,7 @@ def test_a_factor_that_rests_is_moved_by_nobody(train: str, number: int, moved: 
     [
         ({"steps": 4}, [], "in 4 steps"),
         ({"tokens": 10**6}, [], "1e+06 tokens"),
-        ({"loss": math.nan}, [], "its loss is nan"),
+        ({"loss": math.inf}, [], "its loss is inf"),
         ({"replayed": 20}, [], "20 replayed tokens"),
         ({"replayed": -1}, REPLAYING, "-1 replayed"),
         ({"replayed": 6 * 1024}, REPLAYING, "tokens in 3 steps"),  # with the new ones more than a step holds
