@@ -30,8 +30,8 @@ TINY = 2000  # bytes: all but the first rows are on disk
 
 
 def row(number: int) -> dict[str, Any]:
-    """A row with tags; every ninth asks what another one asks, every eleventh has no answer."""
-    asked = number - 1 if number % 9 == 0 else number
+    """A row with tags; some ask what another one asks, have no answer, spell a control token or are too long."""
+    asked = f"{number - 1 if number % 9 == 0 else number}{' <eos>' if number % 7 == 0 else ''}"
     answer = "" if number % 11 == 0 else f"Answer {number}. " * (1 + number % 40)
     return {"instruction": f"Say {asked}", "input": "some data", "output": answer, "kind": "ab"[number % 2]}
 
