@@ -1,10 +1,10 @@
 """What files far larger than memory take: seconds, resident memory and disk, by the size of a JSONL file.
 
-python benchmarks/data.py [--gb 0.1 1 5] [--ways doctor site] [--dir FOLDER] [--data-limit GIB]
+python benchmarks/data.py [--gb 0.1 1 5] [--ways read site doctor] [--dir FOLDER] [--data-limit GIB]
 
 The file holds seeded instruction rows of 1 to 2 KB, the text of the built-in corpus: one in a hundred stands there
-twice, one in two hundred has no answer. Each way is a process of its own: `apiary doctor`, and what the worker of a
-site does with the file up to encoded tokens, and two steps of training. Curation is off.
+twice, one in two hundred has no answer. Each way is a process of its own: `read`, rows read and split; `site`, what the
+worker of a site does with them up to encoded tokens and two steps of training; and `apiary doctor`. Curation is off.
 
 Memory is what the kernel says of the process (/proc/PID/status, Linux): the most that was resident, and the most of it
 that was anonymous, which alone has no copy on disk. The rest are pages of mapped files, of libraries above all, which
@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT))
 from apiary.tracking import environment  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "data.json"
-WAYS = ("doctor", "site")
+WAYS = ("read", "site", "doctor")
 _SETTINGS = ("data.partition=iid", "data.clients=1", "strategy.min_clients=1", "train.steps=2", "evaluate.baselines=[]")
 _POOL = 4096  # texts that rows are made of
 _TWICE, _NO_ANSWER = 0.01, 0.005
@@ -78,8 +78,8 @@ def make(path: Path, size: int) -> int:
     return rows
 
 
-def site(path: Path, folder: Path) -> None:
-    """What a site's worker does with its rows: reads, splits and encodes them, and trains two steps."""
+def site(way: str, path: Path, folder: Path) -> None:
+    """What a site's worker does with its rows: reads and splits them, and but for `read` encodes and trains on them."""
     from apiary.config import loading
     from apiary.core.messages import Payload, Visit
     from apiary.models import adapters
@@ -89,6 +89,8 @@ def site(path: Path, folder: Path) -> None:
     facts = site_worker.Facts("north", path, folder / "state")
     config = site_worker.at_home(loading.load(None, [f"data.source={path}", *_SETTINGS]), facts)
     rows = site_worker._read_site(config, facts, "run")
+    if way == "read":
+        return
     worker = Worker(config)
     hello = worker.hello(rows)
     lm = adapters.load(config.model, config.adapter)
@@ -136,8 +138,8 @@ def measure(way: str, path: Path, folder: Path, limit: int | None) -> dict[str, 
     """Seconds and bytes of one way with a file."""
     settings = [word for setting in (f"data.source={path}", *_SETTINGS) for word in ("-s", setting)]
     words = ["-m", "apiary.cli.main", "doctor", *settings]
-    if way == "site":
-        words = [str(Path(__file__).resolve()), "--child", str(path), str(folder)]
+    if way != "doctor":
+        words = [str(Path(__file__).resolve()), "--child", way, str(path), str(folder)]
     began = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, *words],
@@ -164,10 +166,10 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--data-limit", type=float, help="RLIMIT_DATA of each process, in GiB")
     parser.add_argument("--dir", type=Path, help="folder for the file and what is kept on disk; default: TMPDIR")
-    parser.add_argument("--child", nargs=2, type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args(words)
     if args.child:
-        site(*args.child)
+        site(args.child[0], *map(Path, args.child[1:]))
         return
     limit = round(args.data_limit * 2**30) if args.data_limit else None
     before = json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else []
