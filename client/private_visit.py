@@ -20,6 +20,7 @@ import torch
 from apiary.config.schema import RunConfig
 from apiary.core.messages import Payload, Spent
 from apiary.core.tensors import digest
+from apiary.data import store
 from apiary.data.batches import Corpus
 from apiary.models.adapters import LanguageModel
 from apiary.privacy.ledger import charge_file, open_key
@@ -103,7 +104,8 @@ def visit(
 def _corpus_digest(corpus: Corpus, rates: np.ndarray) -> str:
     hasher = hashlib.sha256()
     for part in (corpus.ids, corpus.trained, corpus.offsets, rates):
-        hasher.update(np.ascontiguousarray(part).tobytes())
+        for piece in store.pieces(part):
+            hasher.update(np.ascontiguousarray(piece).data)
     return hasher.hexdigest()
 
 

@@ -12,9 +12,12 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from apiary.config.schema import RunConfig
 from apiary.core.files import write_atomic
 from apiary.core.stages import rounds_of, stage_of
+from apiary.data import store
 from apiary.data.examples import Example
 from apiary.data.stages import stage_numbers
 from apiary.data.turns import turn_values, turns_of_values
@@ -30,7 +33,7 @@ class StageData(NamedTuple):
     """What a visit trains on, and where it stands in its stage, which is a training of its own."""
 
     stage: int  # from 0
-    new: tuple[Example, ...]
+    new: Sequence[Example]
     replay: tuple[BufferedRow, ...]
     cursor: Cursor  # in the new rows
     replay_cursor: Cursor
@@ -124,10 +127,10 @@ def prepare(
     """
     stages = config.continual.stages
     if not stages:
-        return StageData(0, tuple(rows), (), past.cursor, Cursor(), number - 1, config.rounds)
+        return StageData(0, rows, (), past.cursor, Cursor(), number - 1, config.rounds)
     stage = stage_of(number, config.rounds, len(stages))
     of = stage_numbers(rows, config)
-    parts = [tuple(row for row, at in zip(rows, of, strict=True) if at == s) for s in range(len(stages))]
+    parts = [store.pick(rows, np.flatnonzero(of == s)) for s in range(len(stages))]
     entered = past.round > 0 and past.stage == stage
     kept = _kept(
         folder, buffer_rule(config.continual, config.seed, client, int((of >= 0).sum())), parts, stage, entered

@@ -18,7 +18,7 @@ from client.curated_rows import Choice
 from client.curation import Context, Reader
 from client.site import Site
 
-_HELD_TOKENS = 50_000_000  # tokenised data held at a time (250 MB), however many virtual clients there are
+_HELD_TOKENS = 50_000_000  # in memory at a time (250 MB), however many virtual clients there are
 
 
 class SiteRows:
@@ -45,7 +45,7 @@ class SiteRows:
             encode = tokenization.encode_all if part == "test" else injection.encode_training
             made = encode(examples, self._template, self._tokenizer, self._config.prompt)
             self._corpora[key] = (examples, made)
-            while len(self._corpora) > 1 and sum(c.stats.tokens for _, c in self._corpora.values()) > _HELD_TOKENS:
+            while len(self._corpora) > 1 and sum(c.tokens_in_memory for _, c in self._corpora.values()) > _HELD_TOKENS:
                 self._corpora.popitem(last=False)
         self._corpora.move_to_end(key)
         return self._corpora[key][1]
@@ -64,7 +64,7 @@ class SiteRows:
             UserError: unknown steps or options, or nothing is left.
         """
         if not self._config.curate.steps:
-            return tuple(site.train), None
+            return site.train, None
         reader = Reader(self._template, self._tokenizer, self._config.prompt, probe)
         made = curated_rows.choose(
             site.train,

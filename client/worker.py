@@ -15,9 +15,9 @@ from apiary.core import lora
 from apiary.core.errors import BudgetSpent
 from apiary.core.messages import CurationCounts, Decline, Hello, Payload, Score, Spent, Update, Visit
 from apiary.core.tensors import StateDict, add, is_finite
-from apiary.data import tokenization
+from apiary.data import store, tokenization
 from apiary.data.batches import Corpus
-from apiary.data.federation import FEWEST, decides
+from apiary.data.federation import FEWEST, deciding_of
 from apiary.data.stages import rows_by_stage
 from apiary.export import adapter_folder
 from apiary.models import adapters
@@ -77,7 +77,7 @@ class Worker:
         fingerprint = adapters.fingerprint(self._model(site), self.template)
         if self.config.privacy.unit == "record":
             return Hello(site.client, fingerprint, site.rank, None, None, counts=site.counts.kind)
-        stats = self._rows.corpus(site, "train", tuple(site.train)).stats
+        stats = self._rows.corpus(site, "train", site.train).stats
         enough = stats.examples >= site.fewest
         known = (stats.examples, stats.response_tokens) if enough else (0, 0)
         counts = told.handshake(site.counts, *known, self.config)
@@ -159,7 +159,7 @@ class Worker:
         """
         if hooks != Hooks(penalties=hooks.penalties):
             raise ValueError("the client's half of this method does not go with record-level privacy")
-        both = (*data.new, *(row.example for row in data.replay))
+        both = store.joined([data.new, tuple(row.example for row in data.replay)])
         corpus = self._rows.corpus(site, "train", both)
         new = len(data.new) - sum(row < len(data.new) for row in corpus.dropped)
         try:
@@ -238,7 +238,7 @@ class Worker:
             self._save_own(site, payload.model)
         if self.config.privacy.unit == "record":
             return Score(0.0, 0, 0)
-        rows = tuple(filter(decides, site.test)) if self.config.evaluate.patience else site.test
+        rows = deciding_of(site.test) if self.config.evaluate.patience else site.test
         corpus = self._rows.corpus(site, "test", rows)
         if len(corpus) < FEWEST or 0 < len(site.test) - len(rows) < site.fewest:
             return Score(0.0, 0, 0)

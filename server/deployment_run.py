@@ -130,14 +130,13 @@ def _held_out(config: RunConfig, log: RunLog) -> HeldOut | None:
     if not rows and config.continual.stages:
         raise UserError(f"data.test = {config.data.test!r}: no row of it is in a stage of continual.stages")
     lm, template = _model(config)
-    figures, deciding = set_deciding_apart(Federation((), tuple(rows), source.reports), config)
+    held_out = Federation((), rows, source.reports, (source,))
+    figures, deciding = set_deciding_apart(held_out, config)
     prepared = comparison.prepare_apart(figures.test, deciding, template, lm, config)
     if not prepared.examples:
         raise UserError(f"data.test = {config.data.test!r}: no example fits prompt.max_tokens and prompt.template")
-    here = config.data.model_copy(update={"source": config.data.test, "split": "test", "test": None, "max_rows": None})
-    own = config.model_copy(update={"data": here})  # of the sites' data nothing is here to be read again
     lines = [line for report in source.reports for line in report.lines()]
-    lines += comparison.data_warnings(Federation((), rows, source.reports), prepared, template, lm, own)
+    lines += comparison.data_warnings(held_out, prepared, template, lm, config)
     for line in [*lines, *continual.unmeasured(prepared, config)]:
         log.event("warning", message=line)
     return prepared

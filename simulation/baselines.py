@@ -24,7 +24,7 @@ from apiary.config.schema import RunConfig, TrainConfig
 from apiary.core.files import write_atomic
 from apiary.core.messages import ClientInfo, Payload
 from apiary.core.tensors import StateDict, add
-from apiary.data import injection
+from apiary.data import injection, store
 from apiary.data.batches import Corpus
 from apiary.data.examples import Example
 from apiary.data.tokenization import Template
@@ -73,7 +73,7 @@ class Baselines(NamedTuple):
 class Part(NamedTuple):
     """Steps one after the other on the same rows and factors."""
 
-    rows: tuple[Example, ...]
+    rows: Sequence[Example]
     factors: Literal["both", "b", "a"]
     steps: int
 
@@ -191,7 +191,7 @@ def _parts(
             parts[-1] = parts[-1]._replace(steps=parts[-1].steps + steps)
             continue
         held = (choices, factors)
-        rows = tuple(row for c, made in zip(clients, choices, strict=True) for row in c.choices[made])
+        rows = store.joined([client.choices[made] for client, made in zip(clients, choices, strict=True)])
         parts.append(Part(rows, factors, steps))
     return tuple(parts)
 

@@ -25,7 +25,7 @@ class ClientVisits(NamedTuple):
     client: str
     rank: int  # of its adapter when the run began
     steps: Mapping[int, int]  # optimizer steps by round, of the visits that counted
-    choices: Mapping[int, tuple[Example, ...]]  # its training rows, by the round from which on it trained on them
+    choices: Mapping[int, Sequence[Example]]  # its training rows, by the round from which on it trained on them
     known: bool = True  # whether these are the rows; where its choice is lost, they are all that it has
 
     @property
@@ -66,7 +66,7 @@ def of_run(
     return tuple(found)
 
 
-def _choices(client: ClientData, config: RunConfig, folder: Path) -> Mapping[int, tuple[Example, ...]]:
+def _choices(client: ClientData, config: RunConfig, folder: Path) -> Mapping[int, Sequence[Example]]:
     """The rows that curation left, by the round of the choice; nothing where they cannot be had any more."""
     if not config.curate.steps:
         return _all(client)
@@ -77,5 +77,5 @@ def _choices(client: ClientData, config: RunConfig, folder: Path) -> Mapping[int
         return {}
 
 
-def _all(client: ClientData) -> Mapping[int, tuple[Example, ...]]:
+def _all(client: ClientData) -> Mapping[int, Sequence[Example]]:
     return {0: client.train}

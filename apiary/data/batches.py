@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -9,6 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
+from apiary.data import store
 
 # Rows are sorted by length only within windows of about this many batches: long enough that
 # neighbours have nearly the same length, short enough that an epoch still mixes the data.
@@ -84,37 +87,63 @@ class Corpus:
         return len(self.offsets) - 1
 
     @property
+    def tokens_in_memory(self) -> int:
+        """As many as it has, or 0 where they are on disk."""
+        return 0 if store.is_mapped(self.ids) else len(self.ids)
+
+    @property
     def lengths(self) -> np.ndarray:
         """Tokens of each example, (n,) int64."""
         return np.diff(self.offsets)
 
 
 def gather(encoded: Iterable[Encoded | Dropped]) -> Corpus:
-    """The corpus of the examples that could be encoded; in the place of one that could not stands why."""
-    rows = list(encoded)
-    kept = [row for row in rows if isinstance(row, Encoded)]
-    cut = tuple(i for i, row in enumerate(rows) if isinstance(row, Encoded) and row.cut)
-    within = tuple(i for i, row in enumerate(rows) if isinstance(row, Encoded) and row.within)
-    spelled = tuple(i for i, row in enumerate(rows) if isinstance(row, Encoded) and row.spelled)
-    notes = {i: row.notes for i, row in enumerate(rows) if isinstance(row, Encoded) and row.notes}
-    dropped = {i: row.why for i, row in enumerate(rows) if isinstance(row, Dropped)}
-    whole = [row.whole or (len(row.ids) if isinstance(row, Encoded) else 0) for row in rows]
-    offsets = np.zeros(len(kept) + 1, np.int64)
-    np.cumsum([len(row.ids) for row in kept], out=offsets[1:])
-    ids = np.concatenate([np.zeros(0, np.int32), *(row.ids for row in kept)])
-    trained = np.concatenate([np.zeros(0, bool), *(row.trained for row in kept)])
+    """The corpus of the examples that could be encoded; in the place of one that could not stands why.
+
+    Many tokens are kept on disk.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    ids, trained = store.Numbers(np.int32), store.Numbers(bool)
+    ends, whole, cut, within, spelled = (array("q") for _ in range(5))
+    notes: dict[int, tuple[str, ...]] = {}
+    dropped: dict[int, str] = {}
+    alike: dict[tuple[str, ...], tuple[str, ...]] = {}  # equal notes once
+    responses = trained_cut = trained_dropped = at = 0
+    for i, row in enumerate(encoded):
+        if isinstance(row, Dropped):
+            dropped[i] = row.why
+            trained_dropped += row.lost
+            if row.whole:
+                whole.append(row.whole)
+            continue
+        ids.append(row.ids)
+        trained.append(row.trained)
+        at += len(row.ids)
+        ends.append(at)
+        whole.append(row.whole or len(row.ids))
+        responses += int(np.count_nonzero(row.trained))
+        trained_cut += row.lost
+        for rows, holds in ((cut, row.cut), (within, row.within), (spelled, row.spelled)):
+            if holds:
+                rows.append(i)
+        if row.notes:
+            notes[i] = alike.setdefault(row.notes, row.notes)
     stats = CorpusStats(
-        examples=len(kept),
-        tokens=len(ids),
-        response_tokens=int(trained.sum()),
+        examples=len(ends),
+        tokens=at,
+        response_tokens=responses,
         cut=len(cut),
         dropped=len(dropped),
         cut_within=len(within),
-        trained_cut=sum(row.lost for row in kept),
-        trained_dropped=sum(row.lost for row in rows if isinstance(row, Dropped)),
+        trained_cut=trained_cut,
+        trained_dropped=trained_dropped,
     )
-    lengths = np.array([length for length in whole if length], np.int64)
-    return Corpus(ids, trained, offsets, stats, cut, dropped, spelled, within, notes, lengths)
+    offsets = np.concatenate([np.zeros(1, np.int64), np.frombuffer(ends, np.int64)])
+    lengths = np.frombuffer(whole, np.int64)
+    marked = (tuple(cut), dropped, tuple(spelled), tuple(within), notes)
+    return Corpus(ids.done(), trained.done(), offsets, stats, *marked, lengths)
 
 
 def plan_batches(lengths: np.ndarray, batch_tokens: int, rng: torch.Generator) -> list[np.ndarray]:
@@ -188,7 +217,7 @@ def collate(corpus: Corpus, rows: np.ndarray, pad_id: int) -> Batch:
     columns = np.arange(int(lengths.max(initial=0)))
     real = columns < lengths  # (b, t)
     places = np.where(real, start + columns, 0)
-    ids = np.where(real, corpus.ids[places], pad_id).astype(np.int64)
-    targets = real & corpus.trained[places]
+    ids = np.where(real, store.take(corpus.ids, places), pad_id).astype(np.int64)
+    targets = real & store.take(corpus.trained, places)
     targets[:, :1] = False
     return Batch(torch.from_numpy(ids), torch.from_numpy(targets), torch.from_numpy(rows))

@@ -77,7 +77,12 @@ class Columns(NamedTuple):
     @property
     def required(self) -> tuple[str, ...]:
         """The columns without which a row cannot be used."""
-        return tuple(name for name in (self.instruction, self.output, self.messages, self.text) if name)
+        return _required(self.instruction, self.output, self.messages, self.text)
+
+
+@lru_cache(256)  # asked many times of each row
+def _required(*names: str) -> tuple[str, ...]:
+    return tuple(name for name in names if name)
 
 
 # Of each row the first that it fills is taken.

@@ -7,11 +7,15 @@ stands in the file is counted there as a remark.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
+import numpy as np
+
 from apiary.core.errors import UserError
+from apiary.data import store
 from apiary.data.columns import (
     NO_ANSWER,
     PREFERENCES,
@@ -87,13 +91,13 @@ class Place(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Checked examples, the origin (file stem or task) of each, and the source's own test."""
+    """Checked examples, the origin (file stem or task) of each, and the source's own test; large ones are on disk."""
 
-    examples: tuple[Example, ...]
-    origins: tuple[str, ...]
-    test: tuple[Example, ...] | None
+    examples: Sequence[Example]
+    origins: Sequence[str]
+    test: Sequence[Example] | None
     reports: tuple[FileReport, ...]
-    places: tuple[Place, ...] = ()
+    places: Sequence[Place] = ()
 
 
 def read(
@@ -126,53 +130,75 @@ def check(
 ) -> Source:
     """As `read`, of files that were loaded before."""
     given = given_columns(columns)
-    rows: list[tuple[Example, str, Place]] = []
+    on_disk = not all(store.is_small(file.rows) for file in files)  # what is made of rows takes about as much
+    train, test = _Kept(on_disk), _Kept(on_disk)
     reports: list[FileReport] = []
-    test: list[Example] | None = None
     for index, file in enumerate(files):
-        checked, report = _check_file(file, given)
+        report = _check_file(file, given, index, test if file.held_out else train)
         reports.append(report._replace(notes=file.notes))
-        if file.held_out:
-            test = (test or []) + [example for _, example in checked]
-        else:
-            rows += [(example, file.origin, Place(index, row)) for row, example in checked]
-    examples, origins, places = zip(*rows, strict=True)
-    held_out = None if test is None else tuple(test)
-    whole = Source(examples, origins, held_out, tuple(reports), places)
+    held_out = test.examples() if any(file.held_out for file in files) else None
+    whole = Source(train.examples(), train.origins(files), held_out, tuple(reports), train.places())
     return whole if max_rows is None else _thin(whole, max_rows)
+
+
+class _Kept:
+    """The usable rows of files. Owns them, and where each came from."""
+
+    def __init__(self, on_disk: bool) -> None:
+        self._on_disk = on_disk
+        self._examples: list[Example] | store.OnDisk[Example] = store.OnDisk() if on_disk else []
+        self._files, self._rows = array("q"), array("q")
+
+    def append(self, example: Example, file: int, row: int) -> None:
+        """Add one more, with the index of its file and its number there."""
+        self._examples.append(example)
+        self._files.append(file)
+        self._rows.append(row)
+
+    def examples(self) -> Sequence[Example]:
+        return self._examples if self._on_disk else tuple(self._examples)
+
+    def origins(self, files: Sequence[RawFile]) -> Sequence[str]:
+        """The origin of each."""
+        if self._on_disk:
+            return store.Mapped(lambda file: files[file].origin, np.frombuffer(self._files, np.int64))
+        return tuple(files[file].origin for file in self._files)
+
+    def places(self) -> Sequence[Place]:
+        """Where each stands."""
+        if self._on_disk:
+            return store.Mapped(_place, np.stack([np.frombuffer(a, np.int64) for a in (self._files, self._rows)], 1))
+        return tuple(map(Place, self._files, self._rows))
+
+
+def _place(pair: store.Indices) -> Place:
+    return Place(*pair.tolist())
 
 
 def _thin(source: Source, max_rows: int) -> Source:
     n = len(source.examples)
     if n <= max_rows:
         return source
-    kept = {i * n // max_rows for i in range(max_rows)}
-    return _keep(source, [i in kept for i in range(n)], OVER_MAX_ROWS)
-
-
-def _keep(source: Source, wanted: Sequence[bool], reason: str) -> Source:
-    """`source` with only the wanted examples; the others are counted under `reason`."""
-    kept = [i for i, wants in enumerate(wanted) if wants]
+    wanted = np.zeros(n, bool)
+    wanted[[i * n // max_rows for i in range(max_rows)]] = True
+    kept = np.flatnonzero(wanted)
     return source._replace(
-        examples=tuple(source.examples[i] for i in kept),
-        origins=tuple(source.origins[i] for i in kept),
-        places=tuple(source.places[i] for i in kept),
-        reports=take_out(
-            source.reports,
-            (source.places[i] for i, wants in enumerate(wanted) if not wants),
-            reason,
-        ),
+        examples=store.pick(source.examples, kept),
+        origins=store.pick(source.origins, kept),
+        places=store.pick(source.places, kept),
+        reports=take_out(source.reports, store.pick(source.places, np.flatnonzero(~wanted)), OVER_MAX_ROWS),
     )
 
 
 def take_out(reports: Sequence[FileReport], places: Iterable[Place], reason: str) -> tuple[FileReport, ...]:
-    lost: dict[int, list[int]] = {}
+    """The reports with some of the usable rows counted under `reason` instead."""
+    lost: dict[int, Counts] = {}
     for place in places:
-        lost.setdefault(place.file, []).append(place.row)
+        lost.setdefault(place.file, Counts()).add(reason, place.row)
     return tuple(
         report._replace(
-            usable=report.usable - len(lost[i]),
-            problems={**report.problems, reason: (len(lost[i]), tuple(lost[i][:_FIRST_ROWS]))},
+            usable=report.usable - lost[i].found()[reason][0],
+            problems={**report.problems, **lost[i].found()},
         )
         if i in lost
         else report
@@ -180,17 +206,16 @@ def take_out(reports: Sequence[FileReport], places: Iterable[Place], reason: str
     )
 
 
-def _check_file(file: RawFile, given: Columns | None) -> tuple[list[tuple[int, Example]], FileReport]:
-    """The usable rows of a file with their numbers, and the report on all of them.
+def _check_file(file: RawFile, given: Columns | None, index: int, kept: _Kept) -> FileReport:
+    """Keep the usable rows of a file, the `index`-th, and report on all of them.
 
     Raises:
         UserError: the file has no usable row, or not the columns that the user named.
     """
-    usable: list[tuple[int, Example]] = []
-    problems, remarks = _Counts(), _Counts()
+    problems, remarks = Counts(), Counts()
     first: tuple[int, str, str] | None = None  # the first problem: row, reason, what helps
     names: dict[str, None] = {}  # of columns, in order of appearance
-    total, known = 0, False
+    total, usable, known = 0, 0, False
     for number, row in file.rows:
         total += 1
         if isinstance(row, Mapping):
@@ -202,7 +227,8 @@ def _check_file(file: RawFile, given: Columns | None) -> tuple[list[tuple[int, E
             problems.add(str(problem), number)
             first = first or (number, str(problem), problem.fix or _fix(str(problem)))
             continue
-        usable.append((number, example))
+        usable += 1
+        kept.append(example, index, number)
         for remark in said:
             remarks.add(remark, number)
     if not total:
@@ -214,22 +240,24 @@ def _check_file(file: RawFile, given: Columns | None) -> tuple[list[tuple[int, E
         raise UserError(
             f"{file.name}: none of its {total} rows is usable; the first problem, in row {number}, is: {reason}; {fix}"
         )
-    return usable, FileReport(file.name, total, len(usable), problems.found(), remarks.found())
+    return FileReport(file.name, total, usable, problems.found(), remarks.found())
 
 
-class _Counts:
+class Counts:
     """How many rows have what, with the numbers of the first ones."""
 
     def __init__(self) -> None:
         self._found: dict[str, tuple[int, tuple[int, ...]]] = {}
 
     def add(self, what: str, row: int) -> None:
+        """Count a row under `what`."""
         if what not in self._found and len(self._found) >= _KINDS:
             what = _MORE
         count, rows = self._found.get(what, (0, ()))
         self._found[what] = (count + 1, (*rows, row) if count < _FIRST_ROWS else rows)
 
     def found(self) -> dict[str, tuple[int, tuple[int, ...]]]:
+        """How many rows have what, and the first of them."""
         return self._found
 
 
@@ -250,10 +278,10 @@ def as_read(
         ValueError: an example has other turns than its row.
     """
     given = given_columns(columns)
-    rows_of = [dict(file.rows) for file in files]
+    numbers = [np.fromiter((number for number, _ in file.rows), np.int64, len(file.rows)) for file in files]
     rewritten = []
     for place, example in rows:
-        row = rows_of[place.file][place.row]
+        row = files[place.file].rows[int(np.searchsorted(numbers[place.file], place.row))][1]
         if not isinstance(row, Mapping):
             raise ValueError(f"row {place.row} of {files[place.file].name} is no row of these files")
         columns_here = columns_of(row, given)

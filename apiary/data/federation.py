@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from functools import cached_property
 from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from apiary.config.schema import DataConfig, RunConfig
 from apiary.core.errors import UserError
-from apiary.data import splits
+from apiary.data import splits, store
 from apiary.data.examples import (
     Example,
     FileReport,
@@ -29,16 +33,17 @@ class ClientData(NamedTuple):
     """One client's rows: to train on, and its own held-out ones."""
 
     name: str
-    train: tuple[Example, ...]
-    test: tuple[Example, ...]
+    train: Sequence[Example]
+    test: Sequence[Example]
 
 
 class Federation(NamedTuple):
-    """All clients' rows, and the held-out set that the server measures on."""
+    """All clients' rows, and the held-out set that the server measures on; what was read to make them."""
 
     clients: tuple[ClientData, ...]
-    test: tuple[Example, ...]
+    test: Sequence[Example]
     reports: tuple[FileReport, ...]
+    sources: tuple[Source, ...] = ()
 
 
 def is_held_out(example: Example, fraction: float, key: bytes = PUBLIC_KEY) -> bool:
@@ -59,7 +64,12 @@ def decides(example: Example) -> bool:
     return _question_digest(example)[-1] < 128
 
 
-def set_deciding_apart(federation: Federation, config: RunConfig) -> tuple[Federation, tuple[Example, ...]]:
+def deciding_of(rows: Sequence[Example]) -> Sequence[Example]:
+    """Those of held-out rows that decide which round is best."""
+    return store.pick(rows, _where(map(decides, rows)))
+
+
+def set_deciding_apart(federation: Federation, config: RunConfig) -> tuple[Federation, Sequence[Example]]:
     """Set the held-out rows that decide when a run stops apart from those of its figures.
 
     Without `evaluate.patience` there are none: figures are on all held-out rows.
@@ -71,16 +81,16 @@ def set_deciding_apart(federation: Federation, config: RunConfig) -> tuple[Feder
     if not config.evaluate.patience:
         return federation, ()
     by_clients = config.scores_from_clients
-    rows = [row for client in federation.clients for row in client.test] if by_clients else federation.test
-    deciding = tuple(filter(decides, rows))
-    known = set(map(_question_digest, deciding))
+    deciding = () if by_clients else deciding_of(federation.test)
+    rows = (row for client in federation.clients for row in client.test) if by_clients else deciding
+    known = {_question_digest(row) for row in rows if not by_clients or decides(row)}
 
-    def apart(rows: Sequence[Example]) -> tuple[Example, ...]:
-        return tuple(row for row in rows if _question_digest(row) not in known)
+    def apart(rows: Sequence[Example]) -> Sequence[Example]:
+        return store.pick(rows, _where(_question_digest(row) not in known for row in rows))
 
     clients = tuple(client._replace(test=apart(client.test)) for client in federation.clients)
     figures = federation._replace(clients=clients, test=apart(federation.test))
-    return figures, () if by_clients else deciding
+    return figures, deciding
 
 
 def undecided(federation: Federation, config: RunConfig) -> list[str]:
@@ -98,6 +108,11 @@ def undecided(federation: Federation, config: RunConfig) -> list[str]:
     elif not deciding:
         return [f"{start} none is left to decide by; {fix}"]
     return [] if figures.test else [f"{start} none is left for the figures; {fix}"]
+
+
+def _where(wanted: Iterable[bool]) -> store.Indices:
+    """The places of what is wanted."""
+    return np.flatnonzero(np.fromiter(wanted, bool))
 
 
 def _question_digest(example: Example, key: bytes = PUBLIC_KEY) -> bytes:
@@ -122,44 +137,42 @@ def federate(config: DataConfig, seed: int, key: bytes = PUBLIC_KEY) -> Federati
     source = read(
         config.source, split=config.split, columns=config.columns, max_rows=config.max_rows, query=config.query
     )
+    sources = [source]
     apart, reports = source.test, source.reports
     if config.test is not None:
         extra = read(config.test, split="test", columns=config.columns, key="data.test")
         apart = extra.examples if extra.test is None else extra.test
         reports = (*reports, *extra.reports)
-    held_out = [is_held_out(example, config.test_fraction, key) for example in source.examples]
+        sources.append(extra)
     known = {_question_digest(example) for example in apart or ()}
-    leaked = [
-        not held and bool(known) and _question_digest(example) in known
-        for held, example in zip(held_out, source.examples, strict=True)
-    ]
-    reports = take_out(
-        reports,
-        (place for place, leaks in zip(source.places, leaked, strict=True) if leaks),
-        IN_HELD_OUT,
-    )
+    # Of each row: 0 where it is trained, 1 where it is held out, 2 where it leaks from the held-out set.
+    parts = np.fromiter((_part_of(example, config, key, known) for example in source.examples), np.int8)
+    reports = take_out(reports, store.pick(source.places, np.flatnonzero(parts == 2)), IN_HELD_OUT)
     if apart is None:
-        apart = tuple(example for held, example in zip(held_out, source.examples, strict=True) if held)
-    trained = [not held and not leaks for held, leaks in zip(held_out, leaked, strict=True)]
-    return Federation(_clients(source, config, seed, held_out, trained), apart, reports)
+        apart = store.pick(source.examples, np.flatnonzero(parts == 1))
+    return Federation(_clients(source, config, seed, parts), apart, reports, tuple(sources))
 
 
-def _clients(
-    source: Source, config: DataConfig, seed: int, held_out: Sequence[bool], trained: Sequence[bool]
-) -> tuple[ClientData, ...]:
-    spread: Callable[..., Sequence[Iterable[int]]] = PARTITIONS.build(config.partition.name, config.partition.options)
-    shares = [[int(i) for i in share] for share in spread(_table(source, config), config.clients, seed)]
+def _part_of(example: Example, config: DataConfig, key: bytes, known: Set[bytes]) -> int:
+    if is_held_out(example, config.test_fraction, key):
+        return 1
+    return 2 if known and _question_digest(example) in known else 0
+
+
+def _clients(source: Source, config: DataConfig, seed: int, parts: NDArray[np.int8]) -> tuple[ClientData, ...]:
+    spread: Callable[..., Sequence[store.Indices]] = PARTITIONS.build(config.partition.name, config.partition.options)
+    shares = [np.asarray(share, np.int64) for share in spread(_table(source, config), config.clients, seed)]
     width = max(2, len(str(len(shares) - 1)))
     clients = []
     for number, share in enumerate(shares):
         natural = config.partition.name == "natural"
         client = ClientData(
             source.origins[share[0]] if natural else f"client-{number:0{width}d}",
-            tuple(source.examples[i] for i in share if trained[i]),
-            tuple(source.examples[i] for i in share if held_out[i]),
+            store.pick(source.examples, share[parts[share] == 0]),
+            store.pick(source.examples, share[parts[share] == 1]),
         )
         if not client.train:
-            fix = splits.same_opening([source.examples[i] for i in share]) or (
+            fix = splits.same_opening(store.pick(source.examples, share)) or (
                 "lower data.test_fraction, or put more rows in its file"
                 if natural
                 else "lower data.clients or data.test_fraction, or give it more rows (dirichlet: min_rows)"
@@ -188,10 +201,36 @@ def too_few_clients(config: RunConfig, clients: int) -> list[str]:
 
 
 def _table(source: Source, config: DataConfig) -> Table:
-    names = dict.fromkeys(name for example in source.examples for name in example.tags)
-    columns: dict[str, list[str | None]] = {
-        name: [example.tags.get(name) for example in source.examples] for name in names
-    }
-    if label := config.columns.get("output"):  # a class label is both the answer and a column to partition by
-        columns[label] = [answer(example) for example in source.examples]
-    return Table(source.origins, columns)
+    return Table(source.origins, _Columns(source.examples, config.columns.get("output")))
+
+
+class _Columns(Mapping[str, list[str | None]]):
+    """The columns of rows, each made when it is asked for, its equal values once.
+
+    Args:
+        examples: the rows.
+        label: the column that is the answer, which may be a class label; None for none.
+    """
+
+    def __init__(self, examples: Sequence[Example], label: str | None) -> None:
+        self._examples, self._label = examples, label
+
+    def __getitem__(self, name: str) -> list[str | None]:
+        values: dict[str, str] = {}
+        if name == self._label:
+            return [values.setdefault(value, value) for value in map(answer, self._examples)]
+        if name not in self._names:
+            raise KeyError(name)
+        found = (example.tags.get(name) for example in self._examples)
+        return [None if value is None else values.setdefault(value, value) for value in found]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @cached_property
+    def _names(self) -> dict[str, None]:
+        names = dict.fromkeys(name for example in self._examples for name in example.tags)
+        return names | ({self._label: None} if self._label else {})

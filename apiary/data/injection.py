@@ -209,6 +209,11 @@ def _task(rng: random.Random) -> str:
     return rng.choice(_TASKS).format(a=a, b=b, c=c, n=n, m=m, p=rng.choice(_PLACES))
 
 
+def plants(config: PromptConfig) -> bool:
+    """Whether instructions are planted in rows to train."""
+    return config.boundary != "plain" and config.injected > 0
+
+
 def encode_training(
     examples: Sequence[Example], template: Template, tokenizer: PreTrainedTokenizerBase, config: PromptConfig
 ) -> Corpus:
@@ -216,14 +221,14 @@ def encode_training(
 
     A row that no longer fits `prompt.max_tokens` with what is planted in it is trained as it is.
     """
-    if config.boundary == "plain" or not config.injected:
+    if not plants(config):
         return encode_all(examples, template, tokenizer, config)
-    rows = [trained(example, config.injected) for example in examples]
-    corpus = encode_all(rows, template, tokenizer, config)
-    lost = [i for i in (*corpus.cut, *corpus.dropped) if rows[i] is not examples[i]]
-    for i in lost:
-        rows[i] = examples[i]
-    return encode_all(rows, template, tokenizer, config) if lost else corpus
+    corpus = encode_all((trained(example, config.injected) for example in examples), template, tokenizer, config)
+    lost = {i for i in (*corpus.cut, *corpus.dropped) if trained(examples[i], config.injected) != examples[i]}
+    if not lost:
+        return corpus
+    rows = (row if i in lost else trained(row, config.injected) for i, row in enumerate(examples))
+    return encode_all(rows, template, tokenizer, config)
 
 
 # --- for measuring

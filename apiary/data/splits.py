@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from apiary.config.schema import RunConfig
 from apiary.core.formatting import share_text
+from apiary.data import store
 from apiary.data.examples import OVER_MAX_ROWS, Example, FileReport
 from apiary.data.turns import opening_text
 
@@ -29,7 +31,7 @@ def no_test(federation: Federation, config: RunConfig) -> list[str]:
     """A line that says so where nothing is held out for the table, and what helps."""
     if federation.test:
         return []
-    why = same_opening([row for client in federation.clients for row in client.train])
+    why = same_opening(store.joined([client.train for client in federation.clients]))
     fix = why or "raise it, or set data.test to a held-out source"
     return [f"data.test_fraction = {config.data.test_fraction}: leaves no held-out example; {fix}"]
 
@@ -41,10 +43,13 @@ def same_opening(examples: Sequence[Example]) -> str | None:
     """
     if not examples:
         return None
-    ((opening, count),) = Counter(opening_text(example.turns) for example in examples).most_common(1)
+    openings = np.fromiter((hash(opening_text(example.turns)) for example in examples), np.int64, len(examples))
+    _, first, counts = np.unique(openings, return_index=True, return_counts=True)
+    count = int(counts.max())
     if count < 2 or count < _ALIKE * len(examples):
         return None
-    alike = [example for example in examples if opening_text(example.turns) == opening]
+    opening = openings[first[counts == count].min()]  # of several the one that comes first
+    alike = store.pick(examples, np.flatnonzero(openings == opening))
     longer = sum(sum(turn.role == "user" for turn in example.turns) > 1 for example in alike)
     fix = (
         "leave the turns that they share out of the rows, so that each opens with its own question"
@@ -56,19 +61,20 @@ def same_opening(examples: Sequence[Example]) -> str | None:
 
 def _uneven(federation: Federation, config: RunConfig) -> Iterator[str]:
     asked = config.data.test_fraction
-    held = [row for client in federation.clients for row in client.test]
-    rows = [*held, *(row for client in federation.clients for row in client.train)]
-    expected = asked * len(rows)
-    strays = abs(len(held) - expected) > _DEVIATIONS * math.sqrt(expected * (1 - asked))
+    held = sum(len(client.test) for client in federation.clients)
+    rows = held + sum(len(client.train) for client in federation.clients)
+    expected = asked * rows
+    strays = abs(held - expected) > _DEVIATIONS * math.sqrt(expected * (1 - asked))
     # A half or twice of what was asked, of either part.
-    far = not expected / 2 <= len(held) <= 2 * expected or 2 * (len(rows) - len(held)) < len(rows) - expected
+    far = not expected / 2 <= held <= 2 * expected or 2 * (rows - held) < rows - expected
     if strays and far and federation.test:  # else `no_test` says more
-        why = same_opening(rows) or (
+        parts = [*(client.test for client in federation.clients), *(client.train for client in federation.clients)]
+        why = same_opening(store.joined(parts)) or (
             "rows with the same question stay on one side of the split; set data.test to rows with other questions, "
             "and data.test_fraction = 0"
         )
-        share = share_text(len(held) / len(rows))
-        yield f"data.test_fraction = {asked:g}: {len(held):,} of {len(rows):,} rows are held out ({share}): {why}"
+        share = share_text(held / rows)
+        yield f"data.test_fraction = {asked:g}: {held:,} of {rows:,} rows are held out ({share}): {why}"
 
 
 def _nearly_empty(reports: Sequence[FileReport], config: RunConfig) -> Iterator[str]:

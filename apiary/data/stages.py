@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from apiary.config.schema import RunConfig
 from apiary.core.errors import UserError
+from apiary.data import store
 from apiary.data.examples import Example, FileReport, answer
 from apiary.data.federation import Federation
 
@@ -24,7 +25,7 @@ def task_of(example: Example, config: RunConfig) -> str:
 def stage_numbers(examples: Iterable[Example], config: RunConfig) -> NDArray[np.int64]:
     """The stage (from 0) of each row, (n,); -1 where its task is in no stage."""
     stage = {task: number for number, tasks in enumerate(config.continual.stages) for task in tasks}
-    return np.array([stage.get(task_of(example, config), -1) for example in examples], np.int64)
+    return np.fromiter((stage.get(task_of(example, config), -1) for example in examples), np.int64)
 
 
 def rows_by_stage(rows: Sequence[Example], config: RunConfig) -> list[int]:
@@ -58,14 +59,14 @@ def within(federation: Federation, config: RunConfig, *, whole: bool = True) -> 
     lost = {f"their {config.continual.by} is in no stage of continual.stages": (before - after, ())}
     report = FileReport("all clients", before, after, lost)
     reports = (*federation.reports, report) if after < before else federation.reports
-    return Federation(clients, inside(federation.test, config), reports)
+    return federation._replace(clients=clients, test=inside(federation.test, config), reports=reports)
 
 
-def inside(rows: Sequence[Example], config: RunConfig) -> tuple[Example, ...]:
+def inside(rows: Sequence[Example], config: RunConfig) -> Sequence[Example]:
     """The rows that are in a stage; all of them where there are no stages."""
     if not config.continual.stages:
-        return tuple(rows)
-    return tuple(row for row, n in zip(rows, stage_numbers(rows, config), strict=True) if n >= 0)
+        return rows
+    return store.pick(rows, np.flatnonzero(stage_numbers(rows, config) >= 0))
 
 
 def unlimited_buffers(clients: Iterable[Sequence[int]], config: RunConfig) -> list[str]:

@@ -9,16 +9,19 @@ takes no memory. They are pickled: nobody but this process can write to a file t
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import pickle
 import tempfile
 import weakref
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import IO, Any, Generic, TypeVar, overload
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import IO, Any, TypeVar, overload
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from apiary.core.errors import UserError
 
@@ -92,7 +95,7 @@ def no_space(error: OSError) -> UserError:
 class OnDisk(Sequence[T]):
     """Items in a temporary file, each made anew when it is asked for; a slice is a view of them."""
 
-    def __init__(self, items: Iterable[T]) -> None:
+    def __init__(self, items: Iterable[T] = ()) -> None:
         self._file, self._ends, self._pending, self._written = temporary_file(), array("q", [0]), bytearray(), 0
         weakref.finalize(self, self._file.close)
         for item in items:
@@ -123,7 +126,7 @@ class OnDisk(Sequence[T]):
     def __getitem__(self, index: slice) -> Sequence[T]: ...
     def __getitem__(self, index: int | slice) -> T | Sequence[T]:
         if isinstance(index, slice):
-            return View(self, np.arange(*index.indices(len(self)), dtype=np.int64))
+            return Mapped(self.__getitem__, np.arange(*index.indices(len(self)), dtype=np.int64))
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         if self._pending:
@@ -147,88 +150,140 @@ def _read(file: int, size: int, start: int) -> bytes:
     return data
 
 
-class View(Sequence[T]):
-    """Items of a sequence by their places there, in the order of these."""
+class Mapped(Sequence[T]):
+    """Items that a function makes of others, each when it is asked for; those of a sequence by their places, say."""
 
-    def __init__(self, whole: Sequence[T], places: Indices) -> None:
-        self._whole, self._places = whole, places
+    def __init__(self, make: Callable[[Any], T], of: Sequence[Any] | NDArray[Any]) -> None:
+        self._make, self._of = make, of
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._of)
 
     @overload
     def __getitem__(self, index: int) -> T: ...
     @overload
     def __getitem__(self, index: slice) -> Sequence[T]: ...
     def __getitem__(self, index: int | slice) -> T | Sequence[T]:
-        if isinstance(index, slice):
-            return View(self._whole, self._places[index])
-        return self._whole[int(self._places[index])]
+        return Mapped(self._make, self._of[index]) if isinstance(index, slice) else self._make(self._of[index])
 
     def __iter__(self) -> Iterator[T]:
-        for place in self._places:
-            yield self._whole[int(place)]
+        return map(self._make, self._of)
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Mapped):
+            return NotImplemented
+        one, two = self._of, other._of
+        alike = one is two or (isinstance(one, np.ndarray) and isinstance(two, np.ndarray) and np.array_equal(one, two))
+        return self._make == other._make and alike
 
-class Coded(Sequence[T]):
-    """Values of which few differ, a number each: the file of each row, say."""
+    __hash__ = None  # type: ignore[assignment]
 
-    def __init__(self, values: Sequence[T], codes: NDArray[Any]) -> None:
-        self._values, self._codes = values, codes
-
-    def __len__(self) -> int:
-        return len(self._codes)
-
-    @overload
-    def __getitem__(self, index: int) -> T: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[T]: ...
-    def __getitem__(self, index: int | slice) -> T | Sequence[T]:
-        if isinstance(index, slice):
-            return Coded(self._values, self._codes[index])
-        return self._values[int(self._codes[index])]
-
-    def __iter__(self) -> Iterator[T]:
-        return (self._values[int(code)] for code in self._codes)
-
-
-class Builder(Generic[T]):
-    """A sequence that is being made: a list until there is no more room, then on disk. Owns what it was given."""
-
-    def __init__(self, room: Room) -> None:
-        self._room = room
-        self._items: list[T] | OnDisk[T] = []
-
-    def append(self, item: T) -> None:
-        """Add one more item.
-
-        Raises:
-            UserError: the disk is full.
-        """
-        self._items.append(item)
-        if isinstance(self._items, list) and not self._room.take(item):
-            self._items = OnDisk(self._items)
-
-    def done(self) -> Sequence[T]:
-        """What was given: a list, or on disk."""
-        return self._items
+    def picked(self, places: Indices) -> Mapped[T]:
+        """Some of the items, by their places here."""
+        if isinstance(self._of, np.ndarray):
+            return Mapped(self._make, self._of[places])
+        return Mapped(self.__getitem__, places)
 
 
 def collect(items: Iterable[T], room: Room) -> Sequence[T]:
-    """The items as a list where there is room, else on disk."""
-    builder = Builder[T](room)
+    """The items as a list while there is room, else on disk."""
+    kept: list[T] | OnDisk[T] = []
     for item in items:
-        builder.append(item)
-    return builder.done()
+        kept.append(item)
+        if isinstance(kept, list) and not room.take(item):
+            kept = OnDisk(kept)
+    return kept
 
 
-def pick(items: Sequence[T], places: Sequence[int] | Indices) -> Sequence[T]:
-    """Some of the items: a tuple of those that are in memory, else a view."""
+def pick(items: Sequence[T], places: Indices) -> Sequence[T]:
+    """Some of the items, in the order of their places: a tuple of those that are in memory, else a view."""
     if is_small(items):
-        return tuple(items[int(place)] for place in places)
-    return View(items, np.asarray(places, np.int64))
+        return tuple(items[place] for place in places.tolist())
+    return items.picked(places) if isinstance(items, Mapped) else Mapped(items.__getitem__, places)
+
+
+def joined(parts: Sequence[Sequence[T]]) -> Sequence[T]:
+    """The items of several sequences, one after the other: a tuple of those that are in memory, else a view."""
+    if all(map(is_small, parts)):
+        return tuple(chain.from_iterable(parts))
+    filled = tuple(part for part in parts if len(part))
+    if len(filled) == 1:
+        return filled[0]
+    places = [np.stack([np.full(len(part), i), np.arange(len(part))], axis=1) for i, part in enumerate(filled)]
+    return Mapped(_Parts(filled), np.concatenate(places))
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Gives an item by the number of its part and its place there. Equal where the parts are."""
+
+    parts: tuple[Sequence[Any], ...]
+
+    def __call__(self, place: Any) -> Any:
+        return self.parts[place[0]][int(place[1])]
 
 
 def is_small(items: Sequence[object]) -> bool:
     """Whether a sequence is in memory."""
     return isinstance(items, list | tuple)
+
+
+class Numbers:
+    """An array that is being made: in memory while it is small, then in a temporary file, mapped. Owns its parts.
+
+    Args:
+        dtype: of the array.
+    """
+
+    def __init__(self, dtype: DTypeLike) -> None:
+        self._dtype = np.dtype(dtype)
+        self._data = bytearray()  # what is not yet in the file
+        self._file: IO[bytes] | None = None
+
+    def append(self, part: NDArray[Any]) -> None:
+        """Add numbers at the end.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        self._data += np.ascontiguousarray(part, self._dtype).data
+        if len(self._data) > (IN_MEMORY_BYTES if self._file is None else _WRITE_BYTES):
+            self._file = self._file or temporary_file()
+            write(self._file, self._data)
+            self._data = bytearray()
+
+    def done(self) -> NDArray[Any]:
+        """All numbers: an array, or one that is mapped and can only be read."""
+        if self._file is None:
+            return np.frombuffer(self._data, self._dtype)
+        with self._file as file:
+            write(file, self._data)
+            return np.memmap(file, self._dtype, "r")
+
+
+def take(numbers: NDArray[Any], places: NDArray[np.int64]) -> NDArray[Any]:
+    """Some of the numbers. Of a mapped array no pages stay with the process, so that an epoch does not fill memory."""
+    taken = numbers[places]
+    _release(numbers)
+    return taken
+
+
+def pieces(numbers: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """The numbers in pieces of about a megabyte, in order; of a mapped array no pages stay with the process."""
+    for part in np.array_split(numbers, max(1, numbers.nbytes // _WRITE_BYTES)):
+        yield part
+        _release(numbers)
+
+
+def is_mapped(numbers: NDArray[Any]) -> bool:
+    """Whether numbers are in a file."""
+    return isinstance(numbers.base, mmap.mmap)
+
+
+def _release(numbers: NDArray[Any]) -> None:
+    """Give the pages of a mapped array back: they stay in the system's cache, which is free for whoever needs memory.
+
+    Else each page that was ever read counts as resident until memory runs out.
+    """
+    if isinstance(numbers.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):  # not on every system
+        numbers.base.madvise(mmap.MADV_DONTNEED)

@@ -12,18 +12,20 @@ from __future__ import annotations
 
 import json
 import weakref
+from array import array
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from apiary.config.schema import DataConfig, PromptConfig
+from apiary.config.schema import PromptConfig
 from apiary.core.errors import UserError
 from apiary.data.batches import Batch, Corpus, CorpusStats, Dropped, Encoded, collate, gather, plan_batches
 from apiary.data.boundary import UNSAFE, Boundary, Tokens, boundary_of, tokenise
-from apiary.data.examples import Example, Source, read, rows_text
+from apiary.data.examples import Counts, Example, Source, rows_text
 from apiary.data.templates import Segment, Template, Unwritable, asking, make_template, short_digest
 from apiary.data.turns import Turn
 
@@ -49,7 +51,7 @@ __all__ = [
     "tokenizer_digest",
 ]
 
-_CHUNK = 4096  # rows tokenised in one call
+_CHUNK, _LETTERS = 4096, 2**20  # the most rows and letters that are tokenised in one call
 SPELLED = "spell control tokens of the tokenizer, which stay plain text"
 NO_THINKING = "have thinking that the chat template does not write, so it is not trained"
 EARLIER = (
@@ -71,14 +73,27 @@ def encode(
 
 
 def encode_all(
-    examples: Sequence[Example],
+    examples: Iterable[Example],
     template: Template,
     tokenizer: PreTrainedTokenizerBase,
     config: PromptConfig,
 ) -> Corpus:
     """All examples that can be used as one corpus, in order; it tells which of them were cut or dropped, and why."""
-    chunks = (examples[start : start + _CHUNK] for start in range(0, len(examples), _CHUNK))
+    chunks = _chunks(examples)
     return gather(chain.from_iterable(_encode(chunk, template, tokenizer, config) for chunk in chunks))
+
+
+def _chunks(examples: Iterable[Example]) -> Iterator[list[Example]]:
+    """The examples in stretches that are tokenised in one call: the tokenizer takes some 50 bytes a letter for it."""
+    chunk, letters = list[Example](), 0
+    for example in examples:
+        chunk.append(example)
+        letters += sum([len(turn.text) + len(turn.thinking) for turn in example.turns])
+        if len(chunk) == _CHUNK or letters > _LETTERS:
+            yield chunk
+            chunk, letters = [], 0
+    if chunk:
+        yield chunk
 
 
 def _encode(
@@ -151,52 +166,86 @@ def check_template(examples: Iterable[Example], template: Template) -> None:
         raise first
 
 
-def rows_lost(parts: Iterable[tuple[Sequence[Example], Corpus]], data: DataConfig, max_tokens: int) -> list[str]:
+def rows_lost(
+    parts: Iterable[tuple[Sequence[Example], Corpus]], sources: Sequence[Source], max_tokens: int
+) -> list[str]:
     """What encoding cut, dropped, left untrained and read as plain text: a line for each file, with counts and rows.
 
     Args:
         parts: examples, and what `encode_all` made of them.
-        data: where they came from; read again if there is something to tell, for an example does not know its row.
+        sources: where they came from, for an example does not know its row.
         max_tokens: their limit.
     """
-    fates: dict[tuple[tuple[Turn, ...], str], tuple[str, ...]] = {}  # a conversation's fates depend on nothing else
-    for given, corpus in parts:
-        of: dict[int, tuple[str, ...]] = dict.fromkeys(
-            corpus.cut, (f"cut at prompt.max_tokens = {max_tokens} after a whole answer",)
-        )
-        of |= dict.fromkeys(corpus.within, (f"cut at prompt.max_tokens = {max_tokens} within an answer",))
-        for i, notes in corpus.notes.items():
-            of[i] = (*of.get(i, ()), *notes)
-        for i in corpus.spelled:
-            of[i] = (*of.get(i, ()), SPELLED)
-        of |= {i: (f"left out: {why}",) for i, why in corpus.dropped.items()}
-        fates |= {(given[i].turns, given[i].tools): what for i, what in of.items()}
+    fates = _Fates()
+    for examples, corpus in parts:
+        fates.add(examples, _fates_of(corpus, max_tokens))
+    if not len(fates):
+        return []
     lines: list[str] = []
-    unplaced = dict(fates)
-    for source in _sources(data) if fates else ():
-        rows_by_fate: dict[int, dict[str, list[int]]] = {}
-        for example, place in zip(source.examples, source.places, strict=True):
-            talk = example.turns, example.tools
-            for fate in fates.get(talk, ()):
-                rows_by_fate.setdefault(place.file, {}).setdefault(fate, []).append(place.row)
-                unplaced.pop(talk, None)
-        for file, fate_rows in sorted(rows_by_fate.items()):
+    placed, unplaced = fates.counted(sources)
+    for source, files in zip(sources, placed, strict=True):
+        for file, counts in sorted(files.items()):
             name, total = source.reports[file].name, source.reports[file].rows
-            losses = (
-                f"{len(rows)} of {total} rows {fate} ({rows_text(rows, len(rows))})" for fate, rows in fate_rows.items()
-            )
+            found = counts.found().items()
+            losses = (f"{count} of {total} rows {fate} ({rows_text(rows, count)})" for fate, (count, rows) in found)
             lines.append(f"{name}: {'; '.join(losses)}")
     if unplaced:
-        counts = Counter(chain.from_iterable(unplaced.values())).items()
-        lines.append("test part of data.source: " + "; ".join(f"{count} {fate}" for fate, count in counts))
+        lines.append("test part of data.source: " + "; ".join(f"{count} {fate}" for fate, count in unplaced.items()))
     return lines
 
 
-def _sources(data: DataConfig) -> list[Source]:
-    sources = [read(data.source, split=data.split, columns=data.columns, max_rows=data.max_rows, query=data.query)]
-    if data.test is not None:
-        sources.append(read(data.test, split="test", columns=data.columns, key="data.test"))
-    return sources
+def _fates_of(corpus: Corpus, max_tokens: int) -> dict[int, tuple[str, ...]]:
+    """What became of the rows of a corpus that encoding did not keep as they were."""
+    of: dict[int, tuple[str, ...]] = dict.fromkeys(
+        corpus.cut, (f"cut at prompt.max_tokens = {max_tokens} after a whole answer",)
+    )
+    of |= dict.fromkeys(corpus.within, (f"cut at prompt.max_tokens = {max_tokens} within an answer",))
+    same: dict[tuple[str, ...], tuple[str, ...]] = {}  # equal ones once
+    for i, notes in chain(corpus.notes.items(), ((i, (SPELLED,)) for i in corpus.spelled)):
+        fate = (*of.get(i, ()), *notes)
+        of[i] = same.setdefault(fate, fate)
+    return of | {i: (f"left out: {why}",) for i, why in corpus.dropped.items()}
+
+
+class _Fates:
+    """What became of conversations. Owns a hash of each that something became of, and no text: they may be many."""
+
+    def __init__(self) -> None:
+        self._kinds: list[tuple[str, ...]] = []  # each combination of fates
+        self._talks, self._codes = array("q"), array("q")  # in the order in which they came; numbers of combinations
+
+    def __len__(self) -> int:
+        return len(self._talks)
+
+    def add(self, examples: Sequence[Example], fates: Mapping[int, tuple[str, ...]]) -> None:
+        """Note the fates of examples, by their places."""
+        numbers = {kind: number for number, kind in enumerate(self._kinds)}
+        for i, kind in fates.items():
+            self._talks.append(_talk(examples[i]))
+            self._codes.append(numbers.setdefault(kind, len(numbers)))
+        self._kinds = list(numbers)
+
+    def counted(self, sources: Iterable[Source]) -> tuple[list[dict[int, Counts]], dict[str, int]]:
+        """The rows of each fate, by file, for each source; and how many conversations of each fate are in none."""
+        talks, first = np.unique(np.frombuffer(self._talks, np.int64), return_index=True)
+        known, found = array("q", talks.tobytes()), np.zeros(len(talks), bool)  # bisect is slow on an array of numpy
+        counts = list[dict[int, Counts]]()
+        for source in sources:
+            counts.append({})
+            for place, example in zip(source.places, source.examples, strict=True):
+                talk = _talk(example)
+                at = bisect_left(known, talk)
+                if at < len(known) and known[at] == talk:
+                    found[at] = True
+                    for fate in self._kinds[self._codes[first[at]]]:
+                        counts[-1].setdefault(place.file, Counts()).add(fate, place.row)
+        missing = (self._kinds[self._codes[i]] for i in np.sort(first[~found]))
+        return counts, Counter(chain.from_iterable(missing))
+
+
+def _talk(example: Example) -> int:
+    """A hash of a conversation, on which alone its fates depend; 64 bits, for this process."""
+    return hash((example.turns, example.tools))
 
 
 def encode_prompt(

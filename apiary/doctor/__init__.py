@@ -111,8 +111,9 @@ def _examine_parts(config: RunConfig, problems: list[str], console: Console, rem
         return told
     if config.privacy.unit != "none":
         told["privacy"] = _attempt(problems, lambda: _print_privacy(config, federation, console))
-    plan.print_rows(federation, console)
-    told["data"] = values.rows_values(federation)
+    turns = plan.turn_counts(federation)
+    plan.print_rows(federation, turns, console)
+    told["data"] = values.rows_values(federation, turns)
     staged = [stages.rows_by_stage(client.train, config) for client in federation.clients]
     said = _attempt(problems, lambda: remarks(config, [client.name for client in federation.clients])) or ()
     said = [
@@ -127,7 +128,7 @@ def _examine_parts(config: RunConfig, problems: list[str], console: Console, rem
     if lm is None or template is None:
         return told
     corpora = _attempt(problems, lambda: _encode(config, federation, lm, template))
-    warnings = _attempt(problems, lambda: _warnings(config, federation, lm, template))
+    warnings = _attempt(problems, lambda: _warnings(config, federation, lm, template, corpora or ()))
     plan.print_warnings(warnings or (), console)
     told["warnings"] = [*said, *(warnings or ())]
     if corpora is not None and warnings is not None:
@@ -216,13 +217,15 @@ def _encode(config: RunConfig, federation: Federation, lm: LanguageModel, templa
     return corpora
 
 
-def _warnings(config: RunConfig, federation: Federation, lm: LanguageModel, template: Template) -> list[str]:
+def _warnings(
+    config: RunConfig, federation: Federation, lm: LanguageModel, template: Template, corpora: Sequence[Corpus]
+) -> list[str]:
     """What a run would say of rows that are cut or left out.
 
     Raises:
         UserError: no held-out example can be used, or the model has too few positions for the longest.
     """
-    from apiary.data import tokenization
+    from apiary.data import injection, tokenization
     from apiary.data.federation import set_deciding_apart
     from apiary.evaluation import comparison
 
@@ -231,7 +234,8 @@ def _warnings(config: RunConfig, federation: Federation, lm: LanguageModel, temp
     if figures.test and not held_out.examples:
         tokenization.check_template(federation.test, template)
         raise UserError(f"prompt.max_tokens = {config.prompt.max_tokens}: no held-out example fits; raise it")
-    return comparison.data_warnings(federation, held_out, template, lm, config)
+    as_they_are = () if injection.plants(config.prompt) else corpora  # encoded once is enough
+    return comparison.data_warnings(federation, held_out, template, lm, config, as_they_are)
 
 
 # --- what is said

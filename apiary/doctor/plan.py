@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import bisect
 import math
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -132,7 +134,7 @@ def print_template(template: Template, console: Console) -> None:
     _fact(console, "template", template.words)
 
 
-def print_rows(federation: Federation, console: Console) -> None:
+def print_rows(federation: Federation, turns: Mapping[str, int], console: Console) -> None:
     """Print how many rows there are, which are left out for what, and what is read otherwise than it stands."""
     _head(console, "Data")
     rows = sum(report.rows for report in federation.reports)
@@ -152,16 +154,18 @@ def print_rows(federation: Federation, console: Console) -> None:
     own = sum(len(client.test) for client in federation.clients)
     text = f"{count_text(trained)} to train on, {count_text(own)} held out at the clients"
     _fact(console, "examples", f"{text}, {count_text(len(federation.test))} held out for the table")
-    turns = turn_counts(federation)
     text = f"{count_text(turns['turns'])} in these, of them {count_text(turns['answers'])} of the assistant"
     _fact(console, "turns", f"{text}, {count_text(turns['trained'])} trained")
 
 
 def turn_counts(federation: Federation) -> dict[str, int]:
     """How many turns the clients' examples have, how many are the assistant's, and how many of those are trained."""
-    rows = [row for client in federation.clients for part in (client.train, client.test) for row in part]
-    answers = [turn.trained for row in rows for turn in row.turns if turn.role == "assistant"]
-    return {"turns": sum(len(row.turns) for row in rows), "answers": len(answers), "trained": sum(answers)}
+    turns = answers = trained = 0
+    for part in chain.from_iterable((client.train, client.test) for client in federation.clients):
+        for row in part:
+            flags = [turn.trained for turn in row.turns if turn.role == "assistant"]
+            turns, answers, trained = turns + len(row.turns), answers + len(flags), trained + sum(flags)
+    return {"turns": turns, "answers": answers, "trained": trained}
 
 
 def print_warnings(lines: Sequence[str], console: Console) -> None:
@@ -180,24 +184,22 @@ class LengthBin(NamedTuple):
     rows: int
 
 
-def length_bins(lengths: Sequence[int], limit: int) -> list[LengthBin]:
+def length_bins(lengths: ArrayLike, limit: int) -> list[LengthBin]:
     """How many rows there are of each length in tokens, in bins that double; the limit is the end of one of them.
 
     Args:
-        lengths: tokens of each row, before cutting.
+        lengths: (n,), tokens of each row, before cutting.
         limit: `prompt.max_tokens`.
     """
     ends = [limit >> k for k in range(4, 0, -1) if limit >> k] + [limit << k for k in range(4)]
-    counts = [0] * (len(ends) + 1)
-    for length in lengths:
-        counts[bisect.bisect_left(ends, length)] += 1
+    counts = np.bincount(np.searchsorted(ends, lengths), minlength=len(ends) + 1).tolist()
     starts = [1, *(end + 1 for end in ends)]
     return [LengthBin(*each) for each in zip(starts, [*ends, None], counts, strict=True)]
 
 
 def _print_bins(run: PreparedRun, console: Console) -> None:
     limit = run.config.prompt.max_tokens
-    bins = length_bins([n for corpus in run.corpora for n in corpus.whole.tolist()], limit)
+    bins = length_bins(np.concatenate([corpus.whole for corpus in run.corpora]), limit)
     while bins and not bins[-1].rows:
         bins.pop()
     total, most = sum(each.rows for each in bins), max((each.rows for each in bins), default=1)

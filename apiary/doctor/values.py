@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from apiary.config.schema import RunConfig
 from apiary.data.examples import FileReport
 from apiary.data.federation import Federation
 from apiary.doctor import forecast
-from apiary.doctor.plan import Cost, PreparedRun, length_bins, turn_counts
+from apiary.doctor.plan import Cost, PreparedRun, length_bins
 from apiary.models import base
 from apiary.tracking import environment
 
@@ -29,7 +30,7 @@ def machine_values(config: RunConfig, device: torch.device) -> dict[str, Any]:
     }
 
 
-def rows_values(federation: Federation) -> dict[str, Any]:
+def rows_values(federation: Federation, turns: Mapping[str, int]) -> dict[str, Any]:
     """How many rows and turns there are, and which files have rows that are left out or read otherwise, for what."""
     return {
         "rows": sum(report.rows for report in federation.reports),
@@ -37,7 +38,7 @@ def rows_values(federation: Federation) -> dict[str, Any]:
         "train": sum(len(client.train) for client in federation.clients),
         "held_out_at_clients": sum(len(client.test) for client in federation.clients),
         "held_out": len(federation.test),
-        **turn_counts(federation),
+        **turns,
         "left_out": _reasons((report, report.problems) for report in federation.reports),
         "remarks": _reasons((report, report.remarks) for report in federation.reports),
     }
@@ -54,7 +55,7 @@ def _reasons(found: Iterable[tuple[FileReport, Mapping[str, tuple[int, tuple[int
 def run_values(run: PreparedRun, cost: Cost) -> dict[str, Any]:
     """The clients, and what the run will take."""
     work, traffic = cost.work, cost.traffic
-    stats = [corpus.stats for corpus in run.corpora]
+    stats, whole = [corpus.stats for corpus in run.corpora], [corpus.whole for corpus in run.corpora]
     return {
         "clients": [
             {
@@ -76,12 +77,7 @@ def run_values(run: PreparedRun, cost: Cost) -> dict[str, Any]:
                 run.federation.clients, run.corpora, work.per_epoch, work.per_round, strict=True
             )
         ],
-        "lengths": [
-            each._asdict()
-            for each in length_bins(
-                [n for corpus in run.corpora for n in corpus.whole.tolist()], run.config.prompt.max_tokens
-            )
-        ],
+        "lengths": [each._asdict() for each in length_bins(np.concatenate(whole), run.config.prompt.max_tokens)],
         "cost": {
             "trained_parameters": forecast.adapter_size(run.lm),
             "cohort": work.cohort,

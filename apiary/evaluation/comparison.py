@@ -150,12 +150,31 @@ def _expected(example: Example, template: Template, lm: LanguageModel, config: R
 
 
 def data_warnings(
-    federation: Federation, held_out: HeldOut, template: Template, lm: LanguageModel, config: RunConfig
+    federation: Federation,
+    held_out: HeldOut,
+    template: Template,
+    lm: LanguageModel,
+    config: RunConfig,
+    trained: Sequence[Corpus] = (),
 ) -> list[str]:
-    """What encoding cuts and leaves out of all data, a line for each file, and what the table lacks."""
-    shares = [federation.test, *(share for client in federation.clients for share in (client.train, client.test))]
+    """What encoding cuts and leaves out of all data, a line for each file, and what the table lacks.
+
+    Args:
+        federation: the data.
+        held_out: the examples of the table.
+        template: how an example becomes text.
+        lm: its tokenizer.
+        config: the run.
+        trained: the clients' training rows as they are encoded without planted instructions, where they are there.
+    """
+    clients = federation.clients
+    shares = [federation.test, *(client.test for client in clients)]
+    if not trained:
+        shares += [client.train for client in clients]
     encoded = ((rows, tokenization.encode_all(rows, template, lm.tokenizer, config.prompt)) for rows in shares)
-    lines = tokenization.rows_lost(encoded, config.data, config.prompt.max_tokens)
+    known = zip((client.train for client in clients), trained, strict=True) if trained else ()
+    parts = itertools.chain(encoded, known)
+    lines = tokenization.rows_lost(parts, federation.sources, config.prompt.max_tokens)
     if held_out.left_out:
         lines.append(
             f"held-out set: {held_out.left_out} of {held_out.left_out + len(held_out.examples)} examples are not in "

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizer_kinds import KINDS, PHI, ROLES, Letters, Tiktoken, kind, loaded
 
-from apiary.config.schema import DataConfig, PromptConfig
+from apiary.config.schema import PromptConfig
 from apiary.core.errors import UserError
 from apiary.data import boundary, tokenization
 from apiary.data.examples import Example, read
@@ -275,7 +275,7 @@ def test_a_row_that_cannot_be_kept_apart_is_left_out_counted_and_told(tmp_path: 
     path = tmp_path / "rows.jsonl"
     texts = [{"instruction": row.turns[0].text, "output": "yes"} for row in rows]
     path.write_text("\n".join(map(json.dumps, texts)), encoding="utf-8")
-    (line,) = tokenization.rows_lost([(rows, corpus)], DataConfig(source=str(path)), 512)
+    (line,) = tokenization.rows_lost([(rows, corpus)], [read(str(path))], 512)
     assert line == f"rows.jsonl: 1 of 2 rows left out: {boundary.UNSAFE} (rows 2)"
 
 
@@ -288,7 +288,7 @@ def test_rows_that_spell_control_tokens_are_counted_with_their_numbers(tmp_path:
     rows = read(str(path)).examples
     corpus = tokenization.encode_all(rows, template, tokenizer, config)
     assert corpus.spelled == (1, 3) and corpus.cut == (3,)
-    assert tokenization.rows_lost([(rows, corpus)], DataConfig(source=str(path)), 80) == [
+    assert tokenization.rows_lost([(rows, corpus)], [read(str(path))], 80) == [
         "rows.jsonl: 2 of 4 rows spell control tokens of the tokenizer, which stay plain text (rows 2, 4); "
         "1 of 4 rows cut at prompt.max_tokens = 80 within an answer (rows 4)"
     ]

@@ -27,7 +27,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from apiary.config.schema import DataConfig, PromptConfig
+from apiary.config.schema import PromptConfig
 from apiary.core.errors import UserError
 from apiary.data import tokenization
 from apiary.data.examples import Example, read
@@ -228,7 +228,7 @@ def test_lost_rows_are_told_by_file_with_their_numbers(tmp_path: Path) -> None:
     parts = [
         (rows, tokenization.encode_all(rows, template, tokenizer, config)) for rows in (source.examples, source.test)
     ]
-    assert sorted(tokenization.rows_lost(parts, DataConfig(source=str(tmp_path)), 80)) == [
+    assert sorted(tokenization.rows_lost(parts, [read(str(tmp_path))], 80)) == [
         "one.jsonl: 1 of 5 rows cut at prompt.max_tokens = 80 within an answer (rows 3); "
         "1 of 5 rows left out: too long for prompt.max_tokens = 80 (rows 4); "
         "1 of 5 rows left out: the chat template rewrites what the assistant said (rows 6)",
@@ -237,7 +237,7 @@ def test_lost_rows_are_told_by_file_with_their_numbers(tmp_path: Path) -> None:
     (tmp_path / "test.jsonl").write_text(fine + chat("p" * 99, "a"), encoding="utf-8")
     test = read(str(tmp_path)).test or ()
     parts = [(test, tokenization.encode_all(test, template, tokenizer, config))]
-    assert tokenization.rows_lost(parts, DataConfig(source=str(tmp_path)), 80) == [
+    assert tokenization.rows_lost(parts, [read(str(tmp_path))], 80) == [
         "test part of data.source: 1 left out: too long for prompt.max_tokens = 80"
     ]
 

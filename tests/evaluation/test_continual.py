@@ -339,7 +339,7 @@ def test_no_buffer_is_no_file_and_no_stages_are_all_rows(tmp_path: Path) -> None
     assert [none.visit(number).replay for number in range(1, 7)] == [()] * 6
     assert not list(none.folder.glob("*buffer*"))
     data = replay.prepare(ROWS, tmp_path, "a", loading.load(), 4, state.Memory(3, Cursor(1, 2)))
-    assert data == (0, tuple(ROWS), (), Cursor(1, 2), Cursor(), 3, loading.load().rounds)
+    assert data == (0, ROWS, (), Cursor(1, 2), Cursor(), 3, loading.load().rounds)
 
 
 def test_rows_of_no_stage_are_left_out_and_told() -> None:

@@ -13,7 +13,7 @@ import pytest
 from conftest import overrides_for
 
 from apiary.config import loading
-from apiary.data import federation, tokenization
+from apiary.data import federation
 from apiary.data.examples import Example, FileReport, Place, Source
 from apiary.data.turns import ToolCall, Turn
 from simulation.run import simulate
@@ -62,8 +62,7 @@ def mixed(
     rows = tuple(map(example, range(100)))
     places = tuple(Place(0, i + 1) for i in range(100))
     source = Source(rows, ("rows",) * 100, None, (FileReport("rows.jsonl", 100, 100, {}),), places)
-    for module in (federation, tokenization):
-        monkeypatch.setattr(module, "read", lambda *args, **kwargs: source)
+    monkeypatch.setattr(federation, "read", lambda *args, **kwargs: source)
     return lambda *more: [*overrides_for(model, rows_file), "evaluate.generate=true", "data.clients=2", *more]
 
 
