@@ -18,6 +18,7 @@ def _chat(*turns: str) -> list[dict[str, Any]]:
     return [{"role": role, "content": text} for role, _, text in parts]
 
 
+_PLAIN: Final = {"instruction": "Who?", "output": "You."}
 _ASKED: Final = _chat("user: Who?")
 _CALL: Final = {"id": "c1", "type": "function", "function": {"name": "find", "arguments": '{"who": "me"}'}}
 SHAPES: Final[Mapping[str, dict[str, Any]]] = {
@@ -99,6 +100,9 @@ SHAPES: Final[Mapping[str, dict[str, Any]]] = {
     "`text` alone": {"text": "Once upon a time.\n"},
     "`text` with `label`, `target` or `summary`": {"text": "I like it.", "label": 1},
     "preferences": {"prompt": "Who?", "chosen": "You.", "rejected": "Me."},
+    "preferences without pairs (KTO)": {"prompt": "Who?", "completion": "Me.", "label": False},
+    "choices, and only the number or letter of one": {"question": "Who?", "choices": ["I", "You"], "answer": 1},
+    "`history`, `documents`, `choices` (`options`)": {**_PLAIN, "history": [["Hi", "Ho"]]},
     "code": {"instruction": "Indent it.", "output": "\n    return x\n"},
 }
 

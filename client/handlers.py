@@ -200,7 +200,7 @@ def worker(config: str) -> Worker:
 def federation(config: str) -> Federation:
     """The clients of a simulated run, read once per process; `config` is the run's JSON."""
     run = loading.from_json(config)
-    return stages.within(federate(run.data, run.seed), run)
+    return stages.within(federate(run.data, run.seed, guess=run.privacy.unit == "none"), run)
 
 
 def forget() -> None:

@@ -250,7 +250,9 @@ def _read_site(config: RunConfig, facts: Facts, run: str) -> Site:
         raise handlers.Refusal(str(error)) from None
     if held_out != before:
         _log.info("held-out rows pinned by a key of this site's own; pinned: %s", "; ".join(split.lines(held_out)))
-    federation = stages.within(federate(config.data, config.seed, held_out.key), config, whole=False)
+    federation = stages.within(
+        federate(config.data, config.seed, held_out.key, guess=config.privacy.unit == "none"), config, whole=False
+    )
     for report in federation.reports:
         for line in report.lines():
             _log.warning("%s", line)

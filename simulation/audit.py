@@ -107,7 +107,9 @@ def open_bench(folder: Path, options: Options, at: AtSite | None = None) -> Benc
         alone = {"source": at.data, "test": None, "clients": 1, "partition": Method(name="iid")}
         config = config.model_copy(update={"data": config.data.model_copy(update=alone)})
     check_names(config)
-    clients = stages.within(federate(config.data, config.seed, key), config, whole=at is None).clients
+    clients = stages.within(
+        federate(config.data, config.seed, key, guess=config.privacy.unit == "none"), config, whole=at is None
+    ).clients
     index = _chosen(clients, options.client)
     if len(clients[index].train) < _FEWEST_ROWS:
         raise UserError(

@@ -48,4 +48,4 @@ def _rows(opened: Any, data: str | None) -> Sequence[Example]:
         return read.test or read.examples
     if opened.run is None or metrics_file.read_metrics(opened.run).get("sites") is not None:
         raise UserError("--data is needed: only the directory of a simulated run knows its held-out rows")
-    return set_deciding_apart(federate(config.data, config.seed), config)[0].test
+    return set_deciding_apart(federate(config.data, config.seed, guess=config.privacy.unit == "none"), config)[0].test

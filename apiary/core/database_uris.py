@@ -18,7 +18,7 @@ _SECRET_WORDS = ("pass", "pwd", "secret", "token", "key", "credential")
 
 def is_uri(text: str) -> bool:
     """Whether a source is written as a URI."""
-    return _SCHEME.match(text) is not None
+    return _SCHEME.match(text.lstrip(" \t\r\n'\"")) is not None  # typed or copied with a blank or a quote: still one
 
 
 def holds_secret(uri: str) -> bool:
@@ -26,7 +26,10 @@ def holds_secret(uri: str) -> bool:
     try:
         parts = urlsplit(uri)
         secrets = [parts.password or ""]
-        secrets += [value for name, value in parse_qsl(parts.query) if any(w in name.lower() for w in _SECRET_WORDS)]
+        given = parse_qsl(parts.query)
+        # A value may itself be a list of settings: odbc_connect=DRIVER=...;PWD=...
+        inner = [part.partition("=")[::2] for _, value in given for part in value.split(";") if "=" in part]
+        secrets += [value.strip() for name, value in (*given, *inner) if _is_secret(name)]
         # A password with a '/', '#' or '?' that is not written as %2F ends the host too early.
         is_file = parts.scheme == "sqlite"
         secrets += ["x"] if not is_file and (parts.netloc.count("@") > 1 or "@" in parts.path + parts.fragment) else []
@@ -35,6 +38,11 @@ def holds_secret(uri: str) -> bool:
     except ValueError:
         return True
     return any(secret and not _NAME.fullmatch(secret) for secret in secrets)
+
+
+def _is_secret(name: str) -> bool:
+    lower = name.strip().lower()
+    return lower == "auth" or any(word in lower for word in _SECRET_WORDS)
 
 
 def fill(uri: str, key: str) -> tuple[str, tuple[str, ...]]:

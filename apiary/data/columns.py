@@ -39,7 +39,9 @@ from apiary.data.turns import ToolCall, Turn
 __all__ = [
     "CONTINUED",
     "NO_ANSWER",
+    "POINTS",
     "PREFERENCES",
+    "UNWANTED",
     "Columns",
     "Reading",
     "check_columns",
@@ -55,6 +57,8 @@ CONTINUED = "read as text to continue: all of it is trained"
 FIRST_ANSWER = "of several answers the first is read"
 NO_ANSWER = "a question without an answer"
 _UNKNOWN = "no columns known as instruction data"
+UNWANTED = "a completion with label = false is one not to be given, which needs an objective for preferences"
+POINTS = "the answer only names one of the choices; write them into the question, or the choice as the answer"
 PREFERENCES = "columns chosen and rejected are preference data, which needs an objective for preferences"
 
 
@@ -107,7 +111,9 @@ _CHOICES = ("chosen", "rejected")
 _SETS = dict.fromkeys(name for known in _KNOWN for name in known.required)
 # Beside one of these a text is what a question is about, not all that is to be learnt.
 _LABELS = ("label", "labels", "target", "targets", "summary")
-_NAMES = {*_SETS, "text", *_INPUTS, *_SYSTEMS, *_TOOLS, *_CHOICES, *THINKING}
+_OPTIONS = ("choices", "options")
+_BESIDE = (*_OPTIONS, "history", "documents")  # what a question may need and Apiary does not read
+_NAMES = {*_SETS, "text", *_INPUTS, *_SYSTEMS, *_TOOLS, *_CHOICES, *THINKING, *_BESIDE}
 
 
 class Reading(NamedTuple):
@@ -245,6 +251,24 @@ def _is_text_alone(row: Mapping[str, object], own: Mapping[str, str]) -> bool:
     return not any(_plain_name(name) in _LABELS and not is_blank(value) for name, value in row.items())
 
 
+def _points_at_option(row: Mapping[str, object], columns: Columns, answer: str) -> bool:
+    """Whether an answer is the number or letter of a choice that stands in a column by itself (MMLU, ARC)."""
+    own = _own_names(row)
+    return (
+        bool(columns.output)
+        and bool(_filled(row, _OPTIONS, own))
+        and re.fullmatch(r"\(?[A-Za-z0-9]\W?", answer) is not None
+    )
+
+
+def _is_unwanted(row: Mapping[str, object], columns: Columns) -> bool:
+    """Whether an answer is marked as a bad one: unpaired preferences (TRL), prompt, completion and label."""
+    if _plain_name(columns.output) != "completion":
+        return False
+    labels = [value for name, value in row.items() if _plain_name(name) == "label"]
+    return any(value is False or (isinstance(value, str) and value.strip().casefold() == "false") for value in labels)
+
+
 def _filled(row: Mapping[str, object], names: Iterable[str], own: Mapping[str, str]) -> str:
     """The row's own name of the first of these columns that it fills, "" for none."""
     return next((own[name] for name in names if name in own and not is_blank(row[own[name]])), "")
@@ -281,6 +305,10 @@ def read_row(row: Mapping[str, object], columns: Columns, *, is_given: bool = Fa
         if not is_given:
             _check_known(row)
         raise
+    if not is_given and _is_unwanted(row, columns):
+        raise RowProblem(UNWANTED)
+    if not is_given and _points_at_option(row, columns, said.turns[-1].text):
+        raise RowProblem(POINTS)
     tools = tools_text(row.get(columns.tools)) if columns.tools else ""
     used = {name for name in (*said.used, columns.tools) if name}
     remarks = (*said.remarks, *_unused(row, used, is_given))

@@ -18,7 +18,9 @@ from apiary.core.errors import UserError
 from apiary.data import store
 from apiary.data.columns import (
     NO_ANSWER,
+    POINTS,
     PREFERENCES,
+    UNWANTED,
     Columns,
     Reading,
     check_columns,
@@ -108,6 +110,7 @@ def read(
     max_rows: int | None = None,
     key: str = "data.source",
     query: str | None = None,
+    guess: bool = True,
 ) -> Source:
     """The checked examples of a file, a folder, a hub data set or the built-in corpus.
 
@@ -118,11 +121,12 @@ def read(
         max_rows: keep this many examples, taken at even distances so that every file has its share.
         key: what error lines call the source.
         query: of a database.
+        guess: read text that is not UTF-8 by a guess; False where no row may decide about another.
 
     Raises:
         UserError: nothing there, unknown format, or a file without a usable row.
     """
-    return check(load(source, split, key, query), columns=columns, max_rows=max_rows)
+    return check(load(source, split, key, query, guess=guess), columns=columns, max_rows=max_rows)
 
 
 def check(
@@ -302,6 +306,8 @@ _FIXES: Mapping[tuple[str, ...], str] = {
     ("call", "tool"): 'a call is {"name": ..., "arguments": {...}}, and a tool has a name',
     ("is trained",): "give the answers to learn the weight 1",
     (NO_ANSWER,): "give answers, or take such rows out",
+    (UNWANTED, "nested more"): "take such rows out",
+    (POINTS,): "the model would learn a number, without what it stands for",
     ("bad JSON", "UTF-8"): "expected one JSON object per line, in UTF-8",
     ("role", "turn"): "roles are system, user (human), assistant (gpt) and tool; the assistant answers the user",
     ("not an object",): "expected an object with a value for each column",

@@ -119,7 +119,7 @@ def _question_digest(example: Example, key: bytes = PUBLIC_KEY) -> bytes:
     return hashlib.blake2b(opening_text(example.turns).encode("utf-8"), digest_size=16, key=key).digest()
 
 
-def federate(config: DataConfig, seed: int, key: bytes = PUBLIC_KEY) -> Federation:
+def federate(config: DataConfig, seed: int, key: bytes = PUBLIC_KEY, *, guess: bool = True) -> Federation:
     """The clients' rows and the shared held-out set.
 
     The held-out set is `data.test`, or the source's own test part, or else all clients' held-out
@@ -130,12 +130,19 @@ def federate(config: DataConfig, seed: int, key: bytes = PUBLIC_KEY) -> Federati
         config: where the rows are, and how they are spread and held out.
         seed: of the partition.
         key: of the hash that holds rows out: that of a simulation, where anybody may know it, or a site's own.
+        guess: read text that is not UTF-8 by a guess, which all rows of a file decide together: not under record-level
+            privacy, where no row may decide about another.
 
     Raises:
         UserError: unreadable source, impossible partition, or a client left without a row.
     """
     source = read(
-        config.source, split=config.split, columns=config.columns, max_rows=config.max_rows, query=config.query
+        config.source,
+        split=config.split,
+        columns=config.columns,
+        max_rows=config.max_rows,
+        query=config.query,
+        guess=guess,
     )
     sources = [source]
     apart, reports = source.test, source.reports

@@ -369,7 +369,11 @@ def _call(call: object, *, is_text: bool) -> ToolCall:
     if not isinstance(name, str) or not name.strip():
         raise RowProblem("a call of a tool has no name")
     holder = function if isinstance(function, Mapping) else call
-    given: Any = next((holder[key] for key in ("arguments", "parameters") if not is_absent(holder.get(key))), {})
+    given: Any = next((holder[key] for key in _ARGUMENTS if not is_absent(holder.get(key))), {})
+    if given == {} and (unknown := [key for key in holder if key not in _CALL_FIELDS and not is_hollow(holder[key])]):
+        known = isinstance(unknown[0], str) and _FIELD_NAME.fullmatch(unknown[0])
+        where = f" but {unknown[0]!r}" if known else ""
+        raise RowProblem(f"a call of a tool has no arguments{where}; they are read from {', '.join(_ARGUMENTS)}")
     arguments = (parsed(given) if given.strip() else {}) if isinstance(given, str) else given
     if not isinstance(arguments, Mapping):
         raise RowProblem(_NO_OBJECT)
@@ -381,6 +385,8 @@ def _call(call: object, *, is_text: bool) -> ToolCall:
     return ToolCall(name.strip(), _strict(arguments, _NO_OBJECT), label)
 
 
+_ARGUMENTS = ("arguments", "parameters", "args", "input")  # OpenAI, Llama; LangChain; Anthropic
+_CALL_FIELDS = {*_ARGUMENTS, "function", "name", "id", "type", "index", "call_id", "tool_call_id", "description"}
 _NO_OBJECT = "the arguments of a call are no JSON object"
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from apiary.core import database_uris
 from apiary.core.errors import UserError
 from apiary.core.formatting import first_line, is_unicode, name_text
 from apiary.data.readers import database, formats
-from apiary.data.readers.files import BROKEN, DataFile, Unreadable
+from apiary.data.readers.files import BROKEN, DataFile, Rows, Unreadable
 from apiary.data.store import Room, collect
 
 __all__ = ["RawFile", "Unreadable", "load"]
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")
 _HUB_PATIENCE_S = 10.0  # for its first answer
+_DEEPEST = 100  # levels of lists and objects in a row
 
 
 class RawFile(NamedTuple):
@@ -43,7 +45,9 @@ class RawFile(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def load(source: str, split: str = "train", key: str = "data.source", query: str | None = None) -> list[RawFile]:
+def load(
+    source: str, split: str = "train", key: str = "data.source", query: str | None = None, *, guess: bool = True
+) -> list[RawFile]:
     """The files behind `source`: built-in corpus, file, folder (natural order), database, or hub data set.
 
     In a folder each data file is one origin (`test.*` is held out), and so is each sub-folder with
@@ -56,6 +60,7 @@ def load(source: str, split: str = "train", key: str = "data.source", query: str
         split: of a hub data set, a folder that `datasets` saved, or a JSON object with a list for each split.
         key: as above.
         query: of a database.
+        guess: read text that is not UTF-8 by a guess, which all rows of a file decide together.
 
     Raises:
         UserError: nothing there, an unknown extension, or a file that cannot be parsed.
@@ -76,10 +81,10 @@ def load(source: str, split: str = "train", key: str = "data.source", query: str
         if file is not None:
             if not formats.takes_query(file):
                 _refuse_query(query, source, key)
-            return _read(file, split, room, query)
+            return _read(replace(file, guesses=guess), split, room, query)
         _refuse_query(query, source, key)
         if found.is_dir():
-            return _folder(found, source, split, key, room)
+            return _folder(found, source, split, key, room, guess=guess)
         raise UserError(f"{key} = {source!r}: the extension must be one of {formats.ALLOWED}, or give a folder")
     named_file = path is not None or formats.looks_like_file(source)
     if named_file or not _HUB_ID.fullmatch(source):
@@ -99,7 +104,7 @@ def _database(uri: str, query: str | None, key: str, room: Room) -> list[RawFile
     if database_uris.holds_secret(uri):
         raise UserError(database_uris.refusal(key))
     (part,) = database.connected(uri, query, key)
-    return [RawFile(uri, "database", collect(part.rows, room))]
+    return [RawFile(uri, "database", collect(_shallow(part.rows), room))]
 
 
 def _path(source: str, key: str) -> Path:
@@ -132,8 +137,8 @@ def _builtin(source: str, key: str) -> list[RawFile]:
     ]
 
 
-def _folder(folder: Path, source: str, split: str, key: str, room: Room) -> list[RawFile]:
-    members = list(_members(folder))
+def _folder(folder: Path, source: str, split: str, key: str, room: Room, *, guess: bool) -> list[RawFile]:
+    members = [(replace(file, guesses=guess), origin, held_out) for file, origin, held_out in _members(folder)]
     if not any(not held_out for _, _, held_out in members):
         raise UserError(
             f"{key} = {source!r}: no training file in this folder; put one file ({formats.ALLOWED}) per client in it"
@@ -204,9 +209,20 @@ def _read(file: DataFile, split: str, room: Room, query: str | None = None, *, i
         parts = formats.parts(file, split, query)
         for part in parts:
             name = f"{file.name} test" if part.held_out and len(parts) > 1 else file.name
-            rows = collect(part.rows, room)
+            rows = collect(_shallow(part.rows), room)
             made.append(RawFile(name, file.stem, rows, part.held_out or is_test))
     return [made[0]._replace(notes=tuple(file.notes)), *made[1:]]
+
+
+def _shallow(rows: Rows) -> Iterator[tuple[int, object]]:
+    """The rows; in the place of one that is nested deeper than anything that reads or keeps it can follow, why."""
+    for number, row in rows:
+        yield number, row if _is_shallow(row, _DEEPEST) else Unreadable(f"nested more than {_DEEPEST} deep")
+
+
+def _is_shallow(value: object, levels: int) -> bool:
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return levels > 0 and all(_is_shallow(each, levels - 1) for each in inner)
 
 
 @contextmanager
@@ -246,7 +262,7 @@ def _hub(source: str, split: str, key: str, room: Room) -> RawFile:
         ) from None
     if away is not None:
         log.warning("%s = %r: the hub does not answer; this is the copy that was loaded before", key, source)
-    return RawFile(source, name.rpartition("/")[2], collect(enumerate(data, 1), room))
+    return RawFile(source, name.rpartition("/")[2], collect(_shallow(enumerate(data, 1)), room))
 
 
 def _unreachable(name: str) -> Exception | None:

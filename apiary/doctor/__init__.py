@@ -97,7 +97,9 @@ def _examine_parts(config: RunConfig, problems: list[str], console: Console, rem
     told: dict[str, Any] = {}
     _attempt(problems, lambda: trackers.check(config))
     device = _attempt(problems, lambda: base.resolve_device(config.model))
-    federation = _attempt(problems, lambda: stages.within(federate(config.data, config.seed), config))
+    federation = _attempt(
+        problems, lambda: stages.within(federate(config.data, config.seed, guess=config.privacy.unit == "none"), config)
+    )
     if device is not None:
         plan.print_machine(config, device, console)
         told["machine"] = values.machine_values(config, device)

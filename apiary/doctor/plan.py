@@ -141,15 +141,17 @@ def print_rows(federation: Federation, turns: Mapping[str, int], console: Consol
     usable = sum(report.usable for report in federation.reports)
     share = share_text(usable / rows if rows else None)
     _fact(console, "rows", f"{count_text(rows)}, of them {count_text(usable)} usable ({share})")
-    troubled = [report for report in federation.reports if report.problems or report.remarks]
+    troubled = [report for report in federation.reports if report.problems or report.remarks or report.notes]
     for report in troubled[:_FILES]:
+        for note in report.notes:
+            _fact(console, "", f"{report.name}: {note}")
         for what, found in ((" left out", report.problems), ("", report.remarks)):
             for reason, (count, first) in found.items():
                 places = ", ".join(map(str, first)) + (", ..." if count > len(first) else "")
                 part = f"{count_text(count)} of {count_text(report.rows)}{what} ({places})"
                 _fact(console, "", f"{report.name}: {part}: {reason}")
     if len(troubled) > _FILES:
-        _fact(console, "", f"and rows of {len(troubled) - _FILES} more files left out or read otherwise")
+        _fact(console, "", f"and {len(troubled) - _FILES} more files of which there is something to say")
     trained = sum(len(client.train) for client in federation.clients)
     own = sum(len(client.test) for client in federation.clients)
     text = f"{count_text(trained)} to train on, {count_text(own)} held out at the clients"

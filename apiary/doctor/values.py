@@ -31,7 +31,7 @@ def machine_values(config: RunConfig, device: torch.device) -> dict[str, Any]:
 
 
 def rows_values(federation: Federation, turns: Mapping[str, int]) -> dict[str, Any]:
-    """How many rows and turns there are, and which files have rows that are left out or read otherwise, for what."""
+    """How many rows and turns there are, how files were read, and which rows of them are left out or read otherwise."""
     return {
         "rows": sum(report.rows for report in federation.reports),
         "usable": sum(report.usable for report in federation.reports),
@@ -39,6 +39,7 @@ def rows_values(federation: Federation, turns: Mapping[str, int]) -> dict[str, A
         "held_out_at_clients": sum(len(client.test) for client in federation.clients),
         "held_out": len(federation.test),
         **turns,
+        "notes": [{"file": report.name, "note": note} for report in federation.reports for note in report.notes],
         "left_out": _reasons((report, report.problems) for report in federation.reports),
         "remarks": _reasons((report, report.remarks) for report in federation.reports),
     }

@@ -116,7 +116,7 @@ def _clients(config: RunConfig) -> list[tuple[str, tuple[int, ...]]]:
     from apiary.data.stages import rows_by_stage, within
 
     try:
-        clients = within(federate(config.data, config.seed), config).clients
+        clients = within(federate(config.data, config.seed, guess=config.privacy.unit == "none"), config).clients
     except UserError as error:
         raise UserError(f"{error.problems[0]}; or give the rows of the smallest client with --rows N") from None
     return [(client, tuple(rows_by_stage(train, config))) for client, train, _ in clients]

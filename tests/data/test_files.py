@@ -7,11 +7,14 @@ import gzip
 import json
 import lzma
 import sqlite3
+import sys
+import types
 import zipfile
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.feather
+import pyarrow.parquet
 import pytest
 
 from apiary.config.loading import parse
@@ -22,6 +25,7 @@ from apiary.data import store
 from apiary.data.examples import Source, read
 from apiary.data.federation import federate
 from apiary.data.readers import formats
+from client import handlers
 
 ROWS = [{"instruction": f"Say {i}", "output": f"it is {i}"} for i in range(5)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
@@ -64,7 +68,9 @@ def test_a_zip_of_one_file_is_that_file_and_of_several_is_refused(tmp_path: Path
     (tmp_path / "a.zip").write_bytes(zipped(LINES, "rows.jsonl", "__MACOSX/._rows.jsonl", ".DS_Store"))
     assert pairs(read(str(tmp_path / "a.zip"))) == PAIRS
     (tmp_path / "a.zip").write_bytes(zipped(LINES, "x.jsonl", "y.jsonl"))
-    with pytest.raises(UserError, match=r"holds 2 files \(x\.jsonl, y\.jsonl\); give it one file"):
+    with pytest.raises(
+        UserError, match=r"^a\.zip: this archive holds 2 files \(x\.jsonl, y\.jsonl\); give it one file"
+    ):
         read(str(tmp_path / "a.zip"))
     (tmp_path / "a.zip").write_bytes(b"PK nothing")
     with pytest.raises(UserError, match=r"a\.zip: not a readable \.zip"):
@@ -120,6 +126,50 @@ def test_the_test_list_of_an_object_is_held_out(tmp_path: Path) -> None:
     assert [example.turns[0].text for example in federate(data, 0).test] == ["Say 3"]
 
 
+@pytest.mark.parametrize("name", ["data", "rows", "examples"])
+def test_a_list_of_rows_beside_a_test_list_is_trained_on(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps({"test": ROWS[3:], name: ROWS[:3], "about": {"made": "today"}, "version": 1}))
+    source = read(str(path))
+    assert pairs(source) == PAIRS[:3] and len(source.test or ()) == 2
+    assert source.reports[0].lines() == ["d.json: beside its rows it holds 'about', which is not used"]
+
+
+def test_what_a_json_object_holds_beside_its_rows_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "d.json"
+    for more, said in (
+        ({"eval": ROWS[3:]}, "its split 'eval' (2 rows) is not used"),
+        ({"test": COLUMNS}, "it holds 'test', which is not used"),
+        ({"test": COLUMNS, "info": [1]}, "it holds 'test', 'info', which are not used"),
+    ):
+        path.write_text(json.dumps({"train": ROWS[:3], **more}))
+        source = read(str(path))
+        assert pairs(source) == PAIRS[:3]
+        (line,) = source.reports[0].lines()
+        assert said in line
+
+
+def test_one_conversation_may_be_a_file(tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]
+    (tmp_path / "d.json").write_text(json.dumps({"messages": talk, "tools": []}))
+    assert pairs(read(str(tmp_path / "d.json"))) == [("Who?", "Me.")]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_a_row_that_is_nested_too_deeply_is_left_out_alone(tmp_path: Path, suffix: str) -> None:
+    rows = [json.dumps(row) for row in ROWS]
+    for depth in (60, 200, 700, 3000, 100_000):
+        deep = json.dumps({**ROWS[0], "extra": 0}).replace("0}", '{"a": ' * depth + "1" + "}" * depth + "}")
+        text = f"[{','.join([*rows, deep])}]" if suffix == ".json" else "\n".join([*rows, deep])
+        (tmp_path / f"d{suffix}").write_text(text)
+        if suffix == ".json" and depth >= 3000:
+            with pytest.raises(UserError, match="not valid JSON"):
+                read(str(tmp_path / "d.json"))
+            continue
+        source = read(str(tmp_path / f"d{suffix}"))
+        assert pairs(source)[:5] == PAIRS and len(source.examples) == 5 + (depth == 60), depth
+
+
 def test_a_saved_data_set_reads_with_its_splits(tmp_path: Path) -> None:
     import datasets
 
@@ -148,6 +198,10 @@ def test_arrow_and_feather_files(tmp_path: Path) -> None:
         writer.write_table(table)
     with pa.OSFile(str(tmp_path / "f.arrow"), "wb") as out, pa.ipc.new_file(out, table.schema) as writer:
         writer.write_table(table)
+    both = pa.table([["a"], ["b"], ["c"]], names=["instruction", "output", "output"])
+    pyarrow.parquet.write_table(both, tmp_path / "d.parquet")
+    with pytest.raises(UserError, match=r"d\.parquet: two columns are named 'output'; rename one"):
+        read(str(tmp_path / "d.parquet"))
     pyarrow.feather.write_feather(table, tmp_path / "z.feather")
     for name in ("s.arrow", "f.arrow", "z.feather"):
         assert pairs(read(str(tmp_path / name))) == PAIRS
@@ -194,6 +248,67 @@ def test_a_utf_8_file_with_a_bad_byte_is_not_read_otherwise(tmp_path: Path) -> N
             read(str(tmp_path / name))
 
 
+@pytest.mark.parametrize("encoding", ["cp850", "cp437", "mac_roman"])
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_western_text_of_another_system_is_not_taken_for_windows(tmp_path: Path, encoding: str, suffix: str) -> None:
+    said = ["L'élève a mangé après l'été", "Die Kälte fällt früher über Köln", "El niño comió piña mañana"]
+    rows = [{"instruction": f"{text} {i}?", "output": text} for i in range(10) for text in said]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    cells = ["instruction,output", *(f'"{row["instruction"]}","{row["output"]}"' for row in rows)]
+    path = tmp_path / f"d{suffix}"
+    path.write_bytes("\n".join(cells if suffix == ".csv" else lines).encode(encoding))
+    with pytest.raises(UserError, match="UTF-8"):
+        read(str(path))
+    path.write_bytes("\n".join(cells if suffix == ".csv" else lines).encode("cp1252"))
+    assert pairs(read(str(path))) == [(row["instruction"], row["output"]) for row in rows]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv"])
+def test_where_no_row_may_decide_about_another_no_encoding_is_guessed(tmp_path: Path, suffix: str) -> None:
+    """Of 30 rows in Latin-1 none stays when one in UTF-8 joins them, so none may be there before."""
+    latin = [json.dumps(row, ensure_ascii=False).encode("latin-1") for row in FRENCH * 8]
+    cells = [f'"{row["instruction"]}","{row["output"]}"'.encode("latin-1") for row in FRENCH * 8]
+    data = {".json": b"[" + b",".join(latin) + b"]", ".jsonl": b"\n".join([*latin, *LINES.splitlines()])}
+    path = tmp_path / f"d{suffix}"
+    path.write_bytes(data.get(suffix, b"instruction,output\n" + b"\n".join(cells)))
+    config = DataConfig.model_validate({"source": str(path), "partition": "iid", "clients": 1})
+    (guessed,) = federate(config, 0).reports
+    assert guessed.usable == guessed.rows >= 32 and "which is a guess" in guessed.notes[0]
+    if suffix == ".jsonl":
+        (alone,) = federate(config, 0, guess=False).reports
+        assert alone.problems == {"not UTF-8 text": (32, (1, 2, 3, 4, 5))} and alone.usable == 5
+    else:
+        with pytest.raises(UserError, match="not UTF-8 text at byte"):
+            federate(config, 0, guess=False)
+
+
+def test_under_record_level_privacy_no_encoding_is_guessed(tmp_path: Path, tiny_model: Path) -> None:
+    """As a client of a run reads its rows, not the reader alone."""
+    latin = [json.dumps(row, ensure_ascii=False).encode("latin-1") for row in FRENCH * 8]
+    (tmp_path / "d.jsonl").write_bytes(b"\n".join([*latin, *LINES.splitlines() * 6]))
+    for unit, rows in (("none", 62), ("record", 30)):
+        run = parse(
+            {
+                "data": {"source": str(tmp_path / "d.jsonl"), "partition": "iid", "clients": 1, "test_fraction": 0.0},
+                "privacy": {"unit": unit, "batch_rows": 8},
+            }
+        )
+        handlers.forget()
+        assert sum(len(client.train) for client in handlers.federation(run.to_json()).clients) == rows
+    handlers.forget()
+
+
+def test_too_long_lines_and_texts_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "d.jsonl").write_bytes(LINES)
+    (tmp_path / "d.json").write_bytes(b"[" + LINES.replace(b"\n", b",").strip(b",") + b"]")
+    monkeypatch.setattr("apiary.data.readers.files.LINE_BYTES", 40)
+    with pytest.raises(UserError, match="line 1 is longer than"):
+        read(str(tmp_path / "d.jsonl"))
+    monkeypatch.setattr("apiary.data.readers.files.WHOLE_BYTES", 40)
+    with pytest.raises(UserError, match="of text that must be parsed as a whole"):
+        read(str(tmp_path / "d.json"))
+
+
 def test_excel(tmp_path: Path) -> None:
     openpyxl = pytest.importorskip("openpyxl")
     book = openpyxl.Workbook()
@@ -226,8 +341,14 @@ def test_rows_of_a_query(table: Path, form: str) -> None:
     source = form.format(table)
     some = "select * from rows where output like '%: it is 3' or output = 'it is 3'"
     assert pairs(read(source, query=some)) == [PAIRS[3]]
-    for query in ("delete from rows", "select 1; delete from rows", "with x as (select 1) delete from rows"):
-        with pytest.raises(UserError):
+    for query, why in (
+        ("delete from rows", "must be one SELECT"),
+        ("pragma user_version = 1", "must be one SELECT"),
+        ("attach 'x.db' as x", "must be one SELECT"),
+        ("select 1; delete from rows", "must be one statement"),
+        ("with x as (select 1) delete from rows", "readonly|read-only|query_only|not return rows"),
+    ):
+        with pytest.raises(UserError, match=why):
             read(source, query=query)
     if "+" not in form:
         assert pairs(read(source)) == PAIRS
@@ -241,7 +362,7 @@ def test_queries_where_they_do_not_belong_and_tables_that_must_be_named(table: P
     with sqlite3.connect(table) as connection:
         connection.execute("create table more (x)")
     connection.close()
-    with pytest.raises(UserError, match=r"say by data\.query which rows to read.*more, rows"):
+    with pytest.raises(UserError, match=r"^rows\.db: say by data\.query which rows to read.*more, rows"):
         read(str(table))
     table.write_bytes(b"not a database at all, but long enough to look")
     with pytest.raises(UserError, match=r"rows\.db: cannot be read as a SQLite database"):
@@ -249,7 +370,16 @@ def test_queries_where_they_do_not_belong_and_tables_that_must_be_named(table: P
 
 
 @pytest.mark.parametrize(
-    "uri", ["postgresql://me:hunter2@host/db", "mysql://host/db?password=hunter2", "x://me:hun/ter2@host/db"]
+    "uri",
+    [
+        "postgresql://me:hunter2@host/db",
+        "mysql://host/db?password=hunter2",
+        "x://me:hun/ter2@host/db",
+        "mssql+pyodbc:///?odbc_connect=DRIVER%3Dx%3BUID%3Dme%3BPWD%3Dhunter2",
+        "x://host/db?auth=hunter2",
+        " postgresql://me:hunter2@host/db",
+        "'postgresql://me:hunter2@host/db'",
+    ],
 )
 def test_a_password_is_refused_without_being_shown(uri: str) -> None:
     for attempt in (lambda: parse({"data": {"source": uri}}), lambda: read(uri, query="select 1")):
@@ -267,6 +397,20 @@ def test_a_password_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) 
     filled, secrets = database_uris.fill(uri, "data.source")
     assert filled == "postgresql://me:a%2Fb@host/db"
     assert database_uris.hide("no a/b or a%2Fb", secrets) == "no *** or ***"
+    assert not database_uris.holds_secret("mssql+pyodbc:///?odbc_connect=DRIVER%3Dx%3BPWD%3D${HIVE_PASSWORD}")
+
+    def refuse(filled: str) -> None:
+        raise OSError(f"cannot reach {filled}")
+
+    monkeypatch.setitem(sys.modules, "sqlalchemy", types.SimpleNamespace(create_engine=refuse))
+    with pytest.raises(UserError, match=r"cannot reach postgresql://me:\*\*\*@host/db"):
+        read(uri, query="select 1")
+
+
+@pytest.mark.parametrize("source", ["https://host/rows.jsonl", "s3://bucket/rows.jsonl", "hf://datasets/a/b"])
+def test_a_uri_of_no_database_says_so(source: str) -> None:
+    with pytest.raises(UserError, match="copy it here and give its path"):
+        read(source)
 
 
 def test_rows_beyond_the_room_in_memory_are_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

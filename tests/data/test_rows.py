@@ -53,6 +53,43 @@ def refused(row: object, columns: dict[str, str] | None = None) -> str:
     return reason
 
 
+# --- answers that are not to be learnt as they stand
+
+
+@pytest.mark.parametrize(
+    "row", [{"prompt": "Who?", "completion": "Me."}, {"prompt": [user("Who?")], "completion": [says()]}]
+)
+def test_a_completion_that_is_marked_as_a_bad_one_is_not_imitated(row: dict[str, Any]) -> None:
+    """Unpaired preferences (TRL's KTO trainer)."""
+    assert one({**row, "label": True})[0].turns == (Q, A)
+    for label in (False, "false"):
+        assert "label = false" in refused({**row, "label": label})
+    assert one({"instruction": "Who?", "output": "Me.", "label": False})[0].turns == (Q, A)  # a class of the text
+
+
+@pytest.mark.parametrize("options", [["He", "Me", "We"], {"text": ["He", "Me"], "label": ["A", "B"]}])
+def test_an_answer_that_only_names_a_choice_is_refused(options: object) -> None:
+    row = {"question": "Who?", "choices": options}
+    for answer in (1, "B", "(b)", "b."):
+        assert "write them into the question" in refused({**row, "answer": answer})
+    example, remarks = one({**row, "answer": "Me."})
+    assert example.turns == (Q, A) and remarks == ["column choices is not used (read: answer, question)"]
+
+
+@pytest.mark.parametrize("name", ["history", "documents", "options"])
+def test_what_a_question_may_need_and_is_not_read_is_said(name: str) -> None:
+    assert one({**GOOD, name: [["Hi", "Ho"]]})[1] == [f"column {name} is not used (read: instruction, output)"]
+
+
+@pytest.mark.parametrize("key", ["arguments", "parameters", "args", "input"])
+def test_arguments_of_calls_under_any_name(key: str) -> None:
+    for call in ({"name": "f", key: {"x": 1}}, {"type": "tool_use", "name": "f", key: '{"x": 1}'}):
+        example, _ = one({"messages": [user("Who?"), says("", tool_calls=[call])]})
+        assert example.turns[1].calls == (ToolCall("f", '{"x": 1}'),)
+    other = refused({"messages": [user("Who?"), says("", tool_calls=[{"name": "f", "kwargs": {"x": 1}}])]})
+    assert "no arguments but 'kwargs'" in other
+
+
 # --- the system column
 
 

@@ -20,7 +20,7 @@ from apiary.core.errors import UserError
 from apiary.core.tensors import digest
 from apiary.data import examples, federation, tokenization
 from apiary.data.federation import federate
-from apiary.doctor import document, examine, forecast, plan
+from apiary.doctor import document, examine, forecast, plan, values
 from apiary.models import adapters
 from apiary.privacy.accounting import Mechanism, epsilon
 from apiary.tracking.event_log import read_events
@@ -106,6 +106,16 @@ def test_the_clients_are_told_with_their_tokens(small_run: list[str], tiny_model
         tokens = sum(len(tokenizer(examples.answer(e))["input_ids"]) + 1 for e in client.train)
         (row,) = re.findall(rf"^ *{client.name} +(\d+) +(\d+) ", text, re.MULTILINE)
         assert row == (str(len(client.train)), str(tokens))
+
+
+def test_how_a_file_was_read_is_told(small_run: list[str], tmp_path: Path) -> None:
+    rows = [{**row, "output": f"à côté {row['output']}"} for row in instruction_rows(60)]
+    path = tmp_path / "old.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="latin-1")
+    _, text = _doctor([*small_run, f"data.source={path}"])
+    assert "old.jsonl: read as cp1252 text, which is a guess by its letters; save it as UTF-8 to be sure" in text
+    told = values.rows_values(federate(loading.load(None, [*small_run, f"data.source={path}"]).data, 0), {})
+    assert [note["file"] for note in told["notes"]] == ["old.jsonl"] and "cp1252" in told["notes"][0]["note"]
 
 
 def test_rows_that_spell_control_tokens_are_counted(small_run: list[str], tmp_path: Path) -> None:

@@ -58,8 +58,13 @@ def _rows(name: str, kind: str, batches: Callable[[], Iterable[Any]]) -> Iterato
 
     try:
         for batch in batches():
+            names = batch.schema.names
+            if twice := next((column for column in names if names.count(column) > 1), None):
+                raise UserError(f"{name}: two columns are named {twice!r}; rename one")
             for start in range(0, batch.num_rows, _ROWS):
                 yield from batch.slice(start, _ROWS).to_pylist()
+    except UserError:
+        raise
     except (pa.ArrowException, pa.ArrowInvalid, ValueError, OverflowError) as error:
         raise UserError(f"{name}: not a readable {kind} file: {first_line(error)}") from None
 

@@ -20,6 +20,7 @@ from apiary.data.readers.files import DataFile, Part, Unreadable
 
 _AT_ONCE = 1000  # rows fetched in one go
 _SELECT = re.compile(r"\s*(?:--[^\n]*\n\s*|/\*.*?\*/\s*)*(?:select|with|values)\b", re.IGNORECASE | re.DOTALL)
+_FILES = ("http", "https", "ftp", "s3", "gs", "abfs", "az", "hdfs", "hf", "file")  # of URIs that name no database
 _READ_ONLY = {
     "mysql": "SET SESSION TRANSACTION READ ONLY",
     "mariadb": "SET SESSION TRANSACTION READ ONLY",
@@ -50,6 +51,8 @@ def _sqlite_rows(file: DataFile, query: str | None) -> Iterator[tuple[int, objec
         while rows := cursor.fetchmany(_AT_ONCE):
             yield from enumerate((_row(names, row) for row in rows), number + 1)
             number += len(rows)
+    except UserError:
+        raise
     except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
         raise UserError(f"{file.name}: {_what(query)}: {first_line(error)}") from None
     finally:
@@ -111,6 +114,8 @@ def connected(uri: str, query: str | None, key: str) -> list[Part]:
     Raises:
         UserError: SQLAlchemy or the driver is not installed, no query, or the database refuses it.
     """
+    if (scheme := uri.partition("://")[0].lower()) in _FILES:
+        raise UserError(f"{key} = {uri!r}: nothing is read from {scheme}://; copy it here and give its path")
     if query is None:
         raise UserError(f'{key} = {uri!r}: say by data.query which rows to read, e.g. "select * from ..."')
     check_query(query)

@@ -48,7 +48,7 @@ def _encoding(file: DataFile) -> str:
             while text.read(2**20):
                 pass
     except UnicodeDecodeError:
-        encodings.decode(file)  # notes what it is, or says that it cannot be told
+        encodings.decode(file)  # notes what it is, or says that it cannot be told or is not to be guessed
         return encodings.guess(file.whole()) or encoding
     if not encoding.startswith("utf-8"):
         file.notes.append(encodings.note(encoding))

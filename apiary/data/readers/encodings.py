@@ -1,7 +1,8 @@
 """Text in other encodings than UTF-8: what the bytes say themselves, and else a guess that is always told.
 
 UTF-8 is tried first, a byte order mark decides before it. charset-normalizer judges the rest, by how well the text of
-an encoding reads as some language; where two encodings read alike and differ, none is taken.
+an encoding reads as some language; where two encodings read alike and differ, none is taken. All rows of a file decide
+about a guess, so none is made where no row may decide about another (`DataFile.guesses`).
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ _LETTERS = 0.1  # of the bytes beyond ASCII: from this share of them on, text is
 _SAMPLE = 2**18  # bytes of lines beyond ASCII that are judged
 _CHAOS = 0.2  # of charset-normalizer, from 0: the most that is still text
 _COHERENCE = 0.3  # likewise, up to 1: the least of a guess that is not Western
+_IN_WORDS = "\u2019\u2018\xb4\xad\xb7\u2013\u2014\u2026\x92"  # marks that stand within words too
+_ODD = 0.1  # of the bytes between small letters: more of them that are none there are no cp1252
 _MARGIN = 0.1  # by which it must surpass an encoding that reads otherwise
 
 
@@ -77,10 +80,10 @@ def guess(text: bytes) -> str | None:
         if match.encoding == _WESTERN and (match.chaos, -match.coherence) <= (best.chaos, -best.coherence):
             best = match
     if best.encoding == _WESTERN or _reads(sample, _WESTERN) == _reads(sample, best.encoding):
-        return _WESTERN if _in_words(sample) and not spelled else None
+        return _WESTERN if _in_words(sample) and not spelled and not _is_odd(sample, _WESTERN) else None
     if best.encoding in _WIDE_LETTERS:
         return best.encoding
-    if spelled:
+    if spelled or _is_odd(sample, best.encoding):
         return None
     rivals = [m for m in found if _reads(sample, m.encoding) != _reads(sample, best.encoding)]
     close = [m for m in rivals if m.chaos <= best.chaos and m.coherence > best.coherence - _MARGIN]
@@ -101,6 +104,17 @@ def _in_words(sample: bytes) -> bool:
     return 2 * beside > len(places)
 
 
+def _is_odd(sample: bytes, encoding: str) -> bool:
+    """Whether letters stand at other places than in an encoding, as in text of DOS, its console, or old Macs.
+
+    What stands between two small letters of ASCII is a small letter, or a mark such as an apostrophe; read by another
+    encoding than the writer's it is a quote, a sign or a capital instead.
+    """
+    inside = re.findall(rb"(?<=[a-z])[\x80-\xff](?=[a-z])", sample)
+    letters = [byte.decode(encoding, "replace") for byte in inside]
+    return sum(not each.islower() and each not in _IN_WORDS for each in letters) > _ODD * len(letters)
+
+
 def decode(file: DataFile) -> str:
     """All of a file's text; another encoding than UTF-8 is noted.
 
@@ -112,7 +126,7 @@ def decode(file: DataFile) -> str:
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
-        guessed = guess(data) if encoding == "utf-8" else None
+        guessed = guess(data) if encoding == "utf-8" and file.guesses else None
         if guessed is None or (read := _reads(data, guessed)) is None:
             raise not_text(file.name, encoding, error) from None
         encoding, text = guessed, read
@@ -133,6 +147,8 @@ def of_lines(file: DataFile) -> str | None:
     One letter of UTF-8 proves it, for no other encoding forms one by chance. A single bad line among many is no
     reason to read the file otherwise.
     """
+    if not file.guesses:
+        return None
     sample, size, lines, bad = list[bytes](), 0, 0, 0
     for _, line in file.lines():
         lines += 1

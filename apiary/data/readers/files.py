@@ -90,13 +90,15 @@ class DataFile:
     """A file of rows.
 
     path: where it is, for a data set that `datasets` saved a folder; suffix: of what is in it, such as ".jsonl", in
-    small letters; packing: such as ".gz", "" for none; notes: what its readers have to say, one line each.
+    small letters; packing: such as ".gz", "" for none; notes: what its readers have to say, one line each; guesses:
+    whether text that is not UTF-8 may be read by a guess, which all its rows decide together.
     """
 
     path: Path
     suffix: str
     packing: str = ""
     notes: list[str] = field(default_factory=list)
+    guesses: bool = True
 
     @property
     def name(self) -> str:
@@ -174,6 +176,8 @@ def data_file(path: Path, suffixes: Iterable[str], packed: Iterable[str]) -> Dat
         try:
             with zipfile.ZipFile(path) as archive:
                 inner = PurePosixPath(_member(archive, path.name).filename).suffix.lower()
+        except UserError:
+            raise
         except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
             raise UserError(f"{path.name}: not a readable .zip archive ({error}); copy it again") from None
     return DataFile(path, inner, suffix) if inner in packed else None

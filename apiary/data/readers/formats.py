@@ -126,7 +126,8 @@ FORMATS = (
     Format(
         "UTF-16, UTF-32; cp1252 (Latin-1) and others",
         "by the byte order mark, else UTF-8, else what charset-normalizer finds without a rival",
-        "the encoding that was taken; text that could be two is refused",
+        "the encoding that was taken; text that could be two is refused, and so is, under record-level privacy, any "
+        "guess: all rows of a file would decide about it together",
     ),
     Format(
         "a folder",

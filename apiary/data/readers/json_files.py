@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from apiary.core.errors import UserError
+from apiary.core.formatting import name_text
 from apiary.data.readers import encodings
 from apiary.data.readers.files import DataFile, Part, Rows, Unreadable
 from apiary.data.readers.splits import HELD_OUT, choose
 
 _LIST_KEYS = ("data", "rows", "train", "examples")
-_SPLITS = ("train", "test", "validation", "valid", "dev")
+_SPLITS = ("train", "test", "validation", "valid", "dev", "eval", "evaluation")
+_TALKS = ("messages", "conversations")
+_LISTED = 6  # names in a line
 _FIRST_BYTES = 2**16  # of a file whose first line alone cannot say whether each line is a value
 _SPACE = re.compile(r"[\s,]*")
 
@@ -118,8 +121,11 @@ def _parts(file: DataFile, text: str, split: str) -> list[Part]:
     if not isinstance(value, dict):
         raise _no_rows(file.name, "none")
     if lists := _splits(value):
+        _note_rest(file, value, {name for name, rows in value.items() if any(rows is each for each in lists.values())})
         return _split_parts(file, lists, split)
-    return [Part(enumerate(_table(value, file.name), 1))]
+    if any(_is_talk(value.get(name)) for name in _TALKS):
+        return [Part([(1, value)])]
+    return [Part(enumerate(_table(value, file), 1))]
 
 
 def _one_after_the_other(text: str) -> Rows | None:
@@ -143,9 +149,29 @@ def _is_rows(value: object) -> bool:
     return isinstance(value, list) and any(isinstance(row, Mapping) for row in value)
 
 
+def _is_talk(value: object) -> bool:
+    """Whether a value is the messages of one conversation."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(m, Mapping) and {"role", "from"} & {*m} for m in value)
+    )
+
+
+def _note_rest(file: DataFile, value: Mapping[str, Any], used: Collection[str]) -> None:
+    """Say which lists and objects of a file are not rows of it."""
+    rest = [name for name, inner in value.items() if name not in used and inner and isinstance(inner, list | dict)]
+    if rest := [name for name in rest if name != "schema"]:  # pandas writes it beside the rows
+        listed = ", ".join(repr(name_text(name)) for name in rest[:_LISTED]) + (", ..." if len(rest) > _LISTED else "")
+        file.notes.append(f"beside its rows it holds {listed}, which {'is' if len(rest) == 1 else 'are'} not used")
+
+
 def _splits(value: Mapping[str, Any]) -> dict[str, list[object]]:
     """The lists of rows by split, where an object has such lists for two splits or more."""
     lists = {name: rows for name, rows in value.items() if name.lower() in _SPLITS and isinstance(rows, list)}
+    others = [key for key in _LIST_KEYS if key not in lists and _is_rows(value.get(key))]
+    if len(others) == 1 and "train" not in map(str.lower, lists):
+        lists = {"train": value[others[0]], **lists}
     return lists if len(lists) > 1 and all(_is_rows(rows) or not rows for rows in lists.values()) else {}
 
 
@@ -157,18 +183,20 @@ def _split_parts(file: DataFile, lists: Mapping[str, list[object]], split: str) 
     return [*parts, Part(enumerate(lists[held_out], 1), True)] if held_out else parts
 
 
-def _table(value: Mapping[str, Any], name: str) -> Sequence[object]:
+def _table(value: Mapping[str, Any], file: DataFile) -> Sequence[object]:
     """The rows of an object: its one list of rows, its columns, or what pandas writes.
 
     Raises:
         UserError: none of these, or what could be two of them.
     """
+    name = file.name
     keys = [key for key in _LIST_KEYS if isinstance(value.get(key), list)]
     if value.keys() >= {"columns", "data"} and value.keys() <= {"columns", "data", "index"} and len(keys) == 1:
         names = value["columns"]  # pandas, orient="split"
         if isinstance(names, list) and all(isinstance(row, list) and len(row) == len(names) for row in value["data"]):
             return [dict(zip(map(str, names), row, strict=True)) for row in value["data"]]
     if len(keys) == 1 and (_is_rows(value[keys[0]]) or not _are_columns(value)):
+        _note_rest(file, value, keys)
         return list(value[keys[0]])
     if _are_columns(value) and len(keys) < 2 and any(value.values()):
         sizes = {column: len(cells) for column, cells in value.items()}
