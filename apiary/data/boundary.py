@@ -23,6 +23,7 @@ import logging
 import re
 import secrets
 import string
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -101,6 +102,7 @@ class ControlTokens:
         self._tokenizer = tokenizer
         self._table = np.zeros(max((len(tokenizer), *(i + 1 for i in texts))), bool)
         self._table[[i for i in texts if i != by_chance]] = True
+        self._by_chance = by_chance
         added = tokenizer.added_tokens_decoder
         # Of two tokens that are spelled alike, text becomes the added one.
         self.ids = {text: i for i, text in sorted(texts.items(), key=lambda item: item[0] in added)}
@@ -113,6 +115,16 @@ class ControlTokens:
     def spelled(self, text: str) -> bool:
         """Whether the text spells a control token; what it becomes by normalisation shows in its ids alone."""
         return self.pattern.search(text) is not None
+
+    def hides_unknown(self, texts: Iterable[str], parts: Iterable[np.ndarray]) -> bool:
+        """Whether the token of an unknown character may have come of its name, in forms that a normaliser turns back.
+
+        Other control tokens show in the ids; this one may stand there rightly.
+        """
+        if self._by_chance < 0 or not any((part == self._by_chance).any() for part in parts):
+            return False
+        name = self.texts[self._by_chance].casefold()
+        return any(name in unicodedata.normalize("NFKC", text).casefold() for text in texts)
 
     @cached_property
     def renamed(self) -> Renamed | None:
@@ -390,7 +402,7 @@ class Boundary:
         """
         parts = [ids[segment.text] for segment in segments]
         shape, declared, texts = neutral(turns, tools)
-        spelled = any(map(self.control.spelled, texts))
+        spelled = any(map(self.control.spelled, texts)) or self.control.hides_unknown(texts, parts)
         layout = self._layout(shape, declared, think)
         if layout is not None:
             if not spelled and layout.agrees(self.control, parts):

@@ -65,6 +65,17 @@ def _shapes_in(ids: Any, tokenizer: Any) -> list[str]:
     return [names[i] for i in map(int, ids) if i in names]
 
 
+def test_the_name_of_the_unknown_token_is_text_in_every_form() -> None:
+    """It may stand in ids rightly, for a character that is not known, so it is not found there."""
+    tokenizer = kind("Unigram with NFKC")
+    template, config = build("chat", tokenizer, max_tokens=8192)
+    for text, unknown in ((f"bee {_wide('<unk>')}", 0), ("<unk>", 0), (f"\u4dff {_wide('<unk>')}", 1), ("\u4dff", 1)):
+        prompt = tokenization.encode_prompt(talk(text, "b", text, "c"), template, tokenizer, config.max_tokens)
+        assert prompt.count(tokenizer.unk_token_id) == 2 * unknown, text
+        encoded = tokenization.encode(talk(text, "b", text, "c"), template, tokenizer, config)
+        assert encoded is not None and encoded.ids[: len(prompt)].tolist() == prompt
+
+
 @pytest.mark.parametrize("name", KINDS)
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(texts=st.tuples(*[_HOSTILE] * 4))
