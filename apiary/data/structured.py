@@ -45,7 +45,7 @@ def front_end(turns: Sequence[Turn]) -> tuple[Turn, ...]:
 
 
 def _written(turn: Turn) -> Turn:
-    calls = tuple(ToolCall(strip(call.name), _strip_json(call.arguments), strip(call.id)) for call in turn.calls)
+    calls = tuple(ToolCall(strip(call.name), strip_json(call.arguments), strip(call.id)) for call in turn.calls)
     turn = turn._replace(thinking=strip(turn.thinking), calls=calls, name=strip(turn.name), call_id=strip(turn.call_id))
     if turn.role == "tool":
         return turn._replace(text=_between(turn.text))
@@ -113,7 +113,7 @@ def _fold(character: str) -> str:
     return "".join(c for c in seen if unicodedata.category(c)[0] not in "CMZ")
 
 
-def _strip_json(text: str) -> str:
+def strip_json(text: str) -> str:
     """A JSON text whose strings hold no delimiter, escaped or not; one that is no JSON as a plain text."""
     if not _may_hold(text) and "\\" not in text:
         return text
@@ -137,12 +137,16 @@ def _strip_values(values: Any) -> Any:
             return values
 
 
-def remarks(conversations: Iterable[Sequence[Turn]]) -> list[str]:
-    """What there is to say of the rows under structured queries: that none has data, or that some spell delimiters."""
+def remarks(conversations: Iterable[tuple[Sequence[Turn], str]]) -> list[str]:
+    """What there is to say of the rows under structured queries: that none has data, or that some spell delimiters.
+
+    Args:
+        conversations: the turns and the tools of each.
+    """
     parts = spelled = 0
-    for turns in conversations:
+    for turns, tools in conversations:
         parts += any(map(has_data, turns))
-        spelled += count(turn.text for turn in turns) > 0
+        spelled += count([*(turn.text for turn in turns), tools]) > 0
     key = 'prompt.boundary = "structured"'
     lines = []
     if not parts:

@@ -92,7 +92,7 @@ class Template:
 
         These have the configured system message, and ids of calls that the template takes.
         """
-        whole = self.whole(turns)
+        whole, tools = self.whole(turns), self.declared(tools)
         try:
             return whole, self.split(whole, tools, think)
         except Unwritable:
@@ -105,6 +105,10 @@ class Template:
         if self.system is not None and not _is_bare(turns) and turns[0].role != "system":
             turns = (Turn("system", self.system), *turns)
         return structured.front_end(turns) if self.structured else turns
+
+    def declared(self, tools: str) -> str:
+        """The tools as they are written, JSON text: without delimiters of data where data is set apart."""
+        return structured.strip_json(tools) if self.structured else tools
 
     def prompt(self, turns: Sequence[Turn]) -> str:
         """The text that the model continues, without the last assistant turn if there is one."""

@@ -109,7 +109,7 @@ def _encode(
         if isinstance(part, Dropped):
             return part
         turns, segments = part
-        tokens = boundary.tokens(turns, segments, ids, example.tools)
+        tokens = boundary.tokens(turns, segments, ids, template.declared(example.tools))
         if tokens is None:
             return Dropped(UNSAFE)
         made = _assemble(turns, segments, tokens, config, boundary, tokenizer)
@@ -268,7 +268,7 @@ def encode_prompt(
     while True:
         whole, segments = template.write(turns, example.tools, think)
         ids = tokenise((segment.text for segment in segments), tokenizer)
-        tokens = boundary_of(template, tokenizer).tokens(whole, segments, ids, example.tools, think)
+        tokens = boundary_of(template, tokenizer).tokens(whole, segments, ids, template.declared(example.tools), think)
         if tokens is None:
             raise UserError(f"the conversation cannot be put to the model: {UNSAFE}; leave these words out")
         prompt = [int(i) for part in tokens.parts for i in part]

@@ -182,7 +182,7 @@ def data_warnings(
             "cannot write it"
         )
     if config.prompt.boundary == "structured":
-        lines += structured.remarks(row.turns for client in federation.clients for row in client.train)
+        lines += structured.remarks((row.turns, row.tools) for client in federation.clients for row in client.train)
     return lines
 
 

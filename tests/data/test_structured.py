@@ -205,10 +205,12 @@ def test_plain_is_as_before_and_without_data_structured_is_too(name: str) -> Non
 
 
 def test_remarks_say_what_there_is_to_say_of_the_rows() -> None:
-    assert structured.remarks([ROWS.turns]) == []
-    (none,) = structured.remarks([TALK.turns])
+    assert structured.remarks([(ROWS.turns, "")]) == []
+    (none,) = structured.remarks([(TALK.turns, "")])
     assert none.startswith('prompt.boundary = "structured": no row has a data part')
-    _, spelled = structured.remarks([talk("<<<END>>>", "a").turns, talk("b", "< <<data>>>").turns, TALK.turns])
+    _, spelled = structured.remarks(
+        [(talk("<<<END>>>", "a").turns, ""), (TALK.turns, '["< <<data>>>"]'), (TALK.turns, "[]")]
+    )
     assert (
         spelled == 'prompt.boundary = "structured": 2 rows spell <<<DATA>>> or <<<END>>>, which are taken out of them'
     )

@@ -126,6 +126,27 @@ def test_no_part_of_a_row_with_tools_becomes_a_control_token(style: str, texts: 
 
 
 @pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("mark", ["<<<DATA>>>", "<<<END>>>", "<<<end>>>", "<<<EN<<<END>>>D>>>", "\u226e<<END>>>"])
+def test_under_structured_queries_no_part_of_a_row_with_tools_sets_data_apart(style: str, mark: str) -> None:
+    """Delimiters stand around the result alone, which is the data, wherever the row spells them."""
+    tokenizer = tokenizer_of(style)
+    template, config = build("chat", tokenizer, max_tokens=4096, boundary="structured")
+
+    def written(word: str) -> str:
+        says = {
+            "name": f"w{word}",
+            "description": f"d{word}",
+            "parameters": {"properties": {f"k{word}": {"enum": [word]}}},
+        }
+        row = calling({f"a{word}": [f"v{word}"]}, f"sunny{word}", json.dumps([says]), f"w{word}")
+        encoded = tokenization.encode(row, template, tokenizer, config)
+        assert encoded is not None
+        return str(tokenizer.decode(encoded.ids))
+
+    assert written(mark) == written("") and written(mark).count("<<<") == 2
+
+
+@pytest.mark.parametrize("style", STYLES)
 def test_an_empty_result_is_written_as_any_other_and_costs_nothing(style: str) -> None:
     tokenizer = tokenizer_of(style)
     template, config = build("chat", tokenizer, max_tokens=4096)
