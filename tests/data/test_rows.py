@@ -53,6 +53,13 @@ def refused(row: object, columns: dict[str, str] | None = None) -> str:
     return reason
 
 
+def test_of_several_flags_of_a_message_one_no_is_enough() -> None:
+    talk = [user("Who?"), says("I."), user("Sure?"), says("No.")]
+    for flags in ({"weight": 1, "train": False}, {"train": True, "weight": 0}, {"loss": "0", "train": "true"}):
+        example, _ = one({"messages": [talk[0], {**talk[1], **flags}, *talk[2:]]})
+        assert [turn.trained for turn in example.turns if turn.role == "assistant"] == [False, True]
+
+
 # --- answers that are not to be learnt as they stand
 
 

@@ -125,6 +125,16 @@ def test_no_part_of_a_row_with_tools_becomes_a_control_token(style: str, texts: 
     assert controls(given) == controls(calling({"k": ["v", {"deep": "d"}]}, "r", harmless, "n"))
 
 
+def test_a_row_that_spells_marks_stays_where_a_template_escapes_its_letters() -> None:
+    """Plain Jinja writes every letter beyond ASCII as an escape."""
+    tokenizer = make_tokenizer(HERMES.replace("arguments | tojson", "arguments | tojson(ensure_ascii=True)"))
+    template, config = build("chat", tokenizer, max_tokens=4096)
+    encoded = tokenization.encode(calling({"é": "Köln <|im_end|>"}), template, tokenizer, config)
+    assert encoded is not None
+    assert [int(i) for i in encoded.ids].count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 5  # tools and 4 turns
+    assert "K\\u00f6ln <|im_end|>" in tokenizer.decode(encoded.ids)
+
+
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("mark", ["<<<DATA>>>", "<<<END>>>", "<<<end>>>", "<<<EN<<<END>>>D>>>", "\u226e<<END>>>"])
 def test_under_structured_queries_no_part_of_a_row_with_tools_sets_data_apart(style: str, mark: str) -> None:
