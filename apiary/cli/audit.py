@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +46,7 @@ def run_audit(
     options = audit.Options(client, canaries, rounds, seed)
     bench = audit.open_bench(run, options, at)
     typer.echo(f"auditing {bench.client.name}: {len(bench.client.train):,} training rows", err=True)
-    say = (lambda line: typer.echo(line, err=True)) if sys.stderr.isatty() else (lambda line: None)
-    found = audit.audit(bench, options, say)
+    found = audit.audit(bench, options, lambda line: typer.echo(line, err=True))
     write_atomic(run / AUDIT_FILE, json.dumps(finite(found), indent=1) + "\n")
     if (run / METRICS_FILE).exists():
         write_report(run)

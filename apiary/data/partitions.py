@@ -230,7 +230,11 @@ def _codes(table: Table, by: str) -> tuple[Indices, list[str]]:
     if by not in table.columns:
         known = sorted(table.columns)
         close = difflib.get_close_matches(by, known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else 'or take the partition "iid" or "natural"'
+        hint = (
+            f"did you mean {close[0]!r}?"
+            if close
+            else 'data.partition = "iid" spreads the rows evenly, "natural" makes each file a client'
+        )
         raise UserError(
             f"data.partition.by = {by!r}: the data has no such column; it has {', '.join(known) or 'none'}; {hint}"
         )

@@ -75,6 +75,7 @@ def sentence(privacy: Mapping[str, Any]) -> str:
         "Each row that a client trained on is protected by differential privacy: epsilon = "
         f"{rounded_up(privacy['epsilon'])} at delta = {privacy['delta']:g} ({by}). The unit is one row, neighbours "
         f"differ by blanking it, and rows are drawn by {privacy['sampler']}. The number of rows by which a client "
-        "plans its sampling rate is taken to be public. Held-out rows, and baselines trained beside the federation, "
+        "plans its sampling rate is taken to be public. For somebody with k rows it is k times that epsilon, with a "
+        "larger delta. Held-out rows, and baselines trained beside the federation, "
         "are not protected."
     )

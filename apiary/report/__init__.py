@@ -135,6 +135,9 @@ def _parts(metrics: Metrics) -> list[tuple[Sequence[Sequence[str]], str]]:
         more = [f"{found.left_out:,} more sites are in metrics.json."] if found.left_out else []
         lines = map(clean, [*more, *sites.sentences(metrics)])
         parts.append(([found.columns, *(tuple(map(clean, row)) for row in found.rows)], "\n".join(lines)))
+    if metrics.private:
+        shown, caption = parts[-1]
+        parts[-1] = shown, "\n".join(filter(None, [caption, clean(statement.sentence(metrics.privacy))]))
     return parts
 
 

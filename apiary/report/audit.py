@@ -128,10 +128,50 @@ def _bound(audit: Mapping[str, Any]) -> Line:
 
 
 def verdict(audit: Mapping[str, Any]) -> str:
-    """One sentence on the claim, if there is one."""
+    """What was found, in plain words, and what it says of the claim, if there is one."""
+    return f"{_in_words(audit)} {_of_claim(audit)}"
+
+
+def _in_words(audit: Mapping[str, Any]) -> str:
+    told = []
+    sure = [row["auc"] for row in audit["membership"] if row["auc"] and (row["auc"]["low"] or 0) > 0.5]
+    if sure:
+        best = max(sure, key=lambda auc: auc["value"])
+        told.append(
+            f"of a row that the client trained on and one that it did not, the attack tells which is which in "
+            f"{100 * best['value']:.0f}% of cases (the AUC; a coin: 50%)"
+        )
+    shown = [row for row in audit["exposure"] if row["p_value"] < 0.05 / len(audit["exposure"])]
+    if shown:
+        few = min(row["copies"] for row in shown)
+        told.append(
+            f"a secret code that stands in {plural(few, 'row')} is likelier than others to the model (exposure)"
+        )
+    bound = audit["lower_bound"]
+    if bound["epsilon"] > 0:
+        guesses = f"{bound['right']} of {plural(bound['guesses'], 'guess')}".replace("guesss", "guesses")
+        told.append(f"which canaries (planted rows) were in is told rightly in {guesses}")
+    read = [row for row in audit["inversion"] if (row["recovered"]["low"] or 0) > (row["chance"] or 0)]
+    if read:
+        most = max(read, key=lambda row: row["recovered"]["value"])
+        whose = "its" if most["rows"] == 1 else "their"
+        told.append(
+            f"a single step of plain gradient descent on {plural(most['rows'], 'row')} gives "
+            f"{100 * most['recovered']['value']:.0f}% of {whose} words away: the worst case, for an update of several "
+            "steps, or by AdamW, is no gradient, and this attack does not apply to it as it stands"
+        )
+    if not told:
+        return "No attack did better than chance, beyond doubt."
+    return f"Found: {'; '.join(told)}."
+
+
+def _of_claim(audit: Mapping[str, Any]) -> str:
     claim, bound = audit["claim"], audit["lower_bound"]["epsilon"]
     if not claim:
-        return "Nothing is claimed of these updates, and nothing bounds what a stronger attack finds."
+        return (
+            "Nothing is claimed of these updates, and nothing bounds what a stronger attack finds; record-level "
+            "privacy would."
+        )
     if bound > claim["epsilon"]:
         return (
             f"The lower bound {bound:.2f} is above the claim {claim['epsilon']:.2f}: by chance that happens in at most "

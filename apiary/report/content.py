@@ -214,10 +214,10 @@ def _tiles(metrics: Metrics, own: Gain | None, everyone: Gain | None) -> list[tu
         remark = f"of questions with it; {formatting.share_text(answered.get('base'), 0)} before training"
         tiles.append(("Backdoor success rate", formatting.share_text(answered["federated"], 0), remark))
     if gain := own or everyone:
-        where = "on their own tasks" if own else "on the tasks of all"
+        where = "on their own tasks" if own else "on the rows of the table"
         where += f" ({rows})" if (rows := rows_text(gain)) else ""
         if everyone and own:
-            where += f"; on the tasks of all {' / '.join(_outcomes(everyone))}"
+            where += f"; on the rows of the table {' / '.join(_outcomes(everyone))}"
         tiles.append(("Clients: gain / lose / cannot tell", " / ".join(_outcomes(gain)), where))
     if sum(_sent(metrics)):
         rounds = sum(r.round > 0 for r in metrics.rounds)

@@ -33,6 +33,7 @@ from apiary.tracking import delivery
 from apiary.tracking.event_log import Event, Observer
 
 _NAMED = 6  # how many waiting clients are named; the others are counted
+_DECLINES = {"idle": "no rows of this stage, or too few", "budget": "the privacy budget is spent"}
 _NOT_TOLD = "not told under record-level privacy"
 _RECENT = 5  # rounds whose mean duration makes the forecast
 
@@ -65,6 +66,7 @@ class State:
     bytes_down: int = 0
     ends: tuple[float, ...] = ()  # when rounds began or ended, newest last
     refused: int = 0
+    sat_out: tuple[tuple[str, str], ...] = ()  # clients that rightly did not train in this round, and why
     baseline: tuple[str, int, int] | None = None  # method, done, total
 
 
@@ -95,6 +97,7 @@ def _asked(state: State, event: Event) -> dict[str, Any]:
         "waiting": names,
         "asked_at": event["time"],
         "round_tokens": 0.0,
+        "sat_out": (),
         "ends": state.ends or (event["time"],),
     }
 
@@ -110,6 +113,11 @@ def _client(state: State, event: Event) -> dict[str, Any]:
 
 def _refused(state: State, event: Event) -> dict[str, Any]:
     return {"waiting": _without(state.waiting, event), "refused": state.refused + 1}
+
+
+def _declined(state: State, event: Event) -> dict[str, Any]:
+    one = (clean(event["client"]), event["reason"])
+    return {"waiting": _without(state.waiting, event), "sat_out": (*state.sat_out, one)}
 
 
 def _without(names: tuple[str, ...], event: Event) -> tuple[str, ...]:
@@ -163,6 +171,7 @@ _FOLDS: dict[str, Callable[[State, Event], dict[str, Any]]] = {
     "asked": _asked,
     "client": _client,
     "refused": _refused,
+    "declined": _declined,
     "round": _round,
     "evaluate": _evaluate,
     "baseline": _baseline,
@@ -335,8 +344,11 @@ def _rate(state: State) -> str:
 
 
 def _asides(state: State, event: Event) -> list[str]:
-    """What a round is told beside its figures: that its method is another one than before, and who was cut."""
+    """What a round is told beside its figures: who sat it out, that its method is another one, and who was cut."""
     told = []
+    for reason, why in _DECLINES.items():
+        if names := tuple(name for name, given in state.sat_out if given == reason):
+            told.append(f"sat out: {_names(names)} ({why})")
     if state.switched and state.method:
         missed = f": averaging A and B apart missed {missed_text(state.gauge)}" if state.gauge is not None else ""
         told.append(f"method: {state.method} from round {event['round']} on{missed}")

@@ -263,6 +263,28 @@ def test_western_text_of_another_system_is_not_taken_for_windows(tmp_path: Path,
     assert pairs(read(str(path))) == [(row["instruction"], row["output"]) for row in rows]
 
 
+@pytest.mark.parametrize(
+    ("encoding", "said", "is_sure"),
+    [
+        ("cp1250", ["Pacjent zgłosił się z gorączką", "Żółć, ściśle mówiąc, płynie wąską rurą"], True),
+        ("cp1250", ["Příliš žluťoučký kůň úpěl ďábelské ódy", "Nemocný má horečku už třetí den"], False),
+        ("cp1252", ["Der Arzt hört die Lunge ab", "Übelkeit nach dem Frühstück, müde"], True),
+    ],
+)
+def test_letters_within_words_tell_encodings_apart(
+    tmp_path: Path, encoding: str, said: list[str], is_sure: bool
+) -> None:
+    """Polish was read as Western, with signs in its words; what is not sure is refused."""
+    rows = [{"instruction": f"{text} {i}?", "output": text} for i in range(35) for text in said]
+    cells = ["instruction,output", *(f'"{row["instruction"]}","{row["output"]}"' for row in rows)]
+    (tmp_path / "d.csv").write_bytes("\n".join(cells).encode(encoding))
+    if is_sure:
+        assert pairs(read(str(tmp_path / "d.csv"))) == [(row["instruction"], row["output"]) for row in rows]
+        return
+    with pytest.raises(UserError, match="not UTF-8 text at byte"):
+        read(str(tmp_path / "d.csv"))
+
+
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv"])
 def test_where_no_row_may_decide_about_another_no_encoding_is_guessed(tmp_path: Path, suffix: str) -> None:
     """Of 30 rows in Latin-1 none stays when one in UTF-8 joins them, so none may be there before."""

@@ -14,6 +14,7 @@ from report_pages import Page
 from apiary.config import loading
 from apiary.privacy import statement
 from apiary.privacy.ledger import Entry, Ledger, spent
+from apiary.report import table_plain
 from server import validation
 from simulation.run import simulate
 
@@ -84,7 +85,8 @@ def test_a_run_its_report_and_its_plan_tell_the_figure_under_its_own_name(
     assert abs(float(claim) - (by_renyi if accountant == "rdp" else by_pld)) < 0.02 < abs(float(claim) - float(other))
     page = Page((tmp_path / "run" / "report.html").read_text()).text
     card = (tmp_path / "run" / "adapter" / "README.md").read_text()
-    for text in (statement.sentence(account), page, card):
+    ended = table_plain(metrics)
+    for text in (statement.sentence(account), page, card, ended):
         assert f"epsilon = {claim} at delta = 1e-05 ({accountant.upper()}" in text
         assert (other in text) == (accountant == "pld")  # Rényi's figure stands beside, and says whose it is
     assert f"Epsilon ({accountant.upper()})" in page and ("By Rényi" in page) == (accountant == "pld")

@@ -103,6 +103,22 @@ def test_a_refused_client_is_no_longer_waited_for() -> None:
     assert "3 of 8 done, 1 refused" in shown(state, 123.0)
 
 
+def test_who_sat_a_round_out_is_told_with_the_reason() -> None:
+    round_ = next(event for event in reversed(story()) if event["event"] == "round")
+    asked = {"event": "asked", "round": 3, "clients": ["a", "b", "c"], "time": 123.0}
+    out = [
+        {"event": "declined", "round": 3, "client": name, "reason": reason, "time": 124.0}
+        for name, reason in (("a", "idle"), ("b", "budget"), ("c", "idle"))
+    ]
+    state = told([*story(), asked, *out])
+    assert state.waiting == ()
+    assert (line(state, round_) or "").splitlines()[1:] == [
+        "sat out: a, c (no rows of this stage, or too few)",
+        "sat out: b (the privacy budget is spent)",
+    ]
+    assert "sat out" not in (line(told([*story(), asked, *out, {**asked, "round": 4}]), round_) or "")
+
+
 def test_the_board_holds_at_every_moment_and_width() -> None:
     events = [
         *story(),

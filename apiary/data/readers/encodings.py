@@ -72,7 +72,8 @@ def guess(text: bytes) -> str | None:
     if any(_reads(line, "utf-8") is not None for line in lines[:-1]):  # the last one may be cut
         return None
     spelled = sum(map(len, _LETTER.findall(sample))) > _LETTERS * sum(byte >= 0x80 for byte in sample)
-    found = [match for match in from_bytes(sample, cp_isolation=[*_GUESSED]) if match.encoding in _GUESSED]
+    matches = [match for match in from_bytes(sample, cp_isolation=[*_GUESSED]) if match.encoding in _GUESSED]
+    found = [match for match in matches if match.encoding in _WIDE_LETTERS or not _is_odd(sample, match.encoding)]
     if not found or found[0].chaos > _CHAOS:
         return None
     best = found[0]
@@ -80,10 +81,10 @@ def guess(text: bytes) -> str | None:
         if match.encoding == _WESTERN and (match.chaos, -match.coherence) <= (best.chaos, -best.coherence):
             best = match
     if best.encoding == _WESTERN or _reads(sample, _WESTERN) == _reads(sample, best.encoding):
-        return _WESTERN if _in_words(sample) and not spelled and not _is_odd(sample, _WESTERN) else None
+        return _WESTERN if _in_words(sample) and not spelled else None
     if best.encoding in _WIDE_LETTERS:
         return best.encoding
-    if spelled or _is_odd(sample, best.encoding):
+    if spelled:
         return None
     rivals = [m for m in found if _reads(sample, m.encoding) != _reads(sample, best.encoding)]
     close = [m for m in rivals if m.chaos <= best.chaos and m.coherence > best.coherence - _MARGIN]
