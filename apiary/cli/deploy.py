@@ -138,6 +138,7 @@ def deploy_split(
                 f"--agree: the run has data.test_fraction = {test_fraction:g}, and this site has pinned "
                 f"{pinned.fraction:g}; to change that as well, name it (--test-fraction {test_fraction:g})"
             )
+    before = [] if pinned is None else split.lines(pinned)
     if test_fraction is not None:
         split.draw(test_fraction)  # an impossible one is refused before the folder is made
         with processes.hold(where):
@@ -145,6 +146,11 @@ def deploy_split(
     told = ["nothing yet: the first run decides"] if pinned is None else split.lines(pinned)
     for line in told:
         typer.echo(f"pinned: {line}")
+    for line in before:
+        if line not in told:
+            typer.echo(f"no more: {line}")
+    if before and before[0] != told[0]:
+        typer.echo("rows that were trained on may be held out from now on, which flatters losses on them", err=True)
 
 
 @app.command("submit")

@@ -195,6 +195,9 @@ def repin(state: Path, fraction: float, *, new_key: bool, agreed: RunConfig | No
 
 def lines(split: Split) -> list[str]:
     """What is pinned, for the site's operator: the key apart, a line for each setting that is not the default."""
-    values = {key: value for key, value in (split.reading or {}).items() if value != _LEFT_OUT.get(key)}
+    fraction = f"data.test_fraction = {split.fraction:g}"
+    if split.reading is None:
+        return [fraction, "nothing else: of prompt, stages and curation the first run decides, with all rows"]
+    values = {key: value for key, value in split.reading.items() if value != _LEFT_OUT.get(key)}
     told = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
-    return [f"data.test_fraction = {split.fraction:g}", *told]
+    return [fraction, *told, "all else of prompt, stages and curation as by default"]

@@ -257,9 +257,12 @@ def test_the_operator_changes_the_split_and_nobody_else(tmp_path: Path) -> None:
         return done.stdout.strip()
 
     assert "nothing yet" in call() and not (state / split.FILE).exists()
-    assert call("--test-fraction", "0.1") == "pinned: data.test_fraction = 0.1" == call()
+    rest = "pinned: nothing else: of prompt, stages and curation the first run decides, with all rows"
+    assert call("--test-fraction", "0.1").splitlines() == ["pinned: data.test_fraction = 0.1", rest]
+    assert call().splitlines() == ["pinned: data.test_fraction = 0.1", rest]
     first = split.load(state)
-    assert call("--test-fraction", "0.3") == "pinned: data.test_fraction = 0.3"
+    told = call("--test-fraction", "0.3").splitlines()
+    assert told == ["pinned: data.test_fraction = 0.3", rest, "no more: data.test_fraction = 0.1"]
     second = split.load(state)
     assert first is not None and second == split.Split(0.3, first.key)
     small, large = ({i for i in range(200) if _held(i, made)} for made in (first, second))
@@ -760,17 +763,19 @@ def test_agreement_is_given_by_the_command_that_pins(tmp_path: Path) -> None:
 
     lines = call("--agree", str(file)).splitlines()
     assert lines[0] == "pinned: data.test_fraction = 0.2"
-    assert lines[1:] == ['pinned: continual.by = "task"', 'pinned: continual.stages = [["a"], ["b"]]']
+    rest = "pinned: all else of prompt, stages and curation as by default"
+    assert lines[1:] == ['pinned: continual.by = "task"', 'pinned: continual.stages = [["a"], ["b"]]', rest]
     assert call().splitlines() == lines
     made = split.load(state)
     assert made is not None and split.of_run(state, run) == made
-    assert call("--test-fraction", "0.3").splitlines()[1:] == lines[1:]  # what was agreed to stays
+    assert call("--test-fraction", "0.3").splitlines()[1:-1] == lines[1:]  # what was agreed to stays
     with pytest.raises(UserError, match=r"--agree: the run has data.test_fraction = 0.2, .* pinned 0.3; .*name it"):
         call("--agree", str(file))
     call("--agree", str(file), "--test-fraction", "0.2")
     assert split.load(state) == made
     file.write_text("[data]\ntest_fraction = 0.2\n")
-    assert call("--agree", str(file)) == "pinned: data.test_fraction = 0.2"
+    gone = [line.replace("pinned", "no more") for line in lines[1:-1]]
+    assert call("--agree", str(file)).splitlines() == [lines[0], rest, *gone]
     with pytest.raises(split.AnotherSplit):
         split.of_run(state, run)
 
