@@ -147,7 +147,8 @@ def _accounts(trained: Baselines, events: Sequence[Mapping[str, Any]]) -> dict[s
         "federated": {
             "steps": _sum(event["steps"] for event in came),
             "rows": _sum(rows.get(name) for name in names),
-            "tokens": _sum(event["tokens"] for event in came),
+            # A private visit tells the rows that are expected in its batches, which are no tokens.
+            "tokens": None if any("spent" in event for event in came) else _sum(event["tokens"] for event in came),
         },
         **{method: {key: getattr(made.account, key) for key in keys} for method, made in trained.pooled.items()},
     }

@@ -40,6 +40,23 @@ app = typer.Typer(
 Tuned = Annotated[Path, typer.Argument(metavar="RUN|ADAPTER", help="a run directory or a PEFT adapter folder")]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"apiary {version('apiary')} (flwr {version('flwr')}, torch {version('torch')})")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print versions")
+    ] = False,
+) -> None:
+    """Options of all commands."""
+
+
 @app.command()
 def simulate(
     config: ConfigFile = None,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -178,3 +180,10 @@ def test_results_can_be_used(tmp_path: Path, small_run: list[str], rows_file: Pa
 
 def test_evaluate_says_what_is_missing(tmp_path: Path, rows_file: Path) -> None:
     assert_refused(apiary("evaluate", tmp_path, "--data", rows_file), "holds no adapter")
+
+
+def test_the_version_names_what_all_machines_of_a_deployment_need_alike() -> None:
+    done = apiary("--version")
+    names = ("apiary", "flwr", "torch")
+    assert done.returncode == 0
+    assert re.findall(r"\w+ (\d[^ ,)\n]*)", done.stdout) == [importlib.metadata.version(name) for name in names]

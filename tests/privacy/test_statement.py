@@ -71,6 +71,8 @@ def test_a_run_its_report_and_its_plan_tell_the_figure_under_its_own_name(
     account = json.loads((tmp_path / "run" / "ledger.json").read_text())
     assert account == metrics["privacy"] == statement.read(tmp_path / "run")
     names = list(account["clients"])
+    (federated,) = (row for row in metrics["table"] if row["method"] == "federated")
+    assert federated["tokens"] is None and federated["steps"] > 0  # what is told of a visit is expected rows
     wanted = {}
     for name in names:
         charged = json.loads((tmp_path / "run" / "clients" / name / "ledger.json").read_text())["entries"]
