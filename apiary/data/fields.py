@@ -101,6 +101,8 @@ def field(
     value = row.get(name)
     if is_absent(value):
         raise RowProblem(f"missing field {name!r}")
+    if isinstance(value, float) and math.isinf(value):  # 1e400, as JSON's readers take it
+        raise RowProblem(f"a number too large in field {name!r}")
     text = scalar_text(value)
     if text is None or not (may_be_number or isinstance(value, str)):
         raise RowProblem(f"wrong type in field {name!r} ({type(value).__name__})")

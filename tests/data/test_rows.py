@@ -60,6 +60,10 @@ def test_of_several_flags_of_a_message_one_no_is_enough() -> None:
         assert [turn.trained for turn in example.turns if turn.role == "assistant"] == [False, True]
 
 
+def test_a_number_that_is_too_large_is_not_learnt_as_a_word() -> None:
+    assert refused({**GOOD, "output": json.loads("1e400")}) == "a number too large in field 'output'"
+
+
 # --- answers that are not to be learnt as they stand
 
 
