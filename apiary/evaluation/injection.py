@@ -38,7 +38,6 @@ from apiary.evaluation import comparison, intervals
 from apiary.models.adapters import LanguageModel, set_adapter
 from apiary.models.inference import ModelProbe
 
-PROBE_FILE = "injection.json"
 NO_ATTACK = "none"
 _SCHEMA = 1
 _CLOSE = 0.5  # from this overlap of words on an answer is taken for another one
