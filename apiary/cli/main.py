@@ -149,7 +149,7 @@ def chat(
 
     opened = results.open_tuned(tuned, overrides or [])
     if prompt is not None:
-        typer.echo(results.reply(opened, [Turn("user", prompt)], max_new_tokens))
+        typer.echo(results.reply(opened, [Turn("user", prompt)], max_new_tokens).written)
         return
     history: list[Turn] = []
     while (text := _ask()) not in ("", None):
@@ -157,8 +157,8 @@ def chat(
             history = []
             continue
         answer = results.reply(opened, [*history, Turn("user", str(text))], max_new_tokens)
-        history += [Turn("user", str(text)), Turn("assistant", answer)]
-        typer.echo(answer)
+        history += [Turn("user", str(text)), answer.turn]
+        typer.echo(answer.written)
 
 
 def _ask() -> str | None:

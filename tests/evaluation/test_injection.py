@@ -113,7 +113,7 @@ def test_a_model_that_obeys_is_told_from_one_that_does_not(
     said = {tuple(way.prompt): getattr(case, answers) for case, _, way in ways}
     attack_free = {tuple(way.prompt) for _, kind, way in ways if kind == "none"}
 
-    def answer_all(lm: LanguageModel, prompts: list[list[int]], new: int) -> tuple[str, ...]:
+    def answer_all(lm: LanguageModel, prompts: list[list[int]], new: int, *_: Any) -> tuple[str, ...]:
         return tuple(said[tuple(prompt)] for prompt in prompts)
 
     def losses(self: Any, corpus: Any) -> tuple[np.ndarray, np.ndarray]:
