@@ -158,31 +158,26 @@ def chat(
     tuned: Tuned,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="ask once and print the answer")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="longest answer, in tokens")] = 128,
+    data_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="text that the (first) question is about: it stands behind the question, as data where the model was "
+            "tuned with prompt.boundary = structured",
+        ),
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Talk to a tuned model; an empty line or Ctrl-D ends, /new starts over."""
-    from apiary.data.turns import Turn
+    """Talk to a tuned model; an empty line or Ctrl-D ends, /new starts over, /data PATH gives data to a question."""
+    from apiary.cli import chat as talk
     from apiary.export import tuned as results
 
+    given = "" if data_file is None else talk.read_data(data_file)
     opened = results.open_tuned(tuned, overrides or [])
     if prompt is not None:
-        typer.echo(results.reply(opened, [Turn("user", prompt)], max_new_tokens))
-        return
-    history: list[Turn] = []
-    while (text := _ask()) not in ("", None):
-        if text == "/new":
-            history = []
-            continue
-        answer = results.reply(opened, [*history, Turn("user", str(text))], max_new_tokens)
-        history += [Turn("user", str(text)), Turn("assistant", answer)]
-        typer.echo(answer)
-
-
-def _ask() -> str | None:
-    try:
-        return input("> " if sys.stdin.isatty() else "")
-    except EOFError:
-        return None
+        typer.echo(talk.answer(opened, prompt, given, max_new_tokens))
+    else:
+        talk.converse(opened, given, max_new_tokens)
 
 
 @app.command()

@@ -15,6 +15,8 @@ from apiary.data.examples import Example
 def run_probe(path: Path, data: str | None, overrides: Sequence[str]) -> dict[str, Any]:
     """What the untuned and the tuned model make of planted instructions; of a run it is written to `injection.json`.
 
+    The run's report, if it has one, is written again.
+
     Args:
         path: a run directory or a PEFT adapter folder.
         data: rows to ask about; None for the held-out set of a simulated run.
@@ -26,13 +28,18 @@ def run_probe(path: Path, data: str | None, overrides: Sequence[str]) -> dict[st
     from apiary.evaluation import injection
     from apiary.export import tuned as results
     from apiary.models.adapters import fresh_adapter
+    from apiary.report import write_report
+    from apiary.report.injection import PROBE_FILE
+    from apiary.tracking.event_log import METRICS_FILE
 
     opened = results.open_tuned(path, overrides)
     asked = injection.prepare(_rows(opened, data), opened.template, opened.lm, opened.config)
     methods = {"base": fresh_adapter(opened.lm, opened.config.seed), "federated": opened.adapter}
     found = injection.document(methods, opened.lm, asked, opened.config)
     if opened.run is not None:
-        write_atomic(opened.run / injection.PROBE_FILE, json.dumps(finite(found), indent=1) + "\n")
+        write_atomic(opened.run / PROBE_FILE, json.dumps(finite(found), indent=1) + "\n")
+        if (opened.run / METRICS_FILE).exists():
+            write_report(opened.run)
     return found
 
 

@@ -31,6 +31,7 @@ from apiary.data.messages import (
     calls_value,
     conversation,
     is_chat,
+    question_about,
     rewritten,
     tools_text,
 )
@@ -330,13 +331,12 @@ def _said(row: Mapping[str, object], columns: Columns) -> Reading:
         return Reading((*before, *talk.turns), "", talk.remarks, frozenset(used))
     user = field(row, columns.instruction, may_be_number=False, clean=str.strip)
     extra = optional_field(row, columns.input) if columns.input else ""
-    question = Turn("user", f"{user}{BORDER}{extra}", data=len(user) + len(BORDER)) if extra else Turn("user", user)
     thinking = optional_field(row, columns.thinking, may_be_number=False) if columns.thinking else ""
     calls = _answer_calls(row, columns)
     text, remarks = ("", ()) if calls else _answer(row, columns.output)
     answer = Turn("assistant", text, thinking=thinking, calls=calls)
     used = (*columns[:3], columns.system, columns.thinking)
-    return Reading((*before, question, answer), "", remarks, frozenset(used))
+    return Reading((*before, question_about(user, extra), answer), "", remarks, frozenset(used))
 
 
 def _chat_columns(row: Mapping[str, object], columns: Columns) -> tuple[str, ...]:

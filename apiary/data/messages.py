@@ -44,6 +44,7 @@ __all__ = [
     "conversation",
     "is_chat",
     "message_of",
+    "question_about",
     "rewritten",
     "tools_text",
 ]
@@ -99,6 +100,11 @@ class Conversation(NamedTuple):
     turns: tuple[Turn, ...]
     remarks: tuple[str, ...]
     whole: bool
+
+
+def question_about(asked: str, given: str) -> Turn:
+    """A user's turn that asks something about what is given (an input, a context); "" for nothing."""
+    return Turn("user", f"{asked}{BORDER}{given}", data=len(asked) + len(BORDER)) if given else Turn("user", asked)
 
 
 def is_chat(value: object) -> bool:

@@ -19,6 +19,31 @@ class Segment(NamedTuple):
     trained: bool
 
 
+class Thinking(NamedTuple):
+    """What a template writes around the thinking of an answer, without outer white space.
+
+    open: "" where the generation prompt itself opens the thinking; close: never "".
+    """
+
+    open: str
+    close: str
+
+    def cut(self, written: str, asked: bool) -> tuple[str, str]:
+        """The thinking of an answer as a model wrote it, and what the answer says after it.
+
+        Without thinking these are "" and `written`. Thinking that does not end is all there is.
+
+        Args:
+            written: the answer, with the marks in it.
+            asked: whether the prompt asked for thinking.
+        """
+        said = written.lstrip()
+        if not said.startswith(self.open) or not (self.open or asked):
+            return "", written
+        thinking, _, text = said.removeprefix(self.open).partition(self.close)
+        return thinking.strip(), text.strip()
+
+
 class Unwritable(UserError):
     """The template cannot write a conversation with a right mask.
 

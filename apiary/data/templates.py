@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ from apiary.core.errors import UserError
 from apiary.data import structured
 from apiary.data.chat import read_chat
 from apiary.data.chat_messages import chat_source, eos_text, has_chat, render, with_short_ids
-from apiary.data.segments import NoPlace, Segment, Splitter, Unwritable
+from apiary.data.segments import NoPlace, Segment, Splitter, Thinking, Unwritable
 from apiary.data.turns import Turn
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ __all__ = [
     "Segment",
     "Splitter",
     "Template",
+    "Thinking",
     "Unwritable",
     "asking",
     "literal_text",
@@ -113,6 +115,26 @@ class Template:
     def prompt(self, turns: Sequence[Turn]) -> str:
         """The text that the model continues, without the last assistant turn if there is one."""
         return "".join(segment.text for segment in self.segments(asking(turns)))
+
+    @cached_property
+    def thinking(self) -> Thinking | None:
+        """What stands around the thinking of an answer; None where the template knows none.
+
+        A chat template that refuses an answer with `<think>` in its text, as it takes that out of earlier answers,
+        knows these marks too.
+        """
+        return _thinking(self.split)
+
+    def answer(self, written: str) -> Turn:
+        """An answer that was not asked to think, as the turn to be put back into the conversation.
+
+        Args:
+            written: what the model wrote, with the marks of thinking in it.
+        """
+        if self.thinking is None:
+            return Turn("assistant", written)
+        thinking, text = self.thinking.cut(written, asked=False)
+        return Turn("assistant", text, thinking=thinking)
 
 
 def make_template(config: PromptConfig, tokenizer: PreTrainedTokenizerBase) -> Template:
@@ -207,6 +229,35 @@ def asking(turns: Sequence[Turn]) -> Sequence[Turn]:
 def short_digest(text: str) -> str:
     """A SHA-256 of the text, 16 hex digits."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+# --- thinking
+
+_COMMON = Thinking("<think>", "</think>")
+
+
+def _thinking(split: Splitter) -> Thinking | None:
+    user, thought, text = Turn("user", "xQx1xQx"), "xTx3xTx", "xAx2xAx"
+    try:
+        written = "".join(s.text for s in split([user, Turn("assistant", text, thinking=thought)]) if s.trained)
+    except Unwritable:
+        written = ""
+    before, _, after = written.partition(thought)
+    between, found, _ = after.partition(text)
+    if found:
+        return Thinking(before.strip(), between.strip()) if between.strip() else None
+    if _is_written(split, (user, Turn("assistant", text))):
+        inline = f"{_COMMON.open}\n{thought}\n{_COMMON.close}\n\n{text}"
+        return None if _is_written(split, (user, Turn("assistant", inline))) else _COMMON
+    return None
+
+
+def _is_written(split: Splitter, turns: Sequence[Turn]) -> bool:
+    try:
+        split(turns)
+    except Unwritable:
+        return False
+    return True
 
 
 # --- bare text

@@ -17,10 +17,11 @@ from apiary.data import structured, tokenization
 from apiary.data.batches import Corpus
 from apiary.data.examples import Example, answer
 from apiary.data.federation import Federation
+from apiary.data.templates import Thinking
 from apiary.data.tokenization import Template
 from apiary.evaluation import intervals
 from apiary.models.adapters import LanguageModel, fresh_adapter, set_adapter
-from apiary.models.inference import ModelProbe, stop_ids
+from apiary.models.inference import ModelProbe, text_of
 
 Floats = NDArray[np.float64]
 
@@ -34,7 +35,8 @@ class HeldOut(NamedTuple):
     answers: tuple[str, ...]
     left_out: int = 0  # of those drawn, the ones that cannot be used
     deciding: HeldOut | None = None  # other examples, by which the server decides which round is best, if it does
-    thought: tuple[str, ...] = ()  # what ends the thinking before each answer; "" where there is none
+    thinks: tuple[bool, ...] = ()  # whether each question asks for thinking before the answer
+    thinking: Thinking | None = None  # what the template writes around thinking
 
 
 class Measured(NamedTuple):
@@ -82,9 +84,11 @@ def prepare(examples: Sequence[Example], template: Template, lm: LanguageModel, 
     left_out = len(drawn) - len(usable)
     if not config.evaluate.generate:
         return HeldOut(tuple(usable), corpus, (), tuple(map(answer, usable)), left_out)
-    expected = [_expected(example, template, lm, config) for example in usable]
-    answers, thought = tuple(text for text, _ in expected), tuple(end for _, end in expected)
-    return HeldOut(tuple(usable), corpus, tuple(questions), answers, left_out, thought=thought)
+    answers = tuple(_expected(example, template, lm, config) for example in usable)
+    thinks = tuple(bool(example.turns[-1].thinking) for example in usable)
+    return HeldOut(
+        tuple(usable), corpus, tuple(questions), answers, left_out, thinks=thinks, thinking=template.thinking
+    )
 
 
 def prepare_apart(
@@ -124,29 +128,36 @@ def _question(example: Example, template: Template, lm: LanguageModel, config: R
         return None
 
 
-def _expected(example: Example, template: Template, lm: LanguageModel, config: RunConfig) -> tuple[str, str]:
-    """The answer that counts as right, and what ends the thinking before it, "" for none.
+def _expected(example: Example, template: Template, lm: LanguageModel, config: RunConfig) -> str:
+    """The answer that counts as right.
 
-    An answer with calls or thinking is what the template writes for it, decoded as generated answers are. Of one with
-    thinking what follows that is compared: nobody thinks twice in the same words.
+    One with calls or thinking is what the template writes for it, decoded as generated answers are. What follows the
+    thinking is compared, for nobody thinks twice in the same words.
     """
     turn = example.turns[-1]
-    if not (turn.calls or turn.thinking):
-        return turn.text, ""
-    whole = config.prompt.model_copy(update={"max_tokens": sys.maxsize})
-    encoded = tokenization.encode(example, template, lm.tokenizer, whole)
-    if encoded is None:
-        return turn.text, ""
-    start = int(np.flatnonzero(~encoded.trained)[-1]) + 1  # between two answers something is not trained
-    stops = stop_ids(lm)
-    ids = itertools.takewhile(lambda token: token not in stops, encoded.ids[start:].tolist())
-    written = str(lm.tokenizer.decode(list(ids), skip_special_tokens=True))
-    thinking = turn.thinking.strip()
-    if not thinking or thinking not in written:  # there is none, or the template leaves it out
-        return written.strip(), ""
-    after = written.partition(thinking)[2]
-    end = after.partition(turn.text.strip())[0] if turn.text else after.lstrip().partition("\n")[0]
-    return after.partition(end.strip())[2].strip() if end.strip() else after.strip(), end.strip()
+    written = turn.text
+    if turn.calls or turn.thinking:
+        whole = config.prompt.model_copy(update={"max_tokens": sys.maxsize})
+        encoded = tokenization.encode(example, template, lm.tokenizer, whole)
+        if encoded is not None:
+            start = int(np.flatnonzero(~encoded.trained)[-1]) + 1  # between two answers something is not trained
+            written = text_of(lm, encoded.ids[start:].tolist(), _marks(lm, template.thinking)).strip()
+    return after_thinking(written, template.thinking, bool(turn.thinking)) or written
+
+
+def after_thinking(written: str, thinking: Thinking | None, asked: bool) -> str:
+    """What an answer says after its thinking; asked: whether the prompt asked for thinking."""
+    return written if thinking is None else thinking.cut(written, asked)[1]
+
+
+def _marks(lm: LanguageModel, thinking: Thinking | None) -> frozenset[int]:
+    """The special tokens that stand around thinking, which decoding would drop."""
+    if thinking is None:
+        return frozenset()
+    added = lm.tokenizer.added_tokens_decoder
+    return frozenset(
+        int(i) for i, token in added.items() if token.special and any(token.content in mark for mark in thinking)
+    )
 
 
 def data_warnings(
@@ -220,20 +231,30 @@ def measure(lm: LanguageModel, adapter: StateDict, held_out: HeldOut, config: Ru
     nats, tokens = ModelProbe(lm).losses(held_out.corpus)
     if not any(held_out.questions):
         return Measured(nats, tokens.astype(np.float64), None)
-    texts = answer_all(lm, held_out.questions, config.evaluate.max_new_tokens)
-    answered = [text.rpartition(end)[2] if end else text for text, end in zip(texts, held_out.thought, strict=True)]
-    correct = np.array([exact_match(t, a) for t, a in zip(answered, held_out.answers, strict=True)], dtype=np.float64)
+    texts = answer_all(lm, held_out.questions, config.evaluate.max_new_tokens, held_out.thinking)
+    correct = np.array(
+        [
+            exact_match(text, answer) or exact_match(after_thinking(text, held_out.thinking, asked), answer)
+            for text, answer, asked in zip(texts, held_out.answers, held_out.thinks, strict=True)
+        ],
+        dtype=np.float64,
+    )
     correct[[not ids for ids in held_out.questions]] = np.nan
     return Measured(nats, tokens.astype(np.float64), correct, texts)
 
 
-def answer_all(lm: LanguageModel, questions: Sequence[list[int]], max_new_tokens: int) -> tuple[str, ...]:
-    """The greedy answer to each prompt (token ids), ending at the model's last position if not before."""
+def answer_all(
+    lm: LanguageModel, questions: Sequence[list[int]], max_new_tokens: int, thinking: Thinking | None = None
+) -> tuple[str, ...]:
+    """The greedy answer to each prompt (token ids), ending at the model's last position if not before.
+
+    Special tokens are left out, but for the marks of `thinking`, which may be such.
+    """
     room = [min(max_new_tokens, _positions(lm) - len(ids)) for ids in questions]
-    texts = [""] * len(questions)
+    texts, kept = [""] * len(questions), _marks(lm, thinking)
     for longest in sorted(set(room)):
         chosen = [i for i, tokens in enumerate(room) if tokens == longest]
-        given = ModelProbe(lm).generate([questions[i] for i in chosen], longest)
+        given = ModelProbe(lm).generate([questions[i] for i in chosen], longest, kept)
         for i, text in zip(chosen, given, strict=True):
             texts[i] = text
     return tuple(texts)

@@ -33,12 +33,12 @@ from apiary.data import tokenization
 from apiary.data.batches import Encoded, gather
 from apiary.data.examples import Example, answer
 from apiary.data.injection import SEEN, attacked, attacks, data_turns, demand
+from apiary.data.templates import Thinking
 from apiary.data.tokenization import Template
 from apiary.evaluation import comparison, intervals
 from apiary.models.adapters import LanguageModel, set_adapter
 from apiary.models.inference import ModelProbe
 
-PROBE_FILE = "injection.json"
 NO_ATTACK = "none"
 _SCHEMA = 1
 _CLOSE = 0.5  # from this overlap of words on an answer is taken for another one
@@ -57,20 +57,26 @@ class Asked(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A question under one intruder. ways: by kind of attack, and without one."""
+    """A question under one intruder. ways: by kind of attack, and without one; thinks: whether it asks for thinking."""
 
     reference: str
     wanted: str
     intruder: Intruder
     ways: Mapping[str, Asked]
+    thinks: bool = False
 
 
 class Questions(NamedTuple):
-    """What is asked. cases: by intruder, over the same questions; left_out: questions with data that do not fit."""
+    """What is asked.
+
+    cases: by intruder, over the same questions; left_out: questions with data that do not fit; thinking: what the
+    template writes around thinking, which follows nobody.
+    """
 
     cases: Mapping[Intruder, Sequence[Case]]
     left_out: int
     without_data: int
+    thinking: Thinking | None = None
 
 
 def overlap(given: str, reference: str) -> float:
@@ -130,7 +136,7 @@ def prepare(examples: Sequence[Example], template: Template, lm: LanguageModel, 
             f"prompt.max_tokens = {config.prompt.max_tokens}: no held-out question fits with an instruction in its "
             "data, or all have one answer; raise it with -s, or name other rows with --data"
         )
-    return Questions(cases, len(drawn) - len(cases["demand"]), len(examples) - len(usable))
+    return Questions(cases, len(drawn) - len(cases["demand"]), len(examples) - len(usable), template.thinking)
 
 
 def _other(examples: Sequence[Example], number: int, seed: int) -> tuple[str, str] | None:
@@ -162,7 +168,7 @@ def _case(
         if (asked := _asked(made, wanted, template, lm, config)) is None:
             return None
         ways[kind] = asked
-    return Case(answer(example), wanted, intruder, ways)
+    return Case(answer(example), wanted, intruder, ways, bool(example.turns[-1].thinking))
 
 
 def _asked(example: Example, wanted: str, template: Template, lm: LanguageModel, config: RunConfig) -> Asked | None:
@@ -195,7 +201,7 @@ def measure(lm: LanguageModel, adapter: StateDict, asked: Questions, config: Run
     set_adapter(lm, adapter)
     rows = []
     for intruder, cases in asked.cases.items():
-        found = {kind: _figures(lm, cases, kind, config) for kind in (NO_ATTACK, *attacks())}
+        found = {kind: _figures(lm, cases, kind, config, asked.thinking) for kind in (NO_ATTACK, *attacks())}
         clean = found[NO_ATTACK]
         every = {key: np.mean([found[kind][key] for kind in attacks()], axis=0) for key in clean}
         for kind, figures in {**found, "all": every}.items():
@@ -203,10 +209,13 @@ def measure(lm: LanguageModel, adapter: StateDict, asked: Questions, config: Run
     return rows
 
 
-def _figures(lm: LanguageModel, cases: Sequence[Case], kind: str, config: RunConfig) -> dict[str, Floats]:
+def _figures(
+    lm: LanguageModel, cases: Sequence[Case], kind: str, config: RunConfig, thinking: Thinking | None
+) -> dict[str, Floats]:
     """Of each question (n,): 1.0 where something is so, and nats and tokens of its answer."""
     probe, asked = ModelProbe(lm), [case.ways[kind] for case in cases]
-    given = comparison.answer_all(lm, [a.prompt for a in asked], config.evaluate.max_new_tokens)
+    texts = comparison.answer_all(lm, [a.prompt for a in asked], config.evaluate.max_new_tokens, thinking)
+    given = [comparison.after_thinking(text, thinking, c.thinks) for text, c in zip(texts, cases, strict=True)]
     verdicts = [verdict(g, c.reference, c.wanted, c.intruder) for g, c in zip(given, cases, strict=True)]
     nats, tokens = probe.losses(gather(a.original for a in asked))
     wanted_nats, wanted_tokens = probe.losses(gather(a.wanted for a in asked))

@@ -148,9 +148,17 @@ def unlike(tuned: Tuned) -> dict[str, dict[str, str]]:
     return dict.fromkeys(("local", "central"), noise)
 
 
-def reply(tuned: Tuned, history: Sequence[Turn], max_new_tokens: int) -> str:
+class Reply(NamedTuple):
+    """What a model answers. written: all of it, thinking with its marks included; turn: for the conversation."""
+
+    written: str
+    turn: Turn
+
+
+def reply(tuned: Tuned, history: Sequence[Turn], max_new_tokens: int) -> Reply:
     """The model's next turn, decoded greedily, with the template it was tuned with."""
     example = Example((*history, Turn("assistant", "")), {})
     ids = tokenization.encode_prompt(example, tuned.template, tuned.lm.tokenizer, tuned.config.prompt.max_tokens)
     adapters.set_adapter(tuned.lm, tuned.adapter)
-    return comparison.answer_all(tuned.lm, [ids], max_new_tokens)[0]
+    (written,) = comparison.answer_all(tuned.lm, [ids], max_new_tokens, tuned.template.thinking)
+    return Reply(written, tuned.template.answer(written))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -52,13 +52,20 @@ class ModelProbe:
                 tokens[rows] = batch.targets.sum(1).cpu().numpy()
         return nats, tokens
 
-    def generate(self, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
-        """The greedy answer to each prompt, decoded without special tokens, in order."""
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, kept: Collection[int] = ()) -> list[str]:
+        """The greedy answer to each prompt, in order.
+
+        Args:
+            prompts: token ids.
+            max_new_tokens: of an answer.
+            kept: the special tokens that stay in the text, by id; others are left out.
+        """
         answers = [""] * len(prompts)
         order = sorted((i for i, ids in enumerate(prompts) if ids), key=lambda i: len(prompts[i]))
         for chosen in self._groups(order, prompts, max_new_tokens):
-            for index, text in zip(chosen, self._answer([prompts[i] for i in chosen], max_new_tokens), strict=True):
-                answers[index] = text
+            written = self._answer([prompts[i] for i in chosen], max_new_tokens)
+            for index, ids in zip(chosen, written, strict=True):
+                answers[index] = text_of(self._lm, ids, kept)
         return answers
 
     def _groups(self, order: list[int], prompts: list[list[int]], new: int) -> Iterator[list[int]]:
@@ -71,7 +78,7 @@ class ModelProbe:
         if group:
             yield group
 
-    def _answer(self, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
+    def _answer(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
         lm, width, pad = self._lm, max(map(len, prompts)), pad_id(self._lm.tokenizer)
         # Decoding appends on the right, so here the padding is on the left, and the mask is needed:
         # generate() counts positions from each prompt's own first token.
@@ -90,7 +97,7 @@ class ModelProbe:
                 ids = out.sequences[chosen]
                 mask = torch.nn.functional.pad(mask[chosen], (0, ids.shape[1] - mask.shape[1]), value=1)
                 cache = _rows_of(out.past_key_values, chosen)
-        return [self._text(row, stops) for row in written]
+        return written
 
     def _decode(self, ids: Tensor, mask: Tensor, cache: DynamicCache | None, stops: list[int], new: int) -> Any:
         """At most `new` more tokens of each row: fewer when half of the rows have ended."""
@@ -109,10 +116,6 @@ class ModelProbe:
             stopping_criteria=StoppingCriteriaList([_HalfEnded(ids, stops)]),
             return_dict_in_generate=True,
         )
-
-    def _text(self, ids: list[int], stops: list[int]) -> str:
-        end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
-        return str(self._lm.tokenizer.decode(ids[:end], skip_special_tokens=True))
 
 
 class _HalfEnded(StoppingCriteria):
@@ -134,6 +137,18 @@ def _rows_of(cache: Any, rows: Tensor) -> DynamicCache | None:
         return None
     cache.reorder_cache(rows)  # type: ignore[arg-type]  # a legacy class, which no tensor is an instance of
     return cache
+
+
+def text_of(lm: LanguageModel, ids: Sequence[int], kept: Collection[int] = ()) -> str:
+    """The text of an answer up to where it ends, without special tokens but those of `kept`."""
+    stops, tokenizer = stop_ids(lm), lm.tokenizer
+    end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
+    text, start = "", 0
+    for place in [*(i for i, token in enumerate(ids[:end]) if token in kept), end]:
+        text += str(tokenizer.decode(list(ids[start:place]), skip_special_tokens=True))
+        text += str(tokenizer.decode([ids[place]])) if place < end else ""
+        start = place + 1
+    return text
 
 
 _END_OF_TURN = (

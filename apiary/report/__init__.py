@@ -23,6 +23,7 @@ from apiary.privacy import statement
 from apiary.report import sites
 from apiary.report.audit import audit_content, read_audit
 from apiary.report.data import Interval, Metrics, Row, gain_on_all, gain_on_own, parse_metrics
+from apiary.report.injection import probe_content, read_probe
 from apiary.report.page import PAGE
 from apiary.report.verdict import (
     against,
@@ -57,12 +58,16 @@ def write_report(folder: Path) -> Path:
     config = folder / "config.toml"
     text = config.read_text(encoding="utf-8", errors="replace") if config.exists() else ""
     path = folder / REPORT_FILE
-    write_atomic(path, render(metrics, events, text, read_audit(folder)))
+    write_atomic(path, render(metrics, events, text, read_audit(folder), read_probe(folder)))
     return path
 
 
 def render(
-    metrics: Metrics, events: Sequence[Event] = (), config: str = "", audit: Mapping[str, Any] | None = None
+    metrics: Metrics,
+    events: Sequence[Event] = (),
+    config: str = "",
+    audit: Mapping[str, Any] | None = None,
+    probe: Mapping[str, Any] | None = None,
 ) -> str:
     """The page as one HTML text; the same input gives the same bytes."""
     from apiary.report.content import page_content  # draws with Matplotlib, which a table does without
@@ -79,7 +84,7 @@ def render(
         environment.filters[name.removesuffix("_text")] = getattr(formatting, name)
     environment.filters["up"] = statement.rounded_up
     return environment.from_string(PAGE).render(
-        **page_content(metrics, events, config), **audit_content(audit, metrics.private)
+        **page_content(metrics, events, config), **audit_content(audit, metrics.private), **probe_content(probe)
     )
 
 

@@ -416,6 +416,23 @@ surprise). Lower is better and 0 is certainty.{% if probability is not none %} {
 </section>
 {% endif %}
 
+{% if probe %}
+<section>
+<h2>Instructions planted in data</h2>
+<p class="note">{{ probe.intro }} {{ probe.verdict }}</p>
+<div class="panel scroll">
+<table>
+<thead><tr><th scope="col">The intruder</th><th scope="col">Model</th><th scope="col" class="num">Followed</th><th scope="col">Most often by</th><th scope="col">Right answers</th><th scope="col" class="num">Their loss rises by</th></tr></thead>
+<tbody>
+{% for intruder, model, followed, worst, right, rise in probe.lines %}
+<tr><th scope="row">{{ intruder }}</th><td>{{ model }}</td><td class="num">{{ followed }}</td><td>{{ worst }}</td><td>{{ right }}</td><td class="num">{{ rise }}</td></tr>
+{% endfor %}
+</tbody>
+</table>
+</div>
+</section>
+{% endif %}
+
 {% if samples %}
 <section>
 <h2>Answers before and after</h2>

@@ -7,13 +7,24 @@ import re
 from typing import Any
 
 import pytest
-from chat_templates import BYTE_TOKENIZER, CHATML, LLAMA3, SPECIAL, build, make_tokenizer, talk, trained_texts
+from chat_templates import (
+    BYTE_TOKENIZER,
+    CHATML,
+    LLAMA3,
+    SPECIAL,
+    THOUGHTLESS,
+    build,
+    make_tokenizer,
+    talk,
+    trained_texts,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apiary.core.errors import UserError
 from apiary.data import tokenization
 from apiary.data.examples import Example
+from apiary.data.segments import Thinking
 from apiary.data.turns import ToolCall, Turn
 
 HERMES = (  # NousResearch, "Hermes Function Calling": calls and results in tags of their own
@@ -229,6 +240,64 @@ def test_thinking_without_a_place_is_left_out_and_told(name: str) -> None:
     corpus = tokenization.encode_all([row, talk("q", "a")], template, tokenizer, config)
     assert corpus.notes == {0: (tokenization.NO_THINKING,)}
     assert np_equal(corpus, 0, 1)
+
+
+R1 = QWEN3.replace(  # the prompt opens the thinking, as DeepSeek R1's does
+    "{% if not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}",
+    "{{ '<think>\n' }}{% if not enable_thinking %}{{ '\n</think>\n\n' }}{% endif %}",
+)
+
+
+@pytest.mark.parametrize(
+    ("chat", "marks"),
+    [
+        (QWEN3, ("<think>", "</think>")),
+        (R1, ("", "</think>")),
+        (QWEN3.replace("<think>", "[THINK]").replace("</think>", "[/THINK]"), ("[THINK]", "[/THINK]")),
+        (THOUGHTLESS, ("<think>", "</think>")),  # it has no place for thinking, and takes it out of answers
+        (CHATML, None),
+        (None, None),
+    ],
+)
+def test_a_template_says_what_stands_around_thinking(chat: str | None, marks: tuple[str, str] | None) -> None:
+    assert build("auto", make_tokenizer(chat))[0].thinking == marks
+
+
+@pytest.mark.parametrize(
+    ("written", "asked", "cut"),
+    [
+        ("<think>\nA bee?\n</think>\n\nMaja.\n", False, ("A bee?", "Maja.")),
+        ("\n<think></think>Maja.", True, ("", "Maja.")),
+        ("<think>\nA bee", True, ("A bee", "")),  # the longest answer ended it
+        ("<think>a</think>b</think>c", False, ("a", "b</think>c")),
+        (" Maja. </think>\n", True, ("", " Maja. </think>\n")),
+        ("Say <think>a</think>.", False, ("", "Say <think>a</think>.")),
+    ],
+)
+def test_what_a_model_thinks_is_cut_from_what_it_says(written: str, asked: bool, cut: tuple[str, str]) -> None:
+    assert Thinking("<think>", "</think>").cut(written, asked) == cut
+
+
+def test_thinking_that_the_prompt_opens_begins_with_the_answer_and_only_where_it_was_asked_for() -> None:
+    opened = Thinking("", "</think>")
+    assert opened.cut("A bee?\n</think>\n\nMaja.", asked=True) == ("A bee?", "Maja.")
+    assert opened.cut("A </think> ends it.", asked=False) == ("", "A </think> ends it.")
+
+
+@pytest.mark.parametrize("chat", [QWEN3, R1, THOUGHTLESS])
+def test_an_answer_that_thinks_goes_back_as_the_template_has_it(chat: str) -> None:
+    """As plain text it would be refused, or stand in the prompt where a trained conversation has none of it."""
+    tokenizer = make_tokenizer(chat)
+    template, _ = build("chat", tokenizer)
+    written = "<think>\nA bee?\n</think>\n\nMaja."
+    if chat == R1:  # it closes the thinking itself, so this is what a model says
+        written = "Maja."
+    after = (template.answer(written), Turn("user", "r"), Turn("assistant", ""))
+    prompt = tokenization.encode_prompt(Example((Turn("user", "q"), *after), {}), template, tokenizer, 512)
+    bare = talk("q", "Maja.", "r", "").turns
+    assert prompt == tokenization.encode_prompt(Example(bare, {}), template, tokenizer, 512)
+    cut_short = (Turn("user", "q"), template.answer("<think>\nA bee"), *after[1:])
+    assert tokenization.encode_prompt(Example(cut_short, {}), template, tokenizer, 512)
 
 
 def np_equal(corpus: Any, one: int, other: int) -> bool:

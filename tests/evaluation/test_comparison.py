@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import overrides_for
 from scipy import stats
+from tokenizers import AddedToken
 
 from apiary.config import loading
 from apiary.config.schema import RunConfig
@@ -18,7 +21,7 @@ from apiary.data.templates import Segment, Template
 from apiary.data.turns import ToolCall, Turn
 from apiary.evaluation import comparison, intervals
 from apiary.evaluation.comparison import Measured
-from apiary.models import adapters
+from apiary.models import adapters, inference
 from apiary.models.adapters import LanguageModel
 
 
@@ -138,6 +141,12 @@ ASK, CALL = Turn("user", "q"), ToolCall("send", '{"to": "her"}')
         (Turn("assistant", "42", thinking="6 x 7"), "<think>\n42\n</think>\n\n41", 0.0),
         (Turn("assistant", "42", thinking="6 x 7"), "<think>\n42", 0.0),
         (Turn("assistant", "42", thinking="6 x 7"), "42", 1.0),
+        (Turn("assistant", "42"), "<think>\nforty\nand 2\n</think>\n\n42", 1.0),  # the model thinks of itself
+        (Turn("assistant", "42"), "<think>\n42\n</think>\n\n41", 0.0),
+        (Turn("assistant", "42"), "<think>\n42", 0.0),
+        (Turn("assistant", "<think>6 x 7</think>42"), "<think>\nforty and 2</think>42", 1.0),  # a reference in one text
+        (Turn("assistant", "<think>"), "<think>", 1.0),
+        (Turn("assistant", "<think>"), "<think> more", 0.0),
         (
             Turn("assistant", "", thinking="Her.", calls=(CALL,)),
             '<think>\nHm.\n</think>\n\n<call>\nsend {"to": "her"}\n</call>',
@@ -159,6 +168,34 @@ def test_an_answer_counts_as_right_with_its_calls_and_after_its_thinking(
     monkeypatch.setattr(comparison, "answer_all", lambda *asked: (given,))
     made = comparison.measure(lm, adapters.fresh_adapter(lm, 0), held_out, run)
     assert made.correct is not None and made.correct.tolist() == [correct] and made.texts == (given,)
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("reference", [Turn("assistant", "42"), Turn("assistant", "42", thinking="6 x 7")])
+@pytest.mark.parametrize(("says", "correct"), [("42", 1.0), ("41", 0.0)])
+def test_marks_of_thinking_that_are_special_tokens_are_marks_as_well(
+    special: bool,
+    reference: Turn,
+    says: str,
+    correct: float,
+    small: tuple[LanguageModel, RunConfig],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Decoding drops special tokens: the thinking would then be a part of the answer."""
+    base, run = small
+    lm = dataclasses.replace(base, tokenizer=copy.deepcopy(base.tokenizer))
+    lm.tokenizer.add_tokens([AddedToken(mark, special=special) for mark in ("<think>", "</think>")])
+    lm.tokenizer.add_tokens([AddedToken("<note>", special=True)])  # is no mark, and is dropped
+    written_ids = lm.tokenizer(f"<think>\nforty and 2 <note>\n</think>\n\n{says} <note><eos> more")["input_ids"]
+    monkeypatch.setattr(inference.ModelProbe, "_answer", lambda self, prompts, new: [written_ids] * len(prompts))
+    held_out = comparison.prepare([Example((ASK, reference), {})], Template("own", "", None, written), lm, run)
+    assert held_out.answers == ("42",)
+    monkeypatch.setattr(inference.ModelProbe, "losses", lambda self, corpus: (np.ones(1), np.ones(1)))
+    made = comparison.measure(lm, adapters.fresh_adapter(base, 0), held_out, run)
+    assert made.texts == (f"<think>\nforty and 2 \n</think>\n\n{says} ",)
+    assert made.correct is not None and made.correct.tolist() == [correct]
+    answer = Template("own", "", None, written).answer(made.texts[0])
+    assert (answer.thinking, answer.text) == ("forty and 2", says)
 
 
 def test_text_that_asks_nothing_is_scored_and_not_asked(small: tuple[LanguageModel, RunConfig]) -> None:

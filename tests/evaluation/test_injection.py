@@ -113,7 +113,7 @@ def test_a_model_that_obeys_is_told_from_one_that_does_not(
     said = {tuple(way.prompt): getattr(case, answers) for case, _, way in ways}
     attack_free = {tuple(way.prompt) for _, kind, way in ways if kind == "none"}
 
-    def answer_all(lm: LanguageModel, prompts: list[list[int]], new: int) -> tuple[str, ...]:
+    def answer_all(lm: LanguageModel, prompts: list[list[int]], new: int, *_: Any) -> tuple[str, ...]:
         return tuple(said[tuple(prompt)] for prompt in prompts)
 
     def losses(self: Any, corpus: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -162,6 +162,7 @@ def test_a_run_is_probed_from_end_to_end(tiny_model: Path, tmp_path: Path) -> No
     assert stored["boundary"] == "structured" and stored["injected"] == 0.5
     assert {row["method"] for row in stored["rows"]} == {"base", "federated"}
     assert all(math.isfinite(row["loss"]) for row in stored["rows"])
+    assert "Instructions planted in data" in (out / "report.html").read_text(encoding="utf-8")
     asked = apiary("evaluate", out / "adapter", "--probe", "injection", "--data", data, "--json")
     assert json.loads(asked.stdout)["boundary"] == "structured"  # the settings went with the adapter
     assert_refused(apiary("evaluate", out / "adapter", "--probe", "injection"), "--data is needed")

@@ -161,7 +161,7 @@ def test_a_personal_model_can_be_talked_to_and_the_shared_half_cannot(finished: 
     (one, other) = sorted((folder / "personal").iterdir())
     question = [Turn("user", "Say the last word: bee hive wax 1")]
     said = {tuned.reply(tuned.open_tuned(place), question, 6) for place in (one, other)}
-    assert all(said)
+    assert all(answer.written for answer in said)
     at_site = load_file(folder / "clients" / one.name / "adapter" / "adapter_model.safetensors")
     ours = load_file(one / "adapter_model.safetensors")
     assert all(torch.equal(at_site[name], ours[name]) for name in ours)
