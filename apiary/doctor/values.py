@@ -84,6 +84,7 @@ def run_values(run: PreparedRun, cost: Cost) -> dict[str, Any]:
         ],
         "cost": {
             "trained_parameters": forecast.adapter_size(run.lm),
+            "adapted_share": run.lm.coverage.share,
             "cohort": work.cohort,
             "steps": work.total,
             "tokens": sum(each.tokens for each in stats),

@@ -184,7 +184,7 @@ def _lora(config: ModelConfig, adapter: AdapterConfig, base: PreTrainedModel, fo
         lora_dropout=adapter.dropout,
         use_rslora=adapter.scaling == "rslora",
         target_modules=chosen,
-        target_parameters=targets.endings(found.parameters, weights.difference(found.parameters)) or None,
+        target_parameters=targets.endings(found.parameters, weights.difference(found.parameters), least=2) or None,
         base_model_name_or_path=config.name,
         revision=config.revision,
     )

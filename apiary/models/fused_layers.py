@@ -174,7 +174,8 @@ class _LowRank(torch.autograd.Function):
 def _replace_norm(module: nn.Module) -> None:
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if not isinstance(weight, Tensor) or not isinstance(eps, float) or weight.ndim != 1:
+    # A weight that is no parameter stands for none, and need not have the width of what is normed.
+    if not isinstance(weight, nn.Parameter) or not isinstance(eps, float) or weight.ndim != 1:
         return
 
     def forward(self: nn.Module, hidden_states: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -78,19 +79,26 @@ def find(base: PreTrainedModel, adapter: AdapterConfig, name: str) -> Targets:
     as_parameters = _renamed(base)
     moved = [n for n in modules if _last(n) in as_parameters]
     kept = tuple(n for n in modules if _last(n) not in as_parameters)
-    plain = not (stacks or moved or known.bypassed or known.unseen)
+    others = any(map(_is_own, base.modules()))
+    plain = not (stacks or moved or others or known.bypassed or known.unseen)
     return Targets(kept, (*stacks, *(f"{n}.weight" for n in moved)), plain)
 
 
-def endings(names: Sequence[str], others: Iterable[str]) -> list[str]:
-    """The shortest endings that match these names, as peft matches, and none of the others."""
+def endings(names: Sequence[str], others: Iterable[str], least: int = 1) -> list[str]:
+    """The shortest endings that match these names, as peft matches, and none of the others.
+
+    Args:
+        names: what is to be matched.
+        others: what is not.
+        least: parts that an ending has at the least.
+    """
     theirs = [f".{other}" for other in others]
     found: list[str] = []
     for name in names:
         if _ends(name, found):
             continue
         parts = name.split(".")
-        tails = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
+        tails = (".".join(parts[-n:]) for n in range(min(least, len(parts)), len(parts) + 1))
         found.append(next(t for t in tails if not any(other.endswith(f".{t}") for other in theirs)))
     return sorted(set(found))
 
@@ -156,7 +164,7 @@ def _look(base: PreTrainedModel) -> _Known:
         linear={
             name: module
             for name, module in modules.items()
-            if isinstance(module, nn.Linear | Conv1D) and name not in bypassed | unseen
+            if isinstance(module, nn.Linear | Conv1D) and name not in bypassed | unseen and not _is_own(module)
         },
         stacks=tuple(
             name
@@ -167,6 +175,18 @@ def _look(base: PreTrainedModel) -> _Known:
         unseen=unseen,
         head=next((name for name, module in modules.items() if module is head), ""),
     )
+
+
+def _is_own(module: nn.Module) -> bool:
+    """Whether it is a model's own kind of linear layer that gives something else than the product, as a router."""
+    if not isinstance(module, nn.Linear) or not type(module).__module__.startswith("transformers.models."):
+        return False
+    x = torch.ones(1, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
+    with torch.no_grad():
+        found, product = module(x), nn.functional.linear(x, module.weight, module.bias)
+    if not isinstance(found, Tensor) or found.shape != product.shape:
+        return True
+    return bool((found - product).norm() > 0.05 * product.norm())  # more than the rounding of 16 bits
 
 
 def _unseen(base: PreTrainedModel, modules: Mapping[str, nn.Module]) -> frozenset[str]:
