@@ -295,6 +295,7 @@ def _print_cost(run: PreparedRun, cost: Cost, console: Console) -> None:
     for name, value in summary.facts(run.config):
         _fact(console, _SHORT.get(name, name.lower()), value)
     _fact(console, "trained", f"{count_text(size)} parameters at rank {rank}")
+    _fact(console, "", run.lm.coverage.words)
     _print_traffic(run, cost, console)
     _print_steps(run, cost.work, console)
     _print_memory(run, cost, console)

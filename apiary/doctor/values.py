@@ -81,6 +81,7 @@ def run_values(run: PreparedRun, cost: Cost) -> dict[str, Any]:
         "lengths": [each._asdict() for each in length_bins(np.concatenate(whole), run.config.prompt.max_tokens)],
         "cost": {
             "trained_parameters": forecast.adapter_size(run.lm),
+            "adapted_share": run.lm.coverage.share,
             "cohort": work.cohort,
             "steps": work.total,
             "tokens": sum(each.tokens for each in stats),

@@ -19,9 +19,8 @@ from apiary.core import lora
 from apiary.core.files import sync
 from apiary.core.lora import Factors, is_b
 from apiary.core.tensors import StateDict
-from apiary.models.adapters import (
-    LanguageModel,
-)
+from apiary.models import experts
+from apiary.models.adapters import LanguageModel
 
 
 def merged(lm: LanguageModel, state: StateDict) -> PreTrainedModel:
@@ -29,10 +28,12 @@ def merged(lm: LanguageModel, state: StateDict) -> PreTrainedModel:
     whole = copy.deepcopy(lm.model).to("cpu", torch.float32)
     adapter, base_delta = lora.parts(state)
     with torch.no_grad():
-        for name, parameter in whole.named_parameters():
-            if (key := name.replace(".default.", ".")) in adapter:
-                parameter.copy_(adapter[key])
+        for name, parameter in experts.live(whole).items():
+            parameter.copy_(adapter[name])
         for module, (b, a) in lora.split(base_delta).items():
+            if expert := experts.place(whole, module):
+                experts.merge_into_base(expert, Factors(b, a))
+                continue
             layer = whole.get_submodule(module).get_base_layer()  # type: ignore[operator]
             layer.weight += (b @ a).T if isinstance(layer, Conv1D) else b @ a
     merged_model: PreTrainedModel = whole.merge_and_unload(safe_merge=True)
@@ -62,7 +63,10 @@ def save_adapter(lm: LanguageModel, state: StateDict, folder: str | Path, card: 
         written.lora_alpha *= (rank / written.r) ** (0.5 if written.use_rslora else 1.0)  # the scale stays
         written.r = rank
         written.save_pretrained(str(work))
-        tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in one.items()}
+        tensors = {
+            name: tensor.detach().to("cpu", torch.float32).contiguous()
+            for name, tensor in experts.to_peft(lm.model, one).items()
+        }
         # As bytes: safetensors' own writer hides a full disk behind an error type of its own.
         (work / "adapter_model.safetensors").write_bytes(pack(tensors, metadata={"format": "pt"}))
         if card is not None:
@@ -92,7 +96,7 @@ def read_adapter(lm: LanguageModel, file: Path) -> dict[str, Tensor]:
 
     An adapter of a lower rank than the model's comes as one of that rank, with the same products.
     """
-    tensors = dict(widened(lm, load_file(file)))
+    tensors = dict(widened(lm, experts.from_peft(lm.model, load_file(file))))
     if not any(is_b(name) and tensor.shape[1] > lm.rank for name, tensor in tensors.items()):
         return tensors
     adapter, base_delta = {}, {}

@@ -19,17 +19,21 @@ from typing import Literal, Protocol
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from apiary.config.schema import AdapterConfig, ModelConfig
 from apiary.core import lora
 from apiary.core.errors import UserError
+from apiary.core.formatting import first_line
 from apiary.core.lora import Factors, is_b
 from apiary.core.messages import Fingerprint
 from apiary.core.tensors import StateDict, generator
+from apiary.models import experts, targets
 from apiary.models.base import base_digest, read, resolve_device, resolve_dtype
 from apiary.models.fused_layers import add_to_base, slim
+from apiary.models.targets import Coverage, Targets
 
 _LOCK = threading.RLock()
 
@@ -68,6 +72,7 @@ class LanguageModel:
     rank: int
     scale: float  # the s in W + s B A
     init: Literal["kaiming", "orthonormal"]
+    coverage: Coverage  # how much of the base has an adapter
 
 
 class HasDigest(Protocol):
@@ -127,17 +132,22 @@ def _base(config: ModelConfig) -> _Base:
 
 
 def _adapt(base: _Base, config: ModelConfig, adapter: AdapterConfig) -> LanguageModel:
+    found = targets.find(base.model, adapter, config.name)
     with warnings.catch_warnings():
         # peft asks Transformers for a property by its old name, and says what it does for GPT-2.
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
         warnings.filterwarnings("ignore", ".*fan_in_fan_out", UserWarning)
         shared = _share(base.model)
         shared.name_or_path = config.name  # what peft writes down as the adapter's base
-        model = get_peft_model(shared, _lora(config, adapter, base.model))
+        try:
+            model = get_peft_model(shared, _lora(config, adapter, base.model, found))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"adapter.targets: peft can't adapt {config.name}: {first_line(error)}") from error
+    _check_adapted(model, found, config.name)
+    experts.unpack(model)
     model.eval()
     device = resolve_device(config)
     slim(model, device)
-    live = {n.replace(".default.", "."): p for n, p in model.named_parameters() if p.requires_grad}
     return LanguageModel(
         model=model,
         tokenizer=base.tokenizer,
@@ -145,10 +155,11 @@ def _adapt(base: _Base, config: ModelConfig, adapter: AdapterConfig) -> Language
         dtype=resolve_dtype(config, device),
         digest=base.digest,
         name=config.name,
-        adapter=live,
+        adapter=experts.live(model),
         rank=adapter.rank,
         scale=lora.scaling(adapter.alpha, adapter.scaling)(adapter.rank),
         init=adapter.init,
+        coverage=targets.coverage(base.model, found),
     )
 
 
@@ -158,26 +169,36 @@ def _share(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, keep)
 
 
-def _lora(config: ModelConfig, adapter: AdapterConfig, base: PreTrainedModel) -> LoraConfig:
-    targets = adapter.targets if isinstance(adapter.targets, str) else list(adapter.targets)
-    names = [name for name, _ in base.named_modules()]
-    for target in [] if targets == "all-linear" else [targets] if isinstance(targets, str) else targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            kinds = sorted({n.rsplit(".", 1)[-1] for n, m in base.named_modules() if isinstance(m, nn.Linear)})
-            known = ", ".join(kinds) or "none"
-            raise UserError(
-                f"adapter.targets: {config.name} has no module {target!r}; linear modules: {known}; or 'all-linear'"
-            )
+def _lora(config: ModelConfig, adapter: AdapterConfig, base: PreTrainedModel, found: Targets) -> LoraConfig:
+    chosen: str | list[str] | None = adapter.targets if isinstance(adapter.targets, str) else list(adapter.targets)
+    if not found.plain:
+        modules = {n for n, _ in base.named_modules()}
+        chosen = targets.endings(found.modules, modules.difference(found.modules))
+    elif chosen != targets.ALL_LINEAR and isinstance(chosen, str):
+        chosen = [chosen]
+    weights = {n for n, _ in base.named_parameters()}
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=adapter.rank,
         lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # annotated int, a float works
         lora_dropout=adapter.dropout,
         use_rslora=adapter.scaling == "rslora",
-        target_modules=[targets] if isinstance(targets, str) and targets != "all-linear" else targets,
+        target_modules=chosen,
+        target_parameters=targets.endings(found.parameters, weights.difference(found.parameters), least=2) or None,
         base_model_name_or_path=config.name,
         revision=config.revision,
     )
+
+
+def _check_adapted(model: PeftModel, found: Targets, name: str) -> None:
+    """Raises a UserError where peft has adapted other weights than it was asked to."""
+    adapted = set()
+    for path, layer in model.get_base_model().named_modules():
+        if isinstance(layer, LoraLayer):
+            adapted.add(f"{path.replace('.base_layer', '')}.{getattr(layer, 'parameter_name', 'weight')}")
+    if wrong := sorted(adapted ^ found.weights):
+        what = "leaves out" if wrong[0] in found.weights else "adapts"
+        raise UserError(f"adapter.targets: this version of peft {what} {wrong[0]!r} of {name}; name other targets")
 
 
 def get_adapter(lm: LanguageModel) -> dict[str, Tensor]:
@@ -210,7 +231,10 @@ def set_adapter(lm: LanguageModel, state: StateDict) -> None:
         for name, parameter in lm.adapter.items():
             parameter.copy_(state[name])
     for module in {name.partition(".lora_")[0] for name in lm.adapter}:
-        add_to_base(lm.model.get_submodule(module), added.get(module))
+        if expert := experts.place(lm.model, module):
+            experts.add_to_base(expert, added.get(module))
+        else:
+            add_to_base(lm.model.get_submodule(module), added.get(module))
 
 
 def _added(lm: LanguageModel, base_delta: StateDict) -> dict[str, Factors]:

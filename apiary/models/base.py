@@ -23,6 +23,7 @@ from apiary.core.errors import UserError
 from apiary.core.formatting import first_line
 
 BUILTIN = "builtin:tiny"
+_PROBE = 8  # tokens
 _SAMPLES = 4096  # values of each tensor that go into the base's digest
 
 
@@ -84,7 +85,9 @@ def read(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
         for parameter in model.parameters():  # not the buffers: rounded RoPE frequencies would blur far positions
             parameter.data = parameter.data.to(dtype)
         nn.Module.to(model, device)
-    return model.requires_grad_(False).eval(), tokenizer
+    model = model.requires_grad_(False).eval()
+    _check_forward(config, model)
+    return model, tokenizer
 
 
 def _read_pretrained(
@@ -99,8 +102,10 @@ def _read_pretrained(
         if not path.is_dir():
             ask_hub(config.name, config.revision)
         with _quiet_if(path.is_dir()):
-            tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision)
-            model = AutoModelForCausalLM.from_pretrained(source, revision=config.revision, **options)
+            tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_pretrained(
+                source, revision=config.revision, trust_remote_code=False, **options
+            )
     except torch.cuda.OutOfMemoryError:
         raise UserError(f"model.name = {config.name!r}: does not fit on {device}; try model.quantization=nf4") from None
     except Exception as error:  # the hub's and the model classes' errors share no other base
@@ -170,6 +175,10 @@ def _quantized(config: ModelConfig, device: torch.device) -> dict[str, Any]:
 def _unreachable(config: ModelConfig, is_folder: bool, error: Exception) -> str:
     reason = first_line(error)
     name = f"model.name = {config.name!r}" + (f" (revision {config.revision!r})" if config.revision else "")
+    if "trust_remote_code" in str(error):
+        return (
+            f"{name}: brings Python code of its own, which is never run here; use a model that Transformers has itself"
+        )
     if is_folder:
         return f"{name}: not a causal language model that Transformers can read ({reason})"
     fix = "is it a folder that does not exist? does the hub id need `hf auth login`? is this machine offline?"
@@ -185,6 +194,34 @@ def _check_vocabulary(config: ModelConfig, model: PreTrainedModel, tokenizer: Pr
         raise UserError(
             f"model.name = {config.name!r}: its tokenizer has {len(tokenizer)} tokens and its embedding {rows} rows; "
             "they do not belong together"
+        )
+
+
+def _check_forward(config: ModelConfig, model: PreTrainedModel) -> None:
+    """Check that token ids alone give logits, and that no token changes what stands before it.
+
+    Rows are padded on the right without an attention mask (`apiary.models.loss`), which is right for such models alone.
+
+    Raises:
+        UserError: they do not.
+    """
+    name = f"model.name = {config.name!r}"
+    rows = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    ids = (torch.arange(2, 2 + _PROBE) % rows).repeat(2, 1)
+    ids[1, -1] = (ids[1, -1] + 1) % rows
+    try:
+        with torch.inference_mode():
+            logits = model(input_ids=ids.to(model.device), use_cache=False).logits.float()
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a model's own code raises
+        raise UserError(f"{name}: its forward needs more than token ids ({first_line(error)})") from error
+    moved = (logits[0] - logits[1]).abs().amax(-1)
+    # Experts of different batches are summed in different orders: what is rounded is no look ahead.
+    if moved[:-1].max() > (1e-3 if model.dtype is torch.float32 else 5e-2) * moved[-1]:
+        raise UserError(
+            f"{name}: a token changes what the model says before it, so it is no causal language model (is "
+            "`is_decoder` missing in its config.json?)"
         )
 
 

@@ -134,7 +134,9 @@ def rotary_forward(own: Callable[..., Any], project: Callable[[list[Any], Tensor
         **kwargs: Any,
     ) -> tuple[Tensor, Any]:
         plain = attention_mask is None and past_key_values is None and hidden_states.shape[1] <= _LONGEST
-        if not (plain and position_embeddings is not None and torch.is_grad_enabled()):
+        # Where positions turn a part of each head alone, the module's own forward knows which.
+        whole = position_embeddings is not None and position_embeddings[0].shape[-1] == self.head_dim
+        if not (plain and whole and position_embeddings is not None and torch.is_grad_enabled()):
             more = {"position_embeddings": position_embeddings, "past_key_values": past_key_values, **kwargs}
             return own(self, hidden_states, attention_mask=attention_mask, **more)  # type: ignore[no-any-return]
         cos, sin = position_embeddings

@@ -12,11 +12,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -32,6 +34,8 @@ def slim(model: PeftModel, device: torch.device) -> None:
     for module in model.modules():
         if type(module) is LoraLinear and type(module.base_layer) in (nn.Linear, Conv1D):
             module.__class__ = LeanLinear
+        elif type(module) is ParamWrapper and type(module.base_layer) is nn.Linear:
+            module.__class__ = LeanWeight
         elif type(module).__name__.endswith("RMSNorm"):
             _replace_norm(module)
         elif _is_gated(module):
@@ -54,11 +58,29 @@ class LeanLinear(LoraLinear):
 
     def is_plain(self) -> bool:
         """Whether the lean forward says all there is to say now."""
-        names = self.active_adapters
-        if self.disable_adapters or self.merged or self.lora_variant or len(names) != 1:
-            return False
-        dropout = self.lora_dropout[names[0]]
-        return isinstance(dropout, nn.Identity) or not dropout.training
+        return _is_plain(self)
+
+
+class LeanWeight(ParamWrapper):
+    """The same for a linear layer whose weight peft adapts as a parameter, without a copy of the weight."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As of `LeanLinear`."""
+        if args or kwargs or not self.is_plain():
+            return _with_base_delta(self, x, super().forward(x, *args, **kwargs))
+        return _project(x, [self])[0]
+
+    def is_plain(self) -> bool:
+        """Whether the lean forward says all there is to say now."""
+        return _is_plain(self)
+
+
+def _is_plain(layer: LeanLinear | LeanWeight) -> bool:
+    names = layer.active_adapters
+    if layer.disable_adapters or layer.merged or layer.lora_variant or len(names) != 1:
+        return False
+    dropout = layer.lora_dropout[names[0]]
+    return isinstance(dropout, nn.Identity) or not dropout.training
 
 
 def add_to_base(layer: nn.Module, factors: Factors | None) -> None:
@@ -73,7 +95,7 @@ def add_to_base(layer: nn.Module, factors: Factors | None) -> None:
     here, weight = next(iter(own.lora_A.values())).weight, own.get_base_layer().weight
     dtype = weight.dtype if weight.is_floating_point() else here.dtype  # not that of a quantised weight
     vars(layer)[_BASE_DELTA] = factors.a.to(here.device, dtype), factors.b.to(here.device, dtype)
-    if not isinstance(layer, LeanLinear) and _HOOK not in vars(layer):
+    if not isinstance(layer, LeanLinear | LeanWeight) and _HOOK not in vars(layer):
         vars(layer)[_HOOK] = layer.register_forward_hook(lambda own, args, out: _with_base_delta(own, args[0], out))
 
 
@@ -87,12 +109,12 @@ def _with_base_delta(layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
 
 def project(layers: list[Any], x: Tensor) -> list[Tensor]:
     """What each of the layers makes of the same x; together where they are plain LoRA layers."""
-    if all(isinstance(layer, LeanLinear) and layer.is_plain() for layer in layers):
+    if all(isinstance(layer, LeanLinear | LeanWeight) and layer.is_plain() for layer in layers):
         return _project(x, layers)
     return [layer(x) for layer in layers]
 
 
-def _project(x: Tensor, layers: list[LeanLinear]) -> list[Tensor]:
+def _project(x: Tensor, layers: Sequence[LeanLinear | LeanWeight]) -> list[Tensor]:
     tensors: list[Any] = []
     scales = []
     for layer in layers:
@@ -152,7 +174,8 @@ class _LowRank(torch.autograd.Function):
 def _replace_norm(module: nn.Module) -> None:
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if not isinstance(weight, Tensor) or not isinstance(eps, float) or weight.ndim != 1:
+    # A weight that is no parameter stands for none, and need not have the width of what is normed.
+    if not isinstance(weight, nn.Parameter) or not isinstance(eps, float) or weight.ndim != 1:
         return
 
     def forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
