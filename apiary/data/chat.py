@@ -62,7 +62,7 @@ class Chat:
 
     lead: what the template writes between its generation prompt and an answer; tail: what it writes after one; eos:
     added where the tail does not end the turn with a token of its own; source: its Jinja text where a tokenizer has
-    several templates.
+    several templates; close: what it writes after the tail of a last answer alone, which belongs to no answer.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -71,6 +71,7 @@ class Chat:
     eos: str
     takes_system: bool
     source: str | None = None
+    close: str = ""
 
     def __call__(self, turns: Sequence[Turn], tools: str = "", think: bool = False) -> list[Segment]:
         """The segments of a conversation.
@@ -190,7 +191,7 @@ class Chat:
 
     def _whole(self, talk: _Talk) -> str:
         """The conversation with its last answer, in the mode that it was asked for."""
-        return self._render(talk, ask=False, think=bool(talk.turns[-1].thinking))
+        return self._render(talk, ask=False, think=bool(talk.turns[-1].thinking)).removesuffix(self.close)
 
     def _render(self, talk: _Talk, *, ask: bool, think: bool = False) -> str:
         return rendered(self._job(talk, ask=ask, think=think))
@@ -321,6 +322,7 @@ def read_chat(tokenizer: PreTrainedTokenizerBase, source: str | None = None) -> 
     asked = render(tokenizer, messages[:1], ask=True, source=source)
     written = _rest(render(tokenizer, messages, ask=False, source=source), asked, 1)
     lead, separator, tail = written.partition(_ANSWER)
+    inner = _inner_tail(tokenizer, messages, tail, source)
     if not separator or _QUESTION not in asked:
         raise Unwritable("does not write out what is said")
     return Chat(
@@ -328,11 +330,31 @@ def read_chat(tokenizer: PreTrainedTokenizerBase, source: str | None = None) -> 
         # A header belongs to the prompt. White space is left for the model to write, because
         # tokenizers glue it to the word that follows.
         lead=lead if lead.strip() else "",
-        tail=tail,
-        eos="" if _ends_turn(tail, tokenizer) else eos_text(tokenizer),
+        tail=inner,
+        eos="" if _ends_turn(inner, tokenizer) else eos_text(tokenizer),
         takes_system=_takes_system(tokenizer, source),
         source=source,
+        close=tail.removeprefix(inner),
     )
+
+
+def _inner_tail(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], tail: str, source: str | None
+) -> str:
+    """What follows an answer wherever it stands; Phi-3, for one, writes EOS after the end of a last turn.
+
+    Where an answer ends in another way once more turns follow, it is the tail of a last one.
+    """
+    more = [*messages, {"role": "user", "content": "xMx"}]
+    try:
+        after = render(tokenizer, more, ask=True, source=source).partition(_ANSWER)[2]
+    except Unwritable:
+        return tail
+    if after.startswith(tail):
+        return tail
+    same = next((n for n, (one, other) in enumerate(zip(tail, after, strict=False)) if one != other), len(after))
+    starts = (tail[:n] for n in range(same, 0, -1))
+    return next((start for start in starts if start.strip() and _ends_turn(start, tokenizer)), tail)
 
 
 def _answers(turns: Sequence[Turn]) -> Iterator[tuple[int, Turn]]:
@@ -354,10 +376,15 @@ def _ends_turn(tail: str, tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _takes_system(tokenizer: PreTrainedTokenizerBase, source: str | None) -> bool:
+    """Whether a system message is written, and still there once it is answered: Mistral v0.3 writes it to ask alone."""
     system = "xSx3xSx"
-    messages = [{"role": "system", "content": system}, {"role": "user", "content": "a"}]
+    messages = [
+        {"role": role, "content": text} for role, text in (("system", system), ("user", "a"), ("assistant", "b"))
+    ]
     try:
-        takes = system in render(tokenizer, messages, ask=True, source=source)
+        takes = all(
+            system in render(tokenizer, messages[:end], ask=ask, source=source) for end, ask in ((2, True), (3, False))
+        )
     except Unwritable:
         takes = False
     if not takes:
