@@ -16,15 +16,15 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from apiary.core.errors import UserError
-from apiary.data.chat_messages import Form, chat_source, declared, eos_text, message_of, render
+from apiary.data.chat_messages import Form, chat_source, declared, eos_text, job_of, message_of, render
 from apiary.data.neutral import is_plain
+from apiary.data.rendering import DATE, Job, render_ahead, rendered
 from apiary.data.segments import NoPlace, Segment, Unwritable
 from apiary.data.turns import ToolCall, Turn
 
@@ -62,7 +62,7 @@ class Chat:
 
     lead: what the template writes between its generation prompt and an answer; tail: what it writes after one; eos:
     added where the tail does not end the turn with a token of its own; source: its Jinja text where a tokenizer has
-    several templates.
+    several templates; close: what it writes after the tail of a last answer alone, which belongs to no answer.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -71,6 +71,7 @@ class Chat:
     eos: str
     takes_system: bool
     source: str | None = None
+    close: str = ""
 
     def __call__(self, turns: Sequence[Turn], tools: str = "", think: bool = False) -> list[Segment]:
         """The segments of a conversation.
@@ -86,7 +87,7 @@ class Chat:
         """
         if is_plain(turns, tools):
             think = think and self.thinking_lead is not None
-            talk = _Talk(turns if self.takes_system else _merge_system(turns), None, Form())
+            talk = self._plain(turns)
         else:
             if self.for_tools is not self and _has_tools(turns, tools):
                 return self.for_tools(turns, tools, think)
@@ -101,22 +102,34 @@ class Chat:
                 raise
             return self._finished(talk, think)
 
+    def render_ahead(self, conversations: Iterable[tuple[Sequence[Turn], str]]) -> None:
+        """Have what most of these conversations need, with their tools, written in one request."""
+        jobs = []
+        for turns, tools in conversations:
+            if is_plain(turns, tools):
+                talk = self._plain(turns)
+                for k, _ in _answers(talk.turns):
+                    before, whole = talk.upto(k), talk.upto(k + 1)
+                    jobs += [self._job(before, ask=True), self._job(whole, ask=False)]
+        render_ahead(jobs)
+
+    def _plain(self, turns: Sequence[Turn]) -> _Talk:
+        return _Talk(turns if self.takes_system else _merge_system(turns), None, Form())
+
     # -- as a conversation grows
 
     def _grown(self, talk: _Talk, think: bool) -> list[Segment]:
         segments: list[Segment] = []
         done, eos, whole = "", "", ""  # the text that the segments so far stand for, what was added to it, all of it
-        asked_before = False
-        for k, turn in enumerate(talk.turns):
-            asked_before = asked_before or turn.role == "user"
-            whole = ""
-            if turn.role == "assistant" and (turn.trained or asked_before):
-                asked = self._ask(talk.upto(k), bool(turn.thinking))
-                whole = self._whole(talk.upto(k + 1))
-                answer = self._answer(_rest(whole, asked, k), turn)
-                segments.append(_between(asked, done, eos, k))
-                done, eos = asked + answer, self._eos_of(turn)
-                segments.append(Segment(answer + eos, turn.trained))
+        for k, turn in _answers(talk.turns):
+            asked = self._ask(talk.upto(k), bool(turn.thinking))
+            whole = self._whole(talk.upto(k + 1))
+            answer = self._answer(_rest(whole, asked, k), turn)
+            segments.append(_between(asked, done, eos, k))
+            done, eos = asked + answer, self._eos_of(turn)
+            segments.append(Segment(answer + eos, turn.trained))
+            if k + 1 < len(talk.turns):
+                whole = ""
         if talk.turns[-1].role != "assistant":
             segments.append(_between(self._ask(talk, think), done, eos, len(talk.turns)))
         elif left := _rest(whole or self._whole(talk), done, len(talk.turns)):
@@ -178,11 +191,14 @@ class Chat:
 
     def _whole(self, talk: _Talk) -> str:
         """The conversation with its last answer, in the mode that it was asked for."""
-        return self._render(talk, ask=False, think=bool(talk.turns[-1].thinking))
+        return self._render(talk, ask=False, think=bool(talk.turns[-1].thinking)).removesuffix(self.close)
 
     def _render(self, talk: _Talk, *, ask: bool, think: bool = False) -> str:
+        return rendered(self._job(talk, ask=ask, think=think))
+
+    def _job(self, talk: _Talk, *, ask: bool, think: bool = False) -> Job:
         messages = [message_of(turn, talk.form) for turn in talk.turns]
-        return render(self.tokenizer, messages, ask=ask, tools=talk.tools, think=think, source=self.source)
+        return job_of(self.tokenizer, messages, ask=ask, tools=talk.tools, think=think, source=self.source)
 
     def _answer(self, written: str, turn: Turn) -> str:
         """The answer with its end mark, without the white space after that."""
@@ -225,6 +241,15 @@ class Chat:
         if _THOUGHT not in written or _ANSWER not in written.partition(_THOUGHT)[2]:
             return None
         return self.lead if written.startswith(self.lead) else ""
+
+    @cached_property
+    def writes_date(self) -> bool:
+        """Whether it writes what day it is, which is always `DATE`."""
+        messages = [message_of(_ASK, Form())]
+        days = (
+            render(self.tokenizer, messages, ask=True, source=self.source, date=day) for day in (DATE, "2031-03-05")
+        )
+        return len(set(days)) > 1
 
     @cached_property
     def _writes_tools(self) -> bool:
@@ -297,6 +322,7 @@ def read_chat(tokenizer: PreTrainedTokenizerBase, source: str | None = None) -> 
     asked = render(tokenizer, messages[:1], ask=True, source=source)
     written = _rest(render(tokenizer, messages, ask=False, source=source), asked, 1)
     lead, separator, tail = written.partition(_ANSWER)
+    inner = _inner_tail(tokenizer, messages, tail, source)
     if not separator or _QUESTION not in asked:
         raise Unwritable("does not write out what is said")
     return Chat(
@@ -304,11 +330,40 @@ def read_chat(tokenizer: PreTrainedTokenizerBase, source: str | None = None) -> 
         # A header belongs to the prompt. White space is left for the model to write, because
         # tokenizers glue it to the word that follows.
         lead=lead if lead.strip() else "",
-        tail=tail,
-        eos="" if _ends_turn(tail, tokenizer) else eos_text(tokenizer),
+        tail=inner,
+        eos="" if _ends_turn(inner, tokenizer) else eos_text(tokenizer),
         takes_system=_takes_system(tokenizer, source),
         source=source,
+        close=tail.removeprefix(inner),
     )
+
+
+def _inner_tail(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], tail: str, source: str | None
+) -> str:
+    """What follows an answer wherever it stands; Phi-3, for one, writes EOS after the end of a last turn.
+
+    Where an answer ends in another way once more turns follow, it is the tail of a last one.
+    """
+    more = [*messages, {"role": "user", "content": "xMx"}]
+    try:
+        after = render(tokenizer, more, ask=True, source=source).partition(_ANSWER)[2]
+    except Unwritable:
+        return tail
+    if after.startswith(tail):
+        return tail
+    same = next((n for n, (one, other) in enumerate(zip(tail, after, strict=False)) if one != other), len(after))
+    starts = (tail[:n] for n in range(same, 0, -1))
+    return next((start for start in starts if start.strip() and _ends_turn(start, tokenizer)), tail)
+
+
+def _answers(turns: Sequence[Turn]) -> Iterator[tuple[int, Turn]]:
+    """The answers that are segments of their own, each with its place: not one that opens a talk and is not trained."""
+    asked = False
+    for k, turn in enumerate(turns):
+        asked = asked or turn.role == "user"
+        if turn.role == "assistant" and (turn.trained or asked):
+            yield k, turn
 
 
 def _has_tools(turns: Sequence[Turn], tools: str) -> bool:
@@ -321,11 +376,16 @@ def _ends_turn(tail: str, tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _takes_system(tokenizer: PreTrainedTokenizerBase, source: str | None) -> bool:
+    """Whether a system message is written, and still there once it is answered: Mistral v0.3 writes it to ask alone."""
     system = "xSx3xSx"
-    messages = [{"role": "system", "content": system}, {"role": "user", "content": "a"}]
+    messages = [
+        {"role": role, "content": text} for role, text in (("system", system), ("user", "a"), ("assistant", "b"))
+    ]
     try:
-        takes = system in render(tokenizer, messages, ask=True, source=source)
-    except UserError:
+        takes = all(
+            system in render(tokenizer, messages[:end], ask=ask, source=source) for end, ask in ((2, True), (3, False))
+        )
+    except Unwritable:
         takes = False
     if not takes:
         _log.info("the chat template has no system role: it goes before the first question")

@@ -6,16 +6,28 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from apiary.core.errors import UserError
-from apiary.data.segments import OTHERS, NoPlace, Unwritable
+from apiary.data.rendering import DATE, Job, rendered
+from apiary.data.segments import OTHERS, NoPlace
 from apiary.data.turns import ToolCall, Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Form", "chat_source", "declared", "eos_text", "has_chat", "message_of", "render", "with_short_ids"]
+__all__ = [
+    "Form",
+    "chat_source",
+    "declared",
+    "eos_text",
+    "has_chat",
+    "job_of",
+    "message_of",
+    "render",
+    "with_short_ids",
+]
 
 _ID = re.compile(r"[A-Za-z0-9]{9}")  # the only ids that Mistral's templates take
 
@@ -143,8 +155,9 @@ def render(
     tools: list[dict[str, Any]] | None = None,
     think: bool = False,
     source: str | None = None,
+    date: str = DATE,
 ) -> str:
-    """What the chat template writes.
+    """What the chat template writes, in the sandbox (`rendering`).
 
     Args:
         tokenizer: whose template it is.
@@ -153,27 +166,45 @@ def render(
         tools: declarations of functions, in OpenAI's form.
         think: whether the answer that is asked for is to begin with thinking.
         source: the Jinja text of one of several templates.
+        date: the day that the template is told, as 2024-07-26.
 
     Raises:
         Unwritable: it refuses the conversation.
+        UserError: it breaks the limits of the sandbox.
     """
-    more: dict[str, Any] = {"thinking": True} if think else {}
-    given: Any = list(messages)
-    callable_: Any = tools
-    try:
-        return str(
-            tokenizer.apply_chat_template(
-                given,
-                tools=callable_,
-                chat_template=source,
-                tokenize=False,
-                add_generation_prompt=ask,
-                # Known names in hub templates: most rows have no thinking part, and a prompt
-                # with today's date would change from one day of a run to the next.
-                enable_thinking=think,
-                date_string="26 Jul 2024",
-                **more,
-            )
-        )
-    except Exception as error:  # a template is a program: its own refusals, and whatever else it trips over
-        raise Unwritable("refuses a conversation", " ".join(str(error).split())) from None
+    return rendered(job_of(tokenizer, messages, ask=ask, tools=tools, think=think, source=source, date=date))
+
+
+def job_of(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    ask: bool,
+    tools: list[dict[str, Any]] | None = None,
+    think: bool = False,
+    source: str | None = None,
+    date: str = DATE,
+) -> Job:
+    """What `render` has the sandbox do: with the variables that transformers gives to templates."""
+    variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
+    variables |= {
+        "messages": [_as_templates_know_it(message) for message in messages],
+        "tools": tools,
+        "documents": None,
+        "add_generation_prompt": ask,
+        # Known names in hub templates: most rows have no thinking part, and a prompt with today's date would change
+        # from one day of a run to the next.
+        "enable_thinking": think,
+        "date_string": datetime.fromisoformat(date).strftime("%d %b %Y"),
+    }
+    if think:
+        variables["thinking"] = True
+    return Job(chat_source(tokenizer) if source is None else source, date, json.dumps(variables, default=str))
+
+
+def _as_templates_know_it(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message without what is None, and with its thinking under the other name that templates read, too."""
+    known = {name: value for name, value in message.items() if value is not None}
+    if thinking := known.get("reasoning_content"):
+        known = {"thinking": thinking, **known}
+    return known

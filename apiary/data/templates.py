@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING
 from apiary.config.schema import PromptConfig, RunConfig
 from apiary.core.errors import UserError
 from apiary.data import structured
-from apiary.data.chat import read_chat
+from apiary.data.chat import Chat, read_chat
 from apiary.data.chat_messages import chat_source, eos_text, has_chat, render, with_short_ids
+from apiary.data.rendering import DATE
 from apiary.data.segments import NoPlace, Segment, Splitter, Thinking, Unwritable
 from apiary.data.turns import Turn
 
@@ -59,7 +60,7 @@ class Template:
 
     name: as configured, with `auto` settled; digest: 16 hex digits over all that shapes the text; system: put before
     conversations without a system turn; split: turns -> segments; why: what there is to say of the choice; structured:
-    whether data stands between delimiters (`apiary.data.structured`).
+    whether data stands between delimiters (`apiary.data.structured`); chat: what splits, where it is a chat template.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Template:
     split: Splitter
     why: str = ""
     structured: bool = False
+    chat: Chat | None = None
 
     @property
     def words(self) -> str:
@@ -101,6 +103,12 @@ class Template:
             if not any(turn.calls for turn in whole) or (renamed := with_short_ids(whole)) == whole:
                 raise
             return renamed, self.split(renamed, tools, think)
+
+    def render_ahead(self, conversations: Iterable[tuple[Sequence[Turn], str]]) -> None:
+        """Have a chat template write many conversations, with their tools, for `write` to find; a matter of speed."""
+        if self.chat is not None:
+            talks = ((self.whole(turns), tools) for turns, tools in conversations)
+            self.chat.render_ahead((turns, tools) for turns, tools in talks if not _is_bare(turns))
 
     def whole(self, turns: Sequence[Turn]) -> Sequence[Turn]:
         """The turns as they are written: a conversation with the configured system message, and data set apart."""
@@ -147,10 +155,12 @@ def make_template(config: PromptConfig, tokenizer: PreTrainedTokenizerBase) -> T
             masked, or a tokenizer without an EOS token.
     """
     split: Splitter
+    chat: Chat | None = None
     has_one = has_chat(tokenizer)
     name = config.template if config.template != "auto" else "chat" if has_one else "alpaca"
     if name == "chat":
-        split, text = read_chat(tokenizer), chat_source(tokenizer)
+        split = chat = read_chat(tokenizer)
+        text = chat_source(tokenizer)
         if isinstance(tokenizer.chat_template, Mapping):
             text += str(tokenizer.chat_template.get("tool_use", ""))
     else:
@@ -165,8 +175,9 @@ def make_template(config: PromptConfig, tokenizer: PreTrainedTokenizerBase) -> T
         _check_delimiters(tokenizer)
         split, shape = _delimited(split), [*shape, structured.BEGIN, structured.END]
     why = "" if has_one else "the tokenizer has no chat template"
-    why = {"chat": "the tokenizer's own", "alpaca": why}.get(name, "")
-    return Template(name, short_digest(json.dumps(shape)), config.system, split, why, apart)
+    dated = f", always dated {DATE}" if chat is not None and chat.writes_date else ""
+    why = {"chat": f"the tokenizer's own{dated}", "alpaca": why}.get(name, "")
+    return Template(name, short_digest(json.dumps(shape)), config.system, split, why, apart, chat)
 
 
 def _check_delimiters(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -216,9 +227,9 @@ def literal_text(template: Template, tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _strings(source: str) -> list[str]:
     """The text of a Jinja template outside its blocks, and the quoted strings within them, tools' included."""
-    blocks = re.findall(r"\{[{%].*?[%}]\}", source, re.DOTALL)
+    blocks = re.findall(r"\{[{%].*?(?:[%}]\}|\Z)", source, re.DOTALL)
     quoted = re.findall(r"'([^']*)'|\"([^\"]*)\"", "\n".join(blocks))
-    return [*re.split(r"\{[{%#].*?[%}#]\}", source, flags=re.DOTALL), *(one or other for one, other in quoted)]
+    return [*re.split(r"\{[{%#].*?(?:[%}#]\}|\Z)", source, flags=re.DOTALL), *(one or other for one, other in quoted)]
 
 
 def asking(turns: Sequence[Turn]) -> Sequence[Turn]:

@@ -52,6 +52,7 @@ __all__ = [
 ]
 
 _CHUNK, _LETTERS = 4096, 2**20  # the most rows and letters that are tokenised in one call
+_AHEAD = 64  # rows that a chat template writes in one request
 SPELLED = "spell control tokens of the tokenizer, which stay plain text"
 NO_THINKING = "have thinking that the chat template does not write, so it is not trained"
 EARLIER = (
@@ -101,7 +102,11 @@ def _encode(
 ) -> list[Encoded | Dropped]:
     """The tokens of each example, or why there are none."""
     boundary = boundary_of(template, tokenizer)
-    written = [_write(example, template) for example in examples]
+    written = []
+    for start in range(0, len(examples), _AHEAD):
+        some = examples[start : start + _AHEAD]
+        template.render_ahead((example.turns, example.tools) for example in some)
+        written += [_write(example, template) for example in some]
     texts = (segment.text for part in written if not isinstance(part, Dropped) for segment in part[1])
     ids = tokenise(texts, tokenizer)
 

@@ -384,7 +384,6 @@ def test_text_is_tokenised_in_one_place() -> None:
     allowed = {
         "apiary/data/boundary.py",  # the place
         "apiary/data/chat.py",  # the template's own words
-        "apiary/data/chat_messages.py",
         "apiary/data/templates.py",
         "simulation/backdoor.py",  # the length of an answer
     }
