@@ -60,17 +60,17 @@ class ModelConfig(_Section):
     revision: str | None = Field(None, description="hub revision (branch, tag or commit) of the model")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="data type of the frozen base; auto is bfloat16 where the device supports it"
+        "auto", description="data type of the frozen base: float32, bfloat16, or auto, which is bfloat16 where the device supports it"
     )
     quantization: Literal["none", "int8", "nf4"] = Field(
-        "none", description="hold the base in 8 or 4 bits (bitsandbytes, CUDA)"
+        "none", description="hold the base in 8 bits (int8) or 4 (nf4) by bitsandbytes on CUDA; or none"
     )
 
 
 class AdapterConfig(_Section):
     """The adapter that is trained and travels."""
 
-    kind: Literal["lora"] = Field("lora", description="kind of adapter")
+    kind: Literal["lora"] = Field("lora", description="kind of adapter: lora is the only one")
     rank: int = Field(16, ge=1, le=1024, description="rank of the two LoRA factors")
     alpha: float = Field(16.0, gt=0, description="LoRA alpha: the update is scaled by alpha/rank (see scaling)")
     scaling: Literal["rslora", "lora"] = Field("rslora", description="rslora: alpha/sqrt(rank); lora: alpha/rank")
@@ -85,7 +85,7 @@ class AdapterConfig(_Section):
         "both", description="factors that travel: both, or a: each client keeps a b of its own (FedSA-LoRA)"
     )
     init: Literal["kaiming", "orthonormal"] = Field(
-        "kaiming", description="initial A; orthonormal rows lose least where A is never trained (train = b)"
+        "kaiming", description="initial A: kaiming, or orthonormal, whose rows lose least where A is never trained (train = b)"
     )
 
     ranks: tuple[int, ...] | Literal["memory"] = Field(
@@ -158,11 +158,11 @@ class PromptConfig(_Section):
     system: str | None = Field(None, description="a system message put before every conversation without one")
     max_tokens: int = Field(512, ge=8, description="longest example in tokens; see on_long")
     on_long: Literal["truncate", "drop"] = Field(
-        "truncate", description="what happens to longer examples (counted and reported either way)"
+        "truncate", description="truncate or drop longer examples; counted and reported either way"
     )
     boundary: Literal["plain", "structured"] = Field(
         "plain",
-        description="structured: data (input and context columns, what tools say) stands between delimiters that no "
+        description="plain, or structured: data (input and context columns, what tools say) stands between delimiters that no "
         "text can produce, and rows with instructions planted in their data are trained (StruQ)",
     )
     injected: float = Field(
@@ -187,7 +187,7 @@ class TrainConfig(_Section):
     )
     lr: float = Field(3e-3, gt=0, description="peak learning rate")
     schedule: Literal["cosine", "constant"] = Field(
-        "cosine", description="learning rate over the whole federated run, after warm-up"
+        "cosine", description="cosine or constant learning rate over the whole federated run, after warm-up"
     )
     warmup: float = Field(
         0.03, ge=0, lt=1, description="fraction of the run's steps in which the learning rate rises to lr"
@@ -385,7 +385,7 @@ class LogConfig(_Section):
     """Experiment trackers beside the run directory."""
 
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml"], ...] = Field(
-        (), description="trackers, through accelerate; each needs its own package"
+        (), description="tensorboard, wandb, mlflow, trackio, comet_ml, through accelerate; each needs its own package"
     )
     project: str = Field("apiary", description="project name given to the trackers")
 

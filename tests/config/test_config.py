@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 from hypothesis import example, given, settings
@@ -294,6 +295,27 @@ def test_every_key_is_described_with_a_default_that_it_accepts() -> None:
         assert "\n" not in description
         if default != "unset":
             assert loading.load(None, [f"{key}={default}"]) is not None
+
+
+def _choices(kind: Any) -> Iterator[str]:
+    if get_origin(kind) is Literal:
+        yield from map(str, get_args(kind))
+    else:
+        for part in get_args(kind):
+            yield from _choices(part)
+
+
+def test_a_description_names_all_that_may_be_chosen() -> None:
+    meanings = {key: meaning for key, _, meaning in loading.describe()}
+    fields = {
+        f"{name}.{key}": inner
+        for name, field in RunConfig.model_fields.items()
+        for key, inner in getattr(type(field.default), "model_fields", {}).items()
+    }
+    known = {key: list(_choices(inner.annotation)) for key, inner in fields.items()}
+    assert known["prompt.on_long"] == ["truncate", "drop"]
+    for key, choices in known.items():
+        assert all(choice in meanings[key] for choice in choices), (key, choices)
 
 
 def test_the_recipes_are_where_they_are_looked_for() -> None:
