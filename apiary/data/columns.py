@@ -391,7 +391,7 @@ def _check_known(row: Mapping[str, object]) -> None:
         prompt, chosen = own.get("prompt"), own["chosen"]
         named = f'instruction = "{prompt}", output = "{chosen}"'
         if prompt is None or is_chat(row[chosen]) > is_chat(row[prompt]):
-            named = f'messages = "{chosen}"'
+            named = f'messages = "{chosen}"' if is_chat(row[chosen]) else f'text = "{chosen}"'
         raise RowProblem(PREFERENCES, f"to learn the chosen answers alone, set data.columns = {{ {named} }}")
     if not any(name in own for name in _SETS):
         raise RowProblem(_UNKNOWN)

@@ -614,6 +614,13 @@ def test_preferences_are_named_with_what_can_be_done(row: dict[str, Any], fix: s
     assert one(row, advice)[0].turns == (Q, A)
 
 
+def test_preferences_in_one_text_can_be_learnt_as_text() -> None:
+    row = {"chosen": "Human: Who?\n\nAssistant: Me.", "rejected": "Human: Who?\n\nAssistant: You."}
+    with pytest.raises(UserError, match=r'set data\.columns = \{ text = "chosen" \}$'):
+        check(file_of(row))
+    assert one(row, {"text": "chosen"})[0].turns == (Turn("assistant", row["chosen"]),)
+
+
 def test_columns_that_the_user_names() -> None:
     row = {"s": "Be brief.", "q": "Who?", "c": "I did.", "a": "Me.", "t": [TOOL], "tools": [TOOL], "system": "x"}
     row |= {"w": "It is I."}
