@@ -60,7 +60,9 @@ class ModelConfig(_Section):
     revision: str | None = Field(None, description="hub revision (branch, tag or commit) of the model")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="data type of the frozen base: float32, bfloat16, or auto, which is bfloat16 where the device supports it"
+        "auto",
+        description="data type of the frozen base: float32, bfloat16, or auto, which is bfloat16 where the device "
+        "supports it",
     )
     quantization: Literal["none", "int8", "nf4"] = Field(
         "none", description="hold the base in 8 bits (int8) or 4 (nf4) by bitsandbytes on CUDA; or none"
@@ -85,7 +87,8 @@ class AdapterConfig(_Section):
         "both", description="factors that travel: both, or a: each client keeps a b of its own (FedSA-LoRA)"
     )
     init: Literal["kaiming", "orthonormal"] = Field(
-        "kaiming", description="initial A: kaiming, or orthonormal, whose rows lose least where A is never trained (train = b)"
+        "kaiming",
+        description="initial A: kaiming, or orthonormal, whose rows lose least where A is never trained (train = b)",
     )
 
     ranks: tuple[int, ...] | Literal["memory"] = Field(
@@ -162,8 +165,8 @@ class PromptConfig(_Section):
     )
     boundary: Literal["plain", "structured"] = Field(
         "plain",
-        description="plain, or structured: data (input and context columns, what tools say) stands between delimiters that no "
-        "text can produce, and rows with instructions planted in their data are trained (StruQ)",
+        description="plain, or structured: data (input and context columns, what tools say) stands between delimiters that "
+        "no text can produce, and rows with instructions planted in their data are trained (StruQ)",
     )
     injected: float = Field(
         0.5,
