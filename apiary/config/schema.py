@@ -165,8 +165,8 @@ class PromptConfig(_Section):
     )
     boundary: Literal["plain", "structured"] = Field(
         "plain",
-        description="plain, or structured: data (input and context columns, what tools say) stands between delimiters that "
-        "no text can produce, and rows with instructions planted in their data are trained (StruQ)",
+        description="plain, or structured: data (input and context columns, what tools say) stands between delimiters "
+        "that no text can produce, and rows with instructions planted in their data are trained (StruQ)",
     )
     injected: float = Field(
         0.5,
