@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -36,7 +38,8 @@ def asks(tiny_model: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     def run(*words: str | Path, says: Sequence[str] = ("Yes.",), keys: Sequence[str] = (), **more: Any) -> list[str]:
         config = loading.load(None, [*overrides_for(tiny_model, rows_file), "prompt.max_tokens=400", *keys])
-        lm = adapters.load(config.model, config.adapter)
+        kept = adapters.load(config.model, config.adapter)  # for all tests of this process
+        lm = dataclasses.replace(kept, tokenizer=copy.deepcopy(kept.tokenizer))
         lm.tokenizer.chat_template = THINKS
         template = tokenization.make_template(config.prompt, lm.tokenizer)
         opened = tuned.Tuned(config, lm, template, adapters.fresh_adapter(lm, 0), None)
