@@ -95,7 +95,7 @@ def summarise(prepared: Plan, adapter: StateDict, folder: Path, log: RunLog) -> 
         "gain": _gain(clients, unlike.get("local")),
         "skills": comparison.by_kind(kind, runs, held_out) if kind and config.evaluate.generate else {},
         "rounds": metrics_file.rounds_table(events),
-        "samples": _samples(prepared, runs, kind),
+        "samples": _samples(prepared, runs, kind, None if own else adapter),
         "delivered": delivered._asdict() if delivered else None,
         **continual.results(events, runs, held_out, config),
         **({"share": config.adapter.share} if own else {}),
@@ -276,25 +276,50 @@ def kind_of(config: RunConfig, federation: Federation) -> Callable[[Example], st
 
 
 def _samples(
-    prepared: Plan, runs: Mapping[str, Measured], kind: Callable[[Example], str] | None
+    prepared: Plan,
+    runs: Mapping[str, Measured],
+    kind: Callable[[Example], str] | None,
+    adapter: StateDict | None,
 ) -> list[dict[str, str]]:
-    """A few held-out prompts with every method's answer, spread over the kinds."""
-    held_out = prepared.held_out
-    answered = {method: run for method, run in runs.items() if run.texts}
+    """A few held-out prompts with every method's answer, spread over the kinds.
+
+    Where answers were not measured (`evaluate.generate`), the untuned base and the federated model answer these alone.
+
+    Args:
+        prepared: the run.
+        runs: what each method answered, if it did.
+        kind: of an example; None where examples have none.
+        adapter: the federated one; None where each client has its own.
+    """
+    config, held_out = prepared.config, prepared.held_out
+    kinds = [kind(example) if kind else "" for example in held_out.examples]
+    seen: Counter[str] = Counter()
+    ranked = []  # the second of a kind comes after the first of every other
+    for index, example in enumerate(held_out.examples):
+        if held_out.questions[index] if held_out.questions else len(example.turns) > 1:
+            ranked.append((seen[kinds[index]], index))
+            seen[kinds[index]] += 1
+    chosen = [index for _, index in sorted(ranked)[: config.evaluate.samples]]
+    answered = {method: [run.texts[i] for i in chosen] for method, run in runs.items() if run.texts}
+    if not config.evaluate.generate and chosen:
+        lm, template = prepared.lm, prepared.template
+        prompts = comparison.ask([held_out.examples[i] for i in chosen], template, lm, config)
+        chosen = [i for i, ids in zip(chosen, prompts, strict=True) if ids]
+        asked = [ids for ids in prompts if ids]
+        for method, state in (("base", adapters.fresh_adapter(lm, config.seed)), ("federated", adapter)):
+            if asked and state is not None and method in runs:
+                adapters.set_adapter(lm, state)
+                answered[method] = list(
+                    comparison.answer_all(lm, asked, config.evaluate.max_new_tokens, template.thinking)
+                )
     if not answered:
         return []
-    kinds = [kind(example) if kind else "" for example in held_out.examples]
-    first: dict[str, int] = {}
-    for index, name in enumerate(kinds):
-        if held_out.questions[index]:
-            first.setdefault(name or str(index), index)
-    chosen = list(first.values())[: prepared.config.evaluate.samples]
     return [
         {
             "prompt": "\n\n".join(said(turn) for turn in held_out.examples[i].turns[:-1] if turn.role != "system"),
             "reference": held_out.answers[i],
             "skill": kinds[i],
-            **{method: run.texts[i] for method, run in answered.items()},
+            **{method: texts[place] for method, texts in answered.items()},
         }
-        for i in chosen
+        for place, i in enumerate(chosen)
     ]

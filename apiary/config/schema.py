@@ -364,7 +364,12 @@ class EvaluateConfig(_Section):
         description="stop after this many evaluations without a better loss, and deliver the best round; half of the "
         "held-out rows decide, the figures are on the others; 0 = never stop, deliver the last round, keep the best",
     )
-    samples: int = Field(6, ge=0, description="held-out prompts whose answers are shown in the report")
+    samples: int = Field(
+        6,
+        ge=0,
+        description="held-out prompts whose answers are shown in the report, also where generate is off; they are "
+        "text of your rows",
+    )
 
 
 class SimulateConfig(_Section):

@@ -119,6 +119,11 @@ def prepare_apart(
     return held_out._replace(deciding=apart)
 
 
+def ask(examples: Sequence[Example], template: Template, lm: LanguageModel, config: RunConfig) -> list[list[int]]:
+    """The prompt of each example (token ids); empty where it asks nothing or does not fit `prompt.max_tokens`."""
+    return [_question(example, template, lm, config) or [] for example in examples]
+
+
 def _question(example: Example, template: Template, lm: LanguageModel, config: RunConfig) -> list[int] | None:
     if all(turn.role == "system" for turn in example.turns[:-1]):
         return []  # text to be continued asks nothing, and nobody could guess how it begins

@@ -480,3 +480,15 @@ def test_dolly_recipe(shared: Path, tmp_path: Path) -> None:
     assert len(metrics["clients"]) == 10
     assert {row["method"] for row in metrics["table"]} >= {"base", "federated"}
     assert (tmp_path / "dolly" / "report.html").stat().st_size > 10_000
+
+
+def test_answers_are_shown_also_where_none_are_measured(tmp_path: Path, small_run: list[str]) -> None:
+    quick = [*small_run, "rounds=1", 'evaluate.baselines=["base"]']
+    run(tmp_path / "measured", quick)
+    run(tmp_path / "shown", [*quick, "evaluate.generate=false"])
+    run(tmp_path / "neither", [*quick, "evaluate.generate=false", "evaluate.samples=0"])
+    measured, shown, neither = (
+        json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("measured", "shown", "neither")
+    )
+    assert len(shown["samples"]) == 6 and shown["samples"] == measured["samples"]
+    assert all(row["accuracy"] is None for row in shown["table"]) and not neither["samples"]
