@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,15 +19,21 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as progress
+from transformers.utils.hub import cached_file
 
 from apiary.config.schema import ModelConfig
 from apiary.core.errors import UserError
 from apiary.core.formatting import first_line
+from apiary.data.tokens import settle
 from apiary.models import generation
-from apiary.models.generation import BaseGeneration
+from apiary.models.generation import IF_THERE, BaseGeneration
 
 BUILTIN = "builtin:tiny"
 _PROBE = 8  # tokens
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json"),
+)
 _SAMPLES = 4096  # values of each tensor that go into the base's digest
 
 
@@ -92,6 +99,7 @@ def read(config: ModelConfig) -> Read:
     else:
         model, tokenizer, said = _read_pretrained(config, device, dtype)
     model.generation_config = generation.of_model(said.stops)
+    settle(tokenizer, config.name)
     _check_vocabulary(config, model, tokenizer)
     if config.quantization == "none":
         for parameter in model.parameters():  # not the buffers: rounded RoPE frequencies would blur far positions
@@ -197,6 +205,32 @@ def _unreachable(config: ModelConfig, is_folder: bool, error: Exception) -> str:
         return f"{name}: not a causal language model that Transformers can read ({reason})"
     fix = "is it a folder that does not exist? does the hub id need `hf auth login`? is this machine offline?"
     return f"{name}: cannot be loaded ({reason}); {fix}"
+
+
+def save_tokenizer(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the base's tokenizer into a folder, for other programs to read it just as they read the base's.
+
+    Its files as they stand, for the tokenizer in hand is without the chance and the padding that they may set. Where
+    they do not name its class, so that a folder without config.json could not be read, Transformers writes them.
+    """
+    if config.name.startswith("builtin:"):
+        tokenizer.save_pretrained(folder)
+        return
+    path = Path(config.name).expanduser()
+    source, where = (str(path) if path.is_dir() else config.name), {"revision": config.revision}
+    vocabulary = {"tokenizer.json", *type(tokenizer).vocab_files_names.values()}
+    several = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    names = {*_TOKENIZER_FILES, *vocabulary, *(f"additional_chat_templates/{name}.jinja" for name in several)}
+    found = {name: cached_file(source, name, **where, **IF_THERE) for name in sorted(names)}
+    settings = found["tokenizer_config.json"]
+    named = settings is not None and '"tokenizer_class"' in Path(settings).read_text(encoding="utf-8")
+    if named and any(found[name] for name in vocabulary):
+        for name, file in found.items():
+            if file is not None:
+                (folder / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, folder / name)
+        return
+    AutoTokenizer.from_pretrained(source, **where, trust_remote_code=False).save_pretrained(folder)
 
 
 def _check_vocabulary(config: ModelConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

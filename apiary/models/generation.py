@@ -24,6 +24,11 @@ _log = logging.getLogger(__name__)
 
 FILE = "generation_config.json"
 # Keys that say nothing of how tokens are chosen; the ids of other special tokens are the tokenizer's to tell.
+IF_THERE: dict[str, Any] = {  # for `cached_file`: None for a file that a model does not have
+    "_raise_exceptions_for_gated_repo": False,
+    "_raise_exceptions_for_missing_entries": False,
+    "_raise_exceptions_for_connection_errors": False,
+}
 _NAMED = 8  # keys that are named, at most
 _PLAIN = {"eos_token_id", "pad_token_id", "bos_token_id", "transformers_version", "use_cache"}
 
@@ -63,16 +68,9 @@ def read(source: str, revision: str | None, rows: int) -> BaseGeneration:
         revision: on the hub.
         rows: ids that the model knows; others can't end anything.
     """
-    where = {"revision": revision} if revision else {}
+    where: dict[str, Any] = {"revision": revision}
     try:
-        found = cached_file(
-            source,
-            FILE,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            **where,
-        )
+        found = cached_file(source, FILE, **where, **IF_THERE)
         text = None if found is None else Path(found).read_text(encoding="utf-8")
         values, fault = _object(text)
     except (OSError, UnicodeDecodeError) as error:

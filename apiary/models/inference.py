@@ -15,6 +15,7 @@ from apiary.core.errors import UserError
 from apiary.core.formatting import first_line
 from apiary.core.tensors import generator
 from apiary.data.batches import Corpus, collate, plan_batches
+from apiary.data.tokens import decode
 from apiary.models import generation
 from apiary.models.adapters import LanguageModel, autocast, pad_id
 from apiary.models.loss import row_losses, to_device
@@ -158,8 +159,8 @@ def text_of(lm: LanguageModel, ids: Sequence[int], kept: Collection[int] = ()) -
     end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
     text, start = "", 0
     for place in [*(i for i, token in enumerate(ids[:end]) if token in kept), end]:
-        text += str(tokenizer.decode(list(ids[start:place]), skip_special_tokens=True))
-        text += str(tokenizer.decode([ids[place]])) if place < end else ""
+        text += decode(tokenizer, ids[start:place], skip_special=True)
+        text += decode(tokenizer, [ids[place]]) if place < end else ""
         start = place + 1
     return text
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import small_models
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from chat_templates import CHATML
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from apiary.config.schema import AdapterConfig, ModelConfig
 from apiary.core.errors import UserError
@@ -255,3 +256,56 @@ def test_what_fails_in_decoding_is_one_line(case: Case, monkeypatch: pytest.Monk
         f"model.name = {str(case.folder)!r}: answers cannot be decoded (no kernel for this device); "
         "set evaluate.generate = false to measure losses alone",
     )
+
+
+def odd_tokenizer(base: Path) -> None:
+    """Settings that do not count here, and count for whoever serves the model."""
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    odd = {"padding_side": "left", "model_max_length": 8, "clean_up_tokenization_spaces": True}
+    odd |= {"tokenizer_class": "PreTrainedTokenizerFast", "somebody": {"else": "reads this"}}
+    (base / "tokenizer_config.json").write_text(json.dumps(settings | odd))
+    spec = json.loads((base / "tokenizer.json").read_text())
+    spec["truncation"] = {"direction": "Left", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+    spec["model"]["dropout"] = 0.2
+    (base / "tokenizer.json").write_text(json.dumps(spec))
+    templates = base / "additional_chat_templates"
+    templates.mkdir()
+    (base / "chat_template.jinja").write_text(CHATML)
+    (templates / "tool_use.jinja").write_text("{{ tools }}")
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_an_exported_tokenizer_is_the_bases_file_by_file(merge: bool, case: Case, tmp_path: Path) -> None:
+    base = with_file(case, tmp_path / "base", {})
+    odd_tokenizer(base)
+    adapter = adapter_of(case, base, tmp_path / "adapter")
+    exported = export_run(adapter, tmp_path / "exported", merge=merge)
+    kept = [*base.glob("tokenizer*"), *base.glob("**/*.jinja")]
+    assert len(kept) == 4
+    for file in kept:
+        assert (exported / file.relative_to(base)).read_bytes() == file.read_bytes()
+    again = AutoTokenizer.from_pretrained(exported)
+    assert (again.padding_side, again.model_max_length) == ("left", 8)
+    assert again.backend_tokenizer.model.dropout == pytest.approx(0.2)
+    assert set(again.chat_template) == {"default", "tool_use"}
+
+
+def test_a_tokenizer_that_does_not_name_its_class_is_written_by_transformers(case: Case, tmp_path: Path) -> None:
+    """A folder with an adapter has no config.json, by which alone it could be told."""
+    base = with_file(case, tmp_path / "base", {})
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    del settings["tokenizer_class"]
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    spec = json.loads((base / "tokenizer.json").read_text())
+    spec["model"]["dropout"] = 0.2
+    (base / "tokenizer.json").write_text(json.dumps(spec))
+    exported = export_run(adapter_of(case, base, tmp_path / "adapter"), tmp_path / "exported", merge=False)
+    again = AutoTokenizer.from_pretrained(exported)
+    assert again.backend_tokenizer.model.dropout == pytest.approx(0.2)
+
+
+def test_padding_and_chance_in_a_tokenizers_file_change_no_answer(case: Case, tmp_path: Path) -> None:
+    base = with_file(case, tmp_path / "base", {})
+    odd_tokenizer(base)
+    lm = load(base, case.state)
+    assert ModelProbe(lm).generate(case.prompts, NEW) == case.expected
