@@ -121,7 +121,7 @@ def _read_pretrained(config: ModelConfig, device: torch.device, dtype: torch.dty
         if not path.is_dir():
             ask_hub(config.name, config.revision)
         with _quiet_if(path.is_dir()):
-            tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision, trust_remote_code=False)
+            tokenizer = _read_tokenizer(source, config.revision)
             model = AutoModelForCausalLM.from_pretrained(
                 source, revision=config.revision, trust_remote_code=False, **options
             )
@@ -131,6 +131,20 @@ def _read_pretrained(config: ModelConfig, device: torch.device, dtype: torch.dty
     except Exception as error:  # the hub's and the model classes' errors share no other base
         raise UserError(_unreachable(config, path.is_dir(), error)) from error
     return Read(model, tokenizer, said)
+
+
+def _read_tokenizer(source: str, revision: str | None) -> PreTrainedTokenizerBase:
+    """A tokenizer, without the token that Transformers adds to it where padding in its file names one it does not have.
+
+    That one has no row in the embedding, and nobody here pads with it.
+    """
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
+    padding = getattr(getattr(tokenizer, "backend_tokenizer", None), "padding", None)
+    if padding is None or padding["pad_token"] != tokenizer.pad_token or tokenizer.pad_token_id != len(tokenizer) - 1:
+        return tokenizer
+    without: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options, pad_token=None)
+    return without if len(without) < len(tokenizer) else tokenizer
 
 
 def ask_hub(name: str, revision: str | None) -> None:

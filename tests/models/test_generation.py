@@ -13,6 +13,7 @@ import pytest
 import small_models
 import torch
 from chat_templates import CHATML
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from apiary.config.schema import AdapterConfig, ModelConfig
@@ -308,4 +309,20 @@ def test_padding_and_chance_in_a_tokenizers_file_change_no_answer(case: Case, tm
     base = with_file(case, tmp_path / "base", {})
     odd_tokenizer(base)
     lm = load(base, case.state)
+    assert ModelProbe(lm).generate(case.prompts, NEW) == case.expected
+
+
+def test_a_pad_token_that_is_in_no_vocabulary_is_not_added(case: Case, tmp_path: Path) -> None:
+    """Padding as the tokenizers library sets it by default, saved with the tokenizer: the model has no [PAD]."""
+    base = with_file(case, tmp_path / "base", {})
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    del settings["pad_token"]
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    file = str(base / "tokenizer.json")
+    core = Tokenizer.from_file(file)
+    core.enable_padding()
+    core.save(file)
+    assert len(AutoTokenizer.from_pretrained(base)) == core.get_vocab_size() + 1
+    lm = load(base, case.state)
+    assert len(lm.tokenizer) == core.get_vocab_size()
     assert ModelProbe(lm).generate(case.prompts, NEW) == case.expected
