@@ -23,13 +23,13 @@ from apiary.core.formatting import first_line
 _log = logging.getLogger(__name__)
 
 FILE = "generation_config.json"
-# Keys that say nothing of how tokens are chosen; the ids of other special tokens are the tokenizer's to tell.
 IF_THERE: dict[str, Any] = {  # for `cached_file`: None for a file that a model does not have
     "_raise_exceptions_for_gated_repo": False,
     "_raise_exceptions_for_missing_entries": False,
     "_raise_exceptions_for_connection_errors": False,
 }
 _NAMED = 8  # keys that are named, at most
+# Keys that say nothing of how tokens are chosen; the ids of other special tokens are the tokenizer's to tell.
 _PLAIN = {"eos_token_id", "pad_token_id", "bos_token_id", "transformers_version", "use_cache"}
 
 
