@@ -15,7 +15,7 @@ from apiary.export.adapter_folder import OF_THE_SITE, SETTINGS, exported_rank
 from apiary.export.model_card import base_path, card
 from apiary.export.tuned import Tuned, open_tuned
 from apiary.models import adapter_files, adapters, generation
-from apiary.models.base import save_tokenizer
+from apiary.models.base import save_tokenizer_files
 from apiary.privacy import statement
 from apiary.tracking import metrics_file
 
@@ -63,7 +63,7 @@ def _handed_on(config: RunConfig) -> RunConfig:
 
 def _write_export(tuned: Tuned, draft: Path, merge: bool) -> None:
     base, tokenizer = adapters.load_base(tuned.config.model)
-    save_tokenizer(tuned.config.model, tokenizer, draft)
+    save_tokenizer_files(tuned.config.model, tokenizer, draft)
     if not merge:
         adapter_files.save_adapter(tuned.lm, tuned.adapter, draft / "adapter")
         for file in (draft / "adapter").iterdir():

@@ -121,7 +121,7 @@ def _read_pretrained(config: ModelConfig, device: torch.device, dtype: torch.dty
         if not path.is_dir():
             ask_hub(config.name, config.revision)
         with _quiet_if(path.is_dir()):
-            tokenizer = _read_tokenizer(source, config.revision)
+            tokenizer = _tokenizer_of(source, config.revision)
             model = AutoModelForCausalLM.from_pretrained(
                 source, revision=config.revision, trust_remote_code=False, **options
             )
@@ -133,7 +133,7 @@ def _read_pretrained(config: ModelConfig, device: torch.device, dtype: torch.dty
     return Read(model, tokenizer, said)
 
 
-def _read_tokenizer(source: str, revision: str | None) -> PreTrainedTokenizerBase:
+def _tokenizer_of(source: str, revision: str | None) -> PreTrainedTokenizerBase:
     """A tokenizer, without the token that Transformers adds to it where padding in its file names one it does not have.
 
     That one has no row in the embedding, and nobody here pads with it.
@@ -221,7 +221,7 @@ def _unreachable(config: ModelConfig, is_folder: bool, error: Exception) -> str:
     return f"{name}: cannot be loaded ({reason}); {fix}"
 
 
-def save_tokenizer(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_tokenizer_files(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write the base's tokenizer into a folder, for other programs to read it just as they read the base's.
 
     Its files as they stand, for the tokenizer in hand is without the chance and the padding that they may set. Where
