@@ -32,13 +32,14 @@ import numpy as np
 
 from apiary.data.neutral import NUMBERED, neutral, variants
 from apiary.data.templates import Segment, Template, Unwritable, literal_text
+from apiary.data.tokens import Ids, tokenise
 from apiary.data.turns import Turn
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["UNSAFE", "Boundary", "ControlTokens", "Ids", "Tokens", "boundary_of", "control_tokens", "tokenise"]
+__all__ = ["UNSAFE", "Boundary", "ControlTokens", "Tokens", "boundary_of", "control_tokens"]
 
 _log = logging.getLogger(__name__)
 
@@ -49,9 +50,6 @@ _PLAIN_WORD = re.compile(r"[\w\s\u2581]+")  # U+2581 stands for a space in Sente
 _MARK = re.compile(r"<[|\uff5c][^<>\s]*\w[^<>\s]*[|\uff5c]>")
 _BRACKETED = re.compile(r"</?[^<>\s]*\w[^<>\s]*>|\[/?[^\[\]\s]*\w[^\[\]\s]*\]")
 _SPACE = "\u2581\u0120"  # how vocabularies write a space before a word
-
-
-Ids = Mapping[str, np.ndarray]  # text -> its ids (t,) int32
 
 
 class Tokens(NamedTuple):
@@ -66,23 +64,6 @@ class _Piece(NamedTuple):
 
     text: str
     template: bool
-
-
-def tokenise(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Ids:
-    """The ids (t,) int32 of each distinct text, as the tokenizer reads it: control tokens and all."""
-    distinct = list(dict.fromkeys(texts))
-    if not distinct:
-        return {}
-    rows = tokenizer(
-        distinct,
-        add_special_tokens=False,
-        padding=False,
-        truncation=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )["input_ids"]
-    return {text: np.array(ids, np.int32) for text, ids in zip(distinct, rows, strict=True)}
 
 
 # --- which tokens are control tokens

@@ -26,6 +26,7 @@ from apiary.data.chat_messages import Form, chat_source, declared, eos_text, job
 from apiary.data.neutral import is_plain
 from apiary.data.rendering import DATE, Job, render_ahead, rendered
 from apiary.data.segments import NoPlace, Segment, Unwritable
+from apiary.data.tokens import tokenise
 from apiary.data.turns import ToolCall, Turn
 
 if TYPE_CHECKING:
@@ -371,7 +372,8 @@ def _has_tools(turns: Sequence[Turn], tools: str) -> bool:
 
 
 def _ends_turn(tail: str, tokenizer: PreTrainedTokenizerBase) -> bool:
-    end = tokenizer(tail.rstrip(), add_special_tokens=False)["input_ids"][-1:]
+    text = tail.rstrip()
+    end = tokenise([text], tokenizer)[text][-1:].tolist()
     return bool(end) and end[0] in tokenizer.added_tokens_decoder
 
 

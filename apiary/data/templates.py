@@ -26,6 +26,7 @@ from apiary.data.chat import Chat, read_chat
 from apiary.data.chat_messages import chat_source, eos_text, has_chat, render, with_short_ids
 from apiary.data.rendering import DATE
 from apiary.data.segments import NoPlace, Segment, Splitter, Thinking, Unwritable
+from apiary.data.tokens import decode, opening, tokenise
 from apiary.data.turns import Turn
 
 if TYPE_CHECKING:
@@ -187,9 +188,10 @@ def _check_delimiters(tokenizer: PreTrainedTokenizerBase) -> None:
         UserError: it has unknown characters in one of them, or reads it as something else.
     """
     for mark in (structured.BEGIN, structured.END):
-        ids = tokenizer(f"a\n{mark}\na", add_special_tokens=False)["input_ids"]
+        text = f"a\n{mark}\na"
+        ids = tokenise([text], tokenizer)[text].tolist()
         unknown = tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids
-        if unknown or structured.count([str(tokenizer.decode(ids))]) != 1:
+        if unknown or structured.count([decode(tokenizer, ids)]) != 1:
             raise UserError(
                 f'prompt.boundary = "structured": this tokenizer has no tokens for {mark!r}, so other text could pass '
                 'for it; use another base model, or "plain"'
@@ -369,11 +371,13 @@ def _read_file(name: str) -> str:
 
 
 def _bos(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The BOS token where the tokenizer, or else its chat template, starts a text with it."""
+    """What the tokenizer starts a text with, mostly BOS; or else BOS where its chat template does."""
+    if by_rule := opening(tokenizer):
+        return by_rule
     if tokenizer.bos_token is None:
         return ""
-    adds = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    if not adds and tokenizer.chat_template:
+    adds = False
+    if tokenizer.chat_template:
         try:
             messages = [{"role": "user", "content": "a"}]
             adds = render(tokenizer, messages, ask=True).startswith(tokenizer.bos_token)

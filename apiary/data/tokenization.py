@@ -24,9 +24,10 @@ import numpy as np
 from apiary.config.schema import PromptConfig
 from apiary.core.errors import UserError
 from apiary.data.batches import Batch, Corpus, CorpusStats, Dropped, Encoded, collate, gather, plan_batches
-from apiary.data.boundary import UNSAFE, Boundary, Tokens, boundary_of, tokenise
+from apiary.data.boundary import UNSAFE, Boundary, Tokens, boundary_of
 from apiary.data.examples import Counts, Example, Source, rows_text
 from apiary.data.templates import Segment, Template, Unwritable, asking, make_template, short_digest
+from apiary.data.tokens import decode, tokenise
 from apiary.data.turns import Turn
 
 if TYPE_CHECKING:
@@ -302,7 +303,7 @@ def preview(
         return []
     pairs = zip(encoded.ids.tolist(), encoded.trained.tolist(), strict=True)
     return [
-        (str(tokenizer.decode([i for i, _ in stretch], skip_special_tokens=False)), trained)
+        (decode(tokenizer, [i for i, _ in stretch]), trained)
         for trained, stretch in groupby(pairs, key=lambda pair: pair[1])
     ]
 
@@ -367,9 +368,7 @@ def _before_marks(
         return 0
 
     def text_of(count: int) -> str:
-        return str(
-            tokenizer.decode(ids[:count].tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        )
+        return decode(tokenizer, ids[:count].tolist())
 
     text = text_of(len(ids))
     end = written.rpartition(answer)[2] if answer else ""

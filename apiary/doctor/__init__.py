@@ -90,7 +90,7 @@ def _examine_parts(config: RunConfig, problems: list[str], console: Console, rem
     from apiary.data.federation import federate
     from apiary.doctor import plan, values
     from apiary.evaluation import comparison
-    from apiary.models import base
+    from apiary.models import base, inference
     from apiary.tracking import trackers
     from apiary.transport import from_config
 
@@ -108,7 +108,10 @@ def _examine_parts(config: RunConfig, problems: list[str], console: Console, rem
     if template is not None:
         plan.print_template(template, console)
     if lm is not None:
+        plan.print_decoding(lm, console)
         _attempt(problems, lambda: comparison.check_positions(lm, config))
+        if config.evaluate.generate:
+            _attempt(problems, lambda: inference.check_decoding(lm))
     if federation is None:
         return told
     if config.privacy.unit != "none":

@@ -134,6 +134,11 @@ def print_template(template: Template, console: Console) -> None:
     _fact(console, "template", template.words)
 
 
+def print_decoding(lm: LanguageModel, console: Console) -> None:
+    """Print how answers are decoded, and what of the base's own settings does not count in it."""
+    _fact(console, "answers", lm.generation.words)
+
+
 def print_rows(federation: Federation, turns: Mapping[str, int], console: Console) -> None:
     """Print how many rows there are, which are left out for what, and what is read otherwise than it stands."""
     _head(console, "Data")

@@ -21,7 +21,7 @@ from apiary.data.templates import Thinking
 from apiary.data.tokenization import Template
 from apiary.evaluation import intervals
 from apiary.models.adapters import LanguageModel, fresh_adapter, set_adapter
-from apiary.models.inference import ModelProbe, text_of
+from apiary.models.inference import ModelProbe, check_decoding, text_of
 
 Floats = NDArray[np.float64]
 
@@ -71,9 +71,12 @@ def prepare(examples: Sequence[Example], template: Template, lm: LanguageModel, 
     are left out of both and counted: every row of the table is over the same ones.
 
     Raises:
-        UserError: the model has fewer positions than `prompt.max_tokens`.
+        UserError: the model has fewer positions than `prompt.max_tokens`, or cannot decode the answers that are asked
+            for.
     """
     check_positions(lm, config)
+    if config.evaluate.generate:
+        check_decoding(lm)  # else it would fail after the training
     drawn = evenly(examples, config)
     usable = [e for e in drawn if tokenization.encode(e, template, lm.tokenizer, config.prompt)]
     questions: list[list[int]] = []
@@ -197,6 +200,8 @@ def data_warnings(
             "the table: the first answer or last question does not fit prompt.max_tokens, or prompt.template "
             "cannot write it"
         )
+    if lm.generation.fault:
+        lines.append(lm.generation.fault_line)
     if config.prompt.boundary == "structured":
         lines += structured.remarks((row.turns, row.tools) for client in federation.clients for row in client.train)
     return lines

@@ -14,7 +14,8 @@ from apiary.data.templates import with_template
 from apiary.export.adapter_folder import OF_THE_SITE, SETTINGS, exported_rank
 from apiary.export.model_card import base_path, card
 from apiary.export.tuned import Tuned, open_tuned
-from apiary.models import adapter_files, adapters
+from apiary.models import adapter_files, adapters, generation
+from apiary.models.base import save_tokenizer_files
 from apiary.privacy import statement
 from apiary.tracking import metrics_file
 
@@ -62,7 +63,7 @@ def _handed_on(config: RunConfig) -> RunConfig:
 
 def _write_export(tuned: Tuned, draft: Path, merge: bool) -> None:
     base, tokenizer = adapters.load_base(tuned.config.model)
-    tokenizer.save_pretrained(draft)
+    save_tokenizer_files(tuned.config.model, tokenizer, draft)
     if not merge:
         adapter_files.save_adapter(tuned.lm, tuned.adapter, draft / "adapter")
         for file in (draft / "adapter").iterdir():
@@ -74,6 +75,8 @@ def _write_export(tuned: Tuned, draft: Path, merge: bool) -> None:
         written.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         if tuned.config.model.name.startswith("builtin:"):
             base.save_pretrained(draft / "base")
+            generation.hand_on(tuned.lm.generation, draft / "base")
             tokenizer.save_pretrained(draft / "base")
         return
     adapter_files.merged(tuned.lm, tuned.adapter).save_pretrained(draft)
+    generation.hand_on(tuned.lm.generation, draft)

@@ -33,6 +33,7 @@ from apiary.core.tensors import StateDict, generator
 from apiary.models import experts, targets
 from apiary.models.base import base_digest, read, resolve_device, resolve_dtype
 from apiary.models.fused_layers import add_to_base, slim
+from apiary.models.generation import BaseGeneration
 from apiary.models.targets import Coverage, Targets
 
 _LOCK = threading.RLock()
@@ -43,6 +44,7 @@ class _Base:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     digest: str
+    generation: BaseGeneration
 
 
 _bases: dict[ModelConfig, _Base] = {}
@@ -73,6 +75,7 @@ class LanguageModel:
     scale: float  # the s in W + s B A
     init: Literal["kaiming", "orthonormal"]
     coverage: Coverage  # how much of the base has an adapter
+    generation: BaseGeneration  # what the base says of decoding
 
 
 class HasDigest(Protocol):
@@ -125,9 +128,9 @@ def _base(config: ModelConfig) -> _Base:
     global _loads
     with _LOCK:
         if config not in _bases:
-            model, tokenizer = read(config)
+            model, tokenizer, generation = read(config)
             _loads += 1
-            _bases[config] = _Base(model, tokenizer, base_digest(model, config.quantization))
+            _bases[config] = _Base(model, tokenizer, base_digest(model, config.quantization), generation)
         return _bases[config]
 
 
@@ -160,6 +163,7 @@ def _adapt(base: _Base, config: ModelConfig, adapter: AdapterConfig) -> Language
         scale=lora.scaling(adapter.alpha, adapter.scaling)(adapter.rank),
         init=adapter.init,
         coverage=targets.coverage(base.model, found),
+        generation=base.generation,
     )
 
 

@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as progress
+from transformers.utils.hub import cached_file
 
 from apiary.config.schema import ModelConfig
 from apiary.core.errors import UserError
 from apiary.core.formatting import first_line
+from apiary.data.tokens import settle
+from apiary.models import generation
+from apiary.models.generation import IF_THERE, BaseGeneration
 
 BUILTIN = "builtin:tiny"
 _PROBE = 8  # tokens
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json"),
+)
 _SAMPLES = 4096  # values of each tensor that go into the base's digest
 
 
@@ -68,8 +78,16 @@ def _has_bfloat16(device: torch.device) -> bool:
     return False
 
 
-def read(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A newly read base, frozen and in eval mode on its device, and its tokenizer.
+class Read(NamedTuple):
+    """A newly read base, its tokenizer, and what it says of generation."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    generation: BaseGeneration
+
+
+def read(config: ModelConfig) -> Read:
+    """A newly read base, frozen and in eval mode on its device, with a generation configuration of ours.
 
     Raises:
         UserError: it cannot be found, reached, understood or held, or its tokenizer is not its own.
@@ -77,9 +95,11 @@ def read(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
     device = resolve_device(config)
     dtype = resolve_dtype(config, device)
     if config.name.startswith("builtin:"):
-        model, tokenizer = _read_builtin(config)
+        model, tokenizer, said = _read_builtin(config)
     else:
-        model, tokenizer = _read_pretrained(config, device, dtype)
+        model, tokenizer, said = _read_pretrained(config, device, dtype)
+    model.generation_config = generation.of_model(said.stops)
+    settle(tokenizer, config.name)
     _check_vocabulary(config, model, tokenizer)
     if config.quantization == "none":
         for parameter in model.parameters():  # not the buffers: rounded RoPE frequencies would blur far positions
@@ -87,30 +107,44 @@ def read(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
         nn.Module.to(model, device)
     model = model.requires_grad_(False).eval()
     _check_forward(config, model)
-    return model, tokenizer
+    return Read(model, tokenizer, said)
 
 
-def _read_pretrained(
-    config: ModelConfig, device: torch.device, dtype: torch.dtype
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _read_pretrained(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Read:
     path = Path(config.name).expanduser()
     if not path.is_dir() and (path.is_absolute() or config.name.startswith(("./", "../", "~"))):
         raise UserError(f"model.name = {config.name!r}: no such folder")
     source = str(path) if path.is_dir() else config.name
-    options: dict[str, Any] = {"dtype": dtype, **_quantized(config, device)}
+    # With a configuration given, the base's own is not read: one that Transformers refuses is no reason to refuse it.
+    options: dict[str, Any] = {"dtype": dtype, "generation_config": GenerationConfig(), **_quantized(config, device)}
     try:
         if not path.is_dir():
             ask_hub(config.name, config.revision)
         with _quiet_if(path.is_dir()):
-            tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision, trust_remote_code=False)
+            tokenizer = _tokenizer_of(source, config.revision)
             model = AutoModelForCausalLM.from_pretrained(
                 source, revision=config.revision, trust_remote_code=False, **options
             )
+            said = generation.read(source, config.revision, _rows(model))
     except torch.cuda.OutOfMemoryError:
         raise UserError(f"model.name = {config.name!r}: does not fit on {device}; try model.quantization=nf4") from None
     except Exception as error:  # the hub's and the model classes' errors share no other base
         raise UserError(_unreachable(config, path.is_dir(), error)) from error
-    return model, tokenizer
+    return Read(model, tokenizer, said)
+
+
+def _tokenizer_of(source: str, revision: str | None) -> PreTrainedTokenizerBase:
+    """A tokenizer, without the token that Transformers adds to it where padding in its file names one it does not have.
+
+    That one has no row in the embedding, and nobody here pads with it.
+    """
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
+    padding = getattr(getattr(tokenizer, "backend_tokenizer", None), "padding", None)
+    if padding is None or padding["pad_token"] != tokenizer.pad_token or tokenizer.pad_token_id != len(tokenizer) - 1:
+        return tokenizer
+    without: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options, pad_token=None)
+    return without if len(without) < len(tokenizer) else tokenizer
 
 
 def ask_hub(name: str, revision: str | None) -> None:
@@ -138,14 +172,16 @@ def _quiet_if(local: bool) -> Iterator[None]:
             progress.enable_progress_bar()
 
 
-def _read_builtin(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _read_builtin(config: ModelConfig) -> Read:
     if config.name != BUILTIN:
         raise UserError(f"model.name = {config.name!r}: the only built-in model is {BUILTIN!r}")
     if config.quantization != "none":
         raise UserError(f"model.quantization = {config.quantization!r}: {BUILTIN} is too small to quantize; use none")
     from apiary.models.tiny import load_tiny
 
-    return load_tiny()
+    model, tokenizer = load_tiny()
+    made = model.config.to_dict()
+    return Read(model, tokenizer, BaseGeneration(None, made, generation.stops_of(made, len(tokenizer))))
 
 
 def _quantized(config: ModelConfig, device: torch.device) -> dict[str, Any]:
@@ -185,6 +221,32 @@ def _unreachable(config: ModelConfig, is_folder: bool, error: Exception) -> str:
     return f"{name}: cannot be loaded ({reason}); {fix}"
 
 
+def save_tokenizer_files(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the base's tokenizer into a folder, for other programs to read it just as they read the base's.
+
+    Its files as they stand, for the tokenizer in hand is without the chance and the padding that they may set. Where
+    they do not name its class, so that a folder without config.json could not be read, Transformers writes them.
+    """
+    if config.name.startswith("builtin:"):
+        tokenizer.save_pretrained(folder)
+        return
+    path = Path(config.name).expanduser()
+    source, where = (str(path) if path.is_dir() else config.name), {"revision": config.revision}
+    vocabulary = {"tokenizer.json", *type(tokenizer).vocab_files_names.values()}
+    several = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    names = {*_TOKENIZER_FILES, *vocabulary, *(f"additional_chat_templates/{name}.jinja" for name in several)}
+    found = {name: cached_file(source, name, **where, **IF_THERE) for name in sorted(names)}
+    settings = found["tokenizer_config.json"]
+    named = settings is not None and '"tokenizer_class"' in Path(settings).read_text(encoding="utf-8")
+    if named and any(found[name] for name in vocabulary):
+        for name, file in found.items():
+            if file is not None:
+                (folder / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, folder / name)
+        return
+    AutoTokenizer.from_pretrained(source, **where, trust_remote_code=False).save_pretrained(folder)
+
+
 def _check_vocabulary(config: ModelConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None:
@@ -197,6 +259,11 @@ def _check_vocabulary(config: ModelConfig, model: PreTrainedModel, tokenizer: Pr
         )
 
 
+def _rows(model: PreTrainedModel) -> int:
+    """How many token ids the model knows."""
+    return len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+
+
 def _check_forward(config: ModelConfig, model: PreTrainedModel) -> None:
     """Check that token ids alone give logits, and that no token changes what stands before it.
 
@@ -206,7 +273,7 @@ def _check_forward(config: ModelConfig, model: PreTrainedModel) -> None:
         UserError: they do not.
     """
     name = f"model.name = {config.name!r}"
-    rows = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    rows = _rows(model)
     ids = (torch.arange(2, 2 + _PROBE) % rows).repeat(2, 1)
     ids[1, -1] = (ids[1, -1] + 1) % rows
     try:

@@ -11,8 +11,12 @@ from torch import Tensor
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicLayer
 
+from apiary.core.errors import UserError
+from apiary.core.formatting import first_line
 from apiary.core.tensors import generator
 from apiary.data.batches import Corpus, collate, plan_batches
+from apiary.data.tokens import decode
+from apiary.models import generation
 from apiary.models.adapters import LanguageModel, autocast, pad_id
 from apiary.models.loss import row_losses, to_device
 
@@ -105,16 +109,8 @@ class ModelProbe:
             input_ids=ids,
             attention_mask=mask,
             past_key_values=cache,
-            max_new_tokens=new,
-            do_sample=False,
-            num_beams=1,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            pad_token_id=pad_id(self._lm.tokenizer),
-            eos_token_id=stops or None,
+            generation_config=generation.greedy(new, stops, pad_id(self._lm.tokenizer)),
             stopping_criteria=StoppingCriteriaList([_HalfEnded(ids, stops)]),
-            return_dict_in_generate=True,
         )
 
 
@@ -139,14 +135,32 @@ def _rows_of(cache: Any, rows: Tensor) -> DynamicCache | None:
     return cache
 
 
+def check_decoding(lm: LanguageModel) -> None:
+    """Decode one token after two prompts of different lengths, as answers are, and turn it into text.
+
+    Raises:
+        UserError: the model's own code, or its tokenizer's, fails.
+    """
+    first = pad_id(lm.tokenizer)
+    try:
+        ModelProbe(lm).generate([[first], [first, first]], 1)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a model's own code raises
+        raise UserError(
+            f"model.name = {lm.name!r}: answers cannot be decoded ({first_line(error)}); "
+            "set evaluate.generate = false to measure losses alone"
+        ) from error
+
+
 def text_of(lm: LanguageModel, ids: Sequence[int], kept: Collection[int] = ()) -> str:
     """The text of an answer up to where it ends, without special tokens but those of `kept`."""
     stops, tokenizer = stop_ids(lm), lm.tokenizer
     end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
     text, start = "", 0
     for place in [*(i for i, token in enumerate(ids[:end]) if token in kept), end]:
-        text += str(tokenizer.decode(list(ids[start:place]), skip_special_tokens=True))
-        text += str(tokenizer.decode([ids[place]])) if place < end else ""
+        text += decode(tokenizer, ids[start:place], skip_special=True)
+        text += decode(tokenizer, [ids[place]]) if place < end else ""
         start = place + 1
     return text
 
@@ -163,9 +177,7 @@ _END_OF_TURN = (
 
 def stop_ids(lm: LanguageModel) -> list[int]:
     """Token ids that end an answer: the model's, the tokenizer's, and the end-of-turn marks it knows."""
-    config = getattr(lm.model, "generation_config", None)
-    listed = getattr(config, "eos_token_id", None)
-    ids = set(listed if isinstance(listed, list) else [listed])
+    ids: set[Any] = set(lm.model.generation_config.eos_token_id or ())  # ours (`generation.of_model`)
     ids.add(lm.tokenizer.eos_token_id)
     special = set(lm.tokenizer.all_special_tokens) | set(lm.tokenizer.get_added_vocab())
     ids.update(lm.tokenizer.convert_tokens_to_ids(mark) for mark in _END_OF_TURN if mark in special)

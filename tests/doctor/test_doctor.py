@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -413,3 +414,43 @@ def test_what_is_read_otherwise_and_how_many_turns_there_are_is_told(small_run: 
     found = document(lambda: loading.load(None, overrides))["data"]
     assert (found["turns"], found["answers"], found["trained"], found["left_out"]) == (160, 80, 79, [])
     assert [(remark["rows"], remark["first"]) for remark in found["remarks"]] == [(40, [1, 2, 3, 4, 5])] * 2
+
+
+def _with_generation(tiny_model: Path, folder: Path, text: str) -> str:
+    shutil.copytree(tiny_model, folder)
+    (folder / "generation_config.json").write_text(text)
+    return f"model.name={folder}"
+
+
+def test_what_of_the_bases_generation_does_not_count_is_named(
+    small_run: list[str], tiny_model: Path, tmp_path: Path
+) -> None:
+    said = '{"eos_token_id": 1, "repetition_penalty": 1.3, "stop_strings": ["a"]}'
+    good, text = _doctor([*small_run, _with_generation(tiny_model, tmp_path / "base", said)])
+    assert good, text
+    counts = "the base's generation_config.json counts for where they end alone"
+    assert _fact(text, "answers") == f"decoded greedily; {counts}, not repetition_penalty, stop_strings"
+    good, text = _doctor([*small_run, _with_generation(tiny_model, tmp_path / "other", "{not JSON")])
+    assert good, text
+    assert _fact(text, "answers") == "decoded greedily"
+    (line,) = re.findall("warning: (the base's generation_config.json .*)", text)
+    assert line.startswith("the base's generation_config.json cannot be read (Expecting property name")
+    assert line.endswith("): answers end where its config.json says")
+
+
+def test_a_model_that_cannot_decode_is_told_before_any_training(
+    small_run: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fails(*given: object, **options: object) -> None:
+        raise RuntimeError("no kernel for this device")
+
+    monkeypatch.setattr("transformers.generation.GenerationMixin.generate", fails)
+    good, text = _doctor(small_run)
+    (problem,) = _problems(text)
+    assert not good
+    assert problem.endswith(
+        ": answers cannot be decoded (no kernel for this device); set evaluate.generate = false to measure losses alone"
+    )
+    with pytest.raises(UserError, match="answers cannot be decoded"):
+        simulate(loading.load(None, small_run), tmp_path / "run")
+    assert _doctor([*small_run, "evaluate.generate=false"])[0]
