@@ -65,8 +65,10 @@ def _handed_on(config: RunConfig) -> RunConfig:
     """The settings without what is nobody else's business: where the data lay, and folders of this machine."""
     model = config.model.model_copy(update={"name": public_name(config.model.name)})
     strategy = config.strategy.model_copy(update={"root": None})
+    start = config.adapter.start and public_name(config.adapter.start)
     config = with_template(config, public_name(config.prompt.template))
-    return config.model_copy(update={"model": model, "strategy": strategy})
+    adapter = config.adapter.model_copy(update={"start": start})
+    return config.model_copy(update={"model": model, "strategy": strategy, "adapter": adapter})
 
 
 def _write_export(tuned: Tuned, draft: Path, merge: bool) -> None:

@@ -24,6 +24,7 @@ from apiary.models import adapters, peft_folder
 from apiary.models.adapter_files import read_adapter
 from apiary.models.adapters import LanguageModel
 from apiary.models.peft_keys import CONFIG, read_folder
+from apiary.models.start import starting_adapter
 from apiary.tracking import metrics_file
 from apiary.tracking.run_directory import result_folders
 
@@ -131,7 +132,7 @@ def _open_elsewhere(path: Path, overrides: Sequence[str]) -> Tuned:
 
 
 def score(tuned: Tuned, source: str) -> tuple[dict[str, Measured], list[str]]:
-    """The table's rows for other data: base and federated, and the run's own baselines where they were kept.
+    """The table's rows for other data: base, federated, and the run's own start and baselines where they were kept.
 
     With them, a line for each thing that keeps some of the data out of the table.
 
@@ -160,7 +161,13 @@ def score(tuned: Tuned, source: str) -> tuple[dict[str, Measured], list[str]]:
             f"{measured} of {everything} examples are measured: evaluate.max_examples = "
             f"{config.evaluate.max_examples}, and {held_out.left_out} that do not fit prompt.max_tokens are left out"
         )
-    rows = comparison.compare(lm, held_out, config, adapter, alone, pooled).rows
+    begun = None
+    if config.adapter.start is not None:
+        try:
+            begun = starting_adapter(lm, config)
+        except UserError as error:
+            remarks.append(f"no row for the start: {error}")
+    rows = comparison.compare(lm, held_out, config, adapter, alone, pooled, start=begun).rows
     for name, reasons in unlike(tuned).items():
         if name in rows:
             remarks.append(f"{name} is not like with like: it {', and it '.join(reasons.values())}")
