@@ -21,7 +21,7 @@ from apiary.evaluation.comparison import HeldOut, Measured
 from apiary.export.adapter_folder import exported_rank, save_adapter_folder
 from apiary.models import adapters
 from apiary.models.adapters import LanguageModel
-from apiary.models.start import starting_adapter
+from apiary.models.start import named_start
 from apiary.privacy import statement
 from apiary.report.data import OUTCOMES, gain_of
 from apiary.tracking import delivery, environment, event_log, metrics_file
@@ -69,8 +69,7 @@ def summarise(prepared: Plan, adapter: StateDict, folder: Path, log: RunLog) -> 
     log.event("phase", name="evaluating")
     own = _personal(prepared, adapter, folder, {client.client for client in took_part})
     local, pooled = ({name: made.adapter for name, made in group.items()} for group in trained)
-    begun = starting_adapter(lm, config) if config.adapter.start else None
-    runs, alone = comparison.compare(lm, held_out, config, adapter, local, pooled, own, begun)
+    runs, alone = comparison.compare(lm, held_out, config, adapter, local, pooled, own, named_start(lm, config))
     steps = {client.client: client.total for client in took_part}
     ranks = metrics_file.ranks(events)
     clients = _per_client(prepared, adapter, trained, runs["federated"], alone, own, ranks, steps)

@@ -24,7 +24,7 @@ from apiary.models import adapters, peft_folder
 from apiary.models.adapter_files import read_adapter
 from apiary.models.adapters import LanguageModel
 from apiary.models.peft_keys import CONFIG, read_folder
-from apiary.models.start import starting_adapter
+from apiary.models.start import named_start
 from apiary.tracking import metrics_file
 from apiary.tracking.run_directory import result_folders
 
@@ -162,11 +162,10 @@ def score(tuned: Tuned, source: str) -> tuple[dict[str, Measured], list[str]]:
             f"{config.evaluate.max_examples}, and {held_out.left_out} that do not fit prompt.max_tokens are left out"
         )
     begun = None
-    if config.adapter.start is not None:
-        try:
-            begun = starting_adapter(lm, config)
-        except UserError as error:
-            remarks.append(f"no row for the start: {error}")
+    try:
+        begun = named_start(lm, config)
+    except UserError as error:
+        remarks.append(f"no row for the start: {error}")
     rows = comparison.compare(lm, held_out, config, adapter, alone, pooled, start=begun).rows
     for name, reasons in unlike(tuned).items():
         if name in rows:

@@ -137,6 +137,11 @@ def starting_adapter(lm: LanguageModel, config: RunConfig) -> dict[str, Tensor]:
     return lora.join(made)
 
 
+def named_start(lm: LanguageModel, config: RunConfig) -> dict[str, Tensor] | None:
+    """As `starting_adapter`; None where the run begins from a new adapter, which says what the base says."""
+    return None if config.adapter.start is None else starting_adapter(lm, config)
+
+
 def remarks(config: RunConfig) -> list[str]:
     """What there is to say of the adapter that a run begins from, a line each.
 
