@@ -119,16 +119,15 @@ def _open_elsewhere(path: Path, overrides: Sequence[str]) -> Tuned:
     remarks = list[str]()
     if folder.base and config.model.name not in (folder.base, str(Path(folder.base).resolve())):
         left = f", of revision {revision!r}" if revision else ""
-        remarks.append(
-            f"{str(path)!r}: made on base_model_name_or_path = {folder.base!r}{left}; in use is {config.model.name!r}"
-        )
+        remarks.append(f"made on base_model_name_or_path = {folder.base!r}{left}; in use is {config.model.name!r}")
     elif revision and config.model.revision != revision:
-        remarks.append(f"{str(path)!r}: made on revision = {revision!r}; in use is {config.model.revision!r}")
+        remarks.append(f"made on revision = {revision!r}; in use is {config.model.revision!r}")
     lm, state, foreign = peft_folder.load(folder, config.model)
     config = config.model_copy(update={"adapter": foreign.settings})
     template = tokenization.make_template(config.prompt, lm.tokenizer)
     config = with_template(config, template.name)
-    return Tuned(config, lm, template, state, None, (*remarks, *foreign.remarks), elsewhere=True)
+    said = tuple(f"{str(path)!r}: {line}" for line in (*remarks, *foreign.remarks))
+    return Tuned(config, lm, template, state, None, said, elsewhere=True)
 
 
 def score(tuned: Tuned, source: str) -> tuple[dict[str, Measured], list[str]]:

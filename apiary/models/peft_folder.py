@@ -89,7 +89,7 @@ def open_folder(folder: PeftFolder, model: ModelConfig) -> Foreign:
     if folder.start:
         _undo_start(folder, plain, found)
         remarks.append(
-            f"{str(folder.path)!r}: init_lora_weights = {folder.start!r} changed the base; the change is made again "
+            f"init_lora_weights = {folder.start!r} changed the base; the change is made again "
             "from the base in use, as peft does, and is part of the adapter, which has twice the rank for it"
         )
     rank = max(len(part.a) for part in found.values())
@@ -115,7 +115,7 @@ def _of_the_base(folder: PeftFolder, base: PreTrainedModel, others: StateDict, n
         raise UserError(f"{str(folder.path)!r}: the tensor {key!r} is {what}; only factors can be read")
     if not others:
         return []
-    return [f"{str(folder.path)!r}: weights of the base stand in it too ({len(others)}); they are those of {name}"]
+    return [f"weights of the base stand in it too ({len(others)}); they are those that the base in use has"]
 
 
 def _in_plain_peft(folder: PeftFolder, base: PreTrainedModel, tensors: StateDict, name: str) -> PeftModel:

@@ -77,7 +77,7 @@ class PeftFolder(NamedTuple):
 
     path: Path
     values: Mapping[str, Any]  # of the keys in `HONOURED` that are there
-    remarks: tuple[str, ...]  # what is known of it and not used, a line each
+    remarks: tuple[str, ...]  # what is known of it and not used, a line each, without paths: they stand in logs
 
     @property
     def base(self) -> str | None:
@@ -115,9 +115,9 @@ def read_folder(path: Path) -> PeftFolder:
     if problem := next(_problems(values), None):
         raise UserError(f"{where}: {CONFIG}: {problem}")
     unknown = values.keys() - {*HONOURED, *NO_BEARING, *REFUSED}
-    remarks = [f"{where}: {CONFIG}: {key!r} is not known here; it is unset, so it is left aside" for key in unknown]
+    remarks = [f"{CONFIG}: {key!r} is not known here; it is unset, so it is left aside" for key in unknown]
     if (path / "chat_template.jinja").exists() or (path / "tokenizer_config.json").exists():
-        remarks.append(f"{where}: the tokenizer and its template are those of the base, not the ones in this folder")
+        remarks.append("the tokenizer and its template are those of the base, not the ones in this folder")
     return PeftFolder(path, {k: v for k, v in values.items() if k in HONOURED}, tuple(sorted(remarks)))
 
 
@@ -201,7 +201,7 @@ def read_tensors(folder: PeftFolder) -> Tensors:
             raise UserError(f"{where}: {SAFE} cannot be read: {first_line(error)}") from None
     elif (path / PICKLED).is_file():
         name = PICKLED
-        remarks.append(f"{where}: {PICKLED} is read as plain tensors; nothing else in it would be")
+        remarks.append(f"{PICKLED} is read as plain tensors; nothing else in it would be")
         tensors = _unpickled(path / PICKLED, where)
     else:
         parts = sorted(p.name for p in path.glob("adapter_model*"))
@@ -209,7 +209,7 @@ def read_tensors(folder: PeftFolder) -> Tensors:
         raise UserError(f"{where}: no adapter: {hint}")
     plain = {re.sub(r"(\.lora_[AB])\.default\.weight$", r"\1.weight", key): t for key, t in tensors.items()}
     if plain.keys() != tensors.keys():
-        remarks.append(f"{where}: {name}: 'default' is taken out of its names, where peft itself writes none")
+        remarks.append(f"{name}: 'default' is taken out of its names, where peft itself writes none")
     factors = {key: tensor.float() for key, tensor in plain.items() if _FACTOR.search(key)}
     for key, tensor in factors.items():
         if tensor.ndim != 2 or not tensor.numel():

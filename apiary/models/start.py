@@ -143,7 +143,7 @@ def named_start(lm: LanguageModel, config: RunConfig) -> dict[str, Tensor] | Non
 
 
 def remarks(config: RunConfig) -> list[str]:
-    """What there is to say of the adapter that a run begins from, a line each.
+    """What there is to say of the adapter that a run begins from, a line each, for its log: without paths.
 
     Raises:
         UserError: the folder is gone, or cannot be honoured.
@@ -153,7 +153,7 @@ def remarks(config: RunConfig) -> list[str]:
     folder = _folder(config.adapter.start)
     lines = [*_opened(str(folder.path.resolve()), config.model).remarks]
     if folder.base and config.model.name not in (folder.base, str(Path(folder.base).resolve())):
-        lines.append(f"made on the base {folder.base!r}; in use is {public_name(config.model.name)!r}")
+        lines.append(f"made on the base {public_name(folder.base)!r}; in use is {public_name(config.model.name)!r}")
     elif (revision := folder.values.get("revision")) != config.model.revision and revision:
         lines.append(f"made on the revision {revision!r} of its base; in use is {config.model.revision!r}")
     if config.privacy.unit == "record":

@@ -197,7 +197,11 @@ def test_what_there_is_to_say(tiny_model: Path, tmp_path: Path) -> None:
     assert start.remarks(run(folder)) == []
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "someone/llama"}))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
     private = ["privacy.unit=record", "privacy.epsilon=8"]
-    first, second = start.remarks(run(folder, f"model.name={tiny_model}", *private))
+    lines = start.remarks(run(folder, f"model.name={tiny_model}", *private))
+    assert str(tmp_path) not in str(lines)  # they stand in the log
+    tokenizer, first, second = lines
+    assert tokenizer.startswith("adapter.start: the tokenizer and its template are those of the base")
     assert first == f"adapter.start: made on the base 'someone/llama'; in use is {tiny_model.name!r}"
     assert "does not cover rows that the start was tuned on" in second
