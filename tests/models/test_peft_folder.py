@@ -221,6 +221,29 @@ def test_adapters_on_experts(family: str, tiny_model: Path, tmp_path: Path) -> N
     torch.testing.assert_close(logits(theirs(base, tmp_path / "ours")), expected, rtol=0, atol=1e-4)
 
 
+def test_an_adapter_on_experts_of_an_earlier_transformers(tiny_model: Path, tmp_path: Path) -> None:
+    """Each expert had linear layers of its own then; peft joins their factors, of twice the rank and alpha."""
+    base = model_families.make_folder("Mixtral", tmp_path / "base")
+    shape = plain_base(base).config
+    wide, deep = shape.hidden_size, shape.intermediate_size
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=6, target_modules=["w1", "w2", "w3"]).save_pretrained(folder)
+    rng, tensors = torch.Generator().manual_seed(5), dict[str, torch.Tensor]()
+    for layer in range(shape.num_hidden_layers):
+        for expert in range(shape.num_local_experts):
+            for name, (rows, columns) in {"w1": (deep, wide), "w3": (deep, wide), "w2": (wide, deep)}.items():
+                stem = f"base_model.model.model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}"
+                tensors[f"{stem}.lora_A.weight"] = 0.2 * torch.randn(4, columns, generator=rng)
+                tensors[f"{stem}.lora_B.weight"] = 0.2 * torch.randn(rows, 4, generator=rng)
+    save_file(tensors, folder / WEIGHTS)
+    expected = logits(theirs(base, folder))
+    assert (expected - logits(plain_base(base))).abs().max() > 0.1
+    lm, _, foreign = opened(base, folder)
+    torch.testing.assert_close(logits(lm.model), expected, rtol=0, atol=1e-4)
+    assert foreign.settings.targets == ("down_proj", "gate_up_proj")
+
+
 @pytest.mark.parametrize("settings", [{}, {"init_lora_weights": "pissa"}, {"fan_in_fan_out": True}])
 def test_layers_whose_weights_are_the_other_way_round(
     settings: dict[str, Any], tiny_model: Path, tmp_path: Path
