@@ -51,6 +51,7 @@ def start(state: Path, config: RunConfig, out: Path, *, resume: bool = False) ->
         flower_cli.FlowerError: the SuperLink refused the run.
     """
     server.port_of(state)
+    config = begun(config)
     if resume or not _failed_at_once(out):
         run_directory.check_folder(config, out, resume)
     check(config)
@@ -139,6 +140,19 @@ def _reserved(out: Path) -> Iterator[str]:
             if new:
                 path.unlink(missing_ok=True)
             raise
+
+
+def begun(config: RunConfig) -> RunConfig:
+    """The configuration with what `adapter.start` says of the adapter: sites have no copy of it.
+
+    Raises:
+        UserError: it cannot be read or honoured.
+    """
+    if config.adapter.start is None:
+        return config
+    from apiary.models.start import resolved  # here, for `status` needs no torch
+
+    return resolved(config)
 
 
 def check(config: RunConfig) -> None:

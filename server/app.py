@@ -19,7 +19,7 @@ from apiary.data.examples import Example
 from apiary.evaluation import continual
 from apiary.evaluation.comparison import HeldOut
 from apiary.export import adapter_folder
-from apiary.models import adapters
+from apiary.models import adapters, start
 from apiary.privacy import statement
 from apiary.tracking.delivery import BEST, EVENT
 from apiary.tracking.event_log import RunLog
@@ -52,12 +52,12 @@ def prepare(
     aggregator = strategies.from_config(config)
     saved = checkpoint.load(folder / "checkpoints", config)
     if saved is None:
-        fresh = adapters.fresh_adapter(lm, config.seed)
-        state = ServerState(0, {n: t for n, t in fresh.items() if aggregator.local.shares(n)}, {}, {})
+        begun = start.starting_adapter(lm, config)
+        state = ServerState(0, {n: t for n, t in begun.items() if aggregator.local.shares(n)}, {}, {})
         progress = Progress()
     else:
         state, progress = saved[0], Progress(**saved[1])
-    for line in from_config.remarks(config):
+    for line in [*from_config.remarks(config), *start.remarks(config)]:
         log.event("warning", message=line)
     measured = None if aggregator.local.personal else held_out  # half an adapter has no loss
     hooks = Hooks(

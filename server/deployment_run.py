@@ -26,6 +26,7 @@ from apiary.evaluation.comparison import HeldOut
 from apiary.export.adapter_folder import exported_rank
 from apiary.models import adapters
 from apiary.models.adapters import LanguageModel
+from apiary.models.start import named_start
 from apiary.privacy import statement
 from apiary.report import write_report
 from apiary.report.sites import own_rounds
@@ -160,8 +161,9 @@ def _summarise(config: RunConfig, folder: Path, adapter: StateDict, held_out: He
     table: list[dict[str, Any]] = []
     more: dict[str, Any] = {}
     if held_out is not None:
-        rows = comparison.compare(_model(config)[0], held_out, config, adapter, {}, {}).rows
-        steps = {"base": 0, "federated": made.total()}
+        lm = _model(config)[0]
+        rows = comparison.compare(lm, held_out, config, adapter, {}, {}, start=named_start(lm, config)).rows
+        steps = {"base": 0, "start": 0, "federated": made.total()}
         table = [{**comparison.table_row(name, row, config.seed), "steps": steps[name]} for name, row in rows.items()]
         more = {
             "paired": comparison.differences(rows, config.seed),

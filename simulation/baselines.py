@@ -30,6 +30,7 @@ from apiary.data.examples import Example
 from apiary.data.tokenization import Template
 from apiary.models import adapter_files, adapters
 from apiary.models.adapters import LanguageModel
+from apiary.models.start import starting_adapter
 from apiary.tracking.event_log import RunLog
 from apiary.tracking.run_directory import result_folders
 from client.training import trainer, zeroth_order
@@ -235,7 +236,7 @@ def _train(lm: LanguageModel, config: RunConfig, template: Template, work: Work,
 
 def _begin(lm: LanguageModel, config: RunConfig, work: Work) -> tuple[LocalAlgorithm, Payload]:
     """What a baseline starts from, and the part of the run's method that makes its steps, if it is not the trainer."""
-    method, start = method_from_config(config), adapters.fresh_adapter(lm, config.seed)
+    method, start = method_from_config(config), starting_adapter(lm, config)
     if not method.local.gradient_free:
         return PLAIN, Payload(start, {})
     return method.local, method.payload(ServerState(0, start, {}, {}), ClientInfo(work.client, work.rank, 0))

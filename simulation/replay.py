@@ -23,8 +23,8 @@ from apiary.core.tensors import StateDict, add, generator, subtract
 from apiary.data.examples import Example
 from apiary.data.federation import ClientData
 from apiary.data.turns import Turn
-from apiary.models import adapters
 from apiary.models.adapters import LanguageModel
+from apiary.models.start import starting_adapter
 from apiary.privacy.ledger import Ledger, save_ledger
 from apiary.privacy.noise import KEY_FILE
 from client import compression
@@ -101,7 +101,7 @@ def visits(bench: Bench, rows: Sequence[Example], rounds: int, folder: Path, see
     config, lm = bench.config, bench.lm
     aggregator = strategies.from_config(config)
     copy = site(bench, rows, folder, seed)
-    state = ServerState(0, adapters.fresh_adapter(lm, config.seed), {}, {})
+    state = ServerState(0, starting_adapter(lm, config), {}, {})
     last = 0
     for number in range(1, rounds + 1):
         info = ClientInfo(copy.client, bench.rank, last)

@@ -17,7 +17,7 @@ from apiary.data import splits, stages, tokenization
 from apiary.data.federation import set_deciding_apart, too_few_clients, undecided
 from apiary.data.stages import rows_by_stage, unlimited_buffers
 from apiary.evaluation import comparison, continual
-from apiary.models import adapter_files, adapters
+from apiary.models import adapter_files, adapters, start
 from apiary.privacy import plan as privacy_plan
 from apiary.privacy import sampling
 from apiary.report import write_report
@@ -111,6 +111,7 @@ def simulate(
         UserError: wrong input, or another process writes `folder`; nothing was written.
         apiary.core.errors.RunFailed: too few clients answered well, or the model that they made gives no number.
     """
+    config = start.resolved(config)
     with run_directory.claim(folder) as warnings:
         run_directory.check_folder(config, folder, resume)
         return _simulate(config, folder, observers, warnings)

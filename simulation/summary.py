@@ -21,6 +21,7 @@ from apiary.evaluation.comparison import HeldOut, Measured
 from apiary.export.adapter_folder import exported_rank, save_adapter_folder
 from apiary.models import adapters
 from apiary.models.adapters import LanguageModel
+from apiary.models.start import named_start
 from apiary.privacy import statement
 from apiary.report.data import OUTCOMES, gain_of
 from apiary.tracking import delivery, environment, event_log, metrics_file
@@ -68,7 +69,7 @@ def summarise(prepared: Plan, adapter: StateDict, folder: Path, log: RunLog) -> 
     log.event("phase", name="evaluating")
     own = _personal(prepared, adapter, folder, {client.client for client in took_part})
     local, pooled = ({name: made.adapter for name, made in group.items()} for group in trained)
-    runs, alone = comparison.compare(lm, held_out, config, adapter, local, pooled, own)
+    runs, alone = comparison.compare(lm, held_out, config, adapter, local, pooled, own, named_start(lm, config))
     steps = {client.client: client.total for client in took_part}
     ranks = metrics_file.ranks(events)
     clients = _per_client(prepared, adapter, trained, runs["federated"], alone, own, ranks, steps)
@@ -144,6 +145,7 @@ def _accounts(trained: Baselines, events: Sequence[Mapping[str, Any]]) -> dict[s
     keys = ("steps", "rows", "tokens")
     found: dict[str, dict[str, int | None]] = {
         "base": dict.fromkeys(keys, 0),
+        "start": dict.fromkeys(keys, 0),
         "federated": {
             "steps": _sum(event["steps"] for event in came),
             "rows": _sum(rows.get(name) for name in names),

@@ -79,6 +79,16 @@ def _problems(config: RunConfig, aggregator: Aggregator) -> Iterator[str]:
             f"adapter.train = {adapter.train!r}: strategy.name = {name!r} moves the factor that clients hold fixed; "
             f"it allows {' and '.join(map(repr, aggregator.trains))}"
         )
+    if adapter.start is not None and aggregator.local.personal:
+        yield (
+            f"adapter.start: with adapter.share = {adapter.share!r} the B of each client begins at zero, and that of "
+            "the start would be lost; leave one of the two out"
+        )
+    if adapter.start is not None and aggregator.local.gradient_free:
+        yield (
+            f"adapter.start: strategy.name = {name!r} lets clients make the first adapter anew from the run's seed; "
+            "they have no copy of another; leave it out"
+        )
     if adapter.init != "kaiming" and _renewed(config, aggregator):
         how = "draws A anew in every round, Kaiming-uniform" if aggregator.renews else "factors A anew in every round"
         yield f"adapter.init = {adapter.init!r}: strategy.name = {name!r} {how}; leave adapter.init out"

@@ -174,6 +174,8 @@ def chat(
 
     given = "" if data_file is None else talk.read_data(data_file)
     opened = results.open_tuned(tuned, overrides or [])
+    for line in opened.remarks:
+        typer.echo(f"warning: {line}", err=True)
     if prompt is not None:
         typer.echo(talk.answer(opened, prompt, given, max_new_tokens))
     else:

@@ -146,6 +146,13 @@ def _ranks(config: RunConfig) -> Iterator[str]:
         yield f"adapter.ranks = {list(adapter.ranks)}: {odd[0]} is not from 1 to adapter.rank = {adapter.rank}"
 
 
+def _start(config: RunConfig) -> Iterator[str]:
+    if config.adapter.start is not None and config.adapter.init != "kaiming":
+        yield f"adapter.init = {config.adapter.init!r}: adapter.start brings an A of its own; leave one of the two out"
+    if config.adapter.start is None and config.adapter.start_digest is not None:
+        yield "adapter.start_digest is of an adapter.start; set that too, or leave it out"
+
+
 def _scaffold(config: RunConfig) -> Iterator[str]:
     """Its control variates are gradients, read off the way that plain stochastic gradient descent went."""
     if config.strategy.name != "scaffold":
@@ -238,6 +245,7 @@ _RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _stopped_before_the_last_task,
     _stopped_by_nothing,
     _ranks,
+    _start,
     _scaffold,
     _seeds,
     _personal_factors,

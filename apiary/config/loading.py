@@ -64,7 +64,8 @@ def from_json(text: str) -> RunConfig:
 def load(path: str | Path | None = None, overrides: Iterable[str] = ()) -> RunConfig:
     """The configuration from a TOML file (or the defaults) with `key=value` overrides on top.
 
-    A relative `data.source`, `data.test`, `model.name`, `prompt.template` or `strategy.root` that exists beside the
+    A relative `data.source`, `data.test`, `model.name`, `prompt.template`, `strategy.root` or
+    `adapter.start` that exists beside the
     file is read from there.
 
     Raises:

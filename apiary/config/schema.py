@@ -98,9 +98,18 @@ class AdapterConfig(_Section):
         "each client's device (a site may set its own)",
     )
 
+    start: str | None = Field(
+        None,
+        description="an adapter folder, made by any tool with peft's LoRA, or a run, that training begins from; what "
+        "this table does not set of rank, alpha, scaling and targets is as it is there",
+    )
+    start_digest: str | None = Field(
+        None, description="digest of the adapter in `start`; the run sets it, and goes on from no other"
+    )
+
     def of_rank(self, rank: int) -> AdapterConfig:
-        """The adapter of a client of this rank."""
-        return self.model_copy(update={"rank": rank, "ranks": ()})
+        """The adapter of a client of this rank, whatever it begins from."""
+        return self.model_copy(update={"rank": rank, "ranks": (), "start": None, "start_digest": None})
 
     def trained(self, round_number: int) -> Literal["both", "b", "a"]:
         """The factors that are trained in a round, from 1; b comes first, for while it is zero, a gets no gradient."""

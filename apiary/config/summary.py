@@ -23,6 +23,8 @@ def facts(config: RunConfig) -> list[tuple[str, str]]:
         choices.append(("Factors trained", _FACTORS[adapter.train]))
     if adapter.share != "both":
         choices.append(("Factors shared", "A alone; each client keeps a B of its own"))
+    if adapter.start is not None:
+        choices.append(("Begun from", f"{public_name(adapter.start)} ({adapter.start_digest or 'not read yet'})"))
     if strategy.server_optimizer.name != "none":
         choices.append(("Server optimiser", _method(strategy.server_optimizer)))
     if config.train.penalties:

@@ -16,6 +16,7 @@ _PATH_KEYS = (
     ("model", "name"),
     ("prompt", "template"),
     ("strategy", "root"),
+    ("adapter", "start"),
 )
 
 

@@ -90,11 +90,12 @@ def _examine_parts(config: RunConfig, problems: list[str], console: Console, rem
     from apiary.data.federation import federate
     from apiary.doctor import plan, values
     from apiary.evaluation import comparison
-    from apiary.models import base, inference
+    from apiary.models import base, inference, start
     from apiary.tracking import trackers
     from apiary.transport import from_config
 
     told: dict[str, Any] = {}
+    config = _attempt(problems, lambda: start.resolved(config)) or config
     _attempt(problems, lambda: trackers.check(config))
     device = _attempt(problems, lambda: base.resolve_device(config.model))
     federation = _attempt(
@@ -125,6 +126,7 @@ def _examine_parts(config: RunConfig, problems: list[str], console: Console, rem
         *said,
         *splits.remarks(federation, config),
         *from_config.remarks(config),
+        *(_attempt(problems, lambda: start.remarks(config)) or ()),
         *stages.unlimited_buffers(staged, config),
     ]
     plan.print_warnings(said, console)

@@ -285,6 +285,7 @@ def compare(
     alone: Mapping[str, StateDict],
     pooled: Mapping[str, StateDict],
     personal: Mapping[str, StateDict] | None = None,
+    start: StateDict | None = None,
 ) -> Comparison:
     """Every method on the same held-out examples.
 
@@ -297,6 +298,7 @@ def compare(
         pooled: those trained on all data, by method, in the order of the table.
         personal: each client's own federated one, where each has one (`adapter.share` = "a"); the federated row is
             then their mean, as the local row is of those trained alone.
+        start: what the federation began from, where that is no new adapter, which is the base.
     """
 
     def score(state: StateDict) -> Measured:
@@ -306,6 +308,8 @@ def compare(
     rows: dict[str, Measured] = {}
     if "base" in config.evaluate.baselines:
         rows["base"] = score(fresh_adapter(lm, config.seed))
+    if start is not None:
+        rows["start"] = score(start)
     if scores:
         rows["local"] = mean(list(scores.values()))
     rows["federated"] = mean([score(state) for state in personal.values()]) if personal else score(adapter)

@@ -117,7 +117,7 @@ def results(
 
     Args:
         events: the run's log, in which a `stage` event stands for each row of R.
-        runs: every method on the held-out examples; those but the federated one trained on all stages at once.
+        runs: every method on the held-out examples; the baselines among them trained on all stages at once.
         held_out: these examples.
         config: the run.
     """
@@ -130,7 +130,9 @@ def results(
         "buffer": config.continual.buffer,
         "n": rows[-1]["n"],
         "joint": {
-            name: by_stage(run, held_out, config) for name, run in runs.items() if name not in ("base", "federated")
+            name: by_stage(run, held_out, config)
+            for name, run in runs.items()
+            if name not in ("base", "start", "federated")
         },
         "overall": {},
         "backward_transfer": {},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -12,12 +13,14 @@ from apiary.core import files
 from apiary.core.errors import UserError
 from apiary.data.templates import with_template
 from apiary.export.adapter_folder import OF_THE_SITE, SETTINGS, exported_rank
-from apiary.export.model_card import base_path, card
+from apiary.export.model_card import base_path, card, card_of_other
 from apiary.export.tuned import Tuned, open_tuned
 from apiary.models import adapter_files, adapters, generation
 from apiary.models.base import save_tokenizer_files
 from apiary.privacy import statement
 from apiary.tracking import metrics_file
+
+_log = logging.getLogger(__name__)
 
 
 def export_run(path: Path, to: Path, *, merge: bool) -> Path:
@@ -32,6 +35,8 @@ def export_run(path: Path, to: Path, *, merge: bool) -> Path:
         raise UserError(f"{str(to)!r} is a file or not empty; choose another --to")
     # Merging in 16 bits would round a light update away.
     tuned = open_tuned(path, ["model.dtype=float32"] if merge else [])
+    for line in tuned.remarks:
+        _log.warning("%s", line)
     metrics = metrics_file.read_metrics(tuned.run) if tuned.run and (tuned.run / "metrics.json").exists() else None
     privacy = statement.read(tuned.run) if tuned.run else {}
     draft = to.with_name(f".{to.name}.draft")
@@ -39,9 +44,13 @@ def export_run(path: Path, to: Path, *, merge: bool) -> Path:
     draft.mkdir(parents=True)
     try:
         _write_export(tuned, draft, merge)
-        text = card(tuned.config, exported_rank(tuned.adapter), metrics, privacy, merged=merge, why=tuned.template.why)
+        rank = exported_rank(tuned.adapter)
+        if tuned.elsewhere:  # nothing is known of how it was tuned, and without settings it opens as it did here
+            text = card_of_other(tuned.config, rank, merged=merge)
+        else:
+            text = card(tuned.config, rank, metrics, privacy, merged=merge, why=tuned.template.why)
+            files.write_atomic(draft / SETTINGS, _handed_on(tuned.config).to_toml(without=OF_THE_SITE))
         files.write_atomic(draft / "README.md", text)
-        files.write_atomic(draft / SETTINGS, _handed_on(tuned.config).to_toml(without=OF_THE_SITE))
         for file in draft.rglob("*.safetensors"):  # written by others with the owner's rights alone
             file.chmod(0o644)
         if to.exists():
@@ -57,8 +66,10 @@ def _handed_on(config: RunConfig) -> RunConfig:
     """The settings without what is nobody else's business: where the data lay, and folders of this machine."""
     model = config.model.model_copy(update={"name": public_name(config.model.name)})
     strategy = config.strategy.model_copy(update={"root": None})
+    start = config.adapter.start and public_name(config.adapter.start)
     config = with_template(config, public_name(config.prompt.template))
-    return config.model_copy(update={"model": model, "strategy": strategy})
+    adapter = config.adapter.model_copy(update={"start": start})
+    return config.model_copy(update={"model": model, "strategy": strategy, "adapter": adapter})
 
 
 def _write_export(tuned: Tuned, draft: Path, merge: bool) -> None:

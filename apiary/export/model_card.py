@@ -37,25 +37,22 @@ def card(
         why: what there is to say of the choice of the template.
         rounds: how many made the adapter; where None, as the results say, else those of the run.
     """
-    name, told = config.model.name, (metrics or {}).get("delivered") or {}
+    told = (metrics or {}).get("delivered") or {}
     made = rounds or told.get("round") or config.rounds
     template = f"`{Path(config.prompt.template).name}`" + (f" ({why})" if why else "")
     lines = [
-        "---",
-        *([] if name.startswith("builtin:") or name != public_name(name) else [f"base_model: {name}"]),
-        "library_name: " + ("transformers" if merged else "peft"),
-        "tags: [federated-learning, lora, apiary]",
-        "---",
+        *_front(config, merged, "federated-learning, lora, apiary"),
         "# A federated LoRA adapter" + (", merged into its base" if merged else ""),
         "",
-        f"Tuned with Apiary from `{public_name(name)}` by federated learning in {made} rounds, by "
+        f"Tuned with Apiary from {_base(config)} by federated learning in {made} rounds, by "
         f"{summary.sentence(config)}; prompt template {template}. "
         f"Clients sent {summary.sent(config)} and counts.",
         *_grown(config.adapter.rank, rank, merged),
         *_apart(config),
+        *_local(config, merged),
         "",
         "```python",
-        *_use(name, merged, exported),
+        *_use(config, merged, exported),
         "```",
         *card_table(metrics),
         "",
@@ -66,8 +63,68 @@ def card(
     return "\n".join(lines) + "\n"
 
 
-def _use(name: str, merged: bool, exported: bool) -> list[str]:
+def card_of_other(config: RunConfig, rank: int, *, merged: bool) -> str:
+    """The model card of an adapter that another tool made: what its folder told, and no more.
+
+    Args:
+        config: names the base.
+        rank: of the adapter that is handed on.
+        merged: whether the card is for a whole model.
+    """
+    adapter = config.adapter
+    lines = [
+        *_front(config, merged, "lora"),
+        "# A LoRA adapter" + (", merged into its base" if merged else ""),
+        "",
+        f"Made on {_base(config)} by another tool, and written by Apiary as one adapter of rank {rank}, "
+        f"alpha {adapter.alpha:g} and scaling {adapter.scaling}, with the same products. How it was tuned is not known "
+        "here.",
+        *_local(config, merged),
+        "",
+        "```python",
+        *_use(config, merged, exported=True),
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def is_local(name: str) -> bool:
+    """Whether a base is a folder of a machine, and no name that others know."""
+    path = Path(name).expanduser()
+    return not name.startswith("builtin:") and (path.is_absolute() or name.startswith(".") or path.is_dir())
+
+
+def _front(config: RunConfig, merged: bool, tags: str) -> list[str]:
+    name = config.model.name
+    return [
+        "---",
+        *([] if name.startswith("builtin:") or is_local(name) else [f"base_model: {name}"]),
+        "library_name: " + ("transformers" if merged else "peft"),
+        f"tags: [{tags}]",
+        "---",
+    ]
+
+
+def _base(config: RunConfig) -> str:
+    """The base in a sentence, with its revision where one is named."""
+    model = config.model
+    return f"`{public_name(model.name)}`" + (f" (revision `{model.revision}`)" if model.revision else "")
+
+
+def _local(config: RunConfig, merged: bool) -> list[str]:
+    """That the base is a folder of the maker's machine, which no hub knows."""
+    if merged or not is_local(config.model.name):
+        return []
+    return [
+        "",
+        f"The base is a folder on the machine where this was made, `{public_name(config.model.name)}`: no hub knows it "
+        "by that name. Put the path of your copy of it in its place.",
+    ]
+
+
+def _use(config: RunConfig, merged: bool, exported: bool) -> list[str]:
     """The lines of Python that load what the card is for."""
+    name, revision = config.model.name, config.model.revision
     if merged:
         return [
             "from transformers import AutoModelForCausalLM",
@@ -80,7 +137,8 @@ def _use(name: str, merged: bool, exported: bool) -> list[str]:
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM",
         "",
-        f'base = AutoModelForCausalLM.from_pretrained("{base_path(name)}")',
+        f'base = AutoModelForCausalLM.from_pretrained("{base_path(name)}"'
+        + (f', revision="{revision}")' if revision and not is_local(name) else ")"),
         'model = PeftModel.from_pretrained(base, "THIS_FOLDER")',
     ]
 

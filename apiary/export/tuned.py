@@ -20,9 +20,11 @@ from apiary.data.turns import Turn
 from apiary.evaluation import comparison
 from apiary.evaluation.comparison import Measured
 from apiary.export.adapter_folder import SETTINGS, WEIGHTS
-from apiary.models import adapters
+from apiary.models import adapters, peft_folder
 from apiary.models.adapter_files import read_adapter
 from apiary.models.adapters import LanguageModel
+from apiary.models.peft_keys import CONFIG, read_folder
+from apiary.models.start import named_start
 from apiary.tracking import metrics_file
 from apiary.tracking.run_directory import result_folders
 
@@ -35,6 +37,8 @@ class Tuned(NamedTuple):
     template: Template
     adapter: StateDict
     run: Path | None  # the run directory, if it is one
+    remarks: tuple[str, ...] = ()  # what there is to say of an adapter that another tool made, a line each
+    elsewhere: bool = False  # whether another tool made it
 
 
 def open_tuned(path: Path, overrides: Sequence[str] = ()) -> Tuned:
@@ -45,10 +49,12 @@ def open_tuned(path: Path, overrides: Sequence[str] = ()) -> Tuned:
         overrides: `key=value` settings on top of the stored ones.
 
     Raises:
-        UserError: neither of the two, or the base model cannot be had.
+        UserError: neither of the two, the base model cannot be had, or an adapter of another tool cannot be honoured.
     """
     run = path if (path / "adapter" / WEIGHTS).exists() else None
     folder = path / "adapter" if run else path
+    if _made_elsewhere(path, folder):
+        return _open_elsewhere(path, overrides)
     if not (folder / WEIGHTS).exists():
         unfinished = (path / "config.toml").exists()
         hint = (
@@ -58,7 +64,7 @@ def open_tuned(path: Path, overrides: Sequence[str] = ()) -> Tuned:
         )
         raise UserError(f"{str(path)!r} holds no adapter; {hint}")
     stored = next((f for f in (path / "config.toml", folder / SETTINGS) if f.exists()), None)
-    config = loading.load(stored, [*_settings_of(folder, stored), *overrides])
+    config = loading.load(stored, overrides)
     if config.prompt.template == "auto" and (folder / SETTINGS).exists():  # a tokenizer may have got a template since
         config = with_template(config, loading.load(folder / SETTINGS).prompt.template)
     lm = adapters.load(config.model, config.adapter)
@@ -80,35 +86,59 @@ def open_tuned(path: Path, overrides: Sequence[str] = ()) -> Tuned:
     return Tuned(config, lm, template, adapter, run)
 
 
-def _settings_of(folder: Path, stored: Path | None) -> list[str]:
-    """What PEFT's own file says, for an adapter that carries no settings of ours."""
-    if stored is not None:
-        return []
-    try:
-        values = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{str(folder)!r}: adapter_config.json cannot be read: {error}") from None
-    if values.get("peft_type") != "LORA":
-        raise UserError(f"{str(folder)!r}: peft_type = {values.get('peft_type')!r}; only LORA can be opened")
-    targets = values["target_modules"]
-    return [
-        f"model.name={json.dumps(values['base_model_name_or_path'])}",
-        f"adapter.rank={values['r']}",
-        f"adapter.alpha={float(values['lora_alpha'])}",
-        f"adapter.scaling={'rslora' if values.get('use_rslora') else 'lora'}",
-        f"adapter.targets={json.dumps(targets)}",
-    ]
+def _made_elsewhere(path: Path, folder: Path) -> bool:
+    """Whether a folder is to be read as an adapter that carries no settings of ours."""
+    if (path / "config.toml").exists() or (folder / SETTINGS).exists():
+        return False
+    return (path / CONFIG).exists() or any(path.glob(f"*/{CONFIG}"))
+
+
+def _open_elsewhere(path: Path, overrides: Sequence[str]) -> Tuned:
+    """The model of an adapter folder that another tool made: its base, and the adapter as plain peft loads it.
+
+    Raises:
+        UserError: a key or a tensor of it cannot be honoured, or the base model cannot be had.
+    """
+    folder = read_folder(path)
+    keys = {item.partition("=")[0].strip() for item in overrides}
+    if own := sorted(key for key in keys if key.partition(".")[0] == "adapter"):
+        raise UserError(f"-s {own[0]}: {str(path)!r} brings its own adapter; leave the key out")
+    named = bool(keys & {"model", "model.name"})
+    if folder.base is None and not named:
+        raise UserError(f"{str(path)!r}: {CONFIG} names no base_model_name_or_path; name it: -s model.name=...")
+    if not named and folder.base and Path(folder.base).is_absolute() and not Path(folder.base).is_dir():
+        raise UserError(
+            f"{str(path)!r}: {CONFIG}: base_model_name_or_path = {folder.base!r}: no such folder on this machine; say "
+            "where the base is: -s model.name=..."
+        )
+    revision = folder.values.get("revision")
+    given = [] if named else [f"model.name={json.dumps(folder.base)}"]
+    if revision and not named:
+        given.append(f"model.revision={json.dumps(revision)}")
+    config = loading.load(None, [*given, *overrides])
+    remarks = list[str]()
+    if folder.base and config.model.name not in (folder.base, str(Path(folder.base).resolve())):
+        left = f", of revision {revision!r}" if revision else ""
+        remarks.append(f"made on base_model_name_or_path = {folder.base!r}{left}; in use is {config.model.name!r}")
+    elif revision and config.model.revision != revision:
+        remarks.append(f"made on revision = {revision!r}; in use is {config.model.revision!r}")
+    lm, state, foreign = peft_folder.load(folder, config.model)
+    config = config.model_copy(update={"adapter": foreign.settings})
+    template = tokenization.make_template(config.prompt, lm.tokenizer)
+    config = with_template(config, template.name)
+    said = tuple(f"{str(path)!r}: {line}" for line in (*remarks, *foreign.remarks))
+    return Tuned(config, lm, template, state, None, said, elsewhere=True)
 
 
 def score(tuned: Tuned, source: str) -> tuple[dict[str, Measured], list[str]]:
-    """The table's rows for other data: base and federated, and the run's own baselines where they were kept.
+    """The table's rows for other data: base, federated, and the run's own start and baselines where they were kept.
 
     With them, a line for each thing that keeps some of the data out of the table.
 
     Raises:
         UserError: the data cannot be read, or no example of it fits.
     """
-    config, lm, template, adapter, run = tuned
+    config, lm, template, adapter, run = tuned[:5]
     data = examples.read(source, split=config.data.split, columns=config.data.columns, max_rows=config.data.max_rows)
     held_out = comparison.prepare(data.test or data.examples, template, lm, config)
     if not held_out.examples:
@@ -121,14 +151,21 @@ def score(tuned: Tuned, source: str) -> tuple[dict[str, Measured], list[str]]:
         alone = {f.parent.name: read_adapter(lm, f) for f in sorted(places.alone.glob(f"[!.]*/{WEIGHTS}"))}
         together = (("central", places.central), ("central_serial", places.central_serial))
         pooled = {m: read_adapter(lm, place / WEIGHTS) for m, place in together if (place / WEIGHTS).exists()}
-    remarks = [line for report in data.reports for line in report.lines()]
+    remarks = [*tuned.remarks, *(line for report in data.reports for line in report.lines())]
+    if tuned.elsewhere:
+        remarks.append("the row 'federated' is this adapter, which another tool made")
     everything = len(data.test or data.examples)
     if (measured := len(held_out.examples)) < everything:
         remarks.append(
             f"{measured} of {everything} examples are measured: evaluate.max_examples = "
             f"{config.evaluate.max_examples}, and {held_out.left_out} that do not fit prompt.max_tokens are left out"
         )
-    rows = comparison.compare(lm, held_out, config, adapter, alone, pooled).rows
+    begun = None
+    try:
+        begun = named_start(lm, config)
+    except UserError as error:
+        remarks.append(f"no row for the start: {error}")
+    rows = comparison.compare(lm, held_out, config, adapter, alone, pooled, start=begun).rows
     for name, reasons in unlike(tuned).items():
         if name in rows:
             remarks.append(f"{name} is not like with like: it {', and it '.join(reasons.values())}")

@@ -140,7 +140,7 @@ def _adapt(base: _Base, config: ModelConfig, adapter: AdapterConfig) -> Language
         # peft asks Transformers for a property by its old name, and says what it does for GPT-2.
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
         warnings.filterwarnings("ignore", ".*fan_in_fan_out", UserWarning)
-        shared = _share(base.model)
+        shared = share(base.model)
         shared.name_or_path = config.name  # what peft writes down as the adapter's base
         try:
             model = get_peft_model(shared, _lora(config, adapter, base.model, found))
@@ -167,7 +167,7 @@ def _adapt(base: _Base, config: ModelConfig, adapter: AdapterConfig) -> Language
     )
 
 
-def _share(model: PreTrainedModel) -> PreTrainedModel:
+def share(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of the modules around the very same weights: peft rewrites the modules that it adapts."""
     keep = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     return copy.deepcopy(model, keep)

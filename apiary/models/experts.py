@@ -187,6 +187,11 @@ def from_peft(model: PeftModel, tensors: StateDict) -> dict[str, Tensor]:
     return tensors
 
 
+def split(b: Tensor, a: Tensor, experts: int) -> list[Factors]:
+    """The factors of each expert in those of all of a layer, as peft holds them."""
+    return [Factors(*halves) for halves in zip(_split(b, experts, True), _split(a, experts, False), strict=True)]
+
+
 def _groups(model: PeftModel) -> Iterator[tuple[str, str, list[str]]]:
     """Of each stack of experts its path in a PEFT folder, a half, and the names of that half, expert by expert."""
     for path, layer in _stacks(model):

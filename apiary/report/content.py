@@ -199,7 +199,8 @@ def _tiles(metrics: Metrics, own: Gain | None, everyone: Gain | None) -> list[tu
     """The key figures: name, value, remark."""
     tiles: list[tuple[str, str, str]] = []
     joint, alone = metrics.row("federated"), against(metrics)
-    versus = "training alone" if alone and alone.method == "local" else "the untuned model"
+    others = {"local": "training alone", "start": "the start"}
+    versus = others.get(alone.method if alone else "", "the untuned model")
     versus += caveat(metrics, alone.method) if alone else ""
     if joint is not None:
         remark = f"{nats(alone)} by {versus}; lower is better" if alone else "nats per token; lower is better"

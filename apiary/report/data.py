@@ -15,15 +15,16 @@ from apiary.config import gauged
 from apiary.core.errors import UserError
 from apiary.evaluation import intervals
 
-MethodName: TypeAlias = Literal["base", "local", "federated", "central", "central_serial"]
+MethodName: TypeAlias = Literal["base", "start", "local", "federated", "central", "central_serial"]
 Outcome: TypeAlias = Literal["gain", "lose", "cannot tell"]
 OUTCOMES: tuple[Outcome, ...] = ("gain", "lose", "cannot tell")
-METHODS: tuple[MethodName, ...] = ("base", "local", "federated", "central", "central_serial")
+METHODS: tuple[MethodName, ...] = ("base", "start", "local", "federated", "central", "central_serial")
 Interval: TypeAlias = tuple[float, float]
 _Interval: TypeAlias = Annotated[Interval | None, BeforeValidator(lambda ends: None if ends and None in ends else ends)]
 
 MEANING: Mapping[MethodName, tuple[str, str]] = {
     "base": ("Untuned", "the model as it came, before any training"),
+    "start": ("The start", "the adapter that training began from (adapter.start)"),
     "local": ("Training alone", "each client trains on its own data only; average over clients"),
     "federated": ("Federated", "clients train one model together; their data never leaves them"),
     "central": ("All data pooled", "all data in one place, in the steps of all clients together"),
@@ -177,6 +178,7 @@ class Sample(_Part):
     reference: str
     skill: str | None = None
     base: str | None = None
+    start: str | None = None
     local: str | None = None
     federated: str | None = None
     central: str | None = None
@@ -288,7 +290,7 @@ class Metrics(_Part):
     @property
     def noiseless(self) -> tuple[MethodName, ...]:
         """Methods of a private run that trained without its noise: nobody is shown what they make."""
-        return tuple(m for m in METHODS if m not in ("base", "federated") and self.private and self.row(m))
+        return tuple(m for m in METHODS if m not in ("base", "start", "federated") and self.private and self.row(m))
 
     @property
     def unlike(self) -> Mapping[MethodName, Mapping[str, str]]:

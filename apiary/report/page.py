@@ -14,13 +14,13 @@ STYLE: Final = """
   --font: -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Liberation Sans", Arial, system-ui, sans-serif;
   --mono: ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberation Mono", monospace;
   --paper: #fbfaf7; --panel: #ffffff; --ink: #1b1f24; --muted: #5d6570; --line: #e3e1da;
-  --base: #6f7782; --local: #c26a00; --federated: #0062a3; --central: #00805c; --central_serial: #7d4fa8; --wrong: #b3261e;
+  --base: #6f7782; --start: #8a4f2a; --local: #c26a00; --federated: #0062a3; --central: #00805c; --central_serial: #7d4fa8; --wrong: #b3261e;
   --up: #47525f; --down: #b3bac3; --heat: 0.62;
 }
 @media screen and (prefers-color-scheme: dark) {
   :root {
     --paper: #14171b; --panel: #1b1f25; --ink: #eceef1; --muted: #a2abb6; --line: #323942;
-    --base: #a5aeb9; --local: #f0a64a; --federated: #62b8f2; --central: #45cda2; --central_serial: #c79cf0; --wrong: #ff8a80;
+    --base: #a5aeb9; --start: #d2a07a; --local: #f0a64a; --federated: #62b8f2; --central: #45cda2; --central_serial: #c79cf0; --wrong: #ff8a80;
     --up: #b9c1cb; --down: #5f6975; --heat: 0.5;
   }
 }
@@ -61,7 +61,7 @@ tbody th { color: var(--ink); font-size: 16px; }
 .results tbody th small { display: block; font-weight: 400; min-width: 15em; }
 .results tr.federated { font-weight: 650; }
 .key { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 8px; background: var(--tone); }
-.base { --tone: var(--base); } .local { --tone: var(--local); } .federated { --tone: var(--federated); } .central { --tone: var(--central); } .central_serial { --tone: var(--central_serial); }
+.base { --tone: var(--base); } .start { --tone: var(--start); } .local { --tone: var(--local); } .federated { --tone: var(--federated); } .central { --tone: var(--central); } .central_serial { --tone: var(--central_serial); }
 .track { position: relative; width: 190px; height: 24px; }
 .track i { position: absolute; background: var(--tone); }
 .track .fill { left: 0; top: 6px; height: 12px; opacity: 0.24; border-radius: 0 3px 3px 0; }

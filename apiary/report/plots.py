@@ -26,15 +26,17 @@ from apiary.report.data import METHODS, OUTCOMES, Gain, MethodName, Metrics, Out
 
 SHORT: dict[MethodName, str] = {
     "base": "Untuned",
+    "start": "Start",
     "local": "Alone",
     "federated": "Federated",
     "central": "Pooled",
     "central_serial": "Serial",
 }
-_NAMES = ("ink", "muted", "line", "base", "local", "federated", "central", "central_serial", "up", "down")
+_NAMES = ("ink", "muted", "line", "base", "start", "local", "federated", "central", "central_serial", "up", "down")
 _STAND_IN = {name: f"#0a0b{0x10 + i:02x}" for i, name in enumerate(_NAMES)}
 _DASHES: dict[MethodName, Any] = {
     "base": (0, (1, 2)),
+    "start": (0, (3, 1, 1, 1)),
     "local": (0, (5, 3)),
     "central": (0, (6, 2, 1, 2)),
     "central_serial": (0, (3, 2)),

@@ -19,6 +19,7 @@ _OUTCOMES_BY = "by a 95% interval over these rows, of these two models"
 _NAMES = {
     "local": "training alone",
     "base": "the untuned model",
+    "start": "the start",
     "central": "all data pooled",
     "central_serial": "all data pooled in serial steps",
 }
@@ -57,8 +58,8 @@ def headline(metrics: Metrics) -> str:
 
 
 def against(metrics: Metrics) -> Row | None:
-    """The row that the result is held against: training alone; untuned where that is not there or nobody joined."""
-    return (metrics.row("local") if metrics.joined else None) or metrics.row("base")
+    """The row that the result is held against: training alone; where nobody joined, the start, or the untuned model."""
+    return (metrics.row("local") if metrics.joined else None) or metrics.row("start") or metrics.row("base")
 
 
 def caveat(metrics: Metrics, method: MethodName) -> str:
@@ -66,11 +67,16 @@ def caveat(metrics: Metrics, method: MethodName) -> str:
     return ", without noise" if method in metrics.noiseless else ", not alike" if method in metrics.unlike else ""
 
 
+def _before(metrics: Metrics) -> str:
+    """What the loss before the first round is of."""
+    return "untuned" if metrics.row("start") is None else "the start"
+
+
 def _by_itself(metrics: Metrics, joint: Row) -> str:
     """The result of a run in which a single client took part."""
-    untuned = metrics.row("base")
-    before = metrics.before if untuned is None else untuned.loss
-    start = "" if before is None else f"from {formatting.loss_text(before, 2)} (untuned) "
+    first = metrics.row("start") or metrics.row("base")
+    before = metrics.before if first is None else first.loss
+    start = "" if before is None else f"from {formatting.loss_text(before, 2)} ({_before(metrics)}) "
     loss = f"{start}to a held-out loss of {nats(joint)} nats per token"
     return f"Nothing was federated: one client trained by itself, {loss}"
 
@@ -93,7 +99,7 @@ def _since_untuned(metrics: Metrics, joint: Row) -> str:
     if then == now:
         return f"Federated training made no clear difference: the held-out loss is {now} nats per token, as before"
     how = "did not help: it raised" if value(joint) > metrics.before else "cut"
-    return f"Federated training {how} the held-out loss from {then} (untuned) to {now} nats per token"
+    return f"Federated training {how} the held-out loss from {then} ({_before(metrics)}) to {now} nats per token"
 
 
 def _under_attack(metrics: Metrics) -> str:
@@ -106,9 +112,11 @@ def _under_attack(metrics: Metrics) -> str:
 
 
 def _spoiled(metrics: Metrics, joint: Row, other: Row) -> str:
-    """That the model has become worse than before any training, where it is held against something else."""
-    untuned = metrics.row("base")
-    if untuned is None or other.method == "base" or verdict(metrics, joint, untuned) != "worse":
+    """That the model has become worse than before this training or any, where it is held against something else."""
+    start, untuned = metrics.row("start"), metrics.row("base")
+    if start is not None and verdict(metrics, joint, start) == "worse":
+        return f"; that is worse than the start ({nats(start)})"
+    if untuned is None or other.method in ("base", "start") or verdict(metrics, joint, untuned) != "worse":
         return ""
     return f"; that is worse than the untuned model ({nats(untuned)})"
 

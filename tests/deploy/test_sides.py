@@ -16,6 +16,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+import torch
 from chat_templates import CHATML
 from conftest import instruction_rows
 from deployment import SITES, overrides, write_rows
@@ -33,7 +34,7 @@ from apiary.core.tensors import StateDict
 from apiary.data import federation, split, stages, tokenization
 from apiary.evaluation.comparison import HeldOut
 from apiary.evaluation.row_losses import ROW_LOSSES_FILE
-from apiary.models import adapters
+from apiary.models import adapter_files, adapters, start
 from apiary.tracking import run_directory
 from apiary.tracking.event_log import RunLog, read_events
 from apiary.tracking.metrics_file import read_metrics
@@ -123,6 +124,23 @@ def test_the_worker_answers_what_a_virtual_client_would(site: Site, rows: Path, 
     assert ours.update.client == theirs.update.client == "ant"  # type: ignore[union-attr]
     assert flower_records.read_message(own.content) == flower_records.read_message(virtual.content) != b""
     assert (site.state / "runs" / "first" / "round-0001.json").exists()
+
+
+def test_a_site_needs_no_copy_of_the_adapter_that_a_run_begins_from(site: Site, tmp_path: Path) -> None:
+    """Its rank, scale and targets travel in the configuration, and the adapter itself as the first that is received."""
+    lm = adapters.load(site.run.model, site.run.adapter.of_rank(3).model_copy(update={"targets": ("q_proj",)}))
+    begin = {name: torch.ones_like(tensor) for name, tensor in adapters.get_adapter(lm).items()}
+    adapter_files.save_adapter(lm, begin, tmp_path / "begin")
+    given = site.run.model_dump() | {"adapter": {"start": str(tmp_path / "begin")}}
+    site.run = runs.begun(loading.parse(given))
+    assert (site.run.adapter.rank, site.run.adapter.targets) == (3, ("q_proj",))
+    shutil.rmtree(tmp_path / "begin")
+    start.forget()
+    reply = site.ask("train", flower_records.request(1, flower_records.to_arrays(begin), ArrayRecord()))
+    assert not reply.has_error()
+    sent = flower_records.read_train_reply(reply.content)
+    assert sent.update.rank == 3  # type: ignore[union-attr]
+    assert site.ask(flower_records.HELLO).content
 
 
 def test_the_worker_is_healthy_and_reads_its_base_once(site: Site, caplog: pytest.LogCaptureFixture) -> None:

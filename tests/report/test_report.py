@@ -497,6 +497,18 @@ def test_a_model_worse_than_untuned_is_called_so_beside_another_comparison() -> 
     assert "untuned" not in near
 
 
+def test_a_run_that_began_from_an_adapter_is_held_against_that() -> None:
+    told = headline(parse_metrics(table(base=4.0, start=2.0, federated=1.0)))
+    assert told == f"Joining forces cut the held-out loss from 2.00 (the start) to 1.00 nats per token, {SCOPE}"
+    told = headline(parse_metrics(table(base=4.0, start=2.0, local=4.5, federated=3.0)))
+    assert "from 4.50 (training alone) to 3.00" in told
+    assert told.endswith("; that is worse than the start (2.00)")
+    assert "than the" not in headline(parse_metrics(table(base=4.0, start=2.98, local=4.5, federated=3.0)))
+    shown = Page(page(table(base=4.0, start=2.0, federated=1.0))).text
+    assert "the adapter that training began from" in shown
+    assert "2.00 by the start; lower is better" in shown
+
+
 def test_a_hidden_phrase_is_told_by_how_often_it_is_obeyed() -> None:
     obeyed = {"asked": 60, "answer": "x", "answered": {"base": 0.0, "federated": 0.8}}
     text = Page(page({**table(base=3.0, federated=2.0), "attack": {**ATTACK, "name": "trigger", **obeyed}})).text
