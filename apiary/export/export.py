@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from apiary.config.schema import RunConfig
@@ -158,26 +157,21 @@ def _checked(tuned: Tuned, form: _Form, draft: Path, wishes: _Wishes) -> list[st
     if form.cut:
         expected = checks.own_logits(lm, checks.state_of(lm, form.compared), rows)
         apart = checks.compare("", whole, expected, 0.0)
-        said.append(f"the cut moves logits by {apart.largest:.2g} at most, of a largest logit of {apart.top:.3g}")
-    for found in _read_again(tuned, draft, wishes, expected, rows):
-        if not found.equal:
-            raise CheckFailed(f"--check: not equal, so nothing was written: {found.words}")
-        said.append(f"checked: {found.words}")
-    return said
-
-
-def _read_again(
-    tuned: Tuned, draft: Path, wishes: _Wishes, expected: list[Tensor], rows: list[list[int]]
-) -> list[checks.Compared]:
+        said.append(f"the cut moves logits by {apart.largest:.2g} at most, of up to {apart.top:.3g}")
     if wishes.merge:
         found = [checks.merged_folder(draft, expected, rows)]
-        if wishes.gguf:
-            found.append(checks.gguf_model(draft / MODEL_GGUF, wishes.gguf, expected, rows))
-        return found
-    found = [checks.adapter_folder(tuned, draft, expected, rows)]
-    if wishes.gguf:
-        found.append(checks.gguf_adapter(tuned.lm, draft / ADAPTER_GGUF, expected, rows))
-    return found
+    else:
+        found = [checks.adapter_folder(tuned, draft, expected, rows)]
+    if wishes.gguf and wishes.merge:
+        read, rounding = checks.gguf_model(draft / MODEL_GGUF, wishes.gguf, expected, rows)
+        found.append(read)
+        said.append(f"{rounding.what} moves logits by {rounding.largest:.2g} at most, of up to {rounding.top:.3g}")
+    elif wishes.gguf:
+        found.append(checks.gguf_adapter(lm, draft / ADAPTER_GGUF, expected, rows))
+    for compared in found:
+        if not compared.equal:
+            raise CheckFailed(f"--check: not equal, so nothing was written: {compared.words}")
+    return [*said, *(f"checked: {compared.words}" for compared in found)]
 
 
 def _warnings(tuned: Tuned, base: PreTrainedModel, written: Written, wishes: _Wishes) -> list[str]:

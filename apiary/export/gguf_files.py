@@ -170,6 +170,15 @@ def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file
     _finish(writer)
 
 
+def round_matrices(model: PreTrainedModel, kind: str) -> None:
+    """Rounds a model's matrices, in place, as `write_model` rounds them."""
+    gguf = require()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            data, stored = _stored(gguf, _array(parameter), kind)
+            parameter.copy_(torch.from_numpy(gguf.quants.dequantize(data, stored)))
+
+
 def _stored(gguf: Any, data: np.ndarray, kind: str) -> tuple[np.ndarray, Any]:
     types = gguf.GGMLQuantizationType
     if data.ndim == 1:
