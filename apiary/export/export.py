@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedModel
 
+from apiary.config import loading
 from apiary.config.schema import RunConfig
 from apiary.config.summary import public_name
 from apiary.core import files
@@ -104,7 +105,7 @@ def export_run(
     draft.mkdir(parents=True)
     try:
         _write_export(tuned, form.written, draft, wishes)
-        _describe(tuned, form, draft, merged=wishes.merge)
+        _describe(tuned, form, path, draft, merged=wishes.merge)
         said = [*form.said, *(_checked(tuned, form, draft, wishes) if wishes.check else [])]
         for file in [*draft.rglob("*.safetensors"), *draft.glob("*.gguf")]:  # written with the owner's rights alone
             file.chmod(0o644)
@@ -131,13 +132,22 @@ def _form(tuned: Tuned, wishes: _Wishes) -> _Form:
     return _Form(written, compared, said, lost is not None, written is not before)
 
 
-def _describe(tuned: Tuned, form: _Form, draft: Path, *, merged: bool) -> None:
+def _stored_dtype(tuned: Tuned, path: Path) -> Any:
+    """`model.dtype` as the settings beside an adapter have it."""
+    stored = (path / "config.toml", path / SETTINGS)
+    return next((loading.load(file).model.dtype for file in stored if file.exists()), tuned.config.model.dtype)
+
+
+def _describe(tuned: Tuned, form: _Form, path: Path, draft: Path, *, merged: bool) -> None:
     """The card, and the settings without what stays at the site."""
     metrics = metrics_file.read_metrics(tuned.run) if tuned.run and (tuned.run / "metrics.json").exists() else None
     privacy = statement.read(tuned.run) if tuned.run else {}
     text = card(tuned.config, form.written.rank, metrics, privacy, merged=merged, why=tuned.template.why)
     files.write_atomic(draft / "README.md", text)
     config = _handed_on(tuned.config)
+    if not merged:  # in which bits the base is held is the run's setting, and none of the check's
+        dtype = _stored_dtype(tuned, path)
+        config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
     if form.changed:  # whoever opens the folder with these settings takes its factors for what they are
         rank, alpha, rslora = form.written[1:]
         shape = {"rank": rank, "ranks": (), "alpha": float(alpha), "scaling": "rslora" if rslora else "lora"}

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from apiary.config import loading
 from apiary.config.schema import AdapterConfig, ModelConfig, PromptConfig, RunConfig
 from apiary.core import lora
 from apiary.core.errors import UserError
@@ -40,14 +41,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return served_models.make_folder("Llama", tmp_path_factory.mktemp("models") / "llama")
 
 
-def tuned(folder: Path, to: Path, *, grown: int = 0, **adapter: Any) -> tuple[LanguageModel, StateDict]:
+def tuned(
+    folder: Path, to: Path, *, grown: int = 0, dtype: str = "float32", **adapter: Any
+) -> tuple[LanguageModel, StateDict]:
     """An adapter folder of a model; grown: the rank of what its method has put into the base besides."""
-    model = ModelConfig(name=str(folder), dtype="float32", device="cpu")
-    config = RunConfig(
-        model=model,
-        adapter=AdapterConfig(**{"rank": 8, "alpha": 8.0, **adapter}),
-        prompt=PromptConfig(template="alpaca"),
-    )
+    model = ModelConfig(name=str(folder), dtype=dtype, device="cpu")  # type: ignore[arg-type]
+    shape = AdapterConfig(**{"rank": 8, "alpha": 8.0, **adapter})
+    config = RunConfig(model=model, adapter=shape, prompt=PromptConfig(template="alpaca"))
     lm = adapters.load(config.model, config.adapter)
     state = small_models.random_state(adapters.get_adapter(lm), 0.2)
     if grown:
@@ -269,6 +269,14 @@ def test_what_is_not_equal_is_not_handed_on(base: Path, tmp_path: Path, monkeypa
         last = done.stderr.splitlines()[-1]
         assert re.match(r"apiary: --check: not equal, so nothing was written: " + re.escape(what), last)
         assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_check_leaves_the_settings_as_they_are(base: Path, tmp_path: Path) -> None:
+    """It computes in float32, and the folder still says in which bits the run held its base."""
+    tuned(base, tmp_path / "adapter", dtype="bfloat16")
+    done = export.export_run(tmp_path / "adapter", tmp_path / "out", check=True)
+    assert "(0.0001 of the largest logit)" in done.said[0]
+    assert loading.load(tmp_path / "out" / "apiary.toml").model.dtype == "bfloat16"
 
 
 def test_the_command_line_says_how_it_was_written_and_how_to_serve_it(base: Path, tmp_path: Path) -> None:
