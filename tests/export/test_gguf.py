@@ -108,6 +108,7 @@ def test_an_adapter_added_by_hand_to_the_base_is_the_merged_model(
     assert values["adapter.lora.alpha"] == pytest.approx(6.0 / 4**0.5 * 4)  # the scale of rsLoRA, times the rank
     before, after, factors = (tensors_of(tmp_path / f"{n}.gguf") for n in ("base", "whole", "adapter"))
     assert before.keys() == after.keys()
+    assert ("output.weight" in before) == (not base.config.tie_word_embeddings)  # a tied head is the embedding
     added = {n.removesuffix(".lora_a") for n in factors if n.endswith(".lora_a")}
     assert len(added) == len(lora.split(state)) and added <= before.keys()
     for tensor in before:
