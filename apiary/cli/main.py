@@ -37,6 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+GgufType = Literal["f32", "f16", "bf16", "q8_0"]
 Tuned = Annotated[Path, typer.Argument(metavar="RUN|ADAPTER", help="a run directory or a PEFT adapter folder")]
 
 
@@ -187,11 +188,39 @@ def export(
     run: Tuned,
     to: Annotated[Path, typer.Option("--to", help="the folder to write")],
     merge: Annotated[bool, typer.Option("--merge", help="merge the adapter into a whole model")] = False,
+    plain_scale: Annotated[
+        bool,
+        typer.Option("--plain-scale", help="scale by alpha/rank with a whole alpha, for servers that know no rsLoRA"),
+    ] = False,
+    max_rank: Annotated[
+        int | None, typer.Option(min=1, help="cut a higher rank to this one, and say what that costs")
+    ] = None,
+    gguf: Annotated[
+        bool, typer.Option("--gguf", help="a file for llama.cpp as well: of the adapter, or with --merge of the model")
+    ] = False,
+    gguf_type: Annotated[
+        GgufType | None, typer.Option(help="how the file of a merged model holds its matrices; unset: f16")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="read what was written with other code and compare its logits")
+    ] = False,
 ) -> None:
-    """Write the adapter, or the merged model, as a folder that other tools load."""
+    """Write the adapter, or the merged model, as a folder that other tools load, and print how to serve it."""
+    if gguf_type and not (gguf and merge):
+        raise UserError("--gguf-type is of a merged model in a GGUF file: give --merge and --gguf as well")
     from apiary.export.export import export_run
 
-    typer.echo(f"written: {shown(export_run(run, to.resolve(), merge=merge))}")
+    kind = (gguf_type or "f16") if gguf else None
+    done = export_run(
+        run, to.resolve(), merge=merge, plain_scale=plain_scale, max_rank=max_rank, gguf=kind, check=check
+    )
+    for line in done.warnings:
+        typer.echo(f"warning: {line}", err=True)
+    for line in done.said:
+        typer.echo(line)
+    typer.echo(f"written: {shown(done.folder)}")
+    for command in done.commands:
+        typer.echo(f"serve it: {command}")
 
 
 @app.command()
@@ -387,9 +416,10 @@ def _guarded(command: Callable[[], Any]) -> int:
         )
         return 1
     except RuntimeError as error:
-        if type(error).__name__ != "RunFailed":
+        before = {"RunFailed": "the run failed: ", "CheckFailed": ""}.get(type(error).__name__)
+        if before is None:
             raise
-        typer.echo(f"apiary: the run failed: {error}", err=True)
+        typer.echo(f"apiary: {before}{error}", err=True)
         return 1
     return 0
 

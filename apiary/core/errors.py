@@ -11,6 +11,7 @@
     └── TooFewAnswers        a round has too few good answers for what a method promises
     RuntimeError
     ├── RunFailed            a run that can't go on: exit code 1
+    ├── CheckFailed          what was written is not what was meant: exit code 1
     ├── BudgetSpent          the next visit would take a row above its privacy budget
     └── StateLost            a client has lost what the server knows of it
 
@@ -62,6 +63,10 @@ class TooFewAnswers(ValueError):
 
 class RunFailed(RuntimeError):
     """The run cannot go on; the message is one clear line (exit code 1)."""
+
+
+class CheckFailed(RuntimeError):
+    """What was written does not say what it should, and was removed; the message is one clear line (exit code 1)."""
 
 
 class BudgetSpent(RuntimeError):

@@ -6,7 +6,7 @@ import copy
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -40,6 +40,28 @@ def merged(lm: LanguageModel, state: StateDict) -> PreTrainedModel:
     return merged_model
 
 
+class Written(NamedTuple):
+    """An adapter as a PEFT folder holds it: one A and one B of a module, of one rank, under one scale."""
+
+    factors: StateDict
+    rank: int
+    alpha: float
+    rslora: bool  # whether the scale is alpha / sqrt(rank), else alpha / rank
+
+    @property
+    def scale(self) -> float:
+        """The s in W + s B A."""
+        return lora.scaling(self.alpha, "rslora" if self.rslora else "lora")(self.rank)
+
+
+def as_written(lm: LanguageModel, state: StateDict) -> Written:
+    """A state (as for `set_adapter`) as a PEFT folder holds it; what it adds to the base makes the rank larger."""
+    factors, rank = _as_one(lm, state)
+    made: Any = lm.model.peft_config["default"]
+    alpha = made.lora_alpha * (rank / made.r) ** (0.5 if made.use_rslora else 1.0)  # the scale stays
+    return Written(factors, rank, alpha, bool(made.use_rslora))
+
+
 def save_adapter(lm: LanguageModel, state: StateDict, folder: str | Path, card: str | None = None) -> None:
     """Writes a PEFT folder that `peft.PeftModel.from_pretrained(base, folder)` loads.
 
@@ -53,19 +75,26 @@ def save_adapter(lm: LanguageModel, state: StateDict, folder: str | Path, card: 
     Raises:
         OSError: the disk is full or the place cannot be written; nothing is left behind.
     """
+    write_adapter(lm, as_written(lm, state), folder, card)
+
+
+def write_adapter(lm: LanguageModel, written: Written, folder: str | Path, card: str | None = None) -> None:
+    """`save_adapter` for an adapter that has its final form.
+
+    Raises:
+        OSError: the disk is full or the place cannot be written; nothing is left behind.
+    """
     target = Path(folder)
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        one, rank = _as_one(lm, state)
-        written: Any = copy.copy(lm.model.peft_config["default"])
-        written.inference_mode = True  # what peft itself writes: the folder is loaded frozen
-        written.lora_alpha *= (rank / written.r) ** (0.5 if written.use_rslora else 1.0)  # the scale stays
-        written.r = rank
-        written.save_pretrained(str(work))
+        config: Any = copy.copy(lm.model.peft_config["default"])
+        config.inference_mode = True  # what peft itself writes: the folder is loaded frozen
+        config.lora_alpha, config.r, config.use_rslora = written.alpha, written.rank, written.rslora
+        config.save_pretrained(str(work))
         tensors = {
             name: tensor.detach().to("cpu", torch.float32).contiguous()
-            for name, tensor in experts.to_peft(lm.model, one).items()
+            for name, tensor in experts.to_peft(lm.model, written.factors).items()
         }
         # As bytes: safetensors' own writer hides a full disk behind an error type of its own.
         (work / "adapter_model.safetensors").write_bytes(pack(tensors, metadata={"format": "pt"}))
