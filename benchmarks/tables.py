@@ -606,6 +606,17 @@ def boundary(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"{note}quartiles of {results['times']} pairs in one run. On {_machine(results)}."])
 
 
+def data(results: dict[str, Any]) -> str:
+    """Time, memory and disk of files larger than memory, by their size."""
+    ways = {"read": "rows read and split", "site": "a site, to two steps of training", "doctor": "`apiary doctor`"}
+    lines = ["| JSONL | rows | | time | resident | of it anonymous | on disk |", "|---|---|---|---|---|---|---|"]
+    for run in sorted(results["runs"], key=lambda run: (list(ways).index(run["way"]), run["gb"])):
+        memory = (f"{run[key] / 2**30:.2f} GiB" for key in ("resident", "anonymous"))
+        cells = [f"{run['gb']:g} GB", f"{run['rows']:,}", ways[run["way"]], f"{run['seconds']:,.0f} s", *memory]
+        lines.append(f"| {' | '.join(cells)} | {run['disk'] / 1e9:.1f} GB |")
+    return "\n".join([*lines, "", f"On {_machine(results)}, beside other work; times say little."])
+
+
 def injection(results: dict[str, Any]) -> str:
     """Whom models follow when instructions stand in the data, and what it costs."""
     ways: dict[str, list[tuple[dict[str, Any], str]]] = {"untuned": []}
@@ -670,6 +681,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "intervals": intervals,
     "interval_shares": interval_shares,
     "boundary": boundary,
+    "data": data,
     "injection": injection,
 }
 _FROM = {  # tables that have no file of results of their own
