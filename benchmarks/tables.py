@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+_ASKED = 280  # letters of a question or an answer that is shown
 _NONE = "*No measurement is committed yet.*"
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # another package is called benchmarks too
@@ -653,6 +654,67 @@ def injection(results: dict[str, Any]) -> str:
     return _noted(lines, results, f"The default run; {results['questions']} questions under each attack.")
 
 
+def real(results: dict[str, Any]) -> str:
+    """The recipe's own run: loss on its rows and on rows of another kind."""
+    runs = [run for run in results["runs"] if not run["overrides"]]
+    run = runs[0]
+    names = {
+        "base": "`base`: as it comes",
+        "local": "`local`: each site alone, same steps",
+        "federated": "`federated`",
+    }
+    lines = [
+        "| | held-out loss, nats per response token | on grade-school mathematics | steps, of all sites if they join |",
+        "|---|---|---|---|",
+    ]
+    other = {row["method"]: row for row in run["other"]["table"]}
+    for row in run["table"]:
+        cells = [_with_ends(row), _with_ends(other[row["method"]]) if row["method"] in other else ""]
+        lines.append(f"| {names[row['method']]} | {' | '.join(cells)} | {row['steps']} |")
+    said = [f"`federated` less `{name}`: {_difference(found)}." for name, found in run["paired"].items()]
+    note = f"{_seeds(len(runs))} Intervals are over {run['table'][0]['n']} rows, of these models alone."
+    return "\n".join(
+        [*lines, "", " ".join([note, *said, f"{run['seconds'] / 60:.0f} minutes on {_machine(results)}."])]
+    )
+
+
+def real_rates(results: dict[str, Any]) -> str:
+    """By learning rate, what tuning changes."""
+    lines = ["| `train.lr` | held-out loss | less that of `base` | on mathematics, less that of `base` |"]
+    lines.append("|---|---|---|---|")
+    for run in sorted(results["runs"], key=lambda run: float(run["lr"])):
+        (row,) = (row for row in run["table"] if row["method"] == "federated")
+        told = [_with_ends(row), _difference(run["paired"]["base"]), _difference(run["other"]["paired"]["base"])]
+        lines.append(f"| {run['lr']:g} | {' | '.join(told)} |")
+    return "\n".join([*lines, "", f"One seed. On {_machine(results)}."])
+
+
+def real_answers(results: dict[str, Any]) -> str:
+    """Short questions of the recipe's own run, with the answers before and after."""
+    run = next(run for run in results["runs"] if not run["overrides"])
+    lines = ["| question | Dolly's answer | before | after |", "|---|---|---|---|"]
+    for sample in run["samples"]:
+        if len(sample["prompt"]) <= _ASKED:
+            cells = (sample["prompt"], sample["reference"], sample["base"], sample["federated"])
+            lines.append(f"| {' | '.join(_short(cell) for cell in cells)} |")
+    return "\n".join(lines)
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split()).replace("|", "/")
+    return text if len(text) <= _ASKED else f"{text[:_ASKED].rpartition(' ')[0]} ..."
+
+
+def _with_ends(row: dict[str, Any]) -> str:
+    low, high = row["ci95"]["loss"]
+    return f"{row['loss']:.2f} ({low:.2f} to {high:.2f})"
+
+
+def _difference(found: dict[str, Any]) -> str:
+    low, high = found["ci95"]
+    return f"{found['difference']:+.3f} ({low:+.3f} to {high:+.3f})"
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo": demo,
     "training": training,
@@ -683,9 +745,13 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "boundary": boundary,
     "data": data,
     "injection": injection,
+    "real": real,
+    "real_rates": real_rates,
+    "real_answers": real_answers,
 }
 _FROM = {  # tables that have no file of results of their own
     "judges": "curation",
+    **dict.fromkeys(("real_rates", "real_answers"), "real"),
     "interval_shares": "intervals",
     **dict.fromkeys(("mixed", "corrected", "personal", "coded", "coded_few"), "federated"),
     **dict.fromkeys(
