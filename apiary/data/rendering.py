@@ -1,8 +1,8 @@
 """Chat templates are programs of whoever made the model: they run in a process of their own, within limits.
 
 That process (`chat_sandbox`) has Jinja's sandbox, the limits below, an empty environment and no part of Apiary. It is
-started when first needed, one for each process that writes conversations, and ends with it. Whoever has many
-conversations to write has them written ahead, many in one request: then the process costs next to nothing.
+started when first needed, one for each process that writes conversations, and ends with it. Whoever has many texts to
+write says so first: then they are written several in one request, as many as `_REQUEST` bytes are enough for.
 
 The clock that templates see stands still, at `DATE`. So all clients, a resumed run, an evaluation years later and a
 chat write the same text.
@@ -18,8 +18,9 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from apiary.core.errors import UserError
 from apiary.data import chat_sandbox
@@ -32,15 +33,22 @@ MEGABYTES = 1024  # of address space
 ROOM = 1 << 20  # characters that a text may have beyond four times what the template is given
 DATE = "2024-07-26"  # what Llama's templates write where they are told no date
 _LONGEST_SOURCE = 1 << 20  # characters
+_REQUEST = 1 << 22  # bytes that the jobs of one request may have together: a lone one may have more
 _KEPT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME", "SYSTEMROOT")  # what Python needs to start
 
 
 class Job(NamedTuple):
-    """A text to write: by which template, on which day, and its variables as JSON."""
+    """A text to write: by which template, on which day, its variables as JSON, and the messages, each as JSON."""
 
     source: str
     date: str
     variables: str
+    messages: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Characters that the template is given."""
+        return len(self.variables) + sum(map(len, self.messages))
 
 
 class _Process:
@@ -94,7 +102,8 @@ def _end(popen: subprocess.Popen[bytes]) -> None:
 
 _lock = threading.Lock()
 _process: _Process | None = None
-_ahead: dict[Job, list[str | None]] = {}  # what is written and not yet asked for
+_planned: OrderedDict[Job, None] = OrderedDict()  # what is going to be asked for, in order
+_ahead: dict[Job, list[str | None]] = {}  # the replies to the newest request for several of these
 _refused: dict[str, str] = {}  # source -> why it is not run again
 
 
@@ -106,9 +115,7 @@ def rendered(job: Job) -> str:
         UserError: it breaks another limit, and is not run again in this process.
     """
     with _lock:
-        if (reply := _ahead.pop(job, None)) is None:
-            (reply,) = _replies([job])
-    text, error = reply
+        text, error = _ahead[job] if job in _ahead else _fetched(job)
     if error == chat_sandbox.TOO_LONG:
         raise Unwritable(error)
     if error == chat_sandbox.TOO_MUCH_MEMORY:
@@ -120,39 +127,82 @@ def rendered(job: Job) -> str:
 
 
 def render_ahead(jobs: Iterable[Job]) -> None:
-    """Have many texts written at once, for `rendered` to find; those of the last call are forgotten.
+    """Say what `rendered` is going to be asked for, in this order, so that it is written several texts at a time.
 
-    Raises:
-        UserError: as `rendered`.
+    Nothing is written yet, and what was said before is forgotten.
     """
-    by_template: dict[tuple[str, str], list[Job]] = {}
-    for job in dict.fromkeys(jobs):
-        by_template.setdefault((job.source, job.date), []).append(job)
     with _lock:
         _ahead.clear()
-        for alike in by_template.values():
-            _ahead.update(zip(alike, _replies(alike), strict=True))
+        _planned.clear()
+        _planned.update(dict.fromkeys(jobs))
 
 
-def _replies(jobs: list[Job]) -> list[list[str | None]]:
-    """A reply for each of some jobs with one template and day."""
-    global _process
-    source, date, _ = jobs[0]
-    if source in _refused:
-        raise _stopped(_refused[source])
-    if len(source) > _LONGEST_SOURCE:
+def _fetched(job: Job) -> list[str | None]:
+    """The reply to a job; with it come those to the next ones that were planned, in `_ahead`."""
+    if job.source in _refused:
+        raise _stopped(_refused[job.source])
+    if len(job.source) > _LONGEST_SOURCE:
         raise _stopped(f"has more than {_LONGEST_SOURCE:,} characters")
+    if job in _planned:
+        while next(iter(_planned)) != job:
+            _planned.popitem(last=False)  # nobody asked for it
+        group = [*_group()]
+        if len(group) > 1:
+            replies = _replies(group)
+            if not isinstance(replies, str) and replies:
+                _ahead.clear()
+                for done, reply in zip(group, replies, strict=False):  # those that had room in the reply
+                    _ahead[done] = reply
+                    del _planned[done]
+                return _ahead[job]
+            _planned.clear()  # one of these breaks a limit: they are asked for one by one, to see which
+    replies = _replies([job])
+    if isinstance(replies, str):
+        _refused[job.source] = replies
+        raise _stopped(replies)
+    return replies[0] if replies else [None, chat_sandbox.TOO_MUCH_MEMORY]
+
+
+def _group() -> Iterator[Job]:
+    """The jobs that are planned next, as many as go into one request: one at least."""
+    first, size = next(iter(_planned)), 0
+    for job in _planned:
+        size += job.size
+        if job != first and (size > _REQUEST or (job.source, job.date) != (first.source, first.date)):
+            return
+        yield job
+
+
+def _replies(jobs: list[Job]) -> list[list[str | None]] | str:
+    """Replies to the first of some jobs with one template and day, none if memory is too small, or why there are none.
+
+    No reply is there for jobs that would have made the whole too large.
+    """
+    global _process
     if _process is None or _process.owner != os.getpid():  # a fork has no process of its own yet
         if _process is not None:
             _process.close.detach()
         _process = _Process()
-    request: Mapping[str, Any] = {"source": source, "date": date, "jobs": [job.variables for job in jobs]}
-    replies = _process.ask(json.dumps(request).encode("ascii"))
+    replies = _process.ask(_request(jobs))
     if isinstance(replies, str):
         _process = None
-        _refused[source] = replies
-        raise _stopped(replies)
     return replies
+
+
+def _request(jobs: list[Job]) -> bytes:
+    """The jobs as one line of JSON. Conversations that go on from each other are sent once, and cut where each ends."""
+    talks: list[tuple[list[str], list[str]]] = []  # messages; cuts
+    for job in jobs:
+        if not talks or [*job.messages[: len(talks[-1][0])]] != talks[-1][0]:
+            talks.append(([], []))
+        messages, cuts = talks[-1]
+        messages += job.messages[len(messages) :]
+        cuts.append(f"[{len(job.messages)}, {job.size}, {job.variables}]")
+    written = ", ".join(
+        f'{{"messages": [{", ".join(messages)}], "cuts": [{", ".join(cuts)}]}}' for messages, cuts in talks
+    )
+    source, date, *_ = jobs[0]
+    return f'{{"source": {json.dumps(source)}, "date": {json.dumps(date)}, "talks": [{written}]}}'.encode("ascii")
 
 
 def _stopped(why: str) -> UserError:

@@ -174,15 +174,72 @@ def test_a_fork_has_a_process_of_its_own() -> None:
     assert done.stdout.split() == ["0", "1"]
 
 
-def test_what_is_written_ahead_is_what_is_written() -> None:
-    jobs = [Job("{{ x }}" if x % 2 else "{{ x.y.z }}", DATE, f'{{"x": {x}}}') for x in range(6)]
-    render_ahead(jobs)
-    assert len(rendering._ahead) == 6
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The bytes of each request in this test, and the characters of the reply."""
+    seen: list[tuple[int, int]] = []
+    ask = rendering._Process.ask
+
+    def noted(process: rendering._Process, request: bytes) -> Any:
+        replies = ask(process, request)
+        seen.append((len(request), sum(len(reply[0] or "") for reply in replies)))
+        return replies
+
+    monkeypatch.setattr(rendering._Process, "ask", noted)
+    return seen
+
+
+def test_what_is_planned_is_written_in_one_request(requests: list[tuple[int, int]]) -> None:
+    jobs = [Job("{{ x if x % 2 else x.y.z }}", DATE, f'{{"x": {x}}}') for x in range(6)]
+    render_ahead([*jobs, jobs[0]])
     assert [rendered(job) for job in jobs[1::2]] == ["1", "3", "5"]
     for job in jobs[::2]:
         with pytest.raises(Unwritable, match="refuses a conversation"):
             rendered(job)
-    assert not rendering._ahead
+    assert len(requests) == 2  # the first job was passed over, and was asked for by itself then
+    render_ahead([])
+    assert rendered(jobs[1]) == "1" and len(requests) == 3
+
+
+def test_jobs_are_cuts_of_what_is_sent_once(requests: list[tuple[int, int]]) -> None:
+    source = "{{ n }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    said = tuple(f'{{"content": "{c * 1000}"}}' for c in "abcd")
+    cuts = [said[:1], said[:2], said, said[2:], said[2:], (said[2], said[0]), ()]
+    jobs = [Job(source, DATE, f'{{"n": {n}}}', messages) for n, messages in enumerate(cuts)]
+    render_ahead(jobs)
+    texts = ["a", "ab", "abcd", "cd", "cd", "ca", ""]
+    expected = [f"{n}" + "".join(c * 1000 for c in text) for n, text in enumerate(texts)]
+    assert [rendered(job) for job in jobs] == expected
+    ((sent, _),) = requests
+    assert 8000 < sent < 9000  # abcd, cd and ca
+
+
+def test_requests_and_replies_are_bounded(monkeypatch: pytest.MonkeyPatch, requests: list[tuple[int, int]]) -> None:
+    bound = 1 << 18
+    monkeypatch.setattr(rendering, "_REQUEST", bound)
+    template, config = build("chat", tokenizer := make_tokenizer(CHATML), max_tokens=4096)
+    requests.clear()
+    exchanges, letters = 40, 400
+    rows = [talk(*[c * letters] * 2 * exchanges) for c in "xyz"]
+    assert len(tokenization.encode_all(rows, template, tokenizer, config)) == 3
+    every = 3 * letters * (2 * exchanges) * exchanges  # letters in all cuts: k questions with k - 1 and with k answers
+    sent, got = (sum(sizes) for sizes in zip(*requests, strict=True))
+    assert every < got < 1.5 * every and sent < 0.3 * every
+    assert max(max(sizes) for sizes in requests) < 1.5 * bound
+
+
+def test_what_has_no_room_in_a_reply_is_asked_for_again(requests: list[tuple[int, int]]) -> None:
+    jobs = [Job("{{ 'x' * 1000000 + n | string }}", DATE, f'{{"n": {n}}}') for n in range(20)]
+    render_ahead(jobs)
+    assert [rendered(job).strip("x") for job in jobs] == [str(n) for n in range(20)]
+    assert [round(got / 1e6) for _, got in requests] == [9, 9, 2]
+
+
+@pytest.mark.slow
+def test_long_honest_conversations_are_written() -> None:
+    template, config = build("chat", tokenizer := make_tokenizer(CHATML))
+    rows = [talk(*[f"{k} " + "bee " * 100] * 600) for k in range(5)]
+    assert len(tokenization.encode_all(rows, template, tokenizer, config)) == 5
 
 
 @pytest.mark.parametrize("name", CHATS)
