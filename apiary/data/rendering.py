@@ -51,6 +51,13 @@ class Job(NamedTuple):
         return len(self.variables) + sum(map(len, self.messages))
 
 
+class _Ended(NamedTuple):
+    """Why there is no reply; by_limit: the template's limit of time did it, and not somebody from outside, perhaps."""
+
+    why: str
+    by_limit: bool
+
+
 class _Process:
     """The process that runs templates. Owns it until it is closed or this one ends; one request at a time."""
 
@@ -69,7 +76,7 @@ class _Process:
         )
         self.close = weakref.finalize(self, _end, self._popen)
 
-    def ask(self, request: bytes) -> list[list[str | None]] | str:
+    def ask(self, request: bytes) -> list[list[str | None]] | _Ended:
         """The replies, or why the process ended."""
         assert self._popen.stdin is not None and self._popen.stdout is not None
         line = b""
@@ -83,9 +90,9 @@ class _Process:
         self.close()
         status = self._popen.returncode
         if status == -signal.SIGPROF:
-            return f"needs more than {SECONDS:g} s of the processor for one conversation"
+            return _Ended(f"needs more than {SECONDS:g} s of the processor for one conversation", by_limit=True)
         how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-        return f"ends the process that it runs in ({how})"
+        return _Ended(f"ends the process that it runs in ({how})", by_limit=False)
 
 
 def _end(popen: subprocess.Popen[bytes]) -> None:
@@ -149,7 +156,7 @@ def _fetched(job: Job) -> list[str | None]:
         group = [*_group()]
         if len(group) > 1:
             replies = _replies(group)
-            if not isinstance(replies, str) and replies:
+            if not isinstance(replies, _Ended) and replies:
                 _ahead.clear()
                 for done, reply in zip(group, replies, strict=False):  # those that had room in the reply
                     _ahead[done] = reply
@@ -157,9 +164,11 @@ def _fetched(job: Job) -> list[str | None]:
                 return _ahead[job]
             _planned.clear()  # one of these breaks a limit: they are asked for one by one, to see which
     replies = _replies([job])
-    if isinstance(replies, str):
-        _refused[job.source] = replies
-        raise _stopped(replies)
+    if isinstance(replies, _Ended) and not replies.by_limit:  # somebody else may have ended the process: once more
+        replies = _replies([job])
+    if isinstance(replies, _Ended):
+        _refused[job.source] = replies.why
+        raise _stopped(replies.why)
     return replies[0] if replies else [None, chat_sandbox.TOO_MUCH_MEMORY]
 
 
@@ -173,7 +182,7 @@ def _group() -> Iterator[Job]:
         yield job
 
 
-def _replies(jobs: list[Job]) -> list[list[str | None]] | str:
+def _replies(jobs: list[Job]) -> list[list[str | None]] | _Ended:
     """Replies to the first of some jobs with one template and day, none if memory is too small, or why there are none.
 
     No reply is there for jobs that would have made the whole too large.
@@ -184,7 +193,7 @@ def _replies(jobs: list[Job]) -> list[list[str | None]] | str:
             _process.close.detach()
         _process = _Process()
     replies = _process.ask(_request(jobs))
-    if isinstance(replies, str):
+    if isinstance(replies, _Ended):
         _process = None
     return replies
 

@@ -103,6 +103,35 @@ def test_what_did_not_end_is_not_tried_again(quick: None) -> None:
     assert time.process_time() + sum(os.times()[2:4]) - began < 0.1
 
 
+@pytest.mark.parametrize("planned", [False, True])
+def test_a_process_that_somebody_ends_is_started_again(planned: bool, quick: None) -> None:
+    assert rendered(Job("{{ 'a' }}", DATE, "{}")) == "a"
+    assert rendering._process is not None
+    rendering._process._popen.kill()
+    jobs = [Job("{{ x }}", DATE, f'{{"x": {x}}}') for x in range(3)]
+    render_ahead(jobs if planned else [])
+    assert [rendered(job) for job in jobs] == ["0", "1", "2"]
+    assert not rendering._refused
+
+
+def test_a_text_on_which_the_process_ends_twice_is_not_tried_again(
+    quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed: list[int] = []
+    ask = rendering._Process.ask
+
+    def ended(process: rendering._Process, request: bytes) -> Any:
+        process._popen.kill()
+        killed.append(process._popen.pid)
+        return ask(process, request)
+
+    monkeypatch.setattr(rendering._Process, "ask", ended)
+    for _ in range(2):
+        with pytest.raises(UserError, match="ends the process that it runs in"):
+            rendered(Job("{{ 'a' }}", DATE, "{}"))
+    assert len(set(killed)) == 2
+
+
 def test_a_template_that_turns_hostile_in_the_middle_of_the_rows_ends_the_run(quick: None) -> None:
     trap = "{% if 'now' in messages[0].content %}" + NESTED + "{% endif %}"
     tokenizer = make_tokenizer(trap + CHATML)
