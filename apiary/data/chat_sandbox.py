@@ -165,6 +165,9 @@ def main(seconds: float, megabytes: int, room: int) -> None:
         megabytes: of address space.
         room: characters that a text may have beyond four for each one that the template is given.
     """
+    # Both are inherited, and would switch the limit off.
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     try:
         import resource
 

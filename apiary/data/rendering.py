@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -26,9 +27,10 @@ from apiary.core.errors import UserError
 from apiary.data import chat_sandbox
 from apiary.data.segments import OTHERS, Unwritable
 
-__all__ = ["DATE", "MEGABYTES", "SECONDS", "Job", "render_ahead", "rendered"]
+__all__ = ["DATE", "MEGABYTES", "SECONDS", "WAIT", "Job", "render_ahead", "rendered"]
 
 SECONDS = 5.0  # of the processor, for one text; the longest conversations take a hundredth
+WAIT = 300.0  # seconds for the replies to one request, which take less than one, on a machine with other work, too
 MEGABYTES = 1024  # of address space
 ROOM = 1 << 20  # characters that a text may have beyond four times what the template is given
 DATE = "2024-07-26"  # what Llama's templates write where they are told no date
@@ -80,10 +82,15 @@ class _Process:
         """The replies, or why the process ended."""
         assert self._popen.stdin is not None and self._popen.stdout is not None
         line = b""
+        began = time.monotonic()
+        late = threading.Timer(WAIT, self._popen.kill)
+        late.daemon = True
+        late.start()
         with contextlib.suppress(OSError):
             self._popen.stdin.write(request + b"\n")
             self._popen.stdin.flush()
             line = self._popen.stdout.readline()
+        late.cancel()
         if line.endswith(b"\n"):
             replies: list[list[str | None]] = json.loads(line)
             return replies
@@ -91,6 +98,8 @@ class _Process:
         status = self._popen.returncode
         if status == -signal.SIGPROF:
             return _Ended(f"needs more than {SECONDS:g} s of the processor for one conversation", by_limit=True)
+        if time.monotonic() - began >= WAIT:
+            return _Ended(f"gives no answer within {WAIT:g} s", by_limit=False)
         how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
         return _Ended(f"ends the process that it runs in ({how})", by_limit=False)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -101,6 +102,28 @@ def test_what_did_not_end_is_not_tried_again(quick: None) -> None:
         with pytest.raises(UserError, match="needs more than"):
             rendered(job)
     assert time.process_time() + sum(os.times()[2:4]) - began < 0.1
+
+
+def test_the_limit_holds_where_its_signal_is_blocked_and_ignored(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendering, "WAIT", 120.0)
+    handler = signal.signal(signal.SIGPROF, signal.SIG_IGN)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPROF})
+    try:
+        with pytest.raises(UserError, match=r"needs more than 0.5 s of the processor"):
+            rendered(Job(NESTED, DATE, "{}"))
+    finally:
+        signal.signal(signal.SIGPROF, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def test_a_process_that_does_not_answer_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = rendering._Process()
+    request = rendering._request([Job("{{ 1 }}", DATE, "{}")])
+    assert process.ask(request) == [["1", None]]
+    os.kill(process._popen.pid, signal.SIGSTOP)
+    monkeypatch.setattr(rendering, "WAIT", 0.2)
+    assert process.ask(request) == ("gives no answer within 0.2 s", False)
+    assert gone(process._popen.pid)
 
 
 @pytest.mark.parametrize("planned", [False, True])
