@@ -6,8 +6,8 @@ kernel does it: a timer of processor time ends this process, and the address spa
 
 A request is one line of JSON on stdin, {"source", "date", "talks"}. Each talk is {"messages", "cuts"}: its messages,
 and texts to write of it as [how many of the messages, characters in all, other variables]. The reply is one line on
-stdout, a list with [text, error] for each text, one of them null. It is shorter where the texts together are large, and
-empty where they need too much memory together. Runs as a file, and so imports nothing of Apiary.
+stdout, a list with [outcome, text or error] for each text. It is shorter where the texts together are large, and empty
+where they need too much memory together. Runs as a file, and so imports nothing of Apiary.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-TOO_LONG = "writes far more than it is given"
-TOO_MUCH_MEMORY = "needs too much memory"
+WRITTEN, REFUSED, TOO_LONG, TOO_MUCH_MEMORY = "written", "refused", "too long", "too much memory"  # outcomes
 _ERROR_CHARACTERS = 300
 _REPLY = 1 << 23  # characters; where the texts of a reply have more, the rest is to be asked for again
 
@@ -121,18 +120,18 @@ def write(source: str, date: str, job: Mapping[str, Any], room: int) -> str:
     return "".join(pieces)
 
 
-def _tried(work: Callable[[], str]) -> tuple[str | None, str | None]:
+def _tried(work: Callable[[], str]) -> tuple[str, str]:
     try:
-        return work(), None
+        return WRITTEN, work()
     except _TooLong:
-        return None, TOO_LONG
+        return TOO_LONG, ""
     except MemoryError:
-        return None, TOO_MUCH_MEMORY
+        return TOO_MUCH_MEMORY, ""
     except Exception as error:  # a program's own refusals, and whatever else it trips over
-        return None, (str(error) or type(error).__name__)[:_ERROR_CHARACTERS]
+        return REFUSED, (str(error) or type(error).__name__)[:_ERROR_CHARACTERS]
 
 
-def _replies(request: Mapping[str, Any], seconds: float, room: int) -> list[tuple[str | None, str | None]]:
+def _replies(request: Mapping[str, Any], seconds: float, room: int) -> list[tuple[str, str]]:
     replies = []
     written = 0
     for talk in request["talks"]:
@@ -140,7 +139,7 @@ def _replies(request: Mapping[str, Any], seconds: float, room: int) -> list[tupl
             signal.setitimer(signal.ITIMER_PROF, seconds)
             job = {**variables, "messages": talk["messages"][:end]}
             replies.append(_tried(partial(write, request["source"], request["date"], job, room + 4 * size)))
-            written += len(replies[-1][0] or "")
+            written += len(replies[-1][1])
             if written > _REPLY:
                 return replies
     return replies

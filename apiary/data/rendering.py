@@ -78,7 +78,7 @@ class _Process:
         )
         self.close = weakref.finalize(self, _end, self._popen)
 
-    def ask(self, request: bytes) -> list[list[str | None]] | _Ended:
+    def ask(self, request: bytes) -> list[list[str]] | _Ended:
         """The replies, or why the process ended."""
         assert self._popen.stdin is not None and self._popen.stdout is not None
         line = b""
@@ -92,7 +92,7 @@ class _Process:
             line = self._popen.stdout.readline()
         late.cancel()
         if line.endswith(b"\n"):
-            replies: list[list[str | None]] = json.loads(line)
+            replies: list[list[str]] = json.loads(line)
             return replies
         self.close()
         status = self._popen.returncode
@@ -119,7 +119,7 @@ def _end(popen: subprocess.Popen[bytes]) -> None:
 _lock = threading.Lock()
 _process: _Process | None = None
 _planned: OrderedDict[Job, None] = OrderedDict()  # what is going to be asked for, in order
-_ahead: dict[Job, list[str | None]] = {}  # the replies to the newest request for several of these
+_ahead: dict[Job, list[str]] = {}  # the replies to the newest request for several of these
 _refused: dict[str, str] = {}  # source -> why it is not run again
 
 
@@ -127,19 +127,19 @@ def rendered(job: Job) -> str:
     """What a template writes.
 
     Raises:
-        Unwritable: it refuses this conversation, or writes more than `ROOM` allows.
-        UserError: it breaks another limit, and is not run again in this process.
+        Unwritable: it refuses this conversation, writes more than `ROOM` allows, or needs more memory than there is.
+        UserError: it takes too long, or ends the process that it runs in, and is not run again in this process.
     """
     with _lock:
-        text, error = _ahead[job] if job in _ahead else _fetched(job)
-    if error == chat_sandbox.TOO_LONG:
-        raise Unwritable(error)
-    if error == chat_sandbox.TOO_MUCH_MEMORY:
-        _refused[job.source] = f"{error} (over {MEGABYTES} MB)"
-        raise _stopped(_refused[job.source])
-    if text is None:
-        raise Unwritable("refuses a conversation", " ".join(str(error).split()))
-    return text
+        outcome, text = _ahead[job] if job in _ahead else _fetched(job)
+    match outcome:
+        case chat_sandbox.WRITTEN:
+            return text
+        case chat_sandbox.TOO_LONG:
+            raise Unwritable("writes far more than it is given")
+        case chat_sandbox.TOO_MUCH_MEMORY:
+            raise Unwritable("needs too much memory", f"over {MEGABYTES} MB")
+    raise Unwritable("refuses a conversation", " ".join(text.split()))
 
 
 def render_ahead(jobs: Iterable[Job]) -> None:
@@ -153,7 +153,7 @@ def render_ahead(jobs: Iterable[Job]) -> None:
         _planned.update(dict.fromkeys(jobs))
 
 
-def _fetched(job: Job) -> list[str | None]:
+def _fetched(job: Job) -> list[str]:
     """The reply to a job; with it come those to the next ones that were planned, in `_ahead`."""
     if job.source in _refused:
         raise _stopped(_refused[job.source])
@@ -178,7 +178,7 @@ def _fetched(job: Job) -> list[str | None]:
     if isinstance(replies, _Ended):
         _refused[job.source] = replies.why
         raise _stopped(replies.why)
-    return replies[0] if replies else [None, chat_sandbox.TOO_MUCH_MEMORY]
+    return replies[0] if replies else [chat_sandbox.TOO_MUCH_MEMORY, ""]
 
 
 def _group() -> Iterator[Job]:
@@ -191,7 +191,7 @@ def _group() -> Iterator[Job]:
         yield job
 
 
-def _replies(jobs: list[Job]) -> list[list[str | None]] | _Ended:
+def _replies(jobs: list[Job]) -> list[list[str]] | _Ended:
     """Replies to the first of some jobs with one template and day, none if memory is too small, or why there are none.
 
     No reply is there for jobs that would have made the whole too large.

@@ -119,7 +119,7 @@ def test_the_limit_holds_where_its_signal_is_blocked_and_ignored(quick: None, mo
 def test_a_process_that_does_not_answer_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     process = rendering._Process()
     request = rendering._request([Job("{{ 1 }}", DATE, "{}")])
-    assert process.ask(request) == [["1", None]]
+    assert process.ask(request) == [["written", "1"]]
     os.kill(process._popen.pid, signal.SIGSTOP)
     monkeypatch.setattr(rendering, "WAIT", 0.2)
     assert process.ask(request) == ("gives no answer within 0.2 s", False)
@@ -174,6 +174,19 @@ def test_a_row_for_which_too_much_is_written_is_left_out() -> None:
     assert corpus.dropped == {1: "the chat template writes far more than it is given"}
     long = talk("q" * 3_000_000, "a")  # what is long itself may be written
     assert len(template.prompt(long.turns)) > 3_000_000
+
+
+@pytest.mark.parametrize(
+    "trap", ["{{ range(100000) | list * 100000 }}", "{{ raise_exception('needs too much memory') }}"]
+)
+def test_a_row_that_needs_too_much_memory_is_left_out(trap: str) -> None:
+    """Or says so, which is no limit that it breaks."""
+    tokenizer = make_tokenizer("{% if 'now' in messages[0].content %}" + trap + "{% endif %}" + CHATML)
+    template, config = build("chat", tokenizer)
+    rows = [talk("q", "a"), talk("now", "a"), talk("r", "b")]
+    corpus = tokenization.encode_all(rows, template, tokenizer, config)
+    (why,) = corpus.dropped.items()
+    assert why == (1, f"the chat template {'refuses a conversation' if 'raise' in trap else 'needs too much memory'}")
 
 
 @pytest.mark.slow
@@ -234,7 +247,7 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
     def noted(process: rendering._Process, request: bytes) -> Any:
         replies = ask(process, request)
-        seen.append((len(request), sum(len(reply[0] or "") for reply in replies)))
+        seen.append((len(request), sum(len(reply[1]) for reply in replies)))
         return replies
 
     monkeypatch.setattr(rendering._Process, "ask", noted)
