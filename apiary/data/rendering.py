@@ -100,7 +100,10 @@ class _Process:
             return _Ended(f"needs more than {SECONDS:g} s of the processor for one conversation", by_limit=True)
         if time.monotonic() - began >= WAIT:
             return _Ended(f"gives no answer within {WAIT:g} s", by_limit=False)
-        how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+        if status is None:  # this program is about to end, and has closed the process before
+            how = "as this program does"
+        else:
+            how = f"signal {-status}" if status < 0 else f"exit status {status}"
         return _Ended(f"ends the process that it runs in ({how})", by_limit=False)
 
 

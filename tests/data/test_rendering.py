@@ -126,6 +126,16 @@ def test_a_process_that_does_not_answer_is_ended(monkeypatch: pytest.MonkeyPatch
     assert gone(process._popen.pid)
 
 
+def test_a_process_of_whose_end_nothing_is_known_is_no_traceback() -> None:
+    process = rendering._Process()
+    process.close.detach()  # as when the interpreter exits: nobody waits for it
+    process.close = lambda: None  # type: ignore[assignment]
+    process._popen.kill()
+    ended = process.ask(rendering._request([Job("{{ 1 }}", DATE, "{}")]))
+    rendering._end(process._popen)
+    assert ended == ("ends the process that it runs in (as this program does)", False)
+
+
 @pytest.mark.parametrize("planned", [False, True])
 def test_a_process_that_somebody_ends_is_started_again(planned: bool, quick: None) -> None:
     assert rendered(Job("{{ 'a' }}", DATE, "{}")) == "a"
