@@ -30,6 +30,14 @@ WRITTEN, REFUSED, TOO_LONG, TOO_MUCH_MEMORY = "written", "refused", "too long", 
 _ERROR_CHARACTERS = 300
 _REPLY = 1 << 23  # characters; where the texts of a reply have more, the rest is to be asked for again
 
+_HAS_TIMER = hasattr(signal, "setitimer")  # Windows has none: there only the time that a request may take is limited
+
+
+def _limit(seconds: float) -> None:
+    """Has the kernel end this process after some time of the processor; 0 for never."""
+    if _HAS_TIMER:
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+
 
 class _Generation(Extension):
     """{% generation %} marks answers for transformers' masks; what stands in it is written as it is."""
@@ -136,7 +144,7 @@ def _replies(request: Mapping[str, Any], seconds: float, room: int) -> list[tupl
     written = 0
     for talk in request["talks"]:
         for end, size, variables in talk["cuts"]:
-            signal.setitimer(signal.ITIMER_PROF, seconds)
+            _limit(seconds)
             job = {**variables, "messages": talk["messages"][:end]}
             replies.append(_tried(partial(write, request["source"], request["date"], job, room + 4 * size)))
             written += len(replies[-1][1])
@@ -149,10 +157,10 @@ def _served(line: bytes, seconds: float, room: int) -> str:
     """The reply to a request."""
     try:
         replies = _replies(json.loads(line), seconds, room)
-        signal.setitimer(signal.ITIMER_PROF, 0)
+        _limit(0)
         return json.dumps(replies)
     except MemoryError:
-        signal.setitimer(signal.ITIMER_PROF, 0)
+        _limit(0)
         return "[]"
 
 
@@ -165,8 +173,9 @@ def main(seconds: float, megabytes: int, room: int) -> None:
         room: characters that a text may have beyond four for each one that the template is given.
     """
     # Both are inherited, and would switch the limit off.
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
+    if _HAS_TIMER:
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     try:
         import resource
 

@@ -96,7 +96,7 @@ class _Process:
             return replies
         self.close()
         status = self._popen.returncode
-        if status == -signal.SIGPROF:
+        if hasattr(signal, "SIGPROF") and status == -signal.SIGPROF:
             return _Ended(f"needs more than {SECONDS:g} s of the processor for one conversation", by_limit=True)
         if time.monotonic() - began >= WAIT:
             return _Ended(f"gives no answer within {WAIT:g} s", by_limit=False)

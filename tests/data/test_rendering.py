@@ -126,6 +126,21 @@ def test_a_process_that_does_not_answer_is_ended(monkeypatch: pytest.MonkeyPatch
     assert gone(process._popen.pid)
 
 
+def test_without_a_timer_of_the_processor_there_is_the_deadline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import signal\ndel signal.setitimer, signal.SIGPROF, signal.ITIMER_PROF\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delattr(signal, "SIGPROF")
+    process = rendering._Process()
+    assert process.ask(rendering._request([Job("{{ 1 }}", DATE, "{}")])) == [["written", "1"]]
+    monkeypatch.setattr(rendering, "WAIT", 0.2)
+    ended = process.ask(rendering._request([Job(NESTED, DATE, "{}")]))
+    assert ended == ("gives no answer within 0.2 s", False)
+
+
 def test_a_process_of_whose_end_nothing_is_known_is_no_traceback() -> None:
     process = rendering._Process()
     process.close.detach()  # as when the interpreter exits: nobody waits for it
