@@ -41,6 +41,15 @@ _ASK = Turn("user", _QUESTION)
 _CALL = ToolCall(_NAME, json.dumps({_KEY: _VALUE}), "xCx0xCx00")
 _CALLING = Turn("assistant", "", calls=(_CALL,))
 _FORM = Form()
+_NO_ARGUMENTS = {"type": "object", "properties": {}, "required": []}
+
+
+def _declaring(name: str, description: str) -> list[dict[str, Any]]:
+    function = {"name": name, "description": description, "parameters": _NO_ARGUMENTS}
+    return [{"type": "function", "function": function}]
+
+
+_STAND_IN = _declaring("xDx8xDx", "xDx9xDx")  # for templates that are read only where there are tools
 
 
 class _Talk(NamedTuple):
@@ -239,10 +248,15 @@ class Chat:
             return read_chat(self.tokenizer, str(several["tool_use"]))
         return self
 
+    @property
+    def _stand_in(self) -> list[dict[str, Any]] | None:
+        """The tools with which it is tried out."""
+        return None if self.source is None else _STAND_IN
+
     @cached_property
     def thinking_lead(self) -> str | None:
         """As `lead`, before an answer that begins with thinking; None where the template does not write thinking."""
-        plain = _talk([_ASK, Turn("assistant", _ANSWER, thinking=_THOUGHT)])
+        plain = _talk([_ASK, Turn("assistant", _ANSWER, thinking=_THOUGHT)], self._stand_in)
         try:
             asked = self._render(plain.upto(1), ask=True, think=True)
             written = _rest(self._whole(plain), asked, 1)
@@ -263,9 +277,8 @@ class Chat:
 
     @cached_property
     def _writes_tools(self) -> bool:
-        tools = [{"type": "function", "function": {"name": _NAME, "description": _RESULT, "parameters": _NO_ARGUMENTS}}]
         try:
-            return _NAME in self._render(_talk([_ASK], tools), ask=True)
+            return _NAME in self._render(_talk([_ASK], _declaring(_NAME, _RESULT)), ask=True)
         except Unwritable:
             return False
 
@@ -274,7 +287,7 @@ class Chat:
         """The first form in which a call is written with its name and arguments, no part of them quoted twice."""
         for form in (Form(as_text, blank) for as_text, blank in product((False, True), ("", None))):
             try:
-                written = self._whole(_talk([_ASK, _CALLING], None, form))
+                written = self._whole(_talk([_ASK, _CALLING], self._stand_in, form))
             except Unwritable:
                 continue
             whole = all(word in written for word in (_NAME, _KEY, _VALUE))
@@ -286,7 +299,7 @@ class Chat:
     def _writes_results(self) -> bool:
         turns = [_ASK, _CALLING, Turn("tool", _RESULT, name=_NAME, call_id=_CALL.id)]
         try:
-            return _RESULT in self._render(_talk(turns, None, self._call_form or Form()), ask=True)
+            return _RESULT in self._render(_talk(turns, self._stand_in, self._call_form or Form()), ask=True)
         except Unwritable:
             return False
 
@@ -294,7 +307,7 @@ class Chat:
     def _call_eos(self) -> str:
         """As `eos`, after a call."""
         form = self._call_form or Form()
-        written = self._whole(_talk([_ASK, _CALLING], None, form))
+        written = self._whole(_talk([_ASK, _CALLING], self._stand_in, form))
         return "" if _ends_turn(written, self.tokenizer) else eos_text(self.tokenizer)
 
     def _with_tools(self, turns: Sequence[Turn], tools: str) -> _Talk:
@@ -314,23 +327,22 @@ class Chat:
         return _talk(turns, declared(tools) if tools else None, self._call_form or Form() if calls else Form())
 
 
-_NO_ARGUMENTS = {"type": "object", "properties": {}, "required": []}
-
-
 def read_chat(tokenizer: PreTrainedTokenizerBase, source: str | None = None) -> Chat:
     """Learns how a chat template frames an answer from one that nobody would give.
 
     Args:
         tokenizer: whose template it is.
-        source: one of several templates, its Jinja text; None for the one that is used by itself.
+        source: the Jinja text of the one for conversations with tools, which may count on some being declared; None
+            for the template that is used by itself.
 
     Raises:
         UserError: there is no chat template, or it cannot be masked.
     """
     chat_source(tokenizer)
     messages = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
-    asked = render(tokenizer, messages[:1], ask=True, source=source)
-    written = _rest(render(tokenizer, messages, ask=False, source=source), asked, 1)
+    tools = None if source is None else _STAND_IN
+    asked = render(tokenizer, messages[:1], ask=True, tools=tools, source=source)
+    written = _rest(render(tokenizer, messages, ask=False, tools=tools, source=source), asked, 1)
     lead, separator, tail = written.partition(_ANSWER)
     inner = _inner_tail(tokenizer, messages, tail, source)
     if not separator or _QUESTION not in asked:
@@ -357,7 +369,8 @@ def _inner_tail(
     """
     more = [*messages, {"role": "user", "content": "xMx"}]
     try:
-        after = render(tokenizer, more, ask=True, source=source).partition(_ANSWER)[2]
+        tools = None if source is None else _STAND_IN
+        after = render(tokenizer, more, ask=True, tools=tools, source=source).partition(_ANSWER)[2]
     except Unwritable:
         return tail
     if after.startswith(tail):
@@ -388,12 +401,14 @@ def _ends_turn(tail: str, tokenizer: PreTrainedTokenizerBase) -> bool:
 def _takes_system(tokenizer: PreTrainedTokenizerBase, source: str | None) -> bool:
     """Whether a system message is written, and still there once it is answered: Mistral v0.3 writes it to ask alone."""
     system = "xSx3xSx"
+    tools = None if source is None else _STAND_IN
     messages = [
         {"role": role, "content": text} for role, text in (("system", system), ("user", "a"), ("assistant", "b"))
     ]
     try:
         takes = all(
-            system in render(tokenizer, messages[:end], ask=ask, source=source) for end, ask in ((2, True), (3, False))
+            system in render(tokenizer, messages[:end], ask=ask, tools=tools, source=source)
+            for end, ask in ((2, True), (3, False))
         )
     except Unwritable:
         takes = False
