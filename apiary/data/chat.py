@@ -49,6 +49,7 @@ def _declaring(name: str, description: str) -> list[dict[str, Any]]:
     return [{"type": "function", "function": function}]
 
 
+_OPENED = re.compile(r"\s*<[^<>\s/]*think[^<>\s]*>\s*\Z", re.IGNORECASE)  # the end of a prompt, as DeepSeek R1's
 _STAND_IN = _declaring("xDx8xDx", "xDx9xDx")  # for templates that are read only where there are tools
 
 
@@ -342,7 +343,14 @@ def read_chat(tokenizer: PreTrainedTokenizerBase, source: str | None = None) -> 
     messages = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
     tools = None if source is None else _STAND_IN
     asked = render(tokenizer, messages[:1], ask=True, tools=tools, source=source)
-    written = _rest(render(tokenizer, messages, ask=False, tools=tools, source=source), asked, 1)
+    whole = render(tokenizer, messages, ask=False, tools=tools, source=source)
+    opened = _OPENED.search(asked)
+    if opened and not whole.startswith(asked) and whole.startswith(asked[: opened.start()]):
+        raise Unwritable(
+            "opens thinking in each generation prompt, and writes answers without it",
+            f"its prompts end in {opened[0].strip()}",
+        )
+    written = _rest(whole, asked, 1)
     lead, separator, tail = written.partition(_ANSWER)
     inner = _inner_tail(tokenizer, messages, tail, source)
     if not separator or _QUESTION not in asked:
