@@ -1,8 +1,9 @@
 """Chat templates are programs of whoever made the model: they run in a process of their own, within limits.
 
-That process (`chat_sandbox`) has Jinja's sandbox, the limits below, an empty environment and no part of Apiary. It is
-started when first needed, one for each process that writes conversations, and ends with it. Whoever has many texts to
-write says so first: then they are written several in one request, as many as `_REQUEST` bytes are enough for.
+That process (`chat_sandbox`) has Jinja's sandbox, the limits below, no part of Apiary, and of the environment what
+Python needs to start. It is started when first needed, one for each process that writes conversations, and ends with
+it. Whoever has many texts to write says so first: then they are written several in one request, as many as `_REQUEST`
+bytes are enough for.
 
 The clock that templates see stands still, at `DATE`. So all clients, a resumed run, an evaluation years later and a
 chat write the same text.
