@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
@@ -35,6 +36,7 @@ from apiary.models.base import base_digest, read, resolve_device, resolve_dtype
 from apiary.models.fused_layers import add_to_base, slim
 from apiary.models.targets import Coverage, Targets
 
+_log = logging.getLogger(__name__)
 _LOCK = threading.RLock()
 
 
@@ -144,6 +146,7 @@ def _adapt(base: _Base, config: ModelConfig, adapter: AdapterConfig) -> Language
         except (ValueError, TypeError) as error:
             raise UserError(f"adapter.targets: peft can't adapt {config.name}: {first_line(error)}") from error
     _check_adapted(model, found, config.name)
+    _warn_of_rounding(base.model, found)
     experts.unpack(model)
     model.eval()
     device = resolve_device(config)
@@ -161,6 +164,18 @@ def _adapt(base: _Base, config: ModelConfig, adapter: AdapterConfig) -> Language
         init=adapter.init,
         coverage=targets.coverage(base.model, found),
     )
+
+
+def _warn_of_rounding(model: PreTrainedModel, found: Targets) -> None:
+    """Says that experts in a short type add their products to weights of that type, where a small one is lost."""
+    held = {model.get_parameter(name).dtype for name in found.parameters}
+    for short in held & {torch.bfloat16, torch.float16}:
+        _log.warning(
+            "the experts' weights are %s, and their adapters are added to them in that type: most of a change that is "
+            'small beside a weight is rounded away; use model.dtype = "float32", or adapter.targets = ["q_proj", '
+            '"k_proj", "v_proj", "o_proj"] to leave experts as they are',
+            str(short).removeprefix("torch."),
+        )
 
 
 def _share(model: PreTrainedModel) -> PreTrainedModel:
