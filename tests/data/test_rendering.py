@@ -82,6 +82,8 @@ def test_a_hostile_template_is_refused_in_one_line(what: str) -> None:
 
 def test_a_format_tells_nothing_of_what_the_template_was_given() -> None:
     assert rendered(Job("{{ '{0.__class__}{0.__globals__}'.format(raise_exception) }}", DATE, "{}")) == ""
+    by_filter = "{{ ('{0.__class__}{0.__globals__}' | attr('format'))(raise_exception) }}"  # CVE-2025-27516
+    assert rendered(Job(by_filter, DATE, "{}")) == ""
 
 
 @pytest.mark.parametrize("what", ENDLESS)
