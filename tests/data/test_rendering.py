@@ -86,6 +86,18 @@ def test_a_format_tells_nothing_of_what_the_template_was_given() -> None:
     assert rendered(Job(by_filter, DATE, "{}")) == ""
 
 
+def test_of_what_a_template_says_in_refusing_little_is_kept_and_nothing_reaches_the_counts() -> None:
+    quoting = "{% if 'secret' in messages[0].content %}{{ raise_exception(messages[0].content) }}{% endif %}"
+    tokenizer = make_tokenizer(quoting + CHATML)
+    template, config = build("chat", tokenizer)
+    row = talk("secret\n" * 100, "a")
+    with pytest.raises(Unwritable) as caught:
+        template.segments(row.turns)
+    assert 0 < str(caught.value).count("secret") < 50 and "\n" not in str(caught.value)
+    corpus = tokenization.encode_all([row], template, tokenizer, config)
+    assert corpus.dropped == {0: "the chat template refuses a conversation"}
+
+
 @pytest.mark.parametrize("what", ENDLESS)
 def test_what_would_not_end_is_ended(what: str, quick: None) -> None:
     build("chat", make_tokenizer(CHATML))
