@@ -285,7 +285,7 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     ask = rendering._Process.ask
 
     def noted(process: rendering._Process, request: bytes) -> Any:
-        replies = ask(process, request)
+        replies: Any = ask(process, request)
         seen.append((len(request), sum(len(reply[1]) for reply in replies)))
         return replies
 
