@@ -22,7 +22,7 @@ from functools import cached_property
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from apiary.data.chat_messages import Form, chat_source, declared, eos_text, job_of, message_of, render
+from apiary.data.chat_messages import Form, chat_source, declared, eos_text, job_of, message_of, message_text, render
 from apiary.data.neutral import is_plain
 from apiary.data.rendering import DATE, Job, render_ahead, rendered
 from apiary.data.segments import NoPlace, Segment, Unwritable
@@ -41,20 +41,41 @@ _QUESTION, _ANSWER, _THOUGHT, _NAME, _KEY, _VALUE, _RESULT = (f"x{c}{n}x{c}x" fo
 _ASK = Turn("user", _QUESTION)
 _CALL = ToolCall(_NAME, json.dumps({_KEY: _VALUE}), "xCx0xCx00")
 _CALLING = Turn("assistant", "", calls=(_CALL,))
+_FORM = Form()
+_NO_ARGUMENTS = {"type": "object", "properties": {}, "required": []}
+
+
+def _declaring(name: str, description: str) -> list[dict[str, Any]]:
+    function = {"name": name, "description": description, "parameters": _NO_ARGUMENTS}
+    return [{"type": "function", "function": function}]
+
+
+_OPENED = re.compile(r"\s*<[^<>\s/]*think[^<>\s]*>\s*\Z", re.IGNORECASE)  # the end of a prompt, as DeepSeek R1's
+_STAND_IN = _declaring("xDx8xDx", "xDx9xDx")  # for templates that are read only where there are tools
 
 
 class _Talk(NamedTuple):
-    """A conversation as it is given to a template."""
+    """A conversation as it is given to a template; messages: its turns, each as JSON, written once for all its cuts."""
 
     turns: Sequence[Turn]
     tools: list[dict[str, Any]] | None
     form: Form
+    messages: tuple[str, ...]
 
     def having(self, turns: Sequence[Turn]) -> _Talk:
-        return _Talk(turns, self.tools, self.form)
+        return _talk(turns, self.tools, self.form)
 
     def upto(self, end: int) -> _Talk:
-        return _Talk(self.turns[:end], self.tools, self.form)
+        return self._replace(turns=self.turns[:end], messages=self.messages[:end])
+
+
+def _talk(turns: Sequence[Turn], tools: list[dict[str, Any]] | None = None, form: Form = _FORM) -> _Talk:
+    """As a template is given it.
+
+    Raises:
+        NoPlace: a call's arguments are not a JSON object.
+    """
+    return _Talk(turns, tools, form, tuple([message_text(message_of(turn, form)) for turn in turns]))
 
 
 @dataclass(frozen=True)
@@ -104,7 +125,7 @@ class Chat:
             return self._finished(talk, think)
 
     def render_ahead(self, conversations: Iterable[tuple[Sequence[Turn], str]]) -> None:
-        """Have what most of these conversations need, with their tools, written in one request."""
+        """Say what most of these conversations, with their tools, are going to need: it is written in few requests."""
         jobs = []
         for turns, tools in conversations:
             if is_plain(turns, tools):
@@ -115,7 +136,7 @@ class Chat:
         render_ahead(jobs)
 
     def _plain(self, turns: Sequence[Turn]) -> _Talk:
-        return _Talk(turns if self.takes_system else _merge_system(turns), None, Form())
+        return _talk(turns if self.takes_system else _merge_system(turns))
 
     # -- as a conversation grows
 
@@ -198,8 +219,7 @@ class Chat:
         return rendered(self._job(talk, ask=ask, think=think))
 
     def _job(self, talk: _Talk, *, ask: bool, think: bool = False) -> Job:
-        messages = [message_of(turn, talk.form) for turn in talk.turns]
-        return job_of(self.tokenizer, messages, ask=ask, tools=talk.tools, think=think, source=self.source)
+        return job_of(self.tokenizer, talk.messages, ask=ask, tools=talk.tools, think=think, source=self.source)
 
     def _answer(self, written: str, turn: Turn) -> str:
         """The answer with its end mark, without the white space after that."""
@@ -230,10 +250,15 @@ class Chat:
             return read_chat(self.tokenizer, str(several["tool_use"]))
         return self
 
+    @property
+    def _stand_in(self) -> list[dict[str, Any]] | None:
+        """The tools with which it is tried out."""
+        return None if self.source is None else _STAND_IN
+
     @cached_property
     def thinking_lead(self) -> str | None:
         """As `lead`, before an answer that begins with thinking; None where the template does not write thinking."""
-        plain = _Talk([_ASK, Turn("assistant", _ANSWER, thinking=_THOUGHT)], None, Form())
+        plain = _talk([_ASK, Turn("assistant", _ANSWER, thinking=_THOUGHT)], self._stand_in)
         try:
             asked = self._render(plain.upto(1), ask=True, think=True)
             written = _rest(self._whole(plain), asked, 1)
@@ -254,9 +279,8 @@ class Chat:
 
     @cached_property
     def _writes_tools(self) -> bool:
-        tools = [{"type": "function", "function": {"name": _NAME, "description": _RESULT, "parameters": _NO_ARGUMENTS}}]
         try:
-            return _NAME in self._render(_Talk([_ASK], tools, Form()), ask=True)
+            return _NAME in self._render(_talk([_ASK], _declaring(_NAME, _RESULT)), ask=True)
         except Unwritable:
             return False
 
@@ -265,7 +289,7 @@ class Chat:
         """The first form in which a call is written with its name and arguments, no part of them quoted twice."""
         for form in (Form(as_text, blank) for as_text, blank in product((False, True), ("", None))):
             try:
-                written = self._whole(_Talk([_ASK, _CALLING], None, form))
+                written = self._whole(_talk([_ASK, _CALLING], self._stand_in, form))
             except Unwritable:
                 continue
             whole = all(word in written for word in (_NAME, _KEY, _VALUE))
@@ -277,7 +301,7 @@ class Chat:
     def _writes_results(self) -> bool:
         turns = [_ASK, _CALLING, Turn("tool", _RESULT, name=_NAME, call_id=_CALL.id)]
         try:
-            return _RESULT in self._render(_Talk(turns, None, self._call_form or Form()), ask=True)
+            return _RESULT in self._render(_talk(turns, self._stand_in, self._call_form or Form()), ask=True)
         except Unwritable:
             return False
 
@@ -285,7 +309,7 @@ class Chat:
     def _call_eos(self) -> str:
         """As `eos`, after a call."""
         form = self._call_form or Form()
-        written = self._whole(_Talk([_ASK, _CALLING], None, form))
+        written = self._whole(_talk([_ASK, _CALLING], self._stand_in, form))
         return "" if _ends_turn(written, self.tokenizer) else eos_text(self.tokenizer)
 
     def _with_tools(self, turns: Sequence[Turn], tools: str) -> _Talk:
@@ -302,10 +326,7 @@ class Chat:
         if any(turn.role == "tool" for turn in turns) and not self._writes_results:
             raise NoPlace("results of tools")
         turns = turns if self.takes_system else _merge_system(turns)
-        return _Talk(turns, declared(tools) if tools else None, self._call_form or Form() if calls else Form())
-
-
-_NO_ARGUMENTS = {"type": "object", "properties": {}, "required": []}
+        return _talk(turns, declared(tools) if tools else None, self._call_form or Form() if calls else Form())
 
 
 def read_chat(tokenizer: PreTrainedTokenizerBase, source: str | None = None) -> Chat:
@@ -313,15 +334,24 @@ def read_chat(tokenizer: PreTrainedTokenizerBase, source: str | None = None) -> 
 
     Args:
         tokenizer: whose template it is.
-        source: one of several templates, its Jinja text; None for the one that is used by itself.
+        source: the Jinja text of the one for conversations with tools, which may count on some being declared; None
+            for the template that is used by itself.
 
     Raises:
         UserError: there is no chat template, or it cannot be masked.
     """
     chat_source(tokenizer)
     messages = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
-    asked = render(tokenizer, messages[:1], ask=True, source=source)
-    written = _rest(render(tokenizer, messages, ask=False, source=source), asked, 1)
+    tools = None if source is None else _STAND_IN
+    asked = render(tokenizer, messages[:1], ask=True, tools=tools, source=source)
+    whole = render(tokenizer, messages, ask=False, tools=tools, source=source)
+    opened = _OPENED.search(asked)
+    if opened and not whole.startswith(asked) and whole.startswith(asked[: opened.start()]):
+        raise Unwritable(
+            "opens thinking in each generation prompt, and writes answers without it",
+            f"its prompts end in {opened[0].strip()}",
+        )
+    written = _rest(whole, asked, 1)
     lead, separator, tail = written.partition(_ANSWER)
     inner = _inner_tail(tokenizer, messages, tail, source)
     if not separator or _QUESTION not in asked:
@@ -348,7 +378,8 @@ def _inner_tail(
     """
     more = [*messages, {"role": "user", "content": "xMx"}]
     try:
-        after = render(tokenizer, more, ask=True, source=source).partition(_ANSWER)[2]
+        tools = None if source is None else _STAND_IN
+        after = render(tokenizer, more, ask=True, tools=tools, source=source).partition(_ANSWER)[2]
     except Unwritable:
         return tail
     if after.startswith(tail):
@@ -380,12 +411,14 @@ def _ends_turn(tail: str, tokenizer: PreTrainedTokenizerBase) -> bool:
 def _takes_system(tokenizer: PreTrainedTokenizerBase, source: str | None) -> bool:
     """Whether a system message is written, and still there once it is answered: Mistral v0.3 writes it to ask alone."""
     system = "xSx3xSx"
+    tools = None if source is None else _STAND_IN
     messages = [
         {"role": role, "content": text} for role, text in (("system", system), ("user", "a"), ("assistant", "b"))
     ]
     try:
         takes = all(
-            system in render(tokenizer, messages[:end], ask=ask, source=source) for end, ask in ((2, True), (3, False))
+            system in render(tokenizer, messages[:end], ask=ask, tools=tools, source=source)
+            for end, ask in ((2, True), (3, False))
         )
     except Unwritable:
         takes = False

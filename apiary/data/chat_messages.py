@@ -25,6 +25,7 @@ __all__ = [
     "has_chat",
     "job_of",
     "message_of",
+    "message_text",
     "render",
     "with_short_ids",
 ]
@@ -172,12 +173,13 @@ def render(
         Unwritable: it refuses the conversation.
         UserError: it breaks the limits of the sandbox.
     """
-    return rendered(job_of(tokenizer, messages, ask=ask, tools=tools, think=think, source=source, date=date))
+    texts = tuple(map(message_text, messages))
+    return rendered(job_of(tokenizer, texts, ask=ask, tools=tools, think=think, source=source, date=date))
 
 
 def job_of(
     tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Mapping[str, Any]],
+    messages: tuple[str, ...],
     *,
     ask: bool,
     tools: list[dict[str, Any]] | None = None,
@@ -185,10 +187,9 @@ def job_of(
     source: str | None = None,
     date: str = DATE,
 ) -> Job:
-    """What `render` has the sandbox do: with the variables that transformers gives to templates."""
+    """What `render` has the sandbox do with these `message_text`s, and the variables that transformers gives."""
     variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
     variables |= {
-        "messages": [_as_templates_know_it(message) for message in messages],
         "tools": tools,
         "documents": None,
         "add_generation_prompt": ask,
@@ -199,12 +200,13 @@ def job_of(
     }
     if think:
         variables["thinking"] = True
-    return Job(chat_source(tokenizer) if source is None else source, date, json.dumps(variables, default=str))
+    written = json.dumps(variables, default=str)
+    return Job(chat_source(tokenizer) if source is None else source, date, written, messages)
 
 
-def _as_templates_know_it(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message without what is None, and with its thinking under the other name that templates read, too."""
+def message_text(message: Mapping[str, Any]) -> str:
+    """A message as JSON, without what is None, and with its thinking under the other name that templates read, too."""
     known = {name: value for name, value in message.items() if value is not None}
     if thinking := known.get("reasoning_content"):
         known = {"thinking": thinking, **known}
-    return known
+    return json.dumps(known, default=str)

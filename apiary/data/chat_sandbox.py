@@ -4,8 +4,10 @@ A chat template is a program that comes with somebody's model. Jinja's sandbox k
 from looping for ever or from filling the memory, and what is written in C cannot be interrupted from within. So the
 kernel does it: a timer of processor time ends this process, and the address space is limited.
 
-A request is one line of JSON on stdin, {"source", "date", "jobs"}; the reply is one on stdout, a list with
-[text, error] for each job, one of them null. Runs as a file, and so imports nothing of Apiary.
+A request is one line of JSON on stdin, {"source", "date", "talks"}. Each talk is {"messages", "cuts"}: its messages,
+and texts to write of it as [how many of the messages, characters in all, other variables]. The reply is one line on
+stdout, a list with [outcome, text or error] for each text. It is shorter where the texts together are large, and empty
+where they need too much memory together. Runs as a file, and so imports nothing of Apiary.
 """
 
 from __future__ import annotations
@@ -24,9 +26,17 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-TOO_LONG = "writes far more than it is given"
-TOO_MUCH_MEMORY = "needs too much memory"
+WRITTEN, REFUSED, TOO_LONG, TOO_MUCH_MEMORY = "written", "refused", "too long", "too much memory"  # outcomes
 _ERROR_CHARACTERS = 300
+_REPLY = 1 << 23  # characters; where the texts of a reply have more, the rest is to be asked for again
+
+_HAS_TIMER = hasattr(signal, "setitimer")  # Windows has none: there only the time that a request may take is limited
+
+
+def _limit(seconds: float) -> None:
+    """Has the kernel end this process after some time of the processor; 0 for never."""
+    if _HAS_TIMER:
+        signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 class _Generation(Extension):
@@ -118,15 +128,40 @@ def write(source: str, date: str, job: Mapping[str, Any], room: int) -> str:
     return "".join(pieces)
 
 
-def _tried(work: Callable[[], str]) -> tuple[str | None, str | None]:
+def _tried(work: Callable[[], str]) -> tuple[str, str]:
     try:
-        return work(), None
+        return WRITTEN, work()
     except _TooLong:
-        return None, TOO_LONG
+        return TOO_LONG, ""
     except MemoryError:
-        return None, TOO_MUCH_MEMORY
+        return TOO_MUCH_MEMORY, ""
     except Exception as error:  # a program's own refusals, and whatever else it trips over
-        return None, (str(error) or type(error).__name__)[:_ERROR_CHARACTERS]
+        return REFUSED, (str(error) or type(error).__name__)[:_ERROR_CHARACTERS]
+
+
+def _replies(request: Mapping[str, Any], seconds: float, room: int) -> list[tuple[str, str]]:
+    replies = []
+    written = 0
+    for talk in request["talks"]:
+        for end, size, variables in talk["cuts"]:
+            _limit(seconds)
+            job = {**variables, "messages": talk["messages"][:end]}
+            replies.append(_tried(partial(write, request["source"], request["date"], job, room + 4 * size)))
+            written += len(replies[-1][1])
+            if written > _REPLY:
+                return replies
+    return replies
+
+
+def _served(line: bytes, seconds: float, room: int) -> str:
+    """The reply to a request."""
+    try:
+        replies = _replies(json.loads(line), seconds, room)
+        _limit(0)
+        return json.dumps(replies)
+    except MemoryError:
+        _limit(0)
+        return "[]"
 
 
 def main(seconds: float, megabytes: int, room: int) -> None:
@@ -137,6 +172,10 @@ def main(seconds: float, megabytes: int, room: int) -> None:
         megabytes: of address space.
         room: characters that a text may have beyond four for each one that the template is given.
     """
+    # Both are inherited, and would switch the limit off.
+    if _HAS_TIMER:
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     try:
         import resource
 
@@ -144,15 +183,7 @@ def main(seconds: float, megabytes: int, room: int) -> None:
     except (ImportError, ValueError, OSError):
         pass  # a system without this limit, or with a lower one
     for line in iter(sys.stdin.buffer.readline, b""):
-        request = json.loads(line)
-        source, date = request["source"], request["date"]
-        replies = []
-        for job in request["jobs"]:
-            signal.setitimer(signal.ITIMER_PROF, seconds)
-            allowed = room + 4 * len(job)
-            replies.append(_tried(partial(write, source, date, json.loads(job), allowed)))
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        sys.stdout.write(json.dumps(replies) + "\n")
+        sys.stdout.write(_served(line, seconds, room) + "\n")
         sys.stdout.flush()
 
 

@@ -53,7 +53,7 @@ __all__ = [
 ]
 
 _CHUNK, _LETTERS = 4096, 2**20  # the most rows and letters that are tokenised in one call
-_AHEAD = 64  # rows that a chat template writes in one request
+_AHEAD, _AHEAD_LETTERS = 64, 2**22  # the most rows, and letters in all their cuts, that a chat template knows of ahead
 SPELLED = "spell control tokens of the tokenizer, which stay plain text"
 NO_THINKING = "have thinking that the chat template does not write, so it is not trained"
 EARLIER = (
@@ -104,8 +104,7 @@ def _encode(
     """The tokens of each example, or why there are none."""
     boundary = boundary_of(template, tokenizer)
     written = []
-    for start in range(0, len(examples), _AHEAD):
-        some = examples[start : start + _AHEAD]
+    for some in _known_ahead(examples):
         template.render_ahead((example.turns, example.tools) for example in some)
         written += [_write(example, template) for example in some]
     texts = (segment.text for part in written if not isinstance(part, Dropped) for segment in part[1])
@@ -122,6 +121,20 @@ def _encode(
         return made if isinstance(made, Dropped) else made._replace(notes=_notes(turns, segments))
 
     return [encoded(example, part) for example, part in zip(examples, written, strict=True)]
+
+
+def _known_ahead(examples: Sequence[Example]) -> Iterator[list[Example]]:
+    """The examples in stretches for `Template.render_ahead`. A chat template writes a long one many times, by turn."""
+    some, letters = list[Example](), 0
+    for example in examples:
+        own = sum([len(turn.text) for turn in example.turns]) * len(example.turns)
+        if some and (len(some) == _AHEAD or letters + own > _AHEAD_LETTERS):
+            yield some
+            some, letters = [], 0
+        some.append(example)
+        letters += own
+    if some:
+        yield some
 
 
 def _write(example: Example, template: Template) -> tuple[Sequence[Turn], list[Segment]] | Dropped:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
@@ -36,6 +37,7 @@ from apiary.models.fused_layers import add_to_base, slim
 from apiary.models.generation import BaseGeneration
 from apiary.models.targets import Coverage, Targets
 
+_log = logging.getLogger(__name__)
 _LOCK = threading.RLock()
 
 
@@ -147,6 +149,7 @@ def _adapt(base: _Base, config: ModelConfig, adapter: AdapterConfig) -> Language
         except (ValueError, TypeError) as error:
             raise UserError(f"adapter.targets: peft can't adapt {config.name}: {first_line(error)}") from error
     _check_adapted(model, found, config.name)
+    _warn_of_rounding(base.model, found)
     experts.unpack(model)
     model.eval()
     device = resolve_device(config)
@@ -165,6 +168,18 @@ def _adapt(base: _Base, config: ModelConfig, adapter: AdapterConfig) -> Language
         coverage=targets.coverage(base.model, found),
         generation=base.generation,
     )
+
+
+def _warn_of_rounding(model: PreTrainedModel, found: Targets) -> None:
+    """Says that experts in a short type add their products to weights of that type, where a small one is lost."""
+    held = {model.get_parameter(name).dtype for name in found.parameters}
+    for short in held & {torch.bfloat16, torch.float16}:
+        _log.warning(
+            "the experts' weights are %s, and their adapters are added to them in that type: most of a change that is "
+            'small beside a weight is rounded away; use model.dtype = "float32", or adapter.targets = ["q_proj", '
+            '"k_proj", "v_proj", "o_proj"] to leave experts as they are',
+            str(short).removeprefix("torch."),
+        )
 
 
 def share(model: PreTrainedModel) -> PreTrainedModel:

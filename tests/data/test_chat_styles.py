@@ -39,7 +39,7 @@ def test_a_conversation_stands_as_worked_out_by_hand(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in STYLES if name not in WRITTEN])
 def test_what_cannot_be_masked_is_refused_at_the_start(name: str) -> None:
-    with pytest.raises(UserError, match="changes earlier text as a conversation grows"):
+    with pytest.raises(UserError, match="opens thinking in each generation prompt, and writes answers without it"):
         build("chat", tokenizer_of(STYLES[name]))
 
 

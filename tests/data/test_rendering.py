@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -81,6 +82,20 @@ def test_a_hostile_template_is_refused_in_one_line(what: str) -> None:
 
 def test_a_format_tells_nothing_of_what_the_template_was_given() -> None:
     assert rendered(Job("{{ '{0.__class__}{0.__globals__}'.format(raise_exception) }}", DATE, "{}")) == ""
+    by_filter = "{{ ('{0.__class__}{0.__globals__}' | attr('format'))(raise_exception) }}"  # CVE-2025-27516
+    assert rendered(Job(by_filter, DATE, "{}")) == ""
+
+
+def test_of_what_a_template_says_in_refusing_little_is_kept_and_nothing_reaches_the_counts() -> None:
+    quoting = "{% if 'secret' in messages[0].content %}{{ raise_exception(messages[0].content) }}{% endif %}"
+    tokenizer = make_tokenizer(quoting + CHATML)
+    template, config = build("chat", tokenizer)
+    row = talk("secret\n" * 100, "a")
+    with pytest.raises(Unwritable) as caught:
+        template.segments(row.turns)
+    assert 0 < str(caught.value).count("secret") < 50 and "\n" not in str(caught.value)
+    corpus = tokenization.encode_all([row], template, tokenizer, config)
+    assert corpus.dropped == {0: "the chat template refuses a conversation"}
 
 
 @pytest.mark.parametrize("what", ENDLESS)
@@ -103,6 +118,82 @@ def test_what_did_not_end_is_not_tried_again(quick: None) -> None:
     assert time.process_time() + sum(os.times()[2:4]) - began < 0.1
 
 
+def test_the_limit_holds_where_its_signal_is_blocked_and_ignored(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendering, "WAIT", 120.0)
+    handler = signal.signal(signal.SIGPROF, signal.SIG_IGN)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPROF})
+    try:
+        with pytest.raises(UserError, match=r"needs more than 0.5 s of the processor"):
+            rendered(Job(NESTED, DATE, "{}"))
+    finally:
+        signal.signal(signal.SIGPROF, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def test_a_process_that_does_not_answer_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = rendering._Process()
+    request = rendering._request([Job("{{ 1 }}", DATE, "{}")])
+    assert process.ask(request) == [["written", "1"]]
+    os.kill(process._popen.pid, signal.SIGSTOP)
+    monkeypatch.setattr(rendering, "WAIT", 0.2)
+    assert process.ask(request) == ("gives no answer within 0.2 s", False)
+    assert gone(process._popen.pid)
+
+
+def test_without_a_timer_of_the_processor_there_is_the_deadline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import signal\ndel signal.setitimer, signal.SIGPROF, signal.ITIMER_PROF\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delattr(signal, "SIGPROF")
+    process = rendering._Process()
+    assert process.ask(rendering._request([Job("{{ 1 }}", DATE, "{}")])) == [["written", "1"]]
+    monkeypatch.setattr(rendering, "WAIT", 0.2)
+    ended = process.ask(rendering._request([Job(NESTED, DATE, "{}")]))
+    assert ended == ("gives no answer within 0.2 s", False)
+
+
+def test_a_process_of_whose_end_nothing_is_known_is_no_traceback() -> None:
+    process = rendering._Process()
+    process.close.detach()  # as when the interpreter exits: nobody waits for it
+    process.close = lambda: None  # type: ignore[assignment]
+    process._popen.kill()
+    ended = process.ask(rendering._request([Job("{{ 1 }}", DATE, "{}")]))
+    rendering._end(process._popen)
+    assert ended == ("ends the process that it runs in (as this program does)", False)
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_a_process_that_somebody_ends_is_started_again(planned: bool, quick: None) -> None:
+    assert rendered(Job("{{ 'a' }}", DATE, "{}")) == "a"
+    assert rendering._process is not None
+    rendering._process._popen.kill()
+    jobs = [Job("{{ x }}", DATE, f'{{"x": {x}}}') for x in range(3)]
+    render_ahead(jobs if planned else [])
+    assert [rendered(job) for job in jobs] == ["0", "1", "2"]
+    assert not rendering._refused
+
+
+def test_a_text_on_which_the_process_ends_twice_is_not_tried_again(
+    quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed: list[int] = []
+    ask = rendering._Process.ask
+
+    def ended(process: rendering._Process, request: bytes) -> Any:
+        process._popen.kill()
+        killed.append(process._popen.pid)
+        return ask(process, request)
+
+    monkeypatch.setattr(rendering._Process, "ask", ended)
+    for _ in range(2):
+        with pytest.raises(UserError, match="ends the process that it runs in"):
+            rendered(Job("{{ 'a' }}", DATE, "{}"))
+    assert len(set(killed)) == 2
+
+
 def test_a_template_that_turns_hostile_in_the_middle_of_the_rows_ends_the_run(quick: None) -> None:
     trap = "{% if 'now' in messages[0].content %}" + NESTED + "{% endif %}"
     tokenizer = make_tokenizer(trap + CHATML)
@@ -122,6 +213,19 @@ def test_a_row_for_which_too_much_is_written_is_left_out() -> None:
     assert corpus.dropped == {1: "the chat template writes far more than it is given"}
     long = talk("q" * 3_000_000, "a")  # what is long itself may be written
     assert len(template.prompt(long.turns)) > 3_000_000
+
+
+@pytest.mark.parametrize(
+    "trap", ["{{ range(100000) | list * 100000 }}", "{{ raise_exception('needs too much memory') }}"]
+)
+def test_a_row_that_needs_too_much_memory_is_left_out(trap: str) -> None:
+    """Or says so, which is no limit that it breaks."""
+    tokenizer = make_tokenizer("{% if 'now' in messages[0].content %}" + trap + "{% endif %}" + CHATML)
+    template, config = build("chat", tokenizer)
+    rows = [talk("q", "a"), talk("now", "a"), talk("r", "b")]
+    corpus = tokenization.encode_all(rows, template, tokenizer, config)
+    (why,) = corpus.dropped.items()
+    assert why == (1, f"the chat template {'refuses a conversation' if 'raise' in trap else 'needs too much memory'}")
 
 
 @pytest.mark.slow
@@ -174,15 +278,72 @@ def test_a_fork_has_a_process_of_its_own() -> None:
     assert done.stdout.split() == ["0", "1"]
 
 
-def test_what_is_written_ahead_is_what_is_written() -> None:
-    jobs = [Job("{{ x }}" if x % 2 else "{{ x.y.z }}", DATE, f'{{"x": {x}}}') for x in range(6)]
-    render_ahead(jobs)
-    assert len(rendering._ahead) == 6
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The bytes of each request in this test, and the characters of the reply."""
+    seen: list[tuple[int, int]] = []
+    ask = rendering._Process.ask
+
+    def noted(process: rendering._Process, request: bytes) -> Any:
+        replies: Any = ask(process, request)
+        seen.append((len(request), sum(len(reply[1]) for reply in replies)))
+        return replies
+
+    monkeypatch.setattr(rendering._Process, "ask", noted)
+    return seen
+
+
+def test_what_is_planned_is_written_in_one_request(requests: list[tuple[int, int]]) -> None:
+    jobs = [Job("{{ x if x % 2 else x.y.z }}", DATE, f'{{"x": {x}}}') for x in range(6)]
+    render_ahead([*jobs, jobs[0]])
     assert [rendered(job) for job in jobs[1::2]] == ["1", "3", "5"]
     for job in jobs[::2]:
         with pytest.raises(Unwritable, match="refuses a conversation"):
             rendered(job)
-    assert not rendering._ahead
+    assert len(requests) == 2  # the first job was passed over, and was asked for by itself then
+    render_ahead([])
+    assert rendered(jobs[1]) == "1" and len(requests) == 3
+
+
+def test_jobs_are_cuts_of_what_is_sent_once(requests: list[tuple[int, int]]) -> None:
+    source = "{{ n }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    said = tuple(f'{{"content": "{c * 1000}"}}' for c in "abcd")
+    cuts = [said[:1], said[:2], said, said[2:], said[2:], (said[2], said[0]), ()]
+    jobs = [Job(source, DATE, f'{{"n": {n}}}', messages) for n, messages in enumerate(cuts)]
+    render_ahead(jobs)
+    texts = ["a", "ab", "abcd", "cd", "cd", "ca", ""]
+    expected = [f"{n}" + "".join(c * 1000 for c in text) for n, text in enumerate(texts)]
+    assert [rendered(job) for job in jobs] == expected
+    ((sent, _),) = requests
+    assert 8000 < sent < 9000  # abcd, cd and ca
+
+
+def test_requests_and_replies_are_bounded(monkeypatch: pytest.MonkeyPatch, requests: list[tuple[int, int]]) -> None:
+    bound = 1 << 18
+    monkeypatch.setattr(rendering, "_REQUEST", bound)
+    template, config = build("chat", tokenizer := make_tokenizer(CHATML), max_tokens=4096)
+    requests.clear()
+    exchanges, letters = 40, 400
+    rows = [talk(*[c * letters] * 2 * exchanges) for c in "xyz"]
+    assert len(tokenization.encode_all(rows, template, tokenizer, config)) == 3
+    every = 3 * letters * (2 * exchanges) * exchanges  # letters in all cuts: k questions with k - 1 and with k answers
+    sent, got = (sum(sizes) for sizes in zip(*requests, strict=True))
+    assert every < got < 1.5 * every and sent < 0.3 * every
+    assert max(max(sizes) for sizes in requests) < 1.5 * bound
+
+
+def test_what_has_no_room_in_a_reply_is_asked_for_again(requests: list[tuple[int, int]]) -> None:
+    jobs = [Job("{{ 'x' * 1000000 + n | string }}", DATE, f'{{"n": {n}}}') for n in range(20)]
+    render_ahead(jobs)
+    assert [rendered(job).strip("x") for job in jobs] == [str(n) for n in range(20)]
+    assert [round(got / 1e6) for _, got in requests] == [9, 9, 2]
+
+
+@pytest.mark.slow
+def test_long_honest_conversations_are_written() -> None:
+    template, config = build("chat", tokenizer := make_tokenizer(CHATML))
+    rows = [talk(*[f"{k} " + "bee " * 100] * 600) for k in range(5)]
+    assert len(tokenization.encode_all(rows, template, tokenizer, config)) == 5
 
 
 @pytest.mark.parametrize("name", CHATS)

@@ -109,6 +109,20 @@ def test_calls_are_trained_and_come_back_from_the_tokens(style: str, arguments: 
     assert "sunny" in masked and "Says it" in masked and "Says it" not in call  # results and declarations are not
 
 
+def test_a_template_for_tools_alone_may_count_on_some_being_declared() -> None:
+    """As Hermes and Command R have one, by name: it loops over `tools`, which is none where there are none."""
+    unguarded = HERMES.replace("{% if tools %}", "")
+    unguarded = unguarded.replace("</tools><|im_end|>\n' }}{% endif %}", "</tools><|im_end|>\n' }}", 1)
+    tokenizer = make_tokenizer(HERMES)
+    template, config = build("chat", tokenizer, max_tokens=4096)
+    expected = tokenization.encode(calling({"city": "Bonn"}), template, tokenizer, config)
+    tokenizer.chat_template = {"default": CHATML, "tool_use": unguarded}
+    template, config = build("chat", tokenizer, max_tokens=4096)
+    encoded = tokenization.encode(calling({"city": "Bonn"}), template, tokenizer, config)
+    assert encoded is not None and expected is not None
+    assert encoded.ids.tolist() == expected.ids.tolist() and encoded.trained.tolist() == expected.trained.tolist()
+
+
 _HOSTILE = st.lists(st.sampled_from([*MARKS, " ", '"', "bee", "\\", "é", "<", "|>"]), min_size=1, max_size=5)
 _TEXT = _HOSTILE.map("".join).filter(str.strip)
 

@@ -180,6 +180,20 @@ def test_a_family_in_bfloat16(name: str, folder_of: Callable[[str], Path], tmp_p
     assert all(p.dtype is torch.float32 for p in lm.adapter.values())
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype", "warns"), [("Mixtral", "bfloat16", 1), ("Mixtral", "float32", 0), ("Llama", "bfloat16", 0)]
+)
+def test_experts_in_bfloat16_are_warned_of(
+    name: str, dtype: str, warns: int, folder_of: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A change of 0.1% of a weight is there in float32, and mostly rounded away in bfloat16."""
+    weight = torch.full((1,), 0.03, dtype=getattr(torch, dtype))
+    kept = float((weight + weight * 1e-3).float() - weight.float()) / 0.03e-3
+    assert kept == (pytest.approx(1, abs=0.01) if dtype == "float32" else 0)
+    opened(folder_of(name), dtype)
+    assert sum("rounded away" in message for message in caplog.messages) == warns
+
+
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.refused])
 def test_what_is_no_causal_model_is_refused_in_one_line(name: str, folder_of: Callable[[str], Path]) -> None:
     with pytest.raises(UserError, match=FAMILIES[name].refused) as caught:
