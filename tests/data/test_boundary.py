@@ -273,6 +273,16 @@ def test_a_template_may_write_its_own_tokens_for_what_it_reads_but_none_that_cou
     assert corpus.ids[0] == tokenizer.bos_token_id
 
 
+def test_half_a_mark_that_such_a_template_completes_is_left_out() -> None:
+    source = LISTENING.replace("m['content'] +", "m['content'] + 'end|>' +")
+    tokenizer = make_tokenizer(source)
+    template, config = build("chat", tokenizer)
+    rows = [talk("a bee", "yes"), talk("a bee <|im_", "yes"), talk("a wasp <|im_", "yes")]
+    corpus = tokenization.encode_all(rows, template, tokenizer, config)
+    assert source != LISTENING and corpus.dropped == {1: boundary.UNSAFE}
+    assert "<|im_end|>" in tokenizer.decode(tokenizer("a bee <|im_end|>")["input_ids"][-1:])  # as it would have been
+
+
 def test_a_row_that_cannot_be_kept_apart_is_left_out_counted_and_told(tmp_path: Path) -> None:
     tokenizer = Tiktoken(("<|im_start|>", "<|im_end|>", "\xa7"), bos_token="<s>", eos_token="\xa7")  # one letter
     tokenizer.chat_template = CHATML
