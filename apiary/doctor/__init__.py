@@ -86,13 +86,12 @@ def _attempt(problems: list[str], action: Callable[[], T]) -> T | None:
 def _examine_parts(config: RunConfig, problems: list[str], console: Console, remarks: Remarks) -> dict[str, Any]:
     """Print what can be told of a run, and add all that is wrong with it to `problems`; the same as plain values."""
     # Here and not above: what is wrong with the file itself is told without waiting for torch.
-    from apiary.data import splits, stages
+    from apiary.data import stages
     from apiary.data.federation import federate
     from apiary.doctor import plan, values
     from apiary.evaluation import comparison
     from apiary.models import base, inference, start
     from apiary.tracking import trackers
-    from apiary.transport import from_config
 
     told: dict[str, Any] = {}
     config = _attempt(problems, lambda: start.resolved(config)) or config
@@ -120,15 +119,7 @@ def _examine_parts(config: RunConfig, problems: list[str], console: Console, rem
     turns = plan.turn_counts(federation)
     plan.print_rows(federation, turns, console)
     told["data"] = values.rows_values(federation, turns)
-    staged = [stages.rows_by_stage(client.train, config) for client in federation.clients]
-    said = _attempt(problems, lambda: remarks(config, [client.name for client in federation.clients])) or ()
-    said = [
-        *said,
-        *splits.remarks(federation, config),
-        *from_config.remarks(config),
-        *(_attempt(problems, lambda: start.remarks(config)) or ()),
-        *stages.unlimited_buffers(staged, config),
-    ]
+    said = _remarks(config, federation, problems, remarks)
     plan.print_warnings(said, console)
     told["warnings"] = said
     problems += _federation_problems(config, federation)
@@ -144,6 +135,22 @@ def _examine_parts(config: RunConfig, problems: list[str], console: Console, rem
         plan.print_run(run, cost, console)
         told |= values.run_values(run, cost)
     return told
+
+
+def _remarks(config: RunConfig, federation: Federation, problems: list[str], remarks: Remarks) -> list[str]:
+    """What is worth knowing of a run that is not wrong."""
+    from apiary.data import splits, stages
+    from apiary.models import start
+    from apiary.transport import from_config
+
+    staged = [stages.rows_by_stage(client.train, config) for client in federation.clients]
+    return [
+        *(_attempt(problems, lambda: remarks(config, [client.name for client in federation.clients])) or ()),
+        *splits.remarks(federation, config),
+        *from_config.remarks(config),
+        *(_attempt(problems, lambda: start.remarks(config)) or ()),
+        *stages.unlimited_buffers(staged, config),
+    ]
 
 
 # --- checks

@@ -397,6 +397,7 @@ def test_text_is_tokenised_in_one_place() -> None:
         "apiary/data/tokens.py",  # how a tokenizer is called
         "apiary/data/chat.py",  # the template's own words
         "apiary/data/templates.py",
+        "apiary/export/gguf_tokenizer.py",  # what the tokenizer adds to a text
         "simulation/backdoor.py",  # the length of an answer
     }
     method = r"\.(encode|encode_batch|tokenize|apply_chat_template|convert_tokens_to_ids)"

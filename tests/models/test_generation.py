@@ -222,7 +222,7 @@ def test_evaluate_and_chat_say_the_same_with_a_base_that_would_be_served_otherwi
 
 
 def export(case: Case, base: Path, tmp_path: Path) -> Path:
-    return export_run(adapter_of(case, base, tmp_path / "adapter"), tmp_path / "merged", merge=True)
+    return export_run(adapter_of(case, base, tmp_path / "adapter"), tmp_path / "merged", merge=True).folder
 
 
 def test_a_merged_export_has_the_bases_generation_configuration(case: Case, tmp_path: Path) -> None:
@@ -280,7 +280,7 @@ def test_an_exported_tokenizer_is_the_bases_file_by_file(merge: bool, case: Case
     base = with_file(case, tmp_path / "base", {})
     odd_tokenizer(base)
     adapter = adapter_of(case, base, tmp_path / "adapter")
-    exported = export_run(adapter, tmp_path / "exported", merge=merge)
+    exported = export_run(adapter, tmp_path / "exported", merge=merge).folder
     kept = [*base.glob("tokenizer*"), *base.glob("**/*.jinja")]
     assert len(kept) == 4
     for file in kept:
@@ -300,7 +300,7 @@ def test_a_tokenizer_that_does_not_name_its_class_is_written_by_transformers(cas
     spec = json.loads((base / "tokenizer.json").read_text())
     spec["model"]["dropout"] = 0.2
     (base / "tokenizer.json").write_text(json.dumps(spec))
-    exported = export_run(adapter_of(case, base, tmp_path / "adapter"), tmp_path / "exported", merge=False)
+    exported = export_run(adapter_of(case, base, tmp_path / "adapter"), tmp_path / "exported", merge=False).folder
     again = AutoTokenizer.from_pretrained(exported)
     assert again.backend_tokenizer.model.dropout == pytest.approx(0.2)
 
