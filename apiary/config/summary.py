@@ -84,7 +84,7 @@ def _named(name: str, options: Mapping[str, Any]) -> str:
 
 def public_name(name: str) -> str:
     """A name as it may be passed on: of a path only the last part, so that no folder of this machine stands in it."""
-    return Path(name).name if Path(name).is_absolute() else name
+    return Path(name).name if Path(name).is_absolute() or name.startswith("~") else name
 
 
 def _method(method: Method) -> str:

@@ -149,7 +149,7 @@ def _describe(tuned: Tuned, form: _Form, path: Path, draft: Path, *, merged: boo
     metrics = metrics_file.read_metrics(tuned.run) if tuned.run and (tuned.run / "metrics.json").exists() else None
     privacy = statement.read(tuned.run) if tuned.run else {}
     if tuned.elsewhere:  # nothing is known of how it was tuned, and without settings it opens as it did here
-        files.write_atomic(draft / "README.md", card_of_other(tuned.config, form.written.rank, merged=merged))
+        files.write_atomic(draft / "README.md", card_of_other(tuned.config, form.written, merged=merged, cut=form.cut))
         return
     text = card(tuned.config, form.written.rank, metrics, privacy, merged=merged, why=tuned.template.why)
     files.write_atomic(draft / "README.md", text)

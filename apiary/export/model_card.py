@@ -10,6 +10,7 @@ from apiary.config import summary
 from apiary.config.schema import RunConfig
 from apiary.config.summary import public_name
 from apiary.data import structured
+from apiary.models.adapter_files import Written
 from apiary.privacy import statement
 from apiary.report.card_table import card_table
 
@@ -63,21 +64,23 @@ def card(
     return "\n".join(lines) + "\n"
 
 
-def card_of_other(config: RunConfig, rank: int, *, merged: bool) -> str:
+def card_of_other(config: RunConfig, written: Written, *, merged: bool, cut: bool = False) -> str:
     """The model card of an adapter that another tool made: what its folder told, and no more.
 
     Args:
         config: names the base.
-        rank: of the adapter that is handed on.
+        written: the adapter as it is handed on.
         merged: whether the card is for a whole model.
+        cut: whether it had a higher rank.
     """
-    adapter = config.adapter
+    scaling = "rslora" if written.rslora else "lora"
+    products = "its products as near as that rank lets them be" if cut else "with the same products"
     lines = [
         *_front(config, merged, "lora"),
         "# A LoRA adapter" + (", merged into its base" if merged else ""),
         "",
-        f"Made on {_base(config)} by another tool, and written by Apiary as one adapter of rank {rank}, "
-        f"alpha {adapter.alpha:g} and scaling {adapter.scaling}, with the same products. How it was tuned is not known "
+        f"Made on {_base(config)} by another tool, and written by Apiary as one adapter of rank "
+        f"{written.rank}, alpha {written.alpha:g} and scaling {scaling}, {products}. How it was tuned is not known "
         "here.",
         *_local(config, merged),
         "",
@@ -159,6 +162,8 @@ def _apart(config: RunConfig) -> list[str]:
 def _grown(trained: int, rank: int, merged: bool) -> list[str]:
     if rank == trained:
         return []
+    if rank < trained:
+        return ["", f"It was cut to rank {rank} from a higher one, to what is nearest to its products at that rank."]
     had = "Before it was merged the adapter had" if merged else "This adapter has"
     return ["", f"{had} rank {rank}: the {trained} that are trained, and what the method has added to the base."]
 

@@ -9,6 +9,7 @@ factors of B, which leaves all products as they are.
 from __future__ import annotations
 
 import hashlib
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -37,6 +38,13 @@ _WIDEST = 1024  # as `adapter.rank` allows
 _OF_PEFT = (
     *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters"),
+)
+
+
+# What peft raises for settings and tensors that do not fit: re.error for a name that is no regular expression.
+_PEFT_ERRORS = (
+    *(ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RuntimeError, ArithmeticError),
+    re.error,
 )
 
 
@@ -79,6 +87,8 @@ def open_folder(folder: PeftFolder, model: ModelConfig) -> Foreign:
         UserError: the base cannot be had, or the adapter does not fit it: a tensor is missing, not explained by the
             settings or of another shape, or it changes something that no adapter of ours can.
     """
+    if (most := max([folder.values.get("r") or 0, *(folder.values.get("rank_pattern") or {}).values()])) > _WIDEST:
+        raise UserError(f"{str(folder.path)!r}: its rank of {most} is above {_WIDEST}")  # before peft makes room for it
     tensors = read_tensors(folder)
     base, _ = adapters.load_base(model)
     said = _of_the_base(folder, base, tensors.others, model.name)
@@ -130,7 +140,7 @@ def _in_plain_peft(folder: PeftFolder, base: PreTrainedModel, tensors: StateDict
             settings = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **given)
             model = get_peft_model(adapters.share(base), settings)
             loaded: Any = set_peft_model_state_dict(model, dict(tensors))
-        except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RuntimeError) as error:
+        except _PEFT_ERRORS as error:
             sizes = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
             reason = sizes[0].replace(".default", "") if sizes else first_line(error)
             raise UserError(f"{where}: peft can't load it on {name}: {reason}") from error

@@ -6,7 +6,7 @@ Every key is honoured, of no bearing on what the adapter computes, or refused by
 from __future__ import annotations
 
 import json
-import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,6 +23,7 @@ from apiary.core.formatting import first_line
 CONFIG: Final = "adapter_config.json"
 SAFE, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
 PISSA, OLORA = "pissa", "olora"
+_MOST: Final = 1e30  # of an alpha: far from where products of float32 are no numbers
 
 HONOURED: Final = (
     *("peft_type", "task_type", "base_model_name_or_path", "revision"),
@@ -83,7 +84,7 @@ class PeftFolder(NamedTuple):
     def base(self) -> str | None:
         """The base that it names: a hub id or a folder."""
         name = self.values.get("base_model_name_or_path")
-        inside = isinstance(name, str) and bool(name) and not Path(name).exists() and (self.path / name).is_dir()
+        inside = isinstance(name, str) and bool(name) and not os.path.exists(name) and os.path.isdir(self.path / name)
         return str(self.path / str(name)) if inside else (name or None)
 
     @property
@@ -108,7 +109,7 @@ def read_folder(path: Path) -> PeftFolder:
         raise UserError(f"{where} is no adapter folder: it has no {CONFIG}{hint}")
     try:
         values = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{where}: {CONFIG} cannot be read: {first_line(error)}") from None
     if not isinstance(values, dict):
         raise UserError(f"{where}: {CONFIG} holds no settings but {type(values).__name__}")
@@ -159,8 +160,8 @@ def _wrong_numbers(values: Mapping[str, Any]) -> Iterator[str]:
             key = "r" if name == "r" else f"rank_pattern[{name!r}]"
             yield f"{key} = {_shown(rank)}: must be a whole number from 1"
     for name, alpha in alphas.items():
-        whole = isinstance(alpha, int | float) and not isinstance(alpha, bool) and math.isfinite(alpha)
-        if not whole or (name == "lora_alpha" and alpha <= 0):
+        whole = isinstance(alpha, int | float) and not isinstance(alpha, bool) and abs(alpha) <= _MOST
+        if not whole or (name == "lora_alpha" and alpha < 1 / _MOST):
             key = "lora_alpha" if name == "lora_alpha" else f"alpha_pattern[{name!r}]"
             yield f"{key} = {_shown(alpha)}: must be a number" + (" above 0" if name == "lora_alpha" else "")
 
@@ -229,6 +230,9 @@ def _unpickled(file: Path, where: str) -> dict[str, Tensor]:
         raise UserError(
             f"{where}: {PICKLED} cannot be read as plain tensors ({first_line(error)}); save it as {SAFE}"
         ) from None
-    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
-        raise UserError(f"{where}: {PICKLED} holds something else than tensors by name")
+    if not isinstance(found, dict) or not all(
+        isinstance(key, str) and isinstance(t, Tensor) and t.layout is torch.strided and not t.is_meta
+        for key, t in found.items()
+    ):
+        raise UserError(f"{where}: {PICKLED} holds something else than dense tensors by name")
     return found

@@ -19,6 +19,7 @@ from apiary.config.schema import RunConfig
 from apiary.core.errors import UserError
 from apiary.data import examples, tokenization
 from apiary.export import export, model_card, tuned
+from apiary.models.adapter_files import Written
 
 IDS = torch.arange(2, 34).reshape(2, 16)
 SETTINGS = {
@@ -115,12 +116,20 @@ def test_its_card_claims_no_federation_and_names_no_folder(folder: Path, tiny_mo
     assert not (tmp_path / "out" / "apiary.toml").exists()
 
 
+def test_a_card_has_the_shape_that_is_handed_on() -> None:
+    config = loading.load(None, ["model.name=~/private/llama", "adapter.rank=8"])
+    cut = model_card.card_of_other(config, Written({}, 2, 4, False), merged=False, cut=True)
+    assert "rank 2, alpha 4 and scaling lora, its products as near as that rank" in cut
+    assert "cut to rank 2 from a higher one" in model_card.card(config, 2, None, {}, merged=False)
+    assert "private" not in cut and "`llama`" in cut
+
+
 @pytest.mark.parametrize("merged", [False, True])
 def test_a_card_names_the_revision_of_the_base(merged: bool) -> None:
     config = loading.load(None, ["model.name=someone/llama", "model.revision=v1.2"])
     for card in (
         model_card.card(config, 16, None, {}, merged=merged),
-        model_card.card_of_other(config, 16, merged=merged),
+        model_card.card_of_other(config, Written({}, 16, 16.0, True), merged=merged),
     ):
         assert "`someone/llama` (revision `v1.2`)" in card
         assert "base_model: someone/llama\n" in card

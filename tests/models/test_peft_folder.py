@@ -302,7 +302,29 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "target_modules": ({"target_modules": ["nowhere"]}, "peft can't load it on .*nowhere"),
     "target_parameters": ({"target_parameters": "q_proj.weight"}, "peft can't load it on .*target_parameters"),
     "layers_pattern": ({"layers_pattern": "layers"}, "peft can't load it on .*layers_pattern"),
+    "no regular expression": ({"target_modules": "("}, "peft can't load it on "),
+    "a rank beyond memory": ({"r": 10**9}, "its rank of 1000000000 is above 1024"),
+    "a rank beyond memory of one": ({"rank_pattern": {"q_proj": 10**9}}, "its rank of 1000000000 is above 1024"),
+    "an alpha beyond floats": ({"lora_alpha": 10**400}, "lora_alpha = 10+.*must be a number above 0"),
+    "an alpha of nothing": ({"lora_alpha": 5e-324}, "lora_alpha = 5e-324: must be a number above 0"),
+    "products beyond floats": ({"alpha_pattern": {"q_proj": 1e300}}, r"alpha_pattern\['q_proj'\] = 1e\+300"),
 }
+
+
+def test_settings_that_are_too_deep_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    folder = make(tiny_model, tmp_path / "theirs", target_modules=["q_proj"])
+    (folder / "adapter_config.json").write_text('{"r": ' + "[" * 100_000)
+    assert "adapter_config.json cannot be read" in refusal(tiny_model, folder)
+
+
+@pytest.mark.parametrize(
+    "made", [{1: torch.ones(2, 2)}, {"x": torch.ones(2, 2).to_sparse()}, {"x": torch.ones(2, 2, device="meta")}]
+)
+def test_a_pickle_of_other_than_dense_tensors_by_name_is_refused(made: Any, tiny_model: Path, tmp_path: Path) -> None:
+    folder = make(tiny_model, tmp_path / "theirs", target_modules=["q_proj"])
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save(made, folder / "adapter_model.bin")
+    assert "something else than dense tensors by name" in refusal(tiny_model, folder)
 
 
 @pytest.mark.parametrize("key", REFUSED)
