@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import typer
 
 from apiary.core.counts import parse as parse_counts
 from apiary.core.errors import UserError
-from apiary.core.files import finite, write_atomic
 
 
 def run_audit(
@@ -31,9 +29,8 @@ def run_audit(
     """
     if not run.is_dir():
         raise UserError(f"run folder {str(run)!r} does not exist")
-    from apiary.report import write_report
+    from apiary.report import write_finding
     from apiary.report.audit import AUDIT_FILE
-    from apiary.tracking.event_log import METRICS_FILE
     from simulation import audit
 
     at = None
@@ -47,9 +44,7 @@ def run_audit(
     bench = audit.open_bench(run, options, at)
     typer.echo(f"auditing {bench.client.name}: {len(bench.client.train):,} training rows", err=True)
     found = audit.audit(bench, options, lambda line: typer.echo(line, err=True))
-    write_atomic(run / AUDIT_FILE, json.dumps(finite(found), indent=1) + "\n")
-    if (run / METRICS_FILE).exists():
-        write_report(run)
+    write_finding(run, AUDIT_FILE, found)
     return found
 
 

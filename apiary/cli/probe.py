@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from apiary.core.errors import UserError
-from apiary.core.files import finite, write_atomic
 from apiary.data.examples import Example
 
 
@@ -28,18 +26,15 @@ def run_probe(path: Path, data: str | None, overrides: Sequence[str]) -> dict[st
     from apiary.evaluation import injection
     from apiary.export import tuned as results
     from apiary.models.adapters import fresh_adapter
-    from apiary.report import write_report
+    from apiary.report import write_finding
     from apiary.report.injection import PROBE_FILE
-    from apiary.tracking.event_log import METRICS_FILE
 
     opened = results.open_tuned(path, overrides)
     asked = injection.prepare(_rows(opened, data), opened.template, opened.lm, opened.config)
     methods = {"base": fresh_adapter(opened.lm, opened.config.seed), "federated": opened.adapter}
     found = injection.document(methods, opened.lm, asked, opened.config)
     if opened.run is not None:
-        write_atomic(opened.run / PROBE_FILE, json.dumps(finite(found), indent=1) + "\n")
-        if (opened.run / METRICS_FILE).exists():
-            write_report(opened.run)
+        write_finding(opened.run, PROBE_FILE, found)
     return found
 
 

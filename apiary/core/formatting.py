@@ -98,5 +98,5 @@ def _from_bytes(name: str) -> bool:
 
 
 def plural(count: int, noun: str) -> str:
-    """`1 client`, `2 clients`."""
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+    """`1 client`, `2 clients`, `2 guesses`."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "es" if noun.endswith(("s", "ch")) else "s")

@@ -15,7 +15,7 @@ import weakref
 from array import array
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, groupby
 from typing import TYPE_CHECKING
 
@@ -81,21 +81,34 @@ def encode_all(
     config: PromptConfig,
 ) -> Corpus:
     """All examples that can be used as one corpus, in order; it tells which of them were cut or dropped, and why."""
-    chunks = _chunks(examples)
+    chunks = _stretches(examples, _CHUNK, _LETTERS, _letters)
     return gather(chain.from_iterable(_encode(chunk, template, tokenizer, config) for chunk in chunks))
 
 
-def _chunks(examples: Iterable[Example]) -> Iterator[list[Example]]:
-    """The examples in stretches that are tokenised in one call: the tokenizer takes some 50 bytes a letter for it."""
-    chunk, letters = list[Example](), 0
+def _stretches(
+    examples: Iterable[Example], most: int, room: int, size: Callable[[Example], int]
+) -> Iterator[list[Example]]:
+    """The examples in order, in stretches of at most `most` that take at most `room` together, or of a larger one."""
+    stretch, taken = list[Example](), 0
     for example in examples:
-        chunk.append(example)
-        letters += sum([len(turn.text) + len(turn.thinking) for turn in example.turns])
-        if len(chunk) == _CHUNK or letters > _LETTERS:
-            yield chunk
-            chunk, letters = [], 0
-    if chunk:
-        yield chunk
+        own = size(example)
+        if stretch and (len(stretch) == most or taken + own > room):
+            yield stretch
+            stretch, taken = [], 0
+        stretch.append(example)
+        taken += own
+    if stretch:
+        yield stretch
+
+
+def _letters(example: Example) -> int:
+    """Those that are tokenised: the tokenizer takes some 50 bytes for each in one call."""
+    return sum([len(turn.text) + len(turn.thinking) for turn in example.turns])
+
+
+def _letters_in_cuts(example: Example) -> int:
+    """Those that a chat template writes, which writes a conversation anew for each turn."""
+    return sum([len(turn.text) for turn in example.turns]) * len(example.turns)
 
 
 def _encode(
@@ -104,7 +117,7 @@ def _encode(
     """The tokens of each example, or why there are none."""
     boundary = boundary_of(template, tokenizer)
     written = []
-    for some in _known_ahead(examples):
+    for some in _stretches(examples, _AHEAD, _AHEAD_LETTERS, _letters_in_cuts):
         template.render_ahead((example.turns, example.tools) for example in some)
         written += [_write(example, template) for example in some]
     texts = (segment.text for part in written if not isinstance(part, Dropped) for segment in part[1])
@@ -121,20 +134,6 @@ def _encode(
         return made if isinstance(made, Dropped) else made._replace(notes=_notes(turns, segments))
 
     return [encoded(example, part) for example, part in zip(examples, written, strict=True)]
-
-
-def _known_ahead(examples: Sequence[Example]) -> Iterator[list[Example]]:
-    """The examples in stretches for `Template.render_ahead`. A chat template writes a long one many times, by turn."""
-    some, letters = list[Example](), 0
-    for example in examples:
-        own = sum([len(turn.text) for turn in example.turns]) * len(example.turns)
-        if some and (len(some) == _AHEAD or letters + own > _AHEAD_LETTERS):
-            yield some
-            some, letters = [], 0
-        some.append(example)
-        letters += own
-    if some:
-        yield some
 
 
 def _write(example: Example, template: Template) -> tuple[Sequence[Turn], list[Segment]] | Dropped:

@@ -6,7 +6,6 @@ files, each on a base that is read anew; the factors in a GGUF adapter are put b
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,9 +104,7 @@ def adapter_folder(tuned: Tuned, folder: Path, expected: Sequence[Tensor], rows:
         plain = plain.to(lm.device)
     else:
         plain = base.read(tuned.config.model).model
-    with warnings.catch_warnings():  # as in `apiary.models.adapters`
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
-        warnings.filterwarnings("ignore", ".*fan_in_fan_out", UserWarning)
+    with adapters.quiet_peft():
         model = PeftModel.from_pretrained(plain, folder).eval()
     tolerance = EXACT if lm.dtype is torch.float32 and tuned.config.model.quantization == "none" else _ROUGH
     return compare("adapter read by plain peft", expected, logits(model, rows, lm.device), tolerance)

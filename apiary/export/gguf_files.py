@@ -20,8 +20,7 @@ from apiary.core import lora
 from apiary.core.errors import UserError
 from apiary.export import gguf_tokenizer
 from apiary.models.adapter_files import Written
-
-_PREFIX = "base_model.model."
+from apiary.models.adapters import PREFIX
 
 
 class _Architecture(NamedTuple):
@@ -100,7 +99,7 @@ def write_adapter(written: Written, config: Any, file: Path) -> None:
     writer.add_float32("adapter.lora.alpha", written.scale * written.rank)
     names = _names(gguf, config)
     for module, (b, a) in lora.split(written.factors).items():
-        path = module.removeprefix(_PREFIX)
+        path = module.removeprefix(PREFIX)
         name = names(f"{path}.weight")
         if name is None or name == "output.weight" or name == "token_embd.weight":
             raise UserError(f"--gguf: llama.cpp has no adapter on {path!r}; export with --merge --gguf")
@@ -126,7 +125,7 @@ def read_adapter(file: Path, modules: list[str], config: Any) -> dict[str, lora.
     alpha = float(reader.fields["adapter.lora.alpha"].contents())
     names, found = _names(gguf, config), {}
     for module in modules:
-        path = module.removeprefix(_PREFIX)
+        path = module.removeprefix(PREFIX)
         name = names(f"{path}.weight")
         a, b = tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
         found[module] = lora.Factors(_rows(config, path, b, back=True) * (alpha / len(a)), a)

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from apiary.core import lora
 from apiary.core.lora import Factors
 from apiary.models.adapter_files import Written
+from apiary.models.adapters import PREFIX
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be
 # Classes that vLLM serves, but without adapters.
@@ -46,7 +47,7 @@ class Cut(NamedTuple):
         """One line for people."""
         return (
             f"rank {self.before} was cut to {self.rank}: the adapter's products lose {100 * self.error:.2g}% "
-            f"(relative Frobenius norm), those of {self.module.removeprefix('base_model.model.')!r}, the worst module, "
+            f"(relative Frobenius norm), those of {self.module.removeprefix(PREFIX)!r}, the worst module, "
             f"{100 * self.worst:.2g}%"
         )
 
@@ -99,7 +100,7 @@ def remarks(base: PreTrainedModel, written: Written) -> list[str]:
     kind = type(base).__name__
     experts = any(map(_EXPERT.search, modules))
     head = next((n for n, m in base.named_modules() if m is base.get_output_embeddings()), "")
-    on_head = any(module.removeprefix("base_model.model.") == head for module in modules)
+    on_head = any(module.removeprefix(PREFIX) == head for module in modules)
     found = []
     if experts:
         found.append("the adapters of experts are in peft's own form, which no server takes for all models")

@@ -38,6 +38,7 @@ from apiary.models.generation import BaseGeneration
 from apiary.models.targets import Coverage, Targets
 
 _log = logging.getLogger(__name__)
+PREFIX = "base_model.model."  # before the base's own names in those of an adapter
 _LOCK = threading.RLock()
 
 
@@ -138,10 +139,7 @@ def _base(config: ModelConfig) -> _Base:
 
 def _adapt(base: _Base, config: ModelConfig, adapter: AdapterConfig) -> LanguageModel:
     found = targets.find(base.model, adapter, config.name)
-    with warnings.catch_warnings():
-        # peft asks Transformers for a property by its old name, and says what it does for GPT-2.
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
-        warnings.filterwarnings("ignore", ".*fan_in_fan_out", UserWarning)
+    with quiet_peft():
         shared = share(base.model)
         shared.name_or_path = config.name  # what peft writes down as the adapter's base
         try:
@@ -180,6 +178,15 @@ def _warn_of_rounding(model: PreTrainedModel, found: Targets) -> None:
             '"k_proj", "v_proj", "o_proj"] to leave experts as they are',
             str(short).removeprefix("torch."),
         )
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Peft asks Transformers for a property by its old name, and says what it does for GPT-2: neither is news."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        warnings.filterwarnings("ignore", ".*fan_in_fan_out", UserWarning)
+        yield
 
 
 def share(model: PreTrainedModel) -> PreTrainedModel:

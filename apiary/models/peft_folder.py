@@ -30,10 +30,9 @@ from apiary.core.formatting import first_line
 from apiary.core.lora import Factors
 from apiary.core.tensors import StateDict
 from apiary.models import adapters, experts, targets
-from apiary.models.adapters import LanguageModel
+from apiary.models.adapters import PREFIX, LanguageModel
 from apiary.models.peft_keys import PISSA, PeftFolder, read_tensors
 
-_PREFIX = "base_model.model."
 _WIDEST = 1024  # as `adapter.rank` allows
 _OF_PEFT = (
     *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
@@ -93,7 +92,7 @@ def open_folder(folder: PeftFolder, model: ModelConfig) -> Foreign:
     base, _ = adapters.load_base(model)
     said = _of_the_base(folder, base, tensors.others, model.name)
     plain = _in_plain_peft(folder, base, tensors.factors, model.name)
-    found = {_PREFIX + name: part for name, part in _parts(folder, plain, model.name).items()}
+    found = {PREFIX + name: part for name, part in _parts(folder, plain, model.name).items()}
     digest = _digest(found, folder.start)
     remarks = [*folder.remarks, *tensors.remarks, *said]
     if folder.start:
@@ -116,7 +115,7 @@ def _of_the_base(folder: PeftFolder, base: PreTrainedModel, others: StateDict, n
     """
     held = dict(base.named_parameters(remove_duplicate=False))
     for key, tensor in sorted(others.items()):
-        own = held.get(key.removeprefix(_PREFIX).replace(".base_layer.", "."))
+        own = held.get(key.removeprefix(PREFIX).replace(".base_layer.", "."))
         what = "no factor of an adapter"
         if own is not None:
             if own.shape == tensor.shape and torch.equal(tensor.to(own.device, own.dtype), own):
@@ -201,7 +200,7 @@ def _undo_start(folder: PeftFolder, plain: PeftModel, found: dict[str, Part]) ->
     for path, layer in _modules(plain):
         if not isinstance(layer, LoraLayer):
             continue
-        held, part = layer.get_base_layer(), found.get(_PREFIX + path)
+        held, part = layer.get_base_layer(), found.get(PREFIX + path)
         transposed = isinstance(held, Conv1D)
         where = f"{str(folder.path)!r}: adapter_config.json: init_lora_weights = {folder.start!r}"
         if part is None or isinstance(layer, ParamWrapper) or (transposed and folder.start != PISSA):
@@ -219,7 +218,7 @@ def _undo_start(folder: PeftFolder, plain: PeftModel, found: dict[str, Part]) ->
             q, r = torch.linalg.qr(weight)
             taken = Factors(q[:, :rank], r[:rank])
         whole = lora.stack([Factors(part.b, part.a), taken], [1.0, -1.0])
-        found[_PREFIX + path] = Part(whole.b, whole.a, part.scale)
+        found[PREFIX + path] = Part(whole.b, whole.a, part.scale)
 
 
 def _settings(folder: PeftFolder, base: PreTrainedModel, modules: list[str], rank: int) -> AdapterConfig:
@@ -236,7 +235,7 @@ def _settings(folder: PeftFolder, base: PreTrainedModel, modules: list[str], ran
 def _targets(base: PreTrainedModel, modules: list[str]) -> str | tuple[str, ...]:
     """`adapter.targets` that names these modules of an adapter, and no others."""
     linear = {name for name, module in base.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    names = {module.removeprefix(_PREFIX) for module in modules}
+    names = {module.removeprefix(PREFIX) for module in modules}
     chosen = {name if name in linear else name.rpartition(".")[0] for name in names}  # of an expert: its stack
     try:
         everything = targets.find(base, AdapterConfig(), "")

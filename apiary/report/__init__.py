@@ -6,6 +6,7 @@ and forbids itself every request by its content security policy.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from apiary.core import formatting
-from apiary.core.files import write_atomic
+from apiary.core.files import finite, write_atomic
 from apiary.core.formatting import clean, plural
 from apiary.evaluation import intervals
 from apiary.privacy import statement
@@ -37,10 +38,10 @@ from apiary.report.verdict import (
     row_by_row,
     rows_text,
 )
-from apiary.tracking.event_log import Event, read_events
+from apiary.tracking.event_log import METRICS_FILE, Event, read_events
 from apiary.tracking.metrics_file import read_metrics
 
-__all__ = ["headline", "render", "table_plain", "table_text", "write_report"]
+__all__ = ["headline", "render", "table_plain", "table_text", "write_finding", "write_report"]
 
 REPORT_FILE = "report.html"
 _BOLD = ("federated", sites.TOGETHER)
@@ -60,6 +61,13 @@ def write_report(folder: Path) -> Path:
     path = folder / REPORT_FILE
     write_atomic(path, render(metrics, events, text, read_audit(folder), read_probe(folder)))
     return path
+
+
+def write_finding(folder: Path, name: str, found: Mapping[str, Any]) -> None:
+    """Write what was found of a run beside its metrics, and its report, if it has results, again."""
+    write_atomic(folder / name, json.dumps(finite(found), indent=1) + "\n")
+    if (folder / METRICS_FILE).exists():
+        write_report(folder)
 
 
 def render(

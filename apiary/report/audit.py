@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from apiary.core.errors import UserError
 from apiary.core.formatting import MISSING, plural
 from apiary.privacy.audit import exposure, one_run
 from apiary.privacy.statement import rounded_up
+from apiary.tracking.metrics_file import read_finding
 
 AUDIT_FILE = "audit.json"
 COMMAND = "apiary privacy audit RUN"
@@ -33,16 +32,7 @@ def read_audit(folder: Path) -> dict[str, Any] | None:
     Raises:
         UserError: the file is no audit that this version knows.
     """
-    path = folder / AUDIT_FILE
-    if not path.exists():
-        return None
-    try:
-        found = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{str(path)!r} is not valid JSON: {error}; remove it, or run the audit again") from None
-    if not isinstance(found, dict) or found.get("schema") != _SCHEMA:
-        raise UserError(f"{str(path)!r} is no audit that this version reads; remove it, or run the audit again")
-    return found
+    return read_finding(folder / AUDIT_FILE, _SCHEMA, "audit", "the audit")
 
 
 def audit_content(audit: Mapping[str, Any] | None, private: bool) -> dict[str, Any]:
@@ -113,7 +103,7 @@ def _inversion(audit: Mapping[str, Any]) -> list[Line]:
             f"Tokens read from one gradient of {plural(row['rows'], 'row')}",
             _figure(row["recovered"], 100, 0, "%"),
             MISSING if row["chance"] is None else f"{100 * row['chance']:.0f}%",
-            f"median of {plural(row['trials'], 'batch')}".replace("batchs", "batches"),
+            f"median of {plural(row['trials'], 'batch')}",
         )
         for row in audit["inversion"]
     ]
@@ -149,7 +139,7 @@ def _in_words(audit: Mapping[str, Any]) -> str:
         )
     bound = audit["lower_bound"]
     if bound["epsilon"] > 0:
-        guesses = f"{bound['right']} of {plural(bound['guesses'], 'guess')}".replace("guesss", "guesses")
+        guesses = f"{bound['right']} of {plural(bound['guesses'], 'guess')}"
         told.append(f"which canaries (planted rows) were in is told rightly in {guesses}")
     read = [row for row in audit["inversion"] if (row["recovered"]["low"] or 0) > (row["chance"] or 0)]
     if read:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from apiary.core.errors import UserError
 from apiary.core.formatting import MISSING, change_text, plural, share_text
+from apiary.tracking.metrics_file import read_finding
 
 PROBE_FILE = "injection.json"
 COMMAND = "apiary evaluate RUN --probe injection"
@@ -35,16 +34,7 @@ def read_probe(folder: Path) -> dict[str, Any] | None:
     Raises:
         UserError: the file is no probe that this version knows.
     """
-    path = folder / PROBE_FILE
-    if not path.exists():
-        return None
-    try:
-        found = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{str(path)!r} is not valid JSON: {error}; remove it, or run {COMMAND} again") from None
-    if not isinstance(found, dict) or found.get("schema") != _SCHEMA:
-        raise UserError(f"{str(path)!r} is no probe that this version reads; remove it, or run {COMMAND} again")
-    return found
+    return read_finding(folder / PROBE_FILE, _SCHEMA, "probe", COMMAND)
 
 
 def probe_content(probe: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -150,7 +150,23 @@ pre.config { overflow-x: auto; font: 13.5px/1.6 var(--mono); margin: 16px 0 0; }
 """
 
 PAGE: Final = (
-    """{% macro one_answer(answer) %}
+    """{% macro finding(title, found, heads) %}
+<section>
+<h2>{{ title }}</h2>
+<p class="note">{{ found.intro }} {{ found.verdict }}</p>
+<div class="panel scroll">
+<table>
+<thead><tr>{% for head, is_number in heads %}<th scope="col"{% if is_number %} class="num"{% endif %}>{{ head }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for row in found.lines %}
+<tr><th scope="row">{{ row[0] }}</th>{% for cell in row[1:] %}<td{% if heads[loop.index][1] %} class="num"{% endif %}>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody>
+</table>
+</div>
+</section>
+{%- endmacro %}
+{% macro one_answer(answer) %}
 <div class="answer {{ answer.method }}"><span class="label"><span class="key"></span>{{ meaning[answer.method][0] }}{% if answer.right is not none %}<span class="mark {{ "right" if answer.right else "wrong" }}">{{ "✓ right" if answer.right else "✗ wrong" }}</span>{% endif %}</span><p class="text{{ "" if answer.text.strip() else " empty" }}">{{ answer.text if answer.text.strip() else "(no answer)" }}</p></div>
 {% endmacro %}
 <!doctype html>
@@ -400,37 +416,11 @@ surprise). Lower is better and 0 is certainty.{% if probability is not none %} {
 </section>
 
 {% if audit %}
-<section>
-<h2>What an update tells</h2>
-<p class="note">{{ audit.intro }} {{ audit.verdict }}</p>
-<div class="panel scroll">
-<table>
-<thead><tr><th scope="col">Attack</th><th scope="col" class="num">Found</th><th scope="col" class="num">By chance</th><th scope="col">Remark</th></tr></thead>
-<tbody>
-{% for what, found, chance, remark in audit.lines %}
-<tr><th scope="row">{{ what }}</th><td class="num">{{ found }}</td><td class="num">{{ chance }}</td><td>{{ remark }}</td></tr>
-{% endfor %}
-</tbody>
-</table>
-</div>
-</section>
+{{ finding("What an update tells", audit, [("Attack", false), ("Found", true), ("By chance", true), ("Remark", false)]) }}
 {% endif %}
 
 {% if probe %}
-<section>
-<h2>Instructions planted in data</h2>
-<p class="note">{{ probe.intro }} {{ probe.verdict }}</p>
-<div class="panel scroll">
-<table>
-<thead><tr><th scope="col">The intruder</th><th scope="col">Model</th><th scope="col" class="num">Followed</th><th scope="col">Most often by</th><th scope="col">Right answers</th><th scope="col" class="num">Their loss rises by</th></tr></thead>
-<tbody>
-{% for intruder, model, followed, worst, right, rise in probe.lines %}
-<tr><th scope="row">{{ intruder }}</th><td>{{ model }}</td><td class="num">{{ followed }}</td><td>{{ worst }}</td><td>{{ right }}</td><td class="num">{{ rise }}</td></tr>
-{% endfor %}
-</tbody>
-</table>
-</div>
-</section>
+{{ finding("Instructions planted in data", probe, [("The intruder", false), ("Model", false), ("Followed", true), ("Most often by", false), ("Right answers", false), ("Their loss rises by", true)]) }}
 {% endif %}
 
 {% if samples %}

@@ -46,6 +46,29 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     return values
 
 
+def read_finding(path: Path, schema: int, kind: str, again: str) -> dict[str, Any] | None:
+    """What was found of a finished run and lies beside its metrics; None where nothing does.
+
+    Args:
+        path: the file.
+        schema: that this version knows.
+        kind: of finding, for the error: an audit, say.
+        again: what to run for another one.
+
+    Raises:
+        UserError: it is not JSON, or of another schema.
+    """
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} is not valid JSON: {error}; remove it, or run {again} again") from None
+    if not isinstance(found, dict) or found.get("schema") != schema:
+        raise UserError(f"{str(path)!r} is no {kind} that this version reads; remove it, or run {again} again")
+    return found
+
+
 def rounds_table(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The rounds of metrics.json: training and held-out figures by round, from the log."""
     rounds: dict[int, dict[str, Any]] = {}
