@@ -6,24 +6,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import small_models
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
 
 VOCABULARY = 264
-_SHAPE: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
+_SHAPE: dict[str, Any] = {**small_models.SHAPE, "vocab_size": VOCABULARY}
 _OLD = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "eos_token_id": 1}
 _MAMBA = {"vocab_size": VOCABULARY, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 2, "eos_token_id": 1}
 _MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 4, "mamba_n_groups": 1}
@@ -148,11 +138,6 @@ def make_folder(name: str, folder: Path) -> Path:
     torch.manual_seed(0)
     kind = transformers.T5ForConditionalGeneration if name == "T5" else AutoModelForCausalLM
     model = kind(config) if name == "T5" else kind.from_config(config)
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-            elif "conv" not in parameter_name:
-                parameter.mul_(3)
+    small_models.spread(model, 3)
     model.save_pretrained(folder)
     return folder

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import small_models
 import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -16,16 +17,11 @@ TEXTS = (
     "def f(x):\n    return x**2  # I've 'LL don'T\n\n\n\n",
 )
 SHAPE: dict[str, Any] = {
+    **small_models.SHAPE,
     "vocab_size": 328,  # eight rows more than there are tokens
     "hidden_size": 64,
     "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "max_position_embeddings": 256,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
 }
 TOKENS = 320
 _LLAMA3 = {
@@ -93,12 +89,7 @@ def make_folder(name: str, folder: Path) -> Path:
     served = SERVED[name]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(getattr(transformers, served.config)(**{**SHAPE, **served.options}))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-            else:
-                parameter.mul_(4)
+    small_models.spread(model)
     model.save_pretrained(folder)
     make_tokenizer(served.pre, served.bos).save_pretrained(folder)
     return folder

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -21,9 +24,10 @@ from transformers import (
 )
 
 from apiary.data.batches import Batch, Corpus, Encoded, gather
+from apiary.models.adapters import LanguageModel
 from apiary.models.loss import row_losses
 
-_SHAPE = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
@@ -35,11 +39,11 @@ _SHAPE = {
     "pad_token_id": 0,
 }
 _MAKE: dict[str, Callable[[int], PreTrainedConfig]] = {
-    "llama": lambda v: LlamaConfig(vocab_size=v, **_SHAPE),
-    "qwen2": lambda v: Qwen2Config(vocab_size=v, **_SHAPE),
-    "qwen3": lambda v: Qwen3Config(vocab_size=v, head_dim=8, **_SHAPE),
-    "gemma2": lambda v: Gemma2Config(vocab_size=v, head_dim=8, final_logit_softcapping=2.0, sliding_window=8, **_SHAPE),
-    "phi3": lambda v: Phi3Config(vocab_size=v, **_SHAPE),
+    "llama": lambda v: LlamaConfig(vocab_size=v, **SHAPE),
+    "qwen2": lambda v: Qwen2Config(vocab_size=v, **SHAPE),
+    "qwen3": lambda v: Qwen3Config(vocab_size=v, head_dim=8, **SHAPE),
+    "gemma2": lambda v: Gemma2Config(vocab_size=v, head_dim=8, final_logit_softcapping=2.0, sliding_window=8, **SHAPE),
+    "phi3": lambda v: Phi3Config(vocab_size=v, **SHAPE),
     "gpt2": lambda v: GPT2Config(
         vocab_size=v, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=1
     ),
@@ -54,14 +58,49 @@ def make_folder(family: str, tokenizer: Path, folder: Path) -> Path:
         shutil.copy(path, folder)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(_MAKE[family](384))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-            else:
-                parameter.mul_(4)
+    spread(model)
     model.save_pretrained(folder)
     return folder
+
+
+def spread(model: nn.Module, factor: float = 4) -> None:
+    """Makes norms and biases random, and the matrices `factor` times as large; those of convolutions stay."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+            elif "conv" not in name:
+                parameter.mul_(factor)
+
+
+def make_adapter(base: Path, folder: Path, moved: float, seed: int, **settings: Any) -> Path:
+    """An adapter folder as plain peft writes it, of rank 4 and scale 6 / 4 unless `settings` say otherwise.
+
+    moved: how far all factors are moved, as if they had been trained a little.
+    """
+    torch.manual_seed(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+        model = get_peft_model(plain, LoraConfig(task_type="CAUSAL_LM", **{"r": 4, "lora_alpha": 6, **settings}))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if ".lora_" in name:
+                    parameter.add_(moved * torch.randn_like(parameter))
+        model.save_pretrained(folder)
+    return folder
+
+
+def greedy(lm: LanguageModel, prompt: list[int], new: int, stops: list[int]) -> list[int]:
+    """The most likely token, from all logits of a pass over all that there is, again and again, without a cache."""
+    ids = list(prompt)
+    for _ in range(new):
+        with torch.no_grad():
+            token = int(lm.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+        if token in stops:
+            break
+        ids.append(token)
+    return ids[len(prompt) :]
 
 
 def make_corpus(rows: int, seed: int = 0, longest: int = 24) -> Corpus:

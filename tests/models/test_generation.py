@@ -98,18 +98,6 @@ def load(folder: Path, state: dict[str, torch.Tensor] | None = None) -> adapters
     return lm
 
 
-def by_hand(lm: adapters.LanguageModel, prompt: list[int], stops: list[int]) -> list[int]:
-    """The most likely token, from all logits of a pass over all that there is, again and again."""
-    ids = list(prompt)
-    for _ in range(NEW):
-        with torch.no_grad():
-            token = int(lm.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
-        if token in stops:
-            break
-        ids.append(token)
-    return ids[len(prompt) :]
-
-
 @pytest.fixture(scope="module")
 def case(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
     """Answers end at different places: the base's stop ids are among those that it writes most."""
@@ -117,9 +105,9 @@ def case(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
     (folder / FILE).unlink()
     lm, rng = load(folder), np.random.default_rng(5)
     prompts = [rng.integers(2, 320, n).tolist() for n in (9, 3, 14, 1, 6, 11, 2, 8)]
-    written = Counter(token for prompt in prompts for token in by_hand(lm, prompt, []))
+    written = Counter(token for prompt in prompts for token in small_models.greedy(lm, prompt, NEW, []))
     stops = sorted({1, *(token for token, _ in written.most_common(6)[2:])})
-    answers = [by_hand(lm, prompt, stops) for prompt in prompts]
+    answers = [small_models.greedy(lm, prompt, NEW, stops) for prompt in prompts]
     assert len({len(ids) for ids in answers}) > 2
     texts = [str(lm.tokenizer.decode(ids, skip_special_tokens=True)) for ids in answers]
     return Case(folder, stops, adapters.get_adapter(lm), prompts, texts)

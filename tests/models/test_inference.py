@@ -159,24 +159,12 @@ def test_probe_losses_of_nothing_are_nothing(lm: adapters.LanguageModel) -> None
     assert nats.shape == tokens.shape == (0,)
 
 
-def by_hand(lm: adapters.LanguageModel, prompt: list[int], new: int, stops: list[int]) -> list[int]:
-    """Greedy decoding one token at a time, one prompt at a time, without a cache."""
-    ids = list(prompt)
-    for _ in range(new):
-        with torch.no_grad():
-            token = int(lm.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
-        if token in stops:
-            break
-        ids.append(token)
-    return ids[len(prompt) :]
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_answers_are_those_of_one_by_one_decoding(family: str, tiny_model: Path, tmp_path: Path) -> None:
     lm = tuned(small_models.make_folder(family, tiny_model, tmp_path / family))
     rng = np.random.default_rng(1)
     prompts = [rng.integers(2, 320, n).tolist() for n in (9, 3, 30, 1, 17, 4)]
-    expected = [by_hand(lm, prompt, 6, stop_ids(lm)) for prompt in prompts]
+    expected = [small_models.greedy(lm, prompt, 6, stop_ids(lm)) for prompt in prompts]
     texts = [lm.tokenizer.decode(ids, skip_special_tokens=True) for ids in expected]
     assert len(set(texts)) > 2
     assert ModelProbe(lm, batch_tokens=80).generate(prompts, 6) == texts
@@ -185,7 +173,7 @@ def test_answers_are_those_of_one_by_one_decoding(family: str, tiny_model: Path,
 
 def test_an_answer_ends_at_the_end_mark(lm: adapters.LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [[5, 6, 7], [40, 41], [9, 8, 7, 6]]
-    long = [by_hand(lm, prompt, 8, []) for prompt in prompts]
+    long = [small_models.greedy(lm, prompt, 8, []) for prompt in prompts]
     stop = long[0][3]
     monkeypatch.setattr(lm.model.generation_config, "eos_token_id", [stop])
     assert stop_ids(lm) == sorted({stop, 1})
@@ -198,7 +186,7 @@ def test_an_answer_ends_at_the_end_mark(lm: adapters.LanguageModel, monkeypatch:
 
 def answers_by_hand(lm: adapters.LanguageModel, prompts: list[list[int]], new: int) -> list[str]:
     stops = stop_ids(lm)
-    return [lm.tokenizer.decode(by_hand(lm, p, new, stops), skip_special_tokens=True) for p in prompts]
+    return [lm.tokenizer.decode(small_models.greedy(lm, p, new, stops), skip_special_tokens=True) for p in prompts]
 
 
 def many_prompts(count: int = 24) -> list[list[int]]:
@@ -208,10 +196,10 @@ def many_prompts(count: int = 24) -> list[list[int]]:
 
 def stop_often(lm: adapters.LanguageModel, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the model end its answers at many different places: its stop tokens are those that it writes most."""
-    written = Counter(token for prompt in prompts for token in by_hand(lm, prompt, 12, []))
+    written = Counter(token for prompt in prompts for token in small_models.greedy(lm, prompt, 12, []))
     stops = [token for token, _ in written.most_common(9)[2:]]
     monkeypatch.setattr(lm.model.generation_config, "eos_token_id", stops)
-    lengths = {len(by_hand(lm, prompt, 12, stop_ids(lm))) for prompt in prompts}
+    lengths = {len(small_models.greedy(lm, prompt, 12, stop_ids(lm))) for prompt in prompts}
     assert len(lengths) > 2 and {0, 12} <= lengths
 
 
@@ -257,7 +245,7 @@ def test_answers_without_any_stop_token_have_the_length_asked_for(
 ) -> None:
     monkeypatch.setattr(inference, "stop_ids", lambda lm: [])
     prompts = many_prompts(5)
-    expected = [by_hand(lm, prompt, 9, []) for prompt in prompts]
+    expected = [small_models.greedy(lm, prompt, 9, []) for prompt in prompts]
     assert ModelProbe(lm).generate(prompts, 9) == [lm.tokenizer.decode(e, skip_special_tokens=True) for e in expected]
 
 

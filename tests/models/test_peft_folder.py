@@ -42,19 +42,7 @@ def plain_base(base: Path) -> Any:
 
 
 def make(base: Path, folder: Path, **settings: Any) -> Path:
-    """An adapter folder as plain peft writes it, trained a little: all factors are moved."""
-    torch.manual_seed(1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = get_peft_model(
-            plain_base(base), LoraConfig(task_type="CAUSAL_LM", **{"r": 4, "lora_alpha": 6, **settings})
-        )
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if ".lora_" in name:
-                    parameter.add_(0.05 * torch.randn_like(parameter))
-        model.save_pretrained(folder)
-    return folder
+    return small_models.make_adapter(base, folder, 0.05, 1, **settings)
 
 
 def theirs(base: Path, folder: Path) -> PeftModel:

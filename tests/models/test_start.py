@@ -10,7 +10,7 @@ import pytest
 import small_models
 import torch
 from conftest import overrides_for
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -32,17 +32,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 def make(base: Path, folder: Path, **settings: Any) -> Path:
-    """A folder of plain peft with moved factors, of rank 4 and scale 6 / 4 unless `settings` say otherwise."""
-    torch.manual_seed(3)
-    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    values: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "up_proj"], **settings}
-    model = get_peft_model(plain, LoraConfig(task_type="CAUSAL_LM", **values))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".lora_" in name:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    return folder
+    return small_models.make_adapter(base, folder, 0.1, 3, **{"target_modules": ["q_proj", "up_proj"], **settings})
 
 
 def expected(base: Path, folder: Path) -> torch.Tensor:
