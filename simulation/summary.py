@@ -92,6 +92,7 @@ def summarise(prepared: Plan, adapter: StateDict, folder: Path, log: RunLog) -> 
         ],
         "paired": comparison.differences(runs, config.seed),
         "clients": clients,
+        **_deciding(prepared, adapter, own),
         "gain": _gain(clients, unlike.get("local")),
         "skills": comparison.by_kind(kind, runs, held_out) if kind and config.evaluate.generate else {},
         "rounds": metrics_file.rounds_table(events),
@@ -105,6 +106,19 @@ def summarise(prepared: Plan, adapter: StateDict, folder: Path, log: RunLog) -> 
         "privacy": statement.read(folder),
         **{key: value for key, value in environment.start_fields(config).items() if key in ("machine", "versions")},
     }
+
+
+def _deciding(prepared: Plan, adapter: StateDict, own: Mapping[str, StateDict]) -> dict[str, Any]:
+    """The `deciding` part of metrics.json: the delivered model's loss on the rows that are in no figure.
+
+    Of clients with models of their own it is the mean over these. Empty where the server has no such rows.
+    """
+    rows = prepared.held_out.deciding
+    if rows is None:
+        return {}
+    states = list(own.values()) or [adapter]
+    found = comparison.mean([comparison.measure(prepared.lm, state, rows, prepared.config) for state in states])
+    return {"deciding": {"loss": found.loss, "n": len(rows.examples)}}
 
 
 def _attack(prepared: Plan, adapter: StateDict, events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

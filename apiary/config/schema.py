@@ -362,6 +362,11 @@ class EvaluateConfig(_Section):
         "held-out rows decide, the figures are on the others; 0 = never stop, deliver the last round, keep the best",
     )
     samples: int = Field(6, ge=0, description="held-out prompts whose answers are shown in the report")
+    set_apart: bool = Field(
+        False,
+        description="keep half of the held-out rows out of all figures, to choose between runs by; their loss is "
+        "`deciding` in metrics.json; apiary sweep sets it",
+    )
 
 
 class SimulateConfig(_Section):
