@@ -45,7 +45,9 @@ class Plan(NamedTuple):
     held_out: HeldOut
 
 
-def summarise(prepared: Plan, adapter: StateDict, folder: Path, log: RunLog) -> dict[str, Any]:
+def summarise(
+    prepared: Plan, adapter: StateDict, folder: Path, log: RunLog, shared: Path | None = None
+) -> dict[str, Any]:
     """The content of metrics.json for a finished federation; trains the baselines on the way.
 
     Args:
@@ -53,6 +55,7 @@ def summarise(prepared: Plan, adapter: StateDict, folder: Path, log: RunLog) -> 
         adapter: the federated one.
         folder: the run directory; baselines are kept in it.
         log: has told what each client did, and receives what happens here.
+        shared: where several runs share the baselines that they have alike; None where they do not.
     """
     config, federation, lm, template, held_out = prepared
     events = event_log.read_events(folder)
@@ -64,7 +67,7 @@ def summarise(prepared: Plan, adapter: StateDict, folder: Path, log: RunLog) -> 
     if set(config.evaluate.baselines) - {"base"}:
         log.event("phase", name="baselines")
     finished = sum(event["event"] == "round" for event in counted)
-    trained = baselines.train_all(config, lm, template, took_part, finished, folder, log)
+    trained = baselines.train_all(config, lm, template, took_part, finished, folder, log, shared)
     log.event("phase", name="evaluating")
     own = _personal(prepared, adapter, folder, {client.client for client in took_part})
     local, pooled = ({name: made.adapter for name, made in group.items()} for group in trained)
