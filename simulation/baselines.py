@@ -220,8 +220,9 @@ def _kept(folder: Path) -> Trained | None:
 def what_it_reads(config: RunConfig) -> RunConfig:
     """The configuration with all that the training of a baseline does not read at its default.
 
-    Baselines are trained with this one, so that two runs whose narrowed configurations are equal cannot differ in it.
-    How many steps they make, on which rows and with which factors, stands in their `Work`.
+    Baselines are trained with this one, so that two runs whose narrowed configurations are equal cannot differ in it;
+    whatever else that training is to read must be kept here. How many steps they make, on which rows and with which
+    factors, stands in their `Work`.
     """
     if method_from_config(config).local.gradient_free:  # its steps are the method's own, which may read anything
         return config

@@ -48,6 +48,18 @@ def fetch(shared: Path, key: str, folder: Path, train: Callable[[], object]) -> 
     return True
 
 
+def count(shared: Path) -> int:
+    """How many baselines are shared."""
+    return sum(path.is_dir() and not files.is_draft(path) for path in shared.glob("*"))
+
+
+def sweep(shared: Path) -> None:
+    """Remove drafts that a killed process left; nobody else may be writing."""
+    for path in shared.glob(".*"):
+        if files.is_draft(path):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def _copy(source: Path, target: Path) -> None:
     """Copy a folder so that the copy is whole or not there."""
     draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")

@@ -86,11 +86,7 @@ def summarise(
             [f"{len(federation.clients)} clients", *map(public_name, (config.data.source, config.model.name))]
         ),
         "table": [
-            {
-                **comparison.table_row(method, run, config.seed),
-                **told[method],
-                **({"not_alike": unlike[method]} if method in unlike else {}),
-            }
+            {**comparison.table_row(method, run, config.seed), **told[method], **_not_alike(unlike.get(method))}
             for method, run in runs.items()
         ],
         "paired": comparison.differences(runs, config.seed),
@@ -109,6 +105,10 @@ def summarise(
         "privacy": statement.read(folder),
         **{key: value for key, value in environment.start_fields(config).items() if key in ("machine", "versions")},
     }
+
+
+def _not_alike(reasons: Mapping[str, str] | None) -> dict[str, Any]:
+    return {"not_alike": dict(reasons)} if reasons else {}
 
 
 def _deciding(prepared: Plan, adapter: StateDict, own: Mapping[str, StateDict]) -> dict[str, Any]:

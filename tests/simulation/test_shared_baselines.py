@@ -232,6 +232,10 @@ def test_a_baseline_is_trained_once_and_copied(tmp_path: Path) -> None:
     assert trained == ["a", "c"]
     assert (tmp_path / "b" / "weights").read_text() == "a"
     assert {path.name for path in (tmp_path / "all").iterdir()} == {"k", "l"}
+    (tmp_path / "all" / ".m.123.tmp").mkdir()  # of one that was killed on the way
+    assert shared_baselines.count(tmp_path / "all") == 2
+    shared_baselines.sweep(tmp_path / "all")
+    assert {path.name for path in (tmp_path / "all").iterdir()} == {"k", "l"}
 
 
 def test_what_fails_while_it_trains_is_not_shared(tmp_path: Path) -> None:
