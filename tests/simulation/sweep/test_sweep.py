@@ -245,7 +245,7 @@ def test_a_search_runs_its_settings_and_a_budget_ends_it(tmp_path: Path, setting
     ("overrides", "words"),
     [
         (["data.source=nowhere.jsonl", "train.lr=1e-3,2e-3"], "nowhere.jsonl"),
-        (["evaluate.max_examples=100,200"], "would be measured on other held-out rows"),
+        (["evaluate.max_examples=20,200"], "would be measured on other held-out rows"),
         (["prompt.template=plain,alpaca", "prompt.max_tokens=48"], "would be measured on other held-out rows"),
         (["adapter.targets=all-linear,['no_such_layer']"], "no_such_layer"),
     ],
