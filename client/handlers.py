@@ -19,6 +19,7 @@ from flwr.app import Context, RecordDict
 from flwr.common.constant import NUM_PARTITIONS_KEY, PARTITION_ID_KEY
 
 from apiary.config import loading
+from apiary.config.schema import RunConfig
 from apiary.core.errors import CodecError, UserError
 from apiary.core.files import own_folder
 from apiary.core.tensors import StateDict
@@ -198,15 +199,38 @@ def worker(config: str) -> Worker:
 
 @functools.lru_cache(maxsize=1)
 def federation(config: str) -> Federation:
-    """The clients of a simulated run, read once per process; `config` is the run's JSON."""
+    """The clients of a simulated run, read once per process; `config` is the run's JSON.
+
+    Runs that differ in nothing that reading depends on have one federation, as those of a sweep.
+    """
     run = loading.from_json(config)
+    read = run.model_dump_json(include={"seed": True, "data": True, "continual": True, "privacy": {"unit"}})
+    sources = (_stamp(place) for place in (run.data.source, run.data.test) if place)
+    return _federation(read, tuple(sources))
+
+
+@functools.lru_cache(maxsize=1)
+def _federation(read: str, sources: tuple[object, ...]) -> Federation:
+    """The federation by the part of the configuration that reading sees, as JSON, and the state of the files."""
+    run = RunConfig.model_validate_json(read)
     return stages.within(federate(run.data, run.seed, guess=run.privacy.unit == "none"), run)
+
+
+def _stamp(place: str) -> object:
+    """What changes when a file, or one in a folder, is written; nothing of what is no path."""
+    path = Path(place)
+    try:
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        return tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+    except (OSError, ValueError):
+        return None
 
 
 def forget() -> None:
     """Read everything again when it is next asked for."""
     worker.cache_clear()
     federation.cache_clear()
+    _federation.cache_clear()
 
 
 def _site(config: str, context: Context) -> Site:

@@ -12,12 +12,15 @@ Where no baseline can be alike, `unlike` says why.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import torch
 from safetensors.torch import load_file
 
 from apiary.config.schema import RunConfig, TrainConfig
@@ -36,6 +39,7 @@ from apiary.tracking.run_directory import result_folders
 from client.training import trainer, zeroth_order
 from client.training.trainer import Cursor, FitResult, VisitPlan
 from client.worker import open_received
+from simulation import shared_baselines
 from simulation.visits import ClientVisits
 from strategies import ServerState
 from strategies.from_config import method_from_config
@@ -98,10 +102,12 @@ def train_all(
     finished: int,
     folder: Path,
     log: RunLog,
+    shared: Path | None = None,
 ) -> Baselines:
     """Train the configured baselines.
 
     Each finished one is kept as a PEFT folder with the account of its fits, and a resumed run takes it from there.
+    Where runs share a folder, one that an alike run has trained is taken from that (`simulation.shared_baselines`).
 
     Args:
         config: the run.
@@ -111,13 +117,20 @@ def train_all(
         finished: rounds that it made; where it stopped early, so does the schedule of the learning rate.
         folder: the run directory.
         log: receives `baseline` events.
+        shared: where runs share their baselines; None where they do not.
     """
     work = plan(config, clients, folder)
     made = Baselines({}, {})
     for done, item in enumerate(work, 1):
         began = time.monotonic()
-        own = adapters.load(config.model, config.adapter.of_rank(item.rank))
-        trained = _kept(item.folder) or _train(own, config, template, item, finished)
+        own = adapters.load(config.model, what_it_reads(config).adapter.of_rank(item.rank))
+        total = round(sum(part.steps for part in item.parts) * config.rounds / finished)
+        known = _kept(item.folder)
+        if known is None and shared is not None:
+            train = functools.partial(_train, own, config, template, item, total)
+            shared_baselines.fetch(shared, key(own, config, template, item, total), item.folder, train)
+            known = _kept(item.folder)
+        trained = known or _train(own, config, template, item, total)
         wide = trained._replace(adapter=adapter_files.widened(lm, trained.adapter))
         if item.method in POOLED:
             made.pooled[item.method] = wide
@@ -205,11 +218,51 @@ def _kept(folder: Path) -> Trained | None:
     return Trained(load_file(weights), Account(**json.loads(account.read_text(encoding="utf-8"))))
 
 
-def _train(lm: LanguageModel, config: RunConfig, template: Template, work: Work, finished: int) -> Trained:
-    """Train a baseline, part by part as a client goes on from visit to visit, and keep it in its folder."""
+def what_it_reads(config: RunConfig) -> RunConfig:
+    """The configuration with all that the training of a baseline does not read at its default.
+
+    Baselines are trained with this one, so that two runs whose narrowed configurations are equal cannot differ in it;
+    whatever else that training is to read must be kept here. How many steps they make, on which rows and with which
+    factors, stands in their `Work`.
+    """
+    if method_from_config(config).local.gradient_free:  # its steps are the method's own, which may read anything
+        return config
+    train = config.train.model_copy(update={"penalties": (), "steps": 1, "epochs": None})
+    adapter = config.adapter.model_copy(update={"ranks": (), "train": "both", "share": "both"})
+    return RunConfig(seed=config.seed, model=config.model, adapter=adapter, prompt=config.prompt, train=train)
+
+
+def key(lm: LanguageModel, config: RunConfig, template: Template, work: Work, total: int) -> str:
+    """Hex digits that are equal only where training a baseline anew would give the same adapter, bit for bit.
+
+    They are of everything that `_train` reads: base, template, narrowed configuration, rows, steps and factors; and of
+    what sums depend on, which are torch's version, its number of threads and the device.
+    """
+    read = hashlib.sha256()
+    parts = [(part.factors, part.steps, len(part.rows)) for part in work.parts]
+    settings = what_it_reads(config).to_json()
+    machine = (torch.__version__, config.train.threads or torch.get_num_threads(), str(lm.device), str(lm.dtype))
+    read.update(repr((lm.digest, template.digest, settings, machine)).encode())
+    read.update(repr((work.client, work.rank, work.width, total, parts)).encode())
+    for part in work.parts:
+        for row in part.rows:
+            read.update(repr(row).encode("utf-8", "surrogatepass"))
+    return read.hexdigest()
+
+
+def _train(lm: LanguageModel, config: RunConfig, template: Template, work: Work, total: int) -> Trained:
+    """Train a baseline, part by part as a client goes on from visit to visit, and keep it in its folder.
+
+    Args:
+        lm: the base with an adapter of its rank.
+        config: the run.
+        template: how examples become tokens.
+        work: what is trained.
+        total: steps of the whole schedule of the learning rate.
+    """
+    config = what_it_reads(config)
     local, payload = _begin(lm, config, work)
     train = config.train.model_copy(update={"accumulate": config.train.accumulate * work.width})
-    total = round(sum(part.steps for part in work.parts) * config.rounds / finished)
     results, cursor, first = list[FitResult](), Cursor(), 0
     for number, part in enumerate(work.parts):
         if number and part.rows != work.parts[number - 1].rows:  # other rows: their epochs begin anew, as a client's do

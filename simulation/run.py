@@ -97,7 +97,12 @@ def plan(config: RunConfig) -> Plan:
 
 
 def simulate(
-    config: RunConfig, folder: Path, *, resume: bool = False, observers: Sequence[Observer] = ()
+    config: RunConfig,
+    folder: Path,
+    *,
+    resume: bool = False,
+    observers: Sequence[Observer] = (),
+    shared: Path | None = None,
 ) -> dict[str, Any]:
     """Run to the end and return the metrics, which also stand in `folder` with the adapter and the report.
 
@@ -106,6 +111,7 @@ def simulate(
         folder: the run directory; must be new or empty unless `resume`.
         resume: go on after the last finished round of `folder`, if there is a run in it.
         observers: receive every event, for progress and trackers.
+        shared: a folder in which several runs share the baselines that they have alike; None: each trains its own.
 
     Raises:
         UserError: wrong input, or another process writes `folder`; nothing was written.
@@ -114,11 +120,11 @@ def simulate(
     config = start.resolved(config)
     with run_directory.claim(folder) as warnings:
         run_directory.check_folder(config, folder, resume)
-        return _simulate(config, folder, observers, warnings)
+        return _simulate(config, folder, observers, warnings, shared)
 
 
 def _simulate(
-    config: RunConfig, folder: Path, observers: Sequence[Observer], warnings: Sequence[str]
+    config: RunConfig, folder: Path, observers: Sequence[Observer], warnings: Sequence[str], shared: Path | None
 ) -> dict[str, Any]:
     """A run in a directory that belongs to this process and can take it."""
     began = time.monotonic()
@@ -136,7 +142,7 @@ def _simulate(
         ENGINES.build(config.simulate.engine, config=config)(app, config, len(prepared.federation.clients), folder)
         adapter = adapter_files.read_adapter(prepared.lm, folder / "adapter" / "adapter_model.safetensors")
         figures, _ = set_deciding_apart(prepared.federation, config)
-        metrics = summarise(prepared._replace(federation=figures), adapter, folder, log)
+        metrics = summarise(prepared._replace(federation=figures), adapter, folder, log, shared)
         metrics["seconds"] = round(event_log.spent_before(folder) + time.monotonic() - began, 1)
         log.event("finish", seconds=metrics["seconds"])
         metrics_file.write_metrics(folder, metrics)

@@ -46,7 +46,9 @@ class Plan(NamedTuple):
     held_out: HeldOut
 
 
-def summarise(prepared: Plan, adapter: StateDict, folder: Path, log: RunLog) -> dict[str, Any]:
+def summarise(
+    prepared: Plan, adapter: StateDict, folder: Path, log: RunLog, shared: Path | None = None
+) -> dict[str, Any]:
     """The content of metrics.json for a finished federation; trains the baselines on the way.
 
     Args:
@@ -54,6 +56,7 @@ def summarise(prepared: Plan, adapter: StateDict, folder: Path, log: RunLog) -> 
         adapter: the federated one.
         folder: the run directory; baselines are kept in it.
         log: has told what each client did, and receives what happens here.
+        shared: where several runs share the baselines that they have alike; None where they do not.
     """
     config, federation, lm, template, held_out = prepared
     events = event_log.read_events(folder)
@@ -65,7 +68,7 @@ def summarise(prepared: Plan, adapter: StateDict, folder: Path, log: RunLog) -> 
     if set(config.evaluate.baselines) - {"base"}:
         log.event("phase", name="baselines")
     finished = sum(event["event"] == "round" for event in counted)
-    trained = baselines.train_all(config, lm, template, took_part, finished, folder, log)
+    trained = baselines.train_all(config, lm, template, took_part, finished, folder, log, shared)
     log.event("phase", name="evaluating")
     own = _personal(prepared, adapter, folder, {client.client for client in took_part})
     local, pooled = ({name: made.adapter for name, made in group.items()} for group in trained)
@@ -84,15 +87,12 @@ def summarise(prepared: Plan, adapter: StateDict, folder: Path, log: RunLog) -> 
             [f"{len(federation.clients)} clients", *map(public_name, (config.data.source, config.model.name))]
         ),
         "table": [
-            {
-                **comparison.table_row(method, run, config.seed),
-                **told[method],
-                **({"not_alike": unlike[method]} if method in unlike else {}),
-            }
+            {**comparison.table_row(method, run, config.seed), **told[method], **_not_alike(unlike.get(method))}
             for method, run in runs.items()
         ],
         "paired": comparison.differences(runs, config.seed),
         "clients": clients,
+        **_deciding(prepared, adapter, own),
         "gain": _gain(clients, unlike.get("local")),
         "skills": comparison.by_kind(kind, runs, held_out) if kind and config.evaluate.generate else {},
         "rounds": metrics_file.rounds_table(events),
@@ -106,6 +106,23 @@ def summarise(prepared: Plan, adapter: StateDict, folder: Path, log: RunLog) -> 
         "privacy": statement.read(folder),
         **{key: value for key, value in environment.start_fields(config).items() if key in ("machine", "versions")},
     }
+
+
+def _not_alike(reasons: Mapping[str, str] | None) -> dict[str, Any]:
+    return {"not_alike": dict(reasons)} if reasons else {}
+
+
+def _deciding(prepared: Plan, adapter: StateDict, own: Mapping[str, StateDict]) -> dict[str, Any]:
+    """The `deciding` part of metrics.json: the delivered model's loss on the rows that are in no figure.
+
+    Of clients with models of their own it is the mean over these. Empty where the server has no such rows.
+    """
+    rows = prepared.held_out.deciding
+    if rows is None:
+        return {}
+    states = list(own.values()) or [adapter]
+    found = comparison.mean([comparison.measure(prepared.lm, state, rows, prepared.config) for state in states])
+    return {"deciding": {"loss": found.loss, "n": len(rows.examples)}}
 
 
 def _attack(prepared: Plan, adapter: StateDict, events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -167,7 +167,7 @@ def test_a_room_imports_only_what_it_may(room: str) -> None:
 
 def test_losses_of_single_rows_are_kept_by_a_simulation_alone() -> None:
     users = {found.file for found in IMPORTS if found.module.startswith("apiary.evaluation.row_losses")}
-    assert users == {"simulation/summary.py", "apiary/evaluation/runs.py"}
+    assert users == {"simulation/summary.py", "simulation/sweep/results.py", "apiary/evaluation/runs.py"}
 
 
 def test_the_arithmetic_of_audits_asks_no_model() -> None:

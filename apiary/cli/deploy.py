@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from apiary.cli.shared import AsJson, ConfigFile, Overrides, Resume, print_json, print_table, settings_of, shown
+from apiary.config.schema import RunConfig
 from apiary.core.counts import parse as parse_counts
 from apiary.core.errors import UserError
 
@@ -153,6 +154,30 @@ def deploy_split(
         typer.echo("rows that were trained on may be held out from now on, which flatters losses on them", err=True)
 
 
+def _one_run(
+    config: Path | None, overrides: list[str] | None, out: Path | None, resume: bool
+) -> tuple[RunConfig, Path]:
+    """The configuration of a run at sites, and its directory.
+
+    Raises:
+        UserError: what is wrong with it, or it is a sweep.
+    """
+    why = (
+        "sites run no sweep: each run there takes their time and, where it is private, of their rows' budget; sweep a "
+        "simulation (apiary sweep), and submit one setting"
+    )
+    try:
+        settings, folder = settings_of(config, overrides, out, resume)
+    except UserError as error:
+        from simulation.sweep import space
+
+        varied = space.parse(overrides or [])[1]
+        raise (UserError(f"{varied[0].key}: several values; {why}") if varied else error) from None
+    if settings.evaluate.set_apart:
+        raise UserError(f"evaluate.set_apart = true: is for choosing between the runs of a sweep, and {why}")
+    return settings, folder
+
+
 @app.command("submit")
 def deploy_submit(
     kit: ServerKit,
@@ -165,7 +190,7 @@ def deploy_submit(
     state: State = None,
 ) -> None:
     """Start a run on the server of this machine, and follow it to its end."""
-    settings, folder = settings_of(config, overrides, out, resume)
+    settings, folder = _one_run(config, overrides, out, resume)
     from apiary.tracking import trackers
     from deploy import flower_cli, kits, runs
     from simulation.run import check_names

@@ -90,6 +90,41 @@ def simulate(
 
 
 @app.command()
+def sweep(
+    config: ConfigFile = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("-s", metavar="KEY=VALUE", help="set a key; KEY=A,B,C or KEY=LOW..HIGH[:log|:STEP] varies it"),
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, max=1000, help="runs of each setting; default 1")] = None,
+    search: Annotated[
+        str | None,
+        typer.Option(help="grid, or tpe, gp, qmc, random by Optuna; default: grid, with a range tpe"),
+    ] = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="settings that a search draws")] = None,
+    pruner: Annotated[
+        str | None, typer.Option(help="of a search: none, median, halving, hyperband; gives settings far behind up")
+    ] = None,
+    runs: Annotated[int | None, typer.Option(min=1, help="begin no more runs than these")] = None,
+    minutes: Annotated[float | None, typer.Option(help="begin no run after so many minutes")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="runs at a time; default: as cores and memory allow")] = None,
+    confirm: Annotated[
+        int, typer.Option(min=0, max=1000, help="run winner and reference again with so many fresh seeds")
+    ] = 0,
+    out: Annotated[Path | None, typer.Option(help="the sweep's folder; default runs/sweep-NAME-TIME")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the sweep in --out, or begin it there")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run settings that differ in a few keys with several seeds, choose one by rows of its own, and write a page."""
+    from apiary.cli import sweep
+
+    asked = sweep.Asked(config, tuple(overrides or ()), seeds, search, trials, pruner)
+    spent = sweep.budget(runs, minutes)
+    made, folder = sweep.prepare(asked, out, resume, spent)
+    sweep.run(made, folder, spent, jobs, confirm, as_json)
+
+
+@app.command()
 def evaluate(
     tuned: Tuned,
     data: Annotated[

@@ -379,6 +379,11 @@ class EvaluateConfig(_Section):
         description="held-out prompts whose answers are shown in the report, also where generate is off; they are "
         "text of your rows",
     )
+    set_apart: bool = Field(
+        False,
+        description="keep half of the held-out rows out of all figures, to choose between runs by; their loss is "
+        "`deciding` in metrics.json; apiary sweep sets it",
+    )
 
 
 class SimulateConfig(_Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
 from typing import NamedTuple
@@ -57,7 +58,7 @@ def is_held_out(example: Example, fraction: float, key: bytes = PUBLIC_KEY) -> b
 
 
 def decides(example: Example) -> bool:
-    """Whether a held-out row is in the half that decides which round is best, and not in that of the figures.
+    """Whether a held-out row is in the half that decides which round or run is best, and not in that of the figures.
 
     By a hash of the question that needs no key, so equal questions are in the same half at every site.
     """
@@ -70,20 +71,22 @@ def deciding_of(rows: Sequence[Example]) -> Sequence[Example]:
 
 
 def set_deciding_apart(federation: Federation, config: RunConfig) -> tuple[Federation, Sequence[Example]]:
-    """Set the held-out rows that decide when a run stops apart from those of its figures.
+    """Set the held-out rows that decide apart from those of the figures.
 
-    Without `evaluate.patience` there are none: figures are on all held-out rows.
+    They decide when a run stops (`evaluate.patience`), or which of several runs is best (`evaluate.set_apart`). Without
+    both there are none: figures are on all held-out rows.
 
     Returns:
         The federation with only the held-out rows of the figures, those of the clients and those of the table; and the
-        rows by which the server decides, empty where its clients do, each by its own (`decides`).
+        rows by which the server decides, empty where only its clients do, each by its own (`decides`).
     """
-    if not config.evaluate.patience:
+    by_clients = bool(config.evaluate.patience) and config.scores_from_clients
+    by_server = config.evaluate.set_apart or (bool(config.evaluate.patience) and not by_clients)
+    if not (by_clients or by_server):
         return federation, ()
-    by_clients = config.scores_from_clients
-    deciding = () if by_clients else deciding_of(federation.test)
-    rows = (row for client in federation.clients for row in client.test) if by_clients else deciding
-    known = {_question_digest(row) for row in rows if not by_clients or decides(row)}
+    deciding = deciding_of(federation.test) if by_server else ()
+    own = (row for client in federation.clients for row in client.test if decides(row)) if by_clients else ()
+    known = {_question_digest(row) for row in itertools.chain(deciding, own)}
 
     def apart(rows: Sequence[Example]) -> Sequence[Example]:
         return store.pick(rows, _where(_question_digest(row) not in known for row in rows))
@@ -94,18 +97,19 @@ def set_deciding_apart(federation: Federation, config: RunConfig) -> tuple[Feder
 
 
 def undecided(federation: Federation, config: RunConfig) -> list[str]:
-    """A line that says so where a simulation would stop early, but has too few rows to decide by or to measure on."""
-    patience = config.evaluate.patience
-    if not patience or not federation.test:
+    """A line that says so where a simulation sets rows apart, but has too few to decide by or to measure on."""
+    patience, set_apart = config.evaluate.patience, config.evaluate.set_apart
+    if not (patience or set_apart) or not federation.test:
         return []
     figures, deciding = set_deciding_apart(federation, config)
-    start = f"evaluate.patience = {patience}: half of the held-out rows decide, the others are for the figures, and"
-    fix = "raise data.test_fraction, or set 0"
-    if config.scores_from_clients:
+    key, none = (f"evaluate.patience = {patience}", "0") if patience else ("evaluate.set_apart = true", "false")
+    start = f"{key}: half of the held-out rows decide, the others are for the figures, and"
+    fix = f"raise data.test_fraction, or set {none}"
+    if patience and config.scores_from_clients:
         most = max(sum(map(decides, client.test)) for client in federation.clients)
         if most < FEWEST:
             return [f"{start} no client has {FEWEST} to decide by (the most is {most}); {fix}"]
-    elif not deciding:
+    if not deciding and (set_apart or not config.scores_from_clients):
         return [f"{start} none is left to decide by; {fix}"]
     return [] if figures.test else [f"{start} none is left for the figures; {fix}"]
 

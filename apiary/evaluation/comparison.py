@@ -34,7 +34,7 @@ class HeldOut(NamedTuple):
     questions: tuple[list[int], ...]  # prompt token ids; none where answers are not asked for, [] where nothing asks
     answers: tuple[str, ...]
     left_out: int = 0  # of those drawn, the ones that cannot be used
-    deciding: HeldOut | None = None  # other examples, by which the server decides which round is best, if it does
+    deciding: HeldOut | None = None  # other examples, by which the server decides which round or run is best
     thinks: tuple[bool, ...] = ()  # whether each question asks for thinking before the answer
     thinking: Thinking | None = None  # what the template writes around thinking
 
@@ -115,9 +115,11 @@ def prepare_apart(
     loss_only = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"generate": False})})
     apart = prepare(deciding, template, lm, loss_only)
     if not apart.examples:
+        patience = config.evaluate.patience
+        key, none = (f"evaluate.patience = {patience}", "0") if patience else ("evaluate.set_apart = true", "false")
         raise UserError(
-            f"evaluate.patience = {config.evaluate.patience}: none of the {len(deciding)} held-out examples that would "
-            "decide fits prompt.max_tokens; raise it, or set 0"
+            f"{key}: none of the {len(deciding)} held-out examples that would decide fits prompt.max_tokens; raise it, "
+            f"or set {none}"
         )
     return held_out._replace(deciding=apart)
 

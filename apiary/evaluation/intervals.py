@@ -26,7 +26,9 @@ _BLOCK = 2**21  # numbers that are held at once
 SCOPE = "of these two models on these rows"  # what an interval over rows alone is of
 
 
-def over_rows(values: Floats, weights: ArrayLike, *, seed: int, draws: int = DRAWS) -> Ends | None:
+def over_rows(
+    values: Floats, weights: ArrayLike, *, seed: int, draws: int = DRAWS, level: float = LEVEL
+) -> Ends | None:
     """The 95% interval of sum(values) / sum(weights) over rows: bootstrap-t, and nowhere narrower than Student's.
 
     The bootstrap-t (Efron and Tibshirani 1993, section 12.5) draws rows with replacement and divides each draw's
@@ -37,7 +39,8 @@ def over_rows(values: Floats, weights: ArrayLike, *, seed: int, draws: int = DRA
         values: (n,) sums by row, such as nats or differences of nats.
         weights: (n,) counts by row, such as response tokens.
         seed: of the resampling.
-        draws: number of resamples.
+        draws: number of resamples; of a higher level take more, for its ends lie farther out.
+        level: of the interval where it is not 95%, in 0..1.
 
     Returns:
         The ends; None for fewer than `FEWEST_ROWS` rows, a value that is not finite, or rows of which all but a few are
@@ -55,8 +58,8 @@ def over_rows(values: Floats, weights: ArrayLike, *, seed: int, draws: int = DRA
     parts = [
         _pivots(_counts(rng, min(block, draws - first), n), v, w, ratio, error) for first in range(0, draws, block)
     ]
-    low, high = np.quantile(np.concatenate(parts), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="inverted_cdf")
-    student = float(stdtrit(n - 1, (1 + LEVEL) / 2))
+    low, high = np.quantile(np.concatenate(parts), [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf")
+    student = float(stdtrit(n - 1, (1 + level) / 2))
     ends = ratio - max(student, float(high)) * error, ratio + max(student, -float(low)) * error
     return ends if np.isfinite(ends).all() else None
 
@@ -153,7 +156,7 @@ class OverSeeds(NamedTuple):
     spread: float  # standard deviation between runs
 
 
-def over_seeds_and_rows(runs: Sequence[SeedRows]) -> OverSeeds:
+def over_seeds_and_rows(runs: Sequence[SeedRows], level: float = LEVEL) -> OverSeeds:
     """The mean over runs of sum(values) / sum(weights), with its 95% interval over seeds and rows.
 
     Student's interval. Its variance is that of the mean between runs, and, of rows that several runs measured, that of
@@ -163,6 +166,7 @@ def over_seeds_and_rows(runs: Sequence[SeedRows]) -> OverSeeds:
 
     Args:
         runs: one for each seed.
+        level: of the interval, in 0..1.
 
     Returns:
         Without ends for fewer than two runs, or fewer than `FEWEST_ROWS` rows in one of them.
@@ -178,7 +182,7 @@ def over_seeds_and_rows(runs: Sequence[SeedRows]) -> OverSeeds:
     if seeds + rows == 0:
         return OverSeeds(mean, (mean, mean), spread)
     freedom = (seeds + rows) ** 2 / (seeds**2 / (count - 1) + rows**2 / max(different - 1, 1))
-    half = float(stdtrit(freedom, (1 + LEVEL) / 2) * np.sqrt(seeds + rows))
+    half = float(stdtrit(freedom, (1 + level) / 2) * np.sqrt(seeds + rows))
     return OverSeeds(mean, (mean - half, mean + half), spread)
 
 

@@ -12,7 +12,7 @@ import html
 import io
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 from markupsafe import Markup
@@ -196,6 +196,48 @@ def _draw_sites(figure: Figure, narrow: bool, points: Sequence[OwnRound]) -> Non
     if len(curves) <= _LABELS:
         ends += [(_short(name), curve[-1][1], "muted", False) for name, curve in curves.items() if curve]
     _end_labels(axes, ends, gap=(high - low) * 0.085)
+
+
+class Curve(NamedTuple):
+    """The losses of one setting."""
+
+    name: str  # "" where it gets none
+    color: str  # of the page
+    points: Sequence[Sequence[float]]  # (round, loss)
+
+
+def settings_chart(curves: Sequence[Curve]) -> Markup:
+    """Loss by round of several settings, the later ones on top."""
+    ends = ", ".join(f"{curve.name} {loss_text(curve.points[-1][1])}" for curve in curves if curve.name)
+    return _chart(
+        lambda figure, narrow: _draw_settings(figure, narrow, curves), 360, 320, f"Loss by round, last: {ends}"
+    )
+
+
+def _draw_settings(figure: Figure, narrow: bool, curves: Sequence[Curve]) -> None:
+    axes = _line_axes(figure)
+    for curve in curves:
+        apart = curve.color != "muted"
+        x, y = zip(*curve.points, strict=True)
+        axes.plot(x, y, color=_STAND_IN[curve.color], lw=2.4 if apart else 1.2, alpha=1 if apart else 0.8)
+    rounds = [point[0] for curve in curves for point in curve.points]
+    axes.set_xlim(min(rounds), max(rounds))
+    low, high = _limits([point[1] for curve in curves for point in curve.points])
+    axes.set_ylim(low, high)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6 if narrow else 12))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+    axes.set_xlabel("round")
+    labels = [
+        (
+            f"{_short(curve.name)} {loss_text(curve.points[-1][1], 2)}",
+            curve.points[-1][1],
+            curve.color,
+            curve.color == "federated",
+        )
+        for curve in curves
+        if curve.name
+    ]
+    _end_labels(axes, labels, gap=(high - low) * 0.075)
 
 
 def _short(name: str) -> str:

@@ -32,7 +32,7 @@ def rows_of(config: RunConfig) -> Rows:
     """The rows that decide which round of a run is best; with `evaluate.patience` they are apart from the figures'."""
     if config.scores_from_clients:
         return "clients_half" if config.evaluate.patience else "clients"
-    return "server_half" if config.evaluate.patience else "server"
+    return "server_half" if config.evaluate.patience or config.evaluate.set_apart else "server"
 
 
 def words(rows: str) -> str:

@@ -14,6 +14,7 @@ from conftest import instruction_rows
 from flwr.app import ArrayRecord, Message, RecordDict
 
 from apiary.config import loading
+from apiary.data.federation import Federation
 from apiary.models import adapters
 from apiary.transport import flower_records
 from client import app as client_app
@@ -167,3 +168,29 @@ def _strings(message: Message) -> Iterator[str]:
                 yield from (value.dtype, value.stype, value.data.decode("latin-1"))
             else:
                 yield json.dumps(value, default=str)
+
+
+def test_runs_that_read_alike_have_one_federation(tmp_path: Path) -> None:
+    """Until a file changes: a sweep reads its data once, and a later run in one process sees new rows."""
+    file = tmp_path / "rows.jsonl"
+
+    def write(count: int) -> None:
+        file.write_text("".join(json.dumps(row) + "\n" for row in instruction_rows(count)), encoding="utf-8")
+
+    def federation(*more: str) -> Federation:
+        texts = [f"data.source={file}", "data.clients=2", "data.partition=iid", *more]
+        return handlers.federation(loading.load(None, texts).to_json())
+
+    write(60)
+    handlers.forget()
+    first = federation()
+    assert federation("train.lr=1e-2", "strategy.server_optimizer=nesterov", "privacy.epsilon=2.0") is first
+    other = federation("seed=1")
+    assert list(other.clients[0].train) != list(first.clients[0].train)
+    assert federation("data.test_fraction=0.4") is not other
+    assert federation("privacy.unit=record") is not federation()
+    before = federation()
+    write(90)
+    after = federation("train.lr=1e-3")
+    assert sum(len(c.train) + len(c.test) for c in after.clients) == 90
+    assert sum(len(c.train) + len(c.test) for c in before.clients) == 60

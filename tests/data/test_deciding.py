@@ -105,3 +105,29 @@ def test_a_real_federation_is_split_in_disjoint_parts(rows_file: Path) -> None:
     parts += [[row for client in whole.clients for row in client.train]]
     assert all(questions(one).isdisjoint(questions(other)) for one, other in itertools.combinations(parts, 2))
     assert [client.train for client in figures.clients] == [client.train for client in whole.clients]
+
+
+@pytest.mark.parametrize("patience", [0, 3])
+@pytest.mark.parametrize("clients", [True, False])
+def test_rows_set_apart_for_choosing_between_runs_are_in_no_figure(patience: int, clients: bool) -> None:
+    """With separate rows for the table, so that the server's and the clients' rows that decide are different ones."""
+    separate = POOLED._replace(test=rows(*range(390, 600)))
+    overrides = [f"evaluate.patience={patience}", f"evaluate.clients={str(clients).lower()}"]
+    config = loading.load(None, ["evaluate.set_apart=true", *overrides])
+    figures, deciding = set_deciding_apart(separate, config)
+    assert questions(deciding) == questions(row for row in separate.test if decides(row)) != set()
+    own = [row for row in ROWS if decides(row)] if patience and clients else []
+    gone = questions(deciding) | questions(own)
+    assert questions(figures.test) == questions(separate.test) - gone != set()
+    assert {q for client in figures.clients for q in questions(client.test)} == questions(ROWS) - gone != set()
+
+
+def test_too_few_rows_to_choose_between_runs_by_are_told() -> None:
+    config = loading.load(None, ["evaluate.set_apart=true"])
+    others = tuple(row for row in ROWS if not decides(row))
+    (line,) = undecided(POOLED._replace(test=others), config)
+    assert line.startswith("evaluate.set_apart = true: ") and "none is left to decide by" in line
+    assert line.endswith("raise data.test_fraction, or set false")
+    (line,) = undecided(POOLED._replace(test=tuple(row for row in ROWS if decides(row))), config)
+    assert "none is left for the figures" in line
+    assert undecided(POOLED, config) == []
