@@ -23,7 +23,7 @@ from apiary.core.errors import CodecError, UserError
 from apiary.core.files import own_folder
 from apiary.core.tensors import StateDict
 from apiary.data import stages
-from apiary.data.federation import Federation, federate
+from apiary.data.federation import Federation, federate, set_validation_apart
 from apiary.privacy import sampling
 from apiary.transport import flower_records
 from apiary.transport.downlink import Parcel
@@ -200,7 +200,8 @@ def worker(config: str) -> Worker:
 def federation(config: str) -> Federation:
     """The clients of a simulated run, read once per process; `config` is the run's JSON."""
     run = loading.from_json(config)
-    return stages.within(federate(run.data, run.seed, guess=run.privacy.unit == "none"), run)
+    read = stages.within(federate(run.data, run.seed, guess=run.privacy.unit == "none"), run)
+    return set_validation_apart(read, run)
 
 
 def forget() -> None:
@@ -219,7 +220,7 @@ def _site(config: str, context: Context) -> Site:
 
 def virtual_site(config: str, index: int, state: Path) -> Site:
     """The site of the virtual client `index`: its part of the configured source, its memory under `state`."""
-    name, train, test = federation(config).clients[index]
+    name, train, test, _ = federation(config).clients[index]
     folder = state / name
     run = loading.from_json(config)
     given = run.adapter.ranks

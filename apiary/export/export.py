@@ -13,6 +13,7 @@ from apiary.core.errors import UserError
 from apiary.data.templates import with_template
 from apiary.export.adapter_folder import OF_THE_SITE, SETTINGS, exported_rank
 from apiary.export.model_card import base_path, card
+from apiary.export.personal import note, read_choice
 from apiary.export.tuned import Tuned, open_tuned
 from apiary.models import adapter_files, adapters
 from apiary.privacy import statement
@@ -39,7 +40,8 @@ def export_run(path: Path, to: Path, *, merge: bool) -> Path:
     try:
         _write_export(tuned, draft, merge)
         text = card(tuned.config, exported_rank(tuned.adapter), metrics, privacy, merged=merge, why=tuned.template.why)
-        files.write_atomic(draft / "README.md", text)
+        choice = read_choice(path)
+        files.write_atomic(draft / "README.md", text + (note(choice) if choice else ""))
         files.write_atomic(draft / SETTINGS, _handed_on(tuned.config).to_toml(without=OF_THE_SITE))
         for file in draft.rglob("*.safetensors"):  # written by others with the owner's rights alone
             file.chmod(0o644)

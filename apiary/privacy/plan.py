@@ -112,14 +112,15 @@ def signal(config: RunConfig, noise: float, steps: int) -> float:
 
 def _clients(config: RunConfig) -> list[tuple[str, tuple[int, ...]]]:
     """All clients with their rows by stage."""
-    from apiary.data.federation import federate
+    from apiary.data.federation import federate, set_validation_apart
     from apiary.data.stages import rows_by_stage, within
 
     try:
-        clients = within(federate(config.data, config.seed, guess=config.privacy.unit == "none"), config).clients
+        read = within(federate(config.data, config.seed, guess=config.privacy.unit == "none"), config)
+        clients = set_validation_apart(read, config).clients
     except UserError as error:
         raise UserError(f"{error.problems[0]}; or give the rows of the smallest client with --rows N") from None
-    return [(client, tuple(rows_by_stage(train, config))) for client, train, _ in clients]
+    return [(client.name, tuple(rows_by_stage(client.train, config))) for client in clients]
 
 
 def _spread(rows: int, stages: int) -> tuple[int, ...]:

@@ -25,6 +25,7 @@ from apiary.report.audit import audit_content, read_audit
 from apiary.report.data import Interval, Metrics, Row, gain_on_all, gain_on_own, parse_metrics
 from apiary.report.injection import probe_content, read_probe
 from apiary.report.page import PAGE
+from apiary.report.personal import WAYS, own_lines
 from apiary.report.verdict import (
     against,
     attacked,
@@ -40,7 +41,7 @@ from apiary.report.verdict import (
 from apiary.tracking.event_log import Event, read_events
 from apiary.tracking.metrics_file import read_metrics
 
-__all__ = ["headline", "render", "table_plain", "table_text", "write_report"]
+__all__ = ["headline", "personal_lines", "render", "table_plain", "table_text", "write_report"]
 
 REPORT_FILE = "report.html"
 _BOLD = ("federated", sites.TOGETHER)
@@ -116,6 +117,22 @@ def _table(grid: Sequence[Sequence[str]], caption: str, title: str | None) -> Ta
     for cells in rows:
         table.add_row(*map(Text, cells), style="bold" if cells[0] in _BOLD else "")
     return table
+
+
+def personal_lines(metrics: Mapping[str, Any]) -> list[str]:
+    """The table of the clients' own models as aligned plain lines, and the sentences on them.
+
+    Raises:
+        UserError: the metrics have another shape than `metrics.json`.
+    """
+    parsed = parse_metrics(metrics)
+    if parsed.personal is None:
+        return []
+    grid = [("", "own rows [95%]", "everyone's rows", "steps")]
+    for row in parsed.personal.table:
+        own = formatting.loss_text(row.own) + _between(row.own_ci95, 1, 3)
+        grid.append((WAYS[row.method][0], own, formatting.loss_text(row.mix), formatting.count_text(row.steps)))
+    return [*_plain(grid, "").splitlines(), *own_lines(parsed)]
 
 
 def table_plain(metrics: Mapping[str, Any]) -> str:
@@ -197,4 +214,5 @@ def _caption(metrics: Metrics) -> str:
                 f"against training alone{noise} {where}: {outcomes_text(gain)}; mean gain "
                 f"{formatting.change_text(gain.mean)}, least {formatting.change_text(least)} ({clean(name)})"
             )
+    notes += own_lines(metrics)
     return "\n".join(notes)
