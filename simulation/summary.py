@@ -87,11 +87,7 @@ def summarise(prepared: Plan, adapter: StateDict, folder: Path, log: RunLog) -> 
             [f"{len(federation.clients)} clients", *map(public_name, (config.data.source, config.model.name))]
         ),
         "table": [
-            {
-                **comparison.table_row(method, run, config.seed),
-                **told[method],
-                **({"not_alike": unlike[method]} if method in unlike else {}),
-            }
+            {**comparison.table_row(method, run, config.seed), **told[method], **_not_alike(unlike, method)}
             for method, run in runs.items()
         ],
         "paired": comparison.differences(runs, config.seed),
@@ -110,6 +106,10 @@ def summarise(prepared: Plan, adapter: StateDict, folder: Path, log: RunLog) -> 
         "privacy": statement.read(folder),
         **{key: value for key, value in environment.start_fields(config).items() if key in ("machine", "versions")},
     }
+
+
+def _not_alike(unlike: Mapping[str, Mapping[str, str]], method: str) -> dict[str, Any]:
+    return {"not_alike": unlike[method]} if method in unlike else {}
 
 
 def _counted(events: Sequence[Event], config: RunConfig) -> list[Event]:

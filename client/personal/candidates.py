@@ -21,14 +21,14 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from apiary.config.schema import RunConfig, TrainConfig
+from apiary.config.schema import RunConfig
 from apiary.core import lora
 from apiary.core.tensors import StateDict
 from apiary.data.batches import Corpus
 from apiary.models import adapters, mixtures
 from apiary.models.adapters import LanguageModel
 from apiary.models.inference import ModelProbe
-from client.personal.choice import FEWEST, Candidate, Choice, Floats, choose, loss_of
+from client.personal.choice import FEWEST, Candidate, Choice, Floats, Kind, choose, loss_of
 from client.training import trainer
 from client.training.trainer import StepRecord, VisitPlan
 
@@ -61,21 +61,64 @@ class Contest(NamedTuple):
     curves: dict[str, list[tuple[int, float]]]  # by contender, validation loss after so many steps
 
 
-class _Scorer:
-    """Scores models on a client's validation rows; owns nothing but these."""
+class _Home:
+    """A client at home: its model, its rows, and the losses that decide. Owns the counts of the validation rows."""
 
-    def __init__(self, lm: LanguageModel, rows: Corpus) -> None:
-        self._lm, self._rows = lm, rows
-        self.tokens: Floats = np.zeros(0)
+    def __init__(self, lm: LanguageModel, config: RunConfig, client: str, rows: Rows) -> None:
+        self._lm, self._config, self._client, self._rows = lm, config, client, rows
+        self.tokens: Floats = np.zeros(0)  # (n,) response tokens of each validation row, once one model was scored
 
-    def nats(self, adapter: StateDict) -> Floats:
-        """(n,) summed loss of each row."""
-        if not len(self._rows):
-            return np.zeros(0)
+    def look(self, steps: int, adapter: StateDict) -> Look:
+        """A model with its losses on the validation rows."""
+        if not len(self._rows.validation):
+            return Look(steps, adapter, np.zeros(0))
         adapters.set_adapter(self._lm, adapter)
-        nats, tokens = ModelProbe(self._lm).losses(self._rows)
+        nats, tokens = ModelProbe(self._lm).losses(self._rows.validation)
         self.tokens = tokens.astype(np.float64)
-        return nats
+        return Look(steps, adapter, nats)
+
+    def trained(
+        self, start: StateDict, length: int, stream: str = "", lr_factor: float = 1.0, done: int = 0
+    ) -> list[Look]:
+        """Train on the client's rows with a schedule of `length` steps; what it was like on its way and at its end.
+
+        A training that diverges ends there, and what it was before stays; one that diverges before the first look
+        leaves its start.
+
+        Args:
+            start: a state as for `set_adapter`.
+            length: optimizer steps.
+            stream: what the order of the rows follows from beside the client.
+            lr_factor: of the run's learning rate.
+            done: steps on the client's rows that are behind `start`.
+        """
+        marks = {math.ceil(length * look / _LOOKS) for look in range(1, _LOOKS + 1)}
+        base_delta = lora.parts(start)[1]
+        seen: list[tuple[int, StateDict]] = []
+
+        def note(record: StepRecord) -> None:
+            if record.step + 1 in marks:
+                seen.append((record.step + 1, lora.whole(adapters.get_adapter(self._lm), base_delta)))
+
+        train = self._config.train.model_copy(update={"lr": self._config.train.lr * lr_factor})
+        factors: Literal["both", "b"] = "b" if self._config.adapter.train == "b" else "both"
+        plan = VisitPlan(self._config.seed, self._client + stream, length, length, factors=factors, observers=(note,))
+        with suppress(FloatingPointError):
+            trainer.fit(self._lm, start, self._rows.train, train, plan)
+        return [self.look(done + steps, state) for steps, state in seen or [(0, start)]]
+
+    def lowest(self, looks: Sequence[Look], steps: int) -> Look:
+        """The look with the lowest validation loss, of several the one with fewest steps.
+
+        On too few validation rows to choose by it is the one nearest to `steps`.
+        """
+        if len(self.tokens) < FEWEST:
+            return min(looks, key=lambda look: (abs(look.steps - steps), look.steps))
+        return min(looks, key=lambda look: (loss_of(look.nats, self.tokens), look.steps))
+
+    def curve(self, looks: Sequence[Look]) -> list[tuple[int, float]]:
+        """Validation loss after so many steps."""
+        return [(look.steps, loss_of(look.nats, self.tokens)) for look in looks]
 
 
 def contest(lm: LanguageModel, config: RunConfig, client: str, steps: int, federated: StateDict, rows: Rows) -> Contest:
@@ -92,74 +135,34 @@ def contest(lm: LanguageModel, config: RunConfig, client: str, steps: int, feder
     Raises:
         ValueError: there is nothing to train on.
     """
-    personal, scorer = config.personal, _Scorer(lm, rows.validation)
-    whole = max(1, round(personal.budget * steps))
+    personal, home = config.personal, _Home(lm, config, client, rows)
+    whole = max(2, round(personal.budget * steps))
     left = max(1, whole - steps)
-    joint = Look(steps, federated, scorer.nats(federated))
     fresh = adapters.fresh_adapter(lm, config.seed)
-    short, long = (_trained(lm, config, client, fresh, rows.train, length, scorer) for length in (left, whole))
-    gentle = config.train.model_copy(update={"lr": config.train.lr * personal.lr_factor})
-    after = _trained(lm, config, f"{client} tuned", federated, rows.train, left, scorer, gentle, done=steps)
-    alone, tuned = _lowest([*short, *long], scorer, steps), _lowest(after, scorer, whole)
-    part = _lowest(short, scorer, steps)
-    made = [(_candidate(lm, "federated", 0.0, joint, federated), federated)]
+    joint = home.look(steps, federated)
+    short, long = (home.trained(fresh, length) for length in (left, whole))
+    after = home.trained(federated, left, " tuned", personal.lr_factor, done=steps)
+    part, alone = home.lowest(short, steps), home.lowest([*short, *long], steps)
+    looks: list[tuple[Kind, float, Look]] = [("federated", 0.0, joint)]
     for weight in personal.weights:
         state = mixtures.mixed(lm, federated, part.adapter, weight)
-        look = Look(steps + part.steps, state, scorer.nats(state))
-        made.append((_candidate(lm, "mixed", weight, look, federated), state))
-    made.append((_candidate(lm, "tuned", 0.0, tuned, federated), tuned.adapter))
-    made.append((_candidate(lm, "alone", 1.0, alone, federated), alone.adapter))
-    candidates = tuple(candidate for candidate, _ in made)
-    choice = choose(candidates, scorer.tokens, personal.margin)
-    curves = {
-        name: [(look.steps, loss_of(look.nats, scorer.tokens)) for look in looks]
-        for name, looks in (("alone", long), ("alone, shorter", short), ("tuned", [joint, *after]))
-    }
-    return Contest(made[choice.chosen][1], alone.adapter, choice, candidates, scorer.tokens, curves)
+        looks.append(("mixed", weight, home.look(steps + part.steps, state)))
+    looks += [("tuned", 0.0, home.lowest(after, whole)), ("alone", 1.0, alone)]
+    candidates = tuple(
+        Candidate(kind, weight, look.steps, _away(lm, federated, look.adapter), look.nats)
+        for kind, weight, look in looks
+    )
+    choice = choose(candidates, home.tokens, personal.margin)
+    curves = {"alone": long, "alone, shorter": short, "tuned": [joint, *after]}
+    return Contest(
+        adapter=looks[choice.chosen][2].adapter,
+        alone=alone.adapter,
+        choice=choice,
+        candidates=candidates,
+        tokens=home.tokens,
+        curves={name: home.curve(found) for name, found in curves.items()},
+    )
 
 
-def _candidate(lm: LanguageModel, kind: str, weight: float, look: Look, federated: StateDict) -> Candidate:
-    away = 0.0 if look.adapter is federated else mixtures.distance(lm, federated, look.adapter)
-    return Candidate(kind, weight, look.steps, away, look.nats)  # type: ignore[arg-type]
-
-
-def _lowest(looks: Sequence[Look], scorer: _Scorer, steps: int) -> Look:
-    """The look with the lowest validation loss, of several the one with fewest steps.
-
-    On too few validation rows to choose by it is the one nearest to `steps`.
-    """
-    if len(scorer.tokens) < FEWEST:
-        return min(looks, key=lambda look: (abs(look.steps - steps), look.steps))
-    return min(looks, key=lambda look: (loss_of(look.nats, scorer.tokens), look.steps))
-
-
-def _trained(
-    lm: LanguageModel,
-    config: RunConfig,
-    stream: str,
-    start: StateDict,
-    rows: Corpus,
-    length: int,
-    scorer: _Scorer,
-    train: TrainConfig | None = None,
-    done: int = 0,
-) -> list[Look]:
-    """Train on the client's rows with a schedule of `length` steps; what it was like on its way and at its end.
-
-    A training that diverges ends there; what it was before stays. One that diverges before the first look leaves its
-    start.
-    """
-    marks = {math.ceil(length * look / _LOOKS) for look in range(1, _LOOKS + 1)}
-    base_delta = lora.parts(start)[1]
-    seen: list[tuple[int, StateDict]] = []
-
-    def look(record: StepRecord) -> None:
-        if record.step + 1 in marks:
-            seen.append((record.step + 1, lora.whole(adapters.get_adapter(lm), base_delta)))
-
-    factors: Literal["both", "b"] = "b" if config.adapter.train == "b" else "both"
-    plan = VisitPlan(config.seed, stream, length, length, factors=factors, observers=(look,))
-    with suppress(FloatingPointError):
-        trainer.fit(lm, start, rows, train or config.train, plan)
-    states = seen or [(0, start)]
-    return [Look(done + steps, state, scorer.nats(state)) for steps, state in states]
+def _away(lm: LanguageModel, federated: StateDict, state: StateDict) -> float:
+    return 0.0 if state is federated else mixtures.distance(lm, federated, state)
