@@ -176,6 +176,7 @@ def personalise(folder: Path, overrides: Sequence[str] = (), observers: Sequence
     config = loading.load(folder / "config.toml", _of_personal(overrides))
     _check_personal(config)
     with run_directory.claim(folder):
+        files.sweep(folder)
         for observer in observers:
             observer({"event": "phase", "name": "loading"})
         prepared = plan(config)

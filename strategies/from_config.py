@@ -59,7 +59,7 @@ def check_for_sites(config: RunConfig) -> None:
     if config.personal.enabled:
         raise UserError(
             "personal.enabled = true: clients' own models are made in a simulation alone; sites of a deployment make "
-            "none yet, so leave it out (docs/personal.md says what a site can do by hand)"
+            "none yet, so leave it out"
         )
     if ":" in name and method_from_config(config).local != PLAIN:
         raise UserError(
