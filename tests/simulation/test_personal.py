@@ -14,7 +14,9 @@ import torch
 from conftest import instruction_rows, overrides_for
 from safetensors.torch import load_file
 from small_models import same
+from typer.testing import CliRunner
 
+from apiary.cli.main import app
 from apiary.config import loading
 from apiary.config.schema import RunConfig
 from apiary.core.errors import UserError
@@ -43,7 +45,7 @@ MORE = (
     *("evaluate.max_examples=100", "evaluate.generate=false", "evaluate.every=0", "evaluate.clients=false"),
     *("train.steps=4", "rounds=2", 'evaluate.baselines=["local"]'),
 )
-OWN = ("personal.enabled=true", "personal.validation=0.3")
+OWN = ("personal.enabled=true", "personal.validation=0.3", "personal.budget=2")
 
 
 def rows_in(folder: Path, held_out: str = "") -> Path:
@@ -368,7 +370,9 @@ def test_an_own_model_is_a_plain_peft_folder_and_says_what_it_is(
 # -- after the run ---------------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_set_nothing_apart_chooses_by_half_of_the_held_out_rows(plain: Path, tmp_path: Path) -> None:
+def test_a_run_that_set_nothing_apart_chooses_by_half_of_the_held_out_rows(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The shared adapter has seen all training rows, so none of them may choose; the other half is reported."""
     folder = shutil.copytree(plain, tmp_path / "run")
     before = json.loads((folder / "metrics.json").read_text())
@@ -391,9 +395,14 @@ def test_a_run_that_set_nothing_apart_chooses_by_half_of_the_held_out_rows(plain
         assert client["own"] == was["own"]  # on all held-out rows: nothing on half of them stands beside these
     assert metrics["personal"]["set_apart"] is False and len(metrics["personal"]["table"]) == 4
     assert json.loads((folder / "metrics.json").read_text())["table"] == before["table"]
-    lines = "\n".join(personal_lines(metrics))
-    assert "half of each client's held-out rows chose" in lines and "Own model" in lines
-    assert "Each client&#39;s own model" in (folder / "report.html").read_text() or "own model" in lines
+    lines = personal_lines(metrics)
+    assert "half of each client's held-out rows chose" in "\n".join(lines) and "Own model" in "\n".join(lines)
+    assert "Each client's own model" in (folder / "report.html").read_text()
+    # The command says the same, and takes what is there already.
+    monkeypatch.setattr(candidates, "contest", lambda *_: pytest.fail("made anew"))
+    done = CliRunner().invoke(app, ["personal", str(folder), "--quiet", "-s", "personal.weights=[0.5]"])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.splitlines()[: len(lines)] == lines
 
 
 @pytest.mark.parametrize(
