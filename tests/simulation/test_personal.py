@@ -36,6 +36,7 @@ from client.personal.candidates import Rows
 from client.personal.choice import FEWEST
 from client.training import trainer
 from client.training.trainer import VisitPlan
+from simulation.personal import OwnRows, _Task
 from simulation.run import personalise, simulate
 
 WEIGHTS = "adapter_model.safetensors"
@@ -476,3 +477,20 @@ def test_attackers_get_no_own_model_and_base_deltas_are_mixed(tmp_path: Path, ti
     found = chosen(tmp_path / "run", name)["candidates"][0]
     rows = bench.clients[name].validation
     assert found["loss"] == pytest.approx(bench.loss(joint, rows), rel=1e-5)
+
+
+def test_a_model_is_made_anew_where_anything_that_it_follows_from_differs() -> None:
+    base, rows = loading.load(None, []), OwnRows((1, 2), (3,), (4,))  # type: ignore[arg-type]
+    task = _Task("c", 4, {"w": torch.ones(2)}, rows)
+    others = {
+        task._replace(steps=5).seal(base),
+        task._replace(federated={"w": torch.zeros(2)}).seal(base),
+        task._replace(rows=rows._replace(validation=())).seal(base),
+        *(
+            task.seal(loading.load(None, [s]))
+            for s in ("personal.budget=4", "train.lr=1e-3", "seed=1", "adapter.rank=8")
+        ),
+    }
+    assert len(others | {task.seal(base)}) == 8
+    alike = task._replace(rows=rows._replace(reported=())).seal(loading.load(None, ["train.threads=1"]))
+    assert alike == task.seal(base)
