@@ -24,7 +24,7 @@ from apiary.core.errors import CodecError, UserError
 from apiary.core.files import own_folder
 from apiary.core.tensors import StateDict
 from apiary.data import stages
-from apiary.data.federation import Federation, federate
+from apiary.data.federation import Federation
 from apiary.privacy import sampling
 from apiary.transport import flower_records
 from apiary.transport.downlink import Parcel
@@ -204,7 +204,10 @@ def federation(config: str) -> Federation:
     Runs that differ in nothing that reading depends on have one federation, as those of a sweep.
     """
     run = loading.from_json(config)
-    read = run.model_dump_json(include={"seed": True, "data": True, "continual": True, "privacy": {"unit"}})
+    private, own = {"unit"}, {"enabled", "validation"}
+    read = run.model_dump_json(
+        include={"seed": True, "data": True, "continual": True, "privacy": private, "personal": own}
+    )
     sources = (_stamp(place) for place in (run.data.source, run.data.test) if place)
     return _federation(read, tuple(sources))
 
@@ -213,7 +216,7 @@ def federation(config: str) -> Federation:
 def _federation(read: str, sources: tuple[object, ...]) -> Federation:
     """The federation by the part of the configuration that reading sees, as JSON, and the state of the files."""
     run = RunConfig.model_validate_json(read)
-    return stages.within(federate(run.data, run.seed, guess=run.privacy.unit == "none"), run)
+    return stages.rows_of_run(run)
 
 
 def _stamp(place: str) -> object:
@@ -243,7 +246,7 @@ def _site(config: str, context: Context) -> Site:
 
 def virtual_site(config: str, index: int, state: Path) -> Site:
     """The site of the virtual client `index`: its part of the configured source, its memory under `state`."""
-    name, train, test = federation(config).clients[index]
+    name, train, test, _ = federation(config).clients[index]
     folder = state / name
     run = loading.from_json(config)
     given = run.adapter.ranks

@@ -33,7 +33,7 @@ from apiary.core.counts import CountPolicy
 from apiary.core.errors import UserError
 from apiary.data import split, splits, stages, templates
 from apiary.data.availability import Rows, check_rows, parse_columns
-from apiary.data.federation import FEWEST, federate
+from apiary.data.federation import FEWEST
 from apiary.models import adapters, availability
 from client import device_rank, handlers, worker_rpc
 from client.site import Site
@@ -188,6 +188,8 @@ def _refuse_chosen_rows(config: RunConfig) -> None:
     Raises:
         Refusal: the run limits the rows.
     """
+    if config.personal.enabled:
+        raise handlers.Refusal("personal.enabled = true: this site makes no model of its own; leave it out")
     if config.data.max_rows is not None:
         raise handlers.Refusal(
             f"data.max_rows = {config.data.max_rows}: which of its rows a site uses is for the site to choose; leave "
@@ -250,9 +252,7 @@ def _read_site(config: RunConfig, facts: Facts, run: str) -> Site:
         raise handlers.Refusal(str(error)) from None
     if held_out != before:
         _log.info("held-out rows pinned by a key of this site's own; pinned: %s", "; ".join(split.lines(held_out)))
-    federation = stages.within(
-        federate(config.data, config.seed, held_out.key, guess=config.privacy.unit == "none"), config, whole=False
-    )
+    federation = stages.rows_of_run(config, held_out.key, whole=False)
     for report in federation.reports:
         for line in report.lines():
             _log.warning("%s", line)

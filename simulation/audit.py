@@ -27,7 +27,7 @@ from apiary.core.tensors import StateDict
 from apiary.data import injection, split, stages
 from apiary.data.batches import Corpus, collate
 from apiary.data.examples import Example
-from apiary.data.federation import ClientData, federate
+from apiary.data.federation import ClientData
 from apiary.data.split import PUBLIC_KEY
 from apiary.data.turns import Turn
 from apiary.evaluation import intervals
@@ -107,9 +107,7 @@ def open_bench(folder: Path, options: Options, at: AtSite | None = None) -> Benc
         alone = {"source": at.data, "test": None, "clients": 1, "partition": Method(name="iid")}
         config = config.model_copy(update={"data": config.data.model_copy(update=alone)})
     check_names(config)
-    clients = stages.within(
-        federate(config.data, config.seed, key, guess=config.privacy.unit == "none"), config, whole=at is None
-    ).clients
+    clients = stages.rows_of_run(config, key, whole=at is None).clients
     index = _chosen(clients, options.client)
     if len(clients[index].train) < _FEWEST_ROWS:
         raise UserError(

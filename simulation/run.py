@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import strategies
-from apiary.config import summary
+from apiary.config import loading, summary
 from apiary.config.schema import RunConfig
 from apiary.core import files
 from apiary.core.errors import RunFailed, UserError
@@ -27,9 +28,9 @@ from client import curation, handlers
 from client.training import objectives
 from server import checkpoint, trusted_update
 from server.app import make_app
-from simulation import adversaries
+from simulation import adversaries, personal
 from simulation.engines import ENGINES
-from simulation.summary import Plan, summarise
+from simulation.summary import Plan, personal_of_run, summarise, with_personal
 
 Observer = Callable[[dict[str, Any]], None]
 
@@ -155,6 +156,73 @@ def _simulate(
     finally:
         log.close()
     return metrics
+
+
+def personalise(folder: Path, overrides: Sequence[str] = (), observers: Sequence[Observer] = ()) -> dict[str, Any]:
+    """Make the clients' own models of a finished simulation, and write its metrics and report again.
+
+    Where the run set rows apart for that (`personal.enabled`) they choose; else half of each client's held-out rows
+    does, and the figures of these models are on the other half.
+
+    Args:
+        folder: the run directory.
+        overrides: `personal.KEY=VALUE` on top of the run's own settings, for all keys but those that say which rows
+            were trained on.
+        observers: receive every event.
+
+    Returns:
+        The metrics.
+
+    Raises:
+        UserError: no finished simulation, or a key that cannot be set any more, or a method whose clients take no
+            gradients.
+    """
+    metrics = metrics_file.read_metrics(folder)
+    if metrics.get("sites") is not None:
+        raise UserError(f"{str(folder)!r} is a deployed run, whose rows are at its sites: there is nothing to train on")
+    config = loading.load(folder / "config.toml", _of_personal(overrides))
+    _check_personal(config)
+    with run_directory.claim(folder):
+        files.sweep(folder)
+        for observer in observers:
+            observer({"event": "phase", "name": "loading"})
+        prepared = plan(config)
+        figures, _ = set_deciding_apart(prepared.federation, config)
+        rows = personal.rows_of(prepared.federation, figures, config)
+        adapter = adapter_files.read_adapter(prepared.lm, folder / "adapter" / "adapter_model.safetensors")
+        with contextlib.closing(RunLog(folder, observers)) as log:
+            found = personal_of_run(prepared._replace(federation=figures), adapter, rows, folder, log)
+            clients = with_personal(metrics["clients"], found, beside=config.personal.enabled)
+        metrics = {**metrics, "clients": clients, "personal": found.whole}
+        metrics_file.write_metrics(folder, metrics)
+        write_report(folder)
+    return metrics
+
+
+def _of_personal(overrides: Sequence[str]) -> Sequence[str]:
+    """The settings, once they are known to say only how clients' own models are made.
+
+    Raises:
+        UserError: one says something else.
+    """
+    fixed = ("enabled", "validation")
+    for text in overrides:
+        key = text.partition("=")[0].strip()
+        if not key.startswith("personal."):
+            raise UserError(f"-s {key}: the run is over; only keys of personal can be set, such as personal.budget=3")
+        if key.removeprefix("personal.") in fixed:
+            raise UserError(f"-s {key}: it says which rows the run trained on, and the run is over; leave it out")
+    return overrides
+
+
+def _check_personal(config: RunConfig) -> None:
+    """Check that the clients of a run can make models of their own, whether or not it was to make them.
+
+    Raises:
+        UserError: the method or another setting does not go with it.
+    """
+    values = config.model_dump(mode="json")
+    strategies.from_config(loading.parse({**values, "personal": {**values["personal"], "enabled": True}}))
 
 
 def _open_log(config: RunConfig, folder: Path, observers: Sequence[Observer], clients: Sequence[str]) -> RunLog:

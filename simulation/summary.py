@@ -18,19 +18,21 @@ from apiary.data.tokenization import Template
 from apiary.data.turns import said
 from apiary.evaluation import comparison, continual, row_losses
 from apiary.evaluation.comparison import HeldOut, Measured
-from apiary.export.adapter_folder import exported_rank, save_adapter_folder
-from apiary.models import adapters
+from apiary.export.adapter_folder import WEIGHTS, exported_rank, save_adapter_folder
+from apiary.models import adapter_files, adapters
 from apiary.models.adapters import LanguageModel
 from apiary.models.start import named_start
 from apiary.privacy import statement
 from apiary.report.data import OUTCOMES, gain_of
 from apiary.tracking import delivery, environment, event_log, metrics_file
-from apiary.tracking.event_log import RunLog
+from apiary.tracking.event_log import Event, RunLog
 from apiary.tracking.run_directory import result_folders
 from client import round_files
 from client.worker import open_received
-from simulation import adversaries, backdoor, baselines, visits
+from simulation import adversaries, backdoor, baselines, personal, visits
 from simulation.baselines import Baselines
+from simulation.personal import Figures, Home, OwnRows
+from simulation.visits import ClientVisits
 from strategies.from_config import local_from_config
 
 _ASKED = 60  # held-out questions with a hidden phrase
@@ -61,21 +63,23 @@ def summarise(
     config, federation, lm, template, held_out = prepared
     events = event_log.read_events(folder)
     delivered = delivery.of_events(events)
-    upto = delivered.round if delivered else config.rounds
-    # What made the adapter that is delivered: the baselines are trained as far as that and no farther.
-    counted = [event for event in events if event["event"] not in ("client", "round") or event["round"] <= upto]
+    counted = _counted(events, config)
     took_part = visits.of_run(federation.clients, config, counted, folder)
     if set(config.evaluate.baselines) - {"base"}:
         log.event("phase", name="baselines")
     finished = sum(event["event"] == "round" for event in counted)
     trained = baselines.train_all(config, lm, template, took_part, finished, folder, log, shared)
     log.event("phase", name="evaluating")
-    own = _personal(prepared, adapter, folder, {client.client for client in took_part})
+    own = own_models(prepared, adapter, folder, {client.client for client in took_part})
     local, pooled = ({name: made.adapter for name, made in group.items()} for group in trained)
     runs, alone = comparison.compare(lm, held_out, config, adapter, local, pooled, own, named_start(lm, config))
     steps = {client.client: client.total for client in took_part}
     ranks = metrics_file.ranks(events)
     clients = _per_client(prepared, adapter, trained, runs["federated"], alone, own, ranks, steps)
+    figures = None
+    if config.personal.enabled:
+        figures = _personal(prepared, models_of(prepared, adapter, own), took_part, local, folder, log)
+        clients = with_personal(clients, figures, beside=True)
     nats = {method: run.nats for method, run in runs.items()}
     row_losses.write_row_losses(folder, held_out.examples, runs["federated"].tokens, nats)
     kind = kind_of(config, federation)
@@ -100,6 +104,7 @@ def summarise(
         "delivered": delivered._asdict() if delivered else None,
         **continual.results(events, runs, held_out, config),
         **({"share": config.adapter.share} if own else {}),
+        **({"personal": figures.whole} if figures else {}),
         "rank": exported_rank(adapter),
         **_attack(prepared, adapter, events),
         "curation": metrics_file.curation_counts(events),
@@ -123,6 +128,13 @@ def _deciding(prepared: Plan, adapter: StateDict, own: Mapping[str, StateDict]) 
     states = list(own.values()) or [adapter]
     found = comparison.mean([comparison.measure(prepared.lm, state, rows, prepared.config) for state in states])
     return {"deciding": {"loss": found.loss, "n": len(rows.examples)}}
+
+
+def _counted(events: Sequence[Event], config: RunConfig) -> list[Event]:
+    """The events of what made the adapter that is delivered: baselines are trained as far as that and no farther."""
+    delivered = delivery.of_events(events)
+    upto = delivered.round if delivered else config.rounds
+    return [event for event in events if event["event"] not in ("client", "round") or event["round"] <= upto]
 
 
 def _attack(prepared: Plan, adapter: StateDict, events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -183,7 +195,7 @@ def _sum(counts: Iterable[int | None]) -> int | None:
     return None if None in known else sum(count for count in known if count is not None)
 
 
-def _personal(prepared: Plan, adapter: StateDict, folder: Path, trained: Collection[str]) -> dict[str, StateDict]:
+def own_models(prepared: Plan, adapter: StateDict, folder: Path, trained: Collection[str]) -> dict[str, StateDict]:
     """Each client's model of its own, where the method makes one; that of who has trained is kept as a folder."""
     config, federation, lm, _, _ = prepared
     local = local_from_config(config)
@@ -200,13 +212,74 @@ def _personal(prepared: Plan, adapter: StateDict, folder: Path, trained: Collect
     return made
 
 
+def models_of(prepared: Plan, adapter: StateDict, own: Mapping[str, StateDict]) -> dict[str, StateDict]:
+    """Each client's model from the federation: one of its own where the method makes one, else the shared one."""
+    return {client.name: own.get(client.name, adapter) for client in prepared.federation.clients}
+
+
+def _personal(
+    prepared: Plan,
+    federated: Mapping[str, StateDict],
+    took_part: Sequence[ClientVisits],
+    local: Mapping[str, StateDict],
+    folder: Path,
+    log: RunLog,
+) -> Figures:
+    """Make the clients' own models by the rows that were set apart before round 1, and measure them."""
+    config, federation, lm, template, held_out = prepared
+    home = Home(config, lm, template, folder)
+    rows = personal.rows_of(federation, federation, config)
+    return personal.make_and_measure(home, federated, rows, took_part, local, held_out, log)
+
+
+def personal_of_run(
+    prepared: Plan, adapter: StateDict, rows: Mapping[str, OwnRows], folder: Path, log: RunLog
+) -> Figures:
+    """Make the clients' own models of a run that has finished, and measure them.
+
+    Args:
+        prepared: the run, with the held-out rows of its figures.
+        adapter: the federated one.
+        rows: the parts of each client's rows.
+        folder: the run directory.
+        log: receives what happens.
+    """
+    config, federation, lm, template, held_out = prepared
+    counted = _counted(event_log.read_events(folder), config)
+    took_part = visits.of_run(federation.clients, config, counted, folder)
+    own = own_models(prepared, adapter, folder, {client.client for client in took_part})
+    weights = {path.parent.name: path for path in result_folders(folder).alone.glob(f"[!.]*/{WEIGHTS}")}
+    local = {client: adapter_files.read_adapter(lm, path) for client, path in weights.items()}
+    home, federated = Home(config, lm, template, folder), models_of(prepared, adapter, own)
+    return personal.make_and_measure(home, federated, rows, took_part, local, held_out, log)
+
+
+def with_personal(clients: Sequence[Mapping[str, Any]], figures: Figures, *, beside: bool) -> list[dict[str, Any]]:
+    """The `clients` part of metrics.json with what their own models come to.
+
+    Args:
+        clients: without it.
+        figures: of those that have a model of their own.
+        beside: whether these are on the rows that the losses of the others in `own` are on, and stand beside them.
+    """
+    told = []
+    for client in clients:
+        found = figures.clients.get(client["client"])
+        if found is None:
+            told.append(dict(client))
+            continue
+        ours = {name: found["own"][name] for name in ("local_best", "personal") if beside and name in found["own"]}
+        told.append({**client, "own": {**client["own"], **ours}, "personal": found})
+    return told
+
+
 def _per_client(
     prepared: Plan,
     adapter: StateDict,
     trained: Baselines,
     joint: Measured,
     alone: Mapping[str, Measured],
-    personal: Mapping[str, StateDict],
+    own_federated: Mapping[str, StateDict],
     ranks: Mapping[str, int],
     steps: Mapping[str, int],
 ) -> list[dict[str, Any]]:
@@ -222,7 +295,7 @@ def _per_client(
         candidates = {
             "base": fresh,
             **({"local": made.adapter} if made else {}),
-            "federated": personal.get(client.name, adapter),
+            "federated": own_federated.get(client.name, adapter),
             **{method: pooled.adapter for method, pooled in trained.pooled.items()},
         }
         measured = {

@@ -49,12 +49,18 @@ def method_from_config(config: RunConfig) -> Aggregator:
 
 
 def check_for_sites(config: RunConfig) -> None:
-    """Check that the sites of a deployment have the client's half of the run's method; they load no code by name.
+    """Check that sites can do what the run asks of them: they load no code by name, and make no models of their own.
 
     Raises:
-        UserError: the method comes by module:function and has one.
+        UserError: the method comes by module:function and has a part at the clients, or clients are to make models of
+            their own.
     """
     name = config.strategy.name
+    if config.personal.enabled:
+        raise UserError(
+            "personal.enabled = true: clients' own models are made in a simulation alone; sites of a deployment make "
+            "none yet, so leave it out"
+        )
     if ":" in name and method_from_config(config).local != PLAIN:
         raise UserError(
             f"strategy.name = {name!r}: this method has a part at the clients, and sites load no code that a server "
@@ -115,6 +121,11 @@ def _problems(config: RunConfig, aggregator: Aggregator) -> Iterator[str]:
         yield (
             f"privacy.unit = 'record': strategy.name = {name!r} has a part at the clients that no noise covers; use a "
             "method without one, such as fedavg"
+        )
+    if config.personal.enabled and aggregator.local.gradient_free:
+        yield (
+            f"personal.enabled = true: strategy.name = {name!r} trains without gradients, and its learning rate means "
+            "something else to the training with gradients that makes clients' own models; leave personal.enabled out"
         )
     if aggregator.prunes:
         yield from _pruning_problems(config)

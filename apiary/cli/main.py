@@ -259,6 +259,25 @@ def export(
 
 
 @app.command()
+def personal(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="the run directory of a finished simulation")],
+    overrides: Overrides = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="print only errors and the result")] = False,
+) -> None:
+    """Make each client's own model after a finished simulation, and write metrics and report again."""
+    from apiary.report import personal_lines
+    from apiary.tracking.console import make_progress
+
+    with make_progress(quiet) as observer:
+        observer({"event": "phase", "name": "starting"})
+        from simulation.run import personalise
+
+        metrics = personalise(run.resolve(), overrides or [], [observer])
+    typer.echo("\n".join(personal_lines(metrics)))
+    typer.echo(f"report: {shown(run.resolve() / 'report.html')}   models: {shown(run.resolve() / 'personal')}")
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory")]) -> None:
     """Write report.html of a run again, from its log and metrics."""
     from apiary.report import write_report

@@ -230,6 +230,15 @@ def _personal_factors(config: RunConfig) -> Iterator[str]:
         yield f"evaluate.clients = false: {share} leaves models that clients alone can score; leave the key out"
 
 
+def _personal_models(config: RunConfig) -> Iterator[str]:
+    """A client chooses by rows of the same tasks from the first round to the last."""
+    if config.personal.enabled and config.continual.stages:
+        yield (
+            "personal.enabled = true: with continual.stages a client's rows change from stage to stage, and its "
+            "validation rows would be of other tasks; leave one of the two out"
+        )
+
+
 _RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _private_curation,
     _warmup_for_ever,
@@ -249,4 +258,5 @@ _RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _scaffold,
     _seeds,
     _personal_factors,
+    _personal_models,
 )

@@ -386,6 +386,51 @@ class EvaluateConfig(_Section):
     )
 
 
+class PersonalConfig(_Section):
+    """A model of its own for each client, made at home after the last round."""
+
+    enabled: bool = Field(
+        False,
+        description="after the last round each client makes models of its own from the federated one and from training "
+        "alone, and keeps the one that its validation rows are for (simulations; a deployment refuses it)",
+    )
+    validation: float = Field(
+        0.15,
+        gt=0,
+        lt=1,
+        description="fraction of a client's training rows that is set apart before round 1, by a seeded hash of the "
+        "question: nothing is trained on them, and they alone choose",
+    )
+    weights: tuple[float, ...] = Field(
+        (0.25, 0.5, 0.75),
+        description="weights of training alone in the mixtures with the federated model, each between 0 and 1",
+    )
+    budget: float = Field(
+        3.0,
+        ge=2,
+        description="optimizer steps that each contender may have in all, as a multiple of those that the client made "
+        "in the federation",
+    )
+    lr_factor: float = Field(
+        0.333, gt=0, description="learning rate with which the federated model is tuned further, over train.lr"
+    )
+    margin: float = Field(
+        1.0,
+        ge=0,
+        description="of the candidates within so many standard errors of the lowest validation loss the one nearest to "
+        "the federated model is kept; 0: the lowest loss",
+    )
+
+    @model_validator(mode="after")
+    def _between(self) -> Self:
+        if odd := [weight for weight in self.weights if not 0 < weight < 1]:
+            raise ValueError(
+                f"personal.weights names {odd[0]:g}: give weights between 0 and 1, such as 0.5; the federated model "
+                "and training alone are candidates by themselves"
+            )
+        return self
+
+
 class SimulateConfig(_Section):
     """How a simulation runs, and its attackers."""
 
@@ -428,6 +473,7 @@ class RunConfig(_Section):
     strategy: StrategyConfig = StrategyConfig()
     wire: WireConfig = WireConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    personal: PersonalConfig = PersonalConfig()
     simulate: SimulateConfig = SimulateConfig()
     log: LogConfig = LogConfig()
 

@@ -36,6 +36,7 @@ class ClientData(NamedTuple):
     name: str
     train: Sequence[Example]
     test: Sequence[Example]
+    validation: Sequence[Example] = ()  # neither trained nor reported: by them it chooses its own model
 
 
 class Federation(NamedTuple):
@@ -94,6 +95,51 @@ def set_deciding_apart(federation: Federation, config: RunConfig) -> tuple[Feder
     clients = tuple(client._replace(test=apart(client.test)) for client in federation.clients)
     figures = federation._replace(clients=clients, test=apart(federation.test))
     return figures, deciding
+
+
+def validates(example: Example, fraction: float, seed: int, key: bytes = PUBLIC_KEY) -> bool:
+    """Whether a training row belongs to the `fraction` by which its client chooses its own model.
+
+    By a seeded hash of the first question under `key`, independent of those that hold rows out: no row's part depends
+    on another row, and equal questions are in the same part.
+    """
+    digest = hashlib.blake2b(
+        opening_text(example.turns).encode("utf-8"),
+        digest_size=8,
+        key=key,
+        salt=seed.to_bytes(16, "little"),
+        person=b"validation",
+    ).digest()
+    return int.from_bytes(digest, "big") < fraction * 2.0**64
+
+
+def set_validation_apart(federation: Federation, config: RunConfig, key: bytes = PUBLIC_KEY) -> Federation:
+    """Take the rows by which clients choose their own models out of their training rows, for the whole run.
+
+    Nothing changes where the run makes no such models.
+
+    Args:
+        federation: all rows.
+        config: the run.
+        key: of the hash; a site's own.
+
+    Raises:
+        UserError: a client is left without a training row.
+    """
+    personal = config.personal
+    if not personal.enabled:
+        return federation
+    clients = []
+    for client in federation.clients:
+        apart = np.fromiter((validates(row, personal.validation, config.seed, key) for row in client.train), bool)
+        if len(apart) and apart.all():
+            raise UserError(
+                f"personal.validation = {personal.validation:g}: client {client.name!r} has no training row left of "
+                f"{len(apart)}; lower it, or give the client more rows with different questions"
+            )
+        train, validation = (store.pick(client.train, np.flatnonzero(part)) for part in (~apart, apart))
+        clients.append(client._replace(train=train, validation=validation))
+    return federation._replace(clients=tuple(clients))
 
 
 def undecided(federation: Federation, config: RunConfig) -> list[str]:

@@ -11,7 +11,8 @@ from apiary.config.schema import RunConfig
 from apiary.core.errors import UserError
 from apiary.data import store
 from apiary.data.examples import Example, FileReport, answer
-from apiary.data.federation import Federation
+from apiary.data.federation import Federation, federate, set_validation_apart
+from apiary.data.split import PUBLIC_KEY
 
 _SHOWN = 8  # values named in an error line
 
@@ -34,6 +35,21 @@ def rows_by_stage(rows: Sequence[Example], config: RunConfig) -> list[int]:
         return [len(rows)]
     of = stage_numbers(rows, config)
     return [int((of == stage).sum()) for stage in range(len(config.continual.stages))]
+
+
+def rows_of_run(config: RunConfig, key: bytes = PUBLIC_KEY, *, whole: bool = True) -> Federation:
+    """All rows as a run uses them: spread over clients, within its stages, those that choose own models set apart.
+
+    Args:
+        config: the run.
+        key: of the hashes that set rows apart: that of a simulation, where anybody may know it, or a site's own.
+        whole: these are all clients; False for one site of several.
+
+    Raises:
+        UserError: unreadable source, impossible partition, a client left without a row, or stages that do not fit.
+    """
+    read = federate(config.data, config.seed, key, guess=config.privacy.unit == "none")
+    return set_validation_apart(within(read, config, whole=whole), config, key)
 
 
 def within(federation: Federation, config: RunConfig, *, whole: bool = True) -> Federation:

@@ -87,7 +87,6 @@ def _examine_parts(config: RunConfig, problems: list[str], console: Console, rem
     """Print what can be told of a run, and add all that is wrong with it to `problems`; the same as plain values."""
     # Here and not above: what is wrong with the file itself is told without waiting for torch.
     from apiary.data import stages
-    from apiary.data.federation import federate
     from apiary.doctor import plan, values
     from apiary.evaluation import comparison
     from apiary.models import base, inference, start
@@ -97,9 +96,7 @@ def _examine_parts(config: RunConfig, problems: list[str], console: Console, rem
     config = _attempt(problems, lambda: start.resolved(config)) or config
     _attempt(problems, lambda: trackers.check(config))
     device = _attempt(problems, lambda: base.resolve_device(config.model))
-    federation = _attempt(
-        problems, lambda: stages.within(federate(config.data, config.seed, guess=config.privacy.unit == "none"), config)
-    )
+    federation = _attempt(problems, lambda: stages.rows_of_run(config))
     if device is not None:
         plan.print_machine(config, device, console)
         told["machine"] = values.machine_values(config, device)

@@ -62,7 +62,7 @@ class Cost(NamedTuple):
     traffic: forecast.Traffic
     trial: forecast.Trial
     seconds: float  # of training, without baselines and evaluation
-    copies: int  # runs of that length, baselines included
+    copies: int  # runs of that length, baselines and clients' own models included
     processes: int  # that hold the model at a time
     memory: int  # bytes of each
 
@@ -76,10 +76,15 @@ def cost_of(run: PreparedRun) -> Cost:
         forecast.plan_traffic(run.config, run.lm, work),
         trial,
         seconds=trial.seconds * run.config.train.accumulate * work.total,
-        copies=1 + len(set(run.config.evaluate.baselines) - {"base"}),
+        copies=1 + len(set(run.config.evaluate.baselines) - {"base"}) + _own_copies(run.config),
         processes=_processes(run),
         memory=forecast.base_bytes(run.lm) + _adapter_bytes(run) + trial.activation_bytes,
     )
+
+
+def _own_copies(config: RunConfig) -> int:
+    """How many times the run's steps the clients' own models take: two trainings alone, and one tuning."""
+    return math.ceil(3 * config.personal.budget - 2) if config.personal.enabled else 0
 
 
 def _adapter_bytes(run: PreparedRun) -> int:
@@ -304,7 +309,8 @@ def _print_cost(run: PreparedRun, cost: Cost, console: Console) -> None:
     _print_traffic(run, cost, console)
     _print_steps(run, cost.work, console)
     _print_memory(run, cost, console)
-    also = f", {seconds_text(cost.copies * cost.seconds)} with the baselines" if cost.copies > 1 else ""
+    what = "the baselines and clients' own models" if run.config.personal.enabled else "the baselines"
+    also = f", {seconds_text(cost.copies * cost.seconds)} with {what}" if cost.copies > 1 else ""
     tried = f"by a pass over {count_text(cost.trial.tokens)} tokens, without evaluation"
     _fact(console, "time", f"about {seconds_text(cost.seconds)} of training{also} ({tried})")
 

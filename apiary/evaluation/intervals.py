@@ -50,7 +50,7 @@ def over_rows(
     n = len(v)
     if n < FEWEST_ROWS or not np.isfinite(v).all():
         return None
-    ratio, error = _ratio(v, w)
+    ratio, error = ratio_with_error(v, w)
     if error <= 1e-12 * abs(ratio):
         return ratio, ratio
     rng = np.random.default_rng(derive_seed(seed, "bootstrap"))
@@ -80,8 +80,8 @@ def _counts(rng: np.random.Generator, draws: int, n: int) -> Floats:
     return np.bincount(rows.ravel(), minlength=draws * n).reshape(draws, n).astype(np.float64)
 
 
-def _ratio(v: Floats, w: Floats) -> Ends:
-    """The ratio of the sums and its standard error."""
+def ratio_with_error(v: Floats, w: Floats) -> Ends:
+    """The ratio of two sums over rows, and its standard error (linearised)."""
     ratio = v.sum() / w.sum()
     squares = ((v - ratio * w) ** 2).sum() * len(v) / (len(v) - 1)
     return float(ratio), float(np.sqrt(squares) / w.sum())

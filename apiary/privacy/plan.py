@@ -112,14 +112,13 @@ def signal(config: RunConfig, noise: float, steps: int) -> float:
 
 def _clients(config: RunConfig) -> list[tuple[str, tuple[int, ...]]]:
     """All clients with their rows by stage."""
-    from apiary.data.federation import federate
-    from apiary.data.stages import rows_by_stage, within
+    from apiary.data.stages import rows_by_stage, rows_of_run
 
     try:
-        clients = within(federate(config.data, config.seed, guess=config.privacy.unit == "none"), config).clients
+        clients = rows_of_run(config).clients
     except UserError as error:
         raise UserError(f"{error.problems[0]}; or give the rows of the smallest client with --rows N") from None
-    return [(client, tuple(rows_by_stage(train, config))) for client, train, _ in clients]
+    return [(client.name, tuple(rows_by_stage(client.train, config))) for client in clients]
 
 
 def _spread(rows: int, stages: int) -> tuple[int, ...]:

@@ -26,6 +26,7 @@ from apiary.report.audit import audit_content, read_audit
 from apiary.report.data import Interval, Metrics, Row, gain_on_all, gain_on_own, parse_metrics
 from apiary.report.injection import probe_content, read_probe
 from apiary.report.page import PAGE
+from apiary.report.personal import WAYS, own_lines
 from apiary.report.verdict import (
     against,
     attacked,
@@ -41,7 +42,15 @@ from apiary.report.verdict import (
 from apiary.tracking.event_log import METRICS_FILE, Event, read_events
 from apiary.tracking.metrics_file import read_metrics
 
-__all__ = ["headline", "render", "table_plain", "table_text", "write_finding", "write_report"]
+__all__ = [
+    "headline",
+    "personal_lines",
+    "render",
+    "table_plain",
+    "table_text",
+    "write_finding",
+    "write_report",
+]
 
 REPORT_FILE = "report.html"
 _BOLD = ("federated", sites.TOGETHER)
@@ -126,6 +135,22 @@ def _table(grid: Sequence[Sequence[str]], caption: str, title: str | None) -> Ta
     return table
 
 
+def personal_lines(metrics: Mapping[str, Any]) -> list[str]:
+    """The table of the clients' own models as aligned plain lines, and the sentences on them.
+
+    Raises:
+        UserError: the metrics have another shape than `metrics.json`.
+    """
+    parsed = parse_metrics(metrics)
+    if parsed.personal is None:
+        return []
+    grid = [("", "own rows [95%]", "everyone's rows", "steps")]
+    for row in parsed.personal.table:
+        own = formatting.loss_text(row.own) + _between(row.own_ci95, 1, 3)
+        grid.append((WAYS[row.method][0], own, formatting.loss_text(row.mix), formatting.count_text(row.steps)))
+    return [*_plain(grid, "").splitlines(), *own_lines(parsed)]
+
+
 def table_plain(metrics: Mapping[str, Any]) -> str:
     """The same as aligned plain lines, for a pipe or a file."""
     return "\n".join(_plain(grid, caption) for grid, caption in _parts(parse_metrics(metrics)))
@@ -205,4 +230,5 @@ def _caption(metrics: Metrics) -> str:
                 f"against training alone{noise} {where}: {outcomes_text(gain)}; mean gain "
                 f"{formatting.change_text(gain.mean)}, least {formatting.change_text(least)} ({clean(name)})"
             )
+    notes += own_lines(metrics)
     return "\n".join(notes)

@@ -31,6 +31,7 @@ from apiary.report.data import (
     gain_on_all,
     gain_on_own,
 )
+from apiary.report.personal import own_content
 from apiary.report.stages import stages_content
 from apiary.report.verdict import (
     against,
@@ -89,6 +90,7 @@ def page_content(metrics: Metrics, events: Sequence[Event], config: str) -> dict
         "everyone_said": outcomes_text(everyone) if everyone else "",
         "clients": _client_bars(metrics.clients, own),
         "gain_chart": plots.gain_chart(own) if own and len(own.gains) > _NAMED_CLIENTS else None,
+        "own_models": own_content(metrics),
         "skills": _skills(metrics),
         "mix": _mix(metrics.clients),
         "curation": _curation(metrics.curation),

@@ -22,6 +22,9 @@ METHODS: tuple[MethodName, ...] = ("base", "start", "local", "federated", "centr
 Interval: TypeAlias = tuple[float, float]
 _Interval: TypeAlias = Annotated[Interval | None, BeforeValidator(lambda ends: None if ends and None in ends else ends)]
 
+OwnName: TypeAlias = MethodName | Literal["local_best", "personal"]  # what a client's own rows are measured with
+OWN_NAMES: tuple[OwnName, ...] = ("local", "local_best", "federated", "personal")  # of the table of own models
+
 MEANING: Mapping[MethodName, tuple[str, str]] = {
     "base": ("Untuned", "the model as it came, before any training"),
     "start": ("The start", "the adapter that training began from (adapter.start)"),
@@ -72,6 +75,48 @@ class Difference(_Part):
     n: int | None = None
 
 
+class RowsOfChoice(_Part):
+    """How many rows made a client's own model, and which chose it."""
+
+    train: int | None = None
+    validation: int | None = None
+    chosen_by: str = ""
+
+
+class OwnModel(_Part):
+    """A client's own model, which it chose by validation rows; losses are on its reported rows."""
+
+    kept: Literal["federated", "mixed", "tuned", "alone"]
+    weight: float = 0.0  # of training alone in it
+    steps: int | None = None  # optimizer steps on the client's rows behind it
+    federation_steps: int | None = None
+    alone_steps: int | None = None  # of training alone where it is best
+    why: str = ""
+    rows: RowsOfChoice = RowsOfChoice()
+    own: Mapping[OwnName, float | None] = Field(default_factory=dict)
+    own_ci95: Mapping[OwnName, _Interval] = Field(default_factory=dict)
+    own_paired: Mapping[OwnName, Difference] = Field(default_factory=dict)  # the own model less each other
+    mix_loss: Mapping[OwnName, float | None] = Field(default_factory=dict)  # on everyone's rows
+    curves: Mapping[str, tuple[tuple[int, float | None], ...]] = Field(default_factory=dict)
+
+
+class OwnRow(_Part):
+    """One way of training in the table of own models; means over clients."""
+
+    method: OwnName
+    own: float | None = None  # loss on the clients' own rows
+    own_ci95: _Interval = None  # over clients
+    steps: int | None = None
+    mix: float | None = None  # loss on everyone's rows
+
+
+class OwnModels(_Part):
+    """What the clients' own models come to."""
+
+    set_apart: bool = True  # whether the rows that chose were out of the training from the start
+    table: tuple[OwnRow, ...] = ()
+
+
 class Client(_Part):
     """What a client holds, and how each method does on its own held-out examples and on all."""
 
@@ -82,8 +127,9 @@ class Client(_Part):
     mix: Mapping[str, int] = Field(default_factory=dict)
     rank: int | None = None  # of what it trains
     steps: int | None = None  # optimizer steps in the federation; 0 where it never took part
-    own: Mapping[MethodName, float | None] = Field(default_factory=dict)
+    own: Mapping[OwnName, float | None] = Field(default_factory=dict)
     own_paired: Mapping[MethodName, Difference] = Field(default_factory=dict)
+    personal: OwnModel | None = None  # where clients chose models of their own
     mix_loss: Mapping[MethodName, float | None] = Field(default_factory=dict)
     mix_paired: Mapping[MethodName, Difference] = Field(default_factory=dict)
 
@@ -250,6 +296,7 @@ class Metrics(_Part):
     continual: Continual | None = None
     curation: Mapping[str, CurationPart] = Field(default_factory=dict)
     share: str = "both"  # `adapter.share`
+    personal: OwnModels | None = None  # where clients chose models of their own
     rank: int | None = None  # of the adapter that is exported
     delivered: Delivered | None = None  # None in a run of an earlier version
     attack: Attack | None = None  # of a simulation with attackers
@@ -353,6 +400,20 @@ def gain_on_own(metrics: Metrics) -> Gain | None:
         return None
     return gain_of(
         (c.client, c.own.get("local"), c.own.get("federated"), c.own_paired.get("local")) for c in metrics.honest
+    )
+
+
+def gain_by_own_model(metrics: Metrics) -> Gain | None:
+    """The gain of each honest client by its own model, over training alone where that is best; None without any."""
+    return gain_of(
+        (
+            c.client,
+            c.personal.own.get("local_best"),
+            c.personal.own.get("personal"),
+            c.personal.own_paired.get("local_best"),
+        )
+        for c in metrics.honest
+        if c.personal is not None
     )
 
 

@@ -14,13 +14,13 @@ STYLE: Final = """
   --font: -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Liberation Sans", Arial, system-ui, sans-serif;
   --mono: ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberation Mono", monospace;
   --paper: #fbfaf7; --panel: #ffffff; --ink: #1b1f24; --muted: #5d6570; --line: #e3e1da;
-  --base: #6f7782; --start: #8a4f2a; --local: #c26a00; --federated: #0062a3; --central: #00805c; --central_serial: #7d4fa8; --wrong: #b3261e;
+  --base: #6f7782; --start: #8a4f2a; --local: #c26a00; --federated: #0062a3; --central: #00805c; --central_serial: #7d4fa8; --personal: #a3175f; --wrong: #b3261e;
   --up: #47525f; --down: #b3bac3; --heat: 0.62;
 }
 @media screen and (prefers-color-scheme: dark) {
   :root {
     --paper: #14171b; --panel: #1b1f25; --ink: #eceef1; --muted: #a2abb6; --line: #323942;
-    --base: #a5aeb9; --start: #d2a07a; --local: #f0a64a; --federated: #62b8f2; --central: #45cda2; --central_serial: #c79cf0; --wrong: #ff8a80;
+    --base: #a5aeb9; --start: #d2a07a; --local: #f0a64a; --federated: #62b8f2; --central: #45cda2; --central_serial: #c79cf0; --personal: #f28cc0; --wrong: #ff8a80;
     --up: #b9c1cb; --down: #5f6975; --heat: 0.5;
   }
 }
@@ -61,7 +61,7 @@ tbody th { color: var(--ink); font-size: 16px; }
 .results tbody th small { display: block; font-weight: 400; min-width: 15em; }
 .results tr.federated { font-weight: 650; }
 .key { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 8px; background: var(--tone); }
-.base { --tone: var(--base); } .start { --tone: var(--start); } .local { --tone: var(--local); } .federated { --tone: var(--federated); } .central { --tone: var(--central); } .central_serial { --tone: var(--central_serial); }
+.base { --tone: var(--base); } .start { --tone: var(--start); } .local { --tone: var(--local); } .federated { --tone: var(--federated); } .central { --tone: var(--central); } .central_serial { --tone: var(--central_serial); } .personal { --tone: var(--personal); } .local_best { --tone: var(--local); }
 .track { position: relative; width: 190px; height: 24px; }
 .track i { position: absolute; background: var(--tone); }
 .track .fill { left: 0; top: 6px; height: 12px; opacity: 0.24; border-radius: 0 3px 3px 0; }
@@ -287,6 +287,49 @@ surprise). Lower is better and 0 is certainty.{% if probability is not none %} {
 {% endfor %}
 </div>
 </div>
+</section>
+{% endif %}
+
+{% if own_models %}
+<section>
+<h2>Each client's own model</h2>
+<p class="note">{{ own_models.said | join(" ") }}</p>
+<div class="panel scroll">
+<table class="results">
+<thead><tr><th scope="col">Training</th><th scope="col" class="num">Loss on own rows</th><th scope="col" class="num">On everyone's rows</th><th scope="col" class="num">Steps</th></tr></thead>
+<tbody>
+{% for row in own_models.rows %}
+<tr class="{{ row.method }}"><th scope="row"><span class="key"></span>{{ own_models.ways[row.method][0] }}<small class="note">{{ own_models.ways[row.method][1] }}</small></th>
+<td class="num">{{ row.own | loss }}{% if row.own_ci95 %}<small>{{ row.own_ci95[0] | loss }} to {{ row.own_ci95[1] | loss }}</small>{% endif %}</td><td class="num">{{ row.mix | loss }}</td><td class="num">{{ row.steps | count }}</td></tr>
+{% endfor %}
+</tbody>
+</table>
+<p class="note" style="margin:12px 0 0">Means over clients; the small numbers are 95% intervals over clients. Steps are optimizer steps on a client's own rows, those in the federation included. Rows that chose are none of those that are reported.</p>
+</div>
+{% if own_models.chart %}
+<div class="panel" style="margin-top:14px">
+<ul class="legend"><li class="local"><span class="key"></span>Training alone, at its best</li><li class="federated"><span class="key"></span>Federated</li><li class="personal"><span class="key"></span>Own model</li></ul>
+{{ own_models.chart }}
+<p class="note" style="margin:12px 0 0">Each client's loss on its own held-out rows, with the 95% interval over these rows where there are {{ fewest }} at least.</p>
+</div>
+{% endif %}
+<div class="panel scroll" style="margin-top:14px">
+<table>
+<thead><tr><th scope="col">Client</th><th scope="col">Kept</th><th scope="col">Against alone</th><th scope="col">Why</th></tr></thead>
+<tbody>
+{% for name, kept, outcome, why in own_models.clients %}
+<tr><th scope="row" style="white-space:nowrap">{{ name }}</th><td>{{ kept }}</td><td>{{ outcome }}</td><td>{{ why }}</td></tr>
+{% endfor %}
+</tbody>
+</table>
+{% if own_models.left_out %}<p class="note" style="margin:12px 0 0">{{ own_models.left_out | count }} more clients are in metrics.json.</p>{% endif %}
+</div>
+{% if own_models.curves %}
+<div class="panel" style="margin-top:14px">
+{{ own_models.curves }}
+<p class="note" style="margin:12px 0 0">Loss on the validation rows, mean over clients: training alone on its longest schedule, and tuning that begins with the federated model. These rows choose, so their losses lean to the good side.</p>
+</div>
+{% endif %}
 </section>
 {% endif %}
 

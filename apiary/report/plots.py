@@ -11,7 +11,7 @@ import hashlib
 import html
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -22,7 +22,19 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from apiary.config import gauged
 from apiary.core.formatting import bytes_text, loss_text, share_text
-from apiary.report.data import METHODS, OUTCOMES, Gain, MethodName, Metrics, Outcome, OwnRound, Round
+from apiary.report.data import (
+    METHODS,
+    OUTCOMES,
+    Client,
+    Gain,
+    MethodName,
+    Metrics,
+    Outcome,
+    OwnModel,
+    OwnName,
+    OwnRound,
+    Round,
+)
 
 SHORT: dict[MethodName, str] = {
     "base": "Untuned",
@@ -32,7 +44,20 @@ SHORT: dict[MethodName, str] = {
     "central": "Pooled",
     "central_serial": "Serial",
 }
-_NAMES = ("ink", "muted", "line", "base", "start", "local", "federated", "central", "central_serial", "up", "down")
+_NAMES = (
+    "ink",
+    "muted",
+    "line",
+    "base",
+    "start",
+    "local",
+    "federated",
+    "central",
+    "central_serial",
+    "up",
+    "down",
+    "personal",
+)
 _STAND_IN = {name: f"#0a0b{0x10 + i:02x}" for i, name in enumerate(_NAMES)}
 _DASHES: dict[MethodName, Any] = {
     "base": (0, (1, 2)),
@@ -386,6 +411,84 @@ def _draw_gain(figure: Figure, narrow: bool, gains: Sequence[tuple[float, Outcom
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=4 if narrow else 10))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
     axes.set_xlabel("clients, from least to most gain (nats per token); gray: cannot tell")
+
+
+_OWN: dict[OwnName, str] = {"local_best": "local", "federated": "federated", "personal": "personal"}  # their colours
+
+
+def own_chart(clients: Sequence[Client]) -> Markup | None:
+    """By client the loss on its own rows alone at its best, federated and with its own model, with 95% intervals."""
+    shown = [client for client in clients if client.personal is not None and client.personal.own]
+    if not shown:
+        return None
+    label = f"Loss on own held-out rows of {len(shown)} clients: training alone at its best, federated, own model"
+    height = 60 + 46 * len(shown)
+    return _chart(lambda figure, narrow: _draw_own(figure, narrow, shown), height, height, label)
+
+
+def _draw_own(figure: Figure, narrow: bool, clients: Sequence[Client]) -> None:
+    width, height = figure.get_figwidth() * 72, figure.get_figheight() * 72
+    left = 104 / width
+    axes = figure.add_axes((left, 50 / height, 0.98 - left, 1 - 58 / height))
+    for place, client in enumerate(clients):
+        found = client.personal
+        for offset, (name, color) in zip((-0.24, 0.0, 0.24), _OWN.items(), strict=True):
+            loss, ends = (found.own.get(name), found.own_ci95.get(name)) if found else (None, None)
+            if loss is None:
+                continue
+            if ends is not None:
+                axes.hlines(place + offset, *ends, color=_STAND_IN[color], lw=2, alpha=0.55)
+            axes.plot([loss], [place + offset], color=_STAND_IN[color], marker="o", ms=7, zorder=5)
+    axes.set_yticks(range(len(clients)), [_short(client.client) for client in clients])
+    axes.set_ylim(len(clients) - 0.5, -0.5)
+    axes.set_xlim(left=0)
+    axes.grid(axis="y", visible=False)
+    axes.grid(axis="x", visible=True)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=4 if narrow else 8))
+    axes.set_xlabel("loss on own rows, nats per token")
+
+
+def own_curves(models: Sequence[OwnModel]) -> Markup | None:
+    """Validation loss over optimizer steps, alone and after the federation; means over clients of the same steps."""
+    found = {name: _mean_curve([model.curves.get(name, ()) for model in models]) for name in ("alone", "tuned")}
+    curves = {name: curve for name, curve in found.items() if len(curve) > 1}
+    if not curves:
+        return None
+    ends = ", ".join(f"{name} {loss_text(curve[-1][1])}" for name, curve in curves.items())
+    label = f"Validation loss over optimizer steps: {ends}"
+    return _chart(lambda figure, narrow: _draw_curves(figure, narrow, curves), 300, 280, label)
+
+
+def _mean_curve(curves: Sequence[Sequence[tuple[int, float | None]]]) -> list[tuple[int, float]]:
+    """The mean over clients; empty where they were not looked at after the same steps, or one gives no number."""
+    if not curves or len({tuple(steps for steps, _ in curve) for curve in curves}) > 1:
+        return []
+    losses = [[loss for _, loss in curve] for curve in curves]
+    if any(loss is None for row in losses for loss in row):
+        return []
+    means = [sum(loss or 0.0 for loss in column) / len(column) for column in zip(*losses, strict=True)]
+    return [(steps, mean) for (steps, _), mean in zip(curves[0], means, strict=True)]
+
+
+def _draw_curves(figure: Figure, narrow: bool, curves: Mapping[str, Sequence[tuple[int, float]]]) -> None:
+    axes = _line_axes(figure)
+    colors = {"alone": "local", "tuned": "personal"}
+    for name, curve in curves.items():
+        axes.plot(*zip(*curve, strict=True), color=_STAND_IN[colors[name]], lw=2.4, marker="o", ms=5, clip_on=False)
+    if "tuned" in curves:  # it begins with the federated model
+        axes.plot(*curves["tuned"][0], color=_STAND_IN["federated"], marker="o", ms=9, zorder=6, clip_on=False)
+    values = [loss for curve in curves.values() for _, loss in curve]
+    low, high = _limits(values)
+    axes.set_ylim(low, high)
+    axes.set_xlim(0, max(curve[-1][0] for curve in curves.values()))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5 if narrow else 10))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+    axes.set_xlabel("optimizer steps on the client's rows")
+    ends = [
+        (f"{name.capitalize()} {loss_text(curve[-1][1], 2)}", curve[-1][1], colors[name], name == "tuned")
+        for name, curve in curves.items()
+    ]
+    _end_labels(axes, ends, gap=(high - low) * 0.085)
 
 
 def _chart(draw: Draw, wide_height: int, narrow_height: int, label: str) -> Markup:

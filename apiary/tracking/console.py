@@ -165,6 +165,10 @@ def _baseline(state: State, event: Event) -> dict[str, Any]:
     }
 
 
+def _personal(state: State, event: Event) -> dict[str, Any]:
+    return {"phase": "personal models", "baseline": ("own models", event["done"], event["total"])}
+
+
 _FOLDS: dict[str, Callable[[State, Event], dict[str, Any]]] = {
     "start": _start,
     "phase": _phase,
@@ -175,6 +179,7 @@ _FOLDS: dict[str, Callable[[State, Event], dict[str, Any]]] = {
     "round": _round,
     "evaluate": _evaluate,
     "baseline": _baseline,
+    "personal": _personal,
     "finish": lambda state, event: {"phase": "done", "baseline": None},
 }
 
@@ -222,7 +227,7 @@ def _bars(state: State) -> RenderableType:
     if state.baseline is not None:
         method, done_now, total = state.baseline
         bar = ProgressBar(total=max(total, 1), completed=done_now)
-        grid.add_row(Text(f"baseline {method}"), bar, f"{done_now} of {total}")
+        grid.add_row(Text(method if method == "own models" else f"baseline {method}"), bar, f"{done_now} of {total}")
     return grid
 
 
@@ -313,6 +318,8 @@ def line(state: State, event: Event) -> str | None:
             return f"warning: {clean(event['message'])}"
         case "baseline" if event["done"] >= event["total"]:
             return f"baselines: trained in {seconds_text(event.get('seconds'))}"
+        case "personal":
+            return f"own model of {clean(event['client'])}: {_kept(event)}"
         case "stop":
             return f"stopped after round {event['round']}: {clean(event['reason'])}"
         case delivery.EVENT:
@@ -320,6 +327,11 @@ def line(state: State, event: Event) -> str | None:
         case "finish":
             return f"finished in {seconds_text(event.get('seconds'))}" + _result(state)
     return None
+
+
+def _kept(event: Event) -> str:
+    share = f" ({event['weight']:g} alone)" if event["kept"] == "mixed" else ""
+    return f"kept {clean(event['kept'])}{share}, {event['done']} of {event['total']}"
 
 
 def _round_line(state: State, event: Event) -> str:

@@ -26,7 +26,7 @@ Observer: TypeAlias = Callable[[Event], None]
 LOG_FILE, METRICS_FILE, SCHEMA = "log.jsonl", "metrics.json", 1
 
 # What a resumed run tells again from its beginning; the latter where they belong to no round.
-_RETOLD = frozenset({"baseline", "delivered", "finish"})
+_RETOLD = frozenset({"baseline", "delivered", "finish", "personal"})
 _RETOLD_BESIDE_ROUNDS = frozenset({"template", "warning", "handshake", "refused"})
 _logger = logging.getLogger(__name__)
 

@@ -30,12 +30,19 @@ class ResultFolders(NamedTuple):
     central: Path  # a PEFT folder
     central_serial: Path  # likewise
     personal: Path  # a PEFT folder for each client, where each has a model of its own
+    alone_best: Path  # likewise, of training alone where it is best, where clients choose their own model
 
 
 def result_folders(run: Path) -> ResultFolders:
     """The places in a run directory."""
     baselines = run / "baselines"
-    return ResultFolders(baselines / "local", baselines / "central", baselines / "central_serial", run / "personal")
+    return ResultFolders(
+        alone=baselines / "local",
+        central=baselines / "central",
+        central_serial=baselines / "central_serial",
+        personal=run / "personal",
+        alone_best=baselines / "local_best",
+    )
 
 
 # -- one process at a time ---------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""A client's own model after a federation: candidates made of what it learnt alone and together, and its choice."""
