@@ -83,17 +83,12 @@ def summarise(
     nats = {method: run.nats for method, run in runs.items()}
     row_losses.write_row_losses(folder, held_out.examples, runs["federated"].tokens, nats)
     kind = kind_of(config, federation)
-    told, unlike = _accounts(trained, counted), baselines.unlike(config, took_part)
+    unlike = baselines.unlike(config, took_part)
     return {
         "schema": 1,
         "run": folder.name,
-        "task": ", ".join(
-            [f"{len(federation.clients)} clients", *map(public_name, (config.data.source, config.model.name))]
-        ),
-        "table": [
-            {**comparison.table_row(method, run, config.seed), **told[method], **_not_alike(unlike.get(method))}
-            for method, run in runs.items()
-        ],
+        "task": _task(prepared),
+        "table": _table(runs, _accounts(trained, counted), unlike, config.seed),
         "paired": comparison.differences(runs, config.seed),
         "clients": clients,
         **_deciding(prepared, adapter, own),
@@ -113,8 +108,28 @@ def summarise(
     }
 
 
-def _not_alike(reasons: Mapping[str, str] | None) -> dict[str, Any]:
-    return {"not_alike": dict(reasons)} if reasons else {}
+def _task(prepared: Plan) -> str:
+    """The run in a few words: how many clients, whose rows, which base."""
+    config = prepared.config
+    names = map(public_name, (config.data.source, config.model.name))
+    return ", ".join([f"{len(prepared.federation.clients)} clients", *names])
+
+
+def _table(
+    runs: Mapping[str, Measured],
+    told: Mapping[str, Mapping[str, Any]],
+    unlike: Mapping[str, Mapping[str, str]],
+    seed: int,
+) -> list[dict[str, Any]]:
+    """A row for each method: its figures, what its training told, and why it is no fair comparison, if it is none."""
+    return [
+        {
+            **comparison.table_row(method, run, seed),
+            **told[method],
+            **({"not_alike": dict(unlike[method])} if method in unlike else {}),
+        }
+        for method, run in runs.items()
+    ]
 
 
 def _deciding(prepared: Plan, adapter: StateDict, own: Mapping[str, StateDict]) -> dict[str, Any]:

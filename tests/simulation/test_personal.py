@@ -353,7 +353,7 @@ def test_an_own_model_is_a_plain_peft_folder_and_says_what_it_is(
     for name in ("apiary.toml",):
         shutil.copy(folder / "personal" / "client-00" / name, place / name)
     (place / "choice.json").write_text(json.dumps({**chosen(folder, "client-00"), "kept": "mixed", "weight": 0.5}))
-    to = export.export_run(place, tmp_path / "out", merge=False)
+    to = export.export_run(place, tmp_path / "out", merge=False).folder
     assert json.loads((to / "adapter_config.json").read_text())["r"] == 8  # 4 of each
     base = AutoModelForCausalLM.from_pretrained(bench.lm.name)
     plain = PeftModel.from_pretrained(base, to).eval()
