@@ -164,6 +164,8 @@ def _scaffold(config: RunConfig) -> Iterator[str]:
             'rescales entry by entry; set "sgd" (with a learning rate to suit, often 10 to 100 times as large), or use '
             "the penalty fedprox, which goes with both"
         )
+    if train.lr_b != 1:
+        yield f"train.lr_b = {train.lr_b:g}: {name} reads all gradients off steps of one learning rate; set 1"
     if config.adapter.train == "alternate":
         yield (
             f"adapter.train = 'alternate': {name} would measure a gradient of zero for the factor that rests; set "
@@ -201,6 +203,8 @@ def _seeds(config: RunConfig) -> Iterator[str]:
     for way, method in (("up", config.wire.up), ("down", config.wire.down)):
         if method.name not in ("fp32", "sparse" if way == "up" else "fp32"):
             yield f"wire.{way} = {method.name!r}: {name} sends a few exact scalars; leave it out"
+    if config.train.lr_b != 1:
+        yield f"train.lr_b = {config.train.lr_b:g}: {name} looks along both factors at once; set 1"
     if config.train.weight_decay:
         yield f"train.weight_decay = {config.train.weight_decay:g}: {name} has none; set 0"
 

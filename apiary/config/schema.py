@@ -198,6 +198,12 @@ class TrainConfig(_Section):
         "adamw", description="adamw, or sgd without momentum; not used by fedkseed"
     )
     lr: float = Field(3e-3, gt=0, description="peak learning rate")
+    lr_b: float = Field(
+        1.0,
+        gt=0,
+        description="learning rate of the B factors over lr (LoRA+ has 16 or so); 1 = the same; scaffold and fedkseed "
+        "refuse another",
+    )
     schedule: Literal["cosine", "constant"] = Field(
         "cosine", description="cosine or constant learning rate over the whole federated run, after warm-up"
     )

@@ -28,7 +28,7 @@ from apiary.models.loss import to_device
 from apiary.privacy.mechanism import VisitMechanism
 from apiary.privacy.noise import SecretNoise
 from client.training.objectives import OBJECTIVES, Objective, finite
-from client.training.trainer import Cursor, FitResult, Observer, StepRecord, make_optimizer, threads
+from client.training.trainer import Cursor, FitResult, Observer, StepRecord, make_optimizer, set_rate, threads
 from strategies.local import Penalty
 
 _UNITS = 2.0**36  # in a clipping norm: sums of up to 2^17 rows are whole numbers that float64 holds
@@ -99,7 +99,7 @@ def fit_private(
     objective = OBJECTIVES.build(train.objective)
     with threads(train.threads), training(lm, visit.factors) as moving:
         _refuse_unreached(moving, objective)
-        optimizer = make_optimizer(list(moving.adapter.values()), train, lm.device)
+        optimizer = make_optimizer(moving.adapter, train, lm.device)
         for step in range(steps):
             rows = visit.sampling.chosen(rates)
             total = clipped_sum(moving, objective, corpus, rows, mechanism.sensitivity.l2)
@@ -206,8 +206,7 @@ def _take(
         parameter.grad = gradients[name].to(parameter.device, copy=True)
     if penalties:
         torch.stack([penalty(lm.adapter) for penalty in penalties]).sum().backward()
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    set_rate(optimizer, lr)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 

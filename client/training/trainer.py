@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from apiary.config.schedule import learning_rate
 from apiary.config.schema import TrainConfig
+from apiary.core.lora import is_b
 from apiary.core.messages import FitReport
 from apiary.core.tensors import StateDict, derive_seed, generator, subtract
 from apiary.data.batches import Batch, Corpus, collate, plan_batches
@@ -195,12 +196,26 @@ class BatchStream:
 
 
 def make_optimizer(
-    parameters: Sequence[torch.nn.Parameter], config: TrainConfig, device: torch.device
+    parameters: Mapping[str, torch.nn.Parameter], config: TrainConfig, device: torch.device
 ) -> torch.optim.Optimizer:
-    """`train.optimizer` with empty moments: AdamW, or stochastic gradient descent without momentum and decay."""
+    """`train.optimizer` with empty moments: AdamW, or stochastic gradient descent without momentum and decay.
+
+    The B factors are a group of their own where their learning rate is another (`set_rate`).
+    """
+    apart = {name: config.lr_b if is_b(name) else 1.0 for name in parameters}
+    groups = [
+        {"params": [p for name, p in parameters.items() if apart[name] == factor], "factor": factor}
+        for factor in dict.fromkeys(apart.values())
+    ]
     if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=config.lr)
-    return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=device.type != "mps")
+        return torch.optim.SGD(groups, lr=config.lr)
+    return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=device.type != "mps")
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of a step, that of B being `train.lr_b` times as high (LoRA+, Hayou et al. 2024)."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["factor"]
 
 
 class _Loop:
@@ -219,7 +234,7 @@ class _Loop:
         for parameter in self._parameters:
             parameter.grad = None
         self._correction = [(p, correction[n].to(p.device, p.dtype)) for n, p in lm.adapter.items() if n in correction]
-        self._optimizer = make_optimizer(self._parameters, config, lm.device)
+        self._optimizer = make_optimizer(lm.adapter, config, lm.device)
 
     def step(self, step: int, batches: Sequence[Batch], lr: float, again: Sequence[Batch] = ()) -> StepRecord:
         """One optimizer step on `batches`, and on replayed ones `again`.
@@ -243,8 +258,7 @@ class _Loop:
             )
         for parameter, more in self._correction:
             parameter.grad = more.clone() if parameter.grad is None else parameter.grad.add_(more)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(self._optimizer, lr)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return StepRecord(step, nats / tokens, tokens, lr, grad_norm, replayed)

@@ -68,6 +68,7 @@ OTHER: dict[str, Any] = {
     "train.accumulate": 2,
     "train.optimizer": "sgd",
     "train.lr": 1e-3,
+    "train.lr_b": 4.0,
     "train.schedule": "constant",
     "train.warmup": 0.5,
     "train.weight_decay": 0.1,

@@ -188,13 +188,15 @@ def by_hand(
         for name in lm.adapter:
             z = noise.normal(now[name].size).reshape(now[name].shape) if noise_multiplier else 0.0
             step = (total[name] + noise_multiplier * config.privacy.clip * z) / config.privacy.batch_rows
-            now[name] = now[name] - config.train.lr * step
+            now[name] = now[name] - config.train.lr * (config.train.lr_b if "lora_B" in name else 1) * step
     return {name: now[name] - start[name].double().numpy() for name in now}
 
 
-@pytest.mark.parametrize("noise_multiplier", [0.0, 0.7])
-def test_a_visit_is_private_gradient_descent_by_the_paper(lm: adapters.LanguageModel, noise_multiplier: float) -> None:
-    config = settings_of(optimizer="sgd")
+@pytest.mark.parametrize(("noise_multiplier", "lr_b"), [(0.0, 1.0), (0.7, 1.0), (0.0, 4.0)])
+def test_a_visit_is_private_gradient_descent_by_the_paper(
+    lm: adapters.LanguageModel, noise_multiplier: float, lr_b: float
+) -> None:
+    config = settings_of(optimizer="sgd", lr_b=lr_b)
     expected = by_hand(lm, config, 3, noise_multiplier)
     result = fit(lm, config, 3, noise_multiplier=noise_multiplier)
     for name, value in expected.items():

@@ -59,9 +59,13 @@ def fit(
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
-def test_a_visit_is_adamw_by_the_book_on_plain_peft(lm: adapters.LanguageModel, tiny_model: Path) -> None:
-    """Loshchilov and Hutter 2019, algorithm 2, with clipping, on an ordinary peft model and full logits."""
-    config = settings_of(weight_decay=0.1, clip_norm=0.5, warmup=0.5)
+@pytest.mark.parametrize("lr_b", [1, 4])
+def test_a_visit_is_adamw_by_the_book_on_plain_peft(lm: adapters.LanguageModel, tiny_model: Path, lr_b: int) -> None:
+    """Loshchilov and Hutter 2019, algorithm 2, with clipping, on an ordinary peft model and full logits.
+
+    With LoRA+ (Hayou et al. 2024) every B has a learning rate `lr_b` times as high.
+    """
+    config = settings_of(weight_decay=0.1, clip_norm=0.5, warmup=0.5, lr_b=lr_b)
     start = small_models.random_state(adapters.get_adapter(lm))
     result = fit(lm, config, 4, start=start, first_step=1, total_steps=6)
 
@@ -82,8 +86,9 @@ def test_a_visit_is_adamw_by_the_book_on_plain_peft(lm: adapters.LanguageModel, 
         loss = functional.cross_entropy(logits.transpose(1, 2), wanted)  # mean over trained tokens
         grads = dict(zip(live, torch.autograd.grad(loss, list(live.values())), strict=True))
         length = math.sqrt(sum(float(g.square().sum()) for g in grads.values()))
-        lr = 1e-2 * [2 / 3, 1, 1, 0.75][step]  # steps 1 to 4 of 6, of which 3 warm up; cos(pi/3) = 1/2
+        peak = 1e-2 * [2 / 3, 1, 1, 0.75][step]  # steps 1 to 4 of 6, of which 3 warm up; cos(pi/3) = 1/2
         for name, parameter in live.items():
+            lr = peak * (lr_b if "lora_B" in name else 1)
             g = grads[name] * min(1.0, 0.5 / (length + 1e-6))
             first[name] = 0.9 * first[name] + 0.1 * g
             second[name] = 0.999 * second[name] + 0.001 * g * g
