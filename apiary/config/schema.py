@@ -123,7 +123,8 @@ class DataConfig(_Section):
 
     source: str = Field(
         "builtin:skills",
-        description="builtin:skills, a file, a folder (one file per client), a database by URI, or a hub id",
+        description="builtin:skills (with :N, N training rows of each skill), a file, a folder (one file per client), "
+        "a database by URI, or a hub id",
     )
     split: str = Field("train", description="split of a hub data set, of a save_to_disk folder, or of a JSON object")
     query: str | None = Field(None, description="one SELECT that gives the rows, where the source is a database")

@@ -127,13 +127,23 @@ def _path(source: str, key: str) -> Path:
 
 
 def _builtin(source: str, key: str) -> list[RawFile]:
-    if source != "builtin:skills":
-        raise UserError(f"{key} = {source!r}: the only built-in data is 'builtin:skills'")
-    from apiary.data.skills.corpus import rows
+    """`builtin:skills`, or `builtin:skills:N` with N training rows of each skill; its held-out rows are the same."""
+    named = re.fullmatch(r"builtin:skills(?::([1-9][0-9]{0,5}))?", source)
+    if named is None:
+        raise UserError(
+            f"{key} = {source!r}: the only built-in data is 'builtin:skills', or with 100 training rows of each skill, "
+            "say, 'builtin:skills:100'"
+        )
+    from apiary.data.skills.corpus import PER_SKILL, rows
 
+    per_skill = int(named[1] or PER_SKILL)
+    try:
+        train = rows("train", per_skill)
+    except ValueError as error:
+        raise UserError(f"{key} = {source!r}: {error}") from None
     return [
-        RawFile(f"{source} {part}", "skills", list(enumerate(rows(part), 1)), part == "test")
-        for part in ("train", "test")
+        RawFile(f"{source} {part}", "skills", list(enumerate(found, 1)), part == "test")
+        for part, found in (("train", train), ("test", rows("test")))
     ]
 
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import re
+from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,6 +22,7 @@ from apiary.core.errors import UserError
 from apiary.data.examples import Example, Source, answer, read
 from apiary.data.federation import federate, is_held_out, too_few_clients
 from apiary.data.fields import tidy
+from apiary.data.skills.corpus import SKILLS
 from apiary.data.turns import Turn
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -346,8 +348,20 @@ def test_a_name_without_a_slash_is_no_hub_id_and_nobody_is_asked(source, monkeyp
 
 
 def test_an_unknown_builtin_is_told():
-    with pytest.raises(UserError, match="builtin:skills"):
-        read("builtin:skill")
+    for name in ("builtin:skill", "builtin:skills:", "builtin:skills:0", "builtin:skills:1e3"):
+        with pytest.raises(UserError, match="builtin:skills:100"):
+            read(name)
+    with pytest.raises(UserError, match="only 3038 contents"):  # there is no end of sums, but of sums of two digits
+        read("builtin:skills:9999")
+
+
+def test_a_smaller_builtin_corpus_is_a_part_of_the_larger_with_the_same_held_out_rows():
+    small, whole = read("builtin:skills:20"), read("builtin:skills")
+    assert len(small.examples) == 12 * 20 and len(whole.examples) == 12 * 500
+    assert Counter(row.tags["skill"] for row in small.examples) == dict.fromkeys(SKILLS, 20)
+    known = set(map(repr, whole.examples))
+    assert all(repr(row) in known for row in small.examples)
+    assert small.test == whole.test
 
 
 @pytest.fixture

@@ -455,7 +455,7 @@ def test_what_goes_wrong_under_privacy_says_nothing_of_the_rows(
         def broken(*args: Any, error: Exception = error, **kwargs: Any) -> Any:
             raise error
 
-        for place in ("client.worker.private_visit.visit", "client.site_worker.federate"):
+        for place in ("client.worker.private_visit.visit", "client.site_worker.stages.rows_of_run"):
             server = serve(f"s{number}{len(place)}", None, *PRIVATE, "privacy.epsilon=50.0")
             with monkeypatch.context() as patched:
                 patched.setattr(place, broken)
@@ -532,10 +532,12 @@ QUESTIONS: tuple[tuple[str, ...], ...] = (
     ("train.steps=1", "train.batch_tokens=16", "train.lr=1e-12"),
     ("train.steps=null", "train.epochs=1.0", "train.batch_tokens=16", "train.accumulate=1"),
     ("evaluate.patience=1",),
+    ("personal.enabled=true", "personal.validation=0.9"),
     ("seed=5", "rounds=1"),
 )
 # The other keys: they neither take a part of the rows nor change what is read of them.
 _OF_NO_ROWS = ("model.", "adapter.", "strategy.", "wire.", "evaluate.", "simulate.", "log.", "privacy.", "train.")
+_OF_NO_ROWS += ("personal.weights", "personal.budget", "personal.lr_factor", "personal.margin")
 
 
 def _keys(question: tuple[str, ...]) -> set[str]:

@@ -18,6 +18,9 @@ from apiary.data.skills.phrasings import PHRASINGS
 
 Split = Literal["train", "test"]
 
+PER_SKILL: Final = 500
+"""Rows of each skill in a split, where nobody says."""
+
 HELD_OUT_ONE_IN: Final = 5
 """One content in this many is held out, by hash."""
 
@@ -250,7 +253,7 @@ MAKERS: Final[dict[str, Maker]] = {
 SKILLS: Final[tuple[str, ...]] = tuple(MAKERS)
 
 
-def rows(split: Split, per_skill: int = 500, seed: int = 0) -> list[dict[str, str]]:
+def rows(split: Split, per_skill: int = PER_SKILL, seed: int = 0) -> list[dict[str, str]]:
     """Returns `per_skill` rows of each skill with distinct contents, skill after skill.
 
     Args:
