@@ -413,7 +413,7 @@ class PersonalConfig(_Section):
         description="weights of training alone in the mixtures with the federated model, each between 0 and 1",
     )
     budget: float = Field(
-        3.0,
+        2.0,
         ge=2,
         description="optimizer steps that each contender may have in all, as a multiple of those that the client made "
         "in the federation",

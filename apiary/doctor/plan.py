@@ -27,6 +27,7 @@ from apiary.doctor import forecast
 from apiary.models import base
 from apiary.models.adapters import LanguageModel
 from apiary.tracking import environment
+from client.personal.candidates import schedules
 from strategies.from_config import method_from_config
 
 _SHORT = {  # names that fit the column
@@ -83,8 +84,11 @@ def cost_of(run: PreparedRun) -> Cost:
 
 
 def _own_copies(config: RunConfig) -> int:
-    """How many times the run's steps the clients' own models take: two trainings alone, and one tuning."""
-    return math.ceil(3 * config.personal.budget - 2) if config.personal.enabled else 0
+    """How many times the run's steps the clients' own models take."""
+    if not config.personal.enabled:
+        return 0
+    steps = 1000  # of a client, to see the share of each schedule
+    return math.ceil(schedules(steps, config.personal.budget).total / steps)
 
 
 def _adapter_bytes(run: PreparedRun) -> int:

@@ -3,9 +3,9 @@
 Every contender has the same budget of optimizer steps on the client's rows, a multiple of those that the client made in
 the federation: training alone may use all of it, and what builds on the federated model has what the federation left.
 
-- alone: from the adapter that the run began from, with the run's learning rate, on a schedule as long as the budget,
-  and on another one without the federation's steps;
-- mixed: the federated model and the shorter training alone, put together in the space of products without training;
+- alone: from the adapter that the run began from, with the run's learning rate, on schedules as long as the federation,
+  as the budget, and as what the federation leaves of it (with a budget of 2 as long as itself);
+- mixed: the federated model and the last of these, put together in the space of products without training;
 - tuned: the federated model trained further on the client's rows, at a fraction of the learning rate.
 
 Trained ones are looked at after each quarter of their schedule and taken where the validation loss is lowest, so that
@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import chain
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -41,6 +42,25 @@ class Rows(NamedTuple):
 
     train: Corpus
     validation: Corpus  # that nothing was trained on, and that are not reported
+
+
+class Schedules(NamedTuple):
+    """Optimizer steps of what a client trains to have candidates."""
+
+    alone: tuple[int, ...]  # of each training alone, ascending; the last one is the whole budget
+    left: int  # that the federation leaves of the budget: of tuning further, and of the training alone in mixtures
+
+    @property
+    def total(self) -> int:
+        """All that is trained."""
+        return sum(self.alone) + self.left
+
+
+def schedules(steps: int, budget: float) -> Schedules:
+    """What a client with `steps` optimizer steps in the federation trains under `personal.budget`."""
+    whole = max(2, round(budget * steps))
+    left = max(1, whole - steps)
+    return Schedules(tuple(sorted({steps, left, whole})), left)
 
 
 class Look(NamedTuple):
@@ -137,24 +157,25 @@ def contest(lm: LanguageModel, config: RunConfig, client: str, steps: int, feder
         ValueError: there is nothing to train on.
     """
     personal, home = config.personal, _Home(lm, config, client, rows)
-    whole = max(2, round(personal.budget * steps))
-    left = max(1, whole - steps)
+    lengths = schedules(steps, personal.budget)
     fresh = starting_adapter(lm, config)
     joint = home.look(steps, federated)
-    short, long = (home.trained(fresh, length) for length in (left, whole))
-    after = home.trained(federated, left, " tuned", personal.lr_factor, done=steps)
-    part, alone = home.lowest(short, steps), home.lowest([*short, *long], steps)
+    apart = {length: home.trained(fresh, length) for length in lengths.alone}
+    after = home.trained(federated, lengths.left, " tuned", personal.lr_factor, done=steps)
+    part, alone = home.lowest(apart[lengths.left], steps), home.lowest([*chain(*apart.values())], steps)
     looks: list[tuple[Kind, float, Look]] = [("federated", 0.0, joint)]
     for weight in personal.weights:
         state = mixtures.mixed(lm, federated, part.adapter, weight)
         looks.append(("mixed", weight, home.look(steps + part.steps, state)))
-    looks += [("tuned", 0.0, home.lowest(after, whole)), ("alone", 1.0, alone)]
+    looks += [("tuned", 0.0, home.lowest(after, lengths.alone[-1])), ("alone", 1.0, alone)]
     candidates = tuple(
         Candidate(kind, weight, look.steps, _away(lm, federated, look.adapter), look.nats)
         for kind, weight, look in looks
     )
     choice = choose(candidates, home.tokens, personal.margin)
-    curves = {"alone": long, "alone, shorter": short, "tuned": [joint, *after]}
+    *shorter, longest = apart
+    curves = {"alone": apart[longest], **{f"alone, {length} steps": apart[length] for length in shorter}}
+    curves["tuned"] = [joint, *after]
     return Contest(
         adapter=looks[choice.chosen][2].adapter,
         alone=alone.adapter,

@@ -183,7 +183,7 @@ def test_training_alone_is_a_direct_fit_taken_where_the_validation_rows_say(
     for name in CLIENTS:
         told, rows = chosen(folder, name), bench.clients[name]
         made = {}
-        for curve, length in (("alone, shorter", 8), ("alone", 16)):  # 2 rounds of 4 steps, and twice as many
+        for curve, length in (("alone, 8 steps", 8), ("alone", 16)):  # 2 rounds of 4 steps, and twice as many
             plan = VisitPlan(0, name, length, length)
             for steps, loss in told["curves"][curve]:
                 state = bench.after(steps, rows.train, start, 5e-3, plan)
@@ -197,7 +197,7 @@ def test_training_alone_is_a_direct_fit_taken_where_the_validation_rows_say(
         assert alone["loss"] == lowest and alone["steps"] == steps
         # The schedule of the federation's own steps is the baseline `local`, which is kept as start and change.
         for tensor, kept in weights(folder / "baselines" / "local" / name).items():
-            torch.testing.assert_close(made["alone, shorter", 8][1][tensor], kept, atol=1e-7, rtol=0)
+            torch.testing.assert_close(made["alone, 8 steps", 8][1][tensor], kept, atol=1e-7, rtol=0)
 
 
 def test_each_candidate_is_what_it_is_called(finished: tuple[Path, dict[str, Any]]) -> None:
@@ -212,7 +212,7 @@ def test_each_candidate_is_what_it_is_called(finished: tuple[Path, dict[str, Any
         assert list(found) == [("federated", 0), *weights, ("tuned", 0), ("alone", 1)]
         assert found["federated", 0]["loss"] == pytest.approx(bench.loss(joint, rows.validation), rel=1e-6)
         assert found["federated", 0]["distance"] == 0 and found["federated", 0]["steps"] == 8
-        steps = min(told["curves"]["alone, shorter"], key=lambda point: point[1])[0]
+        steps = min(told["curves"]["alone, 8 steps"], key=lambda point: point[1])[0]
         part = bench.after(steps, rows.train, fresh, 5e-3, VisitPlan(0, name, 8, 8))
         for weight in (0.25, 0.5, 0.75):
             entry = found["mixed", weight]
