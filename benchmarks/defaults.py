@@ -74,6 +74,7 @@ def _outer(lr: float, momentum: float) -> str:
 
 
 _OUTER = _outer(0.7, 0.5)
+_SMALL = ("train.batch_tokens=512", "train.steps=6")
 _BEST = (_OUTER, "train.lr=6e-3")  # of the first six; what follows changes one thing of it
 SETTINGS: dict[str, tuple[str, ...]] = {
     "before": (),
@@ -96,6 +97,15 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "alpha 32": (*_BEST, "adapter.alpha=32"),
     "orthonormal A": (*_BEST, "adapter.init=orthonormal"),
     "uniform weights": (*_BEST, "strategy.weighting=uniform"),
+    "256 tokens, 12 steps, lr 3e-3": (_OUTER, "train.lr=3e-3", "train.batch_tokens=256", "train.steps=12"),
+    "512 tokens, 6 steps, lr 3e-3": (_OUTER, "train.lr=3e-3", "train.batch_tokens=512", "train.steps=6"),
+    "512 tokens, 6 steps, lr 4e-3, LoRA+ 2": (_OUTER, "train.lr=4e-3", "train.lr_b=2", *_SMALL),
+    "512 tokens, 6 steps, lr 4e-3, plain": ("train.lr=4e-3", *_SMALL),
+    "512 tokens, 6 steps, lr 4e-3, decay 0.1": (_OUTER, "train.lr=4e-3", "train.weight_decay=0.1", *_SMALL),
+    "512 tokens, 6 steps, lr 4e-3, dropout 0.1": (_OUTER, "train.lr=4e-3", "adapter.dropout=0.1", *_SMALL),
+    "512 tokens, 6 steps, lr 4e-3, uniform": (_OUTER, "train.lr=4e-3", "strategy.weighting=uniform", *_SMALL),
+    "512 tokens, 6 steps, lr 4e-3, outer lr 1": (_outer(1.0, 0.3), "train.lr=4e-3", *_SMALL),
+    "512 tokens, 6 steps, lr 4e-3, momentum 0.7": (_outer(0.5, 0.7), "train.lr=4e-3", *_SMALL),
     "median": ("train.lr=6e-3", "strategy.name=median"),
     "constant rate": (*_BEST, "train.schedule=constant"),
     "warm-up 0.1": (*_BEST, "train.warmup=0.1"),
@@ -121,7 +131,7 @@ def folder_of(work: Path, task: str, name: str, seed: int) -> Path:
 
 def run_all(wanted: Sequence[tuple[str, str, int]], work: Path, jobs: int) -> Iterator[tuple[str, str, int, str]]:
     """Run what is not there yet, several at a time; yields each cell with the reason why it failed, or nothing."""
-    left = deque(wanted)
+    left = deque(cell for cell in wanted if not (folder_of(work, *cell) / "metrics.json").exists())
     workers = [Worker(threads=1) for _ in range(jobs)]
     at: dict[str, tuple[str, str, int]] = {}
     try:

@@ -265,5 +265,16 @@ def _within(axis: Range, value: object) -> bool:
 
 
 def words(values: Values) -> str:
-    """A setting as one line."""
-    return ", ".join(f"{key} = {toml_text.shown(value)}" for key, value in values.items())
+    """A setting as one line; a method with options as `nesterov (lr 0.7)`, for these are to be read, not typed."""
+    return ", ".join(f"{key} = {_read(value)}" for key, value in values.items())
+
+
+def _read(value: object) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Mapping) and "name" in value:
+        options = ", ".join(
+            f"{key} {toml_text.shown(v)}" for key, v in value.items() if key != "name" and v is not None
+        )
+        return f"{value['name']} ({options})" if options else str(value["name"])
+    return toml_text.shown(value)
