@@ -1,11 +1,13 @@
-"""Clients' own models on a federation, beside training alone at its best within the same number of steps.
+"""Clients' own models on several federations, beside training alone at its best within the same number of steps.
 
 Each run is a process of its own. Told are, for each client, the losses on its own held-out rows, which neither trained
 nor chose, and the 95% interval of its own model's difference to training alone at its best.
 
-    python benchmarks/personal.py [CONFIG] [--seeds 0,1,2] [-s KEY=VALUE]... [--out FILE]
+    python benchmarks/personal.py [--cases default,dolly,150] [--seeds 0,1,2] [-s KEY=VALUE]... [--out FILE]
 
-What has been measured with the same settings is kept, so that further seeds are added to what is there.
+`50` to `1500` are the default federation with about so many training rows a client. What has been measured with the
+same settings is kept, so that further cases and seeds are added to what is there. `dolly` needs ../shared with a small
+model and ten organisations' rows.
 """
 
 from __future__ import annotations
@@ -23,11 +25,32 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "personal.json"
+SHARED = ROOT.parent / "shared"
+
+
+def _rows(per_skill: int, held_out: float) -> tuple[str, ...]:
+    return (f"data.source=builtin:skills:{per_skill}", f"data.test_fraction={held_out:.4f}")
+
+
+CASES: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "dolly": (
+        f"model.name={SHARED / 'models' / 'probe'}",
+        f"data.source={SHARED / 'data' / 'dolly'}",
+        "data.partition=natural",
+        "prompt.template=alpaca",
+    ),
+    # 12 skills at 8 clients; of each client's rows 70 or more are held out, so that it can tell a difference.
+    "50": _rows(80, 7 / 12),
+    "150": _rows(150, 1 / 3),
+    "500": _rows(400, 1 / 6),
+    "1500": _rows(1110, 1 / 10),
+}
 # What is not needed here is not measured: answers, rounds, pooled baselines.
 _LEAN = ("evaluate.generate=false", "evaluate.every=0", "evaluate.clients=false", 'evaluate.baselines=["local"]')
 
 
-def one(config: str | None, seed: int, overrides: Sequence[str]) -> dict[str, Any]:
+def one(case: str, seed: int, overrides: Sequence[str]) -> dict[str, Any]:
     """What one run says of its clients' own models.
 
     Raises:
@@ -35,14 +58,13 @@ def one(config: str | None, seed: int, overrides: Sequence[str]) -> dict[str, An
     """
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "run"
-        command = [sys.executable, "-m", "apiary.cli.main", "simulate", *([config] if config else []), "--quiet"]
-        command += ["--out", str(out)]
-        for item in (f"seed={seed}", "personal.enabled=true", *_LEAN, *overrides):
+        command = [sys.executable, "-m", "apiary.cli.main", "simulate", "--quiet", "--out", str(out)]
+        for item in (f"seed={seed}", "personal.enabled=true", *_LEAN, *CASES[case], *overrides):
             command += ["-s", item]
         began = time.monotonic()
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT)
         if done.returncode:
-            raise SystemExit(f"seed {seed}: {(done.stderr.strip().splitlines() or ['no reason'])[-1]}")
+            raise SystemExit(f"{case}, seed {seed}: {(done.stderr.strip().splitlines() or ['no reason'])[-1]}")
         metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
         choices = {place.parent.name: json.loads(place.read_text()) for place in out.glob("personal/*/choice.json")}
         events = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -93,23 +115,27 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the seeds that are missing and write all results."""
+    """Run the cases and seeds that are missing and write all results as they come."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", nargs="?", help="a TOML file; the default federation without")
+    parser.add_argument("--cases", default=",".join(CASES), help="names, separated by commas")
     parser.add_argument("--seeds", default="0,1,2", help="such as 0,1,2")
     parser.add_argument("-s", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
-    settings = {"config": given.config, "overrides": given.overrides}
     found = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {}
-    runs = found["runs"] if found.get("settings") == settings else []
+    if found.get("overrides") != given.overrides:
+        found = {"overrides": given.overrides, "cases": {}}
     for seed in map(int, given.seeds.split(",")):
-        if seed in [run["seed"] for run in runs]:
-            continue
-        runs = sorted([*runs, one(given.config, seed, given.overrides)], key=lambda run: run["seed"])
-        told = {"settings": settings, "machine": runs[-1]["machine"], "summary": summary(runs), "runs": runs}
-        given.out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-        print(json.dumps(told["summary"]))
+        for case in given.cases.split(","):
+            runs = found["cases"].get(case, {"runs": []})["runs"]
+            if seed in [run["seed"] for run in runs]:
+                continue
+            made = one(case, seed, given.overrides)
+            found |= {key: made.pop(key) for key in ("machine", "versions")}
+            runs = sorted([*runs, made], key=lambda run: run["seed"])
+            found["cases"][case] = {"summary": summary(runs), "runs": runs}
+            given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            print(case, seed, json.dumps(found["cases"][case]["summary"]), flush=True)
 
 
 if __name__ == "__main__":
