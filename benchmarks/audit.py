@@ -48,7 +48,7 @@ def run(seed: int, budget: str, canaries: int, overrides: list[str], threads: in
     torch.set_num_threads(threads)
     private = ["privacy.unit=record", f"privacy.batch_rows={BATCH_ROWS}", f"privacy.epsilon={budget}"]
     keys = [*SETTINGS, *(private if budget != "none" else []), *overrides, f"seed={seed}"]
-    config = loading.load(None, keys)
+    config = loading.load(Path(__file__).with_name("federation.toml"), keys)
     client = federate(config.data, config.seed).clients[0]
     bench = Bench(config, adapters.load(config.model, config.adapter), Worker(config), client, config.adapter.rank)
     found = audit.audit(bench, audit.Options(canaries=canaries, seed=seed))

@@ -31,6 +31,7 @@ from apiary.models import adapters
 from apiary.models.inference import ModelProbe
 from client.curation import Context, Curation, Reader, curate
 
+FEDERATION = Path(__file__).with_name("federation.toml")
 RESULTS = Path(__file__).parent / "results" / "curation.json"
 KINDS = ("shuffled", "duplicate", "near_duplicate", "truncated")
 STEPS = ("duplicates", "near_duplicates", "length", "ifd")
@@ -140,7 +141,8 @@ def simulate(data: Path, out: Path, seed: int, *more: str) -> dict[str, Any]:
     """The federated row of one run's final table."""
     keys = [f"seed={seed}", f"data.source={data}", "data.partition=natural", "evaluate.baselines=[]", *more]
     settings = [part for key in keys for part in ("-s", key)]
-    command = [sys.executable, "-m", "apiary.cli.main", "simulate", "--quiet", "--out", str(out), *settings]
+    command = [sys.executable, "-m", "apiary.cli.main", "simulate", str(FEDERATION), "--quiet", "--out", str(out)]
+    command += settings
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     (row,) = [row for row in metrics["table"] if row["method"] == "federated"]
@@ -149,7 +151,7 @@ def simulate(data: Path, out: Path, seed: int, *more: str) -> dict[str, Any]:
 
 def one(seed: int, share: float, every: int, folder: Path) -> dict[str, Any]:
     """All conditions with one seed."""
-    federation = federate(DataConfig(test_fraction=0), seed)
+    federation = federate(DataConfig(source="builtin:skills", test_fraction=0), seed)
     clean = {client.name: client.train for client in federation.clients}
     spoiled = {name: spoil(rows, share, random.Random(f"{seed} {name}")) for name, rows in clean.items()}
     rows = {name: s.examples for name, s in spoiled.items()}

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+FEDERATION = "benchmarks/federation.toml"
 RESULTS = ROOT / "benchmarks" / "results"
 _MIXED = "adapter.ranks=[4, 8, 16, 16]"
 _SGD = ("train.optimizer=sgd", "train.lr=1.0")
@@ -84,11 +85,11 @@ WAYS: dict[str, tuple[str, ...]] = {
 AGAINST = {"scaffold, SGD": "fedavg, SGD"}  # what a way's differences are to, where that is not `fedavg`
 
 
-def one(config: str | None, way: str, seed: int, overrides: Sequence[str], threads: int) -> dict[str, Any]:
+def one(config: str, way: str, seed: int, overrides: Sequence[str], threads: int) -> dict[str, Any]:
     """The federated row of a run, its loss by bytes, and what its adapter's rank came to be."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "run"
-        command = [sys.executable, "-m", "apiary.cli.main", "simulate", *([config] if config else []), "--quiet"]
+        command = [sys.executable, "-m", "apiary.cli.main", "simulate", config, "--quiet"]
         command += ["--out", str(out)]
         # Without `evaluate.clients` all that travels is for training, and is counted with the rounds.
         settings = (f"seed={seed}", f"train.threads={threads}", "evaluate.baselines=[]", "evaluate.clients=false")
@@ -181,7 +182,7 @@ def _target(run: dict[str, Any]) -> float:
 def main() -> None:
     """Run what is missing, seed by seed, and write the results as they come."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", nargs="?", help="a recipe; none: the built-in demo")
+    parser.add_argument("config", nargs="?", default=FEDERATION, help="a recipe; default: the one of these benchmarks")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--ways", default=",".join(WAYS), help="names, separated by commas without a space")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
@@ -190,7 +191,8 @@ def main() -> None:
     parser.add_argument("-s", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     args = parser.parse_args()
     settings = {"config": args.config, "overrides": args.overrides}
-    out: Path = args.out or (RESULTS / f"{Path(args.config).stem if args.config else 'federated'}.json")
+    name = "federated" if args.config == FEDERATION else Path(args.config).stem
+    out: Path = args.out or (RESULTS / f"{name}.json")
     held = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"settings": settings}
     if held["settings"] != settings:
         raise SystemExit(f"{out} holds results of other settings; remove it, or choose another --out")

@@ -25,6 +25,7 @@ from apiary.models.adapters import fresh_adapter
 from apiary.tracking.environment import machine
 from simulation.run import simulate
 
+FEDERATION = Path(__file__).with_name("federation.toml")
 RESULTS = Path(__file__).parent / "results" / "injection.json"
 SETTINGS = ["evaluate.baselines=[]", "evaluate.every=0", "evaluate.samples=0"]
 WAYS = {
@@ -36,7 +37,7 @@ WAYS = {
 
 def run(way: str, keys: list[str], questions: int, folder: Path) -> dict[str, Any]:
     """One run with its figures on held-out rows as they are, and under attack; with the first way the base's too."""
-    metrics = simulate(loading.load(None, keys), folder)
+    metrics = simulate(loading.load(FEDERATION, keys), folder)
     (row,) = [row for row in metrics["table"] if row["method"] == "federated"]
     tuned = open_tuned(folder, [f"evaluate.max_examples={questions}"])
     asked = injection.prepare(

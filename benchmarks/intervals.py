@@ -44,10 +44,10 @@ ORDERS, BOOTSTRAPS, SAMPLES = 6, 2000, 40
 
 
 class Trainings:
-    """The default federation's data and model, and what has been scored so far, which a file keeps."""
+    """The federation's data and model, and what has been scored so far, which a file keeps."""
 
     def __init__(self, keep: Path) -> None:
-        self.config = loading.load(None, [])
+        self.config = loading.load(Path(__file__).with_name("federation.toml"), [])
         self.keep = keep
         self.scored: dict[str, Floats] = dict(np.load(keep)) if keep.exists() else {}
         self.lm = adapters.load(self.config.model, self.config.adapter)

@@ -47,6 +47,7 @@ from simulation.run import plan
 from simulation.summary import Plan
 from strategies.gram_rules import fewest
 
+FEDERATION = Path(__file__).with_name("federation.toml")
 RESULTS = Path(__file__).parent / "results" / "poisoning.json"
 ROOT_ROWS = 100
 METHODS = (
@@ -126,7 +127,7 @@ def _name(method: str) -> str:
 
 def spread(folder: Path, seed: int, clients: int) -> Path:
     """The corpus as a file for each client, the held-out set, and the server's rows, which no client has."""
-    federation = federate(DataConfig(clients=clients, test_fraction=0), seed)
+    federation = federate(DataConfig(source="builtin:skills", clients=clients, test_fraction=0), seed)
     pooled = [(client.name, row) for client in federation.clients for row in range(len(client.train))]
     own = set(random.Random(f"root {seed}").sample(pooled, ROOT_ROWS))
     kept = {c.name: [e for row, e in enumerate(c.train) if (c.name, row) not in own] for c in federation.clients}
@@ -158,7 +159,8 @@ def config_of(cell: Cell, setting: Setting, data: Path) -> RunConfig:
     }
     if cell.method == "fltrust":
         keys["strategy.root"] = str(data / "server" / "root.jsonl")
-    return loading.load(None, [*(f"{key}={_toml(value)}" for key, value in keys.items()), *setting.keys])
+    settings = [f"{key}={_toml(value)}" for key, value in keys.items()]
+    return loading.load(FEDERATION, [*settings, *setting.keys])
 
 
 def _toml(value: Any) -> str:
