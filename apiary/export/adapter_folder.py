@@ -31,6 +31,7 @@ def save_adapter_folder(
     run: Path | None = None,
     *,
     rounds: int | None = None,
+    about: str = "",
 ) -> None:
     """Write a PEFT folder that any tool loads, with a model card and the run's settings.
 
@@ -41,6 +42,7 @@ def save_adapter_folder(
         config: the run.
         run: its directory; the parent of `folder` where None.
         rounds: how many made the adapter; those of the run where None.
+        about: a paragraph of the card on whose adapter this is, where clients have different ones.
     """
     template = make_template(config.prompt, lm.tokenizer)
     config = with_template(config, template.name)
@@ -48,7 +50,7 @@ def save_adapter_folder(
     text = card(config, exported_rank(adapter), None, privacy, exported=False, why=template.why, rounds=rounds)
     if config.adapter.share != "both" and is_half(adapter):
         text += "\nThese are the factors A that clients share. B is zero: each client has its own, and keeps it.\n"
-    adapter_files.save_adapter(lm, adapter, folder, text)
+    adapter_files.save_adapter(lm, adapter, folder, text + about)
     files.write_atomic(folder / SETTINGS, config.to_toml(without=OF_THE_SITE))
 
 

@@ -250,6 +250,7 @@ class Metrics(_Part):
     continual: Continual | None = None
     curation: Mapping[str, CurationPart] = Field(default_factory=dict)
     share: str = "both"  # `adapter.share`
+    each_has: str = ""  # what clients have for models, where not all have the same one
     rank: int | None = None  # of the adapter that is exported
     delivered: Delivered | None = None  # None in a run of an earlier version
     attack: Attack | None = None  # of a simulation with attackers
