@@ -59,8 +59,8 @@ def ditto(
     """
 
     def opened(state: StateDict, payload: Payload, client: Client) -> Opened:
-        shared = payload.adapter
-        return Opened(state or shared, Hooks(penalties=(pull(shared, penalty, scaling(client.rank)),)))
+        start, shared = state or payload.adapter, payload.adapter
+        return Opened(start, Hooks(penalties=(pull(start, shared, penalty, scaling(client.rank)),)))
 
     local = LocalAlgorithm(
         keeps="own",
@@ -71,25 +71,27 @@ def ditto(
     return fedavg(weighting)._replace(local=local)
 
 
-def pull(shared: StateDict, penalty: float, scale: float) -> Penalty:
+def pull(start: StateDict, shared: StateDict, penalty: float, scale: float) -> Penalty:
     """The term lambda/2 sum_m ||s (B A - B_w A_w)||_F^2 of a client's loss, over all modules m.
 
     The difference is taken as dB A + B_w dA, with dB = B - B_w and dA = A - A_w, in which nothing large is subtracted
     from anything large: at the shared model the term and its gradient are exactly zero. It costs r x r products.
 
     Args:
+        start: the own adapter before its training, which has the factors that rest in the round.
         shared: the received adapter, B_w and A_w.
         penalty: lambda.
         scale: s, of the adapter's rank.
     """
-    anchors: dict[str, Tensor] = {}
+    anchors: list[StateDict] = []  # of both, moved to the parameters' device once, not on every step
 
     def term(adapter: Mapping[str, Tensor]) -> Tensor:
-        if not anchors:  # moved to the parameters' device once, not on every step
-            anchors.update({name: shared[name].to(w.device, w.dtype, copy=True) for name, w in adapter.items()})
+        if not anchors:
+            like = next(iter(adapter.values()))
+            anchors.extend({n: t.to(like.device, like.dtype, copy=True) for n, t in s.items()} for s in (start, shared))
         squares = []
-        held = lora.split(anchors)
-        for module, live in lora.split(adapter).items():
+        held = lora.split(anchors[1])
+        for module, live in lora.split({**anchors[0], **adapter}).items():
             w = held[module]
             apart = lora.change(w, Factors(live.b - w.b, live.a - w.a))
             squares.append(((apart.b.T @ apart.b) * (apart.a @ apart.a.T)).sum())

@@ -49,7 +49,7 @@ def test_the_pull_by_hand() -> None:
     """W_w = 2 * 1 * 1 = 2 and W = 2 * 2 * 3 = 12: 0.5 / 2 * 10^2 = 25, and the slopes 0.5 * 10 * 2 times A and B."""
     shared = one(np.array([[1.0]]), np.array([[1.0]]))
     live = {name: t.requires_grad_() for name, t in one(np.array([[2.0]]), np.array([[3.0]])).items()}
-    term = pull(shared, 0.5, 2.0)(live)
+    term = pull(shared, shared, 0.5, 2.0)(live)
     term.backward()  # type: ignore[no-untyped-call]
     assert float(term.detach()) == 25.0
     assert [float(live[name].grad) for name in ("m.lora_B.weight", "m.lora_A.weight")] == [30.0, 20.0]
@@ -65,7 +65,7 @@ def test_the_pull_is_lambda_times_the_difference_of_the_weights() -> None:
     ]
     shared, live = (join({m: Factors(*map(torch.tensor, f)) for m, f in pair.items()}) for pair in drawn)
     live = {name: tensor.requires_grad_() for name, tensor in live.items()}
-    term = pull(shared, penalty, scale)(live)
+    term = pull(shared, shared, penalty, scale)(live)
     term.backward()  # type: ignore[no-untyped-call]
     apart = {m: scale * (drawn[1][m][0] @ drawn[1][m][1] - drawn[0][m][0] @ drawn[0][m][1]) for m in shapes}
     assert float(term.detach()) == pytest.approx(penalty / 2 * sum(np.sum(d**2) for d in apart.values()), rel=1e-12)
@@ -81,11 +81,22 @@ def test_the_shared_model_pulls_at_nothing_that_is_the_same_model() -> None:
     b, a = rng.standard_normal((6, 3)), rng.standard_normal((3, 5))
     live = {name: tensor.float().requires_grad_() for name, tensor in one(b, a).items()}
     shared = {name: tensor.detach().clone() for name, tensor in live.items()}
-    term = pull(shared, 1.0, 4.0)(live)
+    term = pull(shared, shared, 1.0, 4.0)(live)
     term.backward()  # type: ignore[no-untyped-call]
     assert float(term.detach()) == 0.0 and not any(t.grad.any() for t in live.values() if t.grad is not None)
     gauge = rng.standard_normal((3, 3)) + 3 * np.eye(3)
-    assert float(pull(one(b, a), 1.0, 4.0)(one(b @ gauge, np.linalg.solve(gauge, a)))) == pytest.approx(0.0, abs=1e-10)
+    assert float(pull(one(b, a), one(b, a), 1.0, 4.0)(one(b @ gauge, np.linalg.solve(gauge, a)))) == pytest.approx(
+        0.0, abs=1e-10
+    )
+
+
+def test_in_rounds_of_one_factor_the_own_models_other_one_counts() -> None:
+    """With W_w = 2 * 1 * 1 and the own A = 3 at rest: B = 2 makes 12, and the slope in B is 0.5 * 10 * 2 * 3."""
+    shared, start = one(np.array([[1.0]]), np.array([[1.0]])), one(np.array([[1.0]]), np.array([[3.0]]))
+    b = torch.tensor([[2.0]], dtype=torch.float64, requires_grad=True)
+    term = pull(start, shared, 0.5, 2.0)({"m.lora_B.weight": b})
+    term.backward()  # type: ignore[no-untyped-call]
+    assert (float(term.detach()), float(b.grad)) == (25.0, 30.0)  # type: ignore[arg-type]
 
 
 # -- the algorithm -------------------------------------------------------------------------------
