@@ -188,18 +188,23 @@ def test_the_mean_of_the_groups_counts_each_by_its_clients() -> None:
         np.testing.assert_allclose(held.b.double() @ held.a.double(), expected, atol=1e-4)
 
 
-def test_who_comes_later_is_sent_the_mean_once_and_joins_the_group_that_it_points_to() -> None:
+@pytest.mark.parametrize("goes_to", [0, 1])
+def test_who_comes_later_is_sent_the_mean_once_and_joins_the_group_that_it_points_to(goes_to: int) -> None:
     kinds = {f"c{k}": 500 + k % 2 for k in range(6)}
     method, state = build(after=1, separation=0.05), ServerState(0, drawn(96), {}, {})
     after = fold(method, state, updates_of(kinds))
     sent = method.payload(after, ClientInfo("new", RANK, 0)).adapter
     assert digest(sent) == digest(after.adapter) and group_of(after, "new") is None
-    # From the mean it goes where the second group's adapter is, with other factors than that has.
-    goal = method.models(after)["group-1"]
-    delta = {name: 0.3 * (t - sent[name]) + 0.02 * drawn(5)[name] for name, t in goal.items()}
+    # By a step of B from the mean towards the weights of that group's adapter, and a little besides.
+    delta = {name: 0.01 * tensor for name, tensor in drawn(5).items()}
+    goal = split(method.models(after)[f"group-{goes_to}"])
+    for module, held in split(sent).items():
+        towards_it = goal[module].b @ goal[module].a - held.b @ held.a
+        delta[module + ".lora_B.weight"] += 0.1 * towards_it @ held.a.T
     ways = [dense(model) - dense(sent) for model in method.models(after).values()]
     cosines = [change(sent, delta) @ way / np.linalg.norm(way) for way in ways]
     nearest = int(np.argmax(cosines))
+    assert nearest == goes_to and max(cosines) > 0 > min(cosines)
     members = [u for u in updates_of(kinds) if u.client != "c2"]
     with_it = fold(method, after, [*members, Update("new", delta, 1e6, RANK)])
     without = fold(method, after, members)
@@ -230,7 +235,7 @@ def test_it_waits_for_three_clients_and_decides_once() -> None:
     assert not two.memory and two.round == 1
     four = fold(method, two, updates_of({"a": 700, "b": 701, "c": 700, "d": 701}))
     assert [group_of(four, client) for client in "abcd"] == [0, 1, 0, 1]
-    others = fold(method, four, updates_of({"a": 701, "b": 700, "c": 701, "d": 700}))
+    others = fold(method, four, updates_of({"a": 700, "b": 700, "c": 701, "d": 701}))
     assert [group_of(others, client) for client in "abcd"] == [0, 1, 0, 1]
 
 

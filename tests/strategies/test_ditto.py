@@ -9,22 +9,33 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from deployment import overrides, write_rows
+from flwr.app import ArrayRecord, RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 from reference import ditto as reference
 from safetensors.torch import load_file
 from torch import Tensor
 
 import strategies
 from apiary.config import loading
+from apiary.core import counts
 from apiary.core.errors import UserError
 from apiary.core.lora import Factors, join, scaling, split
-from apiary.core.messages import ClientInfo, Payload, Update
+from apiary.core.messages import ClientInfo, Payload, Update, Visit
 from apiary.data.turns import Turn
 from apiary.export import tuned
+from apiary.models import adapters
 from apiary.report import table_plain
 from apiary.tracking.event_log import read_events
+from apiary.transport import codec as codecs
+from apiary.transport import flower_records
+from apiary.transport.from_config import configured_codec
+from client.site_worker import Facts, Service
 from client.training import trainer
 from client.worker import Worker
-from server import checkpoint
+from client.worker_rpc import Envelope
+from server import checkpoint, validation
 from simulation.run import simulate
 from strategies import AGGREGATORS, ServerState
 from strategies.ditto import pull
@@ -342,6 +353,55 @@ def test_visits_of_one_step_train_the_shared_model_alone(small_run: list[str], t
     shared = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert any(t.any() for n, t in shared.items() if "lora_B" in n)
     assert not any(t.any() for n, t in own.items() if "lora_B" in n)
+
+
+class AtSite:
+    """A site of a deployment that is asked in Flower's own bytes, as its server would."""
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        rows = write_rows(folder / "rows")
+        settings = ["strategy.name=ditto", "train.steps=4", "evaluate.clients=true"]
+        self.run = loading.load(None, [*overrides(model, rows), *settings])
+        self.state = folder / "state"
+        self.service = Service(Facts("ant", rows / "ant.jsonl", self.state, self.run.model.name))
+
+    def ask(self, kind: str, number: int, adapter: dict[str, Tensor]) -> RecordDict:
+        content = flower_records.request(
+            number, flower_records.to_arrays(adapter), ArrayRecord(), last_round=number - 1
+        )
+        body = recorddict_to_proto(RecordDict() if kind == flower_records.HELLO else content).SerializeToString()
+        header = {"kind": kind, "round": str(number), "config": self.run.to_json(), "name": "run"}
+        answer = self.service.answer(Envelope(header, body))
+        assert "error" not in answer.header, answer.header
+        return recorddict_from_proto(RecordDictProto.FromString(answer.body))
+
+    def adapter(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = load_file(self.state / "runs" / "run" / "adapter" / "adapter_model.safetensors")
+        return found
+
+
+def test_a_site_keeps_its_own_model_and_tells_what_its_server_takes(tmp_path: Path, tiny_model: Path) -> None:
+    site = AtSite(tmp_path, tiny_model)
+    shared = adapters.fresh_adapter(adapters.load(site.run.model, site.run.adapter), 0)
+    hello = flower_records.read_hello_reply(site.ask(flower_records.HELLO, 0, shared))
+    own: dict[str, Tensor] = {}
+    codec, rows = configured_codec(site.run, "up"), counts.most(hello.counts, hello.examples or 0)
+    for number in (1, 2):
+        reply = site.ask("train", number, shared)
+        visit = flower_records.read_train_reply(reply)
+        assert isinstance(visit, Visit) and visit.report.steps == 4
+        sent = codecs.decode(flower_records.read_message(reply), codec, codecs.shapes_of(shared))
+        visit = visit._replace(update=visit.update._replace(delta=sent))
+        validation.check_visit(visit, site.run, rows, Payload(shared, {}), number)
+        before, own = own or shared, site.adapter()
+        moved = {name: (own[name] - before[name], own[name] - shared[name]) for name in shared}
+        assert not any(torch.equal(change, other) for n, change in sent.items() for other in moved[n])
+        kept = site.state / "runs" / "run" / f"own-{number:04d}.safetensors"
+        assert kept.stat().st_mode & 0o077 == 0
+        assert all(torch.equal(tensor, own[name]) for name, tensor in load_file(kept).items())
+        shared = {name: t + sent[name] for name, t in shared.items()}
+        flower_records.read_score_reply(site.ask("evaluate", number, shared))
+        assert all(torch.equal(tensor, own[name]) for name, tensor in site.adapter().items())  # not what was sent
 
 
 @pytest.mark.parametrize(
