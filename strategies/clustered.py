@@ -35,7 +35,7 @@ from strategies.local import LocalAlgorithm
 from strategies.products import each
 
 _COUNT, _MEMBER, _GROUP = "groups", "member/", "group/"  # in a state's memory
-_FEWEST = 3  # clients that can be two groups of which one has company
+_FEWEST = 3  # clients that can be two groups of which one has company; a silhouette of two would say nothing
 
 
 class Grouping(NamedTuple):
@@ -67,10 +67,9 @@ def clustered(
 
     Args:
         weighting: the clients' parts of their group.
-        after: the round whose changes make the groups; angles tell most in the first, where all begin anew.
+        after: the round whose changes make the groups.
         most: the highest number of groups.
-        separation: the mean silhouette below which there is one group; clients with random shares of one corpus reach
-            half of the default.
+        separation: the mean silhouette below which there is one group.
     """
     average = functools.partial(_average, fedavg(weighting).reduce)
 

@@ -37,7 +37,7 @@ from strategies.local import Client, Hooks, LocalAlgorithm, Opened, Penalty
 def ditto(
     scaling: Scaling,
     weighting: Literal["tokens", "uniform"] = "tokens",
-    penalty: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01,
+    penalty: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1,
     own: Annotated[float, Field(gt=0, lt=1)] = 0.5,
 ) -> Aggregator:
     """Ditto: federated averaging, and each client trains a model of its own beside, tied to the shared one.
