@@ -35,10 +35,11 @@ from client.site_worker import Facts, Service
 from client.training import trainer
 from client.worker import Worker
 from client.worker_rpc import Envelope
-from server import checkpoint, validation
+from server import checkpoint, deployment_run, validation
 from simulation.run import simulate
 from strategies import AGGREGATORS, ServerState
 from strategies.ditto import pull
+from strategies.from_config import local_from_config
 from strategies.local import Client
 
 DITTO = ["strategy.name=ditto", "evaluate.generate=false", "evaluate.baselines=[]"]
@@ -296,6 +297,8 @@ def test_clients_score_their_own_models_and_the_server_none(finished: tuple[Path
         assert client["own"]["federated"] < client["own"]["base"]
         assert client["steps"] == client["alone"]["steps"] == 24  # alone gets as many as both models together
     assert "keeps one of its own beside it" in table_plain(metrics)
+    assert metrics["delivered"]["best"] is None and not (folder / "adapter-best").exists()  # own models are of the last
+    assert "for clients that have no other yet" in (folder / "adapter" / "README.md").read_text()
 
 
 def test_own_and_shared_models_can_be_talked_to(finished: tuple[Path, dict[str, Any]]) -> None:
@@ -303,7 +306,7 @@ def test_own_and_shared_models_can_be_talked_to(finished: tuple[Path, dict[str, 
     places = [folder, *sorted((folder / "personal").iterdir())]
     opened = [tuned.open_tuned(place) for place in places]
     assert len({float(sum(t.double().sum() for t in model.adapter.values())) for model in opened}) == 3
-    assert tuned.reply(opened[1], [Turn("user", "Say the last word: bee hive wax 1")], 6).written
+    assert tuned.reply(opened[1], [Turn("user", "Say the last word: bee hive wax 1")], 6).turn.role == "assistant"
 
 
 def test_the_own_model_never_travels(finished: tuple[Path, dict[str, Any]]) -> None:
@@ -353,6 +356,21 @@ def test_visits_of_one_step_train_the_shared_model_alone(small_run: list[str], t
     shared = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert any(t.any() for n, t in shared.items() if "lora_B" in n)
     assert not any(t.any() for n, t in own.items() if "lora_B" in n)
+
+
+@pytest.mark.parametrize("name", ["ditto", "clustered"])
+def test_a_server_of_sites_says_that_it_measures_nothing(name: str, rows_file: Path) -> None:
+    said: list[str] = []
+
+    class Log:
+        def event(self, kind: str, **fields: Any) -> None:
+            said.append(f"{kind}: {fields['message']}")
+
+    log: Any = Log()
+    config = loading.load(None, [f"strategy.name={name}", f"data.test={rows_file}"])
+    assert deployment_run._held_out(config, log) is None
+    (line,) = said
+    assert line.startswith("warning: data.test is not measured") and local_from_config(config).personal[1:] in line
 
 
 class AtSite:
