@@ -59,7 +59,9 @@ def one(skew: str, way: str, seed: int, overrides: Sequence[str]) -> dict[str, A
         settings = [f"seed={seed}", *_ALWAYS, baselines, *SKEWS[skew], *WAYS[way], *overrides]
         command = [sys.executable, "-m", "apiary.cli.main", "simulate", "--quiet", "--out", str(out)]
         began = time.monotonic()
-        done = subprocess.run([*command, *(w for s in settings for w in ("-s", s))], capture_output=True, text=True)
+        done = subprocess.run(
+            [*command, *(w for s in settings for w in ("-s", s))], capture_output=True, text=True, cwd=ROOT
+        )
         if done.returncode:
             sys.exit(done.stderr.strip())
         metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
@@ -69,7 +71,7 @@ def one(skew: str, way: str, seed: int, overrides: Sequence[str]) -> dict[str, A
         if way == "fedavg":
             more["alone"] = {client["client"]: client["own"]["local"] for client in metrics["clients"]}
         if way == _TUNED:
-            own, more["own_steps"] = tuned(out, STEPS * ROUNDS)
+            own, more["own_steps"] = tuned(out)
         seconds = round(time.monotonic() - began)
     rounds = [event for event in events if event["event"] == "round"]
     visits = [event for event in events if event["event"] == "client"]
@@ -82,7 +84,7 @@ def one(skew: str, way: str, seed: int, overrides: Sequence[str]) -> dict[str, A
         "own": own,
         "all": None if way == _TUNED else row["loss"],
         "steps": sum(event["steps"] for event in visits) + more.get("own_steps", 0),
-        "own_steps": sum(event.get("own_steps", 0) for event in visits),
+        "own_steps": sum(event.get("own_steps", 0) for event in visits),  # those at home, where there are any
         "bytes": sum(event["bytes_up"] + event["bytes_down"] for event in rounds),
         "groups": {c: g for event in rounds for c, g in event.get("groups", {}).items()},
         "silhouette": next((event["silhouette"] for event in rounds if "silhouette" in event), None),
@@ -92,12 +94,10 @@ def one(skew: str, way: str, seed: int, overrides: Sequence[str]) -> dict[str, A
     }
 
 
-def tuned(run: Path, steps: int) -> tuple[dict[str, float], int]:
+def tuned(run: Path) -> tuple[dict[str, float], int]:
     """Each client's own loss once it has tuned the federated adapter at home, and the steps of all clients for that.
 
-    Args:
-        run: a finished run directory.
-        steps: that a client makes in all, those in the federation among them.
+    A client makes as many steps at home as it made in the federation of the finished run directory `run`.
     """
     from apiary.config import loading
     from apiary.core.tensors import add
@@ -114,8 +114,7 @@ def tuned(run: Path, steps: int) -> tuple[dict[str, float], int]:
     events = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     own, total = {}, 0
     for client in handlers.federation(config.to_json()).clients:
-        made = sum(event["steps"] for event in events if event["event"] == "client" and event["client"] == client.name)
-        left = steps - made if made else 0  # who took no part has no steps left to spend either
+        left = sum(event["steps"] for event in events if event["event"] == "client" and event["client"] == client.name)
         state = adapter
         if left:
             corpus = injection.encode_training(client.train, template, lm.tokenizer, config.prompt)

@@ -26,7 +26,7 @@ from apiary.report.data import OUTCOMES, gain_of
 from apiary.tracking import delivery, environment, event_log, metrics_file
 from apiary.tracking.event_log import RunLog
 from apiary.tracking.run_directory import result_folders
-from simulation import adversaries, backdoor, baselines, own_models, visits
+from simulation import adversaries, backdoor, baselines, client_models, visits
 from simulation.baselines import Baselines
 from strategies.from_config import local_from_config, method_from_config
 
@@ -89,7 +89,7 @@ def summarise(prepared: Plan, adapter: StateDict, folder: Path, log: RunLog) -> 
             for method, run in runs.items()
         ],
         "paired": comparison.differences(runs, config.seed),
-        "clients": own_models.with_groups(clients, events),
+        "clients": client_models.with_groups(clients, events),
         "gain": _gain(clients, unlike.get("local")),
         "skills": comparison.by_kind(kind, runs, held_out) if kind and config.evaluate.generate else {},
         "rounds": metrics_file.rounds_table(events),
@@ -169,7 +169,7 @@ def _personal(prepared: Plan, adapter: StateDict, folder: Path, trained: Collect
     method = method_from_config(config)
     if not method.local.personal:
         return {}
-    made = own_models.of_clients(lm, config, method, [client.name for client in federation.clients], folder)
+    made = client_models.of_clients(lm, config, method, [client.name for client in federation.clients], folder)
     for client in federation.clients:
         if client.name in trained:
             place = result_folders(folder).personal / client.name
