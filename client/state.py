@@ -62,16 +62,17 @@ def save_copy(folder: Path, adapter: StateDict) -> None:
     write_atomic(folder / _COPY, body, private=True)
 
 
-def step_log(folder: Path, number: int) -> Observer:
+def step_log(folder: Path, number: int, *, own: bool = False) -> Observer:
     """An observer that adds each step of round `number` to `steps.jsonl`: the client's own, which nobody else is sent.
 
-    A round that is done again after a crash is told again.
+    A round that is done again after a crash is told again. Steps of an `own` adapter beside what is sent say so.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    whose = {"own": True} if own else {}
 
     def observe(record: StepRecord) -> None:
         with open(folder / "steps.jsonl", "a", encoding="utf-8", opener=for_owner) as file:
-            file.write(json.dumps(finite({"round": number, **record._asdict()})) + "\n")
+            file.write(json.dumps(finite({"round": number, **whose, **record._asdict()})) + "\n")
 
     return observe
 

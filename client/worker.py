@@ -24,7 +24,7 @@ from apiary.models import adapters
 from apiary.models.adapters import LanguageModel
 from apiary.models.inference import ModelProbe
 from apiary.transport.codec import Shapes
-from client import compression, private_visit, replay, round_files, state, told
+from client import compression, own_model, private_visit, replay, round_files, state, told
 from client.private_visit import Work
 from client.replay import StageData
 from client.site import Site
@@ -34,7 +34,7 @@ from client.training import trainer, zeroth_order
 from client.training.objectives import build_penalties
 from client.training.trainer import FitResult, Replay, VisitPlan
 from strategies.from_config import local_from_config
-from strategies.local import Client, Hooks, LocalAlgorithm, Opened
+from strategies.local import NOTHING, Client, Hooks, LocalAlgorithm, Opened
 
 
 class Worker:
@@ -89,7 +89,8 @@ class Worker:
         """Train from the received adapter on the next part of the site's data.
 
         The rows are curated, those of the stage are taken, and kept rows of earlier stages are mixed in. Of few rows a
-        site tells no loss, and without privacy it neither trains on so few nor replays them.
+        site tells no loss, and without privacy it neither trains on so few nor replays them. Where the method has an
+        own adapter beside, it is trained too, and its steps and tokens are counted with the others.
 
         Args:
             site: whose data.
@@ -102,7 +103,7 @@ class Worker:
         round_files.begin(site.folder, number)
         site = self._of_round(site, payload)
         past = state.load(site.folder, before=number)
-        opened = self._open(site, number, payload)
+        opened, own = self._open(site, number, payload), self._open_own(site, number, payload)
         payload = payload._replace(adapter=opened.adapter)
         rows, chosen = self._rows.chosen(site, number, lambda: self._probe(site, payload))
         data = replay.prepare(rows, site.folder, site.client, self.config, number, past)
@@ -113,21 +114,28 @@ class Worker:
         corpus = self._rows.corpus(site, "train", data.new)
         if len(corpus) < max(1, site.fewest):
             return Decline(site.client, "idle")
-        result = self._fit(site, number, payload, opened.hooks, corpus, data)
+        plan = self._plan(site, number, corpus, data)
+        hooks = self._with_penalties(opened.hooks, payload)
+        result = self._fit(site, payload, corpus, own_model.plan_of_sent(self.local, plan)._replace(hooks=hooks))
+        if own:
+            then = own_model.plan_of_own(self.local, plan, result)
+            then = then._replace(observers=(state.step_log(site.folder, number, own=True),))
+            made = own_model.train(self._model(site), own, payload.base_delta, corpus, self.config.train, then)
+            own, result = own._replace(adapter=made.adapter), own_model.whole_visit(result, made)
         at = Memory(number, result.cursor, data.stage, result.replay, chosen.round if chosen else 0)
         report = result.report if result.walked >= site.fewest else result.report._replace(loss=math.nan)
         result = result._replace(report=told.report(site.counts, report, self.config, result.rows))
-        return self._visit(site, at, payload, result, told.curated(site.counts, chosen.counts if chosen else None))
+        curated = told.curated(site.counts, chosen.counts if chosen else None)
+        return self._visit(site, at, payload, result, own=own.adapter if own else {}, curated=curated)
 
-    def _fit(
-        self, site: Site, number: int, payload: Payload, hooks: Hooks, corpus: Corpus, data: StageData
-    ) -> FitResult:
+    def _plan(self, site: Site, number: int, corpus: Corpus, data: StageData) -> VisitPlan:
+        """A visit with all of its steps, and without hooks."""
         config = self.config.train
         kept = data.replay if len(data.replay) >= site.fewest else ()
         old = self._rows.corpus(site, "buffer", tuple(row.example for row in kept))
         again = Replay(old, data.replay_cursor, self.config.continual.replay)
         steps = trainer.steps_per_round(config, corpus, again)
-        plan = VisitPlan(
+        return VisitPlan(
             seed=self.config.seed,
             client=site.client,
             steps=steps,
@@ -136,12 +144,13 @@ class Worker:
             cursor=data.cursor,
             replay=again,
             factors=self.config.adapter.trained(number),
-            hooks=self._with_penalties(hooks, payload),
             observers=(state.step_log(site.folder, number),),
         )
-        lm = self._model(site)
-        if hooks.descend:
-            return zeroth_order.fit(lm, payload.model, corpus, config, plan, hooks.descend)
+
+    def _fit(self, site: Site, payload: Payload, corpus: Corpus, plan: VisitPlan) -> FitResult:
+        lm, config = self._model(site), self.config.train
+        if plan.hooks.descend:
+            return zeroth_order.fit(lm, payload.model, corpus, config, plan, plan.hooks.descend)
         return trainer.fit(lm, payload.model, corpus, config, plan)
 
     def _with_penalties(self, hooks: Hooks, payload: Payload) -> Hooks:
@@ -157,7 +166,7 @@ class Worker:
         Raises:
             ValueError: the method asks for more than penalties, which alone are known to cost no privacy.
         """
-        if hooks != Hooks(penalties=hooks.penalties):
+        if hooks != Hooks(penalties=hooks.penalties) or self.local.own:
             raise ValueError("the client's half of this method does not go with record-level privacy")
         both = store.joined([data.new, tuple(row.example for row in data.replay)])
         corpus = self._rows.corpus(site, "train", both)
@@ -192,15 +201,18 @@ class Worker:
         at: Memory,
         payload: Payload,
         result: FitResult,
+        *,
+        own: StateDict = NOTHING,
         curated: CurationCounts | None = None,
         spent: Spent | None = None,
     ) -> Visit:
         """The answer of a finished visit, once what the site keeps of it is on its disk."""
         sent, kept = self.local.finish(payload.adapter, result.delta)
-        if kept:
+        if kept := own or kept:
             round_files.save(site.folder, self.local.keeps, at.round, kept)
-        if self.local.personal:
-            self._save_own(site, add(payload.adapter, result.delta))  # it may never be asked to measure
+        if self.local.personal:  # it may never be asked to measure
+            mine = payload._replace(adapter=own or add(payload.adapter, result.delta))
+            self._save_own(site, mine.model)
         state.save(site.folder, at)
         update = Update(site.client, sent, float(result.report.tokens), self.local.rank(sent, site.rank))
         return Visit(update, result.report, curated, spent)
@@ -233,7 +245,8 @@ class Worker:
         noise would be a way around it.
         """
         site = self._of_round(site, payload)
-        payload = payload._replace(adapter=self._open(site, number + 1, payload).adapter)
+        opened = self._open_own(site, number + 1, payload) or self._open(site, number + 1, payload)
+        payload = payload._replace(adapter=opened.adapter)
         if self.local.personal:
             self._save_own(site, payload.model)
         if self.config.privacy.unit == "record":
@@ -259,6 +272,10 @@ class Worker:
         """What a visit of round `number` starts from: a whole adapter, and the method's hooks."""
         return open_received(self._model(site), self.config, self.local, self._kept(site, number, payload), payload)
 
+    def _open_own(self, site: Site, number: int, payload: Payload) -> Opened | None:
+        """Where the training of the client's own adapter starts in that visit; None where the method has none."""
+        return open_own(self._model(site), self.config, self.local, self._kept(site, number, payload), payload)
+
     def _kept(self, site: Site, number: int, payload: Payload) -> StateDict:
         """The method's state that a visit of round `number` starts with."""
         if not self.local.keeps:
@@ -283,6 +300,17 @@ def open_received(
     Raises:
         apiary.core.errors.StateLost: the client no longer has the state that the server counts on.
     """
+    return local.open(kept, payload, _client(lm, config))
+
+
+def open_own(
+    lm: LanguageModel, config: RunConfig, local: LocalAlgorithm, kept: StateDict, payload: Payload
+) -> Opened | None:
+    """The client's own adapter beside the one that it trains for everybody, as `open_received`; None without any."""
+    return local.own(kept, payload, _client(lm, config)) if local.own else None
+
+
+def _client(lm: LanguageModel, config: RunConfig) -> Client:
     shapes = {name: parameter.shape for name, parameter in lm.adapter.items()}
     rank = next(iter(lora.split(lm.adapter).values())).rank
-    return local.open(kept, payload, Client(rank, shapes, fresh=lambda: adapters.fresh_adapter(lm, config.seed)))
+    return Client(rank, shapes, fresh=lambda: adapters.fresh_adapter(lm, config.seed))

@@ -23,6 +23,7 @@ from apiary.models import adapters, start
 from apiary.privacy import statement
 from apiary.tracking.delivery import BEST, EVENT
 from apiary.tracking.event_log import RunLog
+from apiary.tracking.run_directory import GROUPS
 from apiary.transport import from_config
 from server import checkpoint, delivery, deployment_run, evaluation, trusted_update
 from server.rounds import Hooks, Progress, Rounds
@@ -59,7 +60,7 @@ def prepare(
         state, progress = saved[0], Progress(**saved[1])
     for line in [*from_config.remarks(config), *start.remarks(config)]:
         log.event("warning", message=line)
-    measured = None if aggregator.local.personal else held_out  # half an adapter has no loss
+    measured = None if aggregator.local.personal else held_out  # there is no one model whose loss would say anything
     hooks = Hooks(
         log,
         on_round=lambda state, progress: save(folder, config, state, progress),
@@ -96,11 +97,17 @@ def deliver(config: RunConfig, rounds: Rounds, folder: Path, log: RunLog) -> Sta
     lm = adapters.load(config.model, config.adapter)
     # Factors that stay with the clients are those of a new adapter here: B is zero.
     fresh = adapters.fresh_adapter(lm, config.seed)
-    adapter = {**fresh, **chosen.delivered.model}
+    adapter, about = {**fresh, **chosen.delivered.model}, ""
+    aggregator = rounds.aggregator
+    if aggregator.local.personal and not aggregator.local.halves(fresh):
+        about = f"\n{aggregator.local.personal}. This one is for clients that have no other yet.\n"
+        for name, model in aggregator.models(chosen.delivered).items():
+            place, told = folder / GROUPS / name, f"\n{aggregator.local.personal}. This one is of {name}.\n"
+            adapter_folder.save_adapter_folder(lm, model, place, config, folder, about=told)
     if chosen.best is not None:
         best = {**fresh, **chosen.best.model}
         adapter_folder.save_adapter_folder(lm, best, folder / BEST, config, rounds=chosen.best.round)
-    adapter_folder.save_adapter_folder(lm, adapter, folder / "adapter", config, rounds=chosen.told.round)
+    adapter_folder.save_adapter_folder(lm, adapter, folder / "adapter", config, rounds=chosen.told.round, about=about)
     for line in delivery.remarks(config, rounds.progress):
         log.event("warning", message=line)
     log.event(EVENT, **chosen.told._asdict())

@@ -13,6 +13,7 @@ from apiary.tracking.run_directory import CHECKPOINTS
 from server import checkpoint
 from server.rounds import Progress
 from strategies import ServerState
+from strategies.from_config import local_from_config
 
 
 class Chosen(NamedTuple):
@@ -36,7 +37,7 @@ def choose(config: RunConfig, state: ServerState, progress: Progress, folder: Pa
         RunFailed: the best round is to be delivered, and its checkpoint is gone or damaged.
     """
     number, rows = progress.best_round, delivery.rows_of(config)
-    if number is None or config.adapter.share != "both":  # half an adapter, whose other half has gone on at the clients
+    if number is None or local_from_config(config).personal:  # what clients have beside it is of the last round
         return Chosen(Delivery(state.round, state.round), state, None)
     if number == state.round:
         return Chosen(Delivery(number, number, number, rows), state, None)

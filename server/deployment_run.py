@@ -33,13 +33,10 @@ from apiary.report.sites import own_rounds
 from apiary.tracking import delivery, environment, event_log, metrics_file, run_directory, trackers
 from apiary.tracking.event_log import RunLog
 from server import checkpoint
-from strategies.from_config import check_for_sites
+from strategies.from_config import check_for_sites, local_from_config
 
 Federate = Callable[[RunLog, HeldOut | None], StateDict]
-_NOT_MEASURED = (
-    'data.test is not measured: with adapter.share = "a" the server holds half of each adapter; the sites score their '
-    "own models on their own rows"
-)
+_NOT_MEASURED = "data.test is not measured: the sites have models of their own, and score them on their own rows"
 _NODES = "APIARY_NODES"  # in the environment: the file in which `apiary deploy server` keeps which site is which node
 
 
@@ -123,8 +120,8 @@ def _held_out(config: RunConfig, log: RunLog) -> HeldOut | None:
         if undecided := nothing_decides(config):
             raise UserError(undecided)
         return None
-    if config.adapter.share != "both":
-        log.event("warning", message=_NOT_MEASURED)
+    if personal := local_from_config(config).personal:
+        log.event("warning", message=f"{_NOT_MEASURED} ({personal[0].lower()}{personal[1:]})")
         return None
     source = examples.read(config.data.test, split="test", columns=config.data.columns, key="data.test")
     rows = stages.inside(source.examples if source.test is None else source.test, config)

@@ -34,9 +34,10 @@ class _Made(NamedTuple):
 class Payloads:
     """Makes payloads, and the messages that carry them.
 
-    It owns the payloads of the newest state, made once for each rank, with their Flower records, which all clients of
-    the rank share; the `Broadcast` where `wire.down` names a codec, which puts a parcel of changes in the adapter's
-    place; and the count of bytes that parcels saved in messages made since `count_bytes` was last called.
+    It owns the payloads of the newest state, made once for each rank (and group of clients, where the method has such),
+    with their Flower records, which all these clients share; the `Broadcast` where `wire.down` names a codec, which
+    puts a parcel of changes in the adapter's place; and the count of bytes that parcels saved in messages made since
+    `count_bytes` was last called.
 
     Args:
         config: the run.
@@ -46,11 +47,11 @@ class Payloads:
     def __init__(self, config: RunConfig, copies: StateDict) -> None:
         whole = from_config.configured_codec(config, "down").whole
         self._broadcast = None if whole else Broadcast(config, copies)
-        self._made: dict[tuple[int, int], _Made] = {}  # by finished rounds and rank
+        self._made: dict[tuple[int, int, int | None], _Made] = {}  # by finished rounds, rank and group
         self._saved_bytes = 0
 
     def payload(self, source: Source, client: ClientInfo) -> Payload:
-        """What a client of this rank is sent, before any coding."""
+        """What a client of this rank and group is sent, before any coding."""
         return self._make(source, client).payload
 
     def messages(self, kind: Kind, members: Iterable[Member], number: int, source: Source) -> list[Message]:
@@ -104,7 +105,8 @@ class Payloads:
         return source.state._replace(copies=copies)
 
     def _make(self, source: Source, client: ClientInfo) -> _Made:
-        key = (source.state.round, client.rank)
+        group = source.aggregator.group
+        key = (source.state.round, client.rank, group(source.state, client.client) if group else None)
         if key not in self._made:
             self._made = {old: made for old, made in self._made.items() if old[0] == key[0]}
             payload = source.aggregator.payload(source.state, client._replace(clients=source.clients))

@@ -39,7 +39,7 @@ def start(config: RunConfig, aggregator: Aggregator, state: ServerState) -> Erro
     It is that of averaging with the weights of `strategy.weighting`, whatever the method makes of the updates; for a
     method that judges its clients, with the shares that it gave them. Updates are kept only where the method may keep
     each of them too. Its random numbers serve nothing else, so a run is the same with and without it. For an adapter
-    that is not made of factors there is no such error.
+    that is not made of factors there is no such error, nor where groups of clients begin at adapters of their own.
     """
     build = averaging_error.exact_if_few if aggregator.needs == "each" else averaging_error.estimated
     # A share is given as an update's weight.
@@ -47,7 +47,8 @@ def start(config: RunConfig, aggregator: Aggregator, state: ServerState) -> Erro
     fold = build(lora.scaling(config.adapter.alpha, config.adapter.scaling), weighting)
     try:
         rng = averaging_error.probes_of(config.seed, state.round + 1)
-        accumulator = fold.start(state, rng) if lora.split(state.adapter) else None
+        one = bool(lora.split(state.adapter)) and aggregator.group is None  # that all begin at
+        accumulator = fold.start(state, rng) if one else None
     except ValueError:
         accumulator = None
     return ErrorFold(fold, state, accumulator, [] if aggregator.judges else None)
@@ -81,8 +82,8 @@ def round_fields(
         `gauge`: the averaging error relative to the round's change, its standard error (0 where it is exact), and by
         method how much of it that method would take away. `method`: the one that was chosen, where the aggregator
         chooses by the round. `shares`: by client, the factor that its change got; `cut`: by client, why it counted for
-        little or nothing. `dropped`: the share of the squared norm that was dropped from the base delta, where its rank
-        has a bound. Each is left out where there is nothing to say.
+        little or nothing. What else the method tells, such as `groups`. `dropped`: the share of the squared norm that
+        was dropped from the base delta, where its rank has a bound. Each is left out where there is nothing to say.
     """
     fields: dict[str, Any] = {"method": gradient.method} if gradient.method else {}
     if (gauge := _finish(error, gradient.shares)) is not None:
@@ -92,24 +93,28 @@ def round_fields(
         shares = {**gradient.shares, **dict.fromkeys(poisoned, 0.0)}
         fields["shares"] = {client: round(share, _DIGITS) for client, share in sorted(shares.items())}
         fields["cut"] = {**gradient.notes, **poisoned}
+    fields |= gradient.told
     if dropped := float(after.memory.get(DROPPED, 0.0)):
         fields["dropped"] = round(dropped, _DIGITS)
     return fields
 
 
-def visit_fields(visit: Visit, prunes: bool) -> dict[str, Any]:
+def visit_fields(visit: Visit, aggregator: Aggregator) -> dict[str, Any]:
     """The fields of the `client` event of a visit.
 
     Args:
         visit: the client's valid reply.
-        prunes: whether clients may lower their own ranks as they train, so that the rank is worth a field.
+        aggregator: the method. Where clients may lower their own ranks as they train, the rank is worth a field; where
+            they train an adapter of their own beside, so are the steps of the visit that it got.
     """
     fields: dict[str, Any] = visit.report._asdict()
     if visit.curated is not None:
         fields["curated"] = visit.curated._asdict()
     if visit.spent is not None:
         fields["spent"] = visit.spent._asdict()
-    if prunes:
+    if aggregator.local.own:
+        fields["own_steps"] = aggregator.local.own_steps(visit.report.steps)
+    if aggregator.prunes:
         fields["rank"] = visit.update.rank
     return fields
 

@@ -286,7 +286,7 @@ class Rounds(Strategy):
         info = self._roster.members[client].info
         self.progress = self.progress.with_update(reply.update, number, info.rank)
         self._roster.set_info(info._replace(last_round=number, rank=reply.update.rank))
-        fields = round_metrics.visit_fields(reply, self.aggregator.prunes)
+        fields = round_metrics.visit_fields(reply, self.aggregator)
         self._log.event("client", round=number, client=client, bytes_up=size, **fields)
 
     def _log_refusal(self, client: str, reason: str, number: int) -> None:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 from apiary.config.schema import RunConfig
 from apiary.config.summary import public_name
-from apiary.core.messages import Payload
 from apiary.core.tensors import StateDict
 from apiary.data import tokenization
 from apiary.data.examples import Example, answer
@@ -27,13 +26,11 @@ from apiary.report.data import OUTCOMES, gain_of
 from apiary.tracking import delivery, environment, event_log, metrics_file
 from apiary.tracking.event_log import Event, RunLog
 from apiary.tracking.run_directory import result_folders
-from client import round_files
-from client.worker import open_received
-from simulation import adversaries, backdoor, baselines, personal, visits
+from simulation import adversaries, backdoor, baselines, client_models, personal, visits
 from simulation.baselines import Baselines
 from simulation.personal import Figures, Home, OwnRows
 from simulation.visits import ClientVisits
-from strategies.from_config import local_from_config
+from strategies.from_config import local_from_config, method_from_config
 
 _ASKED = 60  # held-out questions with a hidden phrase
 
@@ -90,7 +87,7 @@ def summarise(
         "task": _task(prepared),
         "table": _table(runs, _accounts(trained, counted), unlike, config.seed),
         "paired": comparison.differences(runs, config.seed),
-        "clients": clients,
+        "clients": client_models.with_groups(clients, events),
         **_deciding(prepared, adapter, own),
         "gain": _gain(clients, unlike.get("local")),
         "skills": comparison.by_kind(kind, runs, held_out) if kind and config.evaluate.generate else {},
@@ -98,7 +95,7 @@ def summarise(
         "samples": _samples(prepared, runs, kind, None if own else adapter),
         "delivered": delivered._asdict() if delivered else None,
         **continual.results(events, runs, held_out, config),
-        **({"share": config.adapter.share} if own else {}),
+        **({"share": config.adapter.share, "each_has": local_from_config(config).personal} if own else {}),
         **({"personal": figures.whole} if figures else {}),
         "rank": exported_rank(adapter),
         **_attack(prepared, adapter, events),
@@ -213,14 +210,11 @@ def _sum(counts: Iterable[int | None]) -> int | None:
 def own_models(prepared: Plan, adapter: StateDict, folder: Path, trained: Collection[str]) -> dict[str, StateDict]:
     """Each client's model of its own, where the method makes one; that of who has trained is kept as a folder."""
     config, federation, lm, _, _ = prepared
-    local = local_from_config(config)
-    if not local.personal:
+    method = method_from_config(config)
+    if not method.local.personal:
         return {}
-    shared = Payload({name: tensor for name, tensor in adapter.items() if local.shares(name)}, {})
-    made: dict[str, StateDict] = {}
+    made = client_models.of_clients(lm, config, method, [client.name for client in federation.clients], folder)
     for client in federation.clients:
-        kept = round_files.newest(folder / "clients" / client.name, local.keeps, config.rounds + 1)
-        made[client.name] = open_received(lm, config, local, kept, shared).adapter
         if client.name in trained:
             place = result_folders(folder).personal / client.name
             save_adapter_folder(lm, made[client.name], place, config, folder)

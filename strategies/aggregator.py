@@ -25,7 +25,7 @@ from strategies.local import PLAIN, LocalAlgorithm
 
 ROOT = "server/root"  # the client name of the server's own update; no file and no site can have it
 _NOTHING: StateDict = MappingProxyType({})
-_FLOOR = 3**-0.5  # the expected norm of a row of a Kaiming-uniform A, whatever its length
+FLOOR = 3**-0.5  # the expected norm of a row of a Kaiming-uniform A, whatever its length
 
 
 class ServerState(NamedTuple):
@@ -57,6 +57,7 @@ class Gradient(NamedTuple):
     memory: StateDict = _NOTHING  # the change of what the method keeps in the state's `memory`
     method: str = ""  # the one that made it, where the aggregator chooses among several
     space: Literal["factors", "products"] | None = None  # what it is, where the aggregator's differ; None: as it says
+    told: Mapping[str, Any] = MappingProxyType({})  # more fields of the round's event, plain values
 
 
 class Reducer(NamedTuple):
@@ -95,6 +96,10 @@ class Aggregator(NamedTuple):
     judges: bool = False  # whether its gradients tell the `shares` that clients got, and why one got little
     root: bool = False  # whether each fold must also get the server's own update, in the name of `ROOT`
     base: bool = False  # whether its gradients have a `base_delta` beside factors, which no server optimiser may scale
+    # Of methods that send clients of one rank different payloads: the group of a client, all of whom get the same one;
+    # None is a group too. None in its place: one payload for all clients of a rank.
+    group: Callable[[ServerState, str], int | None] | None = None
+    models: Callable[[ServerState], Mapping[str, StateDict]] = lambda state: {}  # beside the adapter, by folder name
     local: LocalAlgorithm = PLAIN  # the client's half
     # Whether its rounds average A and B apart and leave it at that; "sometimes" where it chooses by the round.
     averages: Literal["always", "sometimes", "never"] = "never"
@@ -142,7 +147,7 @@ def product_step(state: ServerState, gradient: Gradient) -> ServerState:
     """The next state: the pseudo-gradient added to the product, and the best factors of the adapter's rank for it."""
     change = lora.split(gradient.adapter)
     modules = {
-        module: lora.balanced(lora.svd(lora.stack([held, change[module]]), held.rank), held.rank, _FLOOR)
+        module: lora.balanced(lora.svd(lora.stack([held, change[module]]), held.rank), held.rank, FLOOR)
         for module, held in lora.split(state.adapter).items()
     }
     return state._replace(round=state.round + 1, adapter=lora.join(modules))

@@ -30,4 +30,10 @@ def _finish(start: StateDict, delta: dict[str, Tensor]) -> tuple[dict[str, Tenso
     return only_a(delta), {name: start[name] + d for name, d in delta.items() if is_b(name)}
 
 
-LOCAL = LocalAlgorithm(_open, _finish, keeps="personal", shares=lambda name: not is_b(name), personal=True)
+LOCAL = LocalAlgorithm(
+    _open,
+    _finish,
+    keeps="personal",
+    shares=lambda name: not is_b(name),
+    personal="Clients share the factors A of the adapter, and each keeps a B of its own",
+)

@@ -85,7 +85,7 @@ def _problems(config: RunConfig, aggregator: Aggregator) -> Iterator[str]:
             f"adapter.train = {adapter.train!r}: strategy.name = {name!r} moves the factor that clients hold fixed; "
             f"it allows {' and '.join(map(repr, aggregator.trains))}"
         )
-    if adapter.start is not None and aggregator.local.personal:
+    if adapter.start is not None and adapter.share != "both":
         yield (
             f"adapter.start: with adapter.share = {adapter.share!r} the B of each client begins at zero, and that of "
             "the start would be lost; leave one of the two out"
@@ -117,11 +117,9 @@ def _problems(config: RunConfig, aggregator: Aggregator) -> Iterator[str]:
         )
     if config.strategy.root is not None and not aggregator.root:
         yield f"strategy.root: strategy.name = {name!r} does not use rows of the server's own; leave it out"
-    if config.privacy.unit == "record" and (aggregator.local.settle or aggregator.local.gradient_free):
-        yield (
-            f"privacy.unit = 'record': strategy.name = {name!r} has a part at the clients that no noise covers; use a "
-            "method without one, such as fedavg"
-        )
+    if aggregator.local.personal and adapter.share == "both":  # with share = "a" `apiary.config.compatibility` says so
+        yield from _personal_problems(config)
+    yield from _private_problems(config, aggregator)
     if config.personal.enabled and aggregator.local.gradient_free:
         yield (
             f"personal.enabled = true: strategy.name = {name!r} trains without gradients, and its learning rate means "
@@ -137,6 +135,42 @@ def _problems(config: RunConfig, aggregator: Aggregator) -> Iterator[str]:
             f"strategy.min_clients = {config.strategy.min_clients}: strategy.name = {name!r} with these options needs "
             f"{aggregator.fewest} answers to keep its promise; raise it{also}, or lower strategy.options.byzantine"
         )
+
+
+def _private_problems(config: RunConfig, aggregator: Aggregator) -> Iterator[str]:
+    if config.privacy.unit != "record":
+        return
+    name = config.strategy.name
+    if aggregator.local.own:
+        yield (
+            f"privacy.unit = 'record': strategy.name = {name!r} trains each client's own model without noise, and "
+            "whether that goes well or how long it takes would show in the client's answer; use fedavg, and tune the "
+            "shared model at home when the run is over"
+        )
+    elif aggregator.local.settle or aggregator.local.gradient_free:
+        yield (
+            f"privacy.unit = 'record': strategy.name = {name!r} has a part at the clients that no noise covers; use a "
+            "method without one, such as fedavg"
+        )
+
+
+def _personal_problems(config: RunConfig) -> Iterator[str]:
+    """What asks for one model for all, where clients have models of their own."""
+    name = f"strategy.name = {config.strategy.name!r}"
+    if config.continual.stages:
+        yield f"continual.stages: what is forgotten is measured on one model for all, and {name} makes one a client"
+    if config.simulate.attackers:
+        yield (
+            f"simulate.attackers = {config.simulate.attackers:g}: attacks are measured on one model for all, and "
+            f"{name} makes one a client; set 0"
+        )
+    if config.evaluate.patience:
+        yield (
+            f"evaluate.patience = {config.evaluate.patience}: {name} leaves each client a model of the last round, so "
+            "no earlier one could be delivered; set 0"
+        )
+    if config.evaluate.clients is False:
+        yield f"evaluate.clients = false: {name} makes models that clients score themselves; leave the key out"
 
 
 def _for_several_ranks(config: RunConfig) -> Iterator[str]:
@@ -179,6 +213,19 @@ def _wire_problems(config: RunConfig, aggregator: Aggregator) -> Iterator[str]:
             f"wire.up = {config.wire.up.name!r}: its error feedback is kept in the factors' basis, which "
             f"strategy.name = {name!r} changes in every round; use a codec with feedback = false, such as int8"
         )
+    if aggregator.group:
+        if up.feedback:
+            yield (
+                f"wire.up = {config.wire.up.name!r}: its error feedback is kept in the factors' basis, and with "
+                f"strategy.name = {name!r} a client comes to have those of its group; use a codec with "
+                "feedback = false, such as int8"
+            )
+        if not down.whole:
+            yield (
+                f"wire.down = {config.wire.down.name!r}: strategy.name = {name!r} sends each group of clients another "
+                "adapter, and changes are kept of one alone; use fp32"
+            )
+        return
     if aggregator.prunes and (up.feedback or not down.whole):
         yield (
             "strategy.options.prune: clients that prune change their rank, and what a codec keeps for the next message "

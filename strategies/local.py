@@ -7,6 +7,13 @@ stores what is to be kept.
     state of an earlier round, payload  --open-->    adapter to start from, hooks of the trainer
     adapter at the start, its change    --finish-->  the change that is sent, and the state to keep
     state, payload, change as it arrives --settle--> the state to keep of a change that has been sent
+
+A method may have clients train a second adapter, their own, which never travels:
+
+    state of an earlier round, payload  --own-->     own adapter to start from, hooks of its training
+
+It is trained in the same visit, after what is sent, with a share of the visit's steps and on the rows that come next.
+What it has become is the state that is kept, and the model that the client is measured with.
 """
 
 from __future__ import annotations
@@ -74,6 +81,7 @@ class LocalAlgorithm(NamedTuple):
     """The client's half of a method; the defaults are training from the received adapter, and nothing kept.
 
     `keeps` names the files that hold the client's state of the method, one a round, on its own disk; "" keeps none.
+    A method with `own` keeps that adapter and nothing else, so that its `finish` keeps nothing and it has no `settle`.
     With `resumes` = "newest" a visit gets the state of the newest round before its own; with "counted" that of the last
     round in which the server says that the client's answer counted, for methods whose server holds a part of it.
     """
@@ -86,9 +94,20 @@ class LocalAlgorithm(NamedTuple):
     resumes: Literal["newest", "counted"] = "newest"
     rank: Callable[[StateDict, int], int] = lambda factors, rank: rank  # (what travels, the site's own) -> its rank now
     shares: Callable[[str], bool] = lambda name: True  # whether the adapter's tensor of this name travels
-    personal: bool = False  # whether each client has a model that nobody else can put together
+    # What clients have for models, as a sentence without its end, where not all have the same one; "" where they do.
+    personal: str = ""
     gradient_free: bool = False  # whether its hooks bring `descend`
     codec: str = "fp32"  # that carries its updates where the run leaves wire.up as it is
+    own: Callable[[StateDict, Payload, Client], Opened] | None = None  # the second adapter; None: there is none
+    own_share: float = 0.0  # of a visit's steps, those that train the second adapter
+
+    def own_steps(self, steps: int) -> int:
+        """How many of a visit's steps train the client's own adapter; what is sent gets the others, one at least."""
+        return min(steps - 1, max(1, round(self.own_share * steps))) if self.own else 0
+
+    def halves(self, names: Iterable[str]) -> bool:
+        """Whether what travels of the adapter's tensors is no model by itself."""
+        return not all(map(self.shares, names))
 
 
 PLAIN = LocalAlgorithm()

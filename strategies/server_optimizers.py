@@ -34,6 +34,7 @@ _BASE = (
     "this strategy.name adds a residual to the base that fits a step of size 1 alone; use none, or another method, "
     "such as fedavg"
 )
+_GROUPS = "this strategy.name moves an adapter for each group of clients by itself; use none, or fedavg"
 _SEEDS = "this strategy.name averages scalars of seeds, which have no entries to optimise; use none, and set train.lr"
 
 
@@ -67,7 +68,7 @@ def with_optimizer(
 
     Raises:
         UserError: the optimiser has a memory and the basis of the method's factors changes each round; or the method
-            also adds to the base, and what it adds fits a step of size 1 alone.
+            also adds to the base, and what it adds fits a step of size 1 alone; or it has groups of clients.
     """
     if optimizer.name == "none":
         return aggregator
@@ -75,6 +76,8 @@ def with_optimizer(
         raise _refused(optimizer, _SEEDS)
     if aggregator.base:
         raise _refused(optimizer, _BASE)
+    if aggregator.group:
+        raise _refused(optimizer, _GROUPS)
     if aggregator.space == "products":
         if optimizer.slots:
             raise _refused(optimizer, _BASIS)

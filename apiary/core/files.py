@@ -139,7 +139,7 @@ _OF_CLIENTS = ("baselines/local", "baselines/local_best", "personal")  # places 
 
 def sweep(folder: Path) -> None:
     """Remove drafts that a killed run left in its run directory, or a killed visit in that of its client."""
-    made_by_us = [folder / place for place in ("checkpoints", "baselines", *_OF_CLIENTS)]
+    made_by_us = [folder / place for place in ("checkpoints", "baselines", "groups", *_OF_CLIENTS)]
     drafts = [path for path in folder.iterdir() if is_draft(path)]
     for draft in [*drafts, *(path for place in made_by_us for path in place.glob(".*"))]:
         shutil.rmtree(draft, ignore_errors=True) if draft.is_dir() else draft.unlink()

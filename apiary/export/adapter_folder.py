@@ -32,6 +32,7 @@ def save_adapter_folder(
     *,
     rounds: int | None = None,
     note: str = "",
+    about: str = "",
 ) -> None:
     """Write a PEFT folder that any tool loads, with a model card and the run's settings.
 
@@ -43,6 +44,7 @@ def save_adapter_folder(
         run: its directory; the parent of `folder` where None.
         rounds: how many made the adapter; those of the run where None.
         note: a paragraph of the card on what is not the run's own model; it says itself what protects the rows.
+        about: a paragraph of the card on whose adapter this is, where clients have different ones.
     """
     template = make_template(config.prompt, lm.tokenizer)
     config = with_template(config, template.name)
@@ -50,7 +52,7 @@ def save_adapter_folder(
     text = card(config, exported_rank(adapter), None, privacy, exported=False, why=template.why, rounds=rounds)
     if config.adapter.share != "both" and is_half(adapter):
         text += "\nThese are the factors A that clients share. B is zero: each client has its own, and keeps it.\n"
-    adapter_files.save_adapter(lm, adapter, folder, text + note)
+    adapter_files.save_adapter(lm, adapter, folder, text + about + note)
     files.write_atomic(folder / SETTINGS, config.to_toml(without=OF_THE_SITE))
 
 

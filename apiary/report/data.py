@@ -297,6 +297,7 @@ class Metrics(_Part):
     curation: Mapping[str, CurationPart] = Field(default_factory=dict)
     share: str = "both"  # `adapter.share`
     personal: OwnModels | None = None  # where clients chose models of their own
+    each_has: str = ""  # what clients have for models, where not all have the same one
     rank: int | None = None  # of the adapter that is exported
     delivered: Delivered | None = None  # None in a run of an earlier version
     attack: Attack | None = None  # of a simulation with attackers

@@ -315,11 +315,13 @@ def _ways(methods: Sequence[MethodName]) -> str:
 
 def personal(metrics: Metrics) -> str:
     """That there is a federated model for each client, and what its row is then; empty where there is one for all."""
-    if metrics.share == "both":
-        return ""
+    before = "Clients share the factors A of the adapter, and each keeps a B of its own"  # in a run of earlier versions
+    said = metrics.each_has or (before if metrics.share != "both" else "")
     return (
-        "Clients share the factors A of the adapter, and each keeps a B of its own: the federated row is the mean of "
-        "these personal models on everybody's held-out examples, as that of training alone is."
+        f"{said}: the federated row is the mean of these personal models on everybody's held-out examples, as that of "
+        "training alone is."
+        if said
+        else ""
     )
 
 

@@ -16,6 +16,7 @@ from apiary.core.errors import UserError
 CONFIG = "config.toml"
 RUN_ID = "run-id"  # of a deployment: what tells the directory's run from others of its name
 CHECKPOINTS = "checkpoints"
+GROUPS = "groups"  # folder of a PEFT folder for each group of clients, where groups have adapters of their own
 MADE_BY = "made_by"  # in a checkpoint's `state.json`: the configuration that made it, as JSON
 WRITING, STARTING = ".lock", ".starting.lock"  # lock files: of who writes the directory, and of who starts a run in it
 _NOT_LOCKED = (

@@ -68,6 +68,24 @@ def test_a_payload_is_made_once_for_all_clients_of_a_rank_in_a_round() -> None:
     assert len(made) == 5
 
 
+def test_groups_of_clients_are_sent_payloads_of_their_own() -> None:
+    """One for each group, whoever asks first; None is a group too."""
+    made: list[ClientInfo] = []
+    source, one = counting(made), payloads()
+    groups = {"c0": 0, "c1": 1, "c2": 0}
+    grouped = source.aggregator._replace(group=lambda state, client: groups.get(client))
+    messages = one.messages(
+        "train", list(map(member, ("c0", "c1", "c2", "c3", "c4"))), 1, source._replace(aggregator=grouped)
+    )
+    assert [client.client for client in made] == ["c0", "c1", "c3"]
+    assert [[x.content["adapter"] is y.content["adapter"] for x in messages] for y in messages[:4]] == [
+        [True, False, True, False, False],
+        [False, True, False, False, False],
+        [True, False, True, False, False],
+        [False, False, False, True, True],
+    ]
+
+
 def test_a_message_says_whom_it_is_for_and_when_that_client_last_counted() -> None:
     [message] = payloads().messages("train", [member("c7", last_round=3)], 5, counting([]))
     about = message.metadata

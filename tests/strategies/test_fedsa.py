@@ -144,6 +144,14 @@ def test_the_table_is_of_the_personal_models_and_says_so(finished: tuple[Path, d
     assert "each keeps a B of its own" in (folder / "report.html").read_text()
 
 
+def test_a_run_of_an_earlier_version_says_it_too(finished: tuple[Path, dict[str, Any]]) -> None:
+    """Its metrics name what is shared, and have no sentence of the method's."""
+    _, metrics = finished
+    assert metrics["each_has"] and metrics["share"] == "a"
+    before = {key: value for key, value in metrics.items() if key != "each_has"}
+    assert table_plain(before) == table_plain(metrics)
+
+
 def test_in_each_round_clients_score_their_own_model_and_the_server_none(
     finished: tuple[Path, dict[str, Any]],
 ) -> None:

@@ -47,8 +47,8 @@ METHODS: Mapping[str, Callable[[], Aggregator]] = {
     "hetlora, pruning": lambda: build("hetlora", prune=0.5, penalty=0.1),
     "fedsa": lambda: with_own_b(build("fedavg")),
 }
-WITH_STATE = {"scaffold": "control", "fedsa": "personal"}
-NOT_PLAIN = {"scaffold", "fedsa", "fedkseed", "hetlora, pruning"}
+WITH_STATE = {"scaffold": "control", "fedsa": "personal", "ditto": "own"}
+NOT_PLAIN = {"scaffold", "fedsa", "fedkseed", "hetlora, pruning", "ditto", "clustered"}
 
 
 class Case(NamedTuple):
@@ -68,13 +68,16 @@ class Case(NamedTuple):
     def opened(self) -> Opened:
         return self.local.open(self.state, self.payload, self.client)
 
+    def own(self) -> Opened | None:
+        return self.local.own(self.state, self.payload, self.client) if self.local.own else None
+
 
 def case_of(name: str, rank: int = RANK, state: StateDict | None = None) -> Case:
     method = METHODS[name]()
     server = {n: t for n, t in factors(1).items() if method.local.shares(n)}
     memory = {f"control.{n}": t for n, t in factors(2).items()} if name == "scaffold" else {}
     payload = method.payload(ServerState(3, server, {}, memory), ClientInfo("c", rank, 2, 4))
-    kept = {n: t for n, t in factors(3).items() if name == "scaffold" or is_b(n)} if name in WITH_STATE else {}
+    kept = {n: t for n, t in factors(3).items() if name != "fedsa" or is_b(n)} if name in WITH_STATE else {}
     shapes = {n: t.shape for n, t in factors(0, rank).items()}
     client = Client(rank, shapes, fresh=lambda: {n: t.clone() for n, t in START.items()})
     # A change that shrinks every tail, so that a client that may prune does.
@@ -153,8 +156,9 @@ def test_a_state_is_kept_only_where_it_has_a_name(case: Case) -> None:
     assert case.local.keeps == WITH_STATE.get(case.name, "")
     _, kept = case.local.finish(case.opened().adapter, case.delta)
     settled = case.local.settle(case.state, case.payload, case.delta, LR_SUM) if case.local.settle else NOTHING
-    assert bool(kept or settled) == bool(case.local.keeps)
-    assert not (kept and settled)  # there is one file a round
+    own = case.own()
+    assert bool(kept or settled or own) == bool(case.local.keeps)
+    assert sum(map(bool, (kept, settled, own))) <= 1  # there is one file a round
     if case.local.settle:
         assert case.local.keeps and case.method.extra  # the worker settles where there is something of the method's own
     # What was kept is what the next visit opens with.
@@ -166,7 +170,7 @@ def test_a_state_makes_a_difference_to_the_next_visit() -> None:
     for name in WITH_STATE:
         case = case_of(name)
         other = case._replace(state={n: t + 1 for n, t in case.state.items()})
-        one, two = case.opened(), other.opened()
+        one, two = (each.own() or each.opened() for each in (case, other))
         assert (digest(one.adapter), digest(one.hooks.correction)) != (
             digest(two.adapter),
             digest(two.hooks.correction),
@@ -218,7 +222,11 @@ def test_what_a_half_says_of_itself_is_so(case: Case) -> None:
     assert case.local.codec in CODECS and (case.local.codec != "fp32") == case.local.gradient_free
     assert bool(hooks.correction) == bool(case.payload.extra) == case.method.extra
     assert set(hooks.correction) <= set(case.client.shapes)
-    assert case.local.personal == (not all(map(case.local.shares, case.client.shapes)))
+    half = case.local.halves(case.client.shapes)
+    assert half == (not all(map(case.local.shares, case.client.shapes)))
+    assert bool(case.local.personal) == bool(half or case.local.own or case.method.group)
+    assert not case.local.personal.endswith(".")  # a sentence goes on with it
+    assert (case.local.own is None) == (case.local.own_share == 0.0) and 0.0 <= case.local.own_share < 1.0
     assert not hooks.penalties or case.method.prunes
     if hooks.descend:
         steps = [(lambda adapter: 1.0, 0.1), (lambda adapter: float("nan"), 0.1)]
@@ -230,3 +238,34 @@ def test_who_is_only_measured_is_sent_nothing_extra_and_opens_the_same_adapter(c
     measured = case.local.open(case.state, case.payload._replace(extra=NOTHING), case.client)
     assert bits(measured.adapter) == bits(case.opened().adapter)
     assert not measured.hooks.correction
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name]().local.own])
+def test_an_own_adapter_is_whole_and_begins_where_the_client_left_it(name: str) -> None:
+    """At first at the one that it is sent; whoever is only measured opens the same."""
+    case = case_of(name)
+    assert case.local.own is not None
+    opened = case.own()
+    assert opened is not None and bits(opened.adapter) == bits(case.state)
+    first = case.local.own({}, case.payload._replace(last_round=0), case.client)
+    assert bits(first.adapter) == bits(case.payload.adapter)
+    measured = case.local.own(case.state, case.payload._replace(extra=NOTHING), case.client)
+    assert bits(measured.adapter) == bits(opened.adapter)
+    for one in (opened, first):
+        assert {n: t.shape for n, t in one.adapter.items()} == dict(case.client.shapes)
+        assert not one.hooks.descend  # the trainer makes its steps
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name]().local.own])
+def test_what_is_sent_does_not_depend_on_the_own_adapter(name: str) -> None:
+    case = case_of(name)
+    other = case._replace(state={n: t + 1 for n, t in case.state.items()})
+    one, two = case.opened(), other.opened()
+    assert bits(one.adapter) == bits(two.adapter) and hooks_said(one.hooks) == hooks_said(two.hooks)
+    own, again = case.own(), case.own()
+    assert own and again and hooks_said(own.hooks) == hooks_said(again.hooks)
+    before = bits(case.state, case.payload.adapter)
+    hooks_said(own.hooks)
+    assert bits(case.state, case.payload.adapter) == before
+    sent, kept = case.local.finish(one.adapter, case.delta)
+    assert not kept and case.local.settle is None and sent.keys() == case.payload.adapter.keys()
