@@ -188,8 +188,6 @@ def _refuse_chosen_rows(config: RunConfig) -> None:
     Raises:
         Refusal: the run limits the rows.
     """
-    if config.personal.enabled:
-        raise handlers.Refusal("personal.enabled = true: this site makes no model of its own; leave it out")
     if config.data.max_rows is not None:
         raise handlers.Refusal(
             f"data.max_rows = {config.data.max_rows}: which of its rows a site uses is for the site to choose; leave "

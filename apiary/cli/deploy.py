@@ -116,7 +116,7 @@ def deploy_split(
     agree: Annotated[
         Path | None,
         typer.Option(
-            metavar="CONFIG", help="agree to a run's continual.by, stages, curation and prompt, and to no others"
+            metavar="CONFIG", help="agree to a run's stages, curation, prompt and rows for own models, and to no others"
         ),
     ] = None,
     state: State = None,

@@ -331,6 +331,19 @@ def test_the_audit_at_a_site_has_the_sites_own_split_rate_and_noise(
     assert seen.spent.sample_rate == 10 / policy.planned([len(own.train)])[0] != 10 / len(own.train)
 
 
+def test_the_audit_at_a_site_leaves_out_what_it_set_apart_for_its_own_model(
+    tmp_path: Path, small_run: list[str], rows_file: Path
+) -> None:
+    own = ("personal.enabled=true", "personal.validation=0.3", "data.test_fraction=0.1", "seed=5")
+    config = loading.load(None, [*small_run, *own, "data.source=elsewhere.jsonl"])
+    (tmp_path / "config.toml").write_text(config.to_toml())
+    facts = Facts("c", rows_file, tmp_path / "state")
+    site = site_worker._read_site(site_worker.at_home(config, facts), facts, "run")
+    made = audit.open_bench(tmp_path, audit.Options(), audit.AtSite(str(rows_file), tmp_path / "state"))
+    assert made.client.train == site.train and made.client.test == site.test
+    assert 10 < len(made.client.validation) < 70
+
+
 @pytest.mark.slow
 def test_a_site_audits_a_private_run(tmp_path: Path, small_run: list[str], rows_file: Path) -> None:
     """Also by the drill on single rows, in which each row takes part whatever number the site declares."""

@@ -427,14 +427,12 @@ def test_a_run_that_is_none_or_not_over_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_does_not_go_with_own_models_is_refused(tmp_path: Path) -> None:
-    from strategies.from_config import check_for_sites, from_config
+    from strategies.from_config import from_config
 
     with pytest.raises(UserError, match="trains without gradients"):
         from_config(loading.load(None, ["personal.enabled=true", "strategy.name=fedkseed", "train.lr=1e-3"]))
     with pytest.raises(UserError, match=r"continual\.stages"):
         loading.load(None, ["personal.enabled=true", 'continual.stages=[["sort"], ["count"]]'])
-    with pytest.raises(UserError, match="made in a simulation alone"):
-        check_for_sites(loading.load(None, ["personal.enabled=true"]))
 
 
 # -- with other methods ----------------------------------------------------------------------------------------------
