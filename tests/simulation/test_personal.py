@@ -34,9 +34,9 @@ from client import handlers
 from client.personal import candidates
 from client.personal.candidates import Rows
 from client.personal.choice import FEWEST
+from client.personal.own_model import OwnRows, Task
 from client.training import trainer
 from client.training.trainer import VisitPlan
-from simulation.personal import OwnRows, _Task
 from simulation.run import personalise, simulate
 
 WEIGHTS = "adapter_model.safetensors"
@@ -479,7 +479,7 @@ def test_attackers_get_no_own_model_and_base_deltas_are_mixed(tmp_path: Path, ti
 
 def test_a_model_is_made_anew_where_anything_that_it_follows_from_differs() -> None:
     base, rows = loading.load(None, []), OwnRows((1, 2), (3,), (4,))  # type: ignore[arg-type]
-    task = _Task("c", 4, {"w": torch.ones(2)}, rows)
+    task = Task("c", 4, {"w": torch.ones(2)}, rows, Path("own"), Path("alone"))
     others = {
         task._replace(steps=5).seal(base),
         task._replace(federated={"w": torch.zeros(2)}).seal(base),
