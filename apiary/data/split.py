@@ -171,13 +171,20 @@ def of_run(state: Path, config: RunConfig) -> Split:
         made = (pinned or draw(fraction))._replace(reading=asked)
         save(state, made)
         return made
-    known = {key: pinned.reading.get(key, _LEFT_OUT.get(key)) for key in asked}
-    if other := [key for key, value in asked.items() if known[key] != value]:
+    if other := differing(pinned, config):
         raise AnotherSplit(
             f"{', '.join(other)}: this site has pinned another value and takes no other from a run; its operator can "
             f"agree to the run's configuration ({_COMMAND} KIT --agree run.toml)"
         )
     return pinned
+
+
+def differing(pinned: Split, config: RunConfig) -> list[str]:
+    """The keys of `reading` of which a site has pinned another value than a run's; empty where none is pinned yet."""
+    known, asked = pinned.reading, reading(config)
+    if known is None:
+        return []
+    return [key for key, value in asked.items() if known.get(key, _LEFT_OUT.get(key)) != value]
 
 
 def repin(state: Path, fraction: float, *, new_key: bool, agreed: RunConfig | None = None) -> Split:

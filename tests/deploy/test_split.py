@@ -34,7 +34,8 @@ from apiary.data.federation import decides, federate, is_held_out
 from apiary.models import adapters
 from apiary.transport import flower_records
 from client import site_worker, told
-from client.site_worker import Facts, Service
+from client.site import Facts, at_home
+from client.site_worker import Service
 from client.worker import Worker
 from client.worker_rpc import Envelope
 from deploy import kits, processes
@@ -158,7 +159,7 @@ def test_each_site_deals_its_rows_by_a_key_that_nobody_else_can_compute(serve: C
     for name in ("a", "b"):
         server = serve(name, instruction_rows(40), "data.test_fraction=0.3")
         server.hello()
-        config = site_worker.at_home(server.run, server.facts)
+        config = at_home(server.run, server.facts)
         sides.append({row.turns[0].text for row in site_worker._read_site(config, server.facts, "run").test})
     public = {row.turns[0].text for row in _examples(instruction_rows(40)) if is_held_out(row, fraction)}
     assert sides[0] != sides[1] and public not in sides
@@ -168,7 +169,7 @@ def test_each_site_deals_its_rows_by_a_key_that_nobody_else_can_compute(serve: C
 def test_rows_of_one_question_stay_on_one_side(serve: Callable[..., Server]) -> None:
     rows = [{**row, "output": answer} for row in instruction_rows(40) for answer in ("one", "two", "three")]
     server = serve("ant", rows, "data.test_fraction=0.3")
-    site = site_worker._read_site(site_worker.at_home(server.run, server.facts), server.facts, "run")
+    site = site_worker._read_site(at_home(server.run, server.facts), server.facts, "run")
     sides = [{row.turns[0].text for row in part} for part in (site.train, site.test)]
     assert all(sides) and not sides[0] & sides[1]
     assert len(site.train) + len(site.test) == 120 and len(site.test) == 3 * len(sides[1])
@@ -721,7 +722,7 @@ def test_a_site_tells_no_half_of_its_scores_that_leaves_few_rows(serve: Callable
     one, other = (_examples(half) for half in halves)
     for rest, told_ in ((0, True), (1, False), (4, False), (5, True)):
         server = serve(f"rest{rest}", rows, "evaluate.patience=1")
-        site = site_worker._read_site(site_worker.at_home(server.run, server.facts), server.facts, "run")
+        site = site_worker._read_site(at_home(server.run, server.facts), server.facts, "run")
         test = (*one[:8], *other[:rest])
         worker = Worker(server.run)
         score = worker.evaluate(site._replace(test=test), Payload(server.adapter, {}))
@@ -853,7 +854,7 @@ def test_the_rows_set_apart_at_a_site_follow_its_key_and_not_the_servers_seed(se
     sides = []
     for name, seed in (("a", 0), ("a", 1), ("b", 0)):
         server = serve(name, instruction_rows(200), *OWN, f"seed={seed}")
-        config = site_worker.at_home(server.run, server.facts)
+        config = at_home(server.run, server.facts)
         site = site_worker._read_site(config, server.facts, "run")
         train, test = ({row.turns[0].text for row in part} for part in (site.train, site.test))
         assert not train & test and 15 < 200 - len(train | test) < 90  # neither trained nor measured
