@@ -180,7 +180,10 @@ def personalise(folder: Path, overrides: Sequence[str] = (), observers: Sequence
     """
     metrics = metrics_file.read_metrics(folder)
     if metrics.get("sites") is not None:
-        raise UserError(f"{str(folder)!r} is a deployed run, whose rows are at its sites: there is nothing to train on")
+        raise UserError(
+            f"{str(folder)!r} is a deployed run, whose rows are at its sites: each makes its own model there (apiary "
+            "deploy personal)"
+        )
     config = loading.load(folder / "config.toml", own_model.only_personal(overrides))
     _check_personal(config)
     with run_directory.claim(folder):

@@ -424,6 +424,11 @@ def test_after_a_run_only_how_models_are_made_can_be_said(plain: Path, setting: 
 def test_a_run_that_is_none_or_not_over_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         personalise(tmp_path / "nothing")
+    (tmp_path / "metrics.json").write_text('{"schema": 1, "sites": []}')
+    with pytest.raises(
+        UserError, match=r"a deployed run, .* each makes its own model there \(apiary deploy personal\)"
+    ):
+        personalise(tmp_path)
 
 
 def test_what_does_not_go_with_own_models_is_refused(tmp_path: Path) -> None:
