@@ -456,7 +456,7 @@ def test_what_goes_wrong_under_privacy_says_nothing_of_the_rows(
         def broken(*args: Any, error: Exception = error, **kwargs: Any) -> Any:
             raise error
 
-        for place in ("client.worker.private_visit.visit", "client.site_worker.federate"):
+        for place in ("client.worker.private_visit.visit", "client.site_worker.stages.rows_of_run"):
             server = serve(f"s{number}{len(place)}", None, *PRIVATE, "privacy.epsilon=50.0")
             with monkeypatch.context() as patched:
                 patched.setattr(place, broken)
@@ -534,9 +534,13 @@ QUESTIONS: tuple[tuple[str, ...], ...] = (
     ("train.steps=null", "train.epochs=1.0", "train.batch_tokens=16", "train.accumulate=1"),
     ("evaluate.patience=1",),
     ("seed=5", "rounds=1"),
+    ("personal.enabled=true", "personal.validation=0.4"),
+    ("personal.enabled=true", "personal.validation=0.4", "seed=9"),
+    ("personal.enabled=true", "personal.validation=0.97"),  # leaves fewer rows than are told
 )
 # The other keys: they neither take a part of the rows nor change what is read of them.
 _OF_NO_ROWS = ("model.", "adapter.", "strategy.", "wire.", "evaluate.", "simulate.", "log.", "privacy.", "train.")
+_OF_NO_ROWS += tuple(f"personal.{key}" for key in ("weights", "budget", "lr_factor", "margin"))  # how models are made
 
 
 def _keys(question: tuple[str, ...]) -> set[str]:

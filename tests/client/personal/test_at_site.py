@@ -31,7 +31,7 @@ from apiary.export import export, tuned
 from apiary.export.adapter_folder import save_adapter_folder
 from apiary.models import adapter_files, adapters
 from client import site_worker, state
-from client.personal import at_site, candidates
+from client.personal import at_site, own_model
 from client.personal.at_site import Handed
 from client.site import Facts, Site, at_home
 from client.training import trainer
@@ -215,7 +215,12 @@ def test_the_folder_is_its_owners_and_what_other_commands_take(north: Home, fini
 
 def test_a_failure_on_the_way_leaves_nothing(north: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = at_site.prepare(north.facts, Handed(north.run), tmp_path / "own")
-    monkeypatch.setattr(candidates, "contest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+
+    def stopped(*_: Any) -> None:
+        assert (plan.task.own / "choice.json").exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(own_model, "on_own_rows", stopped)  # the model is there by then
     with pytest.raises(KeyboardInterrupt):
         at_site.make(plan)
     assert list(tmp_path.iterdir()) == []
