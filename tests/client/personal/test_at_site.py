@@ -15,6 +15,7 @@ import torch
 from command_line import apiary, assert_refused
 from conftest import instruction_rows, overrides_for
 from safetensors.torch import load_file, save_file
+from small_models import same
 
 from apiary.cli import own_model as told
 from apiary.config import loading
@@ -274,6 +275,28 @@ def test_an_adapter_folder_is_of_the_only_run_or_of_the_one_that_is_named(north:
         at_site.prepare(home.facts, Handed(folder, run="third"), tmp_path / "out")
 
 
+def test_what_export_wrote_is_taken_also_at_a_lower_rank(north: Home, tmp_path: Path) -> None:
+    run = rewritten(north, tmp_path / "run", f"model.name={north.facts.model}")
+    whole = export.export_run(run, tmp_path / "whole").folder
+    plan = at_site.prepare(north.facts, Handed(whole), tmp_path / "out")
+    assert plan.task.steps == 8 and same(dict(plan.task.federated), dict(north.adapter))
+    assert list(plan.task.rows.validation) and list(plan.task.rows.train) == list(north.site.train)
+    cut = export.export_run(run, tmp_path / "cut", max_rank=2).folder
+    smaller = at_site.prepare(north.facts, Handed(cut), tmp_path / "out")
+    assert smaller.home.lm.rank == 2 and smaller.task.steps == 8
+
+
+def test_a_template_that_the_run_left_to_the_tokenizer_is_the_one_that_it_came_to(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    home = worked(tmp_path, tiny_model, *OWN, "prompt.template=auto", "prompt.max_tokens=256", visits=1)
+    assert home.config.prompt.template == "auto"
+    for handed in (home.run, shutil.copytree(home.run / "adapter", tmp_path / "handed")):
+        plan = at_site.prepare(home.facts, Handed(handed), tmp_path / "out")
+        assert plan.home.template.name == "alpaca" == plan.home.config.prompt.template
+        assert plan.task.steps == 4
+
+
 # -- other runs ------------------------------------------------------------------------------------------------------
 
 
@@ -311,6 +334,16 @@ def test_with_a_b_of_its_own_the_federated_candidate_is_the_sites_own(tmp_path: 
     never = at_site.prepare(home.facts, Handed(home.run, run="none"), tmp_path / "out")
     assert not any(tensor.any() for name, tensor in never.task.federated.items() if ".lora_B." in name)
     assert any("no factors of its own" in line for line in never.remarks)
+
+
+def test_steps_of_private_visits_are_counted_and_its_rows_are_those_of_the_run(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    private = ("privacy.unit=record", "privacy.batch_rows=8", "privacy.epsilon=20", "evaluate.clients=false")
+    home = worked(tmp_path, tiny_model, *OWN, *private, visits=1)
+    plan = at_site.prepare(home.facts, Handed(home.run), tmp_path / "out")
+    assert plan.task.steps == 4 and list(plan.task.rows.train) == list(home.site.train)
+    assert at_site.prepare(home.facts, Handed(home.run, run="none"), tmp_path / "out").task.steps == 12
 
 
 def test_it_trains_on_what_curation_last_left_in_the_run(tmp_path: Path, tiny_model: Path) -> None:
