@@ -738,6 +738,8 @@ def test_what_differs_from_a_simulation_is_said_before_the_start() -> None:
     (line,) = runs.remarks(loading.load(None, []))
     assert line.startswith("strategy.deadline_s =")
     assert runs.remarks(loading.load(None, ["strategy.deadline_s=60"])) == []
+    (line,) = runs.remarks(loading.load(None, ["strategy.deadline_s=60", "personal.enabled=true"]))
+    assert "each makes its own at home" in line and "apiary deploy personal" in line
 
 
 def test_neither_the_split_nor_the_query_of_a_site_is_the_servers(tmp_path: Path, rows: Path) -> None:
