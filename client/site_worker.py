@@ -14,10 +14,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent import futures
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import grpc
@@ -27,40 +26,23 @@ from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from apiary.config import loading
-from apiary.config.schema import Method, RunConfig
+from apiary.config.schema import RunConfig
 from apiary.core import counts
-from apiary.core.counts import CountPolicy
 from apiary.core.errors import UserError
 from apiary.data import split, splits, stages, templates
 from apiary.data.availability import Rows, check_rows, parse_columns
 from apiary.data.federation import FEWEST
 from apiary.models import adapters, availability
-from client import device_rank, handlers, worker_rpc
-from client.site import Site
+from apiary.transport import flower_records
+from client import device_rank, handlers, state, worker_rpc
+from client.site import Facts, Site, at_home, local_algorithm, names_code
 from client.worker import Worker
 from client.worker_rpc import Envelope
-from strategies.from_config import local_from_config
-from strategies.local import PLAIN, LocalAlgorithm
 
 _log = logging.getLogger(__name__)
 _RUN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 _ROUND = re.compile(r"[0-9]{1,9}")
 _KINDS = ("query.hello", "train", "evaluate")
-
-
-class Facts(NamedTuple):
-    """What the site's operator says; nothing of it comes from the server."""
-
-    client: str  # the site's name
-    data: Path  # a file, or a folder of files
-    state: Path  # memory of runs, the ledger, errors in full
-    model: str | None = None  # the site's own place of the base
-    device: str | None = None
-    rank: int | None = None  # the highest that it trains; as the run says where None
-    max_epsilon: float | None = None  # train only under record-level privacy, and within this budget
-    max_delta: float = 1e-5  # likewise, where there is a `max_epsilon`
-    counts: CountPolicy = counts.ROUNDED  # how it tells its counts
-    columns: Mapping[str, str] = MappingProxyType({})  # its own names of them, as in `data.columns`
 
 
 class _Job(NamedTuple):
@@ -113,6 +95,8 @@ class Service:
                 errors=self._facts.state,
                 private=handlers.is_private(str(call.header["config"])),
             )
+            if kind == flower_records.HELLO:
+                state.save_fingerprint(job().site.folder, flower_records.read_hello_reply(reply).fingerprint)
         except handlers.Refusal as refusal:
             return Envelope({"error": str(refusal)})
         except OSError as error:
@@ -143,25 +127,10 @@ class Service:
                 _refuse_foreign_code(config)
                 _refuse_less_privacy(config, self._facts)
                 site = _read_site(config, self._facts, name)
-                self._job = _Job(name, text, Worker(config, _local(config)), site)
+                self._job = _Job(name, text, Worker(config, local_algorithm(config)), site)
             return self._job
 
         return make
-
-
-def at_home(config: RunConfig, facts: Facts) -> RunConfig:
-    """The run's configuration with this site's own places; what the server says of data on its disk is left out."""
-    model = {"name": facts.model} if facts.model else {}
-    device = {"device": facts.device} if facts.device else {}
-    # Which split, query and columns choose the rows, which is for the site to say as well.
-    mine = {"source": str(facts.data), "split": "train", "query": None, "test": None, "columns": dict(facts.columns)}
-    data = {**mine, "clients": 1, "partition": Method(name="iid")}
-    return config.model_copy(
-        update={
-            "model": config.model.model_copy(update=model | device),
-            "data": config.data.model_copy(update=data),
-        }
-    )
 
 
 def _refuse_foreign_places(config: RunConfig, facts: Facts) -> None:
@@ -188,8 +157,6 @@ def _refuse_chosen_rows(config: RunConfig) -> None:
     Raises:
         Refusal: the run limits the rows.
     """
-    if config.personal.enabled:
-        raise handlers.Refusal("personal.enabled = true: this site makes no model of its own; leave it out")
     if config.data.max_rows is not None:
         raise handlers.Refusal(
             f"data.max_rows = {config.data.max_rows}: which of its rows a site uses is for the site to choose; leave "
@@ -203,17 +170,8 @@ def _refuse_foreign_code(config: RunConfig) -> None:
     Raises:
         Refusal: a method is named by module:function.
     """
-    methods = (*config.train.penalties, *config.curate.steps, config.wire.up, config.wire.down)
-    if any(":" in name for name in (config.train.objective, *(method.name for method in methods))):
+    if names_code(config):
         raise handlers.Refusal("the run names code by module:function, which this site does not load")
-
-
-def _local(config: RunConfig) -> LocalAlgorithm:
-    """The client's half of the run's method; plain training for one by module:function, whose code is the server's.
-
-    The server refuses to start such a run where its method has a client half (`server.deployment_run`).
-    """
-    return PLAIN if ":" in config.strategy.name else local_from_config(config)
 
 
 def _refuse_less_privacy(config: RunConfig, facts: Facts) -> None:

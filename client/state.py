@@ -7,6 +7,8 @@ the server asks which one that is.
 from __future__ import annotations
 
 import json
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,11 +16,13 @@ from safetensors.torch import load_file
 from safetensors.torch import save as pack
 
 from apiary.core.files import finite, for_owner, own_folder, write_atomic
+from apiary.core.messages import Fingerprint
 from apiary.core.tensors import StateDict
 from client.round_files import RoundFiles
 from client.training.trainer import Cursor, Observer, StepRecord
 
 _COPY = "copy.safetensors"  # of the server's adapter
+_STEPS, _FINGERPRINT = "steps.jsonl", "fingerprint.json"
 
 
 class Memory(NamedTuple):
@@ -71,10 +75,40 @@ def step_log(folder: Path, number: int, *, own: bool = False) -> Observer:
     whose = {"own": True} if own else {}
 
     def observe(record: StepRecord) -> None:
-        with open(folder / "steps.jsonl", "a", encoding="utf-8", opener=for_owner) as file:
+        with open(folder / _STEPS, "a", encoding="utf-8", opener=for_owner) as file:
             file.write(json.dumps(finite({"round": number, **whose, **record._asdict()})) + "\n")
 
     return observe
+
+
+def steps_of(folder: Path) -> dict[int, int]:
+    """The optimizer steps of each round that the client has finished, by its step log; empty without one.
+
+    What a round logged before a crash and logs again counts once, and rounds behind the newest memory, which a server
+    that went back never did again, do not count.
+    """
+    last, seen = load(folder, sys.maxsize).round, dict[int, set[tuple[bool, int]]]()
+    path = folder / _STEPS
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with suppress(ValueError, KeyError):  # a kill may have torn a line
+            record = json.loads(line)
+            step = (bool(record.get("own")), int(record["step"]))
+            seen.setdefault(int(record["round"]), set()).add(step)
+    return {number: len(steps) for number, steps in sorted(seen.items()) if number <= last}
+
+
+def save_fingerprint(folder: Path, fingerprint: Fingerprint) -> None:
+    """Write what the client told of its base, tokenizer, template and adapter in the handshake."""
+    own_folder(folder)
+    write_atomic(folder / _FINGERPRINT, json.dumps(fingerprint._asdict()), private=True)
+
+
+def load_fingerprint(folder: Path) -> Fingerprint | None:
+    """What `save_fingerprint` wrote; None where there is none that can be read."""
+    try:
+        return Fingerprint(**json.loads((folder / _FINGERPRINT).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):  # a run of an earlier version has none
+        return None
 
 
 def _files(folder: Path) -> RoundFiles:

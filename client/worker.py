@@ -24,7 +24,7 @@ from apiary.models import adapters
 from apiary.models.adapters import LanguageModel
 from apiary.models.inference import ModelProbe
 from apiary.transport.codec import Shapes
-from client import compression, own_model, private_visit, replay, round_files, state, told
+from client import compression, private_visit, replay, round_files, second_adapter, state, told
 from client.private_visit import Work
 from client.replay import StageData
 from client.site import Site
@@ -116,12 +116,12 @@ class Worker:
             return Decline(site.client, "idle")
         plan = self._plan(site, number, corpus, data)
         hooks = self._with_penalties(opened.hooks, payload)
-        result = self._fit(site, payload, corpus, own_model.plan_of_sent(self.local, plan)._replace(hooks=hooks))
+        result = self._fit(site, payload, corpus, second_adapter.plan_of_sent(self.local, plan)._replace(hooks=hooks))
         if own:
-            then = own_model.plan_of_own(self.local, plan, result)
+            then = second_adapter.plan_of_own(self.local, plan, result)
             then = then._replace(observers=(state.step_log(site.folder, number, own=True),))
-            made = own_model.train(self._model(site), own, payload.base_delta, corpus, self.config.train, then)
-            own, result = own._replace(adapter=made.adapter), own_model.whole_visit(result, made)
+            made = second_adapter.train(self._model(site), own, payload.base_delta, corpus, self.config.train, then)
+            own, result = own._replace(adapter=made.adapter), second_adapter.whole_visit(result, made)
         at = Memory(number, result.cursor, data.stage, result.replay, chosen.round if chosen else 0)
         report = result.report if result.walked >= site.fewest else result.report._replace(loss=math.nan)
         result = result._replace(report=told.report(site.counts, report, self.config, result.rows))

@@ -193,6 +193,11 @@ def remarks(config: RunConfig) -> list[str]:
     lines = []
     if config.strategy.deadline_s == 0:
         lines.append("strategy.deadline_s = 0: a round waits without end for a site that is alive but stuck; set it")
+    if config.personal.enabled:
+        lines.append(
+            "personal.enabled = true: sites set rows apart for models of their own, and each makes its own at home, "
+            "once the adapter is handed out (apiary deploy personal); no figure of it comes here"
+        )
     return lines
 
 

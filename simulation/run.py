@@ -25,6 +25,7 @@ from apiary.report import write_report
 from apiary.tracking import environment, event_log, metrics_file, run_directory, trackers
 from apiary.tracking.event_log import RunLog
 from client import curation, handlers
+from client.personal import own_model
 from client.training import objectives
 from server import checkpoint, trusted_update
 from server.app import make_app
@@ -179,8 +180,11 @@ def personalise(folder: Path, overrides: Sequence[str] = (), observers: Sequence
     """
     metrics = metrics_file.read_metrics(folder)
     if metrics.get("sites") is not None:
-        raise UserError(f"{str(folder)!r} is a deployed run, whose rows are at its sites: there is nothing to train on")
-    config = loading.load(folder / "config.toml", _of_personal(overrides))
+        raise UserError(
+            f"{str(folder)!r} is a deployed run, whose rows are at its sites: each makes its own model there (apiary "
+            "deploy personal)"
+        )
+    config = loading.load(folder / "config.toml", own_model.only_personal(overrides))
     _check_personal(config)
     with run_directory.claim(folder):
         files.sweep(folder)
@@ -197,22 +201,6 @@ def personalise(folder: Path, overrides: Sequence[str] = (), observers: Sequence
         metrics_file.write_metrics(folder, metrics)
         write_report(folder)
     return metrics
-
-
-def _of_personal(overrides: Sequence[str]) -> Sequence[str]:
-    """The settings, once they are known to say only how clients' own models are made.
-
-    Raises:
-        UserError: one says something else.
-    """
-    fixed = ("enabled", "validation")
-    for text in overrides:
-        key = text.partition("=")[0].strip()
-        if not key.startswith("personal."):
-            raise UserError(f"-s {key}: the run is over; only keys of personal can be set, such as personal.budget=3")
-        if key.removeprefix("personal.") in fixed:
-            raise UserError(f"-s {key}: it says which rows the run trained on, and the run is over; leave it out")
-    return overrides
 
 
 def _check_personal(config: RunConfig) -> None:

@@ -26,9 +26,10 @@ from apiary.report.data import OUTCOMES, gain_of
 from apiary.tracking import delivery, environment, event_log, metrics_file
 from apiary.tracking.event_log import Event, RunLog
 from apiary.tracking.run_directory import result_folders
+from client.personal.own_model import Home, OwnRows
 from simulation import adversaries, backdoor, baselines, client_models, personal, visits
 from simulation.baselines import Baselines
-from simulation.personal import Figures, Home, OwnRows
+from simulation.personal import Figures
 from simulation.visits import ClientVisits
 from strategies.from_config import local_from_config, method_from_config
 
@@ -236,9 +237,9 @@ def _personal(
 ) -> Figures:
     """Make the clients' own models by the rows that were set apart before round 1, and measure them."""
     config, federation, lm, template, held_out = prepared
-    home = Home(config, lm, template, folder)
+    home = Home(config, lm, template)
     rows = personal.rows_of(federation, federation, config)
-    return personal.make_and_measure(home, federated, rows, took_part, local, held_out, log)
+    return personal.make_and_measure(home, folder, federated, rows, took_part, local, held_out, log)
 
 
 def personal_of_run(
@@ -259,8 +260,8 @@ def personal_of_run(
     own = own_models(prepared, adapter, folder, {client.client for client in took_part})
     weights = {path.parent.name: path for path in result_folders(folder).alone.glob(f"[!.]*/{WEIGHTS}")}
     local = {client: adapter_files.read_adapter(lm, path) for client, path in weights.items()}
-    home, federated = Home(config, lm, template, folder), models_of(prepared, adapter, own)
-    return personal.make_and_measure(home, federated, rows, took_part, local, held_out, log)
+    home, federated = Home(config, lm, template), models_of(prepared, adapter, own)
+    return personal.make_and_measure(home, folder, federated, rows, took_part, local, held_out, log)
 
 
 def with_personal(clients: Sequence[Mapping[str, Any]], figures: Figures, *, beside: bool) -> list[dict[str, Any]]:

@@ -49,18 +49,12 @@ def method_from_config(config: RunConfig) -> Aggregator:
 
 
 def check_for_sites(config: RunConfig) -> None:
-    """Check that sites can do what the run asks of them: they load no code by name, and make no models of their own.
+    """Check that sites can do what the run asks of them: they load no code by name.
 
     Raises:
-        UserError: the method comes by module:function and has a part at the clients, or clients are to make models of
-            their own.
+        UserError: the method comes by module:function and has a part at the clients.
     """
     name = config.strategy.name
-    if config.personal.enabled:
-        raise UserError(
-            "personal.enabled = true: clients' own models are made in a simulation alone; sites of a deployment make "
-            "none yet, so leave it out"
-        )
     if ":" in name and method_from_config(config).local != PLAIN:
         raise UserError(
             f"strategy.name = {name!r}: this method has a part at the clients, and sites load no code that a server "

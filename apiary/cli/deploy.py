@@ -116,7 +116,7 @@ def deploy_split(
     agree: Annotated[
         Path | None,
         typer.Option(
-            metavar="CONFIG", help="agree to a run's continual.by, stages, curation and prompt, and to no others"
+            metavar="CONFIG", help="agree to a run's stages, curation, prompt and rows for own models, and to no others"
         ),
     ] = None,
     state: State = None,
@@ -152,6 +152,45 @@ def deploy_split(
             typer.echo(f"no more: {line}")
     if before and before[0] != told[0]:
         typer.echo("rows that were trained on may be held out from now on, which flatters losses on them", err=True)
+
+
+@app.command("personal")
+def deploy_personal(
+    kit: Annotated[Path, typer.Argument(metavar="KIT", help="the site's folder, made by `apiary deploy init`")],
+    adapter: Annotated[
+        Path, typer.Argument(metavar="RUN|ADAPTER", help="a run directory, or what `apiary export` wrote of it")
+    ],
+    data: Annotated[Path, typer.Option(help="the site's rows: a file, or a folder of files")],
+    out: Annotated[Path | None, typer.Option(help="the folder to write; default KIT/personal/NAME")] = None,
+    model: Annotated[Path | None, typer.Option(help="this site's folder of the base, unless that is built in")] = None,
+    device: Annotated[str | None, typer.Option(help="such as cuda:1; default: as the run says")] = None,
+    column: Annotated[
+        list[str] | None, typer.Option(metavar="FIELD=NAME", help="the site's own name of a column")
+    ] = None,
+    run: Annotated[
+        str | None, typer.Option(help="the run's name in KIT/state/runs, or none; default: as the adapter tells")
+    ] = None,
+    start: Annotated[
+        Path | None, typer.Option(help="the site's copy of the adapter that the run began from (adapter.start)")
+    ] = None,
+    state: State = None,
+    overrides: Overrides = None,
+) -> None:
+    """Make a site's own model at home after a run, of the adapter and its own rows; nothing is sent."""
+    import os
+
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is imported: nothing is fetched either
+    from apiary.cli import own_model
+    from apiary.data.availability import parse_columns
+    from deploy import kits
+
+    opened = kits.read(kit, "site")
+    names = parse_columns(column or [])
+    where = (state or opened.folder / "state").resolve()
+    made = own_model.Asked(opened.site, data, where, model, device, names, adapter.resolve(), run, start)
+    folder = (out or opened.folder / "personal" / own_model.name_of(adapter)).resolve()
+    for line in own_model.make(made, folder, overrides or []):
+        typer.echo(line)
 
 
 def _one_run(

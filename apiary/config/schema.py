@@ -399,7 +399,8 @@ class PersonalConfig(_Section):
     enabled: bool = Field(
         False,
         description="after the last round each client makes models of its own from the federated one and from training "
-        "alone, and keeps the one that its validation rows are for (simulations; a deployment refuses it)",
+        "alone, and keeps the one that its validation rows are for; a site of a deployment does so when its operator "
+        "asks it to (apiary deploy personal)",
     )
     validation: float = Field(
         0.15,

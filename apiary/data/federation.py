@@ -100,20 +100,24 @@ def set_deciding_apart(federation: Federation, config: RunConfig) -> tuple[Feder
 def validates(example: Example, fraction: float, seed: int, key: bytes = PUBLIC_KEY) -> bool:
     """Whether a training row belongs to the `fraction` by which its client chooses its own model.
 
-    By a seeded hash of the first question under `key`, independent of those that hold rows out: no row's part depends
-    on another row, and equal questions are in the same part.
+    By a hash of the first question under `key`, independent of those that hold rows out: no row's part depends on
+    another row, and equal questions are in the same part. In a simulation, whose key everybody knows, the hash is
+    seeded. Under a site's own key the seed has no say: it is the server's, and which rows count is the site's choice.
     """
+    salt = seed if key == PUBLIC_KEY else 0
     digest = hashlib.blake2b(
         opening_text(example.turns).encode("utf-8"),
         digest_size=8,
         key=key,
-        salt=seed.to_bytes(16, "little"),
+        salt=salt.to_bytes(16, "little"),
         person=b"validation",
     ).digest()
     return int.from_bytes(digest, "big") < fraction * 2.0**64
 
 
-def set_validation_apart(federation: Federation, config: RunConfig, key: bytes = PUBLIC_KEY) -> Federation:
+def set_validation_apart(
+    federation: Federation, config: RunConfig, key: bytes = PUBLIC_KEY, *, whole: bool = True
+) -> Federation:
     """Take the rows by which clients choose their own models out of their training rows, for the whole run.
 
     Nothing changes where the run makes no such models.
@@ -122,9 +126,11 @@ def set_validation_apart(federation: Federation, config: RunConfig, key: bytes =
         federation: all rows.
         config: the run.
         key: of the hash; a site's own.
+        whole: these are all clients; False for one site of several.
 
     Raises:
-        UserError: a client is left without a training row.
+        UserError: a client is left without a training row; not of one site of several, where an error would tell the
+            server how few questions it has.
     """
     personal = config.personal
     if not personal.enabled:
@@ -132,7 +138,7 @@ def set_validation_apart(federation: Federation, config: RunConfig, key: bytes =
     clients = []
     for client in federation.clients:
         apart = np.fromiter((validates(row, personal.validation, config.seed, key) for row in client.train), bool)
-        if len(apart) and apart.all():
+        if whole and len(apart) and apart.all():
             raise UserError(
                 f"personal.validation = {personal.validation:g}: client {client.name!r} has no training row left of "
                 f"{len(apart)}; lower it, or give the client more rows with different questions"

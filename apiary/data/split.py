@@ -7,7 +7,9 @@ wherever it is done again.
 
 Whoever can choose by other settings which rows count learns as much: a stage, or a step of curation, that one row
 alone passes is a question about that row. These a site takes from a run only as its operator has agreed to them. How
-rows become tokens, `[prompt]`, is pinned by the first run as the fraction is.
+rows become tokens, `[prompt]`, is pinned by the first run as the fraction is. So is what share of the training rows is
+set apart to choose the site's own model by (`personal.enabled`, `personal.validation`): which rows that makes follows
+from the site's key alone, and from nothing that a server could aim at a row.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from apiary.config.schema import CurateConfig, PromptConfig, RunConfig
+from apiary.config.schema import CurateConfig, PersonalConfig, PromptConfig, RunConfig
 from apiary.core.errors import UserError
 from apiary.core.files import own_folder, write_atomic
 
@@ -28,6 +30,7 @@ FILE, SCHEMA = "split.json", 1
 PUBLIC_KEY = b""  # of a simulation: anybody can compute which rows are held out
 _KEY_BYTES = 32
 _COMMAND = "apiary deploy split"
+_REST = "prompt, own models, stages and curation"
 
 
 class Split(NamedTuple):
@@ -51,12 +54,14 @@ def reading(config: RunConfig) -> dict[str, Any]:
     values = config.model_dump(mode="json")
     staged = {"by": config.continual.by if config.continual.stages else "", "stages": values["continual"]["stages"]}
     curated = values["curate"] if config.curate.steps else CurateConfig().model_dump(mode="json")
-    parts = {"continual": staged, "curate": curated, "prompt": values["prompt"]}
+    enabled = config.personal.enabled
+    own = {"enabled": enabled, "validation": config.personal.validation if enabled else PersonalConfig().validation}
+    parts = {"continual": staged, "curate": curated, "prompt": values["prompt"], "personal": own}
     return {f"{part}.{key}": value for part, keys in parts.items() for key, value in keys.items()}
 
 
 # What a run asks that takes all rows as they are. Of these keys the operator has to agree to anything else; of
-# `[prompt]` the first run decides.
+# `[prompt]` and the rows for own models the first run decides.
 _ALL_ROWS: Mapping[str, Any] = MappingProxyType(
     {
         "continual.by": "",
@@ -65,7 +70,12 @@ _ALL_ROWS: Mapping[str, Any] = MappingProxyType(
     }
 )
 _LEFT_OUT: Mapping[str, Any] = MappingProxyType(
-    {**_ALL_ROWS, **{f"prompt.{key}": value for key, value in PromptConfig().model_dump(mode="json").items()}}
+    {
+        **_ALL_ROWS,
+        **{f"prompt.{key}": value for key, value in PromptConfig().model_dump(mode="json").items()},
+        "personal.enabled": False,
+        "personal.validation": PersonalConfig().validation,
+    }
 )  # the value of a key that a file of an older version does not name
 
 
@@ -161,13 +171,20 @@ def of_run(state: Path, config: RunConfig) -> Split:
         made = (pinned or draw(fraction))._replace(reading=asked)
         save(state, made)
         return made
-    known = {key: pinned.reading.get(key, _LEFT_OUT.get(key)) for key in asked}
-    if other := [key for key, value in asked.items() if known[key] != value]:
+    if other := differing(pinned, config):
         raise AnotherSplit(
             f"{', '.join(other)}: this site has pinned another value and takes no other from a run; its operator can "
             f"agree to the run's configuration ({_COMMAND} KIT --agree run.toml)"
         )
     return pinned
+
+
+def differing(pinned: Split, config: RunConfig) -> list[str]:
+    """The keys of `reading` of which a site has pinned another value than a run's; empty where none is pinned yet."""
+    known, asked = pinned.reading, reading(config)
+    if known is None:
+        return []
+    return [key for key, value in asked.items() if known.get(key, _LEFT_OUT.get(key)) != value]
 
 
 def repin(state: Path, fraction: float, *, new_key: bool, agreed: RunConfig | None = None) -> Split:
@@ -197,7 +214,7 @@ def lines(split: Split) -> list[str]:
     """What is pinned, for the site's operator: the key apart, a line for each setting that is not the default."""
     fraction = f"data.test_fraction = {split.fraction:g}"
     if split.reading is None:
-        return [fraction, "nothing else: of prompt, stages and curation the first run decides, with all rows"]
+        return [fraction, f"nothing else: of {_REST} the first run decides, with all rows"]
     values = {key: value for key, value in split.reading.items() if value != _LEFT_OUT.get(key)}
     told = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
-    return [fraction, *told, "all else of prompt, stages and curation as by default"]
+    return [fraction, *told, f"all else of {_REST} as by default"]

@@ -49,7 +49,7 @@ def rows_of_run(config: RunConfig, key: bytes = PUBLIC_KEY, *, whole: bool = Tru
         UserError: unreadable source, impossible partition, a client left without a row, or stages that do not fit.
     """
     read = federate(config.data, config.seed, key, guess=config.privacy.unit == "none")
-    return set_validation_apart(within(read, config, whole=whole), config, key)
+    return set_validation_apart(within(read, config, whole=whole), config, key, whole=whole)
 
 
 def within(federation: Federation, config: RunConfig, *, whole: bool = True) -> Federation:

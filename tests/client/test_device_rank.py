@@ -19,7 +19,7 @@ from apiary.core.tensors import StateDict
 from apiary.models import adapters
 from apiary.tracking.event_log import read_events
 from client import device_rank, site_worker
-from client.site_worker import Facts
+from client.site import Facts, at_home
 from client.training import trainer
 from deploy import site
 from server import app
@@ -205,7 +205,7 @@ def test_a_site_trains_no_higher_rank_than_it_says(
     said: int | None, given: int, expected: int, rows_file: Path, tmp_path: Path
 ) -> None:
     facts = Facts("ant", rows_file, tmp_path, rank=said)
-    run = site_worker.at_home(loading.load(None, [f"adapter.rank={given}", "strategy.name=flexlora"]), facts)
+    run = at_home(loading.load(None, [f"adapter.rank={given}", "strategy.name=flexlora"]), facts)
     assert site_worker._read_site(run, facts, "run").rank == expected
 
 
@@ -215,7 +215,7 @@ def test_a_site_asked_by_memory_may_still_say_its_own(
     monkeypatch.setattr(device_rank, "free_bytes", lambda device: 0)
     settings = ["adapter.ranks=memory", "strategy.name=flexlora", f"model.name={tiny_model}", "model.device=cpu"]
     facts = Facts("ant", rows_file, tmp_path)
-    run = site_worker.at_home(loading.load(None, settings), facts)
+    run = at_home(loading.load(None, settings), facts)
     assert site_worker._read_site(run, facts, "run").rank == 1
     assert site_worker._read_site(run, facts._replace(rank=4), "run").rank == 4
 

@@ -66,3 +66,26 @@ def test_a_client_that_would_have_nothing_left_to_train_on_is_named() -> None:
     one = next(r for r in ROWS if validates(r, 0.15, 0))
     with pytest.raises(UserError, match=r"personal.validation = 0.15: client 'a' has no training row left of 2"):
         set_validation_apart(federation((one, one)), configured())
+
+
+def test_under_a_sites_own_key_the_seed_of_the_server_has_no_say() -> None:
+    """A server that could draw the rows anew by another seed would learn from the counts of many draws."""
+    key, other = b"secret of a site", b"secret of another"
+
+    def apart(seed: int, key: bytes) -> list[Example]:
+        made = set_validation_apart(federation(), configured(f"seed={seed}"), key, whole=False)
+        return list(made.clients[0].validation)
+
+    first = apart(0, key)
+    assert len(first) > 400 and all(apart(seed, key) == first for seed in (1, 77, 2**63 - 1))
+    assert apart(0, other) != first and apart(0, b"") != first and apart(1, b"") != apart(0, b"")
+    # Of a smaller fraction it is a part, as of the held-out rows.
+    smaller = set_validation_apart(federation(), configured("personal.validation=0.05"), key).clients[0].validation
+    assert 0 < len(smaller) < len(first) and set(map(repr, smaller)) < set(map(repr, first))
+
+
+def test_a_site_without_a_row_left_is_not_told_from_one_with_few() -> None:
+    key = b"secret of a site"
+    one = next(r for r in ROWS if validates(r, 0.15, 0, key))
+    made = set_validation_apart(federation((one, one)), configured(), key, whole=False)
+    assert made.clients[0].train == () and len(made.clients[0].validation) == 2

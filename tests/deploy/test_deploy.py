@@ -41,7 +41,7 @@ from apiary.tracking import run_directory
 from apiary.tracking.console import Lines
 from apiary.tracking.event_log import RunLog, truncate_after
 from client import site_worker, worker_rpc
-from client.site_worker import Facts
+from client.site import Facts
 from deploy import bundle, certificates, code_guard, flower_cli, kits, processes, runs, site
 from deploy import server as deployed_server
 from deploy.proxy import make_door

@@ -41,7 +41,7 @@ from apiary.tracking.metrics_file import read_metrics
 from apiary.transport import flower_records
 from client import app as client_app
 from client import handlers, site_worker, worker_rpc
-from client.site_worker import Facts
+from client.site import Facts, at_home
 from client.worker import Worker
 from deploy import flower_cli, runs
 from server import deployment_run
@@ -280,7 +280,7 @@ def test_a_sites_log_says_what_a_split_leaves_as_a_run_does(
     path.write_text("".join(json.dumps(row) + "\n" for row in [*[alike] * 320, *few]))
     run = loading.load(None, [*overrides(tiny_model, tmp_path), "data.test_fraction=0.5", "strategy.min_clients=1"])
     facts = Facts("ant", path, tmp_path / "state")
-    site_worker._read_site(site_worker.at_home(run, facts), facts, "first")
+    site_worker._read_site(at_home(run, facts), facts, "first")
     said = caplog.text
     assert "ant.jsonl: 320 of 360 rows: what follows the last trained answer is left out" in said
     assert "320 of 360 rows open with the same question" in said
@@ -337,7 +337,7 @@ def test_a_site_leaves_out_the_rows_of_no_stage_as_a_simulation_does(tmp_path: P
     simulated = stages.within(federation.federate(run.data, run.seed, own.key), run)
     for client in simulated.clients:
         facts = Facts(client.name, folder / f"{client.name}.jsonl", tmp_path / "state")
-        site = site_worker._read_site(site_worker.at_home(run, facts), facts, "first")
+        site = site_worker._read_site(at_home(run, facts), facts, "first")
         assert (site.train, site.test) == (client.train, client.test)
         assert 0 < len(site.train) + len(site.test) < 60
 
@@ -392,7 +392,7 @@ def test_a_site_settles_auto_by_its_own_tokenizer(tmp_path: Path, rows: Path, ti
     for base in (tiny_model, with_chat):
         facts = Facts("ant", rows / "ant.jsonl", tmp_path / "state", str(base))
         site_worker._refuse_foreign_places(sent, facts)
-        config = site_worker.at_home(sent, facts)
+        config = at_home(sent, facts)
         worker = Worker(config)
         names[base] = worker.template.name
         prints[base] = worker.hello(site_worker._read_site(config, facts, "first")).fingerprint
@@ -411,7 +411,7 @@ def test_a_worker_that_is_not_there_is_told(tmp_path: Path) -> None:
 def test_a_site_goes_by_its_own_places(tmp_path: Path, rows: Path) -> None:
     given = ["model.name=org/base", "data.test=builtin:skills", "data.partition=natural", f"data.source={rows}"]
     sent = loading.load(None, [*given, "data.test_fraction=0.3"])
-    own = site_worker.at_home(sent, Facts("bee", rows / "bee.jsonl", tmp_path, "here/base", "cuda:1"))
+    own = at_home(sent, Facts("bee", rows / "bee.jsonl", tmp_path, "here/base", "cuda:1"))
     assert (own.model.name, own.model.device) == ("here/base", "cuda:1")
     assert own.data.test is None  # a place on the server's disk
     alone = sent.data.model_copy(update={"test": None})
@@ -738,10 +738,12 @@ def test_what_differs_from_a_simulation_is_said_before_the_start() -> None:
     (line,) = runs.remarks(loading.load(None, []))
     assert line.startswith("strategy.deadline_s =")
     assert runs.remarks(loading.load(None, ["strategy.deadline_s=60"])) == []
+    (line,) = runs.remarks(loading.load(None, ["strategy.deadline_s=60", "personal.enabled=true"]))
+    assert "each makes its own at home" in line and "apiary deploy personal" in line
 
 
 def test_neither_the_split_nor_the_query_of_a_site_is_the_servers(tmp_path: Path, rows: Path) -> None:
     """Either would choose which of its rows a site uses, and the second could ask a database for anything."""
     sent = loading.load(None, ["data.split=test", "data.query=select 1", "data.source=sqlite:///elsewhere.db"])
-    data = site_worker.at_home(sent, Facts("bee", rows / "bee.jsonl", tmp_path)).data
+    data = at_home(sent, Facts("bee", rows / "bee.jsonl", tmp_path)).data
     assert (data.source, data.split, data.query, data.test) == (str(rows / "bee.jsonl"), "train", None, None)

@@ -34,7 +34,8 @@ from apiary.data.federation import decides, federate, is_held_out
 from apiary.models import adapters
 from apiary.transport import flower_records
 from client import site_worker, told
-from client.site_worker import Facts, Service
+from client.site import Facts, at_home
+from client.site_worker import Service
 from client.worker import Worker
 from client.worker_rpc import Envelope
 from deploy import kits, processes
@@ -158,7 +159,7 @@ def test_each_site_deals_its_rows_by_a_key_that_nobody_else_can_compute(serve: C
     for name in ("a", "b"):
         server = serve(name, instruction_rows(40), "data.test_fraction=0.3")
         server.hello()
-        config = site_worker.at_home(server.run, server.facts)
+        config = at_home(server.run, server.facts)
         sides.append({row.turns[0].text for row in site_worker._read_site(config, server.facts, "run").test})
     public = {row.turns[0].text for row in _examples(instruction_rows(40)) if is_held_out(row, fraction)}
     assert sides[0] != sides[1] and public not in sides
@@ -168,7 +169,7 @@ def test_each_site_deals_its_rows_by_a_key_that_nobody_else_can_compute(serve: C
 def test_rows_of_one_question_stay_on_one_side(serve: Callable[..., Server]) -> None:
     rows = [{**row, "output": answer} for row in instruction_rows(40) for answer in ("one", "two", "three")]
     server = serve("ant", rows, "data.test_fraction=0.3")
-    site = site_worker._read_site(site_worker.at_home(server.run, server.facts), server.facts, "run")
+    site = site_worker._read_site(at_home(server.run, server.facts), server.facts, "run")
     sides = [{row.turns[0].text for row in part} for part in (site.train, site.test)]
     assert all(sides) and not sides[0] & sides[1]
     assert len(site.train) + len(site.test) == 120 and len(site.test) == 3 * len(sides[1])
@@ -257,7 +258,7 @@ def test_the_operator_changes_the_split_and_nobody_else(tmp_path: Path) -> None:
         return done.stdout.strip()
 
     assert "nothing yet" in call() and not (state / split.FILE).exists()
-    rest = "pinned: nothing else: of prompt, stages and curation the first run decides, with all rows"
+    rest = "pinned: nothing else: of prompt, own models, stages and curation the first run decides, with all rows"
     assert call("--test-fraction", "0.1").splitlines() == ["pinned: data.test_fraction = 0.1", rest]
     assert call().splitlines() == ["pinned: data.test_fraction = 0.1", rest]
     first = split.load(state)
@@ -532,12 +533,14 @@ QUESTIONS: tuple[tuple[str, ...], ...] = (
     ("train.steps=1", "train.batch_tokens=16", "train.lr=1e-12"),
     ("train.steps=null", "train.epochs=1.0", "train.batch_tokens=16", "train.accumulate=1"),
     ("evaluate.patience=1",),
-    ("personal.enabled=true", "personal.validation=0.9"),
     ("seed=5", "rounds=1"),
+    ("personal.enabled=true", "personal.validation=0.4"),
+    ("personal.enabled=true", "personal.validation=0.4", "seed=9"),
+    ("personal.enabled=true", "personal.validation=0.97"),  # leaves fewer rows than are told
 )
 # The other keys: they neither take a part of the rows nor change what is read of them.
 _OF_NO_ROWS = ("model.", "adapter.", "strategy.", "wire.", "evaluate.", "simulate.", "log.", "privacy.", "train.")
-_OF_NO_ROWS += ("personal.weights", "personal.budget", "personal.lr_factor", "personal.margin")
+_OF_NO_ROWS += tuple(f"personal.{key}" for key in ("weights", "budget", "lr_factor", "margin"))  # how models are made
 
 
 def _keys(question: tuple[str, ...]) -> set[str]:
@@ -723,7 +726,7 @@ def test_a_site_tells_no_half_of_its_scores_that_leaves_few_rows(serve: Callable
     one, other = (_examples(half) for half in halves)
     for rest, told_ in ((0, True), (1, False), (4, False), (5, True)):
         server = serve(f"rest{rest}", rows, "evaluate.patience=1")
-        site = site_worker._read_site(site_worker.at_home(server.run, server.facts), server.facts, "run")
+        site = site_worker._read_site(at_home(server.run, server.facts), server.facts, "run")
         test = (*one[:8], *other[:rest])
         worker = Worker(server.run)
         score = worker.evaluate(site._replace(test=test), Payload(server.adapter, {}))
@@ -765,7 +768,7 @@ def test_agreement_is_given_by_the_command_that_pins(tmp_path: Path) -> None:
 
     lines = call("--agree", str(file)).splitlines()
     assert lines[0] == "pinned: data.test_fraction = 0.2"
-    rest = "pinned: all else of prompt, stages and curation as by default"
+    rest = "pinned: all else of prompt, own models, stages and curation as by default"
     assert lines[1:] == ['pinned: continual.by = "task"', 'pinned: continual.stages = [["a"], ["b"]]', rest]
     assert call().splitlines() == lines
     made = split.load(state)
@@ -803,3 +806,73 @@ def test_a_site_names_its_own_columns(serve: Callable[..., Server]) -> None:
         with pytest.raises(UserError):
             parse_columns(wrong)
     assert parse_columns(["instruction=q", "output=a=b"]) == {"instruction": "q", "output": "a=b"}
+
+
+# -- rows for the site's own model -----------------------------------------------------------------------------------
+
+OWN = ("personal.enabled=true", "personal.validation=0.3")
+
+
+def test_the_first_run_says_which_share_is_set_apart_for_own_models_and_no_later_one(
+    serve: Callable[..., Server],
+) -> None:
+    server = serve("ant", instruction_rows(200), *OWN, counts=EXACT)
+    first = server.hello()
+    assert isinstance(first, Hello) and first.examples is not None and 90 < first.examples < 160
+    for changes in (["personal.validation=0.2"], ["personal.enabled=false"], ["personal.validation=0.300001"]):
+        for kind in (flower_records.HELLO, "train", "evaluate"):
+            line = server.ask(kind, *changes).header["error"]
+            assert "personal." in line and "another value" in line and "\n" not in line
+    # What says how models are made, and the seed, choose no rows.
+    assert server.hello("personal.budget=5", "personal.margin=0", "seed=7") == first
+    pinned = split.load(server.facts.state)
+    assert pinned is not None and pinned.reading is not None and pinned.reading["personal.validation"] == 0.3
+    told = split.lines(pinned)
+    assert "personal.enabled = true" in told and "personal.validation = 0.3" in told
+
+
+def test_a_site_that_has_pinned_no_own_models_makes_way_for_them_when_its_operator_agrees(
+    serve: Callable[..., Server],
+) -> None:
+    """Also a split of an older version, which names no such keys: they are those of a run without own models."""
+    server = serve("ant", instruction_rows(200), counts=EXACT)
+    whole = server.hello("personal.validation=0.5")  # says nothing where none are made
+    path = server.facts.state / split.FILE
+    values = json.loads(path.read_text())
+    values["reading"] = {k: v for k, v in values["reading"].items() if not k.startswith("personal.")}
+    path.write_text(json.dumps(values))
+    server.service = Service(server.facts)
+    assert server.hello() == whole and isinstance(whole, Hello)
+    line = server.hello("personal.enabled=true", "personal.validation=0.3")
+    assert "personal.enabled, personal.validation: this site has pinned another value" in str(line)
+    run = server.settings("personal.enabled=true", "personal.validation=0.3")
+    split.repin(server.facts.state, run.data.test_fraction, new_key=False, agreed=run)
+    server.service = Service(server.facts)
+    less = server.hello("personal.enabled=true", "personal.validation=0.3")
+    assert isinstance(less, Hello) and less.examples is not None and whole.examples is not None
+    assert less.examples < 0.85 * whole.examples
+    assert "this site has pinned another value" in str(server.hello())
+
+
+def test_the_rows_set_apart_at_a_site_follow_its_key_and_not_the_servers_seed(serve: Callable[..., Server]) -> None:
+    sides = []
+    for name, seed in (("a", 0), ("a", 1), ("b", 0)):
+        server = serve(name, instruction_rows(200), *OWN, f"seed={seed}")
+        config = at_home(server.run, server.facts)
+        site = site_worker._read_site(config, server.facts, "run")
+        train, test = ({row.turns[0].text for row in part} for part in (site.train, site.test))
+        assert not train & test and 15 < 200 - len(train | test) < 90  # neither trained nor measured
+        sides.append((train, test))
+    assert sides[0] == sides[1] != sides[2]
+
+
+def test_a_site_whose_rows_are_all_set_apart_is_not_told_from_one_with_few(serve: Callable[..., Server]) -> None:
+    """An error would say that a site has one question or two; the fraction is the server's at the first run."""
+    rows = [{"instruction": "Say bee", "output": answer} for answer in ("bee", "a bee", "bees")]
+    answers = []
+    for name, own in (("none", "personal.validation=0.999999"), ("few", "personal.validation=0.000001")):
+        server = serve(name, rows, "personal.enabled=true", own, "data.test_fraction=0")
+        told = server.hello()
+        assert isinstance(told, Hello)
+        answers.append((told.examples, told.tokens, server.visit()))
+    assert answers[0] == answers[1] and answers[0][0] == 0

@@ -31,7 +31,7 @@ from apiary.evaluation import intervals
 from apiary.models import adapters
 from apiary.privacy.audit import one_run
 from client import private_visit, site_worker
-from client.site_worker import Facts
+from client.site import Facts, at_home
 from client.worker import Worker
 from simulation import audit, inversion, replay
 from simulation.replay import Bench, Seen
@@ -318,7 +318,7 @@ def test_the_audit_at_a_site_has_the_sites_own_split_rate_and_noise(
     held_out = split.Split(0.3, bytes(range(32)))  # drawn, it might leave as many rows as are planned with
     split.save(tmp_path / "state", held_out)
     facts = Facts("c", rows_file, tmp_path / "state", counts=policy)
-    there = site_worker.at_home(config, facts)
+    there = at_home(config, facts)
     own = site_worker._read_site(there, facts, "run")
     made = audit.open_bench(tmp_path, audit.Options(), audit.AtSite(str(rows_file), tmp_path / "state", policy))
     assert made.client.train == own.train and made.client.test == own.test
@@ -329,6 +329,19 @@ def test_the_audit_at_a_site_has_the_sites_own_split_rate_and_noise(
     assert isinstance(answer, Visit) and answer.spent is not None and seen.spent is not None
     assert seen.spent == answer.spent
     assert seen.spent.sample_rate == 10 / policy.planned([len(own.train)])[0] != 10 / len(own.train)
+
+
+def test_the_audit_at_a_site_leaves_out_what_it_set_apart_for_its_own_model(
+    tmp_path: Path, small_run: list[str], rows_file: Path
+) -> None:
+    own = ("personal.enabled=true", "personal.validation=0.3", "data.test_fraction=0.1", "seed=5")
+    config = loading.load(None, [*small_run, *own, "data.source=elsewhere.jsonl"])
+    (tmp_path / "config.toml").write_text(config.to_toml())
+    facts = Facts("c", rows_file, tmp_path / "state")
+    site = site_worker._read_site(at_home(config, facts), facts, "run")
+    made = audit.open_bench(tmp_path, audit.Options(), audit.AtSite(str(rows_file), tmp_path / "state"))
+    assert made.client.train == site.train and made.client.test == site.test
+    assert 10 < len(made.client.validation) < 70
 
 
 @pytest.mark.slow

@@ -34,9 +34,9 @@ from client import handlers
 from client.personal import candidates
 from client.personal.candidates import Rows
 from client.personal.choice import FEWEST
+from client.personal.own_model import OwnRows, Task
 from client.training import trainer
 from client.training.trainer import VisitPlan
-from simulation.personal import OwnRows, _Task
 from simulation.run import personalise, simulate
 
 WEIGHTS = "adapter_model.safetensors"
@@ -424,17 +424,20 @@ def test_after_a_run_only_how_models_are_made_can_be_said(plain: Path, setting: 
 def test_a_run_that_is_none_or_not_over_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         personalise(tmp_path / "nothing")
+    (tmp_path / "metrics.json").write_text('{"schema": 1, "sites": []}')
+    with pytest.raises(
+        UserError, match=r"a deployed run, .* each makes its own model there \(apiary deploy personal\)"
+    ):
+        personalise(tmp_path)
 
 
 def test_what_does_not_go_with_own_models_is_refused(tmp_path: Path) -> None:
-    from strategies.from_config import check_for_sites, from_config
+    from strategies.from_config import from_config
 
     with pytest.raises(UserError, match="trains without gradients"):
         from_config(loading.load(None, ["personal.enabled=true", "strategy.name=fedkseed", "train.lr=1e-3"]))
     with pytest.raises(UserError, match=r"continual\.stages"):
         loading.load(None, ["personal.enabled=true", 'continual.stages=[["sort"], ["count"]]'])
-    with pytest.raises(UserError, match="made in a simulation alone"):
-        check_for_sites(loading.load(None, ["personal.enabled=true"]))
 
 
 # -- with other methods ----------------------------------------------------------------------------------------------
@@ -481,7 +484,7 @@ def test_attackers_get_no_own_model_and_base_deltas_are_mixed(tmp_path: Path, ti
 
 def test_a_model_is_made_anew_where_anything_that_it_follows_from_differs() -> None:
     base, rows = loading.load(None, []), OwnRows((1, 2), (3,), (4,))  # type: ignore[arg-type]
-    task = _Task("c", 4, {"w": torch.ones(2)}, rows)
+    task = Task("c", 4, {"w": torch.ones(2)}, rows, Path("own"), Path("alone"))
     others = {
         task._replace(steps=5).seal(base),
         task._replace(federated={"w": torch.zeros(2)}).seal(base),
