@@ -130,7 +130,7 @@ def make_app(log: RunLog | None = None, held_out: HeldOut | None = None) -> Serv
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         values: dict[str, Any] = dict(context.run_config)
-        config = loading.from_json(str(values["config"]))
+        config = strategies.resolved(loading.from_json(str(values["config"])))
         folder = Path(str(values["out"]))
         expected = int(values.get("expected", config.strategy.min_clients))
 

@@ -119,7 +119,7 @@ def simulate(
         UserError: wrong input, or another process writes `folder`; nothing was written.
         apiary.core.errors.RunFailed: too few clients answered well, or the model that they made gives no number.
     """
-    config = start.resolved(config)
+    config = strategies.resolved(start.resolved(config))
     with run_directory.claim(folder) as warnings:
         run_directory.check_folder(config, folder, resume)
         return _simulate(config, folder, observers, warnings, shared)

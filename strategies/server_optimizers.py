@@ -136,6 +136,15 @@ def none() -> Optimizer:
     return Optimizer("none", {}, lambda d, slots: (d, {}))
 
 
+@SERVER_OPTIMIZERS.register("auto")
+def auto() -> Optimizer:
+    """Nesterov (lr 0.7, momentum 0.5) where plain averages of both factors allow it, else none; docs/tuning.md.
+
+    What it comes to follows from the whole run (`strategies.resolved`), and stands in the run's own configuration.
+    """
+    return none()
+
+
 @SERVER_OPTIMIZERS.register("plain")
 def plain(lr: _Positive = 1.0) -> Optimizer:
     """A step size: x += lr D (McMahan et al. 2017 with lr = 1).

@@ -122,7 +122,7 @@ class DataConfig(_Section):
     """Where the instruction data comes from and how it is spread over clients."""
 
     source: str = Field(
-        "builtin:skills",
+        "builtin:skills:250",
         description="builtin:skills (with :N, N training rows of each skill), a file, a folder (one file per client), "
         "a database by URI, or a hub id",
     )
@@ -132,7 +132,7 @@ class DataConfig(_Section):
         None, description="a separate source of held-out rows; unset: part of each client's rows, by content hash"
     )
     test_fraction: float = Field(
-        0.1,
+        0.2,
         ge=0,
         lt=1,
         description="fraction of each client's rows that is held out, chosen by a hash of the question; "
@@ -198,7 +198,7 @@ class TrainConfig(_Section):
     optimizer: Literal["adamw", "sgd"] = Field(
         "adamw", description="adamw, or sgd without momentum; not used by fedkseed"
     )
-    lr: float = Field(3e-3, gt=0, description="peak learning rate")
+    lr: float = Field(6e-3, gt=0, description="peak learning rate")
     lr_b: float = Field(
         1.0,
         gt=0,
@@ -321,9 +321,9 @@ class StrategyConfig(_Section):
     options: Mapping[str, Any] = Field(default_factory=dict, description="options of the method")
     root: str | None = Field(None, description="for fltrust: a source of about 100 rows that the server trusts")
     server_optimizer: MethodField = Field(
-        Method(name="none"),
-        description="server optimizer applied to the aggregated update: none, plain, momentum, nesterov, adam, yogi or "
-        "adagrad, with options",
+        Method(name="auto"),
+        description="server optimizer applied to the aggregated update: auto (docs/tuning.md), none, plain, momentum, "
+        "nesterov, adam, yogi or adagrad, with options",
     )
     weighting: Literal["tokens", "uniform"] = Field(
         "tokens", description="weight of a client's update: tokens (as many as it trained) or uniform"

@@ -14,7 +14,7 @@ from apiary.config.schema import RunConfig
 from apiary.core import lora
 from apiary.core.errors import UserError
 from apiary.core.messages import ClientInfo, Update
-from strategies import AGGREGATORS, Aggregator, ServerState, seed_scalars
+from strategies import AGGREGATORS, Aggregator, Gradient, ServerState, seed_scalars
 from strategies.aggregator import ROOT
 from strategies.server_optimizers import SERVER_OPTIMIZERS
 
@@ -97,3 +97,37 @@ def test_weights_of_the_clients_are_refused_where_a_method_has_its_own() -> None
             strategies.from_config(loading.load(None, [*settings, f"strategy.min_clients={CLIENTS}"]))
     for name in ("fedavg", "flora", "flexlora"):
         strategies.from_config(loading.load(None, [f"strategy.name={name}", "strategy.weighting=uniform"]))
+
+
+@pytest.mark.parametrize(
+    ("more", "name"),
+    [
+        ([], "nesterov"),
+        (["strategy.weighting=uniform", "wire.up=int8", "simulate.attackers=0.2"], "nesterov"),
+        (["strategy.name=fedex"], "none"),  # what it adds to the base fits a step of size 1
+        (["strategy.name=flora"], "none"),  # another basis in every round
+        (["strategy.name=median"], "none"),  # not the mean
+        (["strategy.name=scaffold", "train.optimizer=sgd"], "none"),
+        (["strategy.name=ditto"], "none"),
+        (["adapter.share=a"], "none"),
+        (["adapter.train=b"], "none"),
+        (["privacy.unit=record"], "none"),
+        (['continual.stages=[["sort"], ["count"]]'], "none"),
+        (["strategy.server_optimizer=adam"], "adam"),
+    ],
+)
+def test_what_the_server_optimizer_comes_to_stands_in_the_configuration(more: list[str], name: str) -> None:
+    config = loading.load(None, more)
+    found = strategies.resolved(config)
+    assert found.strategy.server_optimizer.name == name
+    assert strategies.resolved(found) == found
+    assert found == config.model_copy(update={"strategy": found.strategy})  # nothing else was touched
+
+
+def test_the_default_momentum_is_that_of_its_formula() -> None:
+    """u = 0.5 u + D, x += 0.7 (D + 0.5 u), from the configuration as it comes to the server: two rounds of D = 1."""
+    method, one = strategies.from_config(loading.load(None, [])), {"m.lora_A.weight": torch.ones(2, 3)}
+    state = ServerState(0, {"m.lora_A.weight": torch.zeros(2, 3)}, {}, {})
+    for expected in (0.7 * 1.5, 0.7 * 1.5 + 0.7 * (1 + 0.5 * 1.5)):
+        state = method.step(state, Gradient(one))
+        torch.testing.assert_close(state.adapter["m.lora_A.weight"], torch.full((2, 3), expected))
