@@ -12,6 +12,7 @@ from flwr.serverapp import Grid, ServerApp
 import strategies
 from apiary.config import loading
 from apiary.config.schema import RunConfig
+from apiary.core import files
 from apiary.core.messages import Spent
 from apiary.core.tensors import StateDict
 from apiary.data import tokenization
@@ -80,6 +81,7 @@ def _examples(held_out: HeldOut | None) -> tuple[Example, ...]:
 
 def save(folder: Path, config: RunConfig, state: ServerState, progress: Progress) -> None:
     """Write the checkpoint of a round, and the statement of the privacy that clients have spent so far."""
+    files.flush(folder)  # what virtual clients keep of the round, which the checkpoint counts on
     plain = {name: dict(value) for name, value in progress._asdict().items() if isinstance(value, Mapping)}
     best = () if progress.best_round is None else (progress.best_round,)
     checkpoint.save(folder / "checkpoints", state, {**progress._asdict(), **plain}, config, also=best)

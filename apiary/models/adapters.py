@@ -77,6 +77,7 @@ class LanguageModel:
     rank: int
     scale: float  # the s in W + s B A
     init: Literal["kaiming", "orthonormal"]
+    dropouts: tuple[nn.Module, ...]  # of the adapter's inputs
     coverage: Coverage  # how much of the base has an adapter
     generation: BaseGeneration  # what the base says of decoding
 
@@ -163,6 +164,7 @@ def _adapt(base: _Base, config: ModelConfig, adapter: AdapterConfig) -> Language
         rank=adapter.rank,
         scale=lora.scaling(adapter.alpha, adapter.scaling)(adapter.rank),
         init=adapter.init,
+        dropouts=tuple(module for path, module in model.named_modules() if ".lora_dropout." in path),
         coverage=targets.coverage(base.model, found),
         generation=base.generation,
     )

@@ -20,7 +20,7 @@ from torch import Tensor
 from apiary.config.schedule import learning_rate
 from apiary.config.schema import TrainConfig
 from apiary.core.messages import FitReport
-from apiary.core.tensors import StateDict, derive_seed, generator, subtract
+from apiary.core.tensors import StateDict, derive_seed, generator, subtract, threads
 from apiary.data.batches import Batch, Corpus, collate, plan_batches
 from apiary.models.adapters import LanguageModel, autocast, get_adapter, pad_id, set_adapter, training
 from apiary.models.loss import to_device
@@ -258,30 +258,20 @@ class _Loop:
 
 
 @contextmanager
-def threads(count: int | None) -> Iterator[None]:
-    """Within it torch computes with so many threads; with as many as before where None."""
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
 def _training(lm: LanguageModel, seed: int) -> Iterator[None]:
     """Within it the adapter's dropout is on and draws from `seed`; the base stays in eval mode, dropout and all."""
-    dropouts = [m for n, m in lm.model.named_modules() if ".lora_dropout." in n]
     devices = [lm.device] if lm.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        for module in dropouts:
+        if lm.device.type == "cpu":  # what is seeded for other devices writes down the whole stack each time
+            torch.default_generator.manual_seed(seed)
+        else:
+            torch.manual_seed(seed)
+        for module in lm.dropouts:
             module.train()
         try:
             yield
         finally:
-            for module in dropouts:
+            for module in lm.dropouts:
                 module.eval()
             for parameter in lm.adapter.values():
                 parameter.grad = None
