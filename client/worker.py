@@ -213,8 +213,13 @@ class Worker:
         """
         if isinstance(answer, Decline):
             return b""
-        delta, coded = answer.update.delta, is_finite(answer.update.delta)
-        message = compression.encode(self.config, self._up, site, number, delta) if coded else b""
+        delta = answer.update.delta
+        try:
+            message = compression.encode(self.config, self._up, site, number, delta)
+        except ValueError:
+            if is_finite(delta):
+                raise
+            message = b""
         if self.local.settle and payload.extra:
             arrived = compression.arrives(self._up, message, delta)
             lr_sum = schedule.lr_sum(self.config, number, answer.report.steps)

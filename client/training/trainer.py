@@ -20,9 +20,9 @@ from torch import Tensor
 from apiary.config.schedule import learning_rate
 from apiary.config.schema import TrainConfig
 from apiary.core.messages import FitReport
-from apiary.core.tensors import StateDict, derive_seed, generator, subtract, threads
+from apiary.core.tensors import StateDict, derive_seed, generator, threads
 from apiary.data.batches import Batch, Corpus, collate, plan_batches
-from apiary.models.adapters import LanguageModel, autocast, get_adapter, pad_id, set_adapter, training
+from apiary.models.adapters import LanguageModel, autocast, pad_id, set_adapter, training
 from apiary.models.loss import to_device
 from client.training.objectives import OBJECTIVES, Objective, finite
 from strategies.local import Hooks
@@ -121,7 +121,6 @@ def fit(lm: LanguageModel, start: StateDict, corpus: Corpus, config: TrainConfig
         raise ValueError("there is nothing to train on: the corpus is empty")
     began = time.perf_counter()
     set_adapter(lm, start)
-    received = get_adapter(lm)
     rows, old = _streams(corpus, config, plan)
     nats, tokens, examples, replayed, made = 0.0, 0, 0, 0, 0
     with (
@@ -139,7 +138,9 @@ def fit(lm: LanguageModel, start: StateDict, corpus: Corpus, config: TrainConfig
             made += 1
             for observe in plan.observers:
                 observe(record)
-    delta: StateDict = subtract(get_adapter(lm), received)
+    delta: StateDict = {
+        name: p.detach().to("cpu", torch.float32) - start[name].float() for name, p in lm.adapter.items()
+    }
     for project in (*plan.hooks.projections, finite):
         delta = project(delta)
     loss = nats / tokens if tokens else float("nan")
