@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ from client import curation, handlers
 from client.training import objectives
 from server import checkpoint, trusted_update
 from server.app import make_app
-from simulation import adversaries
+from simulation import absence, adversaries
 from simulation.engines import ENGINES
 from simulation.summary import Plan, summarise
 
@@ -74,6 +75,7 @@ def plan(config: RunConfig) -> Plan:
     adversaries.forget()  # the files may have changed since an earlier run in this process
     federation = handlers.federation(config.to_json())
     adversaries.attackers(config, [client.name for client in federation.clients])  # whether there can be so many
+    absence.check(config, len(federation.clients))
     if few := too_few_clients(config, len(federation.clients)):
         raise UserError(*few)
     if config.privacy.unit == "record":
@@ -132,7 +134,8 @@ def _simulate(
         for line in warnings:
             log.event("warning", message=line)
         _report_rows(log, prepared)
-        app = make_app(log, prepared.held_out)
+        names = [client.name for client in prepared.federation.clients]
+        app = make_app(log, prepared.held_out, functools.partial(absence.away, config, names))
         ENGINES.build(config.simulate.engine, config=config)(app, config, len(prepared.federation.clients), folder)
         adapter = adapter_files.read_adapter(prepared.lm, folder / "adapter" / "adapter_model.safetensors")
         figures, _ = set_deciding_apart(prepared.federation, config)
