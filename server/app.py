@@ -21,6 +21,7 @@ from apiary.evaluation import continual
 from apiary.evaluation.comparison import HeldOut
 from apiary.export import adapter_folder
 from apiary.models import adapters, start
+from apiary.models.fused_layers import give_memory_back
 from apiary.privacy import statement
 from apiary.tracking.delivery import BEST, EVENT
 from apiary.tracking.event_log import RunLog
@@ -89,6 +90,7 @@ def save(folder: Path, config: RunConfig, state: ServerState, progress: Progress
     best = () if progress.best_round is None else (progress.best_round,)
     checkpoint.save(folder / "checkpoints", state, {**progress._asdict(), **plain}, config, also=best)
     statement.write(folder, config, {client: Spent._make(values) for client, values in progress.spent.items()})
+    give_memory_back()
 
 
 def deliver(config: RunConfig, rounds: Rounds, folder: Path, log: RunLog) -> StateDict:

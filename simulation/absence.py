@@ -27,9 +27,7 @@ def check(config: RunConfig, clients: int) -> None:
     for key in ("away", "failing"):
         share = getattr(config.simulate, key)
         if _count(share, clients) == clients:
-            raise UserError(
-                f"simulate.{key} = {share:g}: of {clients} clients that is {clients}; one at least must stay"
-            )
+            raise UserError(f"simulate.{key} = {share:g}: that is all of {clients} clients; at least one must stay")
 
 
 def away(config: RunConfig, clients: Sequence[str], number: int) -> frozenset[str]:
