@@ -4,8 +4,9 @@ Three measurements, each in processes of its own so that peak memory is its own:
 
 - parts: where the time of a train message goes on the local engine: decode, set, plan, step, encode, check, fold, log
   and disk. Processor time of the main thread, least of five warm rounds, for other work on the machine only adds to it.
-- rounds: one round over 10 to 10,000 virtual clients in one process, and over some of these sizes on Flower's
-  simulation on Ray, the two engines in turns. On a busy machine compare them with each other, not with another day's.
+- rounds: one round over 10 to 10,000 virtual clients (of the last, one in twenty is asked) in one process, and over
+  some of these sizes on Flower's simulation on Ray, the two engines in turns. On a busy machine compare them with
+  each other, not with another day's.
 - run: ten rounds of 1,000 clients, half of them away and one in twenty failing, from the data to the report.
 
     python benchmarks/clients.py [--quick]
@@ -30,6 +31,7 @@ from typing import Any
 from apiary.config import loading
 
 RESULTS = Path(__file__).parent / "results" / "clients.json"
+_BUILT_IN_ROWS = 6000
 _PARTS_OF, _WARM = 100, 5  # clients, and rounds after the first
 
 
@@ -51,15 +53,16 @@ def overrides(clients: int, engine: str) -> list[str]:
     ]
 
 
-def one_round(clients: int, engine: str) -> dict[str, Any]:
-    """Seconds per train message and peak memory of the driver, over one round."""
+def one_round(clients: int, engine: str, fraction: float = 1.0) -> dict[str, Any]:
+    """Seconds per train message and peak memory of the driver, over one round of a fraction of the clients."""
     from apiary.tracking.event_log import RunLog, read_events
     from server.app import make_app
     from simulation.engines import ENGINES
 
-    run = loading.load(None, overrides(clients, engine))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
+        source = [] if 2 * clients <= _BUILT_IN_ROWS else [f"data.source={_rows(folder / 'rows.jsonl', 2 * clients)}"]
+        run = loading.load(None, [*overrides(clients, engine), f"strategy.fraction={fraction}", *source])
         log = RunLog(folder)
         began = time.monotonic()
         ENGINES.build(engine, config=run)(make_app(log), run, clients, folder)
@@ -71,14 +74,27 @@ def one_round(clients: int, engine: str) -> dict[str, Any]:
     return {
         "clients": clients,
         "engine": engine,
+        "asked": done["asked"],
         "round_s": done["seconds"],
-        "ms_per_message": 1000 * done["seconds"] / clients,
+        "ms_per_message": 1000 * done["seconds"] / done["asked"],
         "whole_run_s": total,
-        "files_per_client": files / clients,
+        "files_per_client": files / done["asked"],
         "peak_driver_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "peak_largest_child_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
         "load": os.getloadavg()[0],
     }
+
+
+def _rows(path: Path, count: int) -> Path:
+    """A file of rows as short as those of the built-in corpus."""
+    path.write_text(
+        "".join(
+            json.dumps({"instruction": f"Count the letters of word {n:x}.", "output": f"It has {len(f'{n:x}')}."})
+            + "\n"
+            for n in range(count)
+        )
+    )
+    return path
 
 
 class _Clock:
@@ -204,7 +220,7 @@ def _resident() -> int:
 
 MEASURES: dict[str, Callable[..., dict[str, Any]]] = {
     "parts": parts,
-    "round": lambda clients, engine: one_round(int(clients), engine),
+    "round": lambda clients, engine, fraction="1": one_round(int(clients), engine, float(fraction)),
     "run": lambda clients, rounds: whole_run(int(clients), int(rounds)),
 }
 
@@ -228,7 +244,7 @@ def _all(quick: bool) -> None:
     out["parts"], out["rounds"], out["run"] = _apart("parts"), [], {}
     for clients in (10, 100) if quick else (10, 100, 1000, 10_000):
         for engine in ("local", "ray") if clients <= 100 else ("local",):
-            out["rounds"].append(_apart("round", str(clients), engine))
+            out["rounds"].append(_apart("round", str(clients), engine, "1" if clients <= 1000 else "0.05"))
             _write(out)
     out["run"] = _apart("run", "50" if quick else "1000", "10")
     _write(out)
