@@ -190,7 +190,8 @@ def whole_run(clients: int, rounds: int) -> dict[str, Any]:
     from simulation.run import simulate
 
     more = ["data.test_fraction=0.1", f"rounds={rounds}", "simulate.away=0.5", "simulate.failing=0.05"]
-    run = loading.load(None, [*overrides(clients, "local"), *more, "evaluate.baselines=['base']"])
+    more += ["train.batch_tokens=64", "evaluate.max_examples=60", "evaluate.baselines=['base']"]
+    run = loading.load(None, [*overrides(clients, "local"), *more])
     began, memory = time.monotonic(), dict[str, int]()
 
     def observe(event: dict[str, Any]) -> None:
