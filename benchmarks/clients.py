@@ -1,7 +1,8 @@
 """What a message to a virtual client costs beside its training, part by part, and how that grows with the clients.
 
-Three measurements, each in processes of its own so that peak memory is its own:
+Four measurements, each in processes of its own so that peak memory is its own:
 
+- imports: what the libraries take before anything is done.
 - parts: where the time of a train message goes on the local engine: decode, set, plan, step, encode, check, fold, log
   and disk. Processor time of the main thread, least of five warm rounds, for other work on the machine only adds to it.
 - rounds: one round over 10 to 10,000 virtual clients (of the last, one in twenty is asked) in one process, and over
@@ -214,12 +215,23 @@ def whole_run(clients: int, rounds: int) -> dict[str, Any]:
     }
 
 
+def imports() -> dict[str, Any]:
+    """Memory of a process after each import, in the order of a simulation, which does not import the last."""
+    names = ("torch", "transformers, peft", "flwr.app, flwr.serverapp, flwr.clientapp", "flwr_datasets")
+    found = {}
+    for name in names:
+        exec(f"import {name}")
+        found[name] = _resident()
+    return {"resident_bytes": found}
+
+
 def _resident() -> int:
     pages = Path("/proc/self/statm").read_text().split()[1]
     return int(pages) * os.sysconf("SC_PAGESIZE")
 
 
 MEASURES: dict[str, Callable[..., dict[str, Any]]] = {
+    "imports": imports,
     "parts": parts,
     "round": lambda clients, engine, fraction="1": one_round(int(clients), engine, float(fraction)),
     "run": lambda clients, rounds: whole_run(int(clients), int(rounds)),
@@ -242,7 +254,7 @@ def _all(quick: bool) -> None:
     from apiary.tracking.environment import start_fields
 
     out: dict[str, Any] = {"machine": start_fields(loading.load())["machine"]}
-    out["parts"], out["rounds"], out["run"] = _apart("parts"), [], {}
+    out["imports"], out["parts"], out["rounds"] = _apart("imports"), _apart("parts"), []
     for clients in (10, 100) if quick else (10, 100, 1000, 10_000):
         for engine in ("local", "ray") if clients <= 100 else ("local",):
             out["rounds"].append(_apart("round", str(clients), engine, "1" if clients <= 1000 else "0.05"))

@@ -75,12 +75,13 @@ def _over_seeds(results: dict[str, Any]) -> list[str]:
 def clients(results: dict[str, Any]) -> str:
     """Time per message and peak memory by number of clients and engine."""
     lines = [
-        "| virtual clients | asked | engine | ms per client message | peak memory of the server's process |",
-        "|---|---|---|---|---|",
+        "| virtual clients | asked | engine | ms per client message | seconds with start and handshakes "
+        "| peak memory of the server's process |",
+        "|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {row['clients']:,} | {row['asked']:,} | {row['engine']} | {row['ms_per_message']:.0f} "
-        f"| {row['peak_driver_bytes'] / 2**20:,.0f} MiB |"
+        f"| {row['whole_run_s']:.0f} | {row['peak_driver_bytes'] / 2**20:,.0f} MiB |"
         for row in results["rounds"]
     ]
     by = {(row["clients"], row["engine"]): row["ms_per_message"] for row in results["rounds"]}
@@ -91,8 +92,8 @@ def clients(results: dict[str, Any]) -> str:
     )
     loads = [row["load"] for row in results["rounds"]]
     note = (
-        f"Other work ran beside it (load {min(loads):.0f} to {max(loads):.0f} on {results['machine']['cores']} cores), "
-        "so compare the engines with each other"
+        f"Other work ran beside it (load {min(loads):.0f} to {max(loads):.0f} on {results['machine']['cores']} cores): "
+        "of such a machine Ray's workers, one a core, get more than one process does"
     )
     return "\n".join([*lines, "", f"A message takes Ray {ratios} clients. {note}. On {_machine(results)}."])
 
@@ -131,13 +132,17 @@ def clients_run(results: dict[str, Any]) -> str:
     """A whole run of many clients."""
     run, mib = results["run"], 2**20
     rounds = [size / mib for name, size in run["resident_bytes"].items() if name.startswith("round ")]
-    sizes = run["file_bytes"]
+    sizes, taken, before = run["file_bytes"], [], 0
+    for name, held in results["imports"]["resident_bytes"].items():
+        taken.append(f"`{name.partition('.')[0]}` {(held - before) / mib:.0f}")
+        before = held
     return (
         f"{run['clients']:,} clients, {run['rounds']} rounds, half of them away and 5% failing in each: "
-        f"{run['wall_s'] / 60:.0f} minutes, {run['cpu_s'] / 60:.0f} of the processor's, beside other work (load "
+        f"{run['wall_s'] / 60:.1f} minutes, {run['cpu_s'] / 60:.1f} of the processor's, beside other work (load "
         f"{run['load']:.0f}). Memory after a round: {min(rounds):.0f} to {max(rounds):.0f} MiB; at most "
         f"{run['peak_bytes'] / mib:.0f} MiB. `report.html` has {sizes['report.html'] / 1e6:.1f} MB, `metrics.json` "
-        f"{sizes['metrics.json'] / 1e6:.1f}, `log.jsonl` {sizes['log.jsonl'] / 1e6:.1f}. On {_machine(results)}."
+        f"{sizes['metrics.json'] / 1e6:.1f}, `log.jsonl` {sizes['log.jsonl'] / 1e6:.1f}.\n\nMiB that imports alone "
+        f"take, one after the other: {', '.join(taken)}; a simulation does not import the last. On {_machine(results)}."
     )
 
 

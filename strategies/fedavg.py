@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from apiary.core.messages import Update
+from apiary.core.tensors import zeros_like
 from strategies.aggregator import AGGREGATORS, Aggregator, Gradient, Reducer, ServerState, plain_step, same_payload
 
 _CHUNK = 1 << 14  # entries; what is touched between two of them stays in a megabyte of cache
@@ -16,15 +17,15 @@ _Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 
 class _Sum(NamedTuple):
-    """The sum so far is `total + rest`, both float64, the entries of each tensor in a row.
+    """The sum so far is `total + rest`, both float64.
 
     The order in which clients answer must not show in the float32 result. One float64 sum is not enough for that: its
     last bit depends on the order, and once in some 10^8 entries this turns the rounding to float32. With what each
     addition rounds away kept in `rest`, the order moves the sum by about 10^-32 of its terms.
     """
 
-    total: dict[str, _Array]
-    rest: dict[str, _Array]
+    total: dict[str, Tensor]
+    rest: dict[str, Tensor]
     weight: float  # trained tokens are whole numbers, so their sum is exact in any order
 
 
@@ -41,21 +42,19 @@ def fedavg(weighting: Literal["tokens", "uniform"] = "tokens") -> Aggregator:
     """
 
     def start(state: ServerState) -> _Sum:
-        total, rest = ({name: np.zeros(t.numel()) for name, t in state.adapter.items()} for _ in range(2))
-        return _Sum(total, rest, 0.0)
+        return _Sum(zeros_like(state.adapter, torch.float64), zeros_like(state.adapter, torch.float64), 0.0)
 
     def add(acc: _Sum, update: Update) -> _Sum:
         weight = update.weight if weighting == "tokens" else 1.0
         buffers = np.empty((3, _CHUNK))
         for name, total in acc.total.items():
-            _add(total, acc.rest[name], _flat(update.delta[name]), weight, buffers)
+            _add(_flat(total), _flat(acc.rest[name]), _flat(update.delta[name]), weight, buffers)
         return acc._replace(weight=acc.weight + weight)
 
     def finish(state: ServerState, acc: _Sum, rng: Generator) -> Gradient:
         if acc.weight <= 0:
             raise ValueError(f"the weights of the round sum to {acc.weight}; at least one must be positive")
-        means = {name: _mean(total, acc.rest[name], acc.weight) for name, total in acc.total.items()}
-        return Gradient({name: mean.view(state.adapter[name].shape) for name, mean in means.items()})
+        return Gradient({name: _mean(total, acc.rest[name], acc.weight) for name, total in acc.total.items()})
 
     return Aggregator(Reducer(start, add, finish), plain_step, same_payload, needs="sum", averages="always")
 
@@ -81,15 +80,16 @@ def _add(total: _Array, rest: _Array, delta: _Array, weight: float, buffers: _Ar
         old[:] = new
 
 
-def _mean(sums: _Array, lost: _Array, weight: float) -> Tensor:
-    means = np.empty(len(sums), np.float32)
+def _mean(total: Tensor, rest: Tensor, weight: float) -> Tensor:
+    mean = torch.empty_like(total, dtype=torch.float32)
+    sums, lost, means = _flat(total), _flat(rest), _flat(mean)
     for at in range(0, len(sums), _CHUNK):
         piece = slice(at, at + _CHUNK)
         means[piece] = (sums[piece] + lost[piece]) / weight
-    return torch.from_numpy(means)
+    return mean
 
 
 def _flat(tensor: Tensor) -> _Array:
-    """The entries in a row: the tensor's own memory where it lies in one piece, else a copy."""
+    """The entries in a row: the tensor's own memory where it lies in one piece, as accumulators do, else a copy."""
     array: _Array = tensor.reshape(-1).numpy()
     return array
