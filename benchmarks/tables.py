@@ -75,21 +75,75 @@ def _over_seeds(results: dict[str, Any]) -> list[str]:
 def clients(results: dict[str, Any]) -> str:
     """Time per message and peak memory by number of clients and engine."""
     lines = [
-        "| virtual clients | engine | ms per client message | peak memory of the server's process |",
-        "|---|---|---|---|",
+        "| virtual clients | asked | engine | ms per client message | seconds with start and handshakes "
+        "| peak memory of the server's process |",
+        "|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {row['clients']:,} | {row['engine']} | {row['ms_per_message']:.0f} "
-        f"| {row['peak_driver_bytes'] / 2**20:,.0f} MiB |"
+        f"| {row['clients']:,} | {row['asked']:,} | {row['engine']} | {row['ms_per_message']:.0f} "
+        f"| {row['whole_run_s']:.0f} | {row['peak_driver_bytes'] / 2**20:,.0f} MiB |"
         for row in results["rounds"]
     ]
-    visit = results["visit"]
-    lines += [
-        "",
-        f"A visit of a demo client costs {visit['median_ms_beside_steps']:.0f} ms (median of {visit['visits']}) beyond "
-        f"its optimizer steps; the base was loaded {visit['base_loads']} time. Machine: {_machine(results)}.",
-    ]
-    return "\n".join(lines)
+    by = {(row["clients"], row["engine"]): row["ms_per_message"] for row in results["rounds"]}
+    ratios = ", ".join(
+        f"{by[count, 'ray'] / by[count, 'local']:.1f} times as long for {count}"
+        for count, engine in by
+        if engine == "ray"
+    )
+    loads = [row["load"] for row in results["rounds"]]
+    note = (
+        f"Other work ran beside it (load {min(loads):.0f} to {max(loads):.0f} on {results['machine']['cores']} cores): "
+        "of such a machine Ray's workers, one a core, get more than one process does"
+    )
+    return "\n".join([*lines, "", f"A message takes Ray {ratios} clients. {note}. On {_machine(results)}."])
+
+
+def message(results: dict[str, Any]) -> str:
+    """What a message costs, part by part, as processor time and beside its one step."""
+    names = {
+        "decode": "decode the adapter, and at the server the change",
+        "set": "write the adapter into the model",
+        "plan": "plan the batches, take one",
+        "encode": "encode the change",
+        "check": "check the change at the server",
+        "fold": "fold it into the sums, and into the gauge of the averaging error",
+        "log": "write the event",
+        "disk": "read and write what the client keeps",
+        "rest": "all else: Flower's messages, the client's rows, the optimizer's state",
+    }
+    found = results["parts"]
+    step = found["ms"]["step"]
+    lines = ["| part | ms | beside the step |", "|---|---|---|", f"| one step of one short row | {step:.1f} | 100% |"]
+    lines += [f"| {text} | {found['ms'][part]:.1f} | {found['ms'][part] / step:.0%} |" for part, text in names.items()]
+    beside = found["ms_beside_step"]
+    return "\n".join(
+        [
+            *lines,
+            f"| beside the step, together | {beside:.1f} | {beside / step:.0%} |",
+            "",
+            f"Processor time of one thread, the least of five rounds of {found['clients']} clients; a round costs "
+            f"{found['ms_once_a_round']:.0f} ms more for the step of the server and the checkpoint. Measured beside "
+            f"other work (load {found['load']:.0f}), which makes every part slower. On {_machine(results)}.",
+        ]
+    )
+
+
+def clients_run(results: dict[str, Any]) -> str:
+    """A whole run of many clients."""
+    run, mib = results["run"], 2**20
+    rounds = [size / mib for name, size in run["resident_bytes"].items() if name.startswith("round ")]
+    sizes, taken, before = run["file_bytes"], [], 0
+    for name, held in results["imports"]["resident_bytes"].items():
+        taken.append(f"`{name.partition('.')[0]}` {(held - before) / mib:.0f}")
+        before = held
+    return (
+        f"{run['clients']:,} clients, {run['rounds']} rounds, half of them away and 5% failing in each: "
+        f"{run['wall_s'] / 60:.1f} minutes, {run['cpu_s'] / 60:.1f} of the processor's, beside other work (load "
+        f"{run['load']:.0f}). Memory after a round: {min(rounds):.0f} to {max(rounds):.0f} MiB; at most "
+        f"{run['peak_bytes'] / mib:.0f} MiB. `report.html` has {sizes['report.html'] / 1e6:.1f} MB, `metrics.json` "
+        f"{sizes['metrics.json'] / 1e6:.1f}, `log.jsonl` {sizes['log.jsonl'] / 1e6:.1f}.\n\nMiB that imports alone "
+        f"take, one after the other: {', '.join(taken)}; a simulation does not import the last. On {_machine(results)}."
+    )
 
 
 def training(results: dict[str, Any]) -> str:
@@ -719,6 +773,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo": demo,
     "training": training,
     "clients": clients,
+    "message": message,
+    "clients_run": clients_run,
     "base": base,
     "continual": continual,
     "curation": curation,
@@ -751,6 +807,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 _FROM = {  # tables that have no file of results of their own
     "judges": "curation",
+    **dict.fromkeys(("message", "clients_run"), "clients"),
     **dict.fromkeys(("real_rates", "real_answers"), "real"),
     "interval_shares": "intervals",
     **dict.fromkeys(("mixed", "corrected", "personal", "coded", "coded_few"), "federated"),

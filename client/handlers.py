@@ -21,7 +21,7 @@ from flwr.common.constant import NUM_PARTITIONS_KEY, PARTITION_ID_KEY
 from apiary.config import loading
 from apiary.config.schema import RunConfig
 from apiary.core.errors import CodecError, UserError
-from apiary.core.files import own_folder
+from apiary.core.files import flushed_together, own_folder
 from apiary.core.tensors import StateDict
 from apiary.data import stages
 from apiary.data.federation import Federation
@@ -179,14 +179,21 @@ def simulated(
     config = str(context.run_config["config"])
     make = worker_of or worker
     site = functools.partial(_site, config, context)
-    return answer(kind, content, functools.partial(make, config), site, private=is_private(config))
+    with flushed_together():  # the server of a simulation flushes before each checkpoint
+        return answer(kind, content, functools.partial(make, config), site, private=is_private(config))
+
+
+@functools.lru_cache(maxsize=1)
+def _run_of(config: str) -> RunConfig:
+    """A run, checked once and not for each message; `config` is its JSON."""
+    return loading.from_json(config)
 
 
 @functools.lru_cache(maxsize=1)
 def is_private(config: str) -> bool:
     """Whether a run promises record-level privacy; `config` is its JSON. One that cannot be read promises nothing."""
     try:
-        return loading.from_json(config).privacy.unit == "record"
+        return _run_of(config).privacy.unit == "record"
     except Exception:  # of another version; what is wrong with it will be said when it is used
         return False
 
@@ -194,7 +201,7 @@ def is_private(config: str) -> bool:
 @functools.lru_cache(maxsize=1)
 def worker(config: str) -> Worker:
     """The worker of all virtual clients in this process; `config` is the run's JSON."""
-    return Worker(loading.from_json(config))
+    return Worker(_run_of(config))
 
 
 @functools.lru_cache(maxsize=1)
@@ -203,7 +210,7 @@ def federation(config: str) -> Federation:
 
     Runs that differ in nothing that reading depends on have one federation, as those of a sweep.
     """
-    run = loading.from_json(config)
+    run = _run_of(config)
     private, own = {"unit"}, {"enabled", "validation"}
     read = run.model_dump_json(
         include={"seed": True, "data": True, "continual": True, "privacy": private, "personal": own}
@@ -248,7 +255,7 @@ def virtual_site(config: str, index: int, state: Path) -> Site:
     """The site of the virtual client `index`: its part of the configured source, its memory under `state`."""
     name, train, test, _ = federation(config).clients[index]
     folder = state / name
-    run = loading.from_json(config)
+    run = _run_of(config)
     given = run.adapter.ranks
     if given == "memory":
         rank = device_rank.of_device(run, folder)

@@ -5,11 +5,14 @@ repeats itself bit for bit. So a file is written whole or not at all, the newest
 a crashed run left of the round that is about to be done, and of later ones. Everything of a round is saved before the
 memory of that round (`client.state`), which says that the round was done.
 
+Of virtual clients a round's files need not be on the disk before its checkpoint: see `flushed_together`.
+
 Answers under differential privacy are kept by request and never taken back: see `client.releases`.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -18,8 +21,9 @@ from safetensors.torch import load_file
 from safetensors.torch import save as pack
 from torch import Tensor
 
-from apiary.core.files import own_folder, sweep, write_atomic
+from apiary.core.files import is_draft, own_folder, remove, write_atomic
 from apiary.core.tensors import StateDict
+from strategies.local import LocalAlgorithm
 
 _NAME = re.compile(r"[a-z]+-(\d{4,})\.(json|safetensors)")  # a release has its request in its name besides
 
@@ -27,9 +31,11 @@ _NAME = re.compile(r"[a-z]+-(\d{4,})\.(json|safetensors)")  # a release has its 
 def begin(folder: Path, number: int) -> None:
     """Make a client's folder ready for round `number`: drafts, and files of that round and later ones, are removed."""
     own_folder(folder)
-    sweep(folder)
-    for path in folder.iterdir():
-        if (match := _NAME.fullmatch(path.name)) and int(match[1]) >= number:
+    for name in os.listdir(folder):
+        path = folder / name
+        if is_draft(path):
+            remove(path)
+        elif (match := _NAME.fullmatch(name)) and int(match[1]) >= number:
             path.unlink()
 
 
@@ -47,8 +53,13 @@ class RoundFiles(NamedTuple):
 
     def numbers(self) -> list[int]:
         """The rounds that there is a file of, in order."""
-        found = self.folder.glob(f"{self.kind}-*{self.suffix}")
-        return sorted(int(path.name[len(self.kind) + 1 : -len(self.suffix)]) for path in found)
+        try:
+            names = os.listdir(self.folder)
+        except FileNotFoundError:
+            return []
+        start, end = len(self.kind) + 1, -len(self.suffix)
+        ours = (name for name in names if name.startswith(f"{self.kind}-") and name.endswith(self.suffix))
+        return sorted(int(name[start:end]) for name in ours)
 
     def newest(self, before: int) -> int | None:
         """The newest round earlier than `before` that there is a file of."""
@@ -59,11 +70,12 @@ class RoundFiles(NamedTuple):
 
         A straggler that ends after a later round has been saved changes nothing.
         """
-        if any(later > number for later in self.numbers()):
-            return
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.path(number), body, private=True)
-        for old in self.numbers()[: -self.keep]:
+        earlier = self.numbers()
+        if earlier and earlier[-1] > number:
+            return
+        write_atomic(self.path(number), body, private=True, of_round=True)
+        for old in sorted({*earlier, number})[: -self.keep]:
             if old != also:
                 self.path(old).unlink(missing_ok=True)
 
@@ -85,3 +97,20 @@ def save(folder: Path, kind: str, number: int, tensors: StateDict, *, also: int 
     """Write the tensors of a round, and remove all but the newest few and those of round `also`."""
     body = pack({name: tensor.contiguous() for name, tensor in tensors.items()})
     RoundFiles(folder, kind, ".safetensors").write(number, body, also=also)
+
+
+def of_method(folder: Path, local: LocalAlgorithm, number: int, last_round: int) -> StateDict:
+    """What a client's half of a method kept for a visit of round `number`; empty for one that keeps nothing.
+
+    Args:
+        folder: of the client's state in the run.
+        local: the client's half.
+        number: the round.
+        last_round: the last one in which, the server says, its answer counted.
+
+    Raises:
+        apiary.core.errors.StateLost: the file of that round is gone, and the method's server counts on it.
+    """
+    if not local.keeps:
+        return {}
+    return load(folder, local.keeps, last_round) if local.resumes == "counted" else newest(folder, local.keeps, number)

@@ -63,7 +63,7 @@ def save_copy(folder: Path, adapter: StateDict) -> None:
     """Write the server's adapter in place of the one before."""
     own_folder(folder)
     body = pack({name: tensor.contiguous() for name, tensor in adapter.items()})
-    write_atomic(folder / _COPY, body, private=True)
+    write_atomic(folder / _COPY, body, private=True, of_round=True)  # torn, it counts as none
 
 
 def step_log(folder: Path, number: int, *, own: bool = False) -> Observer:

@@ -54,6 +54,7 @@ class Worker:
         self.tokenizer = adapters.load_base(config.model)[1]
         self.template = tokenization.make_template(config.prompt, self.tokenizer)
         self._rows = SiteRows(config, self.tokenizer, self.template)
+        self._up = compression.up(config, self.local)
 
     def _model(self, site: Site) -> LanguageModel:
         """The model with an adapter of the site's rank; all ranks share one base."""
@@ -224,11 +225,15 @@ class Worker:
         """
         if isinstance(answer, Decline):
             return b""
-        delta, coded = answer.update.delta, is_finite(answer.update.delta)
-        up = compression.up(self.config, self.local)
-        message = compression.encode(self.config, up, site, number, delta) if coded else b""
+        delta = answer.update.delta
+        try:
+            message = compression.encode(self.config, self._up, site, number, delta)
+        except ValueError:
+            if is_finite(delta):
+                raise
+            message = b""
         if self.local.settle and payload.extra:
-            arrived = compression.arrives(up, message, delta)
+            arrived = compression.arrives(self._up, message, delta)
             lr_sum = schedule.lr_sum(self.config, number, answer.report.steps)
             kept = self.local.settle(self._kept(site, number, payload), payload, arrived, lr_sum)
             round_files.save(site.folder, self.local.keeps, number, kept, also=payload.last_round)
@@ -278,11 +283,7 @@ class Worker:
 
     def _kept(self, site: Site, number: int, payload: Payload) -> StateDict:
         """The method's state that a visit of round `number` starts with."""
-        if not self.local.keeps:
-            return {}
-        if self.local.resumes == "counted":
-            return round_files.load(site.folder, self.local.keeps, payload.last_round)
-        return round_files.newest(site.folder, self.local.keeps, before=number)
+        return round_files.of_method(site.folder, self.local, number, payload.last_round)
 
 
 def open_received(

@@ -184,6 +184,9 @@ def check(config: RunConfig) -> None:
         examples.read(config.strategy.root, columns=config.data.columns, key="strategy.root")
     if config.data.test is None and (undecided := compatibility.nothing_decides(config)):
         raise UserError(undecided)
+    for key in ("away", "failing"):
+        if getattr(config.simulate, key):
+            raise UserError(f"simulate.{key}: sites are real, and come and fail as they do; leave it out")
     if config.simulate.attackers:
         raise UserError("simulate.attackers: sites are real, and none is made to attack; leave it out")
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 from apiary.config.schema import RunConfig
 from apiary.core.errors import RunFailed
 from apiary.core.messages import ClientInfo, Decline, FitReport, Payload, Update, Visit
-from apiary.core.tensors import generator, is_finite
+from apiary.core.tensors import generator, is_finite, threads
 from apiary.transport import codec
 from server import client_scores, round_metrics
 from server.replies import Refusal, Terms
@@ -46,6 +46,7 @@ def start(state: ServerState, terms: Terms) -> Folded:
     return Folded(terms.aggregator.reduce.start(state), error, [], {})
 
 
+@threads(1)  # as `read_train`
 def fold(folded: Folded, reply: Visit | Decline | Refusal, client: str, size: int, terms: Terms) -> Folded:
     """The sums with one more reply in them.
 

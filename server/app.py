@@ -12,6 +12,7 @@ from flwr.serverapp import Grid, ServerApp
 import strategies
 from apiary.config import loading
 from apiary.config.schema import RunConfig
+from apiary.core import files
 from apiary.core.messages import Spent
 from apiary.core.tensors import StateDict
 from apiary.data import tokenization
@@ -20,6 +21,7 @@ from apiary.evaluation import continual
 from apiary.evaluation.comparison import HeldOut
 from apiary.export import adapter_folder
 from apiary.models import adapters, start
+from apiary.models.fused_layers import give_memory_back
 from apiary.privacy import statement
 from apiary.tracking.delivery import BEST, EVENT
 from apiary.tracking.event_log import RunLog
@@ -36,6 +38,7 @@ def prepare(
     log: RunLog,
     held_out: HeldOut | None,
     name_of: Callable[[int], str | None] = lambda node: None,
+    away: Callable[[int], frozenset[str]] = lambda number: frozenset(),
 ) -> Rounds:
     """The rounds of a run, from its newest checkpoint in `folder` or from the start.
 
@@ -45,6 +48,7 @@ def prepare(
         log: receives the events.
         held_out: the server's own held-out examples; None when it has none.
         name_of: the name that a node's key is registered under; see `Roster`.
+        away: the clients that a simulation has away in a round.
     """
     lm = adapters.load(config.model, config.adapter)
     template = tokenization.make_template(config.prompt, lm.tokenizer)
@@ -67,6 +71,7 @@ def prepare(
         evaluate=evaluation.on_held_out(lm, measured, config.seed) if measured else None,
         score_stages=continual.scorer(lm, measured, config) if measured else None,
         name_of=name_of,
+        away=away,
         own_update=trusted_update.trainer(config, _examples(held_out), folder / "root") if aggregator.root else None,
     )
     return Rounds(config, aggregator, adapters.fingerprint(lm, template), state, hooks, progress)
@@ -81,10 +86,12 @@ def _examples(held_out: HeldOut | None) -> tuple[Example, ...]:
 
 def save(folder: Path, config: RunConfig, state: ServerState, progress: Progress) -> None:
     """Write the checkpoint of a round, and the statement of the privacy that clients have spent so far."""
+    files.flush(folder)  # what virtual clients keep of the round, which the checkpoint counts on
     plain = {name: dict(value) for name, value in progress._asdict().items() if isinstance(value, Mapping)}
     best = () if progress.best_round is None else (progress.best_round,)
     checkpoint.save(folder / "checkpoints", state, {**progress._asdict(), **plain}, config, also=best)
     statement.write(folder, config, {client: Spent._make(values) for client, values in progress.spent.items()})
+    give_memory_back()
 
 
 def deliver(config: RunConfig, rounds: Rounds, folder: Path, log: RunLog) -> StateDict:
@@ -114,7 +121,11 @@ def deliver(config: RunConfig, rounds: Rounds, folder: Path, log: RunLog) -> Sta
     return adapter
 
 
-def make_app(log: RunLog | None = None, held_out: HeldOut | None = None) -> ServerApp:
+def make_app(
+    log: RunLog | None = None,
+    held_out: HeldOut | None = None,
+    away: Callable[[int], frozenset[str]] = lambda number: frozenset(),
+) -> ServerApp:
     """A ServerApp for one run.
 
     The run config holds `config` (the whole configuration as JSON), `out` (the run directory, on the server's disk) and
@@ -124,6 +135,7 @@ def make_app(log: RunLog | None = None, held_out: HeldOut | None = None) -> Serv
         log: the run's, from a simulation, which then also writes the table and the report; without it the app keeps
             the whole run directory by itself, as in a deployment.
         held_out: the server's own held-out examples, from a simulation; a deployment reads its own.
+        away: the clients that a simulation has away in a round.
     """
     app = ServerApp()
 
@@ -135,7 +147,7 @@ def make_app(log: RunLog | None = None, held_out: HeldOut | None = None) -> Serv
         expected = int(values.get("expected", config.strategy.min_clients))
 
         def federate(log: RunLog, held_out: HeldOut | None) -> StateDict:
-            rounds = prepare(config, folder, log, held_out, deployment_run.site_name)
+            rounds = prepare(config, folder, log, held_out, deployment_run.site_name, away)
             rounds.run(grid, expected)
             return deliver(config, rounds, folder, log)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,8 @@ def push(grid: Grid, messages: Sequence[Message]) -> dict[str, int]:
     ids = list(grid.push_messages(messages))
     if len(ids) == len(messages):
         return {i: m.metadata.dst_node_id for i, m in zip(ids, messages, strict=True) if i}
-    return {m.metadata.message_id: m.metadata.dst_node_id for m in messages if m.metadata.message_id in set(ids)}
+    known = set(ids)
+    return {m.metadata.message_id: m.metadata.dst_node_id for m in messages if m.metadata.message_id in known}
 
 
 def pull(grid: Grid, waiting: dict[str, int]) -> list[tuple[int, Message]]:
@@ -36,7 +38,7 @@ def pull(grid: Grid, waiting: dict[str, int]) -> list[tuple[int, Message]]:
     Returns:
         The replies, each with the node that it comes from.
     """
-    asked = list(waiting)[:AT_ONCE]
+    asked = list(itertools.islice(waiting, AT_ONCE))
     replies = []
     for reply in grid.pull_messages(asked):
         node = waiting.pop(reply.metadata.reply_to_message_id, None)
@@ -63,8 +65,9 @@ def exchange(
     limit = deadline_s or math.inf
     deadline = time.monotonic() + limit
     waiting, pause = push(grid, messages), Pause()
+    reached = set(waiting.values())
     for message in messages:
-        if message.metadata.dst_node_id not in waiting.values():
+        if message.metadata.dst_node_id not in reached:
             refuse(message.metadata.dst_node_id, "it could not be reached")
     while waiting and time.monotonic() < deadline:
         arrived = pull(grid, waiting)

@@ -17,7 +17,7 @@ from apiary.config.schema import RunConfig
 from apiary.core import errors
 from apiary.core.errors import WireError
 from apiary.core.messages import ClientInfo, Decline, Payload, Score, Spent, Visit
-from apiary.core.tensors import StateDict
+from apiary.core.tensors import StateDict, threads
 from apiary.transport import codec, flower_records
 from apiary.transport.codec import Codec
 from server import validation
@@ -43,6 +43,7 @@ class Terms(NamedTuple):
     payload_of: Callable[[ClientInfo], Payload]  # what a client of this rank was sent
 
 
+@threads(1)  # the tensors are small: waking other threads for each costs more than they save
 def read_train(content: RecordDict, sender: Member | None, terms: Terms) -> Visit | Decline | Refusal:
     """The checked reply to a train message.
 

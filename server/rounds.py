@@ -100,6 +100,8 @@ class Hooks(NamedTuple):
     score_stages: Callable[[StateDict], Mapping[str, Any]] | None = None
     # The name that a node's key is registered under; see `Roster`.
     name_of: Callable[[int], str | None] = lambda node: None
+    # The clients that a simulation has away in a round; a deployment sees for itself.
+    away: Callable[[int], frozenset[str]] = lambda number: frozenset()
     # Trains the server's own update of a round, for a method that asks for one.
     own_update: OwnUpdate | None = None
 
@@ -204,7 +206,7 @@ class Rounds(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """The train messages to the round's cohort, which is drawn here; `arrays` and `config` are not used."""
-        self._cohort = choose(self._roster.members.keys() - self._budget_spent, self._draw, server_round)
+        self._cohort = choose(_there(self, server_round) - self._budget_spent, self._draw, server_round)
         self._log.event("asked", round=server_round, clients=self._cohort)
         members = [self._roster.members[client] for client in self._cohort]
         return self._payloads.messages("train", members, server_round, self._source(self.state))
@@ -213,7 +215,7 @@ class Rounds(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """The evaluate messages to the panel: the same clients in every round, whoever trained in it."""
-        members = [self._roster.members[client] for client in panel(self._roster.members, self._draw)]
+        members = [self._roster.members[client] for client in panel(_there(self, server_round), self._draw)]
         return self._payloads.messages("evaluate", members, server_round, self._source(self.state))
 
     def _source(self, state: ServerState) -> Source:
@@ -354,3 +356,8 @@ class Rounds(Strategy):
             self._payloads.confirm(client)
             sums[client] = [float(value) for value in score]
         return MetricRecord({name: sums[name] for name in sorted(sums)})
+
+
+def _there(rounds: Rounds, number: int) -> set[str]:
+    """The members that can be asked in a round."""
+    return rounds._roster.members.keys() - rounds._hooks.away(number)

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable, Mod
+from flwr.common.constant import NUM_PARTITIONS_KEY, PARTITION_ID_KEY, ErrorCode
 from flwr.serverapp import Grid, ServerApp
 
 from apiary.config.registry import Registry
@@ -21,6 +22,7 @@ from apiary.config.schema import RunConfig
 from apiary.core.errors import UserError
 from client import handlers
 from client.app import make_app
+from simulation import absence
 from simulation.adversaries import malicious_worker
 from simulation.in_process_grid import LocalGrid
 
@@ -45,6 +47,20 @@ def site_facts(config: str, folder: Path) -> Mod:
         facts = {**context.node_config, "state-path": str(folder / "clients")}
         own = Context(context.run_id, context.node_id, facts, context.state, {"config": config})
         return call_next(message, own)
+
+    return mod
+
+
+def failures(config: RunConfig) -> Mod:
+    """A mod that lets the clients fail that `simulate.failing` has fail, before they train."""
+
+    def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+        clients, index = (int(context.node_config[key]) for key in (NUM_PARTITIONS_KEY, PARTITION_ID_KEY))
+        asked = message.metadata.message_type == "train"
+        if asked and absence.fails(config, clients, index, int(message.metadata.group_id)):
+            reason = "it failed, as simulate.failing has it"
+            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+        return call_next(message, context)
 
     return mod
 
@@ -145,7 +161,8 @@ def _client_app(config: RunConfig, folder: Path) -> ClientApp:
         virtual = functools.partial(
             handlers.simulated, worker_of=functools.partial(malicious_worker, state=folder / "clients")
         )
-    return make_app(site_facts(config.to_json(), folder), virtual=virtual)
+    mods = [failures(config)] if config.simulate.failing else []
+    return make_app(*mods, site_facts(config.to_json(), folder), virtual=virtual)
 
 
 def _resources(config: RunConfig) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -29,7 +30,7 @@ from client.personal import own_model
 from client.training import objectives
 from server import checkpoint, trusted_update
 from server.app import make_app
-from simulation import adversaries, personal
+from simulation import absence, adversaries, personal
 from simulation.engines import ENGINES
 from simulation.summary import Plan, personal_of_run, summarise, with_personal
 
@@ -76,6 +77,7 @@ def plan(config: RunConfig) -> Plan:
     adversaries.forget()  # the files may have changed since an earlier run in this process
     federation = handlers.federation(config.to_json())
     adversaries.attackers(config, [client.name for client in federation.clients])  # whether there can be so many
+    absence.check(config, len(federation.clients))
     if few := too_few_clients(config, len(federation.clients)):
         raise UserError(*few)
     if config.privacy.unit == "record":
@@ -140,7 +142,8 @@ def _simulate(
         for line in warnings:
             log.event("warning", message=line)
         _report_rows(log, prepared)
-        app = make_app(log, prepared.held_out)
+        names = [client.name for client in prepared.federation.clients]
+        app = make_app(log, prepared.held_out, functools.partial(absence.away, config, names))
         ENGINES.build(config.simulate.engine, config=config)(app, config, len(prepared.federation.clients), folder)
         adapter = adapter_files.read_adapter(prepared.lm, folder / "adapter" / "adapter_model.safetensors")
         figures, _ = set_deciding_apart(prepared.federation, config)

@@ -26,7 +26,7 @@ from torch import Generator, Tensor
 from apiary.core import lora
 from apiary.core.lora import Factors, Scaling
 from apiary.core.messages import Update
-from apiary.core.tensors import generator
+from apiary.core.tensors import generator, is_finite
 from strategies.aggregator import ServerState
 from strategies.products import Weighting, shares
 
@@ -160,7 +160,7 @@ def _seen(b: Tensor, a: Tensor, probes: Tensor) -> tuple[Tensor, Tensor]:
     """
     seen = probes @ a.T
     product = seen @ b.T
-    if bool(product.isfinite().all()):
+    if is_finite({"": product}):
         return seen, product
     seen = probes.double() @ a.double().T
     return seen, seen @ b.double().T

@@ -46,8 +46,9 @@ def fedavg(weighting: Literal["tokens", "uniform"] = "tokens") -> Aggregator:
 
     def add(acc: _Sum, update: Update) -> _Sum:
         weight = update.weight if weighting == "tokens" else 1.0
+        buffers = np.empty((3, _CHUNK))
         for name, total in acc.total.items():
-            _add(_flat(total), _flat(acc.rest[name]), _flat(update.delta[name]), weight)
+            _add(_flat(total), _flat(acc.rest[name]), _flat(update.delta[name]), weight, buffers)
         return acc._replace(weight=acc.weight + weight)
 
     def finish(state: ServerState, acc: _Sum, rng: Generator) -> Gradient:
@@ -58,13 +59,12 @@ def fedavg(weighting: Literal["tokens", "uniform"] = "tokens") -> Aggregator:
     return Aggregator(Reducer(start, add, finish), plain_step, same_payload, needs="sum", averages="always")
 
 
-def _add(total: _Array, rest: _Array, delta: _Array, weight: float) -> None:
+def _add(total: _Array, rest: _Array, delta: _Array, weight: float, buffers: _Array) -> None:
     """Add `weight * delta` to `total + rest` in place, without loss but for the rounding of `rest`.
 
     Knuth's two-sum (The Art of Computer Programming, volume 2, section 4.2.2, theorem B), by pieces that stay in the
     processor's cache: whole tensors would go through memory once for each of its ten steps.
     """
-    buffers = np.empty((3, _CHUNK))
     for at in range(0, len(total), _CHUNK):
         old, lost, x = (array[at : at + _CHUNK] for array in (total, rest, delta))
         term, new, part = buffers[:, : len(old)]

@@ -208,7 +208,16 @@ EXPORTED = {
         *("STEPS", "Context", "Curation", "StepResult", "Reader", "Row", "Step", "StepReport"),
         *("build_steps", "curate", "digest", "restore", "steps"),
     },
-    "strategies": {"AGGREGATORS", "Aggregator", "Gradient", "Reducer", "ServerState", "from_config", "traits"},
+    "strategies": {
+        "AGGREGATORS",
+        "Aggregator",
+        "Gradient",
+        "Reducer",
+        "ServerState",
+        "from_config",
+        "resolved",
+        "traits",
+    },
 }
 
 

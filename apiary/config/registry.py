@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import inspect
 import sys
@@ -101,7 +102,7 @@ class Registry(Generic[T]):
             UserError: unknown name, unknown option, missing option, or a value of the wrong type.
         """
         builder = self.builder(method)
-        parameters = inspect.signature(builder).parameters
+        parameters = _parameters(builder)
         passed = {k: v for k, v in given.items() if k in parameters}
         checked = self._check(method, builder, {k: p for k, p in parameters.items() if k not in given}, options or {})
         value = builder(**passed, **checked)
@@ -119,7 +120,7 @@ class Registry(Generic[T]):
         allowed: Mapping[str, inspect.Parameter],
         options: Mapping[str, Any],
     ) -> dict[str, Any]:
-        hints = get_type_hints(builder, include_extras=True)
+        hints = get_type_hints(builder, include_extras=True) if options else {}
         checked = {}
         for option, value in options.items():
             if option not in allowed:
@@ -156,6 +157,12 @@ class Registry(Generic[T]):
                     shown_default = "needed" if default is inspect.Parameter.empty else toml_text.shown(default)
                     options.append((option, shown_default, meaning(text, option)))
             yield Described(name, text.partition("\n")[0], options)
+
+
+@functools.cache
+def _parameters(builder: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """A builder's parameters, asked once: a client's visit builds several methods."""
+    return inspect.signature(builder).parameters
 
 
 def unknown_name(key: str, name: str, known: Iterable[str], elsewhere: Mapping[str, str]) -> str:

@@ -440,11 +440,17 @@ class PersonalConfig(_Section):
 
 
 class SimulateConfig(_Section):
-    """How a simulation runs, and its attackers."""
+    """How a simulation runs, who is away or fails in it, and its attackers."""
 
     engine: Literal["local", "ray"] = Field("local", description="local: one process; ray: Flower's engine on Ray")
     cpus_per_client: int = Field(1, ge=1, description="CPU cores of one Ray worker")
     gpus_per_client: float = Field(0.0, ge=0, description="GPUs of one Ray worker, such as 0.5")
+    away: float = Field(
+        0.0, ge=0, lt=1, description="fraction of the clients that are away in a round, others in every round"
+    )
+    failing: float = Field(
+        0.0, ge=0, lt=1, description="fraction of the clients that fail in a round if they are asked, likewise"
+    )
     attackers: float = Field(
         0.0, ge=0, lt=1, description="fraction of the clients that attack, to measure how robust a method is; 0 = none"
     )

@@ -32,6 +32,9 @@ def facts(config: RunConfig) -> list[tuple[str, str]]:
     if strategy.weighting != "tokens":
         choices.append(("Weights of the clients", strategy.weighting))
     choices.append(("On the wire", wire(config)))
+    for name, share in (("Away in a round", config.simulate.away), ("Failing in a round", config.simulate.failing)):
+        if share:
+            choices.append((name, f"{share:.0%} of the clients"))
     if config.simulate.attackers:
         choices.append(
             ("Attack", f"{_method(config.simulate.attack)} by {config.simulate.attackers:.0%} of the clients")

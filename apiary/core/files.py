@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import functools
 import math
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 _held: set[int] = set()  # descriptors of the locks of this process
+_together: ContextVar[bool] = ContextVar("_together", default=False)  # whether who writes flushes later, all at once
 
 
 def finite(value: Any) -> Any:
@@ -138,40 +143,97 @@ _OF_CLIENTS = ("baselines/local", "baselines/local_best", "personal")  # places 
 
 
 def sweep(folder: Path) -> None:
-    """Remove drafts that a killed run left in its run directory, or a killed visit in that of its client."""
+    """Remove drafts that a killed run left in its run directory."""
     made_by_us = [folder / place for place in ("checkpoints", "baselines", "groups", *_OF_CLIENTS)]
     drafts = [path for path in folder.iterdir() if is_draft(path)]
     for draft in [*drafts, *(path for place in made_by_us for path in place.glob(".*"))]:
-        shutil.rmtree(draft, ignore_errors=True) if draft.is_dir() else draft.unlink()
+        remove(draft)
 
 
-def write_atomic(path: Path, content: str | bytes, *, private: bool = False) -> None:
+def remove(draft: Path) -> None:
+    """Remove an unfinished file or folder."""
+    shutil.rmtree(draft, ignore_errors=True) if draft.is_dir() else draft.unlink()
+
+
+def write_atomic(path: Path, content: str | bytes, *, private: bool = False, of_round: bool = False) -> None:
     """Writes a file whole or not at all: a temporary file beside it, fsync, rename.
 
     Args:
         path: the file.
         content: all of it.
         private: for its owner's eyes only, at every moment.
+        of_round: it belongs to a round that is done again where its checkpoint is not there; within `flushed_together`
+            it then need not reach the disk before the checkpoint does, and is not waited for.
 
     Raises:
         OSError: the disk is full or the folder read-only; an older file stays as it was and nothing
             else is left.
     """
     body = content.encode() if isinstance(content, str) else content
-    beside = path.with_name(f".{path.name}.tmp")
+    beside, waits = path.with_name(f".{path.name}.tmp"), of_round and _together.get()
     if private:
         beside.unlink(missing_ok=True)  # an old draft would keep its own permissions
     try:
         with open(beside, "wb", opener=_private if private else None) as file:
             file.write(body)
             file.flush()
-            os.fsync(file.fileno())
+            if not waits:
+                os.fsync(file.fileno())
         os.replace(beside, path)
     except BaseException:
         with contextlib.suppress(OSError):
             beside.unlink()
         raise
-    _sync_folder(path.parent)
+    if not waits:
+        _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def flushed_together() -> Iterator[None]:
+    """Within it files of a round are not flushed one by one: their writer calls `flush` before its checkpoint.
+
+    A kill of the process takes nothing of them away. Of a failure of the power it may leave any part of the round, in
+    files that may be torn; there is no checkpoint of that round then, and whoever does it again removes them first.
+    Nothing changes where the system cannot flush all at once.
+    """
+    token = _together.set(_flush_of_system() is not None)
+    try:
+        yield
+    finally:
+        _together.reset(token)
+
+
+def flush(folder: Path) -> None:
+    """Wait until all that any process has written to the file system of a folder is on the disk.
+
+    It costs about as much as to flush one file, however many there are. Where the system cannot do so, nothing was
+    left to be flushed by `flushed_together`.
+
+    Raises:
+        OSError: something could not be written.
+    """
+    if (flush_all := _flush_of_system()) is None:
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        flush_all(handle)
+    finally:
+        os.close(handle)
+
+
+@functools.cache
+def _flush_of_system() -> Callable[[int], None] | None:
+    """Linux's syncfs(2), which Python does not have; None elsewhere, for sync(2) need not wait."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None) if sys.platform == "linux" else None
+    if call is None:
+        return None
+
+    def flush_all(handle: int) -> None:
+        if call(handle):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+
+    return flush_all
 
 
 def for_owner(path: str, flags: int) -> int:

@@ -9,9 +9,8 @@ here.
 from __future__ import annotations
 
 import difflib
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, TypeAlias
+from typing import Annotated, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +19,8 @@ from pydantic import Field
 from apiary.config.registry import Registry
 from apiary.core.errors import UserError
 from apiary.core.seeds import derive_seed
-
-if TYPE_CHECKING:
-    from flwr_datasets.partitioner import Partitioner
+from apiary.data import partitioning
+from apiary.data.partitioning import Question
 
 Indices: TypeAlias = npt.NDArray[np.int64]
 
@@ -47,10 +45,8 @@ def iid() -> Partition:
     """Equal shares of the shuffled rows: sizes differ by at most one."""
 
     def spread(table: Table, clients: int, seed: int) -> list[Indices]:
-        from flwr_datasets.partitioner import IidPartitioner
-
         _enough(table, clients)
-        return _run(IidPartitioner(clients), _order(table, seed))
+        return [np.sort(share) for share in np.array_split(_order(table, seed), clients)]
 
     return spread
 
@@ -64,8 +60,6 @@ def dirichlet(alpha: _Positive, by: str, min_rows: _Count = 10) -> Partition:
     """
 
     def spread(table: Table, clients: int, seed: int) -> list[Indices]:
-        from flwr_datasets.partitioner import DirichletPartitioner
-
         order, codes = _order(table, seed), _codes(table, by)[0]
         _enough(table, clients)
         if clients * min_rows > len(order):
@@ -74,18 +68,11 @@ def dirichlet(alpha: _Positive, by: str, min_rows: _Count = 10) -> Partition:
                 f"{clients * min_rows} rows, the data has {len(order)}; lower min_rows or "
                 "data.clients"
             )
-        for draw in range(_DRAWS):
-            partitioner = DirichletPartitioner(
-                clients,
-                "code",
-                alpha,
-                min_rows,
-                shuffle=False,
-                seed=derive_seed(seed, "dirichlet", draw),
-            )
-            shares = _try(partitioner, order, codes)
-            if shares is not None:
-                return shares
+        seeds = (derive_seed(seed, "dirichlet", draw) for draw in range(_DRAWS))
+        attempts = [("DirichletPartitioner", (clients, "code", alpha, min_rows, False, False, s)) for s in seeds]
+        shares = partitioning.shares(Question(attempts, order, codes))
+        if shares is not None:
+            return shares
         raise UserError(
             f"data.partition: no dirichlet draw with alpha = {alpha:g} gave each of {clients} "
             f"clients min_rows = {min_rows} of the {len(order)} rows; raise alpha, or lower "
@@ -125,25 +112,16 @@ def pathological(by: str, classes: _Count = 2) -> Partition:
     """
 
     def spread(table: Table, clients: int, seed: int) -> list[Indices]:
-        from flwr_datasets.partitioner import PathologicalPartitioner
-
         order, (codes, values) = _order(table, seed), _codes(table, by)
         _enough(table, clients)
         _check_classes(clients, classes, by, values)
         # With enough clients each value has its own first holder, so none can be left over.
-        mode: Literal["first-deterministic", "random"] = "first-deterministic" if clients >= len(values) else "random"
-        for draw in range(_DRAWS):
-            partitioner = PathologicalPartitioner(
-                clients,
-                "code",
-                classes,
-                mode,
-                shuffle=False,
-                seed=derive_seed(seed, "pathological", draw),
-            )
-            shares = _try(partitioner, order, codes)
-            if shares is not None:
-                return _adopt(shares, codes)
+        mode = "first-deterministic" if clients >= len(values) else "random"
+        seeds = (derive_seed(seed, "pathological", draw) for draw in range(_DRAWS))
+        attempts = [("PathologicalPartitioner", (clients, "code", classes, mode, False, s)) for s in seeds]
+        shares = partitioning.shares(Question(attempts, order, codes))
+        if shares is not None:
+            return _adopt(shares, codes)
         raise UserError(
             f"data.partition: some value of {by!r} has fewer rows than clients that should share "
             f"it ({clients} clients, {classes} values each); lower data.clients or classes"
@@ -157,19 +135,9 @@ def size(skew: Literal["linear", "square", "exponential"] = "linear") -> Partiti
     """Shuffled rows in shares that grow as i, i squared or e to the i for client i = 1, 2, ..."""
 
     def spread(table: Table, clients: int, seed: int) -> list[Indices]:
-        from flwr_datasets.partitioner import (
-            ExponentialPartitioner,
-            LinearPartitioner,
-            SquarePartitioner,
-        )
-
-        kinds = {
-            "linear": LinearPartitioner,
-            "square": SquarePartitioner,
-            "exponential": ExponentialPartitioner,
-        }
+        kind = f"{skew.capitalize()}Partitioner"
         _enough(table, clients)
-        shares = _try(kinds[skew](clients), _order(table, seed))
+        shares = partitioning.shares(Question([(kind, (clients,))], _order(table, seed)))
         if shares is None:
             raise UserError(
                 f"data.partition.skew = {skew!r}: the smallest of {clients} clients would get "
@@ -191,32 +159,10 @@ def natural() -> Partition:
     return spread
 
 
-def _run(partitioner: Partitioner, order: Indices, codes: Indices | None = None) -> list[Indices]:
-    """The shares of `partitioner` over the rows in `order`; values are integers in "code"."""
-    from datasets import Dataset
-
-    columns = {"row": order} if codes is None else {"row": order, "code": codes[order]}
-    partitioner.dataset = Dataset.from_dict(columns)
-    with warnings.catch_warnings():  # about redraws and small shares, which are told as errors here
-        warnings.simplefilter("ignore")
-        shares = [partitioner.load_partition(i)["row"][:] for i in range(partitioner.num_partitions)]
-    return [np.sort(np.asarray(share, dtype=np.int64)) for share in shares]
-
-
-def _try(partitioner: Partitioner, order: Indices, codes: Indices | None = None) -> list[Indices] | None:
-    """`_run`, or None where the partitioner finds no way (it says so by a ValueError)."""
-    try:
-        return _run(partitioner, order, codes)
-    except ValueError:
-        return None
-
-
 def _grouped(groups: Indices) -> list[Indices]:
     """One share per group number, in ascending order of the numbers."""
-    # NaturalIdPartitioner does the same but draws a progress bar on stderr.
-    from flwr_datasets.partitioner import GroupedNaturalIdPartitioner
-
-    return _run(GroupedNaturalIdPartitioner("code", 1, sort_unique_ids=True), np.arange(len(groups)), groups)
+    order = np.argsort(groups, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)
 
 
 def _order(table: Table, seed: int) -> Indices:

@@ -14,14 +14,13 @@ from torch import Tensor
 from apiary.config.schema import AdapterConfig, ModelConfig, RunConfig
 from apiary.core import lora
 from apiary.core.lora import is_b
-from apiary.core.tensors import generator
+from apiary.core.tensors import generator, threads
 from apiary.data.tokenization import Batch, Corpus, collate, plan_batches
 from apiary.models.adapters import LanguageModel, autocast, pad_id
 from apiary.models.base import resolve_dtype
 from apiary.models.loss import row_losses, to_device
 from apiary.tracking import environment
 from apiary.transport.from_config import configured_codec
-from client.training.trainer import threads
 from strategies.from_config import method_from_config
 
 _SCALAR_HEAD = 28  # of a message of scalars: version, codec, digest, checksum

@@ -77,7 +77,9 @@ class LanguageModel:
     rank: int
     scale: float  # the s in W + s B A
     init: Literal["kaiming", "orthonormal"]
+    dropouts: tuple[nn.Module, ...]  # of the adapter's inputs
     coverage: Coverage  # how much of the base has an adapter
+    adding: set[str]  # modules that now compute as if something were added to their base
     generation: BaseGeneration  # what the base says of decoding
 
 
@@ -163,7 +165,9 @@ def _adapt(base: _Base, config: ModelConfig, adapter: AdapterConfig) -> Language
         rank=adapter.rank,
         scale=lora.scaling(adapter.alpha, adapter.scaling)(adapter.rank),
         init=adapter.init,
+        dropouts=tuple(module for path, module in model.named_modules() if ".lora_dropout." in path),
         coverage=targets.coverage(base.model, found),
+        adding=set(),
         generation=base.generation,
     )
 
@@ -256,11 +260,13 @@ def set_adapter(lm: LanguageModel, state: StateDict) -> None:
     with torch.no_grad():
         for name, parameter in lm.adapter.items():
             parameter.copy_(state[name])
-    for module in {name.partition(".lora_")[0] for name in lm.adapter}:
+    for module in lm.adding | added.keys():
         if expert := experts.place(lm.model, module):
             experts.add_to_base(expert, added.get(module))
         else:
             add_to_base(lm.model.get_submodule(module), added.get(module))
+    lm.adding.clear()
+    lm.adding.update(added)
 
 
 def _added(lm: LanguageModel, base_delta: StateDict) -> dict[str, Factors]:

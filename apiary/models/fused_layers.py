@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -26,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from apiary.core.lora import Factors
 from apiary.models.cpu_attention import rotary_forward, use_on
 
+_GIVE_BACK_S = 5.0
 _BASE_DELTA, _HOOK = "apiary_base_delta", "apiary_hook"
 
 
@@ -289,14 +291,32 @@ def _replace_rotary(module: Any) -> None:
 
 
 @functools.cache
+def _glibc() -> ctypes.CDLL | None:
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return library if hasattr(library, "gnu_get_libc_version") else None
+
+
+@functools.cache
 def _keep_memory() -> None:
     """Lets glibc keep freed memory.
 
     By default every large activation goes back to the kernel when it is freed, and is zeroed page by page when the
     next layer asks for it.
     """
-    if sys.platform == "linux":
-        library = ctypes.CDLL(None)
-        if hasattr(library, "gnu_get_libc_version"):
-            library.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-            library.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+    if library := _glibc():
+        library.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        library.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
+_given_back = 0.0  # when, in seconds of the monotonic clock
+
+
+def give_memory_back() -> None:
+    """Gives the kernel what `_keep_memory` has kept, at most every few seconds.
+
+    Batches of many shapes leave gaps, which would add up over the clients of a long run.
+    """
+    global _given_back
+    if (library := _glibc()) and time.monotonic() - _given_back > _GIVE_BACK_S:
+        library.malloc_trim(0)
+        _given_back = time.monotonic()

@@ -13,13 +13,15 @@ from transformers.cache_utils import DynamicLayer
 
 from apiary.core.errors import UserError
 from apiary.core.formatting import first_line
-from apiary.core.tensors import generator
+from apiary.core.tensors import generator, threads
 from apiary.data.batches import Corpus, collate, plan_batches
 from apiary.data.tokens import decode
 from apiary.models import generation
 from apiary.models.adapters import LanguageModel, autocast, pad_id
+from apiary.models.fused_layers import give_memory_back
 from apiary.models.loss import row_losses, to_device
 
+_FEW_TOKENS = 1024
 _BATCH_TOKENS, _ON_CPU = 8192, 4096  # padded tokens; larger batches no longer fit in the caches of a CPU
 
 
@@ -49,11 +51,14 @@ class ModelProbe:
         """Summed nats (n,) float64 and response tokens (n,) int64 of each example."""
         nats, tokens = np.zeros(len(corpus)), np.zeros(len(corpus), np.int64)
         pad = pad_id(self._lm.tokenizer)
-        with torch.inference_mode(), autocast(self._lm):
+        # Of a few rows, as a small client has, a second thread costs more than it saves.
+        few = self._lm.device.type == "cpu" and int(corpus.offsets[-1]) <= _FEW_TOKENS
+        with torch.inference_mode(), autocast(self._lm), threads(1 if few else None):
             for rows in plan_batches(corpus.lengths, self._batch_tokens, generator(0, "probe")):
                 batch = to_device(collate(corpus, rows, pad), self._lm.device)
                 nats[rows] = row_losses(self._lm.model, batch).double().cpu().numpy()
                 tokens[rows] = batch.targets.sum(1).cpu().numpy()
+        give_memory_back()
         return nats, tokens
 
     def generate(self, prompts: list[list[int]], max_new_tokens: int, kept: Collection[int] = ()) -> list[str]:

@@ -50,6 +50,7 @@ from apiary.tracking.event_log import Event
 
 _NAMED_CLIENTS = 24  # more are summed up in a chart, and only those that gain least are named
 _MIX_ROWS, _MIX_COLUMNS, _TROUBLES = 40, 14, 100
+_TROUBLED = 4  # clients named in a row of refusals
 _ABSOLUTE = re.compile(r'"(?:/|[A-Za-z]:\\\\)[^"]*?([^"/\\]+)[/\\]*"')
 
 
@@ -368,32 +369,27 @@ def _samples(metrics: Metrics) -> list[dict[str, Any]]:
 
 
 def _troubles(events: Iterable[Event]) -> dict[str, Any]:
-    """Refusals, warnings and early stops, in order."""
-    rows = []
+    """Refusals, warnings and early stops, in order; what is said of several clients in a round stands in one row."""
+    told: dict[tuple[str, str, str], list[str]] = {}
     for event in events:
         where = {None: "", 0: "before training"}.get(number := event.get("round"), f"round {number}")
+        client, reason = str(event.get("client") or ""), str(event.get("reason", ""))
         match event["event"]:
             case "refused":
-                rows.append(
-                    (
-                        where or "handshake",
-                        "Refused",
-                        str(event.get("client", "")),
-                        str(event.get("reason", "")),
-                    )
-                )
+                told.setdefault((where or "handshake", "Refused", reason), []).append(client)
             case "warning":
-                rows.append(
-                    (
-                        where,
-                        "Warning",
-                        str(event.get("client") or ""),
-                        str(event.get("message", "")),
-                    )
-                )
+                told.setdefault((where, "Warning", str(event.get("message", ""))), []).append(client)
             case "stop":
-                rows.append((where, "Stopped", "", str(event.get("reason", ""))))
+                told.setdefault((where, "Stopped", reason), []).append("")
+    rows = [(where, what, _some(clients), why) for (where, what, why), clients in told.items()]
     return {"rows": rows[:_TROUBLES], "left_out": max(0, len(rows) - _TROUBLES)}
+
+
+def _some(names: Sequence[str]) -> str:
+    """A few names, and how many more there are."""
+    named = list(dict.fromkeys(filter(None, names)))
+    more = len(named) - _TROUBLED
+    return ", ".join(named[:_TROUBLED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _curation(curation: Mapping[str, CurationPart]) -> dict[str, Any] | None:

@@ -121,8 +121,11 @@ def _declined(state: State, event: Event) -> dict[str, Any]:
 
 
 def _without(names: tuple[str, ...], event: Event) -> tuple[str, ...]:
-    gone = clean(event["client"])
-    return tuple(name for name in names if name != gone)
+    try:
+        place = names.index(clean(event["client"]))
+    except ValueError:
+        return names
+    return names[:place] + names[place + 1 :]
 
 
 def _round(state: State, event: Event) -> dict[str, Any]:

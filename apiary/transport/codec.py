@@ -39,7 +39,7 @@ from torch import Generator, Tensor
 
 from apiary.config.registry import Registry
 from apiary.core.errors import CodecError
-from apiary.core.tensors import StateDict
+from apiary.core.tensors import StateDict, is_finite
 
 Floats: TypeAlias = NDArray[np.float32]
 Bytes: TypeAlias = NDArray[np.uint8]
@@ -112,7 +112,7 @@ def encode(delta: StateDict, codec: Codec, feedback: StateDict, rng: Generator) 
             if kept[name].shape != wanted.shape:
                 raise ValueError(f"{name!r} is {tuple(wanted.shape)}, its feedback {tuple(kept[name].shape)}")
             wanted = wanted + kept[name]
-        if not torch.isfinite(wanted).all():
+        if not is_finite({name: wanted}):
             raise ValueError(f"the change of {name!r} holds NaN or infinity, or numbers too large: it cannot be sent")
         part = codec.pack(wanted.reshape(-1).numpy(), rng)
         parts.append(part)
@@ -127,7 +127,7 @@ def encode(delta: StateDict, codec: Codec, feedback: StateDict, rng: Generator) 
 
 def _is_zero(tensor: Tensor) -> bool:
     """Whether all bits are zero; a negative zero is to arrive as one."""
-    return not tensor.reshape(-1).view(torch.int32).any()
+    return not tensor.reshape(-1).numpy().view(np.int32).any()
 
 
 def decode(message: bytes, codec: Codec, shapes: Shapes) -> dict[str, Tensor]:
@@ -141,8 +141,9 @@ def decode(message: bytes, codec: Codec, shapes: Shapes) -> dict[str, Tensor]:
     Raises:
         CodecError: whatever is wrong with the message.
     """
-    _check(message, codec, shapes)
-    body = np.frombuffer(message, np.uint8)[len(_header(codec, shapes)) : -_CHECKSUM.size]
+    header = _header(codec, shapes)
+    _check(message, codec, shapes, header)
+    body = np.frombuffer(message, np.uint8)[len(header) : -_CHECKSUM.size]
     present, at = _read_present(body, len(shapes))
     tensors: dict[str, Tensor] = {}
     for name, here in zip(sorted(shapes), present, strict=True):
@@ -168,7 +169,7 @@ def _read_present(body: Bytes, tensors: int) -> tuple[list[bool], int]:
     return bits[:tensors].astype(bool).tolist(), size
 
 
-def _check(message: bytes, codec: Codec, shapes: Shapes) -> None:
+def _check(message: bytes, codec: Codec, shapes: Shapes, header: bytes) -> None:
     """What can be said of a message without reading its body; the first fault is the most telling one."""
     if len(message) <= len(_MAGIC) + _CHECKSUM.size or not message.startswith(_MAGIC):
         raise CodecError("it is no encoded adapter, or cut off")
@@ -179,9 +180,9 @@ def _check(message: bytes, codec: Codec, shapes: Shapes) -> None:
         raise CodecError("its checksum differs: it was damaged or cut off on its way")
     if not message.startswith(_prefix(codec)):
         raise CodecError(f"it is encoded otherwise than {codec.label}, which this run uses here")
-    if not message.startswith(_header(codec, shapes)):
+    if not message.startswith(header):
         raise CodecError("its tensors have other names or shapes than the adapter's")
-    frame = len(_header(codec, shapes)) + (len(shapes) + 7) // 8 + _CHECKSUM.size
+    frame = len(header) + (len(shapes) + 7) // 8 + _CHECKSUM.size
     most = frame + sum(codec.most(math.prod(shape)) for shape in shapes.values())
     if len(message) > most:
         raise CodecError(f"it has {len(message)} bytes; an adapter of these shapes takes at most {most}")

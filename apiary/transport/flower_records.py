@@ -5,9 +5,11 @@ Both halves of each message stand side by side. Only float32 adapter tensors, as
 
 from __future__ import annotations
 
+import operator
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -42,9 +44,27 @@ def to_arrays(state: StateDict) -> ArrayRecord:
     return ArrayRecord(dict(state))
 
 
+class _Decoded(NamedTuple):
+    """What a record was decoded to, while it lives and holds the same bytes."""
+
+    record: weakref.ref[ArrayRecord]
+    names: tuple[str, ...]
+    data: tuple[bytes, ...]
+    state: dict[str, torch.Tensor]
+
+
+_decoded: dict[int, _Decoded] = {}  # by the id of the record
+
+
 def from_arrays(record: ArrayRecord) -> dict[str, torch.Tensor]:
-    """The state dict of a record."""
-    return dict(record.to_torch_state_dict())
+    """The state dict of a record; one that all virtual clients of a round are sent is decoded once."""
+    names, data = tuple(record), tuple(array.data for array in record.values())
+    key = id(record)
+    held = _decoded.get(key)
+    if held is None or held.names != names or not all(map(operator.is_, held.data, data)):
+        gone = weakref.ref(record, lambda _: _decoded.pop(key, None))
+        held = _decoded[key] = _Decoded(gone, names, data, dict(record.to_torch_state_dict()))
+    return dict(held.state)
 
 
 def parcel_arrays(sent: Parcel) -> ArrayRecord:

@@ -21,14 +21,14 @@ from apiary.config.schedule import learning_rate
 from apiary.config.schema import RunConfig
 from apiary.core.errors import UserError
 from apiary.core.messages import FitReport
-from apiary.core.tensors import StateDict, subtract
+from apiary.core.tensors import StateDict, subtract, threads
 from apiary.data.batches import Batch, Corpus, collate
 from apiary.models.adapters import LanguageModel, autocast, get_adapter, pad_id, set_adapter, training
 from apiary.models.loss import to_device
 from apiary.privacy.mechanism import VisitMechanism
 from apiary.privacy.noise import SecretNoise
 from client.training.objectives import OBJECTIVES, Objective, finite
-from client.training.trainer import Cursor, FitResult, Observer, StepRecord, make_optimizer, set_rate, threads
+from client.training.trainer import Cursor, FitResult, Observer, StepRecord, make_optimizer, set_rate
 from strategies.local import Penalty
 
 _UNITS = 2.0**36  # in a clipping norm: sums of up to 2^17 rows are whole numbers that float64 holds

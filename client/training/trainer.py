@@ -21,9 +21,9 @@ from apiary.config.schedule import learning_rate
 from apiary.config.schema import TrainConfig
 from apiary.core.lora import is_b
 from apiary.core.messages import FitReport
-from apiary.core.tensors import StateDict, derive_seed, generator, subtract
+from apiary.core.tensors import StateDict, derive_seed, generator, threads
 from apiary.data.batches import Batch, Corpus, collate, plan_batches
-from apiary.models.adapters import LanguageModel, autocast, get_adapter, pad_id, set_adapter, training
+from apiary.models.adapters import LanguageModel, autocast, pad_id, set_adapter, training
 from apiary.models.loss import to_device
 from client.training.objectives import OBJECTIVES, Objective, finite
 from strategies.local import Hooks
@@ -122,7 +122,6 @@ def fit(lm: LanguageModel, start: StateDict, corpus: Corpus, config: TrainConfig
         raise ValueError("there is nothing to train on: the corpus is empty")
     began = time.perf_counter()
     set_adapter(lm, start)
-    received = get_adapter(lm)
     rows, old = _streams(corpus, config, plan)
     nats, tokens, examples, replayed, made = 0.0, 0, 0, 0, 0
     with (
@@ -140,7 +139,9 @@ def fit(lm: LanguageModel, start: StateDict, corpus: Corpus, config: TrainConfig
             made += 1
             for observe in plan.observers:
                 observe(record)
-    delta: StateDict = subtract(get_adapter(lm), received)
+    delta: StateDict = {
+        name: p.detach().to("cpu", torch.float32) - start[name].float() for name, p in lm.adapter.items()
+    }
     for project in (*plan.hooks.projections, finite):
         delta = project(delta)
     loss = nats / tokens if tokens else float("nan")
@@ -272,30 +273,20 @@ class _Loop:
 
 
 @contextmanager
-def threads(count: int | None) -> Iterator[None]:
-    """Within it torch computes with so many threads; with as many as before where None."""
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
 def _training(lm: LanguageModel, seed: int) -> Iterator[None]:
     """Within it the adapter's dropout is on and draws from `seed`; the base stays in eval mode, dropout and all."""
-    dropouts = [m for n, m in lm.model.named_modules() if ".lora_dropout." in n]
     devices = [lm.device] if lm.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        for module in dropouts:
+        if lm.device.type == "cpu":  # what is seeded for other devices writes down the whole stack each time
+            torch.default_generator.manual_seed(seed)
+        else:
+            torch.manual_seed(seed)
+        for module in lm.dropouts:
             module.train()
         try:
             yield
         finally:
-            for module in dropouts:
+            for module in lm.dropouts:
                 module.eval()
             for parameter in lm.adapter.values():
                 parameter.grad = None

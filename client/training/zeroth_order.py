@@ -16,12 +16,12 @@ import torch
 from apiary.config.schedule import learning_rate
 from apiary.config.schema import TrainConfig
 from apiary.core.messages import FitReport
-from apiary.core.tensors import StateDict, generator
+from apiary.core.tensors import StateDict, generator, threads
 from apiary.data.batches import Batch, Corpus
 from apiary.models import adapters
 from apiary.models.adapters import LanguageModel
 from client.training.objectives import OBJECTIVES
-from client.training.trainer import BatchStream, FitResult, StepRecord, VisitPlan, threads
+from client.training.trainer import BatchStream, FitResult, StepRecord, VisitPlan
 from strategies.local import Descend, Loss
 
 

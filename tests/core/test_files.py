@@ -134,3 +134,47 @@ def test_without_locks_it_is_said_that_nothing_protects(tmp_path: Path, monkeypa
     with files.hold(tmp_path / ".lock") as locked:
         assert not locked
     assert list(tmp_path.iterdir()) == []
+
+
+def test_files_of_a_round_are_flushed_together_or_each_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda handle: flushed.append("one"))
+    monkeypatch.setattr(files, "_flush_of_system", lambda: lambda handle: flushed.append("all"))
+
+    def after(**options: bool) -> list[str]:
+        flushed.clear()
+        files.write_atomic(tmp_path / "x", "text", private=True, **options)
+        return list(flushed)
+
+    assert after(of_round=True) == ["one", "one"]  # the file, and its name in the folder
+    with files.flushed_together():
+        assert after(of_round=True) == []
+        assert after() == ["one", "one"]  # a ledger, say, which no round makes again
+        assert (tmp_path / "x").read_text() == "text"
+    assert after(of_round=True) == ["one", "one"]
+    flushed.clear()
+    files.flush(tmp_path)
+    assert flushed == ["all"]
+
+
+def test_where_the_system_cannot_flush_all_each_file_is_flushed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[int] = []
+    monkeypatch.setattr(os, "fsync", flushed.append)
+    monkeypatch.setattr(files, "_flush_of_system", lambda: None)
+    with files.flushed_together():
+        files.write_atomic(tmp_path / "x", "text", of_round=True)
+    files.flush(tmp_path)
+    assert len(flushed) == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="syncfs(2) is Linux's")
+def test_all_of_a_file_system_is_flushed_or_an_error_raised(tmp_path: Path) -> None:
+    files.flush(tmp_path)
+    flush_all = files._flush_of_system()
+    assert flush_all is not None
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        flush_all(-1)

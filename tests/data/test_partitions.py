@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from apiary.core.errors import UserError
+from apiary.data import partitioning, partitions
 from apiary.data.partitions import PARTITIONS, Table
 
 KINDS = [
@@ -167,3 +170,49 @@ def test_nothing_is_written_to_the_terminal(capfd):
     for name, options in KINDS:
         spread(name, options, table, 2)
     assert capfd.readouterr() == ("", "")
+
+
+def test_even_shares_are_those_of_flwr_datasets():
+    from datasets import Dataset
+    from flwr_datasets.partitioner import IidPartitioner
+
+    table = table_of([LABELS[i % 6] for i in range(103)])
+    order = partitions._order(table, 5)
+    for clients in (1, 7, 103):
+        reference = IidPartitioner(clients)
+        reference.dataset = Dataset.from_dict({"row": order})
+        wanted = [sorted(reference.load_partition(i)["row"][:]) for i in range(clients)]
+        assert [share.tolist() for share in spread("iid", {}, table, clients, seed=5)] == wanted
+
+
+def test_the_rows_of_a_value_are_those_of_flwr_datasets():
+    from datasets import Dataset
+    from flwr_datasets.partitioner import GroupedNaturalIdPartitioner
+
+    groups = np.random.default_rng(1).integers(0, 9, 200)
+    reference = GroupedNaturalIdPartitioner("code", 1, sort_unique_ids=True)
+    reference.dataset = Dataset.from_dict({"row": np.arange(200), "code": groups})
+    wanted = [reference.load_partition(i)["row"][:] for i in range(reference.num_partitions)]
+    assert [share.tolist() for share in partitions._grouped(groups)] == [sorted(rows) for rows in wanted]
+
+
+@pytest.mark.slow
+def test_the_first_question_leaves_nothing_imported_and_gets_the_same_answer():
+    code = (
+        "import sys, numpy as np; from apiary.data.partitions import PARTITIONS, Table\n"
+        "table = Table(['x'] * 300, {'kind': [str(i % 5) for i in range(300)]})\n"
+        "build = PARTITIONS.build('dirichlet', {'alpha': 0.5, 'by': 'kind', 'min_rows': 1})\n"
+        "heavy = {'flwr_datasets', 'datasets', 'pandas', 'pyarrow', 'matplotlib'}\n"
+        "for _ in range(2):\n"
+        "    print(sorted(heavy & set(sys.modules)), [share.tolist() for share in build(table, 4, 9)])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    first, second = done.stdout.splitlines()
+    assert first == second and first.startswith("[] [[")  # the second one imports it, after the line is begun
+
+
+def test_a_partitioner_that_breaks_is_told_in_one_line(monkeypatch):
+    monkeypatch.setattr(partitioning, "_asked", 0)
+    monkeypatch.delitem(sys.modules, "flwr_datasets", raising=False)
+    with pytest.raises(RuntimeError, match=r"could not be cut by flwr-datasets: .*NoSuchPartitioner"):
+        partitioning.shares(partitioning.Question([("NoSuchPartitioner", ())], np.arange(4)))

@@ -607,3 +607,19 @@ def test_the_model_card_has_the_rank_of_what_is_handed_on() -> None:
     )
     assert "Before it was merged the adapter had rank 272" in card(run, 272, None, {}, merged=True)
     assert "rank 272" not in card(run, 16, None, {}) and "LoRA rank 16" in card(run, 16, None, {})
+
+
+def test_what_many_clients_are_refused_for_is_one_row_a_round(tmp_path: Path) -> None:
+    folder = fake_run(tmp_path / "run", fake_metrics(clients=1000))
+    lines = [
+        {"event": "refused", "time": 1.0, "round": number, "client": f"client-{index:03d}", "reason": "it failed"}
+        for number in range(1, 11)
+        for index in range(50)
+    ]
+    with (folder / "log.jsonl").open("a") as log:
+        log.write("".join(json.dumps(line) + "\n" for line in lines))
+    write_report(folder)
+    html = (folder / "report.html").read_text()
+    assert html.count("<td>it failed</td>") == 10
+    assert html.count("client-000, client-001, client-002, client-003 and 46 more") == 10
+    assert len(html) < 1_000_000

@@ -21,7 +21,8 @@ from client import round_files
 from client import state as memory
 from client.state import Memory
 from client.training.trainer import Cursor
-from server import checkpoint
+from server import app, checkpoint
+from server.rounds import Progress
 from server.sampling import Draw, choose, panel
 from strategies import ServerState
 
@@ -80,7 +81,8 @@ _WRITER = """
 import sys, torch
 from pathlib import Path
 from apiary.config.schema import RunConfig
-from server import checkpoint
+from server import app, checkpoint
+from server.rounds import Progress
 from strategies import ServerState
 n = 0
 while True:
@@ -186,3 +188,16 @@ def test_every_client_is_on_the_panel_of_some_seed() -> None:
     counts = Counter(name for seed in range(2000) for name in panel(names, Draw(0.3, 1, seed)))
     # 2000 seeds x 3 of 10: mean 600, standard deviation sqrt(2000 * 0.3 * 0.7) = 20.5
     assert all(abs(counts[name] - 600) < 5 * 20.5 for name in names)
+
+
+def test_what_virtual_clients_keep_is_on_disk_before_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power failure between the two must leave no checkpoint of a round whose files may be torn."""
+    told: list[str] = []
+    monkeypatch.setattr(app.files, "flush", lambda folder: told.append(f"flush {folder.name}"))
+    save = checkpoint.save
+    monkeypatch.setattr(app.checkpoint, "save", lambda *a, **k: (told.append("checkpoint"), save(*a, **k))[1])
+    (tmp_path / "run").mkdir()
+    app.save(tmp_path / "run", RUN, state(1), Progress())
+    assert told == ["flush run", "checkpoint"]

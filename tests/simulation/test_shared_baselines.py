@@ -112,6 +112,8 @@ OTHER: dict[str, Any] = {
     "simulate.gpus_per_client": 0.5,
     "simulate.attackers": 0.3,
     "simulate.attack": "scaled",
+    "simulate.away": 0.3,
+    "simulate.failing": 0.3,
     "log.trackers": ["tensorboard"],
     "log.project": "other",
 }

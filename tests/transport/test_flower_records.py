@@ -108,3 +108,17 @@ def test_replies_carry_numbers_and_names_only() -> None:
     texts = [v for record in content.config_records.values() for v in record.values() if isinstance(v, str)]
     assert texts == ["site"]
     assert all(isinstance(v, int | float) for record in content.metric_records.values() for v in record.values())
+
+
+def test_a_record_is_decoded_once_while_it_holds_the_same_bytes() -> None:
+    record = flower_records.to_arrays(STATE)
+    one, two = flower_records.from_arrays(record), flower_records.from_arrays(record)
+    assert one is not two and all(one[name] is two[name] for name in STATE)
+    other = flower_records.to_arrays({name: tensor + 1 for name, tensor in STATE.items()})
+    name = next(iter(STATE))
+    record[name] = other[name]  # as a mod may do with a message on its way
+    changed = flower_records.from_arrays(record)
+    assert torch.equal(changed[name], STATE[name] + 1) and torch.equal(one[name], STATE[name])
+    held = len(flower_records._decoded)
+    del record
+    assert len(flower_records._decoded) == held - 1

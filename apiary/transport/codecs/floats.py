@@ -26,7 +26,7 @@ def fp32() -> Codec:
             raise NotFinite("it holds NaN or infinity")
         return values, 4 * n
 
-    return Codec("fp32", lambda flat, rng: flat.astype("<f4").tobytes(), unpack, lambda n: 4 * n)
+    return Codec("fp32", lambda flat, rng: flat.astype("<f4", copy=False).tobytes(), unpack, lambda n: 4 * n)
 
 
 @CODECS.register("bf16")
