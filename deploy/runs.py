@@ -12,7 +12,7 @@ from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from apiary.config import compatibility
+from apiary.config import compatibility, defaults
 from apiary.config.schema import RunConfig
 from apiary.core import files
 from apiary.core.errors import UserError
@@ -143,11 +143,12 @@ def _reserved(out: Path) -> Iterator[str]:
 
 
 def begun(config: RunConfig) -> RunConfig:
-    """The configuration with what `adapter.start` says of the adapter: sites have no copy of it.
+    """The configuration with what it leaves to the run, and what `adapter.start` says: sites have no copy of that.
 
     Raises:
         UserError: it cannot be read or honoured.
     """
+    config = defaults.resolved(config)
     if config.adapter.start is None:
         return config
     from apiary.models.start import resolved  # here, for `status` needs no torch

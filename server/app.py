@@ -10,7 +10,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 import strategies
-from apiary.config import loading
+from apiary.config import defaults, loading
 from apiary.config.schema import RunConfig
 from apiary.core import files
 from apiary.core.messages import Spent
@@ -142,7 +142,7 @@ def make_app(
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         values: dict[str, Any] = dict(context.run_config)
-        config = strategies.resolved(loading.from_json(str(values["config"])))
+        config = defaults.resolved(loading.from_json(str(values["config"])))
         folder = Path(str(values["out"]))
         expected = int(values.get("expected", config.strategy.min_clients))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import strategies
-from apiary.config import loading, summary
+from apiary.config import defaults, loading, summary
 from apiary.config.schema import RunConfig
 from apiary.core import files
 from apiary.core.errors import RunFailed, UserError
@@ -121,7 +121,7 @@ def simulate(
         UserError: wrong input, or another process writes `folder`; nothing was written.
         apiary.core.errors.RunFailed: too few clients answered well, or the model that they made gives no number.
     """
-    config = strategies.resolved(start.resolved(config))
+    config = defaults.resolved(start.resolved(config))
     with run_directory.claim(folder) as warnings:
         run_directory.check_folder(config, folder, resume)
         return _simulate(config, folder, observers, warnings, shared)

@@ -13,6 +13,6 @@ from strategies.aggregator import AGGREGATORS, Aggregator, Gradient, Reducer, Se
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-from strategies.from_config import from_config, resolved  # noqa: E402 (it builds what the others register)
+from strategies.from_config import from_config  # noqa: E402 (it builds what the others register)
 
-__all__ = ["AGGREGATORS", "Aggregator", "Gradient", "Reducer", "ServerState", "from_config", "resolved", "traits"]
+__all__ = ["AGGREGATORS", "Aggregator", "Gradient", "Reducer", "ServerState", "from_config", "traits"]

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from inspect import Parameter, signature
 from typing import Any
 
-from apiary.config.schema import Method, RunConfig
+from apiary.config.defaults import resolved
+from apiary.config.schema import RunConfig
 from apiary.core import lora
 from apiary.core.errors import UserError
 from apiary.transport.from_config import configured_codec
@@ -14,8 +15,6 @@ from strategies.aggregator import AGGREGATORS, Aggregator
 from strategies.fedsa import with_own_b
 from strategies.local import PLAIN, LocalAlgorithm
 from strategies.server_optimizers import SERVER_OPTIMIZERS, with_optimizer
-
-_MOMENTUM = Method.model_validate({"name": "nesterov", "lr": 0.7, "momentum": 0.5})  # of "auto"
 
 
 def from_config(config: RunConfig) -> Aggregator:
@@ -30,24 +29,6 @@ def from_config(config: RunConfig) -> Aggregator:
     if problems := list(_problems(config, aggregator)):
         raise UserError(*problems)
     return with_optimizer(aggregator, optimizer, config.adapter.trained)
-
-
-def resolved(config: RunConfig) -> RunConfig:
-    """The configuration with what `strategy.server_optimizer` = "auto" comes to; as it was where it says another.
-
-    Nesterov's momentum where it was measured (docs/tuning.md): with plain averages of both factors, without noise on
-    them, and of one task, for what it remembers is of rounds that had another one.
-
-    Raises:
-        UserError: the method has an unknown name or option.
-    """
-    if config.strategy.server_optimizer.name != "auto":
-        return config
-    aggregator = method_from_config(config)
-    plain = aggregator.averages == "always" and aggregator.needs == "sum" and aggregator.local == PLAIN
-    quiet = config.privacy.unit == "none" and not config.continual.stages
-    chosen = _MOMENTUM if plain and quiet and config.adapter.train == "both" else Method(name="none")
-    return config.model_copy(update={"strategy": config.strategy.model_copy(update={"server_optimizer": chosen})})
 
 
 def local_from_config(config: RunConfig) -> LocalAlgorithm:

@@ -140,7 +140,7 @@ def none() -> Optimizer:
 def auto() -> Optimizer:
     """Nesterov (lr 0.7, momentum 0.5) where plain averages of both factors allow it, else none; docs/tuning.md.
 
-    What it comes to follows from the whole run (`strategies.resolved`), and stands in the run's own configuration.
+    What it comes to follows from the whole run (`apiary.config.defaults`), and stands in the run's own configuration.
     """
     return none()
 

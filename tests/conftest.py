@@ -109,6 +109,7 @@ def overrides_for(model: Path, rows: Path) -> list[str]:
         "adapter.rank=4",
         f"data.source={rows}",
         "data.clients=3",
+        "data.test_fraction=0.1",
         "data.partition=iid",
         "prompt.template=plain",
         "prompt.max_tokens=96",
@@ -116,6 +117,7 @@ def overrides_for(model: Path, rows: Path) -> list[str]:
         "train.batch_tokens=256",
         "train.lr=5e-3",
         "train.threads=1",
+        "strategy.server_optimizer=none",
         "evaluate.max_examples=8",
         "evaluate.max_new_tokens=4",
     ]

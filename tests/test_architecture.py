@@ -215,7 +215,6 @@ EXPORTED = {
         "Reducer",
         "ServerState",
         "from_config",
-        "resolved",
         "traits",
     },
 }

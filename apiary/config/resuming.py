@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from apiary.config import defaults
 from apiary.config.schema import RunConfig
 
 MAY_CHANGE: Final = frozenset(
@@ -28,7 +29,7 @@ MAY_CHANGE: Final = frozenset(
 
 def differences(made: RunConfig, config: RunConfig) -> dict[str, tuple[Any, Any]]:
     """The keys that decide the result and differ, each with its value in `made` and in `config`."""
-    left, right = _flat(made), _flat(config)
+    left, right = (_flat(defaults.resolved(one)) for one in (made, config))
     return {key: (value, right[key]) for key, value in left.items() if value != right[key] and key not in MAY_CHANGE}
 
 

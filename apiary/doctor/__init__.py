@@ -86,7 +86,7 @@ def _attempt(problems: list[str], action: Callable[[], T]) -> T | None:
 def _examine_parts(config: RunConfig, problems: list[str], console: Console, remarks: Remarks) -> dict[str, Any]:
     """Print what can be told of a run, and add all that is wrong with it to `problems`; the same as plain values."""
     # Here and not above: what is wrong with the file itself is told without waiting for torch.
-    import strategies
+    from apiary.config import defaults
     from apiary.data import stages
     from apiary.doctor import plan, values
     from apiary.evaluation import comparison
@@ -94,8 +94,7 @@ def _examine_parts(config: RunConfig, problems: list[str], console: Console, rem
     from apiary.tracking import trackers
 
     told: dict[str, Any] = {}
-    for part in (start.resolved, strategies.resolved):
-        config = _attempt(problems, lambda part=part, config=config: part(config)) or config  # type: ignore[misc]
+    config = defaults.resolved(_attempt(problems, lambda: start.resolved(config)) or config)
     _attempt(problems, lambda: trackers.check(config))
     device = _attempt(problems, lambda: base.resolve_device(config.model))
     federation = _attempt(problems, lambda: stages.rows_of_run(config))

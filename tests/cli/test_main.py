@@ -19,7 +19,7 @@ def test_a_table_is_shown_with_its_methods_and_their_options() -> None:
     assert "multi_krum: The mean of the clients" in shown and "byzantine = needed" in shown
     assert "base_rank = 0" in shown and "scaling" not in shown and "train.lr" not in shown
     every = apiary("config").stdout
-    assert "train.lr = 0.003" in every and "multi_krum:" not in every and "apiary config strategy" in every
+    assert "train.lr = 0.006" in every and "multi_krum:" not in every and "apiary config strategy" in every
     assert_refused(apiary("config", "strateg"), "'strateg'", "did you mean 'strategy'?")
     assert_refused(apiary("config", "flora"), "'flora' is no key", "apiary config strategy.name")
 

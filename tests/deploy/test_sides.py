@@ -26,7 +26,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from typer.testing import CliRunner
 
 from apiary.cli import main
-from apiary.config import loading, schema
+from apiary.config import defaults, loading, schema
 from apiary.core.counts import EXACT
 from apiary.core.errors import RunFailed, UserError
 from apiary.core.messages import Decline, Visit
@@ -614,7 +614,7 @@ def test_a_configuration_of_any_characters_arrives(superlink: SuperLink, tmp_pat
     run = loading.load(None, ['prompt.system=be kind \U0001f41d\x7f\\ "quoted"'])
     runs.start(tmp_path / "state", run, tmp_path / "\U0001f41d")
     (values,) = superlink.given
-    assert loading.from_json(str(values["config"])) == run
+    assert loading.from_json(str(values["config"])) == defaults.resolved(run)
     assert values["out"] == str(tmp_path / "\U0001f41d") and values["expected"] == run.strategy.min_clients
 
 

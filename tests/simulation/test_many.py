@@ -73,6 +73,7 @@ def test_the_adapter_is_the_mean_of_clients_that_know_nothing_of_each_other(
     tiny_model: Path, tmp_path: Path, clients: int
 ) -> None:
     overrides = [*settings(tiny_model, rows_of(tmp_path, 2 * clients), clients), "evaluate.generate=false"]
+    overrides += ["strategy.server_optimizer=none"]  # a mean, and no step along earlier ones
     expected = mean_of_visits(overrides, clients, tmp_path / "apart")
     _, log = in_process(overrides, clients, tmp_path / "run")
     assert log.count('"event":"client"') == clients

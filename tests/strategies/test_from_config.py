@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import strategies
-from apiary.config import loading
+from apiary.config import defaults, loading
 from apiary.config.schema import RunConfig
 from apiary.core import lora
 from apiary.core.errors import UserError
@@ -118,9 +118,9 @@ def test_weights_of_the_clients_are_refused_where_a_method_has_its_own() -> None
 )
 def test_what_the_server_optimizer_comes_to_stands_in_the_configuration(more: list[str], name: str) -> None:
     config = loading.load(None, more)
-    found = strategies.resolved(config)
+    found = defaults.resolved(config)
     assert found.strategy.server_optimizer.name == name
-    assert strategies.resolved(found) == found
+    assert defaults.resolved(found) == found
     assert found == config.model_copy(update={"strategy": found.strategy})  # nothing else was touched
 
 

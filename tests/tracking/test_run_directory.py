@@ -61,7 +61,7 @@ def made_by(*overrides: str) -> str:
 @pytest.mark.parametrize(
     ("key", "line"),
     [
-        ("train.lr=0.01", r"train\.lr \(0\.003 then, 0\.01 now\)"),
+        ("train.lr=0.01", r"train\.lr \(0\.006 then, 0\.01 now\)"),
         ("rounds=20", r"rounds \(12 then, 20 now\)"),
         ("evaluate.patience=2", r"evaluate\.patience \(0 then, 2 now\)"),
         ("data.test=other.jsonl", r'data\.test \(unset then, "other\.jsonl" now\)'),

@@ -211,7 +211,7 @@ def test_a_search_finishes_a_setting_before_it_draws_the_next(make: Callable[...
     made.run()
     assert Fake.begun == names(*[(number, seed) for number in range(4) for seed in (0, 1)])
     assert made.search is not None and made.search.open == [] and len(made.settings) == 4
-    assert made.settings[0] == {"train.lr": 3e-3}  # what the configuration has by itself
+    assert made.settings[0] == {"train.lr": 6e-3}  # what the configuration has by itself
     make(search()).run()
     assert Fake.begun == []
     make(search(trials=5)).run()

@@ -70,7 +70,7 @@ def by_hand(ours: Mapping[int, Run], other: Mapping[int, Run], level: float) -> 
 
 
 def test_differences_are_paired_by_seed_and_row_and_widened_for_many_comparisons() -> None:
-    made = sweep(1e-3, 6e-3, 1e-2)
+    made = sweep(1e-3, 4e-3, 1e-2)
     given = settings(made, runs(0.0, [1, 1, 1]), runs(-0.1, [0.9, 0.9, 0.9]), runs(0.3, [1.3, 1.3, 1.3]))
     found = found_of(made, given)
     assert found["comparisons"] == 2
@@ -89,21 +89,21 @@ def test_differences_are_paired_by_seed_and_row_and_widened_for_many_comparisons
 
 def test_the_rows_that_choose_choose_and_not_those_of_the_figures() -> None:
     """The last setting looks best on the figures, the second one to the rows that choose."""
-    made = sweep(1e-3, 6e-3, 1e-2)
+    made = sweep(1e-3, 4e-3, 1e-2)
     found = found_of(
         made, settings(made, runs(0.0, [1, 1, 1]), runs(-0.1, [0.8, 0.9, 1.0]), runs(-0.5, [0.95, 0.95, 0.95]))
     )
     assert found["winner"]["number"] == 1
     assert found["winner"]["choosing"] == pytest.approx(0.9)
-    assert found["command"] == "apiary simulate -s train.lr=0.006"
+    assert found["command"] == "apiary simulate -s train.lr=0.004"
 
 
 def test_the_configurations_own_setting_is_the_reference_where_it_is_among_them() -> None:
-    made = sweep(1e-3, 3e-3)  # 3e-3 is the default
+    made = sweep(1e-3, 6e-3)  # 6e-3 is the default
     found = found_of(made, settings(made, runs(0.0, [1, 1, 1]), runs(-0.1, [0.9, 0.9, 0.9])))
     assert found["reference"] == {"number": 1, "configured": True}
     assert found["table"][0]["paired"]["difference"] > 0
-    other = sweep(1e-3, 6e-3)
+    other = sweep(1e-3, 4e-3)
     assert found_of(other, settings(other, runs(0.0, [1, 1, 1]), runs(-0.1, [0.9, 0.9, 0.9])))["reference"] == {
         "number": 0,
         "configured": False,
@@ -111,7 +111,7 @@ def test_the_configurations_own_setting_is_the_reference_where_it_is_among_them(
 
 
 def test_one_seed_gives_intervals_over_rows_and_says_so() -> None:
-    made = sweep(1e-3, 6e-3, seeds=1)
+    made = sweep(1e-3, 4e-3, seeds=1)
     found = found_of(made, settings(made, runs(0.0, [1.0], (0,)), runs(-0.1, [0.9], (0,))))
     pair = found["table"][1]["paired"]
     assert pair["over"] == "rows" and pair["sd"] is None
@@ -121,7 +121,7 @@ def test_one_seed_gives_intervals_over_rows_and_says_so() -> None:
 
 
 def test_of_few_rows_there_is_no_interval() -> None:
-    made = sweep(1e-3, 6e-3)
+    made = sweep(1e-3, 4e-3)
     few = [{s: run(np.full(20, 8.0 + n + 0.1 * s), 1.0 - n) for s in range(3)} for n in range(2)]
     found = found_of(made, settings(made, *few))
     assert found["table"][1]["paired"]["ci95"] is None and found["table"][1]["paired"]["simultaneous"] is None
@@ -140,7 +140,7 @@ def test_settings_that_were_measured_on_other_rows_are_not_paired() -> None:
 
 
 def test_a_grid_that_was_cut_short_is_compared_on_the_seeds_that_all_settings_have() -> None:
-    made = sweep(1e-3, 6e-3, 1e-2)
+    made = sweep(1e-3, 4e-3, 1e-2)
     first, second, third = runs(0.0, [1, 1, 1]), runs(-0.1, [0.9, 0.9, 0.9]), runs(-0.2, [0.8, 0.8, 0.8])
     cut = settings(made, first, second, {s: third[s] for s in (0, 1)})
     between, seeds = results.compared(cut, whole=True)
@@ -152,7 +152,7 @@ def test_a_grid_that_was_cut_short_is_compared_on_the_seeds_that_all_settings_ha
 
 
 def test_what_failed_or_has_no_run_is_out_of_the_choice() -> None:
-    made = sweep(1e-3, 6e-3, 1e-2)
+    made = sweep(1e-3, 4e-3, 1e-2)
     given = settings(made, runs(0.0, [1, 1, 1]), {}, runs(-0.5, [0.1, 0.1, 0.1]))
     given[2] = given[2]._replace(state="failed", why="the federated model gives no number")
     found = found_of(made, given)
@@ -163,14 +163,14 @@ def test_what_failed_or_has_no_run_is_out_of_the_choice() -> None:
 
 
 def test_without_a_finished_run_the_reasons_are_told() -> None:
-    made = sweep(1e-3, 6e-3)
+    made = sweep(1e-3, 4e-3)
     given = [one._replace(state="failed", why="it diverged") for one in settings(made, {}, {})]
     with pytest.raises(RunFailed, match=r"no run of the sweep has come to a result; train\.lr = 0\.001: it diverged"):
         results.document(made, given, {})
 
 
 def test_a_winner_that_is_no_clear_one_and_was_chosen_by_luck_is_told_as_such() -> None:
-    made = sweep(1e-3, 6e-3)
+    made = sweep(1e-3, 4e-3)
     near = found_of(made, settings(made, runs(0.0, [1, 1, 1]), runs(-0.001, [0.99, 0.99, 0.99], spread=1.0)))
     said = " ".join(near["verdict"])
     assert "no clear difference" in said and "makes the winner look better than it is" in said
@@ -184,23 +184,23 @@ def test_a_winner_that_is_no_clear_one_and_was_chosen_by_luck_is_told_as_such() 
 
 
 def test_a_reference_that_wins_is_told() -> None:
-    made = sweep(3e-3, 6e-3)
+    made = sweep(6e-3, 3e-3)
     found = found_of(made, settings(made, runs(0.0, [0.5, 0.5, 0.5]), runs(0.1, [1, 1, 1])))
     said = " ".join(found["verdict"])
-    assert said.startswith("train.lr = 0.003, the configuration's own setting, is the best of 2 settings")
+    assert said.startswith("train.lr = 0.006, the configuration's own setting, is the best of 2 settings")
     assert "No setting did clearly better" in said
 
 
 def test_the_line_on_privacy_is_told_of_private_sweeps_alone() -> None:
-    assert words.at_the_start(sweep(1e-3, 6e-3)) == []
-    (line,) = words.at_the_start(sweep(1e-3, 6e-3, more=("privacy.unit=record",)))
+    assert words.at_the_start(sweep(1e-3, 4e-3)) == []
+    (line,) = words.at_the_start(sweep(1e-3, 4e-3, more=("privacy.unit=record",)))
     assert "spends its epsilon anew" in line and "Papernot and Steinke 2022" in line and "\n" not in line
     varied = definition.make(None, ["privacy.unit=none,record"])
     assert words.at_the_start(varied) == [line]
 
 
 def test_the_page_shows_the_table_the_curves_and_the_command_and_runs_nothing() -> None:
-    made = sweep(1e-3, 6e-3, 1e-2)
+    made = sweep(1e-3, 4e-3, 1e-2)
     given = settings(made, runs(0.0, [1, 1, 1]), runs(-0.1, [0.9, 0.9, 0.9]), runs(0.3, [1.3, 1.3, 1.3]))
     given[2] = given[2]._replace(state="failed", why="<script>alert(1)</script>")
     found = found_of(made, given)

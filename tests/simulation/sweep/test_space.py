@@ -155,7 +155,7 @@ def test_a_range_is_searched_and_no_grid() -> None:
 
 
 def test_what_the_configuration_has_by_itself_is_found_among_the_values() -> None:
-    base = loading.load(None, ["train.lr=3e-3", "adapter.rank=16"])
+    base = loading.load(None, ["train.lr=3e-3", "adapter.rank=16", "strategy.server_optimizer=none"])
     assert space.own(base, [Choice("train.lr", (1e-3, 0.003)), Range("adapter.rank", 4, 64)]) == {
         "train.lr": 0.003,
         "adapter.rank": 16,

@@ -51,7 +51,7 @@ def test_settings_are_drawn_within_the_ranges_and_are_the_same_after_a_kill(sear
         assert values["adapter.targets"] in (["q_proj"], "all-linear")
         sweep.config(values, 0)
     # The configuration's own values come first, so that there is something to compare with.
-    assert whole.settings[0] == {"train.lr": 3e-3, "adapter.rank": 16, "adapter.targets": "all-linear"}
+    assert whole.settings[0] == {"train.lr": 6e-3, "adapter.rank": 16, "adapter.targets": "all-linear"}
 
 
 def test_tpe_comes_closer_than_chance(tmp_path: Path) -> None:
