@@ -72,8 +72,9 @@ def _optimisers(method: Aggregator) -> str:
             return False
         return True
 
-    allowed = [name for name in SERVER_OPTIMIZERS if name != "none" and works(name)]
-    return "all" if len(allowed) == len(list(SERVER_OPTIMIZERS)) - 1 else ", ".join(allowed) or "none"
+    moving = [name for name in SERVER_OPTIMIZERS if name not in ("none", "auto")]
+    allowed = [name for name in moving if works(name)]
+    return "all" if allowed == moving else ", ".join(allowed) or "none"
 
 
 def _least(name: str) -> str:

@@ -769,6 +769,83 @@ def _difference(found: dict[str, Any]) -> str:
     return f"{found['difference']:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
+def defaults(results: dict[str, Any]) -> str:
+    """By setting and federation the difference to the defaults before they were tuned."""
+    found, names = (
+        results["summary"],
+        {"skills": "default", "even": "the same, evenly dealt", "dolly": "dolly, `probe`"},
+    )
+    lines = [f"| | {' | '.join(names[task] for task in found)} | time |", f"|---{'|---' * len(found)}|---|"]
+    before = [f"loss {_spread(found[task]['before']['loss'], 1, 3)}" for task in found]
+    lines.append(f"| before | {' | '.join(before)} | 1 |")
+    for name in results["settings"]:
+        cells = [_less_before(found[task].get(name)) for task in found]
+        ratios = [
+            found[task][name]["seconds"] / found[task]["before"]["seconds"] for task in found if name in found[task]
+        ]
+        if name != "before" and ratios:
+            lines.append(f"| {name} | {' | '.join(cells)} | {statistics.mean(ratios):.1f} |")
+    seeds = ", ".join(f"{len(found[task]['before']['loss'])} ({names[task]})" for task in found)
+    note = f"Seeds: {seeds}; the first row has mean and range, the others differences with 95% intervals over seeds and"
+    return "\n".join([*lines, "", f"{note} rows. Two runs at a time, of a thread each, on {_machine(results)}."])
+
+
+def _less_before(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "not run"
+    return f"{row['less']:+.3f}" + ("" if row["ci95"] is None else f" ({row['ci95'][0]:+.3f} to {row['ci95'][1]:+.3f})")
+
+
+_OWN = {
+    "local": "alone, as many steps as in the federation",
+    "local_best": "alone at its best, with up to twice as many",
+    "federated": "federated",
+    "personal": "own model, with up to twice as many",
+}
+
+
+def own_default(results: dict[str, Any]) -> str:
+    """Clients' own models in the default federation."""
+    case = results["cases"]["default"]
+    told = case["summary"]
+    lines = ["| | loss on the clients' own held-out rows | on everybody's | steps |", "|---|---|---|---|"]
+    for name, label in _OWN.items():
+        mix = _spread(told["mix"][name], 1, 3) if name in told["mix"] else ""
+        lines.append(
+            f"| {label} | {_spread(told['own'][name], 1, 3)} | {mix} | {statistics.mean(told['steps'][name]):.0f} |"
+        )
+    return "\n".join([*lines, "", f"{_seeds(len(case['runs']))} {_own_told(told)} On {_machine(results)}."])
+
+
+def _own_told(told: dict[str, Any]) -> str:
+    kept = ", ".join(f"{count} {kind}" for kind, count in told["kept"].items())
+    return (
+        f"Of {told['clients']} clients {told['lower']} have a lower loss by their own model than alone at its best, "
+        f"{told['clearly_better']} clearly and {told['clearly_worse']} clearly a higher one (95% intervals over "
+        f"their own rows; {told['without_interval']} have too few for one). Kept: {kept}."
+    )
+
+
+def own_cases(results: dict[str, Any]) -> str:
+    """Clients' own models by the rows that a client has, and on organisations' rows."""
+    lines = [
+        "| training rows a client | alone at its best | federated | own model | clients with a lower loss | clearly "
+        "lower | clearly higher | kept |",
+        f"|{'---|' * 8}",
+    ]
+    names = {"50": "50", "150": "150", "500": "500", "1500": "1,500", "dolly": "1,200, dolly with `probe`"}
+    for case, label in names.items():
+        if case not in results["cases"]:
+            continue
+        told = results["cases"][case]["summary"]
+        losses = (_spread(told["own"][name], 1, 3) for name in ("local_best", "federated", "personal"))
+        counts = f"{told['lower']} of {told['clients']} | {told['clearly_better']} | {told['clearly_worse']}"
+        kept = ", ".join(f"{count} {kind}" for kind, count in told["kept"].items())
+        lines.append(f"| {label} | {' | '.join(losses)} | {counts} | {kept} |")
+    seeds = sorted({len(results["cases"][case]["runs"]) for case in names if case in results["cases"]})
+    return "\n".join([*lines, "", f"{' or '.join(map(str, seeds))} seeds. On {_machine(results)}."])
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo": demo,
     "training": training,
@@ -804,12 +881,16 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "real": real,
     "real_rates": real_rates,
     "real_answers": real_answers,
+    "defaults": defaults,
+    "own_default": own_default,
+    "own_cases": own_cases,
 }
 _FROM = {  # tables that have no file of results of their own
     "judges": "curation",
     **dict.fromkeys(("message", "clients_run"), "clients"),
     **dict.fromkeys(("real_rates", "real_answers"), "real"),
     "interval_shares": "intervals",
+    **dict.fromkeys(("own_default", "own_cases"), "personal"),
     **dict.fromkeys(("mixed", "corrected", "personal", "coded", "coded_few"), "federated"),
     **dict.fromkeys(
         ("aggregation_error", "aggregation_module", "aggregation_memory", "aggregation_round"), "aggregation"

@@ -50,7 +50,7 @@ def make_and_measure(
     hostile = adversaries.attackers(home.config, list(rows))
     honest = {client: own for client, own in rows.items() if client not in hostile}
     log.event("phase", name="personal models")
-    made = make_all(home, folder, federated, honest, took_part, log)
+    made = make_all(home, folder, federated, honest, took_part, local, log)
     return measure_all(home, made, federated, local, honest, held_out)
 
 
@@ -60,6 +60,7 @@ def make_all(
     federated: Mapping[str, StateDict],
     rows: Mapping[str, OwnRows],
     took_part: Sequence[ClientVisits],
+    local: Mapping[str, StateDict],
     log: RunLog,
 ) -> dict[str, Made]:
     """Make and choose each client's own model, and keep it in the run directory; what is there already is taken.
@@ -73,6 +74,7 @@ def make_all(
         federated: each client's model from the federation.
         rows: each client's rows.
         took_part: what the clients did.
+        local: each client's training alone in the federation's steps, where it was trained.
         log: receives `personal` events.
     """
     visits = {one.client: one for one in took_part}
@@ -83,7 +85,8 @@ def make_all(
         if visited := visits.get(client):
             own = own._replace(train=visited.choices[max(visited.choices)])
         steps = visited.total if visited else most
-        task = Task(client, steps, federated[client], own, places.personal / client, places.alone_best / client)
+        where = places.personal / client, places.alone_best / client
+        task = Task(client, steps, federated[client], own, *where, local=local.get(client))
         made[client] = own_model.kept(home, task) or own_model.make(home, task)
         kept = made[client].choice
         log.event(

@@ -84,11 +84,12 @@ def cost_of(run: PreparedRun) -> Cost:
 
 
 def _own_copies(config: RunConfig) -> int:
-    """How many times the run's steps the clients' own models take."""
+    """How many times the run's steps the clients' own models take, beside what a baseline trains already."""
     if not config.personal.enabled:
         return 0
     steps = 1000  # of a client, to see the share of each schedule
-    return math.ceil(schedules(steps, config.personal.budget).total / steps)
+    known = steps if "local" in config.evaluate.baselines else 0
+    return math.ceil((schedules(steps, config.personal.budget).total - known) / steps)
 
 
 def _adapter_bytes(run: PreparedRun) -> int:

@@ -9,7 +9,8 @@ the federation: training alone may use all of it, and what builds on the federat
 - tuned: the federated model trained further on the client's rows, at a fraction of the learning rate.
 
 Trained ones are looked at after each quarter of their schedule and taken where the validation loss is lowest, so that
-a client with few rows stops before it overfits.
+a client with few rows stops before it overfits. Training alone as long as the federation is what a simulation has as
+the baseline `local`; it is taken as it ended.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from client.personal.choice import FEWEST, Candidate, Choice, Floats, Kind, choo
 from client.training import trainer
 from client.training.trainer import StepRecord, VisitPlan
 
-_LOOKS = 4  # at a trained contender, evenly spread over its schedule; the last one at its end
+_LOOKS = 4  # at a trained contender; at training alone as long as the federation there is one, at its end
 
 
 class Rows(NamedTuple):
@@ -98,8 +99,18 @@ class _Home:
         self.tokens = tokens.astype(np.float64)
         return Look(steps, adapter, nats)
 
+    def alone(self, start: StateDict, steps: int, known: StateDict | None) -> list[Look]:
+        """Training alone as long as the federation, which is done already where it is `known`: at its end."""
+        return self.trained(start, steps, looks=1) if known is None else [self.look(steps, known)]
+
     def trained(
-        self, start: StateDict, length: int, stream: str = "", lr_factor: float = 1.0, done: int = 0
+        self,
+        start: StateDict,
+        length: int,
+        stream: str = "",
+        lr_factor: float = 1.0,
+        done: int = 0,
+        looks: int = _LOOKS,
     ) -> list[Look]:
         """Train on the client's rows with a schedule of `length` steps; what it was like on its way and at its end.
 
@@ -112,8 +123,9 @@ class _Home:
             stream: what the order of the rows follows from beside the client.
             lr_factor: of the run's learning rate.
             done: steps on the client's rows that are behind `start`.
+            looks: evenly spread over the schedule, the last one at its end.
         """
-        marks = {math.ceil(length * look / _LOOKS) for look in range(1, _LOOKS + 1)}
+        marks = {math.ceil(length * look / looks) for look in range(1, looks + 1)}
         base_delta = lora.parts(start)[1]
         seen: list[tuple[int, StateDict]] = []
 
@@ -142,7 +154,15 @@ class _Home:
         return [(look.steps, loss_of(look.nats, self.tokens)) for look in looks]
 
 
-def contest(lm: LanguageModel, config: RunConfig, client: str, steps: int, federated: StateDict, rows: Rows) -> Contest:
+def contest(
+    lm: LanguageModel,
+    config: RunConfig,
+    client: str,
+    steps: int,
+    federated: StateDict,
+    rows: Rows,
+    local: StateDict | None = None,
+) -> Contest:
     """Make a client's candidates and choose one.
 
     Args:
@@ -152,6 +172,7 @@ def contest(lm: LanguageModel, config: RunConfig, client: str, steps: int, feder
         steps: optimizer steps that it made in the federation.
         federated: the federation's model, as for `set_adapter`.
         rows: what it trains on, and what decides.
+        local: what training alone in so many steps came to, where that has been done.
 
     Raises:
         ValueError: there is nothing to train on.
@@ -160,7 +181,10 @@ def contest(lm: LanguageModel, config: RunConfig, client: str, steps: int, feder
     lengths = schedules(steps, personal.budget)
     fresh = starting_adapter(lm, config)
     joint = home.look(steps, federated)
-    apart = {length: home.trained(fresh, length) for length in lengths.alone}
+    apart = {
+        length: home.alone(fresh, steps, local) if length == steps else home.trained(fresh, length)
+        for length in lengths.alone
+    }
     after = home.trained(federated, lengths.left, " tuned", personal.lr_factor, done=steps)
     part, alone = home.lowest(apart[lengths.left], steps), home.lowest([*chain(*apart.values())], steps)
     looks: list[tuple[Kind, float, Look]] = [("federated", 0.0, joint)]

@@ -97,13 +97,15 @@ class Task(NamedTuple):
     rows: OwnRows
     own: Path  # the folder of its own model
     alone: Path  # of its training alone; may lie in the other one
+    local: StateDict | None = None  # training alone in as many steps, where a simulation has it as a baseline
 
     def seal(self, config: RunConfig) -> str:
         """What the model follows from, as hex digits; one of another seal is made anew."""
         settings = config.model_dump(mode="json", include={"seed", "model", "adapter", "prompt", "train", "personal"})
         settings["train"].pop("threads")
         rows = [len(part) for part in self.rows[:2]]
-        parts = [digest(self.federated, 64), json.dumps(settings, sort_keys=True), self.steps, *rows]
+        known = digest(self.local, 64) if self.local else ""
+        parts = [digest(self.federated, 64), known, json.dumps(settings, sort_keys=True), self.steps, *rows]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
@@ -138,7 +140,7 @@ def make(home: Home, task: Task) -> Made:
     train = injection.encode_training(task.rows.train, template, lm.tokenizer, config.prompt)
     drawn = comparison.evenly(task.rows.validation, config)
     validation = tokenization.encode_all(drawn, template, lm.tokenizer, config.prompt)
-    found = candidates.contest(lm, config, task.client, task.steps, task.federated, Rows(train, validation))
+    found = candidates.contest(lm, config, task.client, task.steps, task.federated, Rows(train, validation), task.local)
     choice = {"schema": 1, "seal": task.seal(config), **_told(config, task, found, len(train))}
     save_adapter_folder(lm, found.adapter, task.own, config, note=note(choice))
     save_adapter_folder(lm, found.alone, task.alone, config, note=note({"kept": "alone", "weight": 1.0}))

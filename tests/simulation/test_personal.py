@@ -154,7 +154,7 @@ def test_nothing_is_ever_trained_on_a_row_that_chooses_or_is_reported(
         for rows in (client.validation, client.test):
             assert texts(bench.corpus(rows)).isdisjoint(trained)
         assert texts(bench.corpus(client.train)) <= trained
-    assert len(seen) == 2 * 2 + 2 + 2 * 3  # visits, training alone as a baseline, and three trainings of each client
+    assert len(seen) == 2 * 2 + 2 + 2 * 2  # visits, training alone as a baseline, and two trainings more of each client
 
 
 def test_the_rows_that_are_reported_have_no_say(
@@ -189,7 +189,8 @@ def test_training_alone_is_a_direct_fit_taken_where_the_validation_rows_say(
                 state = bench.after(steps, rows.train, start, 5e-3, plan)
                 assert bench.loss(state, rows.validation) == pytest.approx(loss, rel=1e-6)
                 made[curve, steps] = (loss, state)
-            assert [steps for steps, _ in told["curves"][curve]] == [length // 4 * k for k in (1, 2, 3, 4)]
+            looks = (1, 2, 3, 4) if length == 16 else (4,)  # the shorter one is the baseline, taken at its end
+            assert [steps for steps, _ in told["curves"][curve]] == [length // 4 * k for k in looks]
         (_, steps), (lowest, state) = min(made.items(), key=lambda item: (item[1][0], item[0][1]))
         assert told["alone_steps"] == steps
         assert same(weights(folder / "baselines" / "local_best" / name), state)
@@ -212,12 +213,11 @@ def test_each_candidate_is_what_it_is_called(finished: tuple[Path, dict[str, Any
         assert list(found) == [("federated", 0), *weights, ("tuned", 0), ("alone", 1)]
         assert found["federated", 0]["loss"] == pytest.approx(bench.loss(joint, rows.validation), rel=1e-6)
         assert found["federated", 0]["distance"] == 0 and found["federated", 0]["steps"] == 8
-        steps = min(told["curves"]["alone, 8 steps"], key=lambda point: point[1])[0]
-        part = bench.after(steps, rows.train, fresh, 5e-3, VisitPlan(0, name, 8, 8))
+        part = bench.after(8, rows.train, fresh, 5e-3, VisitPlan(0, name, 8, 8))
         for weight in (0.25, 0.5, 0.75):
             entry = found["mixed", weight]
             assert entry["loss"] == pytest.approx(_loss_of_dense(bench, joint, part, weight, rows.validation), rel=1e-5)
-            assert entry["steps"] == 8 + steps
+            assert entry["steps"] == 16
             assert entry["distance"] == pytest.approx(weight * mixtures.distance(bench.lm, joint, part), rel=1e-4)
         steps = found["tuned", 0]["steps"] - 8
         tuned = bench.after(steps, rows.train, joint, 5e-3 * 0.333, VisitPlan(0, f"{name} tuned", 8, 8))
