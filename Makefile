@@ -8,8 +8,9 @@ BIN := $(VENV)/bin
 # Whole files go to one process, for what they set up once (a deployment, say) is theirs.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+# The defaults, and at the end a model of each client's own: three minutes on two cores.
 demo: setup
-	$(BIN)/apiary simulate
+	$(BIN)/apiary simulate -s personal.enabled=true
 
 # A real instruction-tuned model on the rows of ten organisations: about twenty minutes on two cores. Model and rows lie
 # beside the repository; configs/smollm2-dolly.toml is the same from the hub.

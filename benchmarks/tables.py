@@ -30,27 +30,34 @@ PAGES = (ROOT / "README.md", TINY / "README.md", *sorted((ROOT / "docs").glob("*
 
 
 def demo(results: dict[str, Any]) -> str:
-    """The default run: mean over seeds of each row."""
+    """The default run: mean over seeds of each row, on everybody's rows and on the clients' own."""
     runs = results["runs"]
-    lines = ["| | held-out loss, nats per response token | exact match |", "|---|---|---|"]
+    lines = ["| | loss on everybody's held-out rows | on the clients' own | exact match |", "|---|---|---|---|"]
     names = {
         "base": "`base`: untuned",
         "local": "`local`: each client alone, same steps",
+        "local_best": "each client alone at its best, with up to twice the steps",
         "federated": "`federated`",
+        "personal": "each client's own model, with up to twice the steps",
         "central": "`central`: all data in one place, same total steps",
         "central_serial": "`central_serial`: all data in one place, as few steps as one client makes",
     }
     for method, label in names.items():
         rows = [row for run in runs for row in run["table"] if row["method"] == method]
-        if not rows:
-            continue
-        loss, accuracy = ([row[key] for row in rows] for key in ("loss", "accuracy"))
-        lines.append(f"| {label} | {_spread(loss, 1, 2)} | {_spread(accuracy, 100, 0)}% |")
+        own = [row for run in runs for row in run["personal"]["table"] if row["method"] == method]
+        losses = [row["loss"] for row in rows] or [row["mix"] for row in own if "mix" in row]
+        cells = (
+            _spread(losses, 1, 2) if losses else "",
+            _spread([row["own"] for row in own], 1, 2) if own else "",
+            f"{_spread([row['accuracy'] for row in rows], 100, 0)}%" if rows else "",
+        )
+        lines.append(f"| {label} | {' | '.join(cells)} |")
     wall = _spread([run["wall_s"] for run in runs], 1, 0)
     taken = "".join(
         f", {statistics.mean(run['baselines_s'][name] for run in runs):.0f} s of it for `{name}`"
         for name in runs[0].get("baselines_s", ())
     )
+    taken += f", {statistics.mean(run['personal_s'] for run in runs):.0f} s for own models"
     found = f"From command to report: {wall} s on {_machine(results)}{taken}."
     return "\n".join([*lines, "", " ".join([_seeds(len(runs)), *_over_seeds(results), found])])
 
@@ -61,14 +68,15 @@ def _over_seeds(results: dict[str, Any]) -> list[str]:
         return []
     pair, runs = results["compared"]["paired"]["local"], results["runs"]
     low, high = pair["ci95"]
-    gains = "; ".join(
-        f"{run['gain']['gain']} gain, {run['gain']['lose']} lose, {run['gain']['cannot_tell']} cannot tell"
-        for run in runs
+    gains, own = (
+        "; ".join(f"{found['gain']} gain, {found['lose']} lose, {found['cannot_tell']} cannot tell" for found in told)
+        for told in ([run["gain"] for run in runs], [run["personal"]["gain"] for run in runs])
     )
     return [
         f"`federated` less `local`: {pair['difference']:.2f} (95% interval over seeds and rows {low:.2f} to "
         f"{high:.2f}).",
-        f"Of {runs[0]['gain']['clients']} clients, each on its own held-out rows, by seed: {gains}.",
+        f"Of {runs[0]['gain']['clients']} clients, each on its own held-out rows against alone in the same steps, by "
+        f"seed: {gains}; and by its own model against alone at its best: {own}.",
     ]
 
 
