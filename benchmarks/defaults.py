@@ -80,6 +80,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "before": (),
     "lr 6e-3": ("train.lr=6e-3",),
     "lr 1e-2": ("train.lr=1e-2",),
+    "lr 2e-2": ("train.lr=2e-2",),
     "nesterov": (_OUTER,),
     "nesterov, lr 6e-3": _BEST,
     "nesterov, lr 4e-3": (_OUTER, "train.lr=4e-3"),
