@@ -1,8 +1,8 @@
 """What structured queries are worth against planted instructions, and what they cost in plain loss.
 
-The default federation is trained with `prompt.boundary` plain and structured, the latter a second time with twice the
-tokens in a step: rows with an instruction in their data are longer, so that as many tokens hold fewer answers. Then
-instructions are placed in the data of held-out questions, as `apiary evaluate --probe injection` does it.
+The federation of federation.toml is trained with `prompt.boundary` plain and structured, the latter a second time with
+twice the tokens in a step: rows with an instruction in their data are longer, so that as many tokens hold fewer
+answers. Then instructions are placed in the data of held-out questions, as `apiary evaluate --probe injection` does it.
 
 python benchmarks/injection.py [--seeds 3] [--questions 60] [-s KEY=VALUE]...
 """

@@ -1,10 +1,11 @@
 """How often 95% intervals of a difference in loss are wrong, by method and by number of rows and seeds.
 
-First the default federation is trained six times with nothing changed but the order of each client's batches, then one
-client alone, and all data pooled; all of these and the untuned base are scored on the 6,000 held-out rows of the
-built-in corpus. These rows are the population: of a pair of models the differences are shifted so that both have the
-same loss on all of it. Rows are drawn from it with replacement, and an interval that leaves out zero is a false
-'clear' difference, which should happen in 5% of the draws. One population more is made up, with a longer tail.
+First the federation of federation.toml is trained six times with nothing changed but the order of each client's
+batches, then one client alone, and all data pooled; all of these and the untuned base are scored on the 6,000
+held-out rows of the built-in corpus. These rows are the population: of a pair of models the differences are shifted so
+that both have the same loss on all of it. Rows are drawn from it with replacement, and an interval that leaves out
+zero is a false 'clear' difference, which should happen in 5% of the draws. One population more is made up, with a
+longer tail.
 
 python benchmarks/intervals.py [--draws 4000] [--losses FILE]
 """

@@ -34,9 +34,10 @@ SKEWS: Final[Mapping[str, tuple[str, ...]]] = {
     # Two clients to a skill in the mean, so that there is somebody to form a group with.
     "skills": ("data.clients=16", 'data.partition={ name = "pathological", by = "skill", classes = 1 }'),
 }
-ROUNDS, STEPS = 12, 6  # of a client; those of the default run
+ROUNDS, STEPS = 12, 6  # of a client
 WAYS: Final[Mapping[str, tuple[str, ...]]] = {
     "fedavg": ("strategy.name=fedavg",),
+    "fedavg, momentum": ('strategy.server_optimizer={ name = "nesterov", lr = 0.7, momentum = 0.5 }',),
     "fedsa": ("adapter.share=a",),
     "fedsa, as many bytes": ("adapter.share=a", f"rounds={2 * ROUNDS}", f"train.steps={STEPS // 2}"),
     "ditto": ("strategy.name=ditto",),
@@ -47,7 +48,13 @@ WAYS: Final[Mapping[str, tuple[str, ...]]] = {
     "fedavg, then tuned": ("strategy.name=fedavg", f"train.steps={STEPS // 2}"),
 }
 _TUNED: Final = "fedavg, then tuned"
-_ALWAYS: Final = (f"rounds={ROUNDS}", f"train.steps={STEPS}", "evaluate.generate=false", "evaluate.every=0")
+_ALWAYS: Final = (
+    f"rounds={ROUNDS}",
+    f"train.steps={STEPS}",
+    "strategy.server_optimizer=none",  # not all methods take another
+    "evaluate.generate=false",
+    "evaluate.every=0",
+)
 
 
 def one(skew: str, way: str, seed: int, overrides: Sequence[str]) -> dict[str, Any]:

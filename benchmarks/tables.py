@@ -635,10 +635,10 @@ def intervals(results: dict[str, Any]) -> str:
             f"federated against {', '.join(real[:-1])} and {real[-1]}; then of a lognormal population, which is made "
             f"up. {results['settings']['draws']:,} draws each from {results['population']:,} held-out rows.",
             "",
-            f"{results['settings']['orders']} trainings of the default federation that differ in the order of batches "
-            f"alone have a standard deviation of the loss of {results['orders']['sd']:.3f}. On 240 rows, two of them "
-            f"are 'clearly' different in {100 * two / pairs:.0f}% of {pairs} comparisons over rows, and three of them "
-            f"from three others in {100 * three / triples:.0f}% of {triples} over seeds and rows. "
+            f"{results['settings']['orders']} trainings of `benchmarks/federation.toml` that differ in the order of "
+            f"batches alone have a standard deviation of the loss of {results['orders']['sd']:.3f}. On 240 rows, two "
+            f"of them are 'clearly' different in {100 * two / pairs:.0f}% of {pairs} comparisons over rows, and three "
+            f"of them from three others in {100 * three / triples:.0f}% of {triples} over seeds and rows. "
             f"On {_machine(results)}.",
         ]
     )
@@ -713,7 +713,7 @@ def injection(results: dict[str, Any]) -> str:
                 lines.append(f"| {label}: {attack} | {' | '.join(f'{share}%' for share in shares)} |")
         likelier = [_spread(cells(w, intruder, "all", "intruder_likelier"), 100, 0) for w in ways.values()]
         lines.append(f"| {label}: his answer is likelier | {' | '.join(f'{share}%' for share in likelier)} |")
-    return _noted(lines, results, f"The default run; {results['questions']} questions under each attack.")
+    return _noted(lines, results, f"`benchmarks/federation.toml`; {results['questions']} questions under each attack.")
 
 
 def real(results: dict[str, Any]) -> str:
