@@ -227,20 +227,21 @@ def _federation(read: str, sources: tuple[object, ...]) -> Federation:
 
 
 def _stamp(place: str) -> object:
-    """What changes when a file, or one in a folder, is written; nothing of what is no path."""
+    """What changes when a file, or one in a folder, is written; of a database or a hub id it is another each time."""
+    if place.startswith("builtin:"):
+        return place
     path = Path(place)
     try:
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
         return tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files)
     except (OSError, ValueError):
-        return None
+        return object()
 
 
 def forget() -> None:
-    """Read everything again when it is next asked for."""
+    """Make the worker again when it is next asked for, and read again what may have changed since it was read."""
     worker.cache_clear()
     federation.cache_clear()
-    _federation.cache_clear()
 
 
 def _site(config: str, context: Context) -> Site:

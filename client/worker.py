@@ -122,7 +122,9 @@ class Worker:
             then = second_adapter.plan_of_own(self.local, plan, result)
             then = then._replace(observers=(state.step_log(site.folder, number, own=True),))
             made = second_adapter.train(self._model(site), own, payload.base_delta, corpus, self.config.train, then)
-            own, result = own._replace(adapter=made.adapter), second_adapter.whole_visit(result, made)
+            begun = made.result or self._kept(site, number, payload)  # else it still is whatever the server sends
+            own = own._replace(adapter=made.adapter) if begun else None
+            result = second_adapter.whole_visit(result, made)
         at = Memory(number, result.cursor, data.stage, result.replay, chosen.round if chosen else 0)
         report = result.report if result.walked >= site.fewest else result.report._replace(loss=math.nan)
         result = result._replace(report=told.report(site.counts, report, self.config, result.rows))

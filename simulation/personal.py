@@ -78,6 +78,7 @@ def make_all(
         log: receives `personal` events.
     """
     visits = {one.client: one for one in took_part}
+    finished = max((max(one.steps) for one in took_part), default=0)
     most = max((one.total for one in took_part), default=1)
     made, places = {}, result_folders(folder)
     for done, (client, own) in enumerate(rows.items(), 1):
@@ -86,8 +87,13 @@ def make_all(
             own = own._replace(train=visited.choices[max(visited.choices)])
         steps = visited.total if visited else most
         where = places.personal / client, places.alone_best / client
-        task = Task(client, steps, federated[client], own, *where, local=local.get(client))
-        made[client] = own_model.kept(home, task) or own_model.make(home, task)
+        known = local.get(client) if visited and _alike(home.config, visited, finished) else None
+        task = Task(client, steps, federated[client], own, *where, local=known)
+        try:
+            made[client] = own_model.kept(home, task) or own_model.make(home, task)
+        except own_model.NothingToTrain:
+            log.event("warning", message=f"{client} makes no model of its own: none of its rows can be trained on")
+            continue
         kept = made[client].choice
         log.event(
             "personal",
@@ -99,6 +105,14 @@ def make_all(
             seconds=time.monotonic() - began,
         )
     return made
+
+
+def _alike(config: RunConfig, visited: ClientVisits, finished: int) -> bool:
+    """Whether the baseline `local` is trained as candidates are: one rank, the same rows and factors, to the end."""
+    adapter = config.adapter
+    return (
+        adapter.train != "alternate" and not adapter.ranks and len(visited.choices) == 1 and finished == config.rounds
+    )
 
 
 class Figures(NamedTuple):

@@ -18,6 +18,7 @@ from apiary.data.turns import said
 from apiary.evaluation import comparison, continual, row_losses
 from apiary.evaluation.comparison import HeldOut, Measured
 from apiary.export.adapter_folder import WEIGHTS, exported_rank, save_adapter_folder
+from apiary.export.personal import read_choice
 from apiary.models import adapter_files, adapters
 from apiary.models.adapters import LanguageModel
 from apiary.models.start import named_start
@@ -218,6 +219,8 @@ def own_models(prepared: Plan, adapter: StateDict, folder: Path, trained: Collec
     for client in federation.clients:
         if client.name in trained:
             place = result_folders(folder).personal / client.name
+            if read_choice(place) is not None:  # [personal] has chosen already, and looks itself whether that holds
+                continue
             save_adapter_folder(lm, made[client.name], place, config, folder)
     return made
 

@@ -115,6 +115,8 @@ def _problems(config: RunConfig, aggregator: Aggregator) -> Iterator[str]:
         yield f"strategy.root: strategy.name = {name!r} does not use rows of the server's own; leave it out"
     if aggregator.local.personal and adapter.share == "both":  # with share = "a" `apiary.config.compatibility` says so
         yield from _personal_problems(config)
+    if aggregator.local.own and config.train.steps == 1:
+        yield f"train.steps = 1: strategy.name = {name!r} shares a visit's steps between two models; set 2 or more"
     yield from _private_problems(config, aggregator)
     if config.personal.enabled and aggregator.local.gradient_free:
         yield (

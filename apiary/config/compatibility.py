@@ -234,6 +234,16 @@ def _personal_factors(config: RunConfig) -> Iterator[str]:
         yield f"evaluate.clients = false: {share} leaves models that clients alone can score; leave the key out"
 
 
+def _server_optimizer(config: RunConfig) -> Iterator[str]:
+    """What "auto" comes to has options of its own."""
+    optimizer = config.strategy.server_optimizer
+    if optimizer.name == "auto" and optimizer.options:
+        yield (
+            f"strategy.server_optimizer: 'auto' takes no option ({', '.join(optimizer.options)}): name the optimizer "
+            'that they are of, such as { name = "nesterov", lr = 0.7 }'
+        )
+
+
 def _personal_models(config: RunConfig) -> Iterator[str]:
     """A client chooses by rows of the same tasks from the first round to the last."""
     if config.personal.enabled and config.continual.stages:
@@ -263,4 +273,5 @@ _RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     _seeds,
     _personal_factors,
     _personal_models,
+    _server_optimizer,
 )

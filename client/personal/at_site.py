@@ -118,7 +118,7 @@ def prepare(facts: Facts, handed: Handed, out: Path, overrides: Sequence[str] = 
     chosen, told = _last_chosen(client, config, past)
     rows = rows._replace(train=chosen)
     steps, how = _steps(home, rows.train, settings, past)
-    draft = out.with_name(f".{out.name}.draft")
+    draft = out.with_name(f".{out.name}.draft") / "model"  # within a folder that is its owner's from the first byte on
     task = Task(facts.client, steps, federated, rows, draft, draft / "alone")
     if not config.personal.enabled:
         remarks.append(
@@ -139,7 +139,8 @@ def make(plan: Plan) -> dict[str, Any]:
         OSError: the disk is full or the place cannot be written; nothing is left behind.
     """
     home, task, out, remarks = plan
-    shutil.rmtree(task.own, ignore_errors=True)
+    shutil.rmtree(task.own.parent, ignore_errors=True)
+    own_folder(task.own.parent)
     try:
         made = own_model.make(home, task)
         states = {"local_best": made.alone, "federated": task.federated, "personal": made.adapter}
@@ -150,9 +151,8 @@ def make(plan: Plan) -> dict[str, Any]:
         if out.exists():
             out.rmdir()
         task.own.rename(out)
-    except BaseException:
-        shutil.rmtree(task.own, ignore_errors=True)
-        raise
+    finally:
+        shutil.rmtree(task.own.parent, ignore_errors=True)
     return choice
 
 

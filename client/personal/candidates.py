@@ -8,9 +8,9 @@ the federation: training alone may use all of it, and what builds on the federat
 - mixed: the federated model and the last of these, put together in the space of products without training;
 - tuned: the federated model trained further on the client's rows, at a fraction of the learning rate.
 
-Trained ones are looked at after each quarter of their schedule and taken where the validation loss is lowest, so that
-a client with few rows stops before it overfits. Training alone as long as the federation is what a simulation has as
-the baseline `local`; it is taken as it ended.
+Trained ones are looked at after each quarter of their schedule, the longest after each eighth, and taken where the
+validation loss is lowest, so that a client with few rows stops before it overfits. Training alone as long as the
+federation is what a simulation has as the baseline `local`; it is taken as it ended.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from client.training import trainer
 from client.training.trainer import StepRecord, VisitPlan
 
 _LOOKS = 4  # at a trained contender; at training alone as long as the federation there is one, at its end
+_OFTEN = 8  # at training alone with the whole budget, which of few rows is best early
 
 
 class Rows(NamedTuple):
@@ -182,7 +183,9 @@ def contest(
     fresh = starting_adapter(lm, config)
     joint = home.look(steps, federated)
     apart = {
-        length: home.alone(fresh, steps, local) if length == steps else home.trained(fresh, length)
+        length: home.alone(fresh, steps, local)
+        if length == steps
+        else home.trained(fresh, length, looks=_OFTEN if length == lengths.alone[-1] else _LOOKS)
         for length in lengths.alone
     }
     after = home.trained(federated, lengths.left, " tuned", personal.lr_factor, done=steps)

@@ -103,10 +103,17 @@ class Task(NamedTuple):
         """What the model follows from, as hex digits; one of another seal is made anew."""
         settings = config.model_dump(mode="json", include={"seed", "model", "adapter", "prompt", "train", "personal"})
         settings["train"].pop("threads")
-        rows = [len(part) for part in self.rows[:2]]
+        rows = [_digest(part) for part in self.rows[:2]]
         known = digest(self.local, 64) if self.local else ""
         parts = [digest(self.federated, 64), known, json.dumps(settings, sort_keys=True), self.steps, *rows]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def _digest(rows: Sequence[Example]) -> str:
+    read = hashlib.sha256()
+    for row in rows:
+        read.update(repr(row).encode("utf-8", "surrogatepass"))
+    return read.hexdigest()
 
 
 class Made(NamedTuple):
@@ -129,15 +136,21 @@ def kept(home: Home, task: Task) -> Made | None:
     return Made(adapter, best, choice)
 
 
+class NothingToTrain(Exception):
+    """No row of a client can be trained on: curation left none, or none fits `prompt.max_tokens`."""
+
+
 def make(home: Home, task: Task) -> Made:
     """Make a client's candidates, choose one, and keep it with its reasons, and training alone beside it.
 
     Raises:
-        ValueError: there is nothing to train on.
+        NothingToTrain: no row can be trained on.
         OSError: a folder cannot be written.
     """
     config, lm, template = home
     train = injection.encode_training(task.rows.train, template, lm.tokenizer, config.prompt)
+    if not len(train):
+        raise NothingToTrain
     drawn = comparison.evenly(task.rows.validation, config)
     validation = tokenization.encode_all(drawn, template, lm.tokenizer, config.prompt)
     found = candidates.contest(lm, config, task.client, task.steps, task.federated, Rows(train, validation), task.local)

@@ -220,7 +220,8 @@ class Loop:
                     f"it is tried again, {plural(self._jobs, 'run')} at a time"
                 )
                 return
-        if message.kind == "refused" and not self._any_finished():
+        alone = not any(other.job for other in self._workers)
+        if message.kind == "refused" and alone and not self._any_finished():
             raise UserError(*message.content)
         if message.kind != "done":
             self.progress.end(name, *_end(message))

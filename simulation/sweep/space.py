@@ -8,7 +8,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from apiary.config import loading, methods, toml_text
+from apiary.config import defaults, loading, methods, toml_text
 from apiary.config.schema import DataConfig, RunConfig
 from apiary.core.errors import UserError
 
@@ -201,11 +201,16 @@ def check(base: RunConfig, axes: Sequence[Axis], settings: Sequence[Values] | No
     Raises:
         UserError: each problem once, or two settings that are one and the same run.
     """
-    problems: dict[str, None] = {}
+    problems = {
+        f"{axis.key}: says how clients make their own models once the run is over, and changes no loss by which a "
+        f"sweep chooses; vary it on a finished run (apiary personal RUN -s {axis.key}=...)": None
+        for axis in axes
+        if axis.key.startswith("personal.") and axis.key not in ("personal.enabled", "personal.validation")
+    }
     seen: dict[str, Values] = {}
     for values in probes(axes) if settings is None else settings:
         try:
-            config = assign(base, values).to_json()
+            config = defaults.resolved(assign(base, values)).to_json()
         except UserError as error:
             problems |= dict.fromkeys(error.problems)
             continue
@@ -251,7 +256,7 @@ def own(base: RunConfig, axes: Sequence[Axis]) -> Values | None:
 
 def _equal(base: RunConfig, key: str, value: object) -> bool:
     try:
-        return assign(base, {key: value}) == base
+        return defaults.resolved(assign(base, {key: value})) == defaults.resolved(base)
     except UserError:
         return False
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from apiary.config import defaults
 from apiary.core.formatting import MISSING, bytes_text, change_text, loss_text, plural, seconds_text
 from apiary.evaluation import intervals
 from simulation.sweep import space
@@ -16,6 +17,25 @@ _NOT_ALIKE = "measured on other rows"
 
 def at_the_start(sweep: Sweep) -> list[str]:
     """What is to be known before the first run."""
+    return [*_private(sweep), *_optimizers(sweep)]
+
+
+def _optimizers(sweep: Sweep) -> list[str]:
+    """A default that comes to different things is varied with what is varied."""
+    if sweep.base.strategy.server_optimizer.name != "auto":
+        return []
+    runs = [defaults.resolved(sweep.config(values, sweep.seeds[0])) for values in sweep.settings() or ()]
+    found = dict.fromkeys(run.strategy.server_optimizer.name for run in runs)
+    if len(found) < 2:
+        return []
+    return [
+        f"strategy.server_optimizer = auto comes to {' in some settings and '.join(found)} in others, so their "
+        "differences are not of the varied keys alone; name one to compare them (-s strategy.server_optimizer=none)"
+    ]
+
+
+def _private(sweep: Sweep) -> list[str]:
+    """What choosing by private results costs."""
     units = {sweep.base.privacy.unit, *(values.get("privacy.unit") for values in sweep.settings() or ())}
     if "record" not in units:
         return []

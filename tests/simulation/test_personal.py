@@ -189,8 +189,8 @@ def test_training_alone_is_a_direct_fit_taken_where_the_validation_rows_say(
                 state = bench.after(steps, rows.train, start, 5e-3, plan)
                 assert bench.loss(state, rows.validation) == pytest.approx(loss, rel=1e-6)
                 made[curve, steps] = (loss, state)
-            looks = (1, 2, 3, 4) if length == 16 else (4,)  # the shorter one is the baseline, taken at its end
-            assert [steps for steps, _ in told["curves"][curve]] == [length // 4 * k for k in looks]
+            looks = range(1, 9) if length == 16 else (8,)  # the shorter one is the baseline, taken at its end
+            assert [steps for steps, _ in told["curves"][curve]] == [length // 8 * k for k in looks]
         (_, steps), (lowest, state) = min(made.items(), key=lambda item: (item[1][0], item[0][1]))
         assert told["alone_steps"] == steps
         assert same(weights(folder / "baselines" / "local_best" / name), state)
@@ -282,6 +282,21 @@ def test_what_was_chosen_is_what_is_kept_measured_and_told(finished: tuple[Path,
     mean = np.mean([client["own"]["personal"] for client in metrics["clients"]])
     assert table["personal"]["own"] == pytest.approx(mean) and table["local"]["steps"] == 8
     assert table["local_best"]["steps"] <= 16 and metrics["personal"]["set_apart"] is True
+
+
+def test_a_client_with_nothing_to_train_on_makes_no_model_and_ends_no_run(tmp_path: Path, tiny_model: Path) -> None:
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    known = instruction_rows(120, seed=3)
+    longer = [{**row, "instruction": f"{n} " + "and so on " * 200} for n, row in enumerate(known)]
+    for name, given in (("full", known), ("long", longer)):
+        (rows / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given), encoding="utf-8")
+    more = ("data.partition=natural", "prompt.on_long=drop", "strategy.min_clients=1")
+    metrics = run(tmp_path / "run", tiny_model, rows, *OWN, *more)
+    by_name = {client["client"]: client for client in metrics["clients"]}
+    assert by_name["full"]["personal"]["kept"] and "personal" not in by_name["long"]
+    warned = [event["message"] for event in read_events(tmp_path / "run") if event["event"] == "warning"]
+    assert "long makes no model of its own: none of its rows can be trained on" in warned
 
 
 def test_a_client_with_few_rows_keeps_the_federated_model(finished: tuple[Path, dict[str, Any]]) -> None:

@@ -195,8 +195,17 @@ def test_the_line_on_privacy_is_told_of_private_sweeps_alone() -> None:
     assert words.at_the_start(sweep(1e-3, 4e-3)) == []
     (line,) = words.at_the_start(sweep(1e-3, 4e-3, more=("privacy.unit=record",)))
     assert "spends its epsilon anew" in line and "Papernot and Steinke 2022" in line and "\n" not in line
-    varied = definition.make(None, ["privacy.unit=none,record"])
+    varied = definition.make(None, ["privacy.unit=none,record", "strategy.server_optimizer=none"])
     assert words.at_the_start(varied) == [line]
+
+
+def test_a_default_that_varies_with_what_is_varied_is_told() -> None:
+    """Averaging has momentum by default and fedex none: their difference is not of the method alone."""
+    (line,) = words.at_the_start(definition.make(None, ["strategy.name=fedavg,fedex"]))
+    assert "auto comes to nesterov in some settings and none in others" in line
+    assert words.at_the_start(definition.make(None, ["strategy.name=median,fedex"])) == []
+    named = definition.make(None, ["strategy.name=fedavg,fedex", "strategy.server_optimizer=none"])
+    assert words.at_the_start(named) == []
 
 
 def test_the_page_shows_the_table_the_curves_and_the_command_and_runs_nothing() -> None:

@@ -169,6 +169,22 @@ def test_what_the_configuration_has_by_itself_is_found_among_the_values() -> Non
     assert space.own(base, [Range("strategy.server_optimizer.lr", 0.1, 1.0)]) is None
 
 
+def test_what_a_default_comes_to_is_the_same_run_as_that_by_name() -> None:
+    momentum = {"name": "nesterov", "lr": 0.7, "momentum": 0.5}
+    key = "strategy.server_optimizer"
+    assert space.own(loading.load(None, []), [Choice(key, ("none", momentum))]) == {key: momentum}
+    with pytest.raises(UserError, match="are the same run"):
+        definition.make(None, [f"{key}=auto,{{name='nesterov', lr=0.7, momentum=0.5}}"])
+    with pytest.raises(UserError, match=r"'auto' takes no option \(lr\)"):
+        definition.make(None, [f"{key}.lr=0.5,0.7"])
+
+
+@pytest.mark.parametrize("text", ["personal.budget=2,4", "personal.weights=[0.5],[0.25]"])
+def test_what_changes_no_loss_that_chooses_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match=r"vary it on a finished run \(apiary personal RUN"):
+        definition.make(None, ["personal.enabled=true", text])
+
+
 def test_a_sweep_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     texts = ["train.lr=1e-4..1e-2:log", 'adapter.targets=["q_proj"],all-linear', "rounds=2"]
     sweep = definition.make(None, texts, seeds=3, trials=5, pruner="median")
