@@ -783,25 +783,23 @@ def defaults(results: dict[str, Any]) -> str:
         results["summary"],
         {"skills": "default", "even": "the same, evenly dealt", "dolly": "dolly, `probe`"},
     )
-    lines = [f"| | {' | '.join(names[task] for task in found)} | time |", f"|---{'|---' * len(found)}|---|"]
+    lines = [f"| | {' | '.join(names[task] for task in found)} |", f"|---{'|---' * len(found)}|"]
     before = [f"loss {_spread(found[task]['before']['loss'], 1, 3)}" for task in found]
-    lines.append(f"| before | {' | '.join(before)} | 1 |")
+    lines.append(f"| before | {' | '.join(before)} |")
     for name in results["settings"]:
-        cells = [_less_before(found[task].get(name)) for task in found]
-        ratios = [
-            found[task][name]["seconds"] / found[task]["before"]["seconds"] for task in found if name in found[task]
-        ]
-        if name != "before" and ratios:
-            lines.append(f"| {name} | {' | '.join(cells)} | {statistics.mean(ratios):.1f} |")
-    seeds = ", ".join(f"{len(found[task]['before']['loss'])} ({names[task]})" for task in found)
-    note = f"Seeds: {seeds}; the first row has mean and range, the others differences with 95% intervals over seeds and"
-    return "\n".join([*lines, "", f"{note} rows. Two runs at a time, of a thread each, on {_machine(results)}."])
+        if name != "before":
+            cells = [_less_before(found[task].get(name)) for task in found]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    note = "The first row has mean and range over seeds, the others differences with 95% intervals over seeds and rows."
+    return "\n".join([*lines, "", f"{note} On {_machine(results)}."])
 
 
 def _less_before(row: dict[str, Any] | None) -> str:
     if row is None:
         return "not run"
-    return f"{row['less']:+.3f}" + ("" if row["ci95"] is None else f" ({row['ci95'][0]:+.3f} to {row['ci95'][1]:+.3f})")
+    seeds = len(row["loss"])
+    ends = "" if row["ci95"] is None else f"{row['ci95'][0]:+.3f} to {row['ci95'][1]:+.3f}, "
+    return f"{row['less']:+.3f} ({ends}{seeds} seed{'' if seeds == 1 else 's'})"
 
 
 _OWN = {

@@ -59,9 +59,10 @@ def test_a_buffer_of_one_row_is_a_slip(cases: Path, tmp_path: Path, buffer: str)
 
 def test_a_limit_that_leaves_a_site_without_rows_is_warned_of(cases: Path) -> None:
     sites = cases / "08-max-rows-lost-client" / "sites"
-    said = _warned(f"data.source={sites}", "data.partition=natural", "data.max_rows=60", "rounds=2")
+    held = ("data.test_fraction=0.1",)
+    said = _warned(f"data.source={sites}", "data.partition=natural", *held, "data.max_rows=60", "rounds=2")
     (least,) = re.findall(r"leaves rural_clinic.jsonl 1 of 9 rows, too few to train on; from (\d+) on it keeps 5", said)
-    followed = _warned(f"data.source={sites}", "data.partition=natural", f"data.max_rows={least}", "rounds=2")
+    followed = _warned(f"data.source={sites}", "data.partition=natural", *held, f"data.max_rows={least}", "rounds=2")
     assert "too few" not in followed
 
 

@@ -87,14 +87,14 @@ class Federation:
         self._lm = adapters.load(config.model, config.adapter)
         self._adapter = small_models.random_state(adapters.get_adapter(self._lm))
         self._sites = handlers.federation(config.to_json()).clients
-        for name, _, _ in self._sites:
+        for name, *_ in self._sites:
             (self._clients / name).mkdir(parents=True)
             save_ledger(self._clients / name / "ledger.json", Ledger())
             (self._clients / name / noise.KEY_FILE).write_bytes(hashlib.sha256(f"{keys} {name}".encode()).digest())
 
     def visits(self) -> list[Released]:
         """All clients in all rounds."""
-        gradients = [self._gradients(train) for _, train, _ in self._sites]
+        gradients = [self._gradients(train) for _, train, *_ in self._sites]
         return [self._seen(*self._ask(at, number), gradients[at]) for number in range(1, ROUNDS + 1) for at in range(3)]
 
     def _ask(self, at: int, number: int) -> tuple[StateDict, dict[str, Any]]:

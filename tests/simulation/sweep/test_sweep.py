@@ -39,7 +39,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> list
     """Overrides of all runs, on enough rows for intervals."""
     rows = tmp_path_factory.mktemp("sweep-rows") / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in instruction_rows(400)), encoding="utf-8")
-    taken = ("rounds=", "evaluate.max_examples=", "train.lr=")
+    taken = ("rounds=", "evaluate.max_examples=", "train.lr=", "strategy.server_optimizer=")
     return [*(text for text in overrides_for(tiny_model, rows) if not text.startswith(taken)), *QUIET]
 
 
