@@ -849,7 +849,14 @@ def own_cases(results: dict[str, Any]) -> str:
         kept = ", ".join(f"{count} {kind}" for kind, count in told["kept"].items())
         lines.append(f"| {label} | {' | '.join(losses)} | {counts} | {kept} |")
     seeds = sorted({len(results["cases"][case]["runs"]) for case in names if case in results["cases"]})
-    return "\n".join([*lines, "", f"{' or '.join(map(str, seeds))} seeds. On {_machine(results)}."])
+    told = "One seed" if seeds == [1] else " or ".join(map(str, seeds)) + " seeds"
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{told}. On {_machine(results)}.",
+        ]
+    )
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
