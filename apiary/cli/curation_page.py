@@ -13,23 +13,15 @@ import numpy as np
 from apiary.config.schema import Method
 from apiary.data.examples import FileReport, Source
 from apiary.data.turns import said
-from apiary.report.page import STYLE
+from apiary.report.page import HEAD, STYLE
 from client.curation.pipeline import Curation
 
 _SHOWN = 3  # rows for each reason
 _BINS = 24
 
 PAGE: Final = (
-    """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="referrer" content="no-referrer">
-<meta name="color-scheme" content="light dark">
-<link rel="icon" href="data:,">
-<title>Curation: {{ kept }} of {{ total }} rows kept</title>
+    HEAD
+    + """<title>Curation: {{ kept }} of {{ total }} rows kept</title>
 <style>"""
     + STYLE
     + """

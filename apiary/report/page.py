@@ -9,6 +9,18 @@ from __future__ import annotations
 
 from typing import Final
 
+HEAD: Final = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="referrer" content="no-referrer">
+<meta name="color-scheme" content="light dark">
+<link rel="icon" href="data:,">
+"""
+"""How every page begins, up to its title: it fetches nothing, runs nothing, and sends nothing."""
+
 STYLE: Final = """
 :root {
   --font: -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Liberation Sans", Arial, system-ui, sans-serif;
@@ -169,16 +181,9 @@ PAGE: Final = (
 {% macro one_answer(answer) %}
 <div class="answer {{ answer.method }}"><span class="label"><span class="key"></span>{{ meaning[answer.method][0] }}{% if answer.right is not none %}<span class="mark {{ "right" if answer.right else "wrong" }}">{{ "✓ right" if answer.right else "✗ wrong" }}</span>{% endif %}</span><p class="text{{ "" if answer.text.strip() else " empty" }}">{{ answer.text if answer.text.strip() else "(no answer)" }}</p></div>
 {% endmacro %}
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="referrer" content="no-referrer">
-<meta name="color-scheme" content="light dark">
-<link rel="icon" href="data:,">
-<title>{{ metrics.run or "Apiary run" }}: report</title>
+"""
+    + HEAD
+    + """<title>{{ metrics.run or "Apiary run" }}: report</title>
 <style>"""
     + STYLE
     + """</style>

@@ -9,22 +9,14 @@ from typing import Any, Final
 
 from apiary.config import toml_text
 from apiary.core.formatting import bytes_text, plural, seconds_text
-from apiary.report.page import STYLE
+from apiary.report.page import HEAD, STYLE
 from simulation.sweep import space, words
 
 _CURVES = 8  # settings that are drawn by name beside winner and reference
 
 PAGE: Final = (
-    """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="referrer" content="no-referrer">
-<meta name="color-scheme" content="light dark">
-<link rel="icon" href="data:,">
-<title>Sweep {{ name }}: {{ best }}</title>
+    HEAD
+    + """<title>Sweep {{ name }}: {{ best }}</title>
 <style>"""
     + STYLE
     + """
