@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from killing import killed_before_checkpoint
 from reference import clusters as reference
 from safetensors.torch import load_file
 from torch import Tensor
@@ -305,23 +306,11 @@ def test_clients_are_measured_with_the_adapter_of_their_group(finished: tuple[Pa
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_bit_for_bit(
-    small_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_run_goes_on_bit_for_bit(small_run: list[str], tmp_path: Path) -> None:
     settings = [*small_run, *SKILLS, *GROUPED, *FORCED, "rounds=4", "strategy.fraction=0.75"]
     run(tmp_path / "whole", settings)
-    save, calls = checkpoint.save, []
-
-    def killed(*args: Any, **keys: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return save(*args, **keys)
-
-    monkeypatch.setattr(checkpoint, "save", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_before_checkpoint(3):
         run(tmp_path / "cut", settings)
-    monkeypatch.setattr(checkpoint, "save", save)
     run(tmp_path / "cut", settings, resume=True)
     ends = [checkpoint.load(tmp_path / f / "checkpoints") for f in ("whole", "cut")]
     assert ends[0] and ends[1]

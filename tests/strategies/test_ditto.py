@@ -13,6 +13,7 @@ from deployment import overrides, write_rows
 from flwr.app import ArrayRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
+from killing import killed_before_checkpoint
 from reference import ditto as reference
 from safetensors.torch import load_file
 from torch import Tensor
@@ -322,23 +323,11 @@ def test_the_own_model_never_travels(finished: tuple[Path, dict[str, Any]]) -> N
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_bit_for_bit(
-    small_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_run_goes_on_bit_for_bit(small_run: list[str], tmp_path: Path) -> None:
     settings = [*small_run, *DITTO, "rounds=4"]
     run(tmp_path / "whole", settings)
-    save, calls = checkpoint.save, []
-
-    def killed(*args: Any, **keys: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 3:  # round 3 is done, its checkpoint is not: clients remember what the server does not
-            raise KeyboardInterrupt
-        return save(*args, **keys)
-
-    monkeypatch.setattr(checkpoint, "save", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_before_checkpoint(3):
         run(tmp_path / "cut", settings)
-    monkeypatch.setattr(checkpoint, "save", save)
     run(tmp_path / "cut", settings, resume=True)
     for place in ("adapter", *(f"personal/client-0{k}" for k in range(3))):
         whole, cut = (load_file(tmp_path / f / place / "adapter_model.safetensors") for f in ("whole", "cut"))

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from killing import killed_before_checkpoint
 from safetensors.torch import load_file
 
 import strategies
@@ -196,23 +197,11 @@ def test_who_is_never_asked_to_measure_has_its_model_all_the_same(
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_bit_for_bit(
-    small_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_run_goes_on_bit_for_bit(small_run: list[str], tmp_path: Path) -> None:
     settings = [*small_run, *SHARE, "rounds=4"]
     run(tmp_path / "whole", settings)
-    save, calls = checkpoint.save, []
-
-    def killed(*args: Any, **keys: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 3:  # round 3 is done, its checkpoint is not: clients remember what the server does not
-            raise KeyboardInterrupt
-        return save(*args, **keys)
-
-    monkeypatch.setattr(checkpoint, "save", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_before_checkpoint(3):
         run(tmp_path / "cut", settings)
-    monkeypatch.setattr(checkpoint, "save", save)
     drafts = [tmp_path / "cut" / place for place in ("clients/client-00/.adapter-x1", "personal/.client-00-x1")]
     for draft in drafts:  # what a harder kill leaves
         draft.mkdir(parents=True)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import small_models
 import torch
+from killing import killed_before_checkpoint
 from reference import scaffold as reference
 from safetensors.torch import load_file
 
@@ -287,23 +288,11 @@ def test_a_run_with_skipped_rounds_keeps_the_mean_and_counts_the_bytes(
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_bit_for_bit(
-    small_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_run_goes_on_bit_for_bit(small_run: list[str], tmp_path: Path) -> None:
     settings = [*small_run, *SCAFFOLD, "rounds=4", "train.steps=3"]
     run(tmp_path / "whole", settings)
-    save, calls = checkpoint.save, []
-
-    def killed(*args: Any, **keys: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 3:  # round 3 is done, its checkpoint is not: clients remember what the server does not
-            raise KeyboardInterrupt
-        return save(*args, **keys)
-
-    monkeypatch.setattr(checkpoint, "save", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_before_checkpoint(3):
         run(tmp_path / "cut", settings)
-    monkeypatch.setattr(checkpoint, "save", save)
     run(tmp_path / "cut", settings, resume=True)
     whole, cut = adapter_of(tmp_path / "whole"), adapter_of(tmp_path / "cut")
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
