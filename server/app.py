@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ def prepare(
     held_out: HeldOut | None,
     name_of: Callable[[int], str | None] = lambda node: None,
     away: Callable[[int], frozenset[str]] = lambda number: frozenset(),
+    stay: Collection[int] = (),
 ) -> Rounds:
     """The rounds of a run, from its newest checkpoint in `folder` or from the start.
 
@@ -49,6 +50,7 @@ def prepare(
         held_out: the server's own held-out examples; None when it has none.
         name_of: the name that a node's key is registered under; see `Roster`.
         away: the clients that a simulation has away in a round.
+        stay: rounds whose checkpoints stay when newer ones are there.
     """
     lm = adapters.load(config.model, config.adapter)
     template = tokenization.make_template(config.prompt, lm.tokenizer)
@@ -67,7 +69,7 @@ def prepare(
     measured = None if aggregator.local.personal else held_out  # there is no one model whose loss would say anything
     hooks = Hooks(
         log,
-        on_round=lambda state, progress: save(folder, config, state, progress),
+        on_round=lambda state, progress: save(folder, config, state, progress, stay),
         evaluate=evaluation.on_held_out(lm, measured, config.seed) if measured else None,
         score_stages=continual.scorer(lm, measured, config) if measured else None,
         name_of=name_of,
@@ -84,12 +86,12 @@ def _examples(held_out: HeldOut | None) -> tuple[Example, ...]:
     return (*held_out.examples, *(held_out.deciding.examples if held_out.deciding else ()))
 
 
-def save(folder: Path, config: RunConfig, state: ServerState, progress: Progress) -> None:
+def save(folder: Path, config: RunConfig, state: ServerState, progress: Progress, stay: Collection[int] = ()) -> None:
     """Write the checkpoint of a round, and the statement of the privacy that clients have spent so far."""
     files.flush(folder)  # what virtual clients keep of the round, which the checkpoint counts on
     plain = {name: dict(value) for name, value in progress._asdict().items() if isinstance(value, Mapping)}
     best = () if progress.best_round is None else (progress.best_round,)
-    checkpoint.save(folder / "checkpoints", state, {**progress._asdict(), **plain}, config, also=best)
+    checkpoint.save(folder / "checkpoints", state, {**progress._asdict(), **plain}, config, also={*best, *stay})
     statement.write(folder, config, {client: Spent._make(values) for client, values in progress.spent.items()})
     give_memory_back()
 
@@ -125,6 +127,7 @@ def make_app(
     log: RunLog | None = None,
     held_out: HeldOut | None = None,
     away: Callable[[int], frozenset[str]] = lambda number: frozenset(),
+    stay: Collection[int] = (),
 ) -> ServerApp:
     """A ServerApp for one run.
 
@@ -136,6 +139,7 @@ def make_app(
             the whole run directory by itself, as in a deployment.
         held_out: the server's own held-out examples, from a simulation; a deployment reads its own.
         away: the clients that a simulation has away in a round.
+        stay: rounds whose checkpoints stay when newer ones are there.
     """
     app = ServerApp()
 
@@ -147,7 +151,7 @@ def make_app(
         expected = int(values.get("expected", config.strategy.min_clients))
 
         def federate(log: RunLog, held_out: HeldOut | None) -> StateDict:
-            rounds = prepare(config, folder, log, held_out, deployment_run.site_name, away)
+            rounds = prepare(config, folder, log, held_out, deployment_run.site_name, away, stay)
             rounds.run(grid, expected)
             return deliver(config, rounds, folder, log)
 

@@ -5,6 +5,7 @@ What a client makes, how it chooses, and how its rows are dealt out for that, is
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,11 +18,20 @@ from apiary.evaluation import comparison, intervals
 from apiary.evaluation.comparison import HeldOut
 from apiary.report.data import OUTCOMES, gain_of
 from apiary.tracking.event_log import RunLog
-from apiary.tracking.run_directory import result_folders
+from apiary.tracking.run_directory import CHECKPOINTS, result_folders
 from client.personal import own_model
 from client.personal.own_model import SHOWN, STEPS, Home, Made, OwnRows, Task
+from server import checkpoint
 from simulation import adversaries
 from simulation.visits import ClientVisits
+from strategies.from_config import local_from_config
+
+
+def quarters(config: RunConfig) -> tuple[int, ...]:
+    """The rounds before the last whose shared model clients look at with their validation rows, where any do."""
+    if not config.personal.enabled or local_from_config(config).personal:
+        return ()
+    return tuple(sorted({math.ceil(config.rounds * part / 4) for part in (1, 2, 3)} - {config.rounds}))
 
 
 def rows_of(federation: Federation, figures: Federation, config: RunConfig) -> dict[str, OwnRows]:
@@ -81,6 +91,8 @@ def make_all(
     finished = max((max(one.steps) for one in took_part), default=0)
     most = max((one.total for one in took_part), default=1)
     made, places = {}, result_folders(folder)
+    states = {n: checkpoint.load_round(folder / CHECKPOINTS, n) for n in quarters(home.config) if n < finished}
+    shared = {number: state.model for number, state in states.items() if state is not None}
     for done, (client, own) in enumerate(rows.items(), 1):
         began = time.monotonic()
         if visited := visits.get(client):
@@ -88,7 +100,10 @@ def make_all(
         steps = visited.total if visited else most
         where = places.personal / client, places.alone_best / client
         known = local.get(client) if visited and _alike(home.config, visited, finished) else None
-        task = Task(client, steps, federated[client], own, *where, local=known)
+        earlier = [(visited.until(number), state) for number, state in shared.items()] if visited else []
+        task = Task(
+            client, steps, federated[client], own, *where, local=known, earlier=[one for one in earlier if one[0]]
+        )
         try:
             made[client] = own_model.kept(home, task) or own_model.make(home, task)
         except own_model.NothingToTrain:

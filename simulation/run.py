@@ -143,7 +143,9 @@ def _simulate(
             log.event("warning", message=line)
         _report_rows(log, prepared)
         names = [client.name for client in prepared.federation.clients]
-        app = make_app(log, prepared.held_out, functools.partial(absence.away, config, names))
+        app = make_app(
+            log, prepared.held_out, functools.partial(absence.away, config, names), personal.quarters(config)
+        )
         ENGINES.build(config.simulate.engine, config=config)(app, config, len(prepared.federation.clients), folder)
         adapter = adapter_files.read_adapter(prepared.lm, folder / "adapter" / "adapter_model.safetensors")
         figures, _ = set_deciding_apart(prepared.federation, config)

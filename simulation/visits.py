@@ -33,6 +33,10 @@ class ClientVisits(NamedTuple):
         """Optimizer steps in all rounds."""
         return sum(self.steps.values())
 
+    def until(self, number: int) -> int:
+        """Optimizer steps in all rounds up to `number`."""
+        return sum(steps for at, steps in self.steps.items() if at <= number)
+
     def choice(self, number: int) -> int:
         """The key in `choices` of the rows of round `number`; before the first choice, that one."""
         made = sorted(self.choices)

@@ -12,6 +12,8 @@ CHOICE = "choice.json"
 
 def label(kind: str, weight: float) -> str:
     """A candidate in words, such as `mixed (0.25 alone)`."""
+    if kind == "earlier":
+        return "the federated model of an earlier round"
     return f"mixed ({weight:g} alone)" if kind == "mixed" else kind
 
 
@@ -23,6 +25,7 @@ def note(choice: Mapping[str, Any]) -> str:
     """
     made = {
         "federated": "It is the federated model, which the client kept as it is.",
+        "earlier": "It is the federated model as it was after an earlier round, which the client kept.",
         "mixed": (
             f"It is {1 - choice['weight']:g} of the federated model and {choice['weight']:g} of a training alone, "
             "mixed in the space of products, so that its rank is the sum of theirs."
@@ -32,7 +35,7 @@ def note(choice: Mapping[str, Any]) -> str:
     }[choice["kept"]]
     covered = (
         ""
-        if choice["kept"] == "federated"
+        if choice["kept"] in ("federated", "earlier")
         else " It was made of that client's rows without the noise of differential privacy: whatever the run promises "
         "to rows does not cover it, and it may tell of them."
     )

@@ -86,7 +86,7 @@ class RowsOfChoice(_Part):
 class OwnModel(_Part):
     """A client's own model, which it chose by validation rows; losses are on its reported rows."""
 
-    kept: Literal["federated", "mixed", "tuned", "alone"]
+    kept: Literal["federated", "earlier", "mixed", "tuned", "alone"]
     weight: float = 0.0  # of training alone in it
     steps: int | None = None  # optimizer steps on the client's rows behind it
     federation_steps: int | None = None

@@ -24,11 +24,13 @@ WAYS: dict[OwnName, tuple[str, str]] = {
 
 _KEPT = {  # a choice with the words around its number
     "federated": "kept the federated model as it is",
+    "earlier": "took the federated model of an earlier round",
     "mixed": "mixed it with training alone",
     "tuned": "tuned it further",
     "alone": "stay alone",
 }
 _ONE_ALONE = "stays alone"
+_LITTLE = 0.05  # of the loss of training alone: a gain that is surely less is next to nothing
 _NAMED, _LISTED = 8, 24  # clients with a name in a sentence, and with a line of their own
 
 
@@ -99,7 +101,7 @@ def _gains(gain: Gain | None) -> str:
 
 
 def advice(clients: Sequence[Client], gain: Gain | None) -> str:
-    """To whom staying alone is the better advice, and why."""
+    """To whom staying alone is the better advice, or no worse, and why."""
     chose = [client.client for client in clients if client.personal and client.personal.kept == "alone"]
     worse = [
         client.client
@@ -117,9 +119,22 @@ def advice(clients: Sequence[Client], gain: Gain | None) -> str:
             f"Staying alone is the better advice for {_names(worse)}: on the reported rows the own model is clearly "
             "worse than training alone at its best, which the validation rows did not show."
         )
-    if not said:
+    if enough := [c for c in clients if c.client not in (*chose, *worse) and gain and _gains_nothing(c, gain)]:
+        rows = [f"{c.client} ({formatting.count_text(c.personal.rows.train)} rows)" for c in enough if c.personal]
+        said.append(
+            f"Rows of its own are enough for {_names(rows)}: joining lowers the loss of training alone at its best by "
+            f"less than {_LITTLE:.0%}, by the 95% interval."
+        )
+    if not (chose or worse):
         said.append("For no client do its rows say that staying alone is the better advice.")
     return " ".join(said)
+
+
+def _gains_nothing(client: Client, gain: Gain) -> bool:
+    """Whether the interval leaves out every gain worth the name."""
+    alone = client.personal.own.get("local_best") if client.personal else None
+    pair = gain.paired.get(client.client)
+    return pair is not None and pair.ci95 is not None and alone is not None and -pair.ci95[0] < _LITTLE * alone
 
 
 def _names(names: Sequence[str]) -> str:

@@ -448,9 +448,12 @@ def _draw_own(figure: Figure, narrow: bool, clients: Sequence[Client]) -> None:
     axes.set_xlabel("loss on own rows, nats per token")
 
 
+_OWN_CURVES: Mapping[str, str] = {"alone": "local", "federated": "federated", "tuned": "personal"}  # with their colours
+
+
 def own_curves(models: Sequence[OwnModel]) -> Markup | None:
     """Validation loss over optimizer steps, alone and after the federation; means over clients of the same steps."""
-    found = {name: _mean_curve([model.curves.get(name, ()) for model in models]) for name in ("alone", "tuned")}
+    found = {name: _mean_curve([model.curves.get(name, ()) for model in models]) for name in _OWN_CURVES}
     curves = {name: curve for name, curve in found.items() if len(curve) > 1}
     if not curves:
         return None
@@ -472,9 +475,10 @@ def _mean_curve(curves: Sequence[Sequence[tuple[int, float | None]]]) -> list[tu
 
 def _draw_curves(figure: Figure, narrow: bool, curves: Mapping[str, Sequence[tuple[int, float]]]) -> None:
     axes = _line_axes(figure)
-    colors = {"alone": "local", "tuned": "personal"}
     for name, curve in curves.items():
-        axes.plot(*zip(*curve, strict=True), color=_STAND_IN[colors[name]], lw=2.4, marker="o", ms=5, clip_on=False)
+        axes.plot(
+            *zip(*curve, strict=True), color=_STAND_IN[_OWN_CURVES[name]], lw=2.4, marker="o", ms=5, clip_on=False
+        )
     if "tuned" in curves:  # it begins with the federated model
         axes.plot(*curves["tuned"][0], color=_STAND_IN["federated"], marker="o", ms=9, zorder=6, clip_on=False)
     values = [loss for curve in curves.values() for _, loss in curve]
@@ -485,7 +489,7 @@ def _draw_curves(figure: Figure, narrow: bool, curves: Mapping[str, Sequence[tup
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
     axes.set_xlabel("optimizer steps on the client's rows")
     ends = [
-        (f"{name.capitalize()} {loss_text(curve[-1][1], 2)}", curve[-1][1], colors[name], name == "tuned")
+        (f"{name.capitalize()} {loss_text(curve[-1][1], 2)}", curve[-1][1], _OWN_CURVES[name], name == "tuned")
         for name, curve in curves.items()
     ]
     _end_labels(axes, ends, gap=(high - low) * 0.085)

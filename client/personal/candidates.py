@@ -5,7 +5,8 @@ the federation: training alone may use all of it, and what builds on the federat
 
 - alone: from the adapter that the run began from, with the run's learning rate, on schedules as long as the federation,
   as the budget, and as what the federation leaves of it (with a budget of 2 as long as itself);
-- mixed: the federated model and the last of these, put together in the space of products without training;
+- earlier: the federated model as it was after a quarter, a half or three quarters of the rounds, where these are known;
+- mixed: the federated model and the last training alone, put together in the space of products without training;
 - tuned: the federated model trained further on the client's rows, at a fraction of the learning rate.
 
 Trained ones are looked at after each quarter of their schedule, the longest after each eighth, and taken where the
@@ -163,6 +164,7 @@ def contest(
     federated: StateDict,
     rows: Rows,
     local: StateDict | None = None,
+    earlier: Sequence[tuple[int, StateDict]] = (),
 ) -> Contest:
     """Make a client's candidates and choose one.
 
@@ -174,6 +176,7 @@ def contest(
         federated: the federation's model, as for `set_adapter`.
         rows: what it trains on, and what decides.
         local: what training alone in so many steps came to, where that has been done.
+        earlier: the federation's model after earlier rounds, with the steps that the client had made by then.
 
     Raises:
         ValueError: there is nothing to train on.
@@ -181,7 +184,7 @@ def contest(
     personal, home = config.personal, _Home(lm, config, client, rows)
     lengths = schedules(steps, personal.budget)
     fresh = starting_adapter(lm, config)
-    joint = home.look(steps, federated)
+    joint, before = home.look(steps, federated), [home.look(made, state) for made, state in earlier]
     apart = {
         length: home.alone(fresh, steps, local)
         if length == steps
@@ -191,6 +194,8 @@ def contest(
     after = home.trained(federated, lengths.left, " tuned", personal.lr_factor, done=steps)
     part, alone = home.lowest(apart[lengths.left], steps), home.lowest([*chain(*apart.values())], steps)
     looks: list[tuple[Kind, float, Look]] = [("federated", 0.0, joint)]
+    if before:
+        looks.append(("earlier", 0.0, home.lowest(before, steps)))
     for weight in personal.weights:
         state = mixtures.mixed(lm, federated, part.adapter, weight)
         looks.append(("mixed", weight, home.look(steps + part.steps, state)))
@@ -202,7 +207,7 @@ def contest(
     choice = choose(candidates, home.tokens, personal.margin)
     *shorter, longest = apart
     curves = {"alone": apart[longest], **{f"alone, {length} steps": apart[length] for length in shorter}}
-    curves["tuned"] = [joint, *after]
+    curves |= {"federated": [*before, joint], "tuned": [joint, *after]}
     return Contest(
         adapter=looks[choice.chosen][2].adapter,
         alone=alone.adapter,

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from apiary.evaluation import intervals
 
 Floats: TypeAlias = NDArray[np.float64]
-Kind: TypeAlias = Literal["federated", "mixed", "tuned", "alone"]
+Kind: TypeAlias = Literal["federated", "earlier", "mixed", "tuned", "alone"]
 FEWEST = 10  # validation rows; on fewer nothing is chosen
 
 

@@ -98,6 +98,7 @@ class Task(NamedTuple):
     own: Path  # the folder of its own model
     alone: Path  # of its training alone; may lie in the other one
     local: StateDict | None = None  # training alone in as many steps, where a simulation has it as a baseline
+    earlier: Sequence[tuple[int, StateDict]] = ()  # the federated model after so many of its steps, likewise
 
     def seal(self, config: RunConfig) -> str:
         """What the model follows from, as hex digits; one of another seal is made anew."""
@@ -105,7 +106,8 @@ class Task(NamedTuple):
         settings["train"].pop("threads")
         rows = [_digest(part) for part in self.rows[:2]]
         known = digest(self.local, 64) if self.local else ""
-        parts = [digest(self.federated, 64), known, json.dumps(settings, sort_keys=True), self.steps, *rows]
+        before = [(steps, digest(state, 64)) for steps, state in self.earlier]
+        parts = [digest(self.federated, 64), known, before, json.dumps(settings, sort_keys=True), self.steps, *rows]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
@@ -153,7 +155,8 @@ def make(home: Home, task: Task) -> Made:
         raise NothingToTrain
     drawn = comparison.evenly(task.rows.validation, config)
     validation = tokenization.encode_all(drawn, template, lm.tokenizer, config.prompt)
-    found = candidates.contest(lm, config, task.client, task.steps, task.federated, Rows(train, validation), task.local)
+    rows = Rows(train, validation)
+    found = candidates.contest(lm, config, task.client, task.steps, task.federated, rows, task.local, task.earlier)
     choice = {"schema": 1, "seal": task.seal(config), **_told(config, task, found, len(train))}
     save_adapter_folder(lm, found.adapter, task.own, config, note=note(choice))
     save_adapter_folder(lm, found.alone, task.alone, config, note=note({"kept": "alone", "weight": 1.0}))

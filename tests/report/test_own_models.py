@@ -33,6 +33,7 @@ def own(kept: str, alone: float, joint: float, mine: float, ends: list[float] | 
         "mix_loss": {"federated": 0.6, "personal": 0.9},
         "curves": {
             "alone": [[18, 0.9], [36, 0.7], [54, 0.6], [72, 0.65]],
+            "federated": [[9, 1.2], [18, 1.0], [27, 0.9], [36, 0.8]],
             "tuned": [[36, 0.8], [45, 0.6], [54, 0.55], [63, 0.5], [72, 0.5]],
         },
     }
@@ -80,6 +81,18 @@ def test_to_whom_staying_alone_is_the_better_advice_is_said_by_name() -> None:
     assert advice([], None) == "For no client do its rows say that staying alone is the better advice."
 
 
+def test_a_client_whose_own_rows_are_enough_is_told_so() -> None:
+    """At most 5% of the loss alone, 0.8, is 0.04: of three intervals two leave out more than that, and one gains."""
+    models = [own("mixed", 0.8, 0.9, 0.79, [low, 0.02]) for low in (-0.039, -0.041)]
+    models.append(own("tuned", 0.8, 0.9, 0.77, [-0.039, -0.02]))
+    (line,) = [s for s in own_lines(parse_metrics(metrics(*models))) if "are enough" in s]
+    assert line == (
+        "Rows of its own are enough for client-00 (300 rows), client-02 (300 rows): joining lowers the loss of "
+        "training alone at its best by less than 5%, by the 95% interval. For no client do its rows say that staying "
+        "alone is the better advice."
+    )
+
+
 def test_what_an_older_run_and_a_private_one_must_say_is_said() -> None:
     found = metrics(*MODELS[:2], set_apart=False)
     assert "half of each client's held-out rows chose" in "\n".join(personal_lines(found))
@@ -101,7 +114,7 @@ def test_the_page_has_the_table_the_figure_and_the_reasons() -> None:
     assert "gains 0.200" in text and "loses 0.120" in text and "cannot tell: +0.050" in text
     labels = [attrs.get("aria-label") or "" for tag, attrs in shown.tags if tag == "svg"]
     assert any(label.startswith("Loss on own held-out rows of 5 clients") for label in labels)
-    assert any("alone 0.650, tuned 0.500" in label for label in labels)
+    assert any("alone 0.650, federated 0.800, tuned 0.500" in label for label in labels)
     assert "Each client's own model" not in page(fake_metrics(3))
 
 

@@ -33,7 +33,7 @@ from apiary.tracking.event_log import read_events
 from client import handlers
 from client.personal import candidates
 from client.personal.candidates import Rows
-from client.personal.choice import FEWEST
+from client.personal.choice import FEWEST, choose
 from client.personal.own_model import OwnRows, Task
 from client.training import trainer
 from client.training.trainer import VisitPlan
@@ -44,7 +44,7 @@ CLIENTS = ("client-00", "client-01")
 MORE = (
     *('data.partition={ name = "by_value", by = "skill" }', "data.clients=2", "data.test_fraction=0.25"),
     *("evaluate.max_examples=100", "evaluate.generate=false", "evaluate.every=0", "evaluate.clients=false"),
-    *("train.steps=4", "rounds=2", 'evaluate.baselines=["local"]'),
+    *("train.steps=2", "rounds=4", 'evaluate.baselines=["local"]'),
 )
 OWN = ("personal.enabled=true", "personal.validation=0.3", "personal.budget=2")
 
@@ -154,7 +154,7 @@ def test_nothing_is_ever_trained_on_a_row_that_chooses_or_is_reported(
         for rows in (client.validation, client.test):
             assert texts(bench.corpus(rows)).isdisjoint(trained)
         assert texts(bench.corpus(client.train)) <= trained
-    assert len(seen) == 2 * 2 + 2 + 2 * 2  # visits, training alone as a baseline, and two trainings more of each client
+    assert len(seen) == 4 * 2 + 2 + 2 * 2  # visits, training alone as a baseline, and two trainings more of each client
 
 
 def test_the_rows_that_are_reported_have_no_say(
@@ -183,7 +183,7 @@ def test_training_alone_is_a_direct_fit_taken_where_the_validation_rows_say(
     for name in CLIENTS:
         told, rows = chosen(folder, name), bench.clients[name]
         made = {}
-        for curve, length in (("alone, 8 steps", 8), ("alone", 16)):  # 2 rounds of 4 steps, and twice as many
+        for curve, length in (("alone, 8 steps", 8), ("alone", 16)):  # 4 rounds of 2 steps, and twice as many
             plan = VisitPlan(0, name, length, length)
             for steps, loss in told["curves"][curve]:
                 state = bench.after(steps, rows.train, start, 5e-3, plan)
@@ -210,7 +210,7 @@ def test_each_candidate_is_what_it_is_called(finished: tuple[Path, dict[str, Any
         told, rows = chosen(folder, name), bench.clients[name]
         found = {(c["kind"], c["weight"]): c for c in told["candidates"]}
         weights = [("mixed", 0.25), ("mixed", 0.5), ("mixed", 0.75)]
-        assert list(found) == [("federated", 0), *weights, ("tuned", 0), ("alone", 1)]
+        assert list(found) == [("federated", 0), ("earlier", 0), *weights, ("tuned", 0), ("alone", 1)]
         assert found["federated", 0]["loss"] == pytest.approx(bench.loss(joint, rows.validation), rel=1e-6)
         assert found["federated", 0]["distance"] == 0 and found["federated", 0]["steps"] == 8
         part = bench.after(8, rows.train, fresh, 5e-3, VisitPlan(0, name, 8, 8))
@@ -225,6 +225,44 @@ def test_each_candidate_is_what_it_is_called(finished: tuple[Path, dict[str, Any
         curve = told["curves"]["tuned"]
         assert [at for at, _ in curve] == [8, 10, 12, 14, 16]
         assert found["tuned", 0]["loss"] == min(loss for at, loss in curve if at > 8)
+
+
+def test_the_shared_model_is_looked_at_on_its_way(finished: tuple[Path, dict[str, Any]]) -> None:
+    """After a quarter, a half and three quarters of the rounds, whose checkpoints stay; the best is a candidate."""
+    folder, _ = finished
+    bench = Bench(folder)
+    assert [place.name for place in sorted((folder / "checkpoints").iterdir())] == [
+        f"round-{number:04d}" for number in (1, 2, 3, 4)
+    ]
+    for name in CLIENTS:
+        told, rows = chosen(folder, name), bench.clients[name].validation
+        expected = [
+            (2 * number, bench.loss(load_file(folder / f"checkpoints/round-{number:04d}/adapter.safetensors"), rows))
+            for number in (1, 2, 3, 4)
+        ]
+        assert [steps for steps, _ in told["curves"]["federated"]] == [steps for steps, _ in expected]
+        assert [loss for _, loss in told["curves"]["federated"]] == pytest.approx([loss for _, loss in expected])
+        earlier = next(candidate for candidate in told["candidates"] if candidate["kind"] == "earlier")
+        steps, loss = min(expected[:3], key=lambda look: look[1])
+        assert (earlier["steps"], earlier["loss"]) == (steps, pytest.approx(loss))
+
+
+def test_a_client_may_keep_the_shared_model_of_an_earlier_round(finished: tuple[Path, dict[str, Any]]) -> None:
+    """Where what came after it made it much worse on that client's rows."""
+    bench = Bench(finished[0])
+    client, joint = bench.clients["client-00"], bench.read(finished[0] / "adapter")
+    rows = Rows(bench.corpus(client.train), bench.corpus(client.validation))
+    ruined = {n: t + 3 * torch.randn(t.shape, generator=torch.Generator().manual_seed(1)) for n, t in joint.items()}
+    config = bench.config.model_copy(
+        update={"personal": bench.config.personal.model_copy(update={"weights": (), "lr_factor": 1e-9, "margin": 0.0})}
+    )
+    before = [(2, adapters.fresh_adapter(bench.lm, 0)), (4, joint)]
+    found = candidates.contest(bench.lm, config, "client-00", 8, ruined, rows, None, before)
+    kinds = {candidate.kind: candidate for candidate in found.candidates}
+    assert kinds["earlier"].steps == 4 and kinds["earlier"].nats.sum() < kinds["federated"].nats.sum()
+    # without the training alone, which is better still, that is what is kept
+    left = tuple(candidate for candidate in found.candidates if candidate.kind != "alone")
+    assert left[choose(left, found.tokens, 1.0).chosen].kind == "earlier"
 
 
 def _loss_of_dense(bench: Bench, one: Any, other: Any, weight: float, rows: Sequence[Example]) -> float:
