@@ -7,7 +7,8 @@ interval over seeds and rows, and what a run of it costs.
     python benchmarks/defaults.py [--tasks skills,even,dolly] [--settings NAME;NAME] [--seeds 5] [--jobs 2] [--work DIR]
 
 Runs are kept in the work directory, and one that is there is not run again, so that a benchmark that was stopped goes
-on. `dolly` needs ../shared with a small model and ten organisations' rows.
+on. What the results say of other settings, or of these on other tasks, stays. `dolly` needs ../shared with a small
+model and ten organisations' rows.
 """
 
 from __future__ import annotations
@@ -210,16 +211,26 @@ def main() -> None:
     given = parser.parse_args()
     tasks, settings = given.tasks.split(","), given.settings.split(";")
     work, failed = given.work.resolve(), dict[str, str]()
-    for task, name, seed, reason in run_all(list(cells(tasks, settings, given.seeds)), work, given.jobs):
+    known = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {"settings": {}, "summary": {}}
+    wanted = list(cells(tasks, settings, given.seeds))
+
+    def write() -> None:
+        done = next(cell for cell in reversed(wanted) if (folder_of(work, *cell) / "metrics.json").exists())
+        facts = {key: figures(folder_of(work, *done))[key] for key in ("machine", "versions")}
+        tried = {**known["settings"], **{name: SETTINGS[name] for name in settings}}
+        new, old = summary(work, tasks, settings, given.seeds), known["summary"]
+        found = {task: {**old.get(task, {}), **new.get(task, {})} for task in (*old, *new)}
+        whole = {**facts, "before": BEFORE, "settings": tried, "failed": failed, "summary": found}
+        given.out.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+
+    for task, name, seed, reason in run_all(wanted, work, given.jobs):
         if reason:
             failed[f"{task}, {name}, seed {seed}"] = reason
-        told = {} if reason else figures(folder_of(work, task, name, seed))
-        print(task, name, seed, reason or round(told["loss"], 4), flush=True)
-        if told:
-            facts = {key: told[key] for key in ("machine", "versions")}
-            whole = {**facts, "before": BEFORE, "settings": {name: SETTINGS[name] for name in settings}}
-            whole |= {"failed": failed, "summary": summary(work, tasks, settings, given.seeds)}
-            given.out.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+            print(task, name, seed, reason, flush=True)
+            continue
+        print(task, name, seed, round(figures(folder_of(work, task, name, seed))["loss"], 4), flush=True)
+        write()
+    write()  # also where nothing was missing
 
 
 if __name__ == "__main__":
