@@ -254,12 +254,13 @@ def _site(config: str, context: Context) -> Site:
 
 def virtual_site(config: str, index: int, state: Path) -> Site:
     """The site of the virtual client `index`: its part of the configured source, its memory under `state`."""
-    name, train, test, _ = federation(config).clients[index]
-    folder = state / name
+    client = federation(config).clients[index]
+    folder = state / client.name
     run = _run_of(config)
     given = run.adapter.ranks
     if given == "memory":
         rank = device_rank.of_device(run, folder)
     else:
         rank = given[index % len(given)] if given else run.adapter.rank
-    return Site(name, train, test, folder, folder / "ledger.json", rank)
+    ledger = folder / "ledger.json"
+    return Site(client.name, client.train, client.test, folder, ledger, rank, validation=client.validation)

@@ -25,6 +25,7 @@ class Site(NamedTuple):
     rank: int  # of its adapter
     counts: CountPolicy = EXACT  # how it tells its counts: exactly in a simulation, which has nobody to hide them from
     fewest: int = 0  # rows, below which without privacy it neither trains nor tells a loss; none in a simulation
+    validation: Sequence[Example] = ()  # neither trained nor told of: by them it chooses its own model
 
 
 class Facts(NamedTuple):

@@ -69,7 +69,7 @@ class SiteRows:
         made = curated_rows.choose(
             site.train,
             self._config.curate,
-            Context(self._config.seed, site.client, site.test, reader, trained=number - 1),
+            Context(self._config.seed, site.client, (*site.test, *site.validation), reader, trained=number - 1),
             site.folder,
             number,
             self._choices.get(site.client),

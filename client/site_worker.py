@@ -223,7 +223,7 @@ def _read_site(config: RunConfig, facts: Facts, run: str) -> Site:
     else:
         rank = min(facts.rank or config.adapter.rank, config.adapter.rank)
     ledger = facts.state / "ledger.json"
-    return Site(facts.client, client.train, client.test, folder, ledger, rank, facts.counts, FEWEST)
+    return Site(facts.client, client.train, client.test, folder, ledger, rank, facts.counts, FEWEST, client.validation)
 
 
 def check(facts: Facts) -> Rows:

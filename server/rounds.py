@@ -214,7 +214,7 @@ class Rounds(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """The evaluate messages to the panel: the same clients in every round, whoever trained in it."""
+        """The evaluate messages to the panel: of those who are there the same in every round, whoever trained in it."""
         members = [self._roster.members[client] for client in panel(_there(self, server_round), self._draw)]
         return self._payloads.messages("evaluate", members, server_round, self._source(self.state))
 

@@ -74,7 +74,7 @@ def _choices(client: ClientData, config: RunConfig, folder: Path) -> Mapping[int
     """The rows that curation left, by the round of the choice; nothing where they cannot be had any more."""
     if not config.curate.steps:
         return _all(client)
-    context = Context(config.seed, client.name, client.test)
+    context = Context(config.seed, client.name, client.untrained)
     try:
         return curated_rows.choices(client.train, config.curate, context, folder)
     except (OSError, ValueError):

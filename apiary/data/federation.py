@@ -38,6 +38,11 @@ class ClientData(NamedTuple):
     test: Sequence[Example]
     validation: Sequence[Example] = ()  # neither trained nor reported: by them it chooses its own model
 
+    @property
+    def untrained(self) -> Sequence[Example]:
+        """The rows that nothing is trained on, for whatever reason."""
+        return (*self.test, *self.validation) if self.validation else self.test
+
 
 class Federation(NamedTuple):
     """All clients' rows, and the held-out set that the server measures on; what was read to make them."""

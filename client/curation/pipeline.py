@@ -45,7 +45,7 @@ class Context(NamedTuple):
 
     seed: int = 0
     client: str = ""
-    held_out: Sequence[Example] = ()  # the client's own
+    held_out: Sequence[Example] = ()  # the client's own, with those that choose its own model
     reader: Reader | None = None  # None: no model at hand
     trained: int | None = None  # rounds that the model has been trained for; None: not a run, it is what it is
 

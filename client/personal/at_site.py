@@ -357,7 +357,7 @@ def _last_chosen(
     if not config.curate.steps:
         return client.train, ()
     with suppress(OSError, ValueError):
-        context = Context(config.seed, client.name, client.test)
+        context = Context(config.seed, client.name, client.untrained)
         found = curated_rows.choices(client.train, config.curate, context, past.folder) if past else {}
         if found:
             return found[max(found)], ()

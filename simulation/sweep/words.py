@@ -10,6 +10,7 @@ from apiary.core.formatting import MISSING, bytes_text, change_text, loss_text, 
 from apiary.evaluation import intervals
 from simulation.sweep import space
 from simulation.sweep.definition import Sweep
+from strategies.from_config import local_from_config
 
 _MANY = 5  # seeds from which on Student's factor is below 3
 _NOT_ALIKE = "measured on other rows"
@@ -17,7 +18,7 @@ _NOT_ALIKE = "measured on other rows"
 
 def at_the_start(sweep: Sweep) -> list[str]:
     """What is to be known before the first run."""
-    return [*_private(sweep), *_optimizers(sweep)]
+    return [*_private(sweep), *_optimizers(sweep), *_own_models(sweep)]
 
 
 def _optimizers(sweep: Sweep) -> list[str]:
@@ -31,6 +32,17 @@ def _optimizers(sweep: Sweep) -> list[str]:
     return [
         f"strategy.server_optimizer = auto comes to {' in some settings and '.join(found)} in others, so their "
         "differences are not of the varied keys alone; name one to compare them (-s strategy.server_optimizer=none)"
+    ]
+
+
+def _own_models(sweep: Sweep) -> list[str]:
+    """What chooses among methods that give clients models of their own."""
+    runs = [sweep.config(values, sweep.seeds[0]) for values in sweep.settings() or ()] or [sweep.base]
+    if not any(local_from_config(defaults.resolved(run)).personal for run in runs):
+        return []
+    return [
+        "clients get models of their own in some settings, and a sweep chooses by everybody's rows, which such models "
+        "give up for their client's: compare methods by clients[].own in the runs' metrics.json, or with apiary compare"
     ]
 
 

@@ -171,6 +171,28 @@ def test_the_rows_that_are_reported_have_no_say(
         assert client["own"]["personal"] != pytest.approx(before["own"]["personal"], rel=0.01)
 
 
+def test_no_training_row_shares_its_words_with_one_that_chooses(tmp_path: Path, tiny_model: Path) -> None:
+    """Curation's step against what is held out knows these rows too: in the run, for baselines, and for candidates."""
+    rows = rows_in(tmp_path)
+    config = loading.load(None, [*overrides_for(tiny_model, rows), *MORE, *OWN])
+    first = handlers.federation(config.to_json()).clients[0].validation[0]
+    phrase = "nine ponds below the mill hold the same old green water still"
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    for line in lines:
+        if line["instruction"] == first.turns[0].text:
+            line["output"] = phrase
+    tags = {"skill": next(line["skill"] for line in lines if line["output"] == phrase)}
+    copies = [{**tags, "instruction": f"Say it, {number}.", "output": phrase} for number in range(12)]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in (*lines, *copies)), encoding="utf-8")
+    curated = ('curate.steps=[{ name = "held_out", boilerplate = 100 }]',)
+    run(tmp_path / "run", tiny_model, rows, *OWN, *curated)
+    bench = Bench(tmp_path / "run")
+    client = bench.clients["client-00"]
+    assert any(phrase in row.turns[-1].text for row in client.validation)
+    copied = sum(phrase in row.turns[-1].text for row in client.train)
+    assert copied >= 3 and chosen(tmp_path / "run", "client-00")["rows"]["train"] == len(client.train) - copied
+
+
 # -- what is made ----------------------------------------------------------------------------------------------------
 
 

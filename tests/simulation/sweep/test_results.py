@@ -208,6 +208,13 @@ def test_a_default_that_varies_with_what_is_varied_is_told() -> None:
     assert words.at_the_start(named) == []
 
 
+def test_that_own_models_are_compared_by_everybodys_rows_is_said() -> None:
+    (line,) = words.at_the_start(
+        definition.make(None, ["strategy.name=fedavg,ditto", "strategy.server_optimizer=none"])
+    )
+    assert "a sweep chooses by everybody's rows" in line and "clients[].own" in line
+
+
 def test_the_page_shows_the_table_the_curves_and_the_command_and_runs_nothing() -> None:
     made = sweep(1e-3, 4e-3, 1e-2)
     given = settings(made, runs(0.0, [1, 1, 1]), runs(-0.1, [0.9, 0.9, 0.9]), runs(0.3, [1.3, 1.3, 1.3]))
