@@ -182,7 +182,9 @@ def test_no_training_row_shares_its_words_with_one_that_chooses(tmp_path: Path, 
         if line["instruction"] == first.turns[0].text:
             line["output"] = phrase
     tags = {"skill": next(line["skill"] for line in lines if line["output"] == phrase)}
-    copies = [{**tags, "instruction": f"Say it, {number}.", "output": phrase} for number in range(12)]
+    asked = [(f"Say it, {number}.", Example((Turn("user", f"Say it, {number}."),), {})) for number in range(40)]
+    trained = [text for text, row in asked if not is_held_out(row, 0.25) and not validates(row, 0.3, 0)]
+    copies = [{**tags, "instruction": text, "output": phrase} for text in trained]
     rows.write_text("".join(json.dumps(row) + "\n" for row in (*lines, *copies)), encoding="utf-8")
     curated = ('curate.steps=[{ name = "held_out", boilerplate = 100 }]',)
     run(tmp_path / "run", tiny_model, rows, *OWN, *curated)
