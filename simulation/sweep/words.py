@@ -37,7 +37,7 @@ def _optimizers(sweep: Sweep) -> list[str]:
 
 def _own_models(sweep: Sweep) -> list[str]:
     """What chooses among methods that give clients models of their own."""
-    runs = [sweep.config(values, sweep.seeds[0]) for values in sweep.settings() or ()] or [sweep.base]
+    runs = [sweep.config(values, sweep.seeds[0]) for values in space.probes(sweep.axes)]
     if not any(local_from_config(defaults.resolved(run)).personal for run in runs):
         return []
     return [
