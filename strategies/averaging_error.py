@@ -59,16 +59,25 @@ class Fold(NamedTuple):
     finish: Callable[[ServerState, Any], Gauge]
 
 
-class _Sketch(NamedTuple):
-    """Sums over the clients so far, by module, with W as d_in x m random signs of the module's own; float64.
+class _Sums(NamedTuple):
+    """Sums over the clients so far, of n modules whose factors have one shape; float64.
 
-    What is as tall and thin as W lies on its side: products go through memory more than twice as fast then.
+    W are d_in x m random signs of each module's own. What is as tall and thin as W lies on its side: products go
+    through memory more than twice as fast then. Modules of one shape go together, for one by one a client's factors are
+    so small that calling what is done with them takes longer than doing it.
     """
 
-    probes: dict[str, Tensor]  # W^T, (m, d_in) float32
-    b: dict[str, Tensor]  # of w_k dB_k, (d_out, R)
-    a: dict[str, Tensor]  # of w_k (dA_k W)^T, (m, R)
-    product: dict[str, Tensor]  # of w_k (dB_k dA_k W)^T, (m, d_out)
+    modules: tuple[str, ...]
+    probes: Tensor  # W^T, (n, m, d_in) float32
+    b: Tensor  # of w_k dB_k, (n, d_out, R)
+    a: Tensor  # of w_k (dA_k W)^T, (n, m, R)
+    product: Tensor  # of w_k (dB_k dA_k W)^T, (n, m, d_out)
+
+
+class _Sketch(NamedTuple):
+    """Sums over the clients so far."""
+
+    sums: tuple[_Sums, ...]
     weight: float
 
 
@@ -103,67 +112,72 @@ def estimated(scaling: Scaling, weighting: Weighting = "tokens", probes: int = 8
     """
 
     def start(state: ServerState, rng: Generator) -> _Sketch:
-        held = lora.split(state.adapter)
-        signs = {
-            module: torch.randint(0, 2, (probes, f.a.shape[1]), generator=rng, dtype=torch.float32) * 2 - 1
-            for module, f in held.items()
-        }
-
-        def zeros(shape: Callable[[Factors], tuple[int, int]]) -> dict[str, Tensor]:
-            return {module: torch.zeros(shape(f), dtype=torch.float64) for module, f in held.items()}
-
-        return _Sketch(
-            signs,
-            zeros(lambda f: (len(f.b), f.rank)),
-            zeros(lambda f: (probes, f.rank)),
-            zeros(lambda f: (probes, len(f.b))),
-            0.0,
-        )
+        alike: dict[tuple[int, ...], list[str]] = {}
+        signs = {}
+        for module, (b, a) in lora.split(state.adapter).items():
+            signs[module] = torch.randint(0, 2, (probes, a.shape[1]), generator=rng, dtype=torch.float32) * 2 - 1
+            alike.setdefault((*b.shape, a.shape[1]), []).append(module)
+        sums = []
+        for (rows, rank, _), modules in alike.items():
+            shapes = (rows, rank), (probes, rank), (probes, rows)
+            zeros = (torch.zeros(len(modules), *shape, dtype=torch.float64) for shape in shapes)
+            sums.append(_Sums(tuple(modules), torch.stack([signs[module] for module in modules]), *zeros))
+        return _Sketch(tuple(sums), 0.0)
 
     def add(acc: _Sketch, update: Update) -> _Sketch:
         weight = update.weight if weighting == "tokens" else 1.0
-        for module, (b, a) in lora.split(update.delta).items():
-            rank = len(a)
-            scaled = weight * scaling(rank) / scaling(acc.a[module].shape[1])
-            seen, product = _seen(b, a, acc.probes[module])
-            acc.b[module][:, :rank].add_(b, alpha=scaled)
-            acc.a[module][:, :rank].add_(seen, alpha=weight)
-            acc.product[module].add_(product, alpha=scaled)
+        delta = lora.split(update.delta)
+        for sums in acc.sums:
+            b, a = (torch.stack(side) for side in zip(*(delta[module] for module in sums.modules), strict=True))
+            rank = a.shape[1]
+            scaled = weight * scaling(rank) / scaling(sums.a.shape[2])
+            seen, product = _seen(b, a, sums.probes)
+            sums.b[..., :rank].add_(b, alpha=scaled)
+            sums.a[..., :rank].add_(seen, alpha=weight)
+            sums.product.add_(product, alpha=scaled)
         return acc._replace(weight=acc.weight + weight)
 
     def finish(state: ServerState, acc: _Sketch) -> Gauge:
         if acc.weight <= 0:
             raise ValueError(f"the weights of the round sum to {acc.weight}; at least one must be positive")
-        total = torch.zeros(3, probes, dtype=torch.float64)
-        for module, held in lora.split(state.adapter).items():
-            total += scaling(held.rank) ** 2 * _squared_looks(acc, module, held)
+        total, held = torch.zeros(3, probes, dtype=torch.float64), lora.split(state.adapter)
+        for sums in acc.sums:
+            start_b, start_a = (torch.stack(side) for side in zip(*(held[m] for m in sums.modules), strict=True))
+            looks = _squared_looks(sums, acc.weight, start_b.double(), start_a.double())
+            total += scaling(start_b.shape[2]) ** 2 * looks
         return _gauge(*total)
 
     return Fold(start, add, finish)
 
 
-def _squared_looks(acc: _Sketch, module: str, held: Factors) -> Tensor:
-    """||M w||^2 of a module's error, change, and error outside the span of B', in units of s_R^2: (3, m), by vector."""
-    b, a, product = (part[module] / acc.weight for part in (acc.b, acc.a, acc.product))
-    start_b = held.b.double()
-    error = product - a @ b.T
-    change = product + (acc.probes[module].double() @ held.a.double().T) @ b.T + a @ start_b.T
+def _squared_looks(sums: _Sums, weight: float, start_b: Tensor, start_a: Tensor) -> Tensor:
+    """||M w||^2 of error, change, and error outside the span of B', in units of s_R^2: (3, m), by vector.
+
+    Args:
+        sums: of modules of one shape, whose looks are added up.
+        weight: of all clients.
+        start_b: (n, d_out, R) where they began.
+        start_a: (n, R, d_in) likewise.
+    """
+    b, a, product = (part / weight for part in (sums.b, sums.a, sums.product))
+    error = product - a @ b.mT
+    change = product + (sums.probes.double() @ start_a.mT) @ b.mT + a @ start_b.mT
     span = torch.linalg.qr(start_b + b).Q
-    outside = error - (error @ span) @ span.T
-    return torch.stack([error, change, outside]).square().sum(2)
+    outside = error - (error @ span) @ span.mT
+    return torch.stack([error, change, outside]).square().sum((1, 3))
 
 
 def _seen(b: Tensor, a: Tensor, probes: Tensor) -> tuple[Tensor, Tensor]:
-    """(A W)^T and (B A W)^T of W^T.
+    """(A W)^T and (B A W)^T of W^T, for each of n modules.
 
     In float32, whose rounding is far below the error of the estimate, but for products beyond its range.
     """
-    seen = probes @ a.T
-    product = seen @ b.T
+    seen = probes @ a.mT
+    product = seen @ b.mT
     if is_finite({"": product}):
         return seen, product
-    seen = probes.double() @ a.double().T
-    return seen, seen @ b.double().T
+    seen = probes.double() @ a.double().mT
+    return seen, seen @ b.double().mT
 
 
 def exact(scaling: Scaling, weighting: Weighting = "tokens") -> Fold:

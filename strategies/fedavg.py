@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from apiary.core.messages import Update
-from apiary.core.tensors import zeros_like
+from apiary.core.tensors import StateDict
 from strategies.aggregator import AGGREGATORS, Aggregator, Gradient, Reducer, ServerState, plain_step, same_payload
 
 _CHUNK = 1 << 14  # entries; what is touched between two of them stays in a megabyte of cache
@@ -17,15 +17,16 @@ _Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 
 class _Sum(NamedTuple):
-    """The sum so far is `total + rest`, both float64.
+    """The sum so far is `total + rest`, both (entries of the adapter,) float64, tensor after tensor.
 
     The order in which clients answer must not show in the float32 result. One float64 sum is not enough for that: its
     last bit depends on the order, and once in some 10^8 entries this turns the rounding to float32. With what each
     addition rounds away kept in `rest`, the order moves the sum by about 10^-32 of its terms.
     """
 
-    total: dict[str, Tensor]
-    rest: dict[str, Tensor]
+    total: Tensor
+    rest: Tensor
+    shapes: dict[str, torch.Size]
     weight: float  # trained tokens are whole numbers, so their sum is exact in any order
 
 
@@ -42,54 +43,74 @@ def fedavg(weighting: Literal["tokens", "uniform"] = "tokens") -> Aggregator:
     """
 
     def start(state: ServerState) -> _Sum:
-        return _Sum(zeros_like(state.adapter, torch.float64), zeros_like(state.adapter, torch.float64), 0.0)
+        size = sum(tensor.numel() for tensor in state.adapter.values())
+        total, rest = torch.zeros(2, size, dtype=torch.float64)
+        return _Sum(total, rest, {name: t.shape for name, t in state.adapter.items()}, 0.0)
 
     def add(acc: _Sum, update: Update) -> _Sum:
         weight = update.weight if weighting == "tokens" else 1.0
-        buffers = np.empty((3, _CHUNK))
-        for name, total in acc.total.items():
-            _add(_flat(total), _flat(acc.rest[name]), _flat(update.delta[name]), weight, buffers)
+        _add(acc, update.delta, weight)
         return acc._replace(weight=acc.weight + weight)
 
     def finish(state: ServerState, acc: _Sum, rng: Generator) -> Gradient:
         if acc.weight <= 0:
             raise ValueError(f"the weights of the round sum to {acc.weight}; at least one must be positive")
-        return Gradient({name: _mean(total, acc.rest[name], acc.weight) for name, total in acc.total.items()})
+        return Gradient(_mean(acc))
 
     return Aggregator(Reducer(start, add, finish), plain_step, same_payload, needs="sum", averages="always")
 
 
-def _add(total: _Array, rest: _Array, delta: _Array, weight: float, buffers: _Array) -> None:
-    """Add `weight * delta` to `total + rest` in place, without loss but for the rounding of `rest`.
+def _add(acc: _Sum, delta: StateDict, weight: float) -> None:
+    """Add `weight * delta` to the sum in place, by pieces that stay in the processor's cache.
 
-    Knuth's two-sum (The Art of Computer Programming, volume 2, section 4.2.2, theorem B), by pieces that stay in the
-    processor's cache: whole tensors would go through memory once for each of its ten steps.
+    Whole tensors would go through memory once for each of ten steps, and factors one by one are so small that calling
+    these steps takes longer than they do: a piece goes on from one tensor to the next.
+
+    Raises:
+        ValueError: a tensor has another number of entries than the adapter's.
     """
-    for at in range(0, len(total), _CHUNK):
-        old, lost, x = (array[at : at + _CHUNK] for array in (total, rest, delta))
-        term, new, part = buffers[:, : len(old)]
-        term[:] = x
-        term *= weight  # exact: 24 bits times a whole number below 2^29
-        np.add(old, term, out=new)
-        np.subtract(new, old, out=part)  # of the term, what arrived
-        term -= part
-        np.subtract(new, part, out=part)  # of the old total, what is left in the new one
-        old -= part
-        term += old
-        lost += term
-        old[:] = new
+    buffers, at, filled = np.empty((3, _CHUNK)), 0, 0
+    for name, shape in acc.shapes.items():
+        entries: _Array = delta[name].reshape(-1).numpy()
+        if len(entries) != shape.numel():
+            raise ValueError(f"{name!r} has {len(entries)} entries, not {shape.numel()}")
+        while len(entries):
+            taken = entries[: _CHUNK - filled]
+            buffers[0, filled : filled + len(taken)] = taken
+            filled, entries = filled + len(taken), entries[len(taken) :]
+            if filled == _CHUNK:
+                _add_piece(acc, at, buffers, weight)
+                at, filled = at + filled, 0
+    _add_piece(acc, at, buffers[:, :filled], weight)
 
 
-def _mean(total: Tensor, rest: Tensor, weight: float) -> Tensor:
-    mean = torch.empty_like(total, dtype=torch.float32)
-    sums, lost, means = _flat(total), _flat(rest), _flat(mean)
-    for at in range(0, len(sums), _CHUNK):
-        piece = slice(at, at + _CHUNK)
-        means[piece] = (sums[piece] + lost[piece]) / weight
-    return mean
+def _add_piece(acc: _Sum, at: int, buffers: _Array, weight: float) -> None:
+    """Add `weight` times the first buffer to the sum, from entry `at` on, without loss but for the rounding of `rest`.
+
+    Knuth's two-sum (The Art of Computer Programming, volume 2, section 4.2.2, theorem B); spoils the buffers.
+    """
+    term, new, part = buffers
+    old, lost = (sums.numpy()[at : at + len(term)] for sums in (acc.total, acc.rest))
+    term *= weight  # exact: 24 bits times a whole number below 2^29
+    np.add(old, term, out=new)
+    np.subtract(new, old, out=part)  # of the term, what arrived
+    term -= part
+    np.subtract(new, part, out=part)  # of the old total, what is left in the new one
+    old -= part
+    term += old
+    lost += term
+    old[:] = new
 
 
-def _flat(tensor: Tensor) -> _Array:
-    """The entries in a row: the tensor's own memory where it lies in one piece, as accumulators do, else a copy."""
-    array: _Array = tensor.reshape(-1).numpy()
-    return array
+def _mean(acc: _Sum) -> dict[str, Tensor]:
+    means, at = dict[str, Tensor](), 0
+    total, rest = acc.total.numpy(), acc.rest.numpy()
+    for name, shape in acc.shapes.items():
+        means[name] = torch.empty(shape)
+        entries: _Array = means[name].view(-1).numpy()
+        for start in range(0, len(entries), _CHUNK):
+            piece = entries[start : start + _CHUNK]
+            place = slice(at + start, at + start + len(piece))
+            piece[:] = (total[place] + rest[place]) / acc.weight
+        at += len(entries)
+    return means

@@ -185,7 +185,7 @@ def test_the_random_signs_are_others_in_each_round() -> None:
     state = ServerState(0, _factors(99), {}, {})
     run = loading.load(None, [f"adapter.rank={RANK}"])
     folds = [round_metrics.start(run, _method("fedavg"), state._replace(round=i)) for i in (0, 0, 1)]
-    seen = [fold.accumulator.probes["m.0"] for fold in folds]
+    seen = [fold.accumulator.sums[0].probes for fold in folds]
     assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
 
 
