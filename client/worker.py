@@ -20,7 +20,7 @@ from apiary.data.batches import Corpus
 from apiary.data.federation import FEWEST, deciding_of
 from apiary.data.stages import rows_by_stage
 from apiary.export import adapter_folder
-from apiary.models import adapters
+from apiary.models import adapters, gates
 from apiary.models.adapters import LanguageModel
 from apiary.models.inference import ModelProbe
 from apiary.transport.codec import Shapes
@@ -105,7 +105,7 @@ class Worker:
         site = self._of_round(site, payload)
         past = state.load(site.folder, before=number)
         opened, own = self._open(site, number, payload), self._open_own(site, number, payload)
-        payload = payload._replace(adapter=opened.adapter)
+        payload = opened.over(payload)
         rows, chosen = self._rows.chosen(site, number, lambda: self._probe(site, payload))
         data = replay.prepare(rows, site.folder, site.client, self.config, number, past)
         if chosen and past.choice and past.choice != chosen.round:  # other rows: their epochs begin anew
@@ -212,10 +212,11 @@ class Worker:
         """The answer of a finished visit, once what the site keeps of it is on its disk."""
         sent, kept = self.local.finish(payload.adapter, result.delta)
         if kept := own or kept:
-            round_files.save(site.folder, self.local.keeps, at.round, kept)
+            counted = payload.last_round if self.local.resumes == "counted" else 0  # `send` needs its file
+            round_files.save(site.folder, self.local.keeps, at.round, kept, also=counted)
         if self.local.personal:  # it may never be asked to measure
             mine = payload._replace(adapter=own or add(payload.adapter, result.delta))
-            self._save_own(site, mine.model)
+            self._save_own(site, mine)
         state.save(site.folder, at)
         update = Update(site.client, sent, float(result.report.tokens), self.local.rank(sent, site.rank))
         return Visit(update, result.report, curated, spent)
@@ -237,7 +238,8 @@ class Worker:
         if self.local.settle and payload.extra:
             arrived = compression.arrives(self._up, message, delta)
             lr_sum = schedule.lr_sum(self.config, number, answer.report.steps)
-            kept = self.local.settle(self._kept(site, number, payload), payload, arrived, lr_sum)
+            finished = round_files.load(site.folder, self.local.keeps, number)
+            kept = {**finished, **self.local.settle(self._kept(site, number, payload), payload, arrived, lr_sum)}
             round_files.save(site.folder, self.local.keeps, number, kept, also=payload.last_round)
         return message
 
@@ -253,9 +255,9 @@ class Worker:
         """
         site = self._of_round(site, payload)
         opened = self._open_own(site, number + 1, payload) or self._open(site, number + 1, payload)
-        payload = payload._replace(adapter=opened.adapter)
+        payload = opened.over(payload)
         if self.local.personal:
-            self._save_own(site, payload.model)
+            self._save_own(site, payload)
         if self.config.privacy.unit == "record":
             return Score(0.0, 0, 0)
         rows = deciding_of(site.test) if self.config.evaluate.patience else site.test
@@ -265,9 +267,13 @@ class Worker:
         nats, tokens = self._probe(site, payload).losses(corpus)
         return told.score(site.counts, Score(float(nats.sum()), int(tokens.sum()), len(nats)), self.config)
 
-    def _save_own(self, site: Site, adapter: StateDict) -> None:
-        """Write the model that only the site itself has."""
-        adapter_folder.save_adapter_folder(self._model(site), adapter, site.folder / "adapter", self.config)
+    def _save_own(self, site: Site, mine: Payload) -> None:
+        """Write the model that only the site itself has; one with gates in its fixed form."""
+        lm, model, about = self._model(site), mine.model, ""
+        if self.local.mixes:
+            rows = self._rows.corpus(site, "gates", gates.sample(site.train))
+            model, about = gates.fixed(lm, model, rows), gates.FIXED
+        adapter_folder.save_adapter_folder(lm, model, site.folder / "adapter", self.config, about=about)
 
     # -- the method -----------------------------------------------------------------------------
 
