@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+from pathlib import Path
 
 from apiary.config import schedule
 from apiary.config.schema import RunConfig
@@ -212,8 +213,7 @@ class Worker:
         """The answer of a finished visit, once what the site keeps of it is on its disk."""
         sent, kept = self.local.finish(payload.adapter, result.delta)
         if kept := own or kept:
-            counted = payload.last_round if self.local.resumes == "counted" else 0  # `send` needs its file
-            round_files.save(site.folder, self.local.keeps, at.round, kept, also=counted)
+            round_files.save_of_method(site.folder, self.local, at.round, kept, payload.last_round)
         if self.local.personal:  # it may never be asked to measure
             mine = payload._replace(adapter=own or add(payload.adapter, result.delta))
             self._save_own(site, mine)
@@ -238,9 +238,9 @@ class Worker:
         if self.local.settle and payload.extra:
             arrived = compression.arrives(self._up, message, delta)
             lr_sum = schedule.lr_sum(self.config, number, answer.report.steps)
-            finished = round_files.load(site.folder, self.local.keeps, number)
-            kept = {**finished, **self.local.settle(self._kept(site, number, payload), payload, arrived, lr_sum)}
-            round_files.save(site.folder, self.local.keeps, number, kept, also=payload.last_round)
+            settled = self.local.settle(self._kept(site, number, payload), payload, arrived, lr_sum)
+            kept = {**round_files.load(site.folder, self.local.keeps, number), **settled}
+            round_files.save_of_method(site.folder, self.local, number, kept, payload.last_round)
         return message
 
     # -- measuring ------------------------------------------------------------------------------
@@ -254,8 +254,7 @@ class Worker:
         noise would be a way around it.
         """
         site = self._of_round(site, payload)
-        opened = self._open_own(site, number + 1, payload) or self._open(site, number + 1, payload)
-        payload = opened.over(payload)
+        payload = (self._open_own(site, number + 1, payload) or self._open(site, number + 1, payload)).over(payload)
         if self.local.personal:
             self._save_own(site, payload)
         if self.config.privacy.unit == "record":
@@ -268,12 +267,9 @@ class Worker:
         return told.score(site.counts, Score(float(nats.sum()), int(tokens.sum()), len(nats)), self.config)
 
     def _save_own(self, site: Site, mine: Payload) -> None:
-        """Write the model that only the site itself has; one with gates in its fixed form."""
-        lm, model, about = self._model(site), mine.model, ""
-        if self.local.mixes:
-            rows = self._rows.corpus(site, "gates", gates.sample(site.train))
-            model, about = gates.fixed(lm, model, rows), gates.FIXED
-        adapter_folder.save_adapter_folder(lm, model, site.folder / "adapter", self.config, about=about)
+        """Write the model that only the site itself has."""
+        sample = self._rows.corpus(site, "gates", gates.sample(site.train)) if self.local.mixes else None
+        save_own(self._model(site), mine.model, site.folder / "adapter", self.config, sample)
 
     # -- the method -----------------------------------------------------------------------------
 
@@ -317,6 +313,21 @@ def open_own(
 ) -> Opened | None:
     """The client's own adapter beside the one that it trains for everybody, as `open_received`; None without any."""
     return local.own(kept, payload, _client(lm, config)) if local.own else None
+
+
+def save_own(lm: LanguageModel, model: StateDict, folder: Path, config: RunConfig, sample: Corpus | None) -> None:
+    """Write a client's model of its own as a PEFT folder.
+
+    Args:
+        lm: the base with an adapter of its rank.
+        model: as for `set_adapter`.
+        folder: where to.
+        config: the run.
+        sample: of a model with gates some training rows, over which these are fixed; None: it has none.
+    """
+    about = "" if sample is None else gates.FIXED
+    plain = model if sample is None else gates.fixed(lm, model, sample)
+    adapter_folder.save_adapter_folder(lm, plain, folder, config, about=about)
 
 
 def _client(lm: LanguageModel, config: RunConfig) -> Client:
