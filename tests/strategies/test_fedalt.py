@@ -10,7 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from deployment import overrides, write_rows
 from flwr.app import RecordDict
+from flwr.common.serde import recorddict_to_proto
 from killing import killed_before_checkpoint
 from safetensors.torch import load_file
 
@@ -23,12 +25,15 @@ from apiary.core.messages import ClientInfo, Payload, Update
 from apiary.export import tuned
 from apiary.models import adapters
 from apiary.tracking.event_log import read_events
+from apiary.transport import flower_records
 from client import compression, handlers, round_files
+from client.site_worker import Facts, Service
 from client.training import trainer
 from client.worker import Worker
+from client.worker_rpc import Envelope
 from server import checkpoint
 from server.rounds import Rounds
-from simulation import client_models
+from simulation import audit, client_models
 from simulation.run import plan, simulate
 from strategies import AGGREGATORS, ServerState
 from strategies.local import Client, Opened
@@ -439,3 +444,21 @@ def test_experts_of_one_weight_are_refused_before_a_folder_is_made(small_run: li
     with pytest.raises(UserError, match="cannot be weighed by their input"):
         run(tmp_path / "run", settings)
     assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_an_audit_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text('[strategy]\nname = "fedalt"\n', encoding="utf-8")
+    with pytest.raises(UserError, match="models that nobody else has"):
+        audit.open_bench(tmp_path, audit.Options())
+
+
+def test_a_site_that_rounds_its_counts_takes_part_with_epochs(tmp_path: Path, tiny_model: Path) -> None:
+    """Unlike with a method that reads something off the number of steps."""
+    rows = write_rows(tmp_path / "rows")
+    for name, more, refused in (("fedalt", (), False), ("scaffold", ("train.optimizer=sgd",), True)):
+        config = loading.load(None, [*overrides(tiny_model, rows), f"strategy.name={name}", "train.epochs=1", *more])
+        facts = Facts("ant", rows / "ant.jsonl", tmp_path / name, config.model.name)
+        header = {"kind": flower_records.HELLO, "round": "0", "config": config.to_json(), "name": "run"}
+        body = recorddict_to_proto(RecordDict()).SerializeToString()
+        answer = Service(facts).answer(Envelope(header, body))
+        assert ("error" in answer.header) == refused, answer.header
