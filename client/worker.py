@@ -170,7 +170,7 @@ class Worker:
         Raises:
             ValueError: the method asks for more than penalties, which alone are known to cost no privacy.
         """
-        if hooks != Hooks(penalties=hooks.penalties) or self.local.own:
+        if hooks != Hooks(penalties=hooks.penalties) or self.local.own or self.local.mixes:
             raise ValueError("the client's half of this method does not go with record-level privacy")
         both = store.joined([data.new, tuple(row.example for row in data.replay)])
         corpus = self._rows.corpus(site, "train", both)

@@ -462,3 +462,15 @@ def test_a_site_that_rounds_its_counts_takes_part_with_epochs(tmp_path: Path, ti
         body = recorddict_to_proto(RecordDict()).SerializeToString()
         answer = Service(facts).answer(Envelope(header, body))
         assert ("error" in answer.header) == refused, answer.header
+
+
+def test_a_private_visit_refuses_gates_whatever_the_server_says(tmp_path: Path, tiny_model: Path) -> None:
+    """A client does not rely on the server's check: its gates would be made of its rows without noise."""
+    import private_visits
+
+    worker = Worker(private_visits.settings(tiny_model), Ours(tmp_path, 2).local)
+    site = private_visits.site(tmp_path, private_visits.rows(40))
+    sent = private_visits.payload(worker)._replace(extra={"clients": torch.tensor(3.0)})
+    with pytest.raises(ValueError, match="does not go with record-level privacy"):
+        worker.train(site, 1, sent)
+    assert not site.ledger.exists()
