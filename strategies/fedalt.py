@@ -16,7 +16,7 @@ has not trained yet stands in M with that. A client takes itself out: (N M - the
 B_i. So M must hold exactly what the client holds: it goes on from the last round that the server says has counted, with
 its change as it arrived and with the gates of that visit.
 
-The paper has all clients in each round. Where some are not asked, the others' part of M is that of their last visits.
+The part in M of a client that is not asked in a round is that of its last visit that counted.
 """
 
 from __future__ import annotations

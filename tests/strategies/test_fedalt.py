@@ -22,7 +22,7 @@ from apiary.core import lora
 from apiary.core.errors import StateLost, UserError
 from apiary.core.lora import scaling
 from apiary.core.messages import ClientInfo, Payload, Update
-from apiary.export import tuned
+from apiary.export import export, tuned
 from apiary.models import adapters
 from apiary.tracking.event_log import read_events
 from apiary.transport import flower_records
@@ -345,6 +345,8 @@ def check_measured(folder: Path, metrics: Mapping[str, Any], events: Sequence[Ma
             assert "weighs two products in each layer" in (kept / "README.md").read_text(encoding="utf-8")
     opened = tuned.open_tuned(folder / "personal" / metrics["clients"][0]["client"])
     assert lora.parts(opened.adapter)[1]
+    export.export_run(folder / "personal" / metrics["clients"][0]["client"], folder / "handed", merge=False)
+    assert "weighs two products in each layer" in (folder / "handed" / "README.md").read_text(encoding="utf-8")
     assert "for clients that have no other yet" in (folder / "adapter" / "README.md").read_text(encoding="utf-8")
 
 
