@@ -12,7 +12,8 @@ import pytest
 import torch
 from deployment import overrides, write_rows
 from flwr.app import RecordDict
-from flwr.common.serde import recorddict_to_proto
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 from killing import killed_before_checkpoint
 from safetensors.torch import load_file
 
@@ -25,7 +26,9 @@ from apiary.core.messages import ClientInfo, Payload, Update
 from apiary.export import export, tuned
 from apiary.models import adapters
 from apiary.tracking.event_log import read_events
+from apiary.transport import codec as codecs
 from apiary.transport import flower_records
+from apiary.transport.from_config import configured_codec
 from client import compression, handlers, round_files
 from client.site_worker import Facts, Service
 from client.training import trainer
@@ -476,3 +479,47 @@ def test_a_private_visit_refuses_gates_whatever_the_server_says(tmp_path: Path, 
     with pytest.raises(ValueError, match="does not go with record-level privacy"):
         worker.train(site, 1, sent)
     assert not site.ledger.exists()
+
+
+def test_a_site_keeps_its_adapter_and_gates_to_itself(tmp_path: Path, tiny_model: Path) -> None:
+    """In Flower's own bytes, as a server of sites asks: round by round, a first answer that was lost, and a score."""
+    rows = write_rows(tmp_path / "rows")
+    config = loading.load(
+        None, [*overrides(tiny_model, rows), "strategy.name=fedalt", "train.steps=2", "evaluate.clients=true"]
+    )
+    method = strategies.from_config(config)
+    lm = adapters.load(config.model, config.adapter)
+    state = ServerState(0, adapters.fresh_adapter(lm, config.seed), {}, {})
+    service = Service(Facts("ant", rows / "ant.jsonl", tmp_path / "state", config.model.name))
+    folder = tmp_path / "state" / "runs" / "run"
+
+    def ask(kind: str, number: int, last: int) -> RecordDict:
+        payload = method.payload(state, ClientInfo("ant", config.adapter.rank, last, 3))
+        parts = [flower_records.to_arrays(part) for part in payload[:3]]
+        content = flower_records.request(number, *parts, last_round=last)
+        header = {"kind": kind, "round": str(number), "config": config.to_json(), "name": "run"}
+        answer = service.answer(Envelope(header, recorddict_to_proto(content).SerializeToString()))
+        assert "error" not in answer.header, answer.header
+        return recorddict_from_proto(RecordDictProto.FromString(answer.body))
+
+    ask("train", 1, 0)  # lost on its way
+    sent = {n: torch.zeros_like(t) for n, t in state.adapter.items()}
+    for number, last in ((2, 0), (3, 2)):
+        reply = ask("train", number, last)
+        change = codecs.decode(
+            flower_records.read_message(reply), configured_codec(config, "up"), codecs.shapes_of(state.adapter)
+        )
+        sent = {n: t + change[n] for n, t in sent.items()}
+        told = method.payload(state, ClientInfo("ant", config.adapter.rank, last, 3)).extra
+        acc = method.reduce.add(method.reduce.start(state), Update("ant", change, 1.0, config.adapter.rank, told))
+        state = method.step(state, method.reduce.finish(state, acc, torch.Generator()))
+        ask("evaluate", number, number)
+    kept = load_file(folder / "individual-0003.safetensors")
+    assert all(float(t.abs().max()) > 0 for n, t in kept.items() if lora.is_gate(n))
+    for name, tensor in sent.items():
+        torch.testing.assert_close(kept[name], tensor, rtol=0, atol=1e-6)
+        mean = adapters.fresh_adapter(lm, config.seed)[name] + tensor / 3
+        torch.testing.assert_close(state.adapter[name], mean, rtol=0, atol=1e-6)
+    assert {(folder / f"individual-000{n}.safetensors").stat().st_mode & 0o077 for n in (2, 3)} == {0}
+    fixed = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert {t.shape[0] for n, t in fixed.items() if "lora_A" in n} == {2 * config.adapter.rank}
