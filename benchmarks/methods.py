@@ -119,7 +119,7 @@ def _wire(method: Aggregator) -> tuple[str, str]:
     own = _entries(payload.adapter)
     times = sum(_entries(part) for part in (payload.adapter, payload.base_delta, payload.extra)) / own
     grows = ", more each round" if payload.base_delta else ""
-    return f"{times:g}{grows}", "1"
+    return f"{times:.2g}{grows}", "1"  # a number beside the adapter is not worth a digit
 
 
 def _draw(seed: int) -> dict[str, torch.Tensor]:

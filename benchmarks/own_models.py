@@ -44,6 +44,7 @@ WAYS: Final[Mapping[str, tuple[str, ...]]] = {
     "ditto, pull 0.01": ("strategy.name=ditto", "strategy.options.penalty=0.01"),
     "ditto, pull 1": ("strategy.name=ditto", "strategy.options.penalty=1.0"),
     "ditto, three quarters own": ("strategy.name=ditto", "strategy.options.own=0.75"),
+    "fedalt": ("strategy.name=fedalt",),  # all steps train what is sent, as with `fedavg`, and as much is sent
     "clustered": ("strategy.name=clustered",),
     "fedavg, then tuned": ("strategy.name=fedavg", f"train.steps={STEPS // 2}"),
 }

@@ -117,7 +117,7 @@ def _check_promise(worker: Worker, site: Site) -> None:
         sampling.check(worker.config, [site.counts.planned(stages.rows_by_stage(site.train, worker.config))])
     except UserError as error:
         raise Refusal(str(error)) from None
-    if worker.local.settle and worker.config.train.epochs is not None and site.counts.kind != "exact":
+    if worker.local.by_rates and worker.config.train.epochs is not None and site.counts.kind != "exact":
         raise Refusal(
             f"this site tells {site.counts.kind} counts, and the run's method divides by the steps of a visit, which "
             "train.epochs lets depend on its rows; set train.steps"

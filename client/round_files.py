@@ -114,3 +114,8 @@ def of_method(folder: Path, local: LocalAlgorithm, number: int, last_round: int)
     if not local.keeps:
         return {}
     return load(folder, local.keeps, last_round) if local.resumes == "counted" else newest(folder, local.keeps, number)
+
+
+def save_of_method(folder: Path, local: LocalAlgorithm, number: int, tensors: StateDict, last_round: int) -> None:
+    """Write what a client's half of a method keeps of round `number`; the state that it counts on stays."""
+    save(folder, local.keeps, number, tensors, also=last_round if local.resumes == "counted" else 0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+from pathlib import Path
 
 from apiary.config import schedule
 from apiary.config.schema import RunConfig
@@ -20,7 +21,7 @@ from apiary.data.batches import Corpus
 from apiary.data.federation import FEWEST, deciding_of
 from apiary.data.stages import rows_by_stage
 from apiary.export import adapter_folder
-from apiary.models import adapters
+from apiary.models import adapters, gates
 from apiary.models.adapters import LanguageModel
 from apiary.models.inference import ModelProbe
 from apiary.transport.codec import Shapes
@@ -105,7 +106,7 @@ class Worker:
         site = self._of_round(site, payload)
         past = state.load(site.folder, before=number)
         opened, own = self._open(site, number, payload), self._open_own(site, number, payload)
-        payload = payload._replace(adapter=opened.adapter)
+        payload = opened.over(payload)
         rows, chosen = self._rows.chosen(site, number, lambda: self._probe(site, payload))
         data = replay.prepare(rows, site.folder, site.client, self.config, number, past)
         if chosen and past.choice and past.choice != chosen.round:  # other rows: their epochs begin anew
@@ -169,7 +170,7 @@ class Worker:
         Raises:
             ValueError: the method asks for more than penalties, which alone are known to cost no privacy.
         """
-        if hooks != Hooks(penalties=hooks.penalties) or self.local.own:
+        if hooks != Hooks(penalties=hooks.penalties) or self.local.own or self.local.mixes:
             raise ValueError("the client's half of this method does not go with record-level privacy")
         both = store.joined([data.new, tuple(row.example for row in data.replay)])
         corpus = self._rows.corpus(site, "train", both)
@@ -212,10 +213,10 @@ class Worker:
         """The answer of a finished visit, once what the site keeps of it is on its disk."""
         sent, kept = self.local.finish(payload.adapter, result.delta)
         if kept := own or kept:
-            round_files.save(site.folder, self.local.keeps, at.round, kept)
+            round_files.save_of_method(site.folder, self.local, at.round, kept, payload.last_round)
         if self.local.personal:  # it may never be asked to measure
             mine = payload._replace(adapter=own or add(payload.adapter, result.delta))
-            self._save_own(site, mine.model)
+            self._save_own(site, mine)
         state.save(site.folder, at)
         update = Update(site.client, sent, float(result.report.tokens), self.local.rank(sent, site.rank))
         return Visit(update, result.report, curated, spent)
@@ -237,8 +238,9 @@ class Worker:
         if self.local.settle and payload.extra:
             arrived = compression.arrives(self._up, message, delta)
             lr_sum = schedule.lr_sum(self.config, number, answer.report.steps)
-            kept = self.local.settle(self._kept(site, number, payload), payload, arrived, lr_sum)
-            round_files.save(site.folder, self.local.keeps, number, kept, also=payload.last_round)
+            settled = self.local.settle(self._kept(site, number, payload), payload, arrived, lr_sum)
+            kept = {**round_files.load(site.folder, self.local.keeps, number), **settled}
+            round_files.save_of_method(site.folder, self.local, number, kept, payload.last_round)
         return message
 
     # -- measuring ------------------------------------------------------------------------------
@@ -252,10 +254,9 @@ class Worker:
         noise would be a way around it.
         """
         site = self._of_round(site, payload)
-        opened = self._open_own(site, number + 1, payload) or self._open(site, number + 1, payload)
-        payload = payload._replace(adapter=opened.adapter)
+        payload = (self._open_own(site, number + 1, payload) or self._open(site, number + 1, payload)).over(payload)
         if self.local.personal:
-            self._save_own(site, payload.model)
+            self._save_own(site, payload)
         if self.config.privacy.unit == "record":
             return Score(0.0, 0, 0)
         rows = deciding_of(site.test) if self.config.evaluate.patience else site.test
@@ -265,9 +266,10 @@ class Worker:
         nats, tokens = self._probe(site, payload).losses(corpus)
         return told.score(site.counts, Score(float(nats.sum()), int(tokens.sum()), len(nats)), self.config)
 
-    def _save_own(self, site: Site, adapter: StateDict) -> None:
+    def _save_own(self, site: Site, mine: Payload) -> None:
         """Write the model that only the site itself has."""
-        adapter_folder.save_adapter_folder(self._model(site), adapter, site.folder / "adapter", self.config)
+        sample = self._rows.corpus(site, "gates", gates.sample(site.train)) if self.local.mixes else None
+        save_own(self._model(site), mine.model, site.folder / "adapter", self.config, sample)
 
     # -- the method -----------------------------------------------------------------------------
 
@@ -311,6 +313,21 @@ def open_own(
 ) -> Opened | None:
     """The client's own adapter beside the one that it trains for everybody, as `open_received`; None without any."""
     return local.own(kept, payload, _client(lm, config)) if local.own else None
+
+
+def save_own(lm: LanguageModel, model: StateDict, folder: Path, config: RunConfig, sample: Corpus | None) -> None:
+    """Write a client's model of its own as a PEFT folder.
+
+    Args:
+        lm: the base with an adapter of its rank.
+        model: as for `set_adapter`.
+        folder: where to.
+        config: the run.
+        sample: of a model with gates some training rows, over which these are fixed; None: it has none.
+    """
+    about = "" if sample is None else gates.FIXED
+    plain = model if sample is None else gates.fixed(lm, model, sample)
+    adapter_folder.save_adapter_folder(lm, plain, folder, config, about=about)
 
 
 def _client(lm: LanguageModel, config: RunConfig) -> Client:

@@ -20,7 +20,7 @@ from apiary.data.examples import Example
 from apiary.evaluation import continual
 from apiary.evaluation.comparison import HeldOut
 from apiary.export import adapter_folder
-from apiary.models import adapters, start
+from apiary.models import adapters, gates, start
 from apiary.models.fused_layers import give_memory_back
 from apiary.privacy import statement
 from apiary.tracking.delivery import BEST, EVENT
@@ -57,6 +57,8 @@ def prepare(
     if config.prompt.template == "auto":
         log.event("template", template=template.words)
     aggregator = strategies.from_config(config)
+    if aggregator.local.mixes:
+        gates.check(lm, f"strategy.name = {config.strategy.name!r}")
     saved = checkpoint.load(folder / "checkpoints", config)
     if saved is None:
         begun = start.starting_adapter(lm, config)

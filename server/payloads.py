@@ -119,15 +119,12 @@ class Payloads:
             parcel = flower_records.parcel_arrays(self._broadcast.parcel(member.info, payload.adapter))
             self._saved_bytes += flower_records.record_bytes(records[0]) - flower_records.record_bytes(parcel)
             records = (parcel, *records[1:])
-        content = flower_records.request(number, *_for(kind, records), last_round=member.info.last_round)
+        mixes = source.aggregator.local.mixes
+        parts = records if kind == "train" or mixes else records[:2]  # to be measured takes no control variate
+        content = flower_records.request(number, *parts, last_round=member.info.last_round)
         return Message(content, member.node, kind, group_id=str(number))
 
 
 def _records(payload: Payload) -> tuple[ArrayRecord, ...]:
-    """The records of a payload: adapter, base delta, control variate."""
+    """The records of a payload: adapter, base delta, tensors of the method's own."""
     return tuple(flower_records.to_arrays(part) for part in payload[:3])
-
-
-def _for(kind: Kind, records: tuple[ArrayRecord, ...]) -> tuple[ArrayRecord, ...]:
-    """The records that go into a message: a client that only evaluates needs no control variate."""
-    return records if kind == "train" else records[:2]

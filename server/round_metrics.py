@@ -39,7 +39,8 @@ def start(config: RunConfig, aggregator: Aggregator, state: ServerState) -> Erro
     It is that of averaging with the weights of `strategy.weighting`, whatever the method makes of the updates; for a
     method that judges its clients, with the shares that it gave them. Updates are kept only where the method may keep
     each of them too. Its random numbers serve nothing else, so a run is the same with and without it. For an adapter
-    that is not made of factors there is no such error, nor where groups of clients begin at adapters of their own.
+    that is not made of factors there is no such error, nor where clients, or groups of them, begin at adapters of their
+    own.
     """
     build = averaging_error.exact_if_few if aggregator.needs == "each" else averaging_error.estimated
     # A share is given as an update's weight.
@@ -47,7 +48,8 @@ def start(config: RunConfig, aggregator: Aggregator, state: ServerState) -> Erro
     fold = build(lora.scaling(config.adapter.alpha, config.adapter.scaling), weighting)
     try:
         rng = averaging_error.probes_of(config.seed, state.round + 1)
-        one = bool(lora.split(state.adapter)) and aggregator.group is None  # that all begin at
+        apart = aggregator.group is not None or aggregator.local.mixes
+        one = bool(lora.split(state.adapter)) and not apart  # that all begin at
         accumulator = fold.start(state, rng) if one else None
     except ValueError:
         accumulator = None

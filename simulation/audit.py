@@ -43,6 +43,7 @@ from client.worker import Worker
 from simulation import inversion, replay
 from simulation.replay import Bench, Seen
 from simulation.run import check_names
+from strategies.from_config import local_from_config
 
 SCHEMA = 2  # since medians have intervals of their own, and the rate at 1% says of which threshold it is
 FILLS = 256  # that a secret is ranked among: 8 bits at most
@@ -95,6 +96,11 @@ def open_bench(folder: Path, options: Options, at: AtSite | None = None) -> Benc
     if not (folder / "config.toml").exists():
         raise UserError(f"{str(folder)!r} holds no run (no config.toml); give a run directory")
     config = loading.load(folder / "config.toml")
+    if local_from_config(config).mixes:
+        raise UserError(
+            f"strategy.name = {config.strategy.name!r}: its clients train models that nobody else has, gates and all, "
+            "and an audit knows what was sent alone; audit a run whose clients share what they train"
+        )
     key = PUBLIC_KEY
     if at is None:
         if metrics_file.read_metrics(folder).get("sites") is not None:

@@ -11,6 +11,7 @@ from apiary.core.errors import RunFailed
 from apiary.core.messages import ClientInfo
 from apiary.core.tensors import StateDict
 from apiary.models.adapters import LanguageModel
+from apiary.tracking.event_log import read_events
 from apiary.tracking.run_directory import CHECKPOINTS
 from client import round_files
 from client.worker import open_own, open_received
@@ -32,17 +33,19 @@ def of_clients(
 
     Raises:
         RunFailed: the checkpoint of the last round is gone or damaged.
+        apiary.core.errors.StateLost: a client's state is gone that the server counts on.
     """
     found = checkpoint.load(folder / CHECKPOINTS, config)
     if found is None:
         raise RunFailed("the checkpoint of the last round is gone or damaged, and with it what clients share")
-    state, made = found[0], {}
+    state, last, made = found[0], found[1].get("last_round", {}), {}
+    known = len(last.keys() | {event["client"] for event in read_events(folder) if event["event"] == "handshake"})
     for client in clients:
-        payload = method.payload(state, ClientInfo(client, config.adapter.rank, state.round))
-        kept = round_files.newest(folder / "clients" / client, method.local.keeps, config.rounds + 1)
+        info = ClientInfo(client, config.adapter.rank, last.get(client, 0), known)
+        payload = method.payload(state, info)._replace(last_round=info.last_round)
+        kept = round_files.of_method(folder / "clients" / client, method.local, config.rounds + 1, info.last_round)
         own = open_own(lm, config, method.local, kept, payload)
-        adapter = (own or open_received(lm, config, method.local, kept, payload)).adapter
-        made[client] = payload._replace(adapter=adapter).model
+        made[client] = (own or open_received(lm, config, method.local, kept, payload)).over(payload).model
     return made
 
 

@@ -19,7 +19,7 @@ from apiary.data import splits, stages, tokenization
 from apiary.data.federation import set_deciding_apart, too_few_clients, undecided
 from apiary.data.stages import rows_by_stage, unlimited_buffers
 from apiary.evaluation import comparison, continual
-from apiary.models import adapter_files, adapters, start
+from apiary.models import adapter_files, adapters, gates, start
 from apiary.privacy import plan as privacy_plan
 from apiary.privacy import sampling
 from apiary.report import write_report
@@ -33,6 +33,7 @@ from server.app import make_app
 from simulation import absence, adversaries, personal
 from simulation.engines import ENGINES
 from simulation.summary import Plan, personal_of_run, summarise, with_personal
+from strategies.from_config import local_from_config
 
 Observer = Callable[[dict[str, Any]], None]
 
@@ -90,6 +91,8 @@ def plan(config: RunConfig) -> Plan:
         raise UserError(*wrong)
     trusted_update.rows(config, federation.test)
     lm = adapters.load(config.model, config.adapter)
+    if local_from_config(config).mixes:
+        gates.check(lm, f"strategy.name = {config.strategy.name!r}")
     template = tokenization.make_template(config.prompt, lm.tokenizer)
     figures, deciding = set_deciding_apart(federation, config)
     held_out = comparison.prepare_apart(figures.test, deciding, template, lm, config)

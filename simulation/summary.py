@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from apiary.config.schema import RunConfig
 from apiary.config.summary import public_name
 from apiary.core.tensors import StateDict
-from apiary.data import tokenization
+from apiary.data import injection, tokenization
 from apiary.data.examples import Example, answer
 from apiary.data.federation import Federation
 from apiary.data.tokenization import Template
@@ -19,7 +19,7 @@ from apiary.evaluation import comparison, continual, row_losses
 from apiary.evaluation.comparison import HeldOut, Measured
 from apiary.export.adapter_folder import WEIGHTS, exported_rank, save_adapter_folder
 from apiary.export.personal import read_choice
-from apiary.models import adapter_files, adapters
+from apiary.models import adapter_files, adapters, gates
 from apiary.models.adapters import LanguageModel
 from apiary.models.start import named_start
 from apiary.privacy import statement
@@ -69,7 +69,7 @@ def summarise(
     finished = sum(event["event"] == "round" for event in counted)
     trained = baselines.train_all(config, lm, template, took_part, finished, folder, log, shared)
     log.event("phase", name="evaluating")
-    own = own_models(prepared, adapter, folder, {client.client for client in took_part})
+    own, written = own_models(prepared, folder, {client.client for client in took_part})
     local, pooled = ({name: made.adapter for name, made in group.items()} for group in trained)
     runs, alone = comparison.compare(lm, held_out, config, adapter, local, pooled, own, named_start(lm, config))
     steps = {client.client: client.total for client in took_part}
@@ -77,7 +77,7 @@ def summarise(
     clients = _per_client(prepared, adapter, trained, runs["federated"], alone, own, ranks, steps)
     figures = None
     if config.personal.enabled:
-        figures = _personal(prepared, models_of(prepared, adapter, own), took_part, local, folder, log)
+        figures = _personal(prepared, models_of(prepared, adapter, written), took_part, local, folder, log)
         clients = with_personal(clients, figures, beside=True)
     nats = {method: run.nats for method, run in runs.items()}
     row_losses.write_row_losses(folder, held_out.examples, runs["federated"].tokens, nats)
@@ -209,20 +209,33 @@ def _sum(counts: Iterable[int | None]) -> int | None:
     return None if None in known else sum(count for count in known if count is not None)
 
 
-def own_models(prepared: Plan, adapter: StateDict, folder: Path, trained: Collection[str]) -> dict[str, StateDict]:
+class OwnModels(NamedTuple):
+    """The clients' models of their own, by client; none where the method makes one for all."""
+
+    used: dict[str, StateDict]  # as the clients use them, which is what is measured
+    written: dict[str, StateDict]  # as an adapter folder holds them: without gates
+
+
+def own_models(prepared: Plan, folder: Path, trained: Collection[str]) -> OwnModels:
     """Each client's model of its own, where the method makes one; that of who has trained is kept as a folder."""
-    config, federation, lm, _, _ = prepared
+    config, federation, lm, template, _ = prepared
     method = method_from_config(config)
     if not method.local.personal:
-        return {}
+        return OwnModels({}, {})
     made = client_models.of_clients(lm, config, method, [client.name for client in federation.clients], folder)
+    written, about = dict(made), ""
+    if method.local.mixes:
+        about = gates.FIXED
+        for client in federation.clients:
+            rows = injection.encode_training(gates.sample(client.train), template, lm.tokenizer, config.prompt)
+            written[client.name] = gates.fixed(lm, made[client.name], rows)
     for client in federation.clients:
         if client.name in trained:
             place = result_folders(folder).personal / client.name
             if read_choice(place) is not None:  # [personal] has chosen already, and looks itself whether that holds
                 continue
-            save_adapter_folder(lm, made[client.name], place, config, folder)
-    return made
+            save_adapter_folder(lm, written[client.name], place, config, folder, about=about)
+    return OwnModels(made, written)
 
 
 def models_of(prepared: Plan, adapter: StateDict, own: Mapping[str, StateDict]) -> dict[str, StateDict]:
@@ -260,7 +273,7 @@ def personal_of_run(
     config, federation, lm, template, held_out = prepared
     counted = _counted(event_log.read_events(folder), config)
     took_part = visits.of_run(federation.clients, config, counted, folder)
-    own = own_models(prepared, adapter, folder, {client.client for client in took_part})
+    own = own_models(prepared, folder, {client.client for client in took_part}).written
     weights = {path.parent.name: path for path in result_folders(folder).alone.glob(f"[!.]*/{WEIGHTS}")}
     local = {client: adapter_files.read_adapter(lm, path) for client, path in weights.items()}
     home, federated = Home(config, lm, template), models_of(prepared, adapter, own)

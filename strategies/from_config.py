@@ -114,7 +114,7 @@ def _problems(config: RunConfig, aggregator: Aggregator) -> Iterator[str]:
     if config.strategy.root is not None and not aggregator.root:
         yield f"strategy.root: strategy.name = {name!r} does not use rows of the server's own; leave it out"
     if aggregator.local.personal and adapter.share == "both":  # with share = "a" `apiary.config.compatibility` says so
-        yield from _personal_problems(config)
+        yield from _personal_problems(config, aggregator.local)
     if aggregator.local.own and config.train.steps == 1:
         yield f"train.steps = 1: strategy.name = {name!r} shares a visit's steps between two models; set 2 or more"
     yield from _private_problems(config, aggregator)
@@ -152,7 +152,7 @@ def _private_problems(config: RunConfig, aggregator: Aggregator) -> Iterator[str
         )
 
 
-def _personal_problems(config: RunConfig) -> Iterator[str]:
+def _personal_problems(config: RunConfig, local: LocalAlgorithm) -> Iterator[str]:
     """What asks for one model for all, where clients have models of their own."""
     name = f"strategy.name = {config.strategy.name!r}"
     if config.continual.stages:
@@ -169,6 +169,23 @@ def _personal_problems(config: RunConfig) -> Iterator[str]:
         )
     if config.evaluate.clients is False:
         yield f"evaluate.clients = false: {name} makes models that clients score themselves; leave the key out"
+    if local.mixes:
+        yield from _mixing_problems(config)
+
+
+def _mixing_problems(config: RunConfig) -> Iterator[str]:
+    """What clients' own adapters, weighed by gates, do not go with."""
+    name = f"strategy.name = {config.strategy.name!r}"
+    if config.adapter.start is not None:
+        yield (
+            f"adapter.start: {name} lets clients make the first adapter anew from the run's seed; they have no copy of "
+            "another; leave it out"
+        )
+    if config.adapter.dropout:
+        yield (
+            f"adapter.dropout = {config.adapter.dropout:g}: {name} works out a layer's product twice, which would be "
+            "dropped differently each time; set 0"
+        )
 
 
 def _for_several_ranks(config: RunConfig) -> Iterator[str]:

@@ -57,8 +57,14 @@ class Hooks(NamedTuple):
 class Opened(NamedTuple):
     """What a visit, or an evaluation, starts from."""
 
-    adapter: StateDict  # whole, of the client's rank
+    adapter: StateDict  # whole, of the client's rank; with gates where the method `mixes`
     hooks: Hooks = Hooks()
+    base_delta: StateDict | None = None  # what the client adds to the base, of scale 1; None: what it was sent
+
+    def over(self, payload: Payload) -> Payload:
+        """The payload with what was made of it in the place of what was sent."""
+        base_delta = payload.base_delta if self.base_delta is None else self.base_delta
+        return payload._replace(adapter=self.adapter, base_delta=base_delta)
 
 
 class Client(NamedTuple):
@@ -83,7 +89,8 @@ class LocalAlgorithm(NamedTuple):
     `keeps` names the files that hold the client's state of the method, one a round, on its own disk; "" keeps none.
     A method with `own` keeps that adapter and nothing else, so that its `finish` keeps nothing and it has no `settle`.
     With `resumes` = "newest" a visit gets the state of the newest round before its own; with "counted" that of the last
-    round in which the server says that the client's answer counted, for methods whose server holds a part of it.
+    round in which the server says that the client's answer counted, for methods whose server holds a part of it. Where
+    `finish` and `settle` both keep tensors, the state is all of them.
     """
 
     open: Callable[[StateDict, Payload, Client], Opened] = _open
@@ -100,6 +107,10 @@ class LocalAlgorithm(NamedTuple):
     codec: str = "fp32"  # that carries its updates where the run leaves wire.up as it is
     own: Callable[[StateDict, Payload, Client], Opened] | None = None  # the second adapter; None: there is none
     own_share: float = 0.0  # of a visit's steps, those that train the second adapter
+    by_rates: bool = False  # whether `settle` goes by the sum of the learning rates, and so by the number of steps
+    # Whether clients go on with adapters of their own and weigh them, by gates (`lora.gate_name`), against what they
+    # make of the server's; they then get the payload's `extra` to measure by too.
+    mixes: bool = False
 
     def own_steps(self, steps: int) -> int:
         """How many of a visit's steps train the client's own adapter; what is sent gets the others, one at least."""

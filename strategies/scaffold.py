@@ -134,4 +134,4 @@ def _own(state: StateDict, payload: Payload) -> dict[str, Tensor]:
     return {name: state.get(name, torch.zeros_like(c)) for name, c in payload.extra.items()}
 
 
-LOCAL = LocalAlgorithm(_open, settle=_settle, keeps="control", resumes="counted")
+LOCAL = LocalAlgorithm(_open, settle=_settle, keeps="control", resumes="counted", by_rates=True)

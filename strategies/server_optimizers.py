@@ -35,6 +35,7 @@ _BASE = (
     "such as fedavg"
 )
 _GROUPS = "this strategy.name moves an adapter for each group of clients by itself; use none, or fedavg"
+_OWN = "this strategy.name counts what clients hold, which a longer or shorter step would no longer be; use none"
 _SEEDS = "this strategy.name averages scalars of seeds, which have no entries to optimise; use none, and set train.lr"
 
 
@@ -68,7 +69,8 @@ def with_optimizer(
 
     Raises:
         UserError: the optimiser has a memory and the basis of the method's factors changes each round; or the method
-            also adds to the base, and what it adds fits a step of size 1 alone; or it has groups of clients.
+            also adds to the base, and what it adds fits a step of size 1 alone; or it has groups of clients, or counts
+            what they hold.
     """
     if optimizer.name == "none":
         return aggregator
@@ -78,6 +80,8 @@ def with_optimizer(
         raise _refused(optimizer, _BASE)
     if aggregator.group:
         raise _refused(optimizer, _GROUPS)
+    if aggregator.local.mixes:
+        raise _refused(optimizer, _OWN)
     if aggregator.space == "products":
         if optimizer.slots:
             raise _refused(optimizer, _BASIS)

@@ -17,7 +17,7 @@ from torch import Tensor
 from apiary.core.tensors import StateDict
 
 Scaling: TypeAlias = Callable[[int], float]  # by rank: the s in W + s B A
-_A, _B = ".lora_A.weight", ".lora_B.weight"
+_A, _B, _GATE = ".lora_A.weight", ".lora_B.weight", ".lora_gate.weight"
 _BASE = "base_delta."
 
 
@@ -83,6 +83,27 @@ def parts(state: StateDict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The adapter and the base delta (maybe empty) that `whole` put together."""
     base_delta = {name.removeprefix(_BASE): tensor for name, tensor in state.items() if name.startswith(_BASE)}
     return {name: tensor for name, tensor in state.items() if not name.startswith(_BASE)}, base_delta
+
+
+def gate_name(module: str) -> str:
+    """The name of a module's gate in an adapter: (1, d_in), beside its factors."""
+    return module + _GATE
+
+
+def module_of(name: str) -> str:
+    """The module that a tensor of an adapter is of."""
+    return name.removesuffix(_A).removesuffix(_B).removesuffix(_GATE)
+
+
+def is_gate(name: str) -> bool:
+    """Whether a tensor of an adapter is a gate, which weighs its product by the input (`apiary.models.gates`)."""
+    return name.endswith(_GATE)
+
+
+def ungated(adapter: StateDict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The adapter without gates, and its gates by module."""
+    gates = {name.removesuffix(_GATE): tensor for name, tensor in adapter.items() if is_gate(name)}
+    return {name: tensor for name, tensor in adapter.items() if not is_gate(name)}, gates
 
 
 def is_b(name: str) -> bool:

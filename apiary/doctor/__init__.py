@@ -90,7 +90,7 @@ def _examine_parts(config: RunConfig, problems: list[str], console: Console, rem
     from apiary.data import stages
     from apiary.doctor import plan, values
     from apiary.evaluation import comparison
-    from apiary.models import base, inference, start
+    from apiary.models import base, gates, inference, start
     from apiary.tracking import trackers
 
     told: dict[str, Any] = {}
@@ -108,6 +108,8 @@ def _examine_parts(config: RunConfig, problems: list[str], console: Console, rem
     if lm is not None:
         plan.print_decoding(lm, console)
         _attempt(problems, lambda: comparison.check_positions(lm, config))
+        if _mixes(config):
+            _attempt(problems, lambda: gates.check(lm, f"strategy.name = {config.strategy.name!r}"))
         if config.evaluate.generate:
             _attempt(problems, lambda: inference.check_decoding(lm))
     if federation is None:
@@ -166,6 +168,16 @@ def _load(config: RunConfig, device: torch.device | None, problems: list[str]) -
     if not _attempt(problems, lambda: _fits(model, device)):
         return None
     return _attempt(problems, lambda: adapters.load(model, config.adapter))
+
+
+def _mixes(config: RunConfig) -> bool:
+    """Whether the method asks for gates; not where it cannot be built, which is told elsewhere."""
+    from strategies.from_config import method_from_config
+
+    try:
+        return method_from_config(config).local.mixes
+    except UserError:
+        return False
 
 
 def _fits(model: ModelConfig, device: torch.device) -> bool:

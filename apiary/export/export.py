@@ -22,7 +22,7 @@ from apiary.export.adapter_folder import OF_THE_SITE, SETTINGS
 from apiary.export.model_card import base_path, card, card_of_other
 from apiary.export.personal import note, read_choice
 from apiary.export.tuned import Tuned, open_tuned
-from apiary.models import adapter_files, adapters, generation
+from apiary.models import adapter_files, adapters, gates, generation
 from apiary.models.adapter_files import Written
 from apiary.models.base import save_tokenizer_files
 from apiary.privacy import statement
@@ -153,8 +153,9 @@ def _describe(tuned: Tuned, form: _Form, path: Path, draft: Path, *, merged: boo
         files.write_atomic(draft / "README.md", card_of_other(tuned.config, form.written, merged=merged, cut=form.cut))
         return
     text = card(tuned.config, form.written.rank, metrics, privacy, merged=merged, why=tuned.template.why)
-    choice = read_choice(path)
-    files.write_atomic(draft / "README.md", text + (note(choice) if choice else ""))
+    choice, before = read_choice(path), path / "README.md"
+    fixed = gates.FIXED if before.exists() and gates.FIXED in before.read_text(encoding="utf-8") else ""
+    files.write_atomic(draft / "README.md", text + fixed + (note(choice) if choice else ""))
     config = _handed_on(tuned.config)
     if not merged:  # in which bits the base is held is the run's setting, and none of the check's
         dtype = _stored_dtype(tuned, path)

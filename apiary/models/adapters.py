@@ -33,7 +33,7 @@ from apiary.core.messages import Fingerprint
 from apiary.core.tensors import StateDict, generator
 from apiary.models import experts, targets
 from apiary.models.base import base_digest, read, resolve_device, resolve_dtype
-from apiary.models.fused_layers import add_to_base, slim
+from apiary.models.fused_layers import add_to_base, set_gate, slim
 from apiary.models.generation import BaseGeneration
 from apiary.models.targets import Coverage, Targets
 
@@ -80,6 +80,7 @@ class LanguageModel:
     dropouts: tuple[nn.Module, ...]  # of the adapter's inputs
     coverage: Coverage  # how much of the base has an adapter
     adding: set[str]  # modules that now compute as if something were added to their base
+    gates: dict[str, nn.Parameter]  # the live gates of the adapter that is set, by their names in it; empty: none
     generation: BaseGeneration  # what the base says of decoding
 
 
@@ -168,6 +169,7 @@ def _adapt(base: _Base, config: ModelConfig, adapter: AdapterConfig) -> Language
         dropouts=tuple(module for path, module in model.named_modules() if ".lora_dropout." in path),
         coverage=targets.coverage(base.model, found),
         adding=set(),
+        gates={},
         generation=base.generation,
     )
 
@@ -236,18 +238,25 @@ def get_adapter(lm: LanguageModel) -> dict[str, Tensor]:
     return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in lm.adapter.items()}
 
 
+def live(lm: LanguageModel) -> dict[str, nn.Parameter]:
+    """The parameters of the adapter that is set: its factors, and its gates if it has any."""
+    return {**lm.adapter, **lm.gates}
+
+
 def set_adapter(lm: LanguageModel, state: StateDict) -> None:
     """Writes `state` into the live adapter, in place.
 
     Args:
         state: an adapter, or an adapter and what it adds to the base (`lora.whole`); without that the base is as it
-            was read.
+            was read. Modules with something added may have gates (`lora.gate_name`), which are new parameters then,
+            in `lm.gates`, until another state is set.
 
     Raises:
         ValueError: a name is missing or unknown, or a shape differs; the live adapter is then
             untouched.
     """
     state, base_delta = lora.parts(state)
+    state, gates = lora.ungated(state)
     added = _added(lm, base_delta)
     missing = [name for name in lm.adapter if name not in state]
     unknown = [name for name in state if name not in lm.adapter]
@@ -257,6 +266,7 @@ def set_adapter(lm: LanguageModel, state: StateDict) -> None:
     for name, parameter in lm.adapter.items():
         if state[name].shape != parameter.shape:
             raise ValueError(f"adapter tensor {name!r}: shape {tuple(state[name].shape)}, not {tuple(parameter.shape)}")
+    _check_gates(lm, gates, added)
     with torch.no_grad():
         for name, parameter in lm.adapter.items():
             parameter.copy_(state[name])
@@ -265,8 +275,24 @@ def set_adapter(lm: LanguageModel, state: StateDict) -> None:
             experts.add_to_base(expert, added.get(module))
         else:
             add_to_base(lm.model.get_submodule(module), added.get(module))
+    for module in {lora.module_of(name) for name in lm.gates} - gates.keys():
+        set_gate(lm.model.get_submodule(module), None)
+    lm.gates.clear()
+    for module, gate in gates.items():
+        weight = lm.gates[lora.gate_name(module)] = nn.Parameter(gate.detach().to(lm.device, torch.float32, copy=True))
+        set_gate(lm.model.get_submodule(module), weight)
     lm.adding.clear()
     lm.adding.update(added)
+
+
+def _check_gates(lm: LanguageModel, gates: StateDict, added: Mapping[str, Factors]) -> None:
+    for module, gate in gates.items():
+        if module not in added:
+            raise ValueError(f"a gate for {module!r}, to whose base nothing is added, has nothing to weigh")
+        if experts.place(lm.model, module):
+            raise ValueError(f"a gate for {module!r}: experts of one weight see their inputs only inside their module")
+        if tuple(gate.shape) != (1, added[module].a.shape[1]):
+            raise ValueError(f"gate for {module!r}: shape {tuple(gate.shape)}, not {(1, added[module].a.shape[1])}")
 
 
 def _added(lm: LanguageModel, base_delta: StateDict) -> dict[str, Factors]:
@@ -280,12 +306,12 @@ def _added(lm: LanguageModel, base_delta: StateDict) -> dict[str, Factors]:
 
 @contextmanager
 def training(lm: LanguageModel, factors: Literal["both", "b", "a"]) -> Iterator[LanguageModel]:
-    """Within it only these factors get gradients; it yields the model with them alone as its adapter."""
+    """Within it only these factors get gradients; it yields the model with them, and the gates, as its adapter."""
     frozen = [p for name, p in lm.adapter.items() if factors != "both" and is_b(name) != (factors == "b")]
     for parameter in frozen:
         parameter.requires_grad_(False)
     try:
-        yield replace(lm, adapter={name: p for name, p in lm.adapter.items() if p.requires_grad})
+        yield replace(lm, adapter={name: p for name, p in live(lm).items() if p.requires_grad})
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)

@@ -13,7 +13,7 @@ import ctypes
 import functools
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -28,7 +28,7 @@ from apiary.core.lora import Factors
 from apiary.models.cpu_attention import rotary_forward, use_on
 
 _GIVE_BACK_S = 5.0
-_BASE_DELTA, _HOOK = "apiary_base_delta", "apiary_hook"
+_BASE_DELTA, _GATE, _SEEN, _HOOK = "apiary_base_delta", "apiary_gate", "apiary_seen", "apiary_hook"
 
 
 def slim(model: PeftModel, device: torch.device) -> None:
@@ -101,12 +101,53 @@ def add_to_base(layer: nn.Module, factors: Factors | None) -> None:
         vars(layer)[_HOOK] = layer.register_forward_hook(lambda own, args, out: _with_base_delta(own, args[0], out))
 
 
+def set_gate(layer: nn.Module, gate: nn.Parameter | None) -> None:
+    """Let a LoRA layer with something added to its base weigh the two against each other by its input.
+
+    With D what `add_to_base` has added, it computes W x + alpha(x) s B A x + (1 - alpha(x)) D x, where
+    alpha(x) = sigmoid(<gate, x>), for each position by itself. None takes the gate back.
+
+    Args:
+        layer: the layer; without dropout at work.
+        gate: (1, d_in), on the layer's device. The layer reads it and does not register it.
+    """
+    vars(layer).pop(_SEEN, None)
+    if gate is None:
+        vars(layer).pop(_GATE, None)
+    else:
+        vars(layer)[_GATE] = gate
+
+
+def note_gate(layer: nn.Module, note: Callable[[Tensor], None] | None) -> None:
+    """Have `note` told of alpha(x), (..., 1) float32, in each pass through a layer with a gate; None ends that."""
+    if note is None:
+        vars(layer).pop(_SEEN, None)
+    else:
+        vars(layer)[_SEEN] = note
+
+
 def _with_base_delta(layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
     factors = vars(layer).get(_BASE_DELTA)
     if factors is None:
         return out
     a, b = factors
-    return out + nn.functional.linear(nn.functional.linear(x.to(a.dtype), a), b).to(out.dtype)
+    x = x.to(a.dtype)
+    added = nn.functional.linear(nn.functional.linear(x, a), b)
+    gate = vars(layer).get(_GATE)
+    if gate is not None:
+        added = _mixed(layer, x, added, gate)
+    return out + added.to(out.dtype)
+
+
+def _mixed(layer: Any, x: Tensor, added: Tensor, gate: Tensor) -> Tensor:
+    """What makes of W x + s B A x the mixture: (1 - alpha) (D x - s B A x)."""
+    logits = nn.functional.linear(x, gate.to(x.dtype)).float()
+    if note := vars(layer).get(_SEEN):
+        note(torch.sigmoid(logits.detach()))
+    name = layer.active_adapters[0]
+    low = nn.functional.linear(x, layer.lora_A[name].weight.to(x.dtype))
+    own = nn.functional.linear(low, layer.lora_B[name].weight.to(x.dtype) * layer.scaling[name])
+    return torch.sigmoid(-logits).to(added.dtype) * (added - own)
 
 
 def project(layers: list[Any], x: Tensor) -> list[Tensor]:

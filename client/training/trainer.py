@@ -23,7 +23,7 @@ from apiary.core.lora import is_b
 from apiary.core.messages import FitReport
 from apiary.core.tensors import StateDict, derive_seed, generator, threads
 from apiary.data.batches import Batch, Corpus, collate, plan_batches
-from apiary.models.adapters import LanguageModel, autocast, pad_id, set_adapter, training
+from apiary.models.adapters import LanguageModel, autocast, live, pad_id, set_adapter, training
 from apiary.models.loss import to_device
 from client.training.objectives import OBJECTIVES, Objective, finite
 from strategies.local import Hooks
@@ -139,9 +139,7 @@ def fit(lm: LanguageModel, start: StateDict, corpus: Corpus, config: TrainConfig
             made += 1
             for observe in plan.observers:
                 observe(record)
-    delta: StateDict = {
-        name: p.detach().to("cpu", torch.float32) - start[name].float() for name, p in lm.adapter.items()
-    }
+    delta: StateDict = {name: p.detach().to("cpu", torch.float32) - start[name].float() for name, p in live(lm).items()}
     for project in (*plan.hooks.projections, finite):
         delta = project(delta)
     loss = nats / tokens if tokens else float("nan")
@@ -288,5 +286,5 @@ def _training(lm: LanguageModel, seed: int) -> Iterator[None]:
         finally:
             for module in lm.dropouts:
                 module.eval()
-            for parameter in lm.adapter.values():
+            for parameter in live(lm).values():
                 parameter.grad = None

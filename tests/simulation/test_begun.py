@@ -110,7 +110,7 @@ def test_a_run_begins_from_it_and_says_so(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in AGGREGATORS if name != "fedkseed"])
+@pytest.mark.parametrize("name", [name for name in AGGREGATORS if name not in ("fedkseed", "fedalt")])
 def test_no_method_loses_the_start(
     name: str, small_run: list[str], begin: Path, loss_of_start: float, tmp_path: Path
 ) -> None:

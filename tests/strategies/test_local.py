@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from apiary.core.lora import Factors, is_b, join, scaling, split
+from apiary.core.lora import Factors, gate_name, is_b, join, scaling, split, ungated
 from apiary.core.messages import ClientInfo, Payload
 from apiary.core.tensors import StateDict, digest
 from apiary.transport.codecs import CODECS
@@ -33,6 +33,15 @@ def factors(seed: int, rank: int = RANK) -> dict[str, Tensor]:
     )
 
 
+GATES = {gate_name(m): torch.full((1, i), 0.5) for m, (_, i) in MODULES.items()}
+
+
+def shapes_of(case: Case) -> dict[str, torch.Size]:
+    """Of what a visit trains: the whole adapter, and gates where the method has them."""
+    gates = {name: tensor.shape for name, tensor in GATES.items()} if case.local.mixes else {}
+    return {**case.client.shapes, **gates}
+
+
 START = {name: torch.zeros_like(t) if is_b(name) else t for name, t in factors(7).items()}
 
 
@@ -47,8 +56,8 @@ METHODS: Mapping[str, Callable[[], Aggregator]] = {
     "hetlora, pruning": lambda: build("hetlora", prune=0.5, penalty=0.1),
     "fedsa": lambda: with_own_b(build("fedavg")),
 }
-WITH_STATE = {"scaffold": "control", "fedsa": "personal", "ditto": "own"}
-NOT_PLAIN = {"scaffold", "fedsa", "fedkseed", "hetlora, pruning", "ditto", "clustered"}
+WITH_STATE = {"scaffold": "control", "fedsa": "personal", "ditto": "own", "fedalt": "individual"}
+NOT_PLAIN = {"scaffold", "fedsa", "fedkseed", "hetlora, pruning", "ditto", "clustered", "fedalt"}
 
 
 class Case(NamedTuple):
@@ -83,6 +92,7 @@ def case_of(name: str, rank: int = RANK, state: StateDict | None = None) -> Case
     # A change that shrinks every tail, so that a client that may prune does.
     delta = {n: -0.5 * t if method.local.shares(n) else factors(5)[n] for n, t in payload.adapter.items()}
     whole = {n: delta.get(n, 0.1 * t) for n, t in factors(4, rank).items()}
+    whole |= GATES if method.local.mixes else {}
     made = delta if method.scalars else whole
     return Case(name, method, payload._replace(last_round=2), client, kept if state is None else state, made)
 
@@ -115,10 +125,10 @@ def hooks_said(hooks: Hooks) -> list[Any]:
 
 def test_a_visit_begins_with_a_whole_adapter_of_the_clients_rank(case: Case) -> None:
     adapter = case.opened().adapter
-    assert {name: tensor.shape for name, tensor in adapter.items()} == dict(case.client.shapes)
+    assert {name: tensor.shape for name, tensor in adapter.items()} == shapes_of(case)
     assert all(tensor.dtype == torch.float32 and bool(tensor.isfinite().all()) for tensor in adapter.values())
-    assert {f.rank for f in split(adapter).values()} == {RANK}
-    if not case.method.scalars:  # what was sent is in it as it was sent
+    assert {f.rank for f in split(ungated(adapter)[0]).values()} == {RANK}
+    if not (case.method.scalars or case.local.mixes):  # what was sent is in it as it was sent
         assert all(torch.equal(adapter[name], tensor) for name, tensor in case.payload.adapter.items())
 
 
@@ -134,7 +144,7 @@ def test_a_client_without_a_state_takes_part_all_the_same(case: Case) -> None:
     """In its first round, where the server counts on nothing of it."""
     first = case.payload._replace(last_round=0)
     opened = case.local.open({}, first, case.client)
-    assert {name: tensor.shape for name, tensor in opened.adapter.items()} == dict(case.client.shapes)
+    assert {name: tensor.shape for name, tensor in opened.adapter.items()} == shapes_of(case)
     if case.local.settle:
         assert case.local.settle({}, first, case.delta, LR_SUM)
 
@@ -154,16 +164,16 @@ def test_what_is_sent_has_only_what_travels(case: Case) -> None:
 
 def test_a_state_is_kept_only_where_it_has_a_name(case: Case) -> None:
     assert case.local.keeps == WITH_STATE.get(case.name, "")
-    _, kept = case.local.finish(case.opened().adapter, case.delta)
-    settled = case.local.settle(case.state, case.payload, case.delta, LR_SUM) if case.local.settle else NOTHING
+    sent, kept = case.local.finish(case.opened().adapter, case.delta)
+    settled = case.local.settle(case.state, case.payload, sent, LR_SUM) if case.local.settle else NOTHING
     own = case.own()
     assert bool(kept or settled or own) == bool(case.local.keeps)
-    assert sum(map(bool, (kept, settled, own))) <= 1  # there is one file a round
+    assert not (own and (kept or settled)) and not kept.keys() & settled.keys()  # there is one file a round
     if case.local.settle:
-        assert case.local.keeps and case.method.extra  # the worker settles where there is something of the method's own
+        assert case.local.keeps and case.payload.extra  # else the worker does not settle
     # What was kept is what the next visit opens with.
-    again = case.local.open(kept or settled, case.payload, case.client)
-    assert {name: tensor.shape for name, tensor in again.adapter.items()} == dict(case.client.shapes)
+    again = case.local.open({**kept, **settled}, case.payload, case.client)
+    assert {name: tensor.shape for name, tensor in again.adapter.items()} == shapes_of(case)
 
 
 def test_a_state_makes_a_difference_to_the_next_visit() -> None:
@@ -220,11 +230,13 @@ def test_what_a_half_says_of_itself_is_so(case: Case) -> None:
     hooks = case.opened().hooks
     assert (hooks.descend is not None) == case.local.gradient_free == bool(case.method.scalars)
     assert case.local.codec in CODECS and (case.local.codec != "fp32") == case.local.gradient_free
-    assert bool(hooks.correction) == bool(case.payload.extra) == case.method.extra
+    assert bool(hooks.correction) == case.method.extra == case.local.by_rates
+    assert bool(case.payload.extra) == (case.method.extra or case.local.mixes)
     assert set(hooks.correction) <= set(case.client.shapes)
     half = case.local.halves(case.client.shapes)
     assert half == (not all(map(case.local.shares, case.client.shapes)))
-    assert bool(case.local.personal) == bool(half or case.local.own or case.method.group)
+    assert bool(case.local.personal) == bool(half or case.local.own or case.method.group or case.local.mixes)
+    assert (case.opened().base_delta is not None) == case.local.mixes
     assert not case.local.personal.endswith(".")  # a sentence goes on with it
     assert (case.local.own is None) == (case.local.own_share == 0.0) and 0.0 <= case.local.own_share < 1.0
     assert not hooks.penalties or case.method.prunes
@@ -235,6 +247,8 @@ def test_what_a_half_says_of_itself_is_so(case: Case) -> None:
 
 
 def test_who_is_only_measured_is_sent_nothing_extra_and_opens_the_same_adapter(case: Case) -> None:
+    if case.local.mixes:
+        pytest.skip("its clients take themselves out of what they are sent, and get the number for it with it")
     measured = case.local.open(case.state, case.payload._replace(extra=NOTHING), case.client)
     assert bits(measured.adapter) == bits(case.opened().adapter)
     assert not measured.hooks.correction

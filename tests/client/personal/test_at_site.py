@@ -74,7 +74,8 @@ def worked(folder: Path, model: Path, *more: str, visits: int = 2) -> Home:
     adapter: StateDict = adapters.fresh_adapter(lm, config.seed)
     shared = {name: tensor for name, tensor in adapter.items() if worker.local.shares(name)}
     for number in range(1, visits + 1):
-        answer = worker.train(site, number, Payload(shared, {}))
+        told = {"clients": torch.tensor(3.0)} if worker.local.mixes else {}
+        answer = worker.train(site, number, Payload(shared, {}, told))
         assert isinstance(answer, Visit)
         shared = add(shared, {name: 0.7 * change for name, change in answer.update.delta.items()})  # as with others
     adapter = {**adapter, **shared}
@@ -350,6 +351,18 @@ def test_the_model_that_the_method_made_for_a_site_is_its_federated_candidate(tm
     never = at_site.prepare(home.facts, Handed(home.run, run="none"), tmp_path / "out")
     assert all(torch.allclose(tensor, home.adapter[name]) for name, tensor in never.task.federated.items())
     assert any("the shared one stands in" in line for line in never.remarks)
+
+
+def test_a_model_with_gates_is_its_candidate_in_the_fixed_form(tmp_path: Path, tiny_model: Path) -> None:
+    """A client's factors and the others' side by side; what is trained at home begins there."""
+    home = worked(tmp_path, tiny_model, *OWN, "strategy.name=fedalt")
+    plan = at_site.prepare(home.facts, Handed(home.run), tmp_path / "out")
+    lm = adapters.load(at_home(home.config, home.facts).model, home.config.adapter)
+    mine = adapter_files.read_adapter(lm, home.site.folder / "adapter" / WEIGHTS)
+    assert len(mine) == 2 * len(home.adapter) and plan.task.federated.keys() == mine.keys()
+    assert all(torch.equal(tensor, mine[name]) for name, tensor in plan.task.federated.items())
+    made = at_site.make(plan)
+    assert made["kept"] in ("federated", "mixed", "tuned", "alone")
 
 
 def test_steps_of_private_visits_are_counted_and_its_rows_are_those_of_the_run(
