@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # Whole files go to one process, for what they set up once (a deployment, say) is theirs.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# The defaults, and at the end a model of each client's own: three minutes on two cores.
+# The defaults, and at the end a model of each client's own: three to five minutes on two cores.
 demo: setup
 	$(BIN)/apiary simulate -s personal.enabled=true
 

@@ -4,11 +4,11 @@ Every setting is one change of the defaults before, or of what is named beside i
 and seeds. Told are the held-out loss of the federated model by seed, the difference to the defaults before with its 95%
 interval over seeds and rows, and what a run of it costs.
 
-    python benchmarks/defaults.py [--tasks skills,even,dolly] [--settings NAME;NAME] [--seeds 5] [--jobs 2] [--work DIR]
+    python benchmarks/defaults.py [--tasks skills,even] [--settings NAME;NAME] [--seeds 5] [--jobs 2] [--work DIR]
 
 Runs are kept in the work directory, and one that is there is not run again, so that a benchmark that was stopped goes
 on. What the results say of other settings, or of these on other tasks, stays. `dolly` needs ../shared with a small
-model and ten organisations' rows.
+model and ten organisations' rows, `smollm2` these and the model that `make real` makes.
 """
 
 from __future__ import annotations
@@ -66,6 +66,12 @@ TASKS: dict[str, tuple[str, ...]] = {
         "data.test_fraction=0.1",
         "data.partition=natural",
         "prompt.template=alpaca",
+    ),
+    "smollm2": (  # that of `benchmarks/personal.py`
+        f"model.name={ROOT / 'build' / 'smollm2-135m-instruct'}",
+        f"data.source={SHARED / 'data' / 'dolly' / 'client_1.jsonl'}",
+        *("data.clients=4", "data.partition.by=category", "data.test_fraction=0.25"),
+        *("prompt.template=chat", "rounds=4", "train.steps=4", "train.batch_tokens=512"),
     ),
 }
 

@@ -3,11 +3,12 @@
 Each run is a process of its own. Told are, for each client, the losses on its own held-out rows, which neither trained
 nor chose, and the 95% interval of its own model's difference to training alone at its best.
 
-    python benchmarks/personal.py [--cases default,dolly,150] [--seeds 0,1,2] [-s KEY=VALUE]... [--out FILE]
+    python benchmarks/personal.py [--cases dolly,150] [--seeds 0,1,2] [-s KEY=VALUE]... [--out FILE]
 
-`50` to `1500` are the default federation with about so many training rows a client. What has been measured with the
+`50` to `1500` are the default federation with about so many training rows a client; `benchmarks/demo.py` measures the
+default itself. What has been measured with the
 same settings is kept, so that further cases and seeds are added to what is there. `dolly` needs ../shared with a small
-model and ten organisations' rows.
+model and ten organisations' rows, `smollm2` these and the model that `make real` makes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,18 @@ def _rows(per_skill: int, held_out: float) -> tuple[str, ...]:
 
 
 CASES: dict[str, tuple[str, ...]] = {
-    "default": (),
     "dolly": (
         f"model.name={SHARED / 'models' / 'probe'}",
         f"data.source={SHARED / 'data' / 'dolly'}",
         "data.partition=natural",
         "prompt.template=alpaca",
+    ),
+    # A real instruction-tuned model and 1,000 short rows of one of these organisations, dealt out to four clients.
+    "smollm2": (
+        f"model.name={ROOT / 'build' / 'smollm2-135m-instruct'}",
+        f"data.source={SHARED / 'data' / 'dolly' / 'client_1.jsonl'}",
+        *("data.clients=4", "data.partition.by=category", "data.test_fraction=0.25"),
+        *("prompt.template=chat", "rounds=4", "train.steps=4", "train.batch_tokens=512"),
     ),
     # 12 skills at 8 clients; of a client's rows some 70 are held out, so that most can tell a difference. With few rows
     # a larger part chooses, or there were not enough of them for training alone to stop early.
@@ -67,18 +74,24 @@ def one(case: str, seed: int, overrides: Sequence[str]) -> dict[str, Any]:
         if done.returncode:
             raise SystemExit(f"{case}, seed {seed}: {(done.stderr.strip().splitlines() or ['no reason'])[-1]}")
         metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
-        choices = {place.parent.name: json.loads(place.read_text()) for place in out.glob("personal/*/choice.json")}
+        clients = clients_of(out, metrics)
         events = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     return {
         "seed": seed,
         "table": metrics["personal"]["table"],
         "gain": metrics["personal"].get("gain"),
-        "clients": [_client(client, choices[client["client"]]) for client in metrics["clients"]],
+        "clients": clients,
         "personal_s": round(sum(event["seconds"] for event in events if event["event"] == "personal"), 1),
         "wall_s": round(time.monotonic() - began, 1),
         "machine": metrics["machine"],
         "versions": metrics["versions"],
     }
+
+
+def clients_of(run: Path, metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What each client's own model came to, with its candidates, from a run directory and its metrics."""
+    choices = {place.parent.name: json.loads(place.read_text()) for place in run.glob("personal/*/choice.json")}
+    return [_client(client, choices[client["client"]]) for client in metrics["clients"]]
 
 
 def _client(client: dict[str, Any], choice: dict[str, Any]) -> dict[str, Any]:
@@ -96,12 +109,12 @@ def _client(client: dict[str, Any], choice: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """All runs together: by method the mean over clients of each seed, and over all clients how many are better off."""
     clients = [client for run in runs for client in run["clients"]]
     ends = [client["paired"]["local_best"]["ci95"] for client in clients]
-    methods = [row["method"] for row in runs[0]["table"]]
-    by_method = {name: [row for run in runs for row in run["table"] if row["method"] == name] for name in methods}
+    tables = [run["personal"]["table"] if "personal" in run else run["table"] for run in runs]
+    by_method = {row["method"]: [r for t in tables for r in t if r["method"] == row["method"]] for row in tables[0]}
     return {
         "own": {name: [row["own"] for row in rows] for name, rows in by_method.items()},
         "mix": {name: [row["mix"] for row in rows] for name, rows in by_method.items() if "mix" in rows[0]},

@@ -23,6 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # another package is called benchmarks too
 
 from benchmarks import methods, shapes, together  # noqa: E402
+from benchmarks import own_models as ways  # noqa: E402
+from benchmarks.personal import summary  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 TINY = ROOT / "apiary" / "models" / "tiny" / "checkpoint"
@@ -68,15 +70,16 @@ def _over_seeds(results: dict[str, Any]) -> list[str]:
         return []
     pair, runs = results["compared"]["paired"]["local"], results["runs"]
     low, high = pair["ci95"]
-    gains, own = (
-        "; ".join(f"{found['gain']} gain, {found['lose']} lose, {found['cannot_tell']} cannot tell" for found in told)
+    counts = ("gain", "lose", "cannot_tell")
+    shared, own = (
+        ", ".join(f"{sum(found[name] for found in told)} {name.replace('_', ' ')}" for name in counts)
         for told in ([run["gain"] for run in runs], [run["personal"]["gain"] for run in runs])
     )
     return [
         f"`federated` less `local`: {pair['difference']:.2f} (95% interval over seeds and rows {low:.2f} to "
         f"{high:.2f}).",
-        f"Of {runs[0]['gain']['clients']} clients, each on its own held-out rows against alone in the same steps, by "
-        f"seed: {gains}; and by its own model against alone at its best: {own}.",
+        f"Of {sum(run['gain']['clients'] for run in runs)} clients of all seeds, each on its own held-out rows: by the "
+        f"federated model against alone in the same steps {shared}; by its own model against alone at its best {own}.",
     ]
 
 
@@ -781,7 +784,7 @@ def defaults(results: dict[str, Any]) -> str:
     """By setting and federation the difference to the defaults before they were tuned."""
     found, names = (
         results["summary"],
-        {"skills": "default", "even": "the same, evenly dealt", "dolly": "dolly, `probe`"},
+        {"skills": "default", "even": "the same, evenly dealt", "dolly": "dolly, `probe`", "smollm2": "dolly, SmolLM2"},
     )
     lines = [f"| | {' | '.join(names[task] for task in found)} |", f"|---{'|---' * len(found)}|"]
     before = [f"loss {_spread(found[task]['before']['loss'], 1, 3)}" for task in found]
@@ -812,15 +815,14 @@ _OWN = {
 
 def own_default(results: dict[str, Any]) -> str:
     """Clients' own models in the default federation."""
-    case = results["cases"]["default"]
-    told = case["summary"]
+    told = summary(results["runs"])
     lines = ["| | loss on the clients' own held-out rows | on everybody's | steps |", "|---|---|---|---|"]
     for name, label in _OWN.items():
         mix = _spread(told["mix"][name], 1, 3) if name in told["mix"] else ""
         lines.append(
             f"| {label} | {_spread(told['own'][name], 1, 3)} | {mix} | {statistics.mean(told['steps'][name]):.0f} |"
         )
-    return "\n".join([*lines, "", f"{_seeds(len(case['runs']))} {_own_told(told)} On {_machine(results)}."])
+    return "\n".join([*lines, "", f"{_seeds(len(results['runs']))} {_own_told(told)} On {_machine(results)}."])
 
 
 def _own_told(told: dict[str, Any]) -> str:
@@ -839,7 +841,14 @@ def own_cases(results: dict[str, Any]) -> str:
         "lower | clearly higher | kept |",
         f"|{'---|' * 8}",
     ]
-    names = {"50": "50", "150": "150", "500": "500", "1500": "1,500", "dolly": "1,200, dolly with `probe`"}
+    names = {
+        "50": "50",
+        "150": "150",
+        "500": "500",
+        "1500": "1,500",
+        "dolly": "1,200, dolly with `probe`",
+        "smollm2": "210, dolly with SmolLM2",
+    }
     for case, label in names.items():
         if case not in results["cases"]:
             continue
@@ -857,6 +866,12 @@ def own_cases(results: dict[str, Any]) -> str:
             f"{told}. On {_machine(results)}.",
         ]
     )
+
+
+def own_models(runs: list[dict[str, Any]]) -> str:
+    """Methods that give clients models of their own."""
+    seeds = len({run["seed"] for run in runs})
+    return "\n".join([ways.table(runs), "", f"{_seeds(seeds)} On {_machine({'machine': runs[0]['machine']})}."])
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -895,6 +910,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "real_rates": real_rates,
     "real_answers": real_answers,
     "defaults": defaults,
+    "own_models": own_models,
     "own_default": own_default,
     "own_cases": own_cases,
 }
@@ -903,7 +919,8 @@ _FROM = {  # tables that have no file of results of their own
     **dict.fromkeys(("message", "clients_run"), "clients"),
     **dict.fromkeys(("real_rates", "real_answers"), "real"),
     "interval_shares": "intervals",
-    **dict.fromkeys(("own_default", "own_cases"), "personal"),
+    "own_default": "demo",
+    "own_cases": "personal",
     **dict.fromkeys(("mixed", "corrected", "personal", "coded", "coded_few"), "federated"),
     **dict.fromkeys(
         ("aggregation_error", "aggregation_module", "aggregation_memory", "aggregation_round"), "aggregation"
