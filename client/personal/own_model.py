@@ -215,12 +215,13 @@ def _why(config: RunConfig, found: Contest) -> str:
             return "no candidate gives a number on the validation rows, so nothing speaks against the federated model"
         return f"{count} validation rows are too few to choose by, where {FEWEST} are needed: the federated model stays"
     best = found.candidates[choice.best]
-    named, margin = label(best.kind, best.weight), f"{config.personal.margin:g}"
+    named, margin = label(best.kind, best.weight), config.personal.margin
+    errors = "one standard error" if margin == 1 else f"{margin:g} standard errors"
     if choice.chosen == choice.best:
         return f"it has the lowest loss of {len(found.candidates)} candidates on {count} validation rows"
     return (
-        f"it is the nearest to the federated model of those that {count} validation rows cannot tell, by {margin} "
-        f"standard errors, from the one with the lowest loss: {named}"
+        f"it is the nearest to the federated model of those that {count} validation rows cannot tell, by {errors}, "
+        f"from the one with the lowest loss: {named}"
     )
 
 
