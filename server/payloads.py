@@ -47,7 +47,8 @@ class Payloads:
     def __init__(self, config: RunConfig, copies: StateDict) -> None:
         whole = from_config.configured_codec(config, "down").whole
         self._broadcast = None if whole else Broadcast(config, copies)
-        self._made: dict[tuple[int, int, int | None], _Made] = {}  # by finished rounds, rank and group
+        # By finished rounds, rank, group, and how many clients there are.
+        self._made: dict[tuple[int, int, int | None, int], _Made] = {}
         self._saved_bytes = 0
 
     def payload(self, source: Source, client: ClientInfo) -> Payload:
@@ -106,7 +107,7 @@ class Payloads:
 
     def _make(self, source: Source, client: ClientInfo) -> _Made:
         group = source.aggregator.group
-        key = (source.state.round, client.rank, group(source.state, client.client) if group else None)
+        key = (source.state.round, client.rank, group(source.state, client.client) if group else None, source.clients)
         if key not in self._made:
             self._made = {old: made for old, made in self._made.items() if old[0] == key[0]}
             payload = source.aggregator.payload(source.state, client._replace(clients=source.clients))

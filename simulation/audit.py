@@ -99,7 +99,7 @@ def open_bench(folder: Path, options: Options, at: AtSite | None = None) -> Benc
     if local_from_config(config).mixes:
         raise UserError(
             f"strategy.name = {config.strategy.name!r}: its clients train models that nobody else has, gates and all, "
-            "and an audit knows what was sent alone; audit a run whose clients share what they train"
+            "and an audit sees their updates but not these models; audit a run whose clients share what they train"
         )
     key = PUBLIC_KEY
     if at is None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from apiary.config.schema import RunConfig
-from apiary.core.errors import RunFailed
+from apiary.core.errors import RunFailed, StateLost
 from apiary.core.messages import ClientInfo
 from apiary.core.tensors import StateDict
 from apiary.models.adapters import LanguageModel
@@ -32,8 +32,7 @@ def of_clients(
         folder: the run directory, with its newest checkpoint.
 
     Raises:
-        RunFailed: the checkpoint of the last round is gone or damaged.
-        apiary.core.errors.StateLost: a client's state is gone that the server counts on.
+        RunFailed: the checkpoint of the last round, or a client's state that the method counts on, is gone or damaged.
     """
     found = checkpoint.load(folder / CHECKPOINTS, config)
     if found is None:
@@ -45,7 +44,10 @@ def of_clients(
         payload = method.payload(state, info)._replace(last_round=info.last_round)
         kept = round_files.of_method(folder / "clients" / client, method.local, config.rounds + 1, info.last_round)
         own = open_own(lm, config, method.local, kept, payload)
-        made[client] = (own or open_received(lm, config, method.local, kept, payload)).over(payload).model
+        try:
+            made[client] = (own or open_received(lm, config, method.local, kept, payload)).over(payload).model
+        except StateLost as error:
+            raise RunFailed(f"{client}: {error}") from None
     return made
 
 

@@ -100,10 +100,10 @@ def make_all(
         steps = visited.total if visited else most
         where = places.personal / client, places.alone_best / client
         known = local.get(client) if visited and _alike(home.config, visited, finished) else None
-        earlier = [(visited.until(number), state) for number, state in shared.items()] if visited else []
-        task = Task(
-            client, steps, federated[client], own, *where, local=known, earlier=[one for one in earlier if one[0]]
-        )
+        # Rounds in which a client was not asked are no further look; the last one is the federated model itself.
+        by_steps = {visited.until(number): state for number, state in shared.items()} if visited else {}
+        earlier = [(made_by_then, state) for made_by_then, state in by_steps.items() if 0 < made_by_then < steps]
+        task = Task(client, steps, federated[client], own, *where, local=known, earlier=earlier)
         try:
             made[client] = own_model.kept(home, task) or own_model.make(home, task)
         except own_model.NothingToTrain:

@@ -181,6 +181,11 @@ def _mixing_problems(config: RunConfig) -> Iterator[str]:
             f"adapter.start: {name} lets clients make the first adapter anew from the run's seed; they have no copy of "
             "another; leave it out"
         )
+    if config.wire.down.name != "fp32":
+        yield (
+            f"wire.down = {config.wire.down.name!r}: {name} has each client take itself out of the mean that it "
+            "is sent, which must be the exact one; use fp32"
+        )
     if config.adapter.dropout:
         yield (
             f"adapter.dropout = {config.adapter.dropout:g}: {name} works out a layer's product twice, which would be "

@@ -33,7 +33,7 @@ _BATCH_TOKENS = 4096  # padded
 FIXED = (
     "\nThe model that this adapter stands for weighs two products in each layer, its client's own and the mean of the "
     "others', by the layer's input. No adapter file can hold that: here each layer has the mean of its weights over "
-    "training rows of the client, whatever the input. The run's figures are of the model that weighs.\n"
+    "training rows of the client, whatever the input. The table of the run is of the models that weigh.\n"
 )
 """A paragraph for the card of what `fixed` made."""
 

@@ -332,7 +332,7 @@ surprise). Lower is better and 0 is certainty.{% if probability is not none %} {
 {% if own_models.curves %}
 <div class="panel" style="margin-top:14px">
 {{ own_models.curves }}
-<p class="note" style="margin:12px 0 0">Loss on the validation rows, mean over clients: training alone on its longest schedule, the federated model on its way, and tuning that goes on from it. These rows choose, so their losses lean to the good side.</p>
+<p class="note" style="margin:12px 0 0">Loss on the validation rows, mean over clients: training alone on its longest schedule{% if own_models.on_its_way %}, the federated model on its way, and tuning that goes on from it{% else %}, and tuning that begins with the federated model{% endif %}. These rows choose, so their losses lean to the good side.</p>
 </div>
 {% endif %}
 </section>

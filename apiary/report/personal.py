@@ -42,6 +42,7 @@ def own_content(metrics: Metrics) -> dict[str, Any] | None:
     if metrics.personal is None or not clients:
         return None
     gain = gain_by_own_model(metrics)
+    curves = plots.mean_curves([client.personal for client in clients if client.personal is not None])
     return {
         "said": own_lines(metrics),
         "rows": [row for row in metrics.personal.table if row.method in OWN_NAMES],
@@ -51,7 +52,8 @@ def own_content(metrics: Metrics) -> dict[str, Any] | None:
         ],
         "left_out": max(0, len(clients) - _LISTED),
         "chart": plots.own_chart(clients[:_LISTED]),
-        "curves": plots.own_curves([client.personal for client in clients if client.personal is not None]),
+        "curves": plots.own_curves(curves),
+        "on_its_way": "federated" in curves,
     }
 
 
@@ -125,13 +127,15 @@ def advice(clients: Sequence[Client], gain: Gain | None) -> str:
             f"Rows of its own are enough for {_names(rows)}: joining lowers the loss of training alone at its best by "
             f"less than {_LITTLE:.0%}, by the 95% interval."
         )
-    if not (chose or worse):
+    if not said:
         said.append("For no client do its rows say that staying alone is the better advice.")
     return " ".join(said)
 
 
 def _gains_nothing(client: Client, gain: Gain) -> bool:
-    """Whether the interval leaves out every gain worth the name."""
+    """Whether a client does not clearly gain, and the interval leaves out every gain worth the name."""
+    if gain.outcome(client.client) == "gain":
+        return False
     alone = client.personal.own.get("local_best") if client.personal else None
     pair = gain.paired.get(client.client)
     return pair is not None and pair.ci95 is not None and alone is not None and -pair.ci95[0] < _LITTLE * alone

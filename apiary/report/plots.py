@@ -451,10 +451,17 @@ def _draw_own(figure: Figure, narrow: bool, clients: Sequence[Client]) -> None:
 _OWN_CURVES: Mapping[str, str] = {"alone": "local", "federated": "federated", "tuned": "personal"}  # with their colours
 
 
-def own_curves(models: Sequence[OwnModel]) -> Markup | None:
-    """Validation loss over optimizer steps, alone and after the federation; means over clients of the same steps."""
+def mean_curves(models: Sequence[OwnModel]) -> dict[str, list[tuple[int, float]]]:
+    """Validation loss over optimizer steps, by contender: means over clients that were looked at after the same steps.
+
+    Without those that would be a point, or that differ in the steps.
+    """
     found = {name: _mean_curve([model.curves.get(name, ()) for model in models]) for name in _OWN_CURVES}
-    curves = {name: curve for name, curve in found.items() if len(curve) > 1}
+    return {name: curve for name, curve in found.items() if len(curve) > 1}
+
+
+def own_curves(curves: Mapping[str, Sequence[tuple[int, float]]]) -> Markup | None:
+    """The curves of `mean_curves`; None where there are none."""
     if not curves:
         return None
     ends = ", ".join(f"{name} {loss_text(curve[-1][1])}" for name, curve in curves.items())

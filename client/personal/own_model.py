@@ -32,11 +32,12 @@ from apiary.evaluation import comparison
 from apiary.evaluation.comparison import Measured
 from apiary.export.adapter_folder import WEIGHTS, save_adapter_folder
 from apiary.export.personal import CHOICE, label, note, read_choice
-from apiary.models import adapter_files
+from apiary.models import adapter_files, gates
 from apiary.models.adapters import LanguageModel
 from client.personal import candidates
 from client.personal.candidates import Contest, Rows
 from client.personal.choice import FEWEST
+from client.site import local_algorithm
 
 _SET_APART = "training rows set apart before round 1, which nothing was trained on"
 _HALF = "half of the client's held-out rows; figures are on the other half"
@@ -158,7 +159,9 @@ def make(home: Home, task: Task) -> Made:
     rows = Rows(train, validation)
     found = candidates.contest(lm, config, task.client, task.steps, task.federated, rows, task.local, task.earlier)
     choice = {"schema": 1, "seal": task.seal(config), **_told(config, task, found, len(train))}
-    save_adapter_folder(lm, found.adapter, task.own, config, note=note(choice))
+    # What other models than training alone were made of, where the method's own cannot be in a folder.
+    about = gates.FIXED if local_algorithm(config).mixes and choice["kept"] != "alone" else ""
+    save_adapter_folder(lm, found.adapter, task.own, config, note=note(choice), about=about)
     save_adapter_folder(lm, found.alone, task.alone, config, note=note({"kept": "alone", "weight": 1.0}))
     write_choice(task.own, choice)  # last: what has one is whole
     made = kept(home, task)  # what is measured is what was written

@@ -68,6 +68,15 @@ def test_a_payload_is_made_once_for_all_clients_of_a_rank_in_a_round() -> None:
     assert len(made) == 5
 
 
+def test_a_client_that_joins_between_evaluation_and_round_is_counted() -> None:
+    """What was made for fewer clients is not sent to more; methods tell them how many there are, or divide by it."""
+    made: list[ClientInfo] = []
+    source, one = counting(made), payloads()
+    one.messages("evaluate", [member("c0")], 1, source)
+    one.messages("train", [member("c0"), member("c1")], 2, source._replace(clients=13))
+    assert [client.clients for client in made] == [12, 13]
+
+
 def test_groups_of_clients_are_sent_payloads_of_their_own() -> None:
     """One for each group, whoever asks first; None is a group too."""
     made: list[ClientInfo] = []

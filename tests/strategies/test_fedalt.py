@@ -258,7 +258,7 @@ class Told:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [[], ["wire.up=int4", "wire.down=int8"]])
+@pytest.mark.parametrize("more", [[], ["wire.up=int4"]])
 def test_a_whole_run_by_hand(
     small_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str]
 ) -> None:
@@ -275,7 +275,6 @@ def test_a_whole_run_by_hand(
     names = sorted(client["client"] for client in metrics["clients"])
     own = {client: dict(first) for client in names}
     gates: dict[str, dict[str, torch.Tensor]] = {client: {} for client in names}
-    near: dict[str, Any] = {"rtol": 0, "atol": 2e-3 if more else 1e-5}  # a coded mean is nearly the mean
     for number, clients in enumerate(asked, 1):
         moved = {}
         for client in clients:
@@ -284,7 +283,7 @@ def test_a_whole_run_by_hand(
             for name in first:
                 factor = lm.scale if lora.is_b(name) else 1.0
                 np.testing.assert_allclose(start[name], own[client][name], rtol=0, atol=1e-5)
-                np.testing.assert_allclose(start[f"base_delta.{name}"], factor * rest[name], **near)
+                np.testing.assert_allclose(start[f"base_delta.{name}"], factor * rest[name], rtol=0, atol=1e-5)
             begun = {n: t for n, t in start.items() if lora.is_gate(n)}
             assert len(begun) == len(first) // 2
             assert all(torch.equal(t, gates[client].get(n, torch.zeros_like(t))) for n, t in begun.items())
@@ -305,18 +304,20 @@ def test_a_whole_run_by_hand(
     for name in first:
         np.testing.assert_allclose(found[name], np.mean([own[c][name] for c in names], axis=0), rtol=0, atol=1e-5)
     entries, gate_entries = (sum(t.numel() for t in part.values()) for part in (lm.adapter, gates[names[0]]))
-    check_messages(told, entries, gate_entries, 0.6 if more else 4)
+    check_messages(told, entries, gate_entries, coded=bool(more))
     check_measured(tmp_path / "run", metrics, events)
 
 
-def check_messages(told: Told, entries: int, gates: int, size: float) -> None:
-    """No tensor of a message is a gate, and a change is as long as its factors are.
+def check_messages(told: Told, entries: int, gates: int, *, coded: bool) -> None:
+    """No tensor of a message is a gate, and a change in float32 is as long as its factors are.
+
+    Of a coded one the server knows the names and refuses others, so that a run with gates in it would not have ended.
 
     Args:
         told: the messages.
         entries: of the factors.
         gates: entries of the gates.
-        size: bytes of an entry.
+        coded: whether changes are coded.
     """
     kinds = [kind for kind, _ in told.down]
     assert kinds.count("train") == 10 and kinds.count("evaluate") > 0
@@ -327,7 +328,8 @@ def check_messages(told: Told, entries: int, gates: int, size: float) -> None:
         if kind == "train":
             (record,) = answer.array_records.values()
             (message,) = record.values()
-            assert list(record) == ["message"] and len(message.data) - entries * size < 500 < 4 * gates
+            assert list(record) == ["message"]
+            assert coded or len(message.data) - entries * 4 < 500 < 4 * gates
         if kind in ("train", "evaluate"):
             assert set(request.array_records["control"]) == {"clients"}
 
@@ -421,6 +423,7 @@ def test_own_models_after_it_begin_with_the_fixed_form(small_run: list[str], tmp
         (["adapter.ranks=[4, 16]"], "takes the rank 16 alone", "methods for several ranks"),
         (["adapter.train=b"], "clients hold fixed", "'both'"),
         (["adapter.train=alternate"], "clients hold fixed", "'both'"),
+        (["wire.down=int8"], "take itself out of the mean", "use fp32"),
         (["adapter.dropout=0.1"], "a layer's product twice", "set 0"),
         (["strategy.server_optimizer=nesterov"], "counts what clients hold", "use none"),
         (['strategy.server_optimizer={ name = "plain", lr = 1.4 }'], "counts what clients hold", "use none"),
@@ -457,7 +460,7 @@ def test_an_audit_is_refused(tmp_path: Path) -> None:
         audit.open_bench(tmp_path, audit.Options())
 
 
-def test_a_site_that_rounds_its_counts_takes_part_with_epochs(tmp_path: Path, tiny_model: Path) -> None:
+def test_a_site_that_rounds_its_counts_joins_with_epochs(tmp_path: Path, tiny_model: Path) -> None:
     """Unlike with a method that reads something off the number of steps."""
     rows = write_rows(tmp_path / "rows")
     for name, more, refused in (("fedalt", (), False), ("scaffold", ("train.optimizer=sgd",), True)):
