@@ -72,9 +72,9 @@ class Watch:
             self.server.append((self.adapter, self.base))
             return fit(lm, start, corpus, config, plan)
 
-        def saving(folder: Path, run: Any, state: strategies.ServerState, progress: Any) -> None:
+        def saving(folder: Path, run: Any, state: strategies.ServerState, *rest: Any) -> None:
             self.adapter, self.base = state.adapter, state.base_delta
-            save(folder, run, state, progress)
+            save(folder, run, state, *rest)
 
         monkeypatch.setattr(trainer, "fit", fitting)
         monkeypatch.setattr(app, "save", saving)
