@@ -11,6 +11,7 @@ from apiary.config.schema import RunConfig
 from apiary.data import injection, tokenization
 from apiary.data.batches import Corpus
 from apiary.data.examples import Example
+from apiary.data.federation import untrained
 from apiary.data.tokenization import Template
 from apiary.models.inference import ModelProbe
 from client import curated_rows
@@ -69,7 +70,7 @@ class SiteRows:
         made = curated_rows.choose(
             site.train,
             self._config.curate,
-            Context(self._config.seed, site.client, (*site.test, *site.validation), reader, trained=number - 1),
+            Context(self._config.seed, site.client, untrained(site.test, site.validation), reader, trained=number - 1),
             site.folder,
             number,
             self._choices.get(site.client),

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from apiary.config.schema import RunConfig
 from apiary.data.examples import Example
-from apiary.data.federation import ClientData
+from apiary.data.federation import ClientData, untrained
 from client import curated_rows
 from client.curation import Context
 
@@ -74,7 +74,7 @@ def _choices(client: ClientData, config: RunConfig, folder: Path) -> Mapping[int
     """The rows that curation left, by the round of the choice; nothing where they cannot be had any more."""
     if not config.curate.steps:
         return _all(client)
-    context = Context(config.seed, client.name, client.untrained)
+    context = Context(config.seed, client.name, untrained(client.test, client.validation))
     try:
         return curated_rows.choices(client.train, config.curate, context, folder)
     except (OSError, ValueError):

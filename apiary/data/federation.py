@@ -38,11 +38,6 @@ class ClientData(NamedTuple):
     test: Sequence[Example]
     validation: Sequence[Example] = ()  # neither trained nor reported: by them it chooses its own model
 
-    @property
-    def untrained(self) -> Sequence[Example]:
-        """The rows that nothing is trained on, for whatever reason."""
-        return (*self.test, *self.validation) if self.validation else self.test
-
 
 class Federation(NamedTuple):
     """All clients' rows, and the held-out set that the server measures on; what was read to make them."""
@@ -51,6 +46,11 @@ class Federation(NamedTuple):
     test: Sequence[Example]
     reports: tuple[FileReport, ...]
     sources: tuple[Source, ...] = ()
+
+
+def untrained(test: Sequence[Example], validation: Sequence[Example]) -> Sequence[Example]:
+    """The rows of a client that nothing is trained on; held-out ones stay where they lie if there are no others."""
+    return (*test, *validation) if validation else test
 
 
 def is_held_out(example: Example, fraction: float, key: bytes = PUBLIC_KEY) -> bool:

@@ -25,7 +25,7 @@ from apiary.core.tensors import StateDict
 from apiary.data import injection, split, stages, templates, tokenization
 from apiary.data.availability import check_rows
 from apiary.data.examples import Example
-from apiary.data.federation import ClientData, set_deciding_apart
+from apiary.data.federation import ClientData, set_deciding_apart, untrained
 from apiary.data.split import Split
 from apiary.data.templates import with_template
 from apiary.evaluation import comparison
@@ -357,7 +357,7 @@ def _last_chosen(
     if not config.curate.steps:
         return client.train, ()
     with suppress(OSError, ValueError):
-        context = Context(config.seed, client.name, client.untrained)
+        context = Context(config.seed, client.name, untrained(client.test, client.validation))
         found = curated_rows.choices(client.train, config.curate, context, past.folder) if past else {}
         if found:
             return found[max(found)], ()
