@@ -85,10 +85,12 @@ _SMALL = ("train.batch_tokens=512", "train.steps=6")
 _BEST = (_OUTER, "train.lr=6e-3")  # of the first six; what follows changes one thing of it
 SETTINGS: dict[str, tuple[str, ...]] = {
     "before": (),
+    "lr 1e-3": ("train.lr=1e-3",),
     "lr 6e-3": ("train.lr=6e-3",),
     "lr 1e-2": ("train.lr=1e-2",),
     "lr 2e-2": ("train.lr=2e-2",),
     "nesterov": (_OUTER,),
+    "nesterov, lr 1e-3": (_OUTER, "train.lr=1e-3"),
     "nesterov, lr 6e-3": _BEST,
     "nesterov, lr 4e-3": (_OUTER, "train.lr=4e-3"),
     "nesterov, lr 8e-3": (_OUTER, "train.lr=8e-3"),

@@ -63,6 +63,7 @@ class Codec(NamedTuple):
     unpack: Callable[[Bytes, int], tuple[Floats, int]]
     most: Callable[[int], int]  # bytes of a part at most, by number of entries
     feedback: bool = False  # keep what a message leaves out, and add it to the next
+    entrywise: bool = False  # each entry by itself: the parts of several tensors, one after another, are that of one
 
     @property
     def whole(self) -> bool:
@@ -99,11 +100,10 @@ def encode(delta: StateDict, codec: Codec, feedback: StateDict, rng: Generator) 
     Raises:
         ValueError: a tensor holds NaN or infinity, or the feedback has another shape than it.
     """
-    parts: list[bytes] = []
     kept = dict(feedback) if codec.feedback else {}
+    moving: dict[str, Tensor] = {}
     names = sorted(delta)
-    present = np.zeros(len(names), bool)
-    for place, name in enumerate(names):
+    for name in names:
         wanted = delta[name].detach().float()
         # With feedback a change of negative zeros rests too; a codec that is exact sends their sign.
         if not wanted.any() if codec.feedback else _is_zero(wanted):
@@ -112,17 +112,29 @@ def encode(delta: StateDict, codec: Codec, feedback: StateDict, rng: Generator) 
             if kept[name].shape != wanted.shape:
                 raise ValueError(f"{name!r} is {tuple(wanted.shape)}, its feedback {tuple(kept[name].shape)}")
             wanted = wanted + kept[name]
-        if not is_finite({name: wanted}):
-            raise ValueError(f"the change of {name!r} holds NaN or infinity, or numbers too large: it cannot be sent")
-        part = codec.pack(wanted.reshape(-1).numpy(), rng)
-        parts.append(part)
-        present[place] = True
-        if codec.feedback:
+        moving[name] = wanted
+    parts = [codec.pack(_flat(moving, group), rng) for group in _groups(list(moving), codec)]
+    if codec.feedback:
+        for (name, wanted), part in zip(moving.items(), parts, strict=True):
             seen, _ = codec.unpack(np.frombuffer(part, np.uint8), wanted.numel())
             kept[name] = wanted - torch.from_numpy(seen).view(wanted.shape)
-    parts = [_header(codec, shapes_of(delta)), np.packbits(present, bitorder="little").tobytes(), *parts]
+    present = np.packbits(np.array([name in moving for name in names], bool), bitorder="little")
+    parts = [_header(codec, shapes_of(delta)), present.tobytes(), *parts]
     checksum = functools.reduce(lambda crc, part: zlib.crc32(part, crc), parts, 0)
     return b"".join([*parts, _CHECKSUM.pack(checksum)]), kept
+
+
+def _groups(names: list[str], codec: Codec) -> list[list[str]]:
+    """The tensors that share a part: calling numpy for each of a hundred small ones takes longer than its work."""
+    return ([names] if names else []) if codec.entrywise else [[name] for name in names]
+
+
+def _flat(tensors: StateDict, names: Sequence[str]) -> Floats:
+    flat: Floats = torch.cat([tensors[name].reshape(-1) for name in names]).numpy()
+    if not np.isfinite(flat).all():
+        name = next(name for name in names if not is_finite({name: tensors[name]}))
+        raise ValueError(f"the change of {name!r} holds NaN or infinity, or numbers too large: it cannot be sent")
+    return flat
 
 
 def _is_zero(tensor: Tensor) -> bool:
@@ -145,19 +157,29 @@ def decode(message: bytes, codec: Codec, shapes: Shapes) -> dict[str, Tensor]:
     _check(message, codec, shapes, header)
     body = np.frombuffer(message, np.uint8)[len(header) : -_CHECKSUM.size]
     present, at = _read_present(body, len(shapes))
-    tensors: dict[str, Tensor] = {}
-    for name, here in zip(sorted(shapes), present, strict=True):
-        if not here:
-            tensors[name] = torch.zeros(tuple(shapes[name]))
-            continue
-        try:
-            values, used = codec.unpack(body[at:], math.prod(shapes[name]))
-        except CodecError as error:
-            raise type(error)(f"{name}: {error}") from None
-        tensors[name], at = torch.from_numpy(values).view(tuple(shapes[name])), at + used
+    names = sorted(shapes)
+    tensors = {name: torch.zeros(tuple(shapes[name])) for name, here in zip(names, present, strict=True) if not here}
+    for group in _groups([name for name, here in zip(names, present, strict=True) if here], codec):
+        sizes = {name: math.prod(shapes[name]) for name in group}
+        values, used = _unpack(body[at:], codec, sizes)
+        at += used
+        for name, flat in zip(group, torch.from_numpy(values).split(list(sizes.values())), strict=True):
+            tensors[name] = flat.view(tuple(shapes[name]))
     if at != len(body):
         raise CodecError(f"it goes on for {len(body) - at} bytes after its last tensor")
     return {name: tensors[name] for name in shapes}
+
+
+def _unpack(body: Bytes, codec: Codec, sizes: Mapping[str, int]) -> tuple[Floats, int]:
+    """What a part holds, and its bytes; a fault is raised by the name of its tensor, also where several share it."""
+    try:
+        return codec.unpack(body, sum(sizes.values()))
+    except CodecError as error:
+        if len(sizes) == 1:
+            raise type(error)(f"{next(iter(sizes))}: {error}") from None
+        for name, size in sizes.items():
+            body = body[_unpack(body, codec, {name: size})[1] :]
+        raise
 
 
 def _read_present(body: Bytes, tensors: int) -> tuple[list[bool], int]:

@@ -26,7 +26,10 @@ def fp32() -> Codec:
             raise NotFinite("it holds NaN or infinity")
         return values, 4 * n
 
-    return Codec("fp32", lambda flat, rng: flat.astype("<f4", copy=False).tobytes(), unpack, lambda n: 4 * n)
+    def pack(flat: Floats, rng: Generator) -> bytes:
+        return flat.astype("<f4", copy=False).tobytes()
+
+    return Codec("fp32", pack, unpack, lambda n: 4 * n, entrywise=True)
 
 
 @CODECS.register("bf16")
@@ -46,4 +49,4 @@ def bf16() -> Codec:
             raise NotFinite("it holds NaN or infinity")
         return of_bf16(bits), 2 * n
 
-    return Codec("bf16", pack, unpack, lambda n: 2 * n)
+    return Codec("bf16", pack, unpack, lambda n: 2 * n, entrywise=True)
