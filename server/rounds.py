@@ -179,7 +179,7 @@ class Rounds(Strategy):
         """Flower's entry point: runs from `initial_arrays`; rounds and time limits are those of the run's config."""
         self.state = self.state._replace(adapter=flower_records.from_arrays(initial_arrays))
         self.run(grid, self.config.strategy.min_clients)
-        return Result(arrays=flower_records.to_arrays(self.state.adapter))
+        return Result(arrays=ArrayRecord(dict(self.state.adapter)))  # an array a tensor, as who calls it expects
 
     def summary(self) -> None:
         """Log what this run is."""

@@ -13,6 +13,8 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from safetensors.numpy import save as pack
+from safetensors.torch import load as unpack
 
 from apiary.core.errors import WireError
 from apiary.core.messages import (
@@ -34,14 +36,28 @@ from apiary.transport.downlink import Change, Parcel
 _T = TypeVar("_T")
 HELLO = "query.hello"
 _ADAPTER, _BASE_DELTA, _ROUND, _COUNTS, _WHO, _PRINT = "adapter", "base_delta", "round", "counts", "who", "fingerprint"
-_MESSAGE, _PARCEL, _CHANGE, _HOLDS = "message", "parcel/", "change/", "holds"
+_MESSAGE, _PARCEL, _CHANGE, _HOLDS, _PACKED = "message", "parcel/", "change/", "holds", "packed"
 _CURATED, _SPENT, _DECLINED, _DROPPED = "curated", "spent", "declined", "dropped."
 _EXTRA, _LAST = "control", "counted"  # the first is named after the first method that had one
 
 
 def to_arrays(state: StateDict) -> ArrayRecord:
-    """The record of a state dict."""
-    return ArrayRecord(dict(state))
+    """The record of a state dict: one array with the bytes of a safetensors file, or none for an empty one.
+
+    Flower stores and fetches every array of a message by itself, and an adapter has a hundred.
+    """
+    if not state:
+        return ArrayRecord()
+    numbered = {f"{n:06}/{name}": t.detach().contiguous().numpy() for n, (name, t) in enumerate(state.items())}
+    return ArrayRecord({_PACKED: _encoded(pack(numbered))})
+
+
+def _unpacked(record: ArrayRecord) -> dict[str, torch.Tensor]:
+    """The tensors in their order, which a safetensors file does not keep; also of a record of an array a tensor."""
+    if _PACKED not in record:
+        return dict(record.to_torch_state_dict())
+    tensors = unpack(record[_PACKED].data)
+    return {name.partition("/")[2]: tensors[name] for name in sorted(tensors)}
 
 
 class _Decoded(NamedTuple):
@@ -63,7 +79,7 @@ def from_arrays(record: ArrayRecord) -> dict[str, torch.Tensor]:
     held = _decoded.get(key)
     if held is None or held.names != names or not all(map(operator.is_, held.data, data)):
         gone = weakref.ref(record, lambda _: _decoded.pop(key, None))
-        held = _decoded[key] = _Decoded(gone, names, data, dict(record.to_torch_state_dict()))
+        held = _decoded[key] = _Decoded(gone, names, data, _unpacked(record))
     return dict(held.state)
 
 

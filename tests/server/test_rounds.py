@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import Context, Error, Message
+from flwr.app import ArrayRecord, Context, Error, Message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
@@ -593,7 +593,7 @@ def test_a_message_that_cannot_be_sent_costs_its_client() -> None:
 
 def test_flowers_own_entry_point() -> None:
     made, _ = rounds(["rounds=1"])
-    result = made.start(LocalGrid(clients(), 3), flower_records.to_arrays(START))
+    result = made.start(LocalGrid(clients(), 3), ArrayRecord(dict(START)))
     torch.testing.assert_close(result.arrays.to_torch_state_dict()["a"], torch.full((2, 3), 140 / 60))
 
 

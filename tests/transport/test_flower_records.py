@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from flwr.app import RecordDict
+from flwr.app import Array, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
 from apiary.core import errors
 from apiary.core.messages import CurationCounts, Decline, Fingerprint, FitReport, Hello, Score, Spent, Update, Visit
@@ -25,6 +28,35 @@ def test_request_round_trip() -> None:
     assert number == 7 and payload.base_delta == {}
     assert all(torch.equal(payload.adapter[k], v) for k, v in STATE.items()) and set(payload.adapter) == set(STATE)
     assert flower_records.array_bytes(content) >= 2 * 15 * 4
+
+
+def test_a_request_is_few_objects_whatever_the_adapter() -> None:
+    """Flower signs a call, and makes a transaction, for each of them."""
+    state = {f"layers.{n}.lora_{side}.weight": torch.randn(2, 3) for n in range(50) for side in "BA"}
+    record = flower_records.to_arrays(state)
+    content = wire(flower_records.request(1, record, flower_records.to_arrays(STATE), record))
+    assert len(get_all_nested_objects(content)) < 20
+    adapter = flower_records.read_request(content)[1].adapter
+    assert list(adapter) == list(state)  # what draws for tensor after tensor does so in this order
+    assert all(torch.equal(adapter[name], tensor) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("tensor", [torch.randn(2, 3).T, torch.zeros(0, 3), torch.tensor(1.5), torch.ones(2).double()])
+def test_tensors_of_any_form_arrive_and_may_be_changed(tensor: torch.Tensor) -> None:
+    record = flower_records.to_arrays({"x/y": tensor, **STATE})
+    arrived = flower_records.from_arrays(record)["x/y"]
+    torch.testing.assert_close(arrived, tensor, rtol=0, atol=0)
+    arrived += 1
+
+
+@pytest.mark.parametrize("spoil", [lambda data: data[:-1], lambda data: b"\xff" * 8 + data[8:], lambda data: b""])
+def test_packed_bytes_that_cannot_be_are_a_wire_error(spoil: Callable[[bytes], bytes]) -> None:
+    content = flower_records.train_reply(Visit(Update("site", STATE, 12.0, 3), FitReport(12, 4, 2, 0.5, 1.5)))
+    record = content.array_records["adapter"]
+    ((name, array),) = record.items()
+    record[name] = Array(array.dtype, array.shape, array.stype, spoil(array.data))
+    with pytest.raises(errors.WireError, match="cannot be read"):
+        flower_records.read_train_reply(wire(content))
 
 
 def test_a_parcel_round_trips() -> None:
@@ -115,10 +147,10 @@ def test_a_record_is_decoded_once_while_it_holds_the_same_bytes() -> None:
     one, two = flower_records.from_arrays(record), flower_records.from_arrays(record)
     assert one is not two and all(one[name] is two[name] for name in STATE)
     other = flower_records.to_arrays({name: tensor + 1 for name, tensor in STATE.items()})
-    name = next(iter(STATE))
+    (name,) = record
     record[name] = other[name]  # as a mod may do with a message on its way
     changed = flower_records.from_arrays(record)
-    assert torch.equal(changed[name], STATE[name] + 1) and torch.equal(one[name], STATE[name])
+    assert all(torch.equal(changed[name], STATE[name] + 1) and torch.equal(one[name], STATE[name]) for name in STATE)
     held = len(flower_records._decoded)
     del record
     assert len(flower_records._decoded) == held - 1
