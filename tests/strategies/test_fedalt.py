@@ -325,13 +325,14 @@ def check_messages(told: Told, entries: int, gates: int, *, coded: bool) -> None
         for content in (request, answer):
             for record in content.array_records.values():
                 assert not any("lora_gate" in name for name in record)
+                assert not any(b"lora_gate" in array.data for array in record.values())
         if kind == "train":
             (record,) = answer.array_records.values()
             (message,) = record.values()
             assert list(record) == ["message"]
             assert coded or len(message.data) - entries * 4 < 500 < 4 * gates
         if kind in ("train", "evaluate"):
-            assert set(request.array_records["control"]) == {"clients"}
+            assert set(flower_records.from_arrays(request.array_records["control"])) == {"clients"}
 
 
 def check_measured(folder: Path, metrics: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> None:
