@@ -619,7 +619,8 @@ def test_nothing_of_the_buffer_is_in_a_reply(tmp_path: Path, tiny_model: Path, r
     for row in stored:
         assert row.digest.encode() not in body
         assert not any(turn.text.encode() in body for turn in row.example.turns if len(turn.text) > 12)
-    assert {name for record in sent.array_records.values() for name in record} == set(adapter)
+    (record,) = sent.array_records.values()
+    assert set(flower_records.from_arrays(record)) == set(adapter)
 
 
 class Killed(BaseException):
