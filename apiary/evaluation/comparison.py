@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from apiary.config.schema import RunConfig
+from apiary.config.schema import RunConfig, TrainConfig
 from apiary.core.errors import UserError
 from apiary.core.tensors import StateDict, derive_seed
 from apiary.data import structured, tokenization
@@ -24,6 +24,7 @@ from apiary.models.adapters import LanguageModel, fresh_adapter, set_adapter
 from apiary.models.inference import ModelProbe, check_decoding, text_of
 
 Floats = NDArray[np.float64]
+_TUNED_WIDTH = 256  # of the widest base that the default learning rate was chosen on (docs/tuning.md)
 
 
 class HeldOut(NamedTuple):
@@ -178,7 +179,7 @@ def data_warnings(
     config: RunConfig,
     trained: Sequence[Corpus] = (),
 ) -> list[str]:
-    """What encoding cuts and leaves out of all data, a line for each file, and what the table lacks.
+    """What encoding cuts and leaves out of all data, a line for each file, what the table lacks, and a doubtful rate.
 
     Args:
         federation: the data.
@@ -206,7 +207,21 @@ def data_warnings(
         lines.append(lm.generation.fault_line)
     if config.prompt.boundary == "structured":
         lines += structured.remarks((row.turns, row.tools) for client in federation.clients for row in client.train)
-    return lines
+    return [*lines, *_untuned_rate(lm, config)]
+
+
+def _untuned_rate(lm: LanguageModel, config: RunConfig) -> list[str]:
+    """A line where the default learning rate stands beside a base much wider than those that it was chosen on."""
+    default, width = (
+        TrainConfig.model_fields["lr"].default,
+        getattr(lm.model.config.get_text_config(), "hidden_size", 0),
+    )
+    if config.train.lr != default or width <= _TUNED_WIDTH:
+        return []
+    return [
+        f"train.lr = {default:g} is the default, chosen on bases of {_TUNED_WIDTH} dimensions at most; {lm.name} has "
+        f"{width} and may want less, of 1e-4 to 3e-3: try a few (apiary sweep)"
+    ]
 
 
 def check_positions(lm: LanguageModel, config: RunConfig) -> None:

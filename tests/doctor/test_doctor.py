@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import instruction_rows
 from rich.console import Console
 
@@ -454,3 +455,15 @@ def test_a_model_that_cannot_decode_is_told_before_any_training(
     with pytest.raises(UserError, match="answers cannot be decoded"):
         simulate(loading.load(None, small_run), tmp_path / "run")
     assert _doctor([*small_run, "evaluate.generate=false"])[0]
+
+
+def test_the_default_rate_beside_a_wide_base_is_doubted(small_run: list[str], tiny_model: Path, tmp_path: Path) -> None:
+    wide = tmp_path / "wide"
+    shutil.copytree(tiny_model, wide)
+    shape = transformers.AutoConfig.from_pretrained(tiny_model)
+    shape.update({"hidden_size": 320, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 80})
+    transformers.LlamaForCausalLM(shape).save_pretrained(wide)
+    run = [key for key in small_run if not key.startswith("train.lr=")]
+    for keys, said in (([], False), ([f"model.name={wide}"], True), ([f"model.name={wide}", "train.lr=1e-3"], False)):
+        _, text = _doctor([*run, *keys])
+        assert bool(re.search(r"warning: train\.lr = 0\.006 is the default.* has 320 and may want less", text)) == said
