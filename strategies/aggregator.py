@@ -67,15 +67,17 @@ class Reducer(NamedTuple):
     add: Callable[[Any, Update], Any]
     finish: Callable[[ServerState, Any, Generator], Gradient]
     refused: Callable[[Any], Any] = lambda acc: acc  # told of each answer that no honest client would give
+    # The accumulator of the updates of both, as if one had folded them all; None where each update must be seen.
+    merge: Callable[[Any, Any], Any] | None = None
 
 
 class Aggregator(NamedTuple):
     """An aggregation method.
 
-    `needs` says whether the sum of the updates is enough ("sum", which secure aggregation can give and which keeps
-    server memory constant in the number of clients) or each one must be seen ("each"). `space` says what its gradients
-    are; server optimisers with a memory need "factors", for a product's factors have another basis each round. `ranks`
-    says whether clients may have lower ranks than the server ("mixed").
+    `needs` says whether the sum of the updates is enough ("sum", which secure aggregation can give, whose reducer can
+    `merge`, and which keeps server memory constant in the number of clients) or each one must be seen ("each"). `space`
+    says what its gradients are; server optimisers with a memory need "factors", for a product's factors have another
+    basis each round. `ranks` says whether clients may have lower ranks than the server ("mixed").
     """
 
     reduce: Reducer

@@ -32,7 +32,7 @@ from apiary.core.lora import Scaling
 from apiary.core.messages import ClientInfo, Payload, Update
 from apiary.core.tensors import StateDict, add, subtract
 from strategies.aggregator import AGGREGATORS, Aggregator, Gradient, Reducer, ServerState, plain_step
-from strategies.fedavg import fedavg
+from strategies.fedavg import fedavg, merged
 from strategies.local import Client, LocalAlgorithm, Opened
 
 _CLIENTS = "clients"  # N, in payloads and in a state's memory
@@ -92,7 +92,12 @@ def fedalt(scaling: Scaling) -> Aggregator:
         mixes=True,
         personal="Clients train adapters of their own, and each weighs its own by the input against all others'",
     )
-    return Aggregator(Reducer(start, take, finish), _step, _payload, needs="sum", trains=("both",), local=local)
+    reduce = Reducer(start, take, finish, merge=_merged)
+    return Aggregator(reduce, _step, _payload, needs="sum", trains=("both",), local=local)
+
+
+def _merged(one: _Fold, other: _Fold) -> _Fold:
+    return _Fold(merged(one.moved, other.moved), max(one.clients, other.clients))
 
 
 def _step(state: ServerState, gradient: Gradient) -> ServerState:

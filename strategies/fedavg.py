@@ -57,7 +57,17 @@ def fedavg(weighting: Literal["tokens", "uniform"] = "tokens") -> Aggregator:
             raise ValueError(f"the weights of the round sum to {acc.weight}; at least one must be positive")
         return Gradient(_mean(acc))
 
-    return Aggregator(Reducer(start, add, finish), plain_step, same_payload, needs="sum", averages="always")
+    return Aggregator(
+        Reducer(start, add, finish, merge=merged), plain_step, same_payload, needs="sum", averages="always"
+    )
+
+
+def merged(one: _Sum, other: _Sum) -> _Sum:
+    """The sum of the updates of both, without loss but for the rounding of `rest`."""
+    total = one.total + other.total
+    arrived = total - one.total  # Knuth's two-sum again, on whole sums
+    lost = (one.total - (total - arrived)) + (other.total - arrived)
+    return _Sum(total, one.rest + other.rest + lost, one.shapes, one.weight + other.weight)
 
 
 def _add(acc: _Sum, delta: StateDict, weight: float) -> None:

@@ -72,7 +72,7 @@ def fedkseed(
         return state.memory.get(seed_scalars.NAME, torch.zeros(len(seeds)))
 
     return Aggregator(
-        Reducer(start, mean.add, finish),
+        Reducer(start, mean.add, finish, merge=mean.merge),
         step,
         payload,
         needs="sum",

@@ -18,7 +18,7 @@ from strategies.aggregator import (
     ServerState,
     plain_step,
 )
-from strategies.fedavg import fedavg
+from strategies.fedavg import fedavg, merged
 from strategies.products import (
     Weighting,
     check_rank,
@@ -67,4 +67,8 @@ def rank_slices(scaling: Scaling, weighting: Weighting = "tokens") -> Aggregator
             lora.join({m: Factors((f.b * more).float(), (more[:, None] * f.a).float()) for m, f in mean.items()})
         )
 
-    return Aggregator(Reducer(start, add, finish), plain_step, payload_of_rank(scaling), needs="sum", ranks="mixed")
+    def merge(one: _Slices, other: _Slices) -> _Slices:
+        return _Slices(one.rank, merged(one.padded, other.padded), one.weight + other.weight)
+
+    reduce = Reducer(start, add, finish, merge=merge)
+    return Aggregator(reduce, plain_step, payload_of_rank(scaling), needs="sum", ranks="mixed")

@@ -19,7 +19,7 @@ from apiary.core.errors import StateLost
 from apiary.core.messages import ClientInfo, Payload, Update
 from apiary.core.tensors import StateDict, subtract
 from strategies.aggregator import AGGREGATORS, Aggregator, Gradient, Reducer, ServerState, plain_step
-from strategies.fedavg import fedavg
+from strategies.fedavg import fedavg, merged
 from strategies.local import Client, Hooks, LocalAlgorithm, Opened
 
 _CONTROL = "control."
@@ -62,10 +62,22 @@ def scaffold(alike: bool = False) -> Aggregator:
         moved = mean.add(acc.moved, update)
         if not update.extra:
             return acc._replace(moved=moved)
-        if alike and acc.corrected and acc.lr_sum != update.lr_sum:
-            raise ValueError(f"scaffold: clients that should walk alike went {acc.lr_sum:g} and {update.lr_sum:g}")
+        if alike and acc.corrected:
+            _check_alike(acc.lr_sum, update.lr_sum)
         slopes = weighted.add(acc.slopes, update._replace(weight=1 / update.lr_sum))
         return _Fold(moved, slopes, acc.corrected + 1, update.extra, update.lr_sum)
+
+    def merge(one: _Fold, other: _Fold) -> _Fold:
+        newest = other if other.corrected else one
+        if alike and one.corrected and other.corrected:
+            _check_alike(one.lr_sum, other.lr_sum)
+        return _Fold(
+            merged(one.moved, other.moved),
+            merged(one.slopes, other.slopes),
+            one.corrected + other.corrected,
+            newest.control,
+            newest.lr_sum,
+        )
 
     def finish(state: ServerState, acc: _Fold, rng: Generator) -> Gradient:
         made = mean.finish(state, acc.moved, rng).adapter
@@ -84,7 +96,7 @@ def scaffold(alike: bool = False) -> Aggregator:
 
     # Rounds of B and A in turns would measure a gradient of zero for the half that rests.
     return Aggregator(
-        Reducer(start, take, finish),
+        Reducer(start, take, finish, merge=merge),
         step,
         _payload,
         needs="sum",
@@ -93,6 +105,11 @@ def scaffold(alike: bool = False) -> Aggregator:
         local=LOCAL,
         averages="always",
     )
+
+
+def _check_alike(one: float, other: float) -> None:
+    if one != other:
+        raise ValueError(f"scaffold: clients that should walk alike went {one:g} and {other:g}")
 
 
 def _payload(state: ServerState, client: ClientInfo) -> Payload:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -201,3 +204,31 @@ def test_a_sum_takes_no_more_memory_for_more_clients(method: Aggregator, state: 
     for update in _cohort(20):
         acc = method.reduce.add(acc, update)
     assert 0 < _tensor_bytes(acc) == after_one
+
+
+def test_a_sum_can_be_made_of_parts_and_what_must_see_each_update_cannot(method: Aggregator) -> None:
+    assert (method.reduce.merge is None) == (method.needs == "each")
+
+
+@pytest.mark.parametrize("sizes", [(20,), (0, 20), (1, 19), (7, 0, 6, 7), (1,) * 20])
+def test_parts_of_a_sum_give_the_model_that_the_whole_gives(
+    method: Aggregator, state: ServerState, sizes: Sequence[int]
+) -> None:
+    """To the bit, however the clients are dealt out to relays, and in whichever order these are put together."""
+    merge = method.reduce.merge
+    if merge is None:
+        pytest.skip("this method has to see each update")
+    extra = method.payload(state, ClientInfo("c", 4, 0, 25)).extra  # five did not answer
+    updates = [u._replace(extra=extra, lr_sum=0.1) if extra else u for u in _cohort(20)]
+
+    def step(acc: Any) -> ServerState:
+        return method.step(state, method.reduce.finish(state, acc, torch.Generator().manual_seed(0)))
+
+    whole = step(functools.reduce(method.reduce.add, updates, method.reduce.start(state)))
+    left = iter(updates)
+    parts = [
+        functools.reduce(method.reduce.add, itertools.islice(left, size), method.reduce.start(state)) for size in sizes
+    ]
+    for order in (parts, parts[::-1]):
+        made = step(functools.reduce(merge, copy.deepcopy(order)))
+        assert [digest(part) for part in made[1:]] == [digest(part) for part in whole[1:]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -101,10 +102,20 @@ def test_a_million_entries_of_all_magnitudes_are_summed_alike_in_every_order() -
     ]
     method, state = AGGREGATORS.build("fedavg"), ServerState(0, {"w": torch.zeros(n)}, {}, {})
     results = [_reduce(method, [updates[i] for i in rng.permutation(12)], state)["w"].numpy() for _ in range(10)]
+    results += [_in_parts(method, [updates[i] for i in rng.permutation(12)], state)["w"].numpy() for _ in range(4)]
     assert all(np.array_equal(results[0], result) for result in results[1:])
     for at in range(0, n, 997):
         exact = math.fsum(w * float(d[at]) for w, d in zip(weights, deltas, strict=True))
         assert results[0][at] == np.float32(exact / sum(weights))
+
+
+def _in_parts(method: Aggregator, updates: Sequence[Update], state: ServerState) -> StateDict:
+    """The gradient from sums of three updates each, as relays would make them."""
+    parts = []
+    for first in range(0, len(updates), 3):
+        parts.append(functools.reduce(method.reduce.add, updates[first : first + 3], method.reduce.start(state)))
+    assert method.reduce.merge is not None
+    return method.reduce.finish(state, functools.reduce(method.reduce.merge, parts), torch.Generator()).adapter
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5461), (2, 8192), (5, 13_000)])  # around the pieces that are added
