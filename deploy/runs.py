@@ -185,6 +185,8 @@ def check(config: RunConfig) -> None:
         examples.read(config.strategy.root, columns=config.data.columns, key="strategy.root")
     if config.data.test is None and (undecided := compatibility.nothing_decides(config)):
         raise UserError(undecided)
+    if config.simulate.relays:
+        raise UserError("simulate.relays: sites send their answers to the server itself; leave it out")
     for key in ("away", "failing"):
         if getattr(config.simulate, key):
             raise UserError(f"simulate.{key}: sites are real, and come and fail as they do; leave it out")

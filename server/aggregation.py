@@ -83,6 +83,27 @@ def fold(folded: Folded, reply: Visit | Decline | Refusal, client: str, size: in
     )
 
 
+def merged(one: Folded, other: Folded, terms: Terms) -> Folded:
+    """The sums of the replies of both, neither of which must be used any more.
+
+    Args:
+        one: sums of some clients.
+        other: sums of others.
+        terms: of the round, whose method's reducer can merge.
+    """
+    merge = terms.aggregator.reduce.merge
+    assert merge is not None, "checked when the run began"
+    return Folded(
+        merge(one.accumulator, other.accumulator),
+        round_metrics.merged(one.error, other.error),
+        [*one.reports, *other.reports],
+        {**one.poisoned, **other.poisoned},
+        one.declined + other.declined,
+        one.bytes_up + other.bytes_up,
+        one.float32_up + other.float32_up,
+    )
+
+
 def fold_own(folded: Folded, train: OwnUpdate, terms: Terms) -> Folded:
     """The sums with the server's own update in them, which is trained from what clients of full rank were sent.
 

@@ -69,6 +69,14 @@ def add(error: ErrorFold, update: Update) -> ErrorFold:
     return error._replace(accumulator=error.fold.add(error.accumulator, update))
 
 
+def merged(one: ErrorFold, other: ErrorFold) -> ErrorFold:
+    """The averaging error over the updates of both; it cannot be measured where one cannot."""
+    merge = one.fold.merge
+    if merge is None or one.accumulator is None or other.accumulator is None:
+        return one._replace(accumulator=None)
+    return one._replace(accumulator=merge(one.accumulator, other.accumulator))
+
+
 def round_fields(
     error: ErrorFold, gradient: Gradient, after: ServerState, poisoned: Mapping[str, str] = MappingProxyType({})
 ) -> dict[str, Any]:

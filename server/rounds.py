@@ -243,6 +243,8 @@ class Rounds(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Fold the replies as they come, then take the step; holds one reply at a time.
 
+        With `simulate.relays` each of them folds the replies of its own clients, and the server folds theirs.
+
         Clients that rightly decline, with no rows for this stage or a spent privacy budget, do not count against the
         quorum. Where the quorum is met, but a robust method has too few updates for its promise, the model stays.
 
@@ -253,10 +255,13 @@ class Rounds(Strategy):
         source = self._source(self.state)
         payload_of = functools.partial(self._payloads.payload, source)
         terms = Terms(self.config, self.aggregator, self._codec, server_round, payload_of)
-        self._round_fields, folded = {}, aggregation.start(self.state, terms)
+        self._round_fields, relays = {}, max(1, self.config.simulate.relays)
+        parts = [aggregation.start(self.state, terms) for _ in range(relays)]
         for client, reply, size in self._read(replies, functools.partial(read_train, terms=terms)):
-            folded = aggregation.fold(folded, reply, client, size, terms)
+            at = self._cohort.index(client) % relays if relays > 1 else 0
+            parts[at] = aggregation.fold(parts[at], reply, client, size, terms)
             self._record(server_round, client, reply, size)
+        folded = functools.reduce(functools.partial(aggregation.merged, terms=terms), parts)
         asked = len(self._cohort) - folded.declined
         if asked == 0:  # all of them declined rightly
             self._leave_unchanged(server_round)

@@ -123,6 +123,11 @@ def _problems(config: RunConfig, aggregator: Aggregator) -> Iterator[str]:
             f"personal.enabled = true: strategy.name = {name!r} trains without gradients, and its learning rate means "
             "something else to the training with gradients that makes clients' own models; leave personal.enabled out"
         )
+    if config.simulate.relays and aggregator.reduce.merge is None:
+        yield (
+            f"simulate.relays = {config.simulate.relays}: a relay sends a sum on, and strategy.name = {name!r} must "
+            "see each client's update; set 0"
+        )
     if aggregator.prunes:
         yield from _pruning_problems(config)
     yield from _wire_problems(config, aggregator)

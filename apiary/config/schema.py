@@ -451,6 +451,12 @@ class SimulateConfig(_Section):
     failing: float = Field(
         0.0, ge=0, lt=1, description="fraction of the clients that fail in a round if they are asked, likewise"
     )
+    relays: int = Field(
+        0,
+        ge=0,
+        description="relays between clients and server, each of which adds up the answers of its share of the clients "
+        "(docs/scale.md); 0 = none",
+    )
     attackers: float = Field(
         0.0, ge=0, lt=1, description="fraction of the clients that attack, to measure how robust a method is; 0 = none"
     )
