@@ -102,11 +102,19 @@ def clients(results: dict[str, Any]) -> str:
         if engine == "ray"
     )
     loads = [row["load"] for row in results["rounds"]]
-    note = (
-        f"Other work ran beside it (load {min(loads):.0f} to {max(loads):.0f} on {results['machine']['cores']} cores): "
-        "of such a machine Ray's workers, one a core, get more than one process does"
+    note = "Ray has a worker on each core, where `local` is one process"
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"A message takes Ray {ratios} clients: {note}. Measured {_beside(max(loads))}, on {_machine(results)}.",
+        ]
     )
-    return "\n".join([*lines, "", f"A message takes Ray {ratios} clients. {note}. On {_machine(results)}."])
+
+
+def _beside(load: float) -> str:
+    """What else the machine did, by its load average; what is measured makes one of it by itself."""
+    return "with nothing else running" if load < 2 else f"beside other work (load {load:.0f})"
 
 
 def message(results: dict[str, Any]) -> str:
@@ -133,8 +141,8 @@ def message(results: dict[str, Any]) -> str:
             f"| beside the step, together | {beside:.1f} | {beside / step:.0%} |",
             "",
             f"Processor time of one thread, the least of five rounds of {found['clients']} clients; a round costs "
-            f"{found['ms_once_a_round']:.0f} ms more for the step of the server and the checkpoint. Measured beside "
-            f"other work (load {found['load']:.0f}), which makes every part slower. On {_machine(results)}.",
+            f"{found['ms_once_a_round']:.0f} ms more for the step of the server and the checkpoint. Measured "
+            f"{_beside(found['load'])}, on {_machine(results)}.",
         ]
     )
 
@@ -149,8 +157,8 @@ def clients_run(results: dict[str, Any]) -> str:
         before = held
     return (
         f"{run['clients']:,} clients, {run['rounds']} rounds, half of them away and 5% failing in each: "
-        f"{run['wall_s'] / 60:.1f} minutes, {run['cpu_s'] / 60:.1f} of the processor's, beside other work (load "
-        f"{run['load']:.0f}). Memory after a round: {min(rounds):.0f} to {max(rounds):.0f} MiB; at most "
+        f"{run['wall_s'] / 60:.1f} minutes, {run['cpu_s'] / 60:.1f} of the processor's, {_beside(run['load'])}. "
+        f"Memory after a round: {min(rounds):.0f} to {max(rounds):.0f} MiB; at most "
         f"{run['peak_bytes'] / mib:.0f} MiB. `report.html` has {sizes['report.html'] / 1e6:.1f} MB, `metrics.json` "
         f"{sizes['metrics.json'] / 1e6:.1f}, `log.jsonl` {sizes['log.jsonl'] / 1e6:.1f}.\n\nMiB that imports alone "
         f"take, one after the other: {', '.join(taken)}; a simulation does not import the last. On {_machine(results)}."
