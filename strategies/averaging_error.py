@@ -138,11 +138,6 @@ def estimated(scaling: Scaling, weighting: Weighting = "tokens", probes: int = 8
             sums.product.add_(product, alpha=scaled)
         return acc._replace(weight=acc.weight + weight)
 
-    def merge(one: _Sketch, other: _Sketch) -> _Sketch:
-        both = zip(one.sums, other.sums, strict=True)
-        sums = tuple(a._replace(b=a.b + b.b, a=a.a + b.a, product=a.product + b.product) for a, b in both)
-        return _Sketch(sums, one.weight + other.weight)
-
     def finish(state: ServerState, acc: _Sketch) -> Gauge:
         if acc.weight <= 0:
             raise ValueError(f"the weights of the round sum to {acc.weight}; at least one must be positive")
@@ -153,7 +148,13 @@ def estimated(scaling: Scaling, weighting: Weighting = "tokens", probes: int = 8
             total += scaling(start_b.shape[2]) ** 2 * looks
         return _gauge(*total)
 
-    return Fold(start, add, finish, merge)
+    return Fold(start, add, finish, _merged)
+
+
+def _merged(one: _Sketch, other: _Sketch) -> _Sketch:
+    both = zip(one.sums, other.sums, strict=True)
+    sums = tuple(a._replace(b=a.b + b.b, a=a.a + b.a, product=a.product + b.product) for a, b in both)
+    return _Sketch(sums, one.weight + other.weight)
 
 
 def _squared_looks(sums: _Sums, weight: float, start_b: Tensor, start_a: Tensor) -> Tensor:

@@ -123,11 +123,6 @@ def _problems(config: RunConfig, aggregator: Aggregator) -> Iterator[str]:
             f"personal.enabled = true: strategy.name = {name!r} trains without gradients, and its learning rate means "
             "something else to the training with gradients that makes clients' own models; leave personal.enabled out"
         )
-    if config.simulate.relays and aggregator.reduce.merge is None:
-        yield (
-            f"simulate.relays = {config.simulate.relays}: a relay sends a sum on, and strategy.name = {name!r} must "
-            "see each client's update; set 0"
-        )
     if aggregator.prunes:
         yield from _pruning_problems(config)
     yield from _wire_problems(config, aggregator)
@@ -226,6 +221,11 @@ def _pruning_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _wire_problems(config: RunConfig, aggregator: Aggregator) -> Iterator[str]:
+    if config.simulate.relays and aggregator.reduce.merge is None:
+        yield (
+            f"simulate.relays = {config.simulate.relays}: a relay sends a sum on, and strategy.name = "
+            f"{config.strategy.name!r} must see each client's update; set 0"
+        )
     try:
         up, down = configured_codec(config, "up", aggregator.local.codec), configured_codec(config, "down")
     except UserError as error:

@@ -9,6 +9,7 @@ variate of the last round in which the server says that its answer counted, what
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -67,18 +68,6 @@ def scaffold(alike: bool = False) -> Aggregator:
         slopes = weighted.add(acc.slopes, update._replace(weight=1 / update.lr_sum))
         return _Fold(moved, slopes, acc.corrected + 1, update.extra, update.lr_sum)
 
-    def merge(one: _Fold, other: _Fold) -> _Fold:
-        newest = other if other.corrected else one
-        if alike and one.corrected and other.corrected:
-            _check_alike(one.lr_sum, other.lr_sum)
-        return _Fold(
-            merged(one.moved, other.moved),
-            merged(one.slopes, other.slopes),
-            one.corrected + other.corrected,
-            newest.control,
-            newest.lr_sum,
-        )
-
     def finish(state: ServerState, acc: _Fold, rng: Generator) -> Gradient:
         made = mean.finish(state, acc.moved, rng).adapter
         if not acc.corrected:
@@ -96,7 +85,7 @@ def scaffold(alike: bool = False) -> Aggregator:
 
     # Rounds of B and A in turns would measure a gradient of zero for the half that rests.
     return Aggregator(
-        Reducer(start, take, finish, merge=merge),
+        Reducer(start, take, finish, merge=functools.partial(_merged, alike)),
         step,
         _payload,
         needs="sum",
@@ -105,6 +94,14 @@ def scaffold(alike: bool = False) -> Aggregator:
         local=LOCAL,
         averages="always",
     )
+
+
+def _merged(alike: bool, one: _Fold, other: _Fold) -> _Fold:
+    newest = other if other.corrected else one
+    if alike and one.corrected and other.corrected:
+        _check_alike(one.lr_sum, other.lr_sum)
+    moved, slopes = merged(one.moved, other.moved), merged(one.slopes, other.slopes)
+    return _Fold(moved, slopes, one.corrected + other.corrected, newest.control, newest.lr_sum)
 
 
 def _check_alike(one: float, other: float) -> None:
