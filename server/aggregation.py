@@ -6,8 +6,9 @@ aggregator's.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from apiary.config.schema import RunConfig
@@ -81,6 +82,30 @@ def fold(folded: Folded, reply: Visit | Decline | Refusal, client: str, size: in
         bytes_up=folded.bytes_up + size,
         float32_up=folded.float32_up + plain,
     )
+
+
+class Sums:
+    """The sums of a round while its replies come: one, or with `simulate.relays` one of each relay.
+
+    Args:
+        state: at the start of the round.
+        cohort: who is asked; relays get them in turn.
+        terms: of the round.
+    """
+
+    def __init__(self, state: ServerState, cohort: Sequence[str], terms: Terms) -> None:
+        relays = max(1, terms.config.simulate.relays)
+        self._terms, self._parts = terms, [start(state, terms) for _ in range(relays)]
+        self._relay = {client: at % relays for at, client in enumerate(cohort)}
+
+    def add(self, client: str, reply: Visit | Decline | Refusal, size: int) -> None:
+        """Fold a reply in, as `fold`."""
+        at = self._relay.get(client, 0)
+        self._parts[at] = fold(self._parts[at], reply, client, size, self._terms)
+
+    def whole(self) -> Folded:
+        """The sums of all; no reply can be added any more."""
+        return functools.reduce(functools.partial(merged, terms=self._terms), self._parts)
 
 
 def merged(one: Folded, other: Folded, terms: Terms) -> Folded:

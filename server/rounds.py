@@ -243,8 +243,6 @@ class Rounds(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Fold the replies as they come, then take the step; holds one reply at a time.
 
-        With `simulate.relays` each of them folds the replies of its own clients, and the server folds theirs.
-
         Clients that rightly decline, with no rows for this stage or a spent privacy budget, do not count against the
         quorum. Where the quorum is met, but a robust method has too few updates for its promise, the model stays.
 
@@ -252,16 +250,13 @@ class Rounds(Strategy):
             RunFailed: fewer valid updates than the quorum, the method cannot use them, or the step led to NaN or
                 infinity.
         """
-        source = self._source(self.state)
-        payload_of = functools.partial(self._payloads.payload, source)
+        payload_of = functools.partial(self._payloads.payload, self._source(self.state))
         terms = Terms(self.config, self.aggregator, self._codec, server_round, payload_of)
-        self._round_fields, relays = {}, max(1, self.config.simulate.relays)
-        parts = [aggregation.start(self.state, terms) for _ in range(relays)]
+        self._round_fields, sums = {}, aggregation.Sums(self.state, self._cohort, terms)
         for client, reply, size in self._read(replies, functools.partial(read_train, terms=terms)):
-            at = self._cohort.index(client) % relays if relays > 1 else 0
-            parts[at] = aggregation.fold(parts[at], reply, client, size, terms)
+            sums.add(client, reply, size)
             self._record(server_round, client, reply, size)
-        folded = functools.reduce(functools.partial(aggregation.merged, terms=terms), parts)
+        folded = sums.whole()
         asked = len(self._cohort) - folded.declined
         if asked == 0:  # all of them declined rightly
             self._leave_unchanged(server_round)
