@@ -114,6 +114,7 @@ OTHER: dict[str, Any] = {
     "simulate.attack": "scaled",
     "simulate.away": 0.3,
     "simulate.failing": 0.3,
+    "simulate.relays": 2,
     "log.trackers": ["tensorboard"],
     "log.project": "other",
 }
