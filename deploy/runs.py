@@ -32,6 +32,12 @@ _FIRST = frozenset({run_directory.RUN_ID, run_directory.CONFIG, event_log.LOG_FI
 _STARTED = "started"  # folder of the server's state: the newest of Flower's runs for each run directory
 _DIRECTORIES = "directories"  # folder of the server's state: where each of Flower's runs writes
 _GOING = ("pending", "starting", "running")  # as Flower calls it
+_ONLY_SIMULATED = {
+    "relays": "sites send their answers to the server itself",
+    "away": "sites are real, and come and fail as they do",
+    "failing": "sites are real, and come and fail as they do",
+    "attackers": "sites are real, and none is made to attack",
+}
 _NAME = re.compile(r"[^A-Za-z0-9._-]+")
 _LONGEST = 90  # characters of a run's name; sites take 100, and the id follows
 
@@ -185,13 +191,9 @@ def check(config: RunConfig) -> None:
         examples.read(config.strategy.root, columns=config.data.columns, key="strategy.root")
     if config.data.test is None and (undecided := compatibility.nothing_decides(config)):
         raise UserError(undecided)
-    if config.simulate.relays:
-        raise UserError("simulate.relays: sites send their answers to the server itself; leave it out")
-    for key in ("away", "failing"):
+    for key, why in _ONLY_SIMULATED.items():
         if getattr(config.simulate, key):
-            raise UserError(f"simulate.{key}: sites are real, and come and fail as they do; leave it out")
-    if config.simulate.attackers:
-        raise UserError("simulate.attackers: sites are real, and none is made to attack; leave it out")
+            raise UserError(f"simulate.{key}: {why}; leave it out")
 
 
 def remarks(config: RunConfig) -> list[str]:

@@ -114,10 +114,13 @@ def merged(one: Folded, other: Folded, terms: Terms) -> Folded:
     Args:
         one: sums of some clients.
         other: sums of others.
-        terms: of the round, whose method's reducer can merge.
+        terms: of the round.
+
+    Raises:
+        ValueError: the method must see each update; `strategies.from_config` refuses relays for it.
     """
-    merge = terms.aggregator.reduce.merge
-    assert merge is not None, "checked when the run began"
+    if (merge := terms.aggregator.reduce.merge) is None:
+        raise ValueError(f"strategy.name = {terms.config.strategy.name!r} cannot put sums of a round together")
     return Folded(
         merge(one.accumulator, other.accumulator),
         round_metrics.merged(one.error, other.error),

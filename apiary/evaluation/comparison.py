@@ -212,10 +212,8 @@ def data_warnings(
 
 def _untuned_rate(lm: LanguageModel, config: RunConfig) -> list[str]:
     """A line where the default learning rate stands beside a base much wider than those that it was chosen on."""
-    default, width = (
-        TrainConfig.model_fields["lr"].default,
-        getattr(lm.model.config.get_text_config(), "hidden_size", 0),
-    )
+    default = TrainConfig.model_fields["lr"].default
+    width = getattr(lm.model.config.get_text_config(), "hidden_size", 0)
     if config.train.lr != default or width <= _TUNED_WIDTH:
         return []
     return [

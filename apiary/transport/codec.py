@@ -63,7 +63,8 @@ class Codec(NamedTuple):
     unpack: Callable[[Bytes, int], tuple[Floats, int]]
     most: Callable[[int], int]  # bytes of a part at most, by number of entries
     feedback: bool = False  # keep what a message leaves out, and add it to the next
-    entrywise: bool = False  # each entry by itself: the parts of several tensors, one after another, are that of one
+    # Each entry by itself: the parts of several tensors, one after another, are that of one. Not beside feedback.
+    entrywise: bool = False
 
     @property
     def whole(self) -> bool:
