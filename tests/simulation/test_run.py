@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -426,16 +427,22 @@ def test_what_is_wrong_with_a_run_leaves_no_directory(tmp_path: Path, small_run:
 
 
 def _wait_for_round(folder: Path, number: int, process: subprocess.Popen[str]) -> None:
-    _wait_for(folder / "checkpoints" / f"round-{number:04d}", process)
+    """Until that round is done, or a later one: a run keeps its newest checkpoints alone."""
+    name = f"round-{number:04d}"
+    _wait_until(lambda: any(p.name >= name for p in (folder / "checkpoints").glob("round-????")), name, process)
 
 
 def _wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    _wait_until(path.exists, path.name, process)
+
+
+def _wait_until(there: Callable[[], bool], name: str, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + LONGEST_S
-    while not path.exists():
+    while not there():
         assert process.poll() is None, process.communicate()[1][-2000:]
         if time.monotonic() > deadline:
             process.kill()
-            pytest.fail(f"no {path.name} in {LONGEST_S:g} s: {process.communicate()[1][-2000:]}")
+            pytest.fail(f"no {name} in {LONGEST_S:g} s: {process.communicate()[1][-2000:]}")
         time.sleep(0.01)
 
 
