@@ -17,19 +17,22 @@ import argparse
 import json
 import os
 import statistics
+import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from apiary.config import loading
-from apiary.evaluation import intervals
-from apiary.evaluation.intervals import SeedRows
-from apiary.evaluation.row_losses import read_row_losses
-from simulation.sweep.workers import Job, Worker, messages
-
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared"
+sys.path.insert(0, str(ROOT))  # another package is called benchmarks too
+
+from apiary.config import loading  # noqa: E402
+from apiary.evaluation import intervals  # noqa: E402
+from apiary.evaluation.intervals import SeedRows  # noqa: E402
+from apiary.evaluation.row_losses import read_row_losses  # noqa: E402
+from benchmarks.personal import DOLLY, SMOLLM2  # noqa: E402
+from simulation.sweep.workers import Job, Worker, messages  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results" / "defaults.json"
 # Measured is the table's loss alone, once, at the end; every run computes with one thread, so that two go side by side.
 _LEAN = (
@@ -60,19 +63,8 @@ BEFORE = (
 TASKS: dict[str, tuple[str, ...]] = {
     "skills": ("data.source=builtin:skills:250", "data.test_fraction=0.2"),
     "even": ("data.source=builtin:skills:250", "data.test_fraction=0.2", "data.partition=iid"),
-    "dolly": (
-        f"model.name={SHARED / 'models' / 'probe'}",
-        f"data.source={SHARED / 'data' / 'dolly'}",
-        "data.test_fraction=0.1",
-        "data.partition=natural",
-        "prompt.template=alpaca",
-    ),
-    "smollm2": (  # that of `benchmarks/personal.py`
-        f"model.name={ROOT / 'build' / 'smollm2-135m-instruct'}",
-        f"data.source={SHARED / 'data' / 'dolly' / 'client_1.jsonl'}",
-        *("data.clients=4", "data.partition.by=category", "data.test_fraction=0.25"),
-        *("prompt.template=chat", "rounds=4", "train.steps=4", "train.batch_tokens=512"),
-    ),
+    "dolly": (*DOLLY, "data.test_fraction=0.1"),
+    "smollm2": SMOLLM2,
 }
 
 
