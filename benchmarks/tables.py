@@ -845,9 +845,9 @@ def _own_told(told: dict[str, Any]) -> str:
 def own_cases(results: dict[str, Any]) -> str:
     """Clients' own models by the rows that a client has, and on organisations' rows."""
     lines = [
-        "| training rows a client | alone at its best | federated | own model | clients with a lower loss | clearly "
-        "lower | clearly higher | kept |",
-        f"|{'---|' * 8}",
+        "| training rows a client | seeds | alone at its best | federated | own model | clients with a lower loss | "
+        "clearly lower | clearly higher | kept |",
+        f"|{'---|' * 9}",
     ]
     names = {
         "50": "50",
@@ -864,16 +864,9 @@ def own_cases(results: dict[str, Any]) -> str:
         losses = (_spread(told["own"][name], 1, 3) for name in ("local_best", "federated", "personal"))
         counts = f"{told['lower']} of {told['clients']} | {told['clearly_better']} | {told['clearly_worse']}"
         kept = ", ".join(f"{count} {kind}" for kind, count in told["kept"].items())
-        lines.append(f"| {label} | {' | '.join(losses)} | {counts} | {kept} |")
-    seeds = sorted({len(results["cases"][case]["runs"]) for case in names if case in results["cases"]})
-    told = "One seed" if seeds == [1] else " or ".join(map(str, seeds)) + " seeds"
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"{told}. On {_machine(results)}.",
-        ]
-    )
+        seeds = len(results["cases"][case]["runs"])
+        lines.append(f"| {label} | {seeds} | {' | '.join(losses)} | {counts} | {kept} |")
+    return "\n".join([*lines, "", f"Mean and range over seeds. On {_machine(results)}."])
 
 
 def own_models(runs: list[dict[str, Any]]) -> str:
