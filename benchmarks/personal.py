@@ -47,14 +47,14 @@ SMOLLM2 = (
     *("prompt.template=chat", "rounds=4", "train.steps=4", "train.batch_tokens=512"),
 )
 CASES: dict[str, tuple[str, ...]] = {
-    "dolly": DOLLY,
-    "smollm2": (*SMOLLM2, "train.lr=3e-3"),  # of the rates that `benchmarks/defaults.py` tried on it, the best
     # 12 skills at 8 clients; of a client's rows some 70 are held out, so that most can tell a difference. With few rows
     # a larger part chooses, or there were not enough of them for training alone to stop early.
     "50": (*_rows(80, 7 / 12), "personal.validation=0.4"),
     "150": _rows(150, 1 / 3),
     "500": _rows(400, 1 / 6),
     "1500": _rows(1110, 1 / 10),
+    "dolly": DOLLY,
+    "smollm2": (*SMOLLM2, "train.lr=3e-3"),  # of the rates that `benchmarks/defaults.py` tried on it, the best
 }
 # What is not needed here is not measured: answers, rounds, pooled baselines.
 _LEAN = ("evaluate.generate=false", "evaluate.every=0", "evaluate.clients=false", 'evaluate.baselines=["local"]')

@@ -22,9 +22,10 @@ _NONE = "*No measurement is committed yet.*"
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # another package is called benchmarks too
 
+from apiary.core.counts import rounded  # noqa: E402
 from benchmarks import methods, shapes, together  # noqa: E402
 from benchmarks import own_models as ways  # noqa: E402
-from benchmarks.personal import summary  # noqa: E402
+from benchmarks.personal import CASES, summary  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 TINY = ROOT / "apiary" / "models" / "tiny" / "checkpoint"
@@ -849,24 +850,17 @@ def own_cases(results: dict[str, Any]) -> str:
         "clearly lower | clearly higher | kept |",
         f"|{'---|' * 9}",
     ]
-    names = {
-        "50": "50",
-        "150": "150",
-        "500": "500",
-        "1500": "1,500",
-        "dolly": "1,200, dolly with `probe`",
-        "smollm2": "210, dolly with SmolLM2",
-    }
-    for case, label in names.items():
-        if case not in results["cases"]:
-            continue
-        told = results["cases"][case]["summary"]
+    bases = {"dolly": ", dolly with `probe`", "smollm2": ", dolly with SmolLM2"}
+    for case in filter(results["cases"].__contains__, CASES):
+        told, runs = results["cases"][case]["summary"], results["cases"][case]["runs"]
+        rows = [client["rows"]["train"] + client["rows"]["validation"] for run in runs for client in run["clients"]]
+        label = f"{rounded(round(statistics.mean(rows))):,}{bases.get(case, '')}"
         losses = (_spread(told["own"][name], 1, 3) for name in ("local_best", "federated", "personal"))
-        counts = f"{told['lower']} of {told['clients']} | {told['clearly_better']} | {told['clearly_worse']}"
+        better = f"{told['lower']} of {told['clients']} | {told['clearly_better']} | {told['clearly_worse']}"
         kept = ", ".join(f"{count} {kind}" for kind, count in told["kept"].items())
-        seeds = len(results["cases"][case]["runs"])
-        lines.append(f"| {label} | {seeds} | {' | '.join(losses)} | {counts} | {kept} |")
-    return "\n".join([*lines, "", f"Mean and range over seeds. On {_machine(results)}."])
+        lines.append(f"| {label} | {len(runs)} | {' | '.join(losses)} | {better} | {kept} |")
+    note = "Rows are means over clients, in two digits. Mean and range over seeds."
+    return "\n".join([*lines, "", f"{note} On {_machine(results)}."])
 
 
 def own_models(runs: list[dict[str, Any]]) -> str:
