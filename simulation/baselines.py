@@ -120,7 +120,8 @@ def train_all(
         shared: where runs share their baselines; None where they do not.
     """
     work = plan(config, clients, folder)
-    made = Baselines({}, {})
+    made, batches = Baselines({}, {}), 0
+    most = sum(map(_batches, work))
     for done, item in enumerate(work, 1):
         began = time.monotonic()
         own = adapters.load(config.model, what_it_reads(config).adapter.of_rank(item.rank))
@@ -136,8 +137,9 @@ def train_all(
             made.pooled[item.method] = wide
         else:
             made.alone[item.client] = wide
-        seconds = time.monotonic() - began
-        log.event("baseline", method=item.method, name=item.folder.name, done=done, total=len(work), seconds=seconds)
+        seconds, batches = time.monotonic() - began, batches + _batches(item)
+        fields = {"done": done, "total": len(work), "share": batches / most, "seconds": seconds}
+        log.event("baseline", method=item.method, name=item.folder.name, **fields)
     return made
 
 
@@ -161,6 +163,11 @@ def plan(config: RunConfig, clients: Sequence[ClientVisits], folder: Path) -> li
         width = max(1, round(total / serial))
         work.append(Work("central_serial", _POOL, rank, parts, width, places.central_serial))
     return work
+
+
+def _batches(item: Work) -> int:
+    """How much work a baseline is; 1 at least."""
+    return max(1, item.width * sum(part.steps for part in item.parts))
 
 
 def unlike(config: RunConfig, clients: Sequence[ClientVisits]) -> dict[str, dict[str, str]]:

@@ -231,7 +231,9 @@ def _open_log(config: RunConfig, folder: Path, observers: Sequence[Observer], cl
         fields["attack"] = {"name": config.simulate.attack.name, "clients": list(hostile)}
     fields["outline"] = summary.sentence(config)
     fields["method"] = strategies.traits(strategies.from_config(config))
-    log.event("start", **fields, rounds=config.rounds, clients=len(clients), resumed=resumed)
+    after = ["baselines"] if set(config.evaluate.baselines) - {"base"} else []
+    after += ["own models"] if config.personal.enabled else []
+    log.event("start", **fields, rounds=config.rounds, clients=len(clients), resumed=resumed, after=after)
     for line in remarks(config, clients):
         log.event("warning", message=line)
     return log

@@ -144,7 +144,12 @@ class DataConfig(_Section):
         "{ text = ... }; the first two with system = ... and tools = ... where there are such columns, the first with "
         "thinking = ... too",
     )
-    clients: int = Field(8, ge=1, description="number of clients (ignored by the natural partition)")
+    clients: int = Field(
+        8,
+        ge=1,
+        description="number of clients, who share the rows of the source: with fewer, each has more (ignored by the "
+        "natural partition)",
+    )
     partition: MethodField = Field(
         Method(name="dirichlet", alpha=0.3, by="skill"),
         description="iid, dirichlet, by_value, pathological, size or natural, with options",

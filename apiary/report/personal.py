@@ -9,7 +9,7 @@ from typing import Any
 from apiary.core import formatting
 from apiary.core.formatting import clean
 from apiary.report.data import OWN_NAMES, Client, Gain, Metrics, OwnModel, OwnName, OwnRow, gain_by_own_model
-from apiary.report.verdict import outcomes_text, rows_text
+from apiary.report.verdict import outcomes_text, rows_text, shared_at_best
 
 WAYS: dict[OwnName, tuple[str, str]] = {
     "local": ("Training alone", "on the client's own rows, in the steps that it made in the federation"),
@@ -63,7 +63,8 @@ def own_lines(metrics: Metrics) -> list[str]:
     if metrics.personal is None or not clients:
         return []
     gain = gain_by_own_model(metrics)
-    said = [_choices(clients), _gains(gain), advice(clients, gain), _everyone(metrics.personal.table)]
+    gains = [_gains(gain), shared_at_best(metrics)]
+    said = [_choices(clients), *gains, advice(clients, gain), _everyone(metrics.personal.table)]
     if not metrics.personal.set_apart:
         said.append(
             "The run set no rows apart for this before round 1, so half of each client's held-out rows chose, and "
@@ -93,6 +94,8 @@ def _gains(gain: Gain | None) -> str:
         return ""
     ends = gain.mean_ends
     among = "" if ends is None else f" (95% interval over clients {' to '.join(map(formatting.change_text, ends))})"
+    if ends is not None and ends[0] <= 0 <= ends[1]:
+        among += ", which may be no gain at all"
     rows = f" ({rows_text(gain)})" if gain.rows else ""
     name, least = gain.worst
     return (

@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 from apiary.core import formatting
 from apiary.evaluation import intervals
 from apiary.report import sites
-from apiary.report.data import Gain, MethodName, Metrics, Outcome, Row, gain_on_own
+from apiary.report.data import Gain, MethodName, Metrics, Outcome, OwnName, Row, gain_of, gain_on_own
 from apiary.tracking import delivery
 
 Verdict: TypeAlias = Literal["better", "worse", "unclear", "few"]
@@ -150,7 +150,13 @@ def _overlap(a: Row, b: Row) -> bool:
 
 
 def _on_their_own(metrics: Metrics, other: Row, found: Verdict) -> str:
-    """How clients fare on their own rows, unless all of them see it as the examples of all do."""
+    """How clients fare on their own rows, unless all of them see it as the examples of all do.
+
+    Where clients made models of their own, each way of training is asked at its best.
+    """
+    if metrics.personal is not None and (means := _own_means(metrics)) is not None:
+        alone, joint, own = (formatting.loss_text(loss, 3) for loss in means)
+        return f"; on their own rows training alone at its best has {alone}, the shared model {joint}, own models {own}"
     gain = gain_on_own(metrics)
     if gain is None or other.method != "local":
         return ""
@@ -158,6 +164,40 @@ def _on_their_own(metrics: Metrics, other: Row, found: Verdict) -> str:
     if agree and gain.count(agree) == len(gain.gains):
         return ""
     return f"; on their own rows {outcomes_text(gain)}"
+
+
+def _own_means(metrics: Metrics) -> tuple[float, float, float] | None:
+    """Mean losses on clients' own rows, alone at its best, federated and by own models; None where one is not told."""
+    names: tuple[OwnName, ...] = ("local_best", "federated", "personal")
+    means = {row.method: row.own for row in metrics.personal.table} if metrics.personal else {}
+    found = [loss for name in names if (loss := means.get(name)) is not None]
+    return (found[0], found[1], found[2]) if len(found) == len(names) else None
+
+
+def shared_at_best(metrics: Metrics) -> str:
+    """Whether the shared model as it is beats training alone at its best on clients' own rows; "" if not measured."""
+    clients = [client for client in metrics.honest if client.personal is not None]
+    gain = gain_of(
+        (c.client, c.personal.own.get("local_best"), c.personal.own.get("federated"), None)
+        for c in clients
+        if c.personal is not None
+    )
+    if gain is None or not metrics.joined:
+        return ""
+    better = sum(change > 0 for change in gain.gains.values())
+    count = f"it is lower for {better} of {formatting.plural(len(gain.gains), 'client')}"
+    change, ends = formatting.change_text(-gain.mean), gain.mean_ends
+    if ends is None:
+        return (
+            f"On own rows the shared model as it is and training alone at its best differ by {change} nats per token."
+        )
+    low, high = -ends[1], -ends[0]
+    found = "better than" if high < 0 else "worse than" if low > 0 else "neither clearly better nor clearly worse than"
+    return (
+        f"On own rows the shared model as it is, is {found} training alone at its best: {change} nats per token on "
+        f"average (95% interval over clients {formatting.change_text(low)} to {formatting.change_text(high)}), and "
+        f"{count}."
+    )
 
 
 def outcomes_text(gain: Gain) -> str:
@@ -231,7 +271,13 @@ def second(metrics: Metrics) -> str:
         return " ".join(sites.sentences(metrics))
     other = against(metrics)
     compared = row_by_row(metrics, other) if other else ""
-    said = [compared, personal(metrics), attacked(metrics), nobody_joined(metrics) or _meaning(metrics, joint)]
+    said = [
+        compared,
+        shared_at_best(metrics),
+        personal(metrics),
+        attacked(metrics),
+        nobody_joined(metrics) or _meaning(metrics, joint),
+    ]
     return " ".join(filter(None, said))
 
 

@@ -36,6 +36,7 @@ _NAMED = 6  # how many waiting clients are named; the others are counted
 _DECLINES = {"idle": "no rows of this stage, or too few", "budget": "the privacy budget is spent"}
 _NOT_TOLD = "not told under record-level privacy"
 _RECENT = 5  # rounds whose mean duration makes the forecast
+_TENTHS = 10  # of the baselines, however many: so often plain lines tell how far they are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,9 @@ class State:
     refused: int = 0
     sat_out: tuple[tuple[str, str], ...] = ()  # clients that rightly did not train in this round, and why
     baseline: tuple[str, int, int] | None = None  # method, done, total
+    after: tuple[str, ...] = ()  # what the run does after its rounds, and the forecast of these leaves out
+    phase_at: float | None = None
+    share_done: float = 0.0  # of the work of this phase, after the rounds
 
 
 def fold(state: State, event: Event) -> State:
@@ -82,11 +86,12 @@ def _start(state: State, event: Event) -> dict[str, Any]:
         "rounds": event.get("rounds") or 0,
         "clients": event.get("clients") or 0,
         "averaged": (event.get("method") or {}).get("averages") != "never",
+        "after": tuple(map(clean, event.get("after") or ())),
     }
 
 
 def _phase(state: State, event: Event) -> dict[str, Any]:
-    return {"phase": clean(event["name"]), "baseline": None}
+    return {"phase": clean(event["name"]), "baseline": None, "phase_at": event.get("time"), "share_done": 0.0}
 
 
 def _asked(state: State, event: Event) -> dict[str, Any]:
@@ -165,11 +170,16 @@ def _baseline(state: State, event: Event) -> dict[str, Any]:
     return {
         "phase": "baselines",
         "baseline": (clean(event["method"]), event["done"], event["total"]),
+        "share_done": event.get("share") or event["done"] / max(event["total"], 1),
     }
 
 
 def _personal(state: State, event: Event) -> dict[str, Any]:
-    return {"phase": "personal models", "baseline": ("own models", event["done"], event["total"])}
+    return {
+        "phase": "personal models",
+        "baseline": ("own models", event["done"], event["total"]),
+        "share_done": event["done"] / max(event["total"], 1),
+    }
 
 
 _FOLDS: dict[str, Callable[[State, Event], dict[str, Any]]] = {
@@ -198,6 +208,13 @@ def eta(state: State, now: float) -> float | None:
     each = (state.ends[-1] - state.ends[0]) / (len(state.ends) - 1)
     left = (state.rounds - state.finished_rounds) * each - max(0.0, now - state.ends[-1])
     return max(0.0, left)
+
+
+def phase_eta(state: State, now: float) -> float | None:
+    """Seconds until a phase after the rounds ends, if all its work goes as fast as that done; None before any is."""
+    if state.phase_at is None or not 0 < state.share_done < 1 or now <= state.phase_at:
+        return None
+    return (now - state.phase_at) * (1 - state.share_done) / state.share_done
 
 
 def board(state: State, now: float) -> RenderableType:
@@ -291,7 +308,18 @@ def _clock(state: State, now: float) -> str:
     spent = f"{seconds_text(now - (state.started or now))} so far"
     left = eta(state, now)
     training = state.finished_rounds < state.rounds
-    return f"{spent}, about {seconds_text(left)} of rounds left" if left is not None and training else spent
+    if left is not None and training:
+        return f"{spent}, about {seconds_text(left)} of rounds left{_then(state)}"
+    return spent + _phase_left(state, now)
+
+
+def _then(state: State) -> str:
+    return f", then {' and '.join(state.after)}" if state.after else ""
+
+
+def _phase_left(state: State, now: float) -> str:
+    left = phase_eta(state, now)
+    return "" if left is None else f", about {seconds_text(left)} left of this"
 
 
 def _names(names: tuple[str, ...]) -> str:
@@ -320,9 +348,11 @@ def line(state: State, event: Event) -> str | None:
         case "warning":
             return f"warning: {clean(event['message'])}"
         case "baseline" if event["done"] >= event["total"]:
-            return f"baselines: trained in {seconds_text(event.get('seconds'))}"
+            return "baselines: trained" + _took(state, event)
+        case "baseline" if _TENTHS * event["done"] // event["total"] > _TENTHS * (event["done"] - 1) // event["total"]:
+            return f"baselines: {event['done']} of {event['total']} trained{_phase_left(state, event['time'])}"
         case "personal":
-            return f"own model of {clean(event['client'])}: {_kept(event)}"
+            return f"own model of {clean(event['client'])}: {_kept(event)}{_phase_left(state, event['time'])}"
         case "stop":
             return f"stopped after round {event['round']}: {clean(event['reason'])}"
         case delivery.EVENT:
@@ -330,6 +360,10 @@ def line(state: State, event: Event) -> str | None:
         case "finish":
             return f"finished in {seconds_text(event.get('seconds'))}" + _result(state)
     return None
+
+
+def _took(state: State, event: Event) -> str:
+    return f" in {seconds_text(event['time'] - state.phase_at)}" if state.phase_at is not None else ""
 
 
 def _kept(event: Event) -> str:
@@ -347,10 +381,10 @@ def _round_line(state: State, event: Event) -> str:
         seconds_text(event.get("seconds")),
     ]
     if state.gauge is not None:
-        parts.insert(2, f"averaging apart {_misses(state)} {missed_text(state.gauge)}")
+        parts.insert(2, f"averaging A and B apart {_misses(state)} {missed_text(state.gauge)} of the change")
     left = eta(state, event["time"])
     if left is not None and state.finished_rounds < state.rounds:
-        parts.append(f"about {seconds_text(left)} left")
+        parts.append(f"about {seconds_text(left)} left{_then(state)}")
     return f"round {event['round']}/{state.rounds}: " + ", ".join(parts)
 
 

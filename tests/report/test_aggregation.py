@@ -262,7 +262,7 @@ def _lines(*events: dict[str, Any]) -> list[str]:
 def test_a_round_tells_its_error_and_a_line_who_was_cut() -> None:
     cut = {"client-03": "norm 14 times the median", "client-05": "cosine -0.20 to the server's own update"}
     told = _lines(_event(1, gauge={"relative": 0.0432, "stderr": 0.001}, shares={"client-00": 0.5}, cut=cut))
-    assert "averaging apart misses 4.3%" in told[0]
+    assert "averaging A and B apart misses 4.3% of the change" in told[0]
     assert told[1:] == [
         "cut: client-03 (norm 14 times the median), client-05 (cosine -0.20 to the server's own update)"
     ]

@@ -11,6 +11,7 @@ from report_pages import HOSTILE, Page, page
 from apiary.report import personal_lines, table_plain
 from apiary.report.data import parse_metrics
 from apiary.report.personal import advice, own_lines
+from apiary.report.verdict import headline, second
 
 
 def own(kept: str, alone: float, joint: float, mine: float, ends: list[float] | None, n: int = 90) -> dict[str, Any]:
@@ -70,7 +71,29 @@ def test_the_sentences_say_who_kept_what_and_who_is_better_off() -> None:
     assert "2 of 5 clients gain, 1 loses, 2 cannot tell" in said[1] and "20 to 90 rows each" in said[1]
     # gains by hand: 0.20, 0.15, 0, -0.12, 0.05, their mean 0.056
     assert "the mean gain is +0.056" in said[1] and "the least \N{MINUS SIGN}0.120 (client-03)" in said[1]
-    assert "a loss of 0.900, the federated model 0.600 (+0.300)" in said[3]
+    # federated less alone by hand: +0.10, -0.10, +0.50, +0.12, -0.05, their mean 0.114
+    assert "neither clearly better nor clearly worse than training alone at its best: +0.114 nats per token" in said[2]
+    assert "lower for 2 of 5 clients" in said[2]
+    assert "a loss of 0.900, the federated model 0.600 (+0.300)" in said[4]
+
+
+def test_the_opening_asks_each_way_of_training_at_its_best_and_says_who_is_worse() -> None:
+    """Federated may beat training alone on everybody's rows, and yet no client want it for its own."""
+    models = [own("tuned", 0.70 + shift, 0.80 + 2 * shift, 0.65, [-0.1, -0.01]) for shift in (0.0, 0.01, 0.02)]
+    found = parse_metrics(metrics(*models))
+    assert (
+        "on their own rows training alone at its best has 0.710, the shared model 0.820, own models 0.650"
+        in headline(found)
+    )
+    # the differences are 0.10, 0.11 and 0.12: t of 95% with 2 degrees is 4.303, so 0.11 -+ 4.303 * 0.01 / sqrt(3)
+    assert (
+        "the shared model as it is, is worse than training alone at its best: +0.110 nats per token on average (95% "
+        "interval over clients +0.085 to +0.135), and it is lower for 0 of 3 clients" in second(found)
+    )
+    same = own("tuned", 0.7, 0.7, 0.65, None)
+    apart = [own("tuned", 0.7, 0.7, mine, None) for mine in (0.6, 0.8)]
+    assert "may be no gain at all" in own_lines(parse_metrics(metrics(*apart)))[1]
+    assert "may be no gain at all" not in own_lines(parse_metrics(metrics(same, same)))[1]
 
 
 def test_to_whom_staying_alone_is_the_better_advice_is_said_by_name() -> None:

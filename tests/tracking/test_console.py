@@ -80,6 +80,24 @@ def test_the_forecast_is_rounds_left_times_their_recent_length() -> None:
     assert eta(told(story()[:4]), 105.0) is None
 
 
+def test_what_comes_after_the_rounds_is_named_and_then_forecast() -> None:
+    """By the work done, not by the number: pooled training is as much as all clients' together."""
+    start = {"event": "start", "time": 100.0, "clients": 8, "rounds": 4, "after": ["baselines", "own models"]}
+    state = told([*story(), start])
+    assert "about 18 s of rounds left, then baselines and own models" in shown(state, 122.0)
+    made = {"event": "baseline", "method": "local", "done": 1, "total": 10, "share": 0.04, "time": 204.0}
+    last = {**made, "done": 10, "share": 1.0, "time": 300.0}
+    own = {"event": "personal", "client": "a", "kept": "tuned", "weight": 0.0, "done": 2, "total": 8, "time": 330.0}
+    lines = []
+    phases = ({"event": "phase", "name": name, "time": time} for name, time in (("baselines", 200.0), ("own", 310.0)))
+    for event in (next(phases), made, last, next(phases), own):
+        state = fold(state, event)
+        lines.append(line(state, event))
+    assert lines[1] == "baselines: 1 of 10 trained, about 1 min 36 s left of this"
+    assert lines[2] == "baselines: trained in 1 min 40 s"
+    assert lines[4] == "own model of a: kept tuned, 2 of 8, about 1 min 00 s left of this"
+
+
 def test_the_board_says_all_that_was_promised() -> None:
     text = shown(told(story()), 122.0)
     for part in (
@@ -215,11 +233,9 @@ def test_many_sites_are_not_listed_and_their_names_cannot_drive_the_terminal() -
             "refused: a (before training): no answer",
         ),
         ({"event": "warning", "message": "cut"}, "warning: cut"),
-        ({"event": "baseline", "method": "local", "done": 1, "total": 2}, None),
-        (
-            {"event": "baseline", "method": "local", "done": 2, "total": 2, "seconds": 61.0},
-            "baselines: trained in 1 min 01 s",
-        ),
+        ({"event": "baseline", "method": "local", "done": 1, "total": 2}, "baselines: 1 of 2 trained"),
+        ({"event": "baseline", "method": "local", "done": 2, "total": 2}, "baselines: trained"),
+        ({"event": "baseline", "method": "local", "done": 4, "total": 100}, None),
         (
             {"event": "evaluate", "round": 0, "loss": None},
             "before training: held-out loss – nats per token",
@@ -298,4 +314,4 @@ def test_a_method_that_does_not_average_apart_is_not_said_to_miss_it() -> None:
         start = {"event": "start", "clients": 8, "rounds": 4, "outline": "flora; LoRA rank 4", "time": 100.0}
         state = fold(State(), start | ({"method": told} if told else {}))
         event = {"event": "round", "round": 1, "clients": 8, "asked": 8, "gauge": {"relative": 0.05}, "time": 110.0}
-        assert f"averaging apart {said} 5.0%" in str(line(fold(state, event), event))
+        assert f"averaging A and B apart {said} 5.0% of the change" in str(line(fold(state, event), event))
