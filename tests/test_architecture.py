@@ -61,6 +61,7 @@ SPEAKS_FLOWER = {
     "server/payloads.py",
     "server/replies.py",
     "server/rounds.py",
+    "server/site_grid.py",
     "client/handlers.py",
     "client/app.py",
     "client/site_worker.py",
