@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -160,7 +161,8 @@ def make_app(
 
         def federate(log: RunLog, held_out: HeldOut | None) -> StateDict:
             rounds = prepare(config, folder, log, held_out, deployment_run.site_name, away, stay)
-            rounds.run(site_grid.guarded(grid, lambda: _parameters(config)), expected)
+            seals = functools.partial(deployment_run.seals, str(values.get("name", "")), folder)
+            rounds.run(site_grid.guarded(grid, lambda: _parameters(config), seals), expected)
             return deliver(config, rounds, folder, log)
 
         if log is not None:

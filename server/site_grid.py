@@ -30,6 +30,8 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.superlink.grid import HttpGrid
 
+from server.seals import Seals
+
 _log = logging.getLogger(__name__)
 UNREADABLE = "its answer cannot be read"
 _CUT_OFF = "its answer stopped arriving before it was whole"
@@ -119,10 +121,11 @@ class SiteGrid(Grid):
     Args:
         grid: Flower's.
         limit: of one answer.
+        seals: opens signed answers; None where none is signed.
     """
 
-    def __init__(self, grid: HttpGrid, limit: Limit) -> None:
-        self._grid, self._limit = grid, limit
+    def __init__(self, grid: HttpGrid, limit: Limit, seals: Seals | None = None) -> None:
+        self._grid, self._limit, self._seals = grid, limit, seals
         self._asked: dict[str, Message] = {}  # by message id, without content
         self._arriving: dict[str, _Arriving] = {}  # by the id of the message that is answered
         self._failed: dict[str, str] = {}  # likewise, the reason
@@ -216,14 +219,17 @@ class SiteGrid(Grid):
             taken: RecordDict | Error = message.error if message.has_error() else message.content
             if not isinstance(taken, RecordDict | Error):
                 raise TypeError(f"its content is a {type(taken).__name__}")
+            read = True
         except httpx.HTTPError:
             raise
         except Exception as error:
             known = isinstance(error, _Unusable)
             _log.warning("an answer of node %d: %s", asked.metadata.dst_node_id, error if known else repr(error)[:300])
             reason = str(error) if known else UNREADABLE
-            taken = Error(ErrorCode.REPLY_MESSAGE_UNAVAILABLE, reason)
+            taken, read = Error(ErrorCode.REPLY_MESSAGE_UNAVAILABLE, reason), False
         self._forget(answered)
+        if read and self._seals:
+            taken = self._seals.open(asked, taken)
         return Message(taken, reply_to=asked)
 
     def _fetch(self, arriving: _Arriving) -> bool:
@@ -258,11 +264,12 @@ class SiteGrid(Grid):
             kept.pop(answered, None)
 
 
-def guarded(grid: Grid, parameters: Callable[[], int]) -> Grid:
+def guarded(grid: Grid, parameters: Callable[[], int], seals: Callable[[], Seals | None]) -> Grid:
     """The grid that a run uses: of a deployment a `SiteGrid`, of a simulation the one that it has.
 
     Args:
         grid: what Flower gives the ServerApp.
         parameters: of the run's adapter; asked in a deployment alone.
+        seals: opens signed answers, where sites are registered; likewise.
     """
-    return SiteGrid(grid, limit_of(parameters())) if isinstance(grid, HttpGrid) else grid
+    return SiteGrid(grid, limit_of(parameters()), seals()) if isinstance(grid, HttpGrid) else grid

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import httpx
 from flwr.app import Context, Error, Message, RecordDict
-from flwr.app.message import remove_content_from_message
+from flwr.app.message import make_message, remove_content_from_message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import NUM_PARTITIONS_KEY, PARTITION_ID_KEY, SUPERLINK_NODE_ID, ErrorCode
 from flwr.common.serde import message_to_proto
@@ -18,6 +18,11 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, 
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
+
+
+def be_the_server() -> None:
+    """Let this process make messages, as that of a ServerApp does."""
+    TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, SUPERLINK_NODE_ID
 
 
 class Answer(NamedTuple):
@@ -33,6 +38,12 @@ def answer_of(message: Message) -> Answer:
     contents = {i: each.deflate() for i, each in get_all_nested_objects(message).items()}
     message.metadata.__dict__["_message_id"] = message.object_id
     return Answer(remove_content_from_message(message), get_object_tree(message), contents)
+
+
+def instead(reply: Message, taken: RecordDict | Error) -> Answer:
+    """A reply with another content, or with an error, as an honest SuperNode pushes it."""
+    given = {"error": taken} if isinstance(taken, Error) else {"content": taken}
+    return answer_of(make_message(metadata=reply.metadata, **given))  # type: ignore[arg-type]
 
 
 def of_objects(reply: Message, *contents: bytes, flat: bool = True) -> Answer:
@@ -106,7 +117,7 @@ class LinkedGrid(HttpGrid):
     def __init__(self, link: Link) -> None:
         super().__init__(token="t")
         self.link = link
-        TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, SUPERLINK_NODE_ID
+        be_the_server()
         self.set_run(Run.create_empty(1))
 
     @property

@@ -49,3 +49,9 @@ def test_a_run_ends_well_without_a_site_whose_answers_are_no_messages(made: Depl
     assert {(e["client"], e["reason"]) for e in events_of(run, "refused")} == {("bee", "its answer cannot be read")}
     assert {e["client"] for e in events_of(run, "client")} == {"ant", "cricket"}
     assert len(events_of(run, "round")) == 2
+    told = made.call("deploy", "verify", "run", "--keys", str(made.kits / "server" / "sites"))
+    assert told.returncode == 0, told.stdout + told.stderr
+    assert [line.split(",")[0] for line in told.stdout.splitlines()] == [
+        "site ant: 3 signed",  # the handshake and two rounds
+        "site cricket: 3 signed",
+    ]

@@ -294,8 +294,8 @@ def test_the_limit_holds_for_a_whole_adapter_and_follows_its_size() -> None:
 
 def test_a_simulation_keeps_its_own_grid() -> None:
     own = LocalGrid(clients(), 1)
-    assert guarded(own, lambda: 1 // 0) is own
-    assert isinstance(guarded(LinkedGrid(Link(clients(), 1)), lambda: 10), SiteGrid)
+    assert guarded(own, lambda: 1 // 0, lambda: None) is own
+    assert isinstance(guarded(LinkedGrid(Link(clients(), 1)), lambda: 10, lambda: None), SiteGrid)
 
 
 @pytest.mark.parametrize(
