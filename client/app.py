@@ -16,6 +16,7 @@ from flwr.common.constant import ErrorCode
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 
+from apiary.transport import sealed
 from client import worker_rpc
 
 WORKER_ADDRESS = "worker-address"
@@ -45,12 +46,15 @@ def _ask_worker(message: Message, context: Context) -> Message:
         "round": message.metadata.group_id,
         "config": str(context.run_config["config"]),
         "name": str(context.run_config["name"]),
+        "message": message.metadata.message_id,
     }
     body = recorddict_to_proto(message.content).SerializeToString()
     try:
         answer = worker_rpc.ask(str(context.node_config[WORKER_ADDRESS]), worker_rpc.Envelope(header, body))
     except worker_rpc.Unanswered as error:
         return _refuse(message, str(error))
+    if "seal" in answer.header:  # an error of the worker's too
+        return Message(sealed.seal(answer.header["seal"], answer.body), reply_to=message)
     if "error" in answer.header:
         return _refuse(message, str(answer.header["error"]))
     return Message(recorddict_from_proto(RecordDictProto.FromString(answer.body)), reply_to=message)

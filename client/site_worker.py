@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import grpc
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from flwr.app import RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
@@ -33,7 +34,8 @@ from apiary.data import split, splits, stages, templates
 from apiary.data.availability import Rows, check_rows, parse_columns
 from apiary.data.federation import FEWEST
 from apiary.models import adapters, availability
-from apiary.transport import flower_records
+from apiary.transport import flower_records, sealed
+from apiary.transport.signatures import Claim, Question, digest, private_key, sign
 from client import device_rank, handlers, state, worker_rpc
 from client.site import Facts, Site, at_home, local_algorithm, names_code
 from client.worker import Worker
@@ -55,10 +57,15 @@ class _Job(NamedTuple):
 
 
 class Service:
-    """Answers calls one at a time, for one run after the other; the base stays loaded between them."""
+    """Answers calls one at a time, for one run after the other; the base stays loaded between them.
 
-    def __init__(self, facts: Facts) -> None:
-        self._facts = facts
+    Args:
+        facts: what the site's operator says.
+        key: what answers are signed with; None: they are not signed, which no deployment takes.
+    """
+
+    def __init__(self, facts: Facts, key: EllipticCurvePrivateKey | None = None) -> None:
+        self._facts, self._key = facts, key
         self._job: _Job | None = None
         self._one = threading.Lock()
 
@@ -66,7 +73,8 @@ class Service:
         """The answer to a call; whatever goes wrong becomes an answer with `error` in its header.
 
         Args:
-            call: `kind`, `round`, `config` and `name` in the header, the content of the message in the body.
+            call: `kind`, `round`, `config`, `name` and `message` (its id) in the header, the content of the message in
+                the body.
             wanted: whether somebody still waits for the answer; asked when its turn has come.
         """
         with self._one:
@@ -81,7 +89,16 @@ class Service:
             new, seconds = adapters.base_loads() - loads, time.monotonic() - began
             failed = f": {answer.header['error']}" if "error" in answer.header else ""
             _log.info("%s%s: %.1f s, %d base loads%s", place, what, seconds, new, failed)
-            return answer
+            return answer if self._key is None else self._sealed(call, answer, self._key)
+
+    def _sealed(self, call: Envelope, answer: Envelope, key: EllipticCurvePrivateKey) -> Envelope:
+        """The answer with a signature that binds it to the call; an error is signed as well."""
+        run, number, kind, message = (str(call.header.get(part, "")) for part in ("name", "round", "kind", "message"))
+        outcome, body = sealed.ANSWER, answer.body
+        if "error" in answer.header:
+            outcome, body = sealed.ERROR, str(answer.header["error"]).encode()
+        claim = Claim(Question(run, number, kind, message, self._facts.client), outcome, digest(body))
+        return Envelope({"seal": sealed.header(claim, sign(key, claim))}, body)
 
     def _answer(self, kind: str, call: Envelope) -> Envelope:
         try:
@@ -103,7 +120,7 @@ class Service:
             return Envelope({"error": f"client disk full ({error.strerror})"})
         except Exception as error:  # a message of another version
             return Envelope({"error": f"its worker cannot read the message ({type(error).__name__})"})
-        return Envelope({}, recorddict_to_proto(reply).SerializeToString())
+        return Envelope({}, recorddict_to_proto(reply).SerializeToString() if self._key is None else sealed.pack(reply))
 
     def _job_of(self, call: Envelope) -> Callable[[], _Job]:
         """What makes the run of a call, once; the run before it is then let go.
@@ -270,6 +287,7 @@ def _arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="client.site_worker", description="The worker of one site.")
     parser.add_argument("--address", required=True, help="unix:PATH of the socket to listen on")
     parser.add_argument("--site", required=True, help="the site's name")
+    parser.add_argument("--key", type=Path, help="the site's private key, which signs its answers")
     parser.add_argument("--data", required=True, type=Path, help="a file, or a folder of files")
     parser.add_argument("--state", required=True, type=Path, help="folder of what the site remembers")
     parser.add_argument("--model", help="the site's own place of the base model")
@@ -288,6 +306,20 @@ def _facts(given: argparse.Namespace) -> Facts:
     return Facts(client=given.site, **named)
 
 
+def _key(path: Path | None) -> EllipticCurvePrivateKey | None:
+    """The key in a file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return None if path is None else private_key(path)
+    except OSError as error:
+        raise UserError(f"{str(path)!r} cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{str(path)!r}: {str(error).splitlines()[0]}") from None
+
+
 def main() -> None:
     """Serve until the process is ended; exit code 2 with one line where data, model or device cannot be used."""
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -301,10 +333,11 @@ def main() -> None:
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         rows = check(facts)
+        key = _key(given.key)
     except UserError as error:
         print(f"apiary: {error}", file=sys.stderr)
         sys.exit(2)
-    server = make_server(Service(facts), given.address)
+    server = make_server(Service(facts, key), given.address)
     server.start()
     for line in rows.warnings:
         _log.warning("warning: %s", line)

@@ -165,7 +165,7 @@ def _soon_read(data: Path) -> bool:
 def _worker(kit: Kit, state: Path, options: Options, address: str) -> SupervisedProcess:
     command = [
         *(sys.executable, "-P", "-m", "client.site_worker"),
-        *("--address", address, "--site", kit.site),
+        *("--address", address, "--site", kit.site, "--key", str(kit.folder / kits.SITE_KEY)),
         *("--data", str(options.data.expanduser().resolve()), "--state", str(state)),
         *("--counts", counts.text_of(options.counts)),
         *(word for field, name in options.columns.items() for word in ("--column", f"{field}={name}")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from apiary.tracking.delivery import BEST, EVENT
 from apiary.tracking.event_log import RunLog
 from apiary.tracking.run_directory import GROUPS
 from apiary.transport import from_config
-from server import checkpoint, delivery, deployment_run, evaluation, trusted_update
+from server import checkpoint, delivery, deployment_run, evaluation, site_grid, trusted_update
 from server.rounds import Hooks, Progress, Rounds
 from strategies import ServerState
 
@@ -79,6 +80,12 @@ def prepare(
         own_update=trusted_update.trainer(config, _examples(held_out), folder / "root") if aggregator.root else None,
     )
     return Rounds(config, aggregator, adapters.fingerprint(lm, template), state, hooks, progress)
+
+
+def _parameters(config: RunConfig) -> int:
+    """The size of the run's adapter."""
+    lm = adapters.load(config.model, config.adapter)
+    return sum(parameter.numel() for parameter in lm.adapter.values())
 
 
 def _examples(held_out: HeldOut | None) -> tuple[Example, ...]:
@@ -154,7 +161,8 @@ def make_app(
 
         def federate(log: RunLog, held_out: HeldOut | None) -> StateDict:
             rounds = prepare(config, folder, log, held_out, deployment_run.site_name, away, stay)
-            rounds.run(grid, expected)
+            seals = functools.partial(deployment_run.seals, str(values.get("name", "")), folder)
+            rounds.run(site_grid.guarded(grid, lambda: _parameters(config), seals), expected)
             return deliver(config, rounds, folder, log)
 
         if log is not None:

@@ -30,9 +30,11 @@ from apiary.models.start import named_start
 from apiary.privacy import statement
 from apiary.report import write_report
 from apiary.report.sites import own_rounds
-from apiary.tracking import delivery, environment, event_log, metrics_file, run_directory, trackers
+from apiary.tracking import delivery, environment, event_log, metrics_file, reply_log, run_directory, trackers
 from apiary.tracking.event_log import RunLog
+from apiary.tracking.reply_log import ReplyLog
 from server import checkpoint
+from server.seals import Seals, Site
 from strategies.from_config import check_for_sites, local_from_config
 
 Federate = Callable[[RunLog, HeldOut | None], StateDict]
@@ -42,13 +44,27 @@ _NODES = "APIARY_NODES"  # in the environment: the file in which `apiary deploy 
 
 def site_name(node: int) -> str | None:
     """The name under which a site's key was registered: empty for a node without one, None outside a deployment."""
-    if _NODES not in os.environ:
-        return None
+    return _site(node).name if _NODES in os.environ else None
+
+
+def _site(node: int) -> Site:
+    """Who is registered as a node; a site without name and key where nobody is."""
     try:
         sites = json.loads(Path(os.environ[_NODES]).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return ""
-    return next((name for name, entry in sites.items() if entry["node"] == str(node % 2**64)), "")
+        return Site("", "")
+    found = (Site(name, entry["key"]) for name, entry in sites.items() if entry["node"] == str(node % 2**64))
+    return next(found, Site("", ""))
+
+
+def seals(run: str, folder: Path) -> Seals | None:
+    """What opens the signed answers of a run's sites; None where there are no keys, outside a deployment.
+
+    Args:
+        run: its name, as the sites know it.
+        folder: the run directory.
+    """
+    return Seals(run, _site, ReplyLog(folder)) if _NODES in os.environ else None
 
 
 def run(config: RunConfig, folder: Path, expected: int, federate: Federate, number: int = 0) -> None:
@@ -101,6 +117,7 @@ def _open(config: RunConfig, folder: Path, expected: int, number: int) -> RunLog
     done = found[0].round if found else 0
     if (folder / event_log.LOG_FILE).exists():
         event_log.truncate_after(folder, done)
+        reply_log.truncate_after(folder, done)
     log = RunLog(folder, [trackers.tracker(config, folder)] if config.log.trackers else [])
     start = environment.start_fields(config)
     start["outline"] = summary.sentence(config)

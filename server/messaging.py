@@ -11,6 +11,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 AT_ONCE = 8  # replies asked for at a time
+_READ, _REASON = 10_000, 300  # characters of a reason that are looked at, and that are told
 _POLL_S, _POLL_MOST_S = 0.05, 1.0  # between looks for something new: first, and while nothing comes
 
 
@@ -85,8 +86,9 @@ def exchange(
 
 
 def failure(reply: Message) -> str:
-    """The reason that an error reply gives."""
-    return reply.error.reason or "it failed without a reason"
+    """The reason that an error reply gives, in one line: a site may write it."""
+    words = "".join(c if c.isprintable() else " " for c in (reply.error.reason or "")[:_READ]).split()
+    return " ".join(words)[:_REASON] or "it failed without a reason"
 
 
 class Pause:

@@ -286,3 +286,18 @@ def deploy_status(kit: ServerKit, state: State = None, as_json: AsJson = False) 
         return
     for line in runs.describe(found):
         typer.echo(line)
+
+
+@app.command("verify")
+def deploy_verify(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="the run directory")],
+    keys: Annotated[Path, typer.Option(metavar="DIR", help="NAME.pub of each site: `sites` of the server's kit")],
+) -> None:
+    """Check by the sites' public keys who sent what in a run; needs no server."""
+    from deploy import account
+
+    found = account.verify(run, keys)
+    for line in account.describe(found):
+        typer.echo(line)
+    if found.problems:
+        raise typer.Exit(1)
