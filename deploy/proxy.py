@@ -1,19 +1,25 @@
 """The front door: the one port of the server that is open to others.
 
 Flower's SuperLink carries on one port what the sites need (`/v1/fleet/`, where every call is signed by a site's key)
-and what needs no password at all: starting runs, registering keys. It therefore listens on this machine alone, and
-this proxy ends TLS at the open port and lets through only the former.
+and what needs no password at all: starting runs, registering keys. It also reads a whole body before it looks at the
+signature. So it listens on this machine alone, and this proxy ends TLS at the open port and lets through only calls of
+sites, whose key it has checked before it reads a byte of the body.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import re
+import resource
 import ssl
-from collections.abc import AsyncIterator
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from pathlib import Path
+from typing import NamedTuple
 
 import httpx
 import uvicorn
@@ -22,108 +28,272 @@ from starlette.background import BackgroundTask
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-_FLEET = re.compile(r"/v1/fleet/[a-z-]{1,64}")
-_MOST = 2**31  # bytes of a body: protobuf holds no more
-_IDLE_S = 30.0  # without a byte of what a caller began to send
-_CALLERS = 512  # connections at a time; a site holds one or two
+from deploy import admission
+from deploy.admission import CALL_BYTES, CALLS, OBJECT_BYTES, Admission, Caller, Refused
+from deploy.connections import Limits, Places, protocol
+
+_FLEET, _OBJECT = "/v1/fleet/", "push-object"
+_HEAD_BYTES = 16_384
 _DIGITS = re.compile(r"[0-9]{1,18}")
-# Of one connection, not of the message (RFC 9110, section 7.6.1); the name of the host behind is put in anew.
+# Of one connection, not of the message (RFC 9110, section 7.6.1); the name of the host behind is put in anew, and the
+# date is the door's own.
 _HOP = {b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade", b"host"}
+_NOT_BACK = {*_HOP, b"date", b"server"}
+_KEPT_S = 2.0  # an idle connection to the SuperLink, whose uvicorn hangs up after 5 s
+_HEALTH_S = 1.0  # that long an answer to /health serves everybody
+_FAULTS = 10  # answers of 500 in a row that a site is asked to try again after
+_SAY_S = 10.0  # between lines of the log about refusals
 
 
-class _TurnedAway(Exception):
-    def __init__(self, reason: str, status: int) -> None:
-        self.reason, self.status = reason, status
+class Bounds(NamedTuple):
+    """What a call may take."""
+
+    object_bytes: int = OBJECT_BYTES  # of the body of push-object
+    flight: int = 256 * 2**20  # bytes of objects that are on their way to the SuperLink, which holds them in memory
+    site_flight: int = 4 * OBJECT_BYTES  # of one site; it sends two at a time
+    patience_s: float = 10.0  # that long a call waits for others to pass
+    grace_s: float = 10.0  # that long a caller may be silent over a whole body, and besides
+    least_rate: int = (
+        24 * 1024
+    )  # bytes a second: an object within Flower's 305 s, at the end of which a signature is stale
+
+
+class Refusals:
+    """Counts who was refused or sent away, and says so in a line now and then.
+
+    Args:
+        say: receives the line.
+        every_s: seconds between lines.
+    """
+
+    def __init__(self, say: Callable[[str], None] = lambda line: None, every_s: float = _SAY_S) -> None:
+        self._say, self._every_s = say, every_s
+        self._counts: Counter[tuple[str, str]] = Counter()
+        self._due: asyncio.TimerHandle | None = None
+
+    def note(self, reason: str, site: str = "") -> None:
+        """Count one; `reason` is one of a few, and holds nothing of the call."""
+        self._counts[reason, site] += 1
+        if self._due is None:  # the first line comes soon, with what comes at the same time
+            self._due = asyncio.get_running_loop().call_later(min(1.0, self._every_s), self._tell)
+
+    def _tell(self) -> None:
+        self._due = None
+        if self._counts:
+            told = [
+                f"{count} {reason}" + (f" (site {site})" if site else "")
+                for (reason, site), count in sorted(self._counts.items())
+            ]
+            self._counts.clear()
+            self._say("refused: " + ", ".join(told))
+            self._due = asyncio.get_running_loop().call_later(self._every_s, self._tell)
+
+
+class _Flight:
+    """The bytes of objects that are on their way, in all and of each site."""
+
+    def __init__(self, bounds: Bounds) -> None:
+        self._bounds, self._freed = bounds, asyncio.Condition()
+        self._sites: Counter[str] = Counter()
+
+    @asynccontextmanager
+    async def hold(self, site: str, size: int) -> AsyncIterator[None]:
+        def fits() -> bool:
+            within = self._sites[site] + size <= self._bounds.site_flight
+            return within and self._sites.total() + size <= self._bounds.flight
+
+        try:
+            async with asyncio.timeout(self._bounds.patience_s), self._freed:
+                await self._freed.wait_for(fits)
+                self._sites[site] += size
+        except TimeoutError:
+            raise Refused("too many bytes on their way", 503, site=site) from None
+        try:
+            yield
+        finally:
+            async with self._freed:
+                self._sites[site] -= size
+                self._freed.notify_all()
+
+
+class _Door:
+    """What the door does with a call; see `make_door`."""
+
+    def __init__(
+        self, upstream: str, client: httpx.AsyncClient, checks: Admission, bounds: Bounds, refusals: Refusals
+    ) -> None:
+        self._upstream, self._client, self._checks = upstream, client, checks
+        self._bounds, self._refusals, self._flight = bounds, refusals, _Flight(bounds)
+        self._faults: Counter[tuple[str, str]] = Counter()
+        self._healthy: tuple[float, Response] | None = None
+        self._asking = asyncio.Lock()
+
+    async def health(self, request: Request) -> Response:
+        """Whether the SuperLink is there; asked once a second, however many want to know."""
+        async with self._asking:
+            if self._healthy is None or time.monotonic() - self._healthy[0] > _HEALTH_S:
+                try:
+                    answer = await self._client.get(f"{self._upstream}/health", timeout=10.0)
+                    response = Response(answer.content, answer.status_code, media_type="application/json")
+                except httpx.TransportError:
+                    response = PlainTextResponse("the server behind is not there", 502)
+                self._healthy = time.monotonic(), response
+            return self._healthy[1]
+
+    async def fleet(self, request: Request) -> Response:
+        """A site's call."""
+        call = request.scope["path"].removeprefix(_FLEET)
+        try:
+            if call not in CALLS:
+                raise Refused("no such call", 404)
+            caller = self._checks.admit(request.headers.raw)
+            if (connection := getattr(request.state, "connection", None)) is not None:
+                connection.prove(caller.site)
+            most = self._bounds.object_bytes if call == _OBJECT else CALL_BYTES
+            size = _size(request, most, caller.site)
+            body = _body(request, self._bounds, size, caller.site)
+            if call == _OBJECT:  # passed on as it comes; Flower compares the node in it with the key
+                async with self._flight.hold(caller.site, size):
+                    return await self._pass(request, call, caller, body)
+            whole = b"".join([chunk async for chunk in body])
+            admission.check(call, whole, caller)
+            return await self._pass(request, call, caller, whole)
+        except Refused as error:
+            return self._refuse(error)
+        except ClientDisconnect:
+            return Response(status_code=400)  # nobody hears it
+
+    def _refuse(self, error: Refused) -> Response:
+        self._refusals.note(error.reason, error.site)
+        again = {"retry-after": "5"} if error.status == 503 else {}
+        return PlainTextResponse(error.text, error.status, headers={"connection": "close", **again})
+
+    async def not_here(self, request: Request, error: Exception) -> Response:
+        """What is asked for beside the calls of sites."""
+        return self._refuse(Refused("not here", getattr(error, "status_code", 404)))
+
+    async def _pass(self, request: Request, call: str, caller: Caller, body: bytes | AsyncIterator[bytes]) -> Response:
+        """The answer from behind, passed on as it comes, without holding it whole."""
+        headers = [(name, value) for name, value in request.headers.raw if name not in _HOP]
+        built = self._client.build_request("POST", self._upstream + _FLEET + call, headers=headers, content=body)
+        try:
+            answer = await self._client.send(built, stream=True)
+        except httpx.TransportError:  # it starts again: sites try again after this status
+            return PlainTextResponse("the server behind is not there", 502)
+        if answer.status_code == 500:
+            self._faults[caller.site, call] += 1
+            # A database that is locked, mostly. A site ends its session after a 500, and tries again after a 503; calls
+            # bear to be repeated. What fails on and on is passed on as it is.
+            if self._faults[caller.site, call] <= _FAULTS:
+                await answer.aclose()
+                return self._refuse(Refused("fault of the server", 503, "the server failed", caller.site))
+        else:
+            self._faults.pop((caller.site, call), None)
+        passed = StreamingResponse(_rest(request, answer), answer.status_code, background=BackgroundTask(answer.aclose))
+        passed.raw_headers = [(name.lower(), v) for name, v in answer.headers.raw if name.lower() not in _NOT_BACK]
+        return passed
+
+
+async def _rest(request: Request, answer: httpx.Response) -> AsyncIterator[bytes]:
+    try:
+        async for chunk in answer.aiter_raw():
+            yield chunk
+    except httpx.TransportError:  # the head has gone out: hanging up is all that tells the caller
+        if (connection := getattr(request.state, "connection", None)) is None:
+            raise
+        connection.drop()
+
+
+def _size(request: Request, most: int, site: str) -> int:
+    """The size of the body, which the caller must say before."""
+    sizes = request.headers.getlist("content-length")
+    if "transfer-encoding" in request.headers or not sizes:
+        raise Refused("no length", 411, site=site)
+    if len(sizes) != 1 or not _DIGITS.fullmatch(sizes[0]):
+        raise Refused("no length", 400, site=site)
+    if int(sizes[0]) > most:
+        raise Refused("too large", 413, site=site)
+    return int(sizes[0])
+
+
+async def _body(request: Request, bounds: Bounds, size: int, site: str) -> AsyncIterator[bytes]:
+    """What the caller sends, at the least rate or faster; the time that it is not read in does not count."""
+    stream, came, waited = request.stream(), 0, 0.0
+    while came < size:
+        began = time.monotonic()
+        try:
+            async with asyncio.timeout(bounds.grace_s + came / bounds.least_rate - waited):
+                chunk = await anext(stream)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise Refused("too slow a body", 408, site=site) from None
+        waited += time.monotonic() - began
+        came += len(chunk)
+        yield chunk
 
 
 def make_door(
-    upstream: str, trust: ssl.SSLContext | bool = True, *, most: int = _MOST, idle_s: float = _IDLE_S
+    upstream: str,
+    checks: Admission,
+    trust: ssl.SSLContext | bool = True,
+    *,
+    bounds: Bounds | None = None,
+    refusals: Refusals | None = None,
 ) -> Starlette:
     """The proxy before `upstream`.
 
     Args:
         upstream: where the SuperLink listens, such as `https://127.0.0.1:8000`.
-        trust: what its certificate is checked by.
-        most: bytes of a body.
-        idle_s: how long a caller may pause in a body.
+        checks: of who calls.
+        trust: what the SuperLink's certificate is checked by.
+        bounds: of what a call may take.
+        refusals: counts what is not let through.
     """
     # A call may take as long as the disk behind needs for a big adapter; who hangs is ended by the site's own timeout.
     # As many as there are callers: who is slow must not keep a place that others wait for.
     client = httpx.AsyncClient(
         verify=trust,
         timeout=httpx.Timeout(300.0, connect=10.0),
-        limits=httpx.Limits(max_connections=None),
+        limits=httpx.Limits(max_connections=None, keepalive_expiry=_KEPT_S),
         trust_env=False,
     )
+    door = _Door(upstream, client, checks, bounds or Bounds(), refusals or Refusals())
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         async with client:
             yield
 
-    async def health(request: Request) -> Response:
-        return await _forward(client, request, f"{upstream}/health", None)
-
-    async def fleet(request: Request) -> Response:
-        path = request.scope["path"]
-        if not _FLEET.fullmatch(path):
-            return PlainTextResponse("not here", 404)
-        size = request.headers.get("content-length", "0")
-        if not _DIGITS.fullmatch(size) or int(size) > most:
-            return PlainTextResponse("too large", 413)
-        return await _forward(client, request, upstream + path, _body(request, most, idle_s))
-
-    routes = [Route("/health", health, methods=["GET"]), Route("/v1/fleet/{call}", fleet, methods=["POST"])]
-    return Starlette(routes=routes, lifespan=lifespan)
+    routes = [
+        Route("/health", door.health, methods=["GET"]),
+        Route(_FLEET + "{call}", door.fleet, methods=["POST"]),
+    ]
+    return Starlette(routes=routes, lifespan=lifespan, exception_handlers={404: door.not_here, 405: door.not_here})
 
 
-async def _body(request: Request, most: int, idle_s: float) -> AsyncIterator[bytes]:
-    """What the caller sends, counted: one that comes in chunks does not say its size before."""
-    stream, size = request.stream(), 0
-    while True:
-        try:
-            chunk = await asyncio.wait_for(anext(stream), idle_s)
-        except StopAsyncIteration:
-            return
-        except TimeoutError:
-            raise _TurnedAway("too slow", 408) from None
-        size += len(chunk)
-        if size > most:
-            raise _TurnedAway("too large", 413)
-        yield chunk
+def config(app: Starlette, refusals: Refusals, limits: Limits, tls: ssl.SSLContext | None = None) -> uvicorn.Config:
+    """How uvicorn serves a door; the address is yet to be set.
 
-
-async def _forward(
-    client: httpx.AsyncClient, request: Request, url: str, body: AsyncIterator[bytes] | None
-) -> Response:
-    """The answer from behind, passed on as it comes, without holding it whole."""
-    headers = [(name, value) for name, value in request.headers.raw if name not in _HOP]
-    try:
-        answer = await client.send(
-            client.build_request(request.method, url, headers=headers, content=body), stream=True
-        )
-    except _TurnedAway as error:
-        return PlainTextResponse(error.reason, error.status, headers={"connection": "close"})
-    except ClientDisconnect:
-        return Response(status_code=400)  # nobody hears it
-    except httpx.TransportError:  # it starts again: sites try again after this status
-        return PlainTextResponse("the server behind is not there", 502)
-    passed = StreamingResponse(answer.aiter_raw(), answer.status_code, background=BackgroundTask(answer.aclose))
-    passed.raw_headers = [(name.lower(), value) for name, value in answer.headers.raw if name.lower() not in _HOP]
-    return passed
-
-
-def _impatient(protocol: Any) -> Any:
-    """The protocol, but that it ends a connection on which nothing comes; uvicorn waits for a first byte for ever."""
-
-    class Impatient(protocol):  # type: ignore[misc]
-        def connection_made(self, transport: asyncio.Transport) -> None:
-            super().connection_made(transport)
-            self.timeout_keep_alive_task = self.loop.call_later(_IDLE_S, self.timeout_keep_alive_handler)
-
-    return Impatient
+    Args:
+        app: the door.
+        refusals: counts the connections that are ended.
+        limits: on these.
+        tls: None = plain HTTP.
+    """
+    return uvicorn.Config(
+        app,
+        http=protocol(Places(limits, refusals.note), limits, refusals.note, tls),
+        ws="none",
+        loop="asyncio",
+        h11_max_incomplete_event_size=_HEAD_BYTES,
+        access_log=False,
+        log_level="error",  # lower ones come as often as strangers like
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=5,
+    )
 
 
 def main() -> None:
@@ -135,21 +305,27 @@ def main() -> None:
     parser.add_argument("--certificate", required=True)
     parser.add_argument("--key", required=True)
     parser.add_argument("--ca", required=True)
+    parser.add_argument("--sites", required=True, type=Path, help="folder of the sites' public keys, NAME.pub each")
+    parser.add_argument("--nodes", required=True, type=Path, help="file of the node that each site is registered as")
+    parser.add_argument("--most", type=int, default=OBJECT_BYTES, help="bytes of an object that a site sends")
     given = parser.parse_args()
-    uvicorn.run(
-        make_door(given.upstream, ssl.create_default_context(cafile=given.ca)),
-        host=given.bind,
-        port=given.port,
-        ssl_certfile=given.certificate,
-        ssl_keyfile=given.key,
-        access_log=False,
-        log_level="warning",
-        server_header=False,
-        proxy_headers=False,
-        timeout_graceful_shutdown=5,
-        limit_concurrency=_CALLERS,
-        http=_impatient(AutoHTTPProtocol),
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.minimum_version = ssl.TLSVersion.TLSv1_2
+    tls.load_cert_chain(given.certificate, given.key)
+    refusals = Refusals(lambda line: print(f"{time.strftime('%H:%M:%S')} {line}", flush=True))
+    door = make_door(
+        given.upstream,
+        Admission(admission.Registry(given.sites, given.nodes)),
+        ssl.create_default_context(cafile=given.ca),
+        bounds=Bounds(given.most, site_flight=4 * given.most, flight=max(Bounds().flight, 4 * given.most)),
+        refusals=refusals,
     )
+    served = config(door, refusals, Limits(), tls)
+    served.host, served.port = given.bind, given.port
+    with contextlib.suppress(ValueError, OSError):  # a connection is a file, and two while a call is passed on
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard if hard != resource.RLIM_INFINITY else 65_536, hard))
+    uvicorn.Server(served).run()
 
 
 if __name__ == "__main__":

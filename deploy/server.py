@@ -110,6 +110,7 @@ def _door(kit: Kit, state: Path, port: int, bind: str) -> SupervisedProcess:
         *("--upstream", f"https://127.0.0.1:{port}"),
         *("--certificate", str(kit.folder / kits.CERTIFICATE), "--key", str(kit.folder / kits.SERVER_KEY)),
         *("--ca", str(kit.folder / kits.CA)),
+        *("--sites", str(kit.folder / kits.SITES), "--nodes", str(state / _NODES)),
     ]
     return SupervisedProcess(command, processes.environment(state), state, state / "door.log")
 

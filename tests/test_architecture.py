@@ -67,6 +67,7 @@ SPEAKS_FLOWER = {
     "client/handlers.py",
     "client/app.py",
     "client/site_worker.py",
+    "deploy/admission.py",
     "deploy/code_guard.py",
     "simulation/engines.py",
     "simulation/in_process_grid.py",

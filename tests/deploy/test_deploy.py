@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import datetime
 import hashlib
 import io
@@ -19,21 +17,16 @@ import threading
 import time
 import warnings
 import zipfile
-from collections.abc import AsyncIterator, Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import httpx
 import pytest
-import torch
-import uvicorn
 from command_line import apiary, in_a_process
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 from deployment import descendants
-from starlette.testclient import TestClient
 
 from apiary.config import loading
 from apiary.core.errors import UserError
@@ -44,7 +37,6 @@ from client import site_worker, worker_rpc
 from client.site import Facts
 from deploy import bundle, certificates, code_guard, flower_cli, kits, processes, runs, site
 from deploy import server as deployed_server
-from deploy.proxy import make_door
 from server import deployment_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -669,150 +661,3 @@ def test_no_name_that_the_server_gives_leads_to_other_code(
     with pytest.raises(bundle.ForeignCode):
         runtime.install_app_dependencies(foreign)
     assert not trace.exists() and not list((tmp_path / "home" / "apps").glob("apiary*"))
-
-
-# -- the front door ------------------------------------------------------------------------------
-
-
-class _Behind(ThreadingHTTPServer):
-    def __init__(self) -> None:
-        self.seen: list[tuple[str, str, str]] = []
-        super().__init__(("127.0.0.1", 0), _Echo)
-
-
-class _Echo(BaseHTTPRequestHandler):
-    server: _Behind
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["content-length"]))
-        self.server.seen.append((self.path, hashlib.sha256(body).hexdigest(), self.headers["x-signed"] or ""))
-        self.send_response(401 if self.path.endswith("activate-node") else 200)
-        self.send_header("content-length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def do_GET(self) -> None:
-        self.server.seen.append((self.path, "", ""))
-        self.send_response(200)
-        self.send_header("content-length", "0")
-        self.end_headers()
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-@pytest.fixture
-def behind() -> Iterator[_Behind]:
-    with _Behind() as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()  # looks so often for its end
-        yield server
-        server.shutdown()
-
-
-def test_the_door_passes_a_sites_call_on_as_it_is(behind: _Behind) -> None:
-    body = torch.arange(3 * 2**20, dtype=torch.int64).numpy().tobytes()  # 24 MiB
-    with TestClient(make_door(f"http://127.0.0.1:{behind.server_port}")) as outside:
-        reply = outside.post("/v1/fleet/push-object", content=body, headers={"x-signed": "by-north"})
-        assert reply.status_code == 200 and reply.content == body
-        assert behind.seen == [("/v1/fleet/push-object", hashlib.sha256(body).hexdigest(), "by-north")]
-        assert outside.post("/v1/fleet/activate-node", content=b"x").status_code == 401
-        assert outside.get("/health").status_code == 200
-
-
-@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE"])
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/v1/control/list-runs",
-        "/v1/control/start-run",
-        "/v1/runtime/acquire-task",
-        "/v1/fleet/../control/start-run",
-        "/v1/fleet/%2e%2e/control/start-run",
-        "/v1/fleet/%2e%2e%2fcontrol%2fstart-run",
-        "/v1/fleet//v1/control/start-run",
-        "/v1/fleet/",
-        "/openapi.json",
-        "/docs",
-        "/",
-        "//v1/control/start-run",
-        "/health/../v1/control/start-run",
-    ],
-)
-def test_the_door_lets_nothing_else_through(behind: _Behind, method: str, path: str) -> None:
-    with TestClient(make_door(f"http://127.0.0.1:{behind.server_port}")) as outside:
-        url = httpx.URL("http://testserver").copy_with(raw_path=path.encode())
-        assert outside.request(method, url, content=b"x").status_code in (404, 405)
-    assert behind.seen == []
-
-
-def test_a_server_that_starts_again_is_told_as_such(behind: _Behind) -> None:
-    """SuperNodes try again after 502; other errors end them."""
-    port = processes.free_port()
-    with TestClient(make_door(f"http://127.0.0.1:{port}")) as outside:
-        assert outside.post("/v1/fleet/pull-messages", content=b"x").status_code == 502
-
-
-async def _served(app: Any, talk: Any) -> Any:
-    """What `talk(port)` returns while uvicorn serves the app."""
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=processes.free_port(), log_level="error"))
-    serving = asyncio.create_task(server.serve())
-    while not server.started:
-        await asyncio.sleep(0.01)
-    try:
-        return await talk(server.config.port)
-    finally:
-        server.should_exit = server.force_exit = True
-        await serving
-
-
-@contextlib.asynccontextmanager
-async def _sent(port: int, body: bytes, header: str) -> AsyncIterator[asyncio.StreamReader]:
-    """What comes back to a request of which more may follow."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    try:
-        writer.write(f"POST /v1/fleet/push-object HTTP/1.1\r\nhost: x\r\n{header}\r\n\r\n".encode() + body)
-        await writer.drain()
-        yield reader
-    finally:
-        writer.close()
-        with contextlib.suppress(OSError):
-            await writer.wait_closed()
-
-
-def test_a_body_that_hides_its_size_is_counted(behind: _Behind) -> None:
-    async def talk(port: int) -> tuple[bytes, bytes]:
-        chunks = b"1f4\r\n" + b"x" * 500 + b"\r\n" + b"1f5\r\n" + b"x" * 501
-        async with (
-            _sent(port, b"", "content-length: 2000") as told,
-            _sent(port, chunks, "transfer-encoding: chunked") as hidden,
-        ):
-            return await told.readline(), await hidden.readline()
-
-    told, hidden = asyncio.run(_served(make_door(f"http://127.0.0.1:{behind.server_port}", most=1000), talk))
-    assert b" 413 " in told and b" 413 " in hidden
-    assert behind.seen == []
-
-
-def test_who_sends_nothing_more_shuts_nobody_out(behind: _Behind) -> None:
-    async def talk(port: int) -> list[int]:
-        async with contextlib.AsyncExitStack() as idle:
-            for _ in range(150):
-                await idle.enter_async_context(_sent(port, b"x", "content-length: 100"))
-            async with httpx.AsyncClient(trust_env=False, timeout=120) as outside:
-                answers = [
-                    await outside.post(f"http://127.0.0.1:{port}/v1/fleet/pull-messages", content=b"y"),
-                    await outside.get(f"http://127.0.0.1:{port}/health"),
-                ]
-        return [answer.status_code for answer in answers]
-
-    door = make_door(f"http://127.0.0.1:{behind.server_port}", idle_s=600.0)
-    assert asyncio.run(_served(door, talk)) == [200, 200]
-
-
-def test_who_sends_nothing_more_is_sent_away(behind: _Behind) -> None:
-    async def talk(port: int) -> bytes:
-        async with _sent(port, b"x", "content-length: 100") as reply:
-            return await asyncio.wait_for(reply.readline(), 120)
-
-    door = make_door(f"http://127.0.0.1:{behind.server_port}", idle_s=0.2)
-    assert b" 408 " in asyncio.run(_served(door, talk))
