@@ -65,6 +65,7 @@ SPEAKS_FLOWER = {
     "client/app.py",
     "client/site_worker.py",
     "deploy/code_guard.py",
+    "deploy/superlink.py",
     "simulation/engines.py",
     "simulation/in_process_grid.py",
 }
