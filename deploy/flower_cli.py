@@ -1,15 +1,17 @@
-"""Flower's own command line, asked for JSON: how the SuperLink on this machine is told and asked things."""
+"""How the SuperLink on this machine is told and asked things: in JSON, or by Flower's own command line."""
 
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import sqlite3
 import ssl
 import subprocess
+import tomllib
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +48,20 @@ def toml(value: str | int) -> str:
 
 
 def call(state: Path, *words: str, options: Sequence[str] = ()) -> dict[str, Any]:
-    """The JSON answer to `flwr WORDS... CONNECTION OPTIONS...`.
+    """The JSON answer to `flwr WORDS... CONNECTION OPTIONS...`; what our SuperLink answers itself takes no process.
 
     Raises:
         FlowerError: the SuperLink refused the call, or gave no answer.
     """
+    match words:
+        case ("list",):
+            return ask(state, "runs", run=options[1] if options else None)
+        case ("supernode", "list"):
+            return ask(state, "nodes")
+        case ("supernode", "unregister", node):
+            return ask(state, "unregister", node=node)
+        case ("stop", run):
+            return ask(state, "stop", run=run)
     command = [processes.program("flwr"), *words, CONNECTION, *options, "--format", "json"]
     try:
         done = subprocess.run(
@@ -72,6 +83,53 @@ def call(state: Path, *words: str, options: Sequence[str] = ()) -> dict[str, Any
     if not answer.get("success"):
         raise FlowerError(_line(str(answer.get("error-message") or done.stderr or done.stdout)))
     return answer
+
+
+def register(state: Path, keys: Mapping[str, bytes]) -> dict[str, str | FlowerError]:
+    """Enter public keys, all in one call.
+
+    Args:
+        state: of the server.
+        keys: PEM by the name of the site.
+
+    Returns:
+        By name the node that Flower knows the key by, or why it takes none.
+
+    Raises:
+        FlowerError: no answer.
+    """
+    answer = ask(state, "register", keys={name: key.decode() for name, key in keys.items()})
+    return {
+        name: str(told["node-id"]) if told["success"] else FlowerError(str(told["error-message"]))
+        for name, told in answer["sites"].items()
+    }
+
+
+def ask(state: Path, what: str, **fields: Any) -> dict[str, Any]:
+    """What our SuperLink answers in JSON (`deploy.superlink`).
+
+    Raises:
+        FlowerError: it refused, or gave no answer.
+    """
+    try:
+        known = tomllib.loads((state / "flwr" / "config.toml").read_text(encoding="utf-8"))["superlink"][CONNECTION]
+        trust = ssl.create_default_context(cafile=known["root-certificates"])
+        request = urllib.request.Request(
+            f"https://{known['address']}/apiary/{what}",
+            json.dumps(fields).encode(),
+            {"content-type": "application/json"},
+        )
+        with _opener(trust).open(request, timeout=_LONGEST_S) as reply:
+            answer: dict[str, Any] = json.loads(reply.read())
+    except (OSError, ValueError, KeyError, http.client.HTTPException) as error:
+        raise FlowerError(f"the SuperLink gives no answer: {_line(str(error))}") from None
+    if not answer.get("success"):
+        raise FlowerError(_line(str(answer.get("error-message"))))
+    return answer
+
+
+def _opener(trust: ssl.SSLContext) -> urllib.request.OpenerDirector:
+    return urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=trust))
 
 
 def node_of(state: Path, public: bytes) -> tuple[str, bool] | None:
@@ -117,10 +175,8 @@ def healthy(address: str, ca: Path, timeout_s: float = 5.0) -> bool:
         ssl.SSLCertVerificationError: who answers there is not certified by `ca` for that name.
     """
     trust = ssl.create_default_context(cafile=str(ca))
-    handler = urllib.request.HTTPSHandler(context=trust)
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), handler)
     try:
-        with opener.open(f"https://{address}/health", timeout=timeout_s) as answer:
+        with _opener(trust).open(f"https://{address}/health", timeout=timeout_s) as answer:
             return bool(answer.status == 200)
     except urllib.error.URLError as error:
         if isinstance(error.reason, ssl.SSLCertVerificationError):

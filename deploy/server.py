@@ -7,7 +7,7 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from deploy.processes import SupervisedProcess
 _RUNNING, _NODES = "running.json", "nodes.json"
 _NODES_VARIABLE = "APIARY_NODES"  # tells the runs' own processes where the latter is: they name a site by it
 _KEY_IS_KNOWN, _NODE_IS_GONE = "[code: 23]", "[code: 24]"
+_NAMES = ("SuperLink", "SuperExec", "door")
 _START_S = 120.0
 _KEYS_S = 5.0  # how often the folder of public keys is looked at
 _AGAIN_S = 30.0  # until what Flower refused is tried again: each try is a process
@@ -45,7 +46,7 @@ def run(kit: Kit, state: Path, bind: str = "0.0.0.0") -> int:
         processes.adopt_orphans()
         port = processes.free_port()
         flower_cli.configure(kit, state, port)
-        kept = [_superlink(kit, state, port), _door(kit, state, port, bind)]
+        kept = [_superlink(kit, state, port), _superexec(kit, state, port), _door(kit, state, port, bind)]
         try:
             if not _wait_until_up(kit, kept, port, end):
                 return 0 if end.is_set() else 1
@@ -91,16 +92,27 @@ def _nodes(state: Path) -> dict[str, dict[str, str]]:
 
 def _superlink(kit: Kit, state: Path, port: int) -> SupervisedProcess:
     command = [
-        processes.program("flower-superlink"),
+        *(sys.executable, "-P", "-m", "deploy.superlink"),
         *("--host", "127.0.0.1", "--port", str(port)),
+        *("--isolation", "process"),  # its SuperExec is a process of ours, started again by itself
         *("--ssl-certfile", str(kit.folder / kits.CERTIFICATE), "--ssl-keyfile", str(kit.folder / kits.SERVER_KEY)),
         *("--ssl-ca-certfile", str(kit.folder / kits.CA)),
         "--enable-supernode-auth",
         *("--database", str(state / flower_cli.DATABASE)),
         "--disable-runtime-dependency-installation",
     ]
+    return SupervisedProcess(command, processes.environment(state), state, state / "superlink.log")
+
+
+def _superexec(kit: Kit, state: Path, port: int) -> SupervisedProcess:
+    """What starts a ServerApp process for each run."""
+    command = [
+        processes.program("flower-superexec"),
+        *("--runtime-api-address", f"127.0.0.1:{port}"),
+        *("--root-certificates", str(kit.folder / kits.CA)),
+    ]
     environment = {**processes.environment(state), _NODES_VARIABLE: str(state / _NODES)}
-    return SupervisedProcess(command, environment, state, state / "superlink.log")
+    return SupervisedProcess(command, environment, state, state / "superexec.log")
 
 
 def _door(kit: Kit, state: Path, port: int, bind: str) -> SupervisedProcess:
@@ -143,7 +155,7 @@ def _watch(
 ) -> None:
     looked = time.monotonic()
     while not end.wait(0.3):
-        for name, each in zip(("SuperLink", "door"), kept, strict=True):
+        for name, each in zip(_NAMES, kept, strict=True):
             code = each.look()
             if code is not None:
                 _say(f"the {name} ended (exit code {code}) and is started again")
@@ -175,13 +187,14 @@ def register(kit: Kit, state: Path, failures: _Failures) -> list[str]:
         if gone and _try(name, entry["key"], failures, partial(_strike_off, state, entry["node"])):
             del known[name]
             _remember(state, known)
-    for name, key in keys.items():
-        if name not in known:
-            others = {entry["node"]: other for other, entry in known.items()}
-            node = _try(name, key, failures, partial(_enter, state, files[name], name, key, others))
-            if node:
-                known[name] = {"node": node, "key": key}
-                _remember(state, known)
+    new = {name: key for name, key in keys.items() if name not in known and _is_due(name, key, failures)}
+    for name, told in _entered(state, new).items():
+        others = {entry["node"]: other for other, entry in known.items()}
+        node = _try(name, new[name], failures, partial(_settle, state, files[name], new[name], told, others))
+        if node:
+            known[name] = {"node": node, "key": new[name]}
+    if new:
+        _remember(state, known)
     if before != site_nodes(state):
         _remember(state, known)
     return sorted(known)
@@ -203,7 +216,7 @@ def _key(name: str, file: Path, failures: _Failures) -> str | None:
 
 def _try(name: str, key: str, failures: _Failures, act: Callable[[], str]) -> str | None:
     """What `act` returns; None where it failed, which is said, or failed a moment ago."""
-    if time.monotonic() - failures.get((name, key), ("", -math.inf))[1] < _AGAIN_S:
+    if not _is_due(name, key, failures):
         return None
     try:
         answer = act()
@@ -212,6 +225,10 @@ def _try(name: str, key: str, failures: _Failures, act: Callable[[], str]) -> st
         return None
     failures.pop((name, key), None)
     return answer
+
+
+def _is_due(name: str, key: str, failures: _Failures) -> bool:
+    return time.monotonic() - failures.get((name, key), ("", -math.inf))[1] >= _AGAIN_S
 
 
 def _fail(name: str, key: str, line: str, failures: _Failures) -> None:
@@ -229,21 +246,30 @@ def _strike_off(state: Path, node: str) -> str:
     return node
 
 
-def _enter(state: Path, file: Path, name: str, key: str, others: dict[str, str]) -> str:
-    """The node that Flower now knows by this key; `others` names the sites of the other nodes.
+def _entered(state: Path, keys: Mapping[str, str]) -> Mapping[str, str | flower_cli.FlowerError]:
+    """By name what Flower says to new keys: a node, or why not."""
+    if not keys:
+        return {}
+    try:
+        return flower_cli.register(state, {name: certificates.public_pem(key) for name, key in keys.items()})
+    except flower_cli.FlowerError as error:
+        return dict.fromkeys(keys, error)
+
+
+def _settle(state: Path, file: Path, key: str, told: str | flower_cli.FlowerError, others: Mapping[str, str]) -> str:
+    """The node that Flower knows by a key after it was asked to; `others` names the sites of the other nodes.
 
     Raises:
         flower.FlowerError: it refused; or the key is that of another site, or of one that was struck off.
     """
-    try:
-        return str(flower_cli.call(state, "supernode", "register", str(file), options=("--name", name))["node-id"])
-    except flower_cli.FlowerError as error:
-        if _KEY_IS_KNOWN not in str(error):
-            raise
-        # Registered by a server that was killed before it wrote it down, or used up.
-        found = flower_cli.node_of(state, certificates.public_pem(key))
-        if found is None:
-            raise
+    if isinstance(told, str):
+        return told
+    if _KEY_IS_KNOWN not in str(told):
+        raise told
+    # Registered by a server that was killed before it wrote it down, or used up.
+    found = flower_cli.node_of(state, certificates.public_pem(key))
+    if found is None:
+        raise told
     node, struck_off = found
     if struck_off:
         raise flower_cli.FlowerError(

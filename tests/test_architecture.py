@@ -69,6 +69,7 @@ SPEAKS_FLOWER = {
     "client/site_worker.py",
     "deploy/admission.py",
     "deploy/code_guard.py",
+    "deploy/superlink.py",
     "simulation/engines.py",
     "simulation/in_process_grid.py",
 }

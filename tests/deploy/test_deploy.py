@@ -290,14 +290,23 @@ class _Flower:
                 raise flower_cli.FlowerError("[code: 24] not found")
             self.database.commit()
             return {}
-        node = 2**64 - 1 - self.asked
+        raise AssertionError(words)
+
+    def register(self, state: Path, keys: dict[str, bytes]) -> dict[str, str | flower_cli.FlowerError]:
+        self.asked += 1
+        if self.down:
+            raise flower_cli.FlowerError("not now")
+        return {
+            name: self._enter(2**64 - 100 * self.asked - number, key) for number, (name, key) in enumerate(keys.items())
+        }
+
+    def _enter(self, node: int, key: bytes) -> str | flower_cli.FlowerError:
         try:
-            pem = certificates.public_pem(Path(words[2]).read_text())
-            self.database.execute("INSERT INTO node VALUES (?, 'registered', ?)", (_signed(node), pem))
+            self.database.execute("INSERT INTO node VALUES (?, 'registered', ?)", (_signed(node), key))
         except sqlite3.IntegrityError:
-            raise flower_cli.FlowerError("[code: 23] in use") from None
+            return flower_cli.FlowerError("[code: 23] in use")
         self.database.commit()
-        return {"node-id": node}
+        return str(node)
 
     def active(self) -> set[str]:
         found = self.database.execute("SELECT node_id FROM node WHERE status != 'unregistered'")
@@ -327,6 +336,7 @@ def listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> _List:
     (tmp_path / "state").mkdir()
     made = _List(tmp_path / "f", tmp_path / "state", _Flower(tmp_path / "state"), {})
     monkeypatch.setattr(flower_cli, "call", made.flower.call)
+    monkeypatch.setattr(flower_cli, "register", made.flower.register)
     monkeypatch.setattr(deployed_server, "_AGAIN_S", 0.0)
     return made
 
@@ -405,7 +415,7 @@ def test_a_run_knows_a_site_by_its_key(listed: _List, monkeypatch: pytest.Monkey
     listed.look()
     nodes = {name: int(node) for name, node in deployed_server.site_nodes(listed.state).items()}
     assert deployment_run.site_name(nodes["a"]) is None  # in a simulation
-    started = deployed_server._superlink(_server(listed.folder), listed.state, 4000)
+    started = deployed_server._superexec(_server(listed.folder), listed.state, 4000)
     for name, value in started._environment.items():
         monkeypatch.setenv(name, value)
     assert [deployment_run.site_name(node) for node in (nodes["a"], nodes["b"], _signed(nodes["b"]))] == ["a", "b", "b"]

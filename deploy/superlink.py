@@ -1,0 +1,179 @@
+"""Flower's SuperLink with our settings, in this process: `python -P -m deploy.superlink` and its own flags.
+
+It hears callers of our own user alone, and answers `apiary deploy` in JSON beside Flower's own calls: so one call
+registers any number of keys, and asking it something starts no process.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request
+from starlette.concurrency import run_in_threadpool
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+from deploy import peers, superlink_state
+
+_START = "flwr.superlink.cli.flower_superlink"
+_FLEET = "flwr.superlink.servicer.fleet.fleet_handlers"
+_RUNTIME = "flwr.superlink.servicer.runtime.runtime_handlers"
+_CONTROL = "flwr.superlink.servicer.control.control_handlers"
+_REQUESTS = "flwr.proto.control_pb2"
+_ERRORS = "flwr.supercore.error"
+_LINK = "flwr.server.superlink.linkstate.linkstate_factory"
+_STORE = "flwr.supercore.object_store.object_store_factory"
+# Calls that carry a message or an object of one; some hundred of them make a round.
+_CARRY = ("push_messages", "pull_messages", "push_object", "pull_object", "confirm_message_received")
+_MOST_RUNS = 10_000  # in one answer
+
+_Answer = Callable[[Mapping[str, Any], Any], dict[str, Any]]
+
+
+class UnknownFlower(RuntimeError):
+    """This version of Flower is not built as the one that this module was written for."""
+
+
+def private(module: str, name: str) -> Any:
+    """What Flower keeps to itself by that name.
+
+    Raises:
+        UnknownFlower: this version has none.
+    """
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        raise UnknownFlower(f"this version of flwr has no {module}.{name}: `apiary deploy` needs flwr 1.41") from None
+
+
+def prepare() -> None:
+    """Put our settings and our state in the place of Flower's, for what is started in this process afterwards.
+
+    Raises:
+        UnknownFlower: Flower has nothing of that name.
+    """
+    _replace("flwr.supercore.sql_mixin", "SQLITE_PRAGMAS", lambda theirs: superlink_state.PRAGMAS)
+    _replace(_STORE, "SqlObjectStore", superlink_state.store_class)
+    _replace(_LINK, "SqlLinkState", superlink_state.state_class)
+    for name in _CARRY:
+        for handlers in (_FLEET, _RUNTIME):
+            _replace(handlers, name, superlink_state.in_one_transaction)
+
+
+def _replace(module: str, name: str, change: Callable[[Any], Any]) -> None:
+    changed = change(private(module, name))
+    setattr(importlib.import_module(module), name, changed)
+
+
+def make_app() -> tuple[FastAPI, Any]:
+    """The SuperLink that the flags of this process ask for, and Flower's account of these flags.
+
+    Raises:
+        UnknownFlower: this version of Flower lacks something that is needed.
+    """
+    prepare()
+    config = private(_START, "_parse_superlink_lifespan_config")()
+    app: FastAPI = private("flwr.superlink.main", "create_app")(config, private(_START, "SuperLinkLifespan"))
+    account = private("flwr.superlink.auth_plugin.noop_auth_plugin", "_create_noop_account_info")()
+    answers = _answers(account)
+
+    def answer(what: str, asked: Mapping[str, Any]) -> dict[str, Any]:
+        if what not in answers:
+            raise HTTPException(404)
+        return _told(lambda: answers[what](asked, app.state.linkstate_factory.state()))
+
+    @app.post("/apiary/{what}")
+    async def apiary(what: str, request: Request) -> dict[str, Any]:
+        return await run_in_threadpool(answer, what, await request.json())
+
+    return app, config
+
+
+def _told(act: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The answer of `act`, or Flower's refusal as its own command line words it."""
+    failure, known = private(_ERRORS, "FlowerError"), private(f"{_ERRORS}.catalog", "API_ERROR_MAP")
+    try:
+        return {"success": True, **act()}
+    except failure as error:
+        said = known[error.code].public_message if error.code in known else "refused"
+        return {"success": False, "error-message": f"[code: {int(error.code)}] {said}"}
+
+
+def _answers(account: Any) -> dict[str, _Answer]:
+    """What `apiary deploy` asks, by the last part of the path: each takes the request and the state."""
+
+    def ask(call: str, request: str) -> Callable[..., Any]:
+        handler, kind = private(_CONTROL, call), private(_REQUESTS, request)
+        return lambda state, **fields: handler(kind(**fields), account, state)
+
+    enter, strike = ask("register_node", "RegisterNodeRequest"), ask("unregister_node", "UnregisterNodeRequest")
+    nodes, stop = ask("list_nodes", "ListNodesRequest"), ask("stop_run", "StopRunRequest")
+    runs = ask("list_runs", "ListRunsRequest")
+
+    def register(asked: Mapping[str, Any], state: Any) -> dict[str, Any]:
+        def one(name: str, key: str) -> dict[str, Any]:
+            return {"node-id": str(enter(state, public_key=key.encode(), name=name).node_id)}
+
+        return {"sites": {name: _told(functools.partial(one, name, key)) for name, key in asked["keys"].items()}}
+
+    def unregister(asked: Mapping[str, Any], state: Any) -> dict[str, Any]:
+        strike(state, node_id=int(asked["node"]))
+        return {}
+
+    def list_nodes(asked: Mapping[str, Any], state: Any) -> dict[str, Any]:
+        return {"nodes": [{"node-id": str(n.node_id), "status": n.status} for n in nodes(state).nodes_info]}
+
+    def list_runs(asked: Mapping[str, Any], state: Any) -> dict[str, Any]:
+        one = asked.get("run")
+        found = runs(state, **({"limit": _MOST_RUNS} if one is None else {"run_id": int(one)}))
+        rows = sorted(found.run_dict.values(), key=lambda run: str(run.pending_at), reverse=True)
+        return {"runs": [_run(row, found.now) for row in rows]}
+
+    def stop_run(asked: Mapping[str, Any], state: Any) -> dict[str, Any]:
+        return {"stopped": stop(state, run_id=int(asked["run"])).success}
+
+    return {"register": register, "unregister": unregister, "nodes": list_nodes, "runs": list_runs, "stop": stop_run}
+
+
+def _run(run: Any, now: str) -> dict[str, Any]:
+    """A run as Flower's own command line tells it, as far as we read that."""
+    parts = [run.status.status, *([run.status.sub_status] if run.status.sub_status else [])]
+    began, ended = run.running_at, run.finished_at or now
+    return {
+        "run-id": str(run.run_id),
+        "status": ":".join(parts),
+        "status-details": run.status.details,
+        "elapsed": (datetime.fromisoformat(ended) - datetime.fromisoformat(began)).total_seconds() if began else 0.0,
+    }
+
+
+def main() -> None:
+    """Serve until the process is ended; exit code 3 where Flower is another version."""
+    try:
+        app, config = make_app()
+        log_config = private("flwr.supercore.http_logging", "get_uvicorn_log_config")(
+            private("flwr.supercore.logger", "console_handler").level
+        )
+    except UnknownFlower as error:
+        print(f"apiary: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(3) from None
+    uvicorn.run(
+        app,
+        host=config.host,
+        port=config.port,
+        ssl_keyfile=config.ssl_keyfile,
+        ssl_certfile=config.ssl_certfile,
+        access_log=False,  # a line for every call, with ids of nodes and runs
+        log_config=log_config,
+        http=peers.guarded(AutoHTTPProtocol),
+        ws="none",
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""What our SuperLink does otherwise than Flower's with its database.
+
+One caller at a time, in transactions that hold or leave no trace; a message is handed over once all of it is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+from fastapi import HTTPException
+from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
+
+# Of each connection. The first holds for a database that is made anew: rows of megabytes take fewer pages. What is
+# mapped into memory would end the whole process where the disk fails, and counts as its own.
+PRAGMAS = (
+    ("page_size", "16384"),
+    ("busy_timeout", "30000"),  # ms; only who looks at the file from outside is waited for
+    ("journal_mode", "WAL"),
+    ("synchronous", "NORMAL"),
+    ("foreign_keys", "ON"),
+    ("cache_size", "-16000"),  # KiB, with a minus
+    ("temp_store", "MEMORY"),
+    ("mmap_size", "0"),
+    ("journal_size_limit", "67108864"),  # bytes that the log keeps once it is written back
+)
+# What SQLite says of what passes by itself.
+_PASSES = ("locked", "busy", "disk is full", "disk i/o")
+_HELD_BACK = "not whole yet"  # in place of the time of delivery, and never after the end of a transaction
+_INCOMPLETE = """
+WITH RECURSIVE waiting(root) AS ({waiting}), tree(root, object_id) AS (
+    SELECT root, root FROM waiting
+    UNION SELECT tree.root, child_id FROM tree JOIN object_children ON parent_id = tree.object_id
+)
+SELECT DISTINCT tree.root FROM tree JOIN objects ON objects.object_id = tree.object_id WHERE is_available = 0
+"""
+
+
+class _Turn:
+    """The transaction of the present caller."""
+
+    def __init__(self) -> None:
+        self.error: OperationalError | None = None
+
+
+_ONE_AT_A_TIME = threading.Lock()
+_turn: ContextVar[_Turn | None] = ContextVar("turn", default=None)
+
+
+class _Turns:
+    """Goes before one of Flower's SQL states: its transactions come one after the other.
+
+    SQLite has one writer at a time, and a caller that has read before it writes is sent away at once where another
+    has written meanwhile, however long it would wait. Callers of one process queue here instead.
+    """
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[Any]:
+        """A transaction; the one that is open already where there is one.
+
+        Raises:
+            HTTPException: 503, which Flower's callers try again after; nothing of the transaction is kept.
+        """
+        turn = _turn.get()
+        if turn is not None:
+            try:
+                with super().session() as session:  # type: ignore[misc]
+                    yield session
+            except OperationalError as error:
+                turn.error = error
+                raise
+            return
+        with _ONE_AT_A_TIME:
+            turn = _Turn()
+            token = _turn.set(turn)
+            try:
+                with super().session() as session:  # type: ignore[misc]
+                    yield session
+                    if turn.error is not None:  # which somebody took for an answer
+                        raise turn.error
+            except OperationalError as error:
+                if not any(words in str(error).lower() for words in _PASSES):
+                    raise
+                raise HTTPException(503, "the database takes nothing now") from error
+            finally:
+                _turn.reset(token)
+
+
+class _WholeMessages:
+    """Goes before Flower's SQL LinkState: a message, and a reply, is handed over once all its objects are stored.
+
+    Flower's own hands it over as soon as it is announced. Who gets it then waits for what its sender still sends, or
+    never sends: a reply that was announced alone would keep a round beyond its deadline.
+    """
+
+    def get_message_ins(self, node_id: int, limit: int | None, *, run_id: int | None = None) -> list[Any]:
+        """The messages for a node that are there whole, at most `limit`; they count as delivered."""
+        waiting = "SELECT message_id FROM message_ins WHERE dst_node_id = :node AND delivered_at = ''"
+        node = node_id - 2**64 if node_id >= 2**63 else node_id
+        with self._held_back("message_ins", waiting, {"node": node}):
+            found: list[Any] = super().get_message_ins(node_id, limit, run_id=run_id)  # type: ignore[misc]
+            return found
+
+    def get_message_res(self, message_ids: set[str], run_id: int) -> list[Any]:
+        """The replies to messages that are there whole, and an error for each that cannot come any more."""
+        if not message_ids:
+            return []
+        names = {f"id{number}": message for number, message in enumerate(message_ids)}
+        asked = ", ".join(f":{name}" for name in names)
+        waiting = f"SELECT message_id FROM message_res WHERE reply_to_message_id IN ({asked}) AND delivered_at = ''"
+        with self._held_back("message_res", waiting, names):
+            found: list[Any] = super().get_message_res(message_ids, run_id)  # type: ignore[misc]
+            return found
+
+    def store_object(self, *args: Any, **kwargs: Any) -> bool:
+        """Store an object that a sender announced; whether it did.
+
+        Raises:
+            HTTPException: 503; Flower's own would say that the object is not wanted.
+        """
+        with self.session():  # type: ignore[attr-defined]
+            return bool(super().store_object(*args, **kwargs))  # type: ignore[misc]
+
+    @contextlib.contextmanager
+    def _held_back(self, table: str, waiting: str, values: dict[str, Any]) -> Iterator[None]:
+        """Within, those of the messages that `waiting` selects which are not whole look as if they were delivered."""
+        with self.session() as session:  # type: ignore[attr-defined]
+            found = session.execute(text(_INCOMPLETE.format(waiting=waiting)), values).scalars().all()
+            self._mark(session, table, found, "", _HELD_BACK)
+            yield
+            self._mark(session, table, found, _HELD_BACK, "")
+
+    @staticmethod
+    def _mark(session: Any, table: str, messages: Iterable[str], before: str, after: str) -> None:
+        change = text(f"UPDATE {table} SET delivered_at = :after WHERE message_id = :id AND delivered_at = :before")
+        for message in messages:
+            session.execute(change, {"id": message, "before": before, "after": after})
+
+
+def store_class(base: type) -> type:
+    """Flower's SQL object store, as ours."""
+    return type("ObjectStore", (_Turns, base), {})
+
+
+def state_class(base: type) -> type:
+    """Flower's SQL LinkState, as ours."""
+    return type("LinkState", (_WholeMessages, _Turns, base), {})
+
+
+def in_one_transaction(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """A handler of a call, which takes the state by that name or second, with all that it does in one transaction."""
+
+    @functools.wraps(handler)
+    def handle(*args: Any, **kwargs: Any) -> Any:
+        state = kwargs["state"] if "state" in kwargs else args[1]
+        with state.session():
+            return handler(*args, **kwargs)
+
+    return handle

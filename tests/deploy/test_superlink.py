@@ -1,0 +1,338 @@
+"""Our launcher of Flower's SuperLink: its state, who it hears, and what it is asked in one call."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import socket
+import sqlite3
+import ssl
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from fastapi import HTTPException
+from flwr.app import Array, ArrayRecord, Metadata, RecordDict
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+
+from deploy import certificates, flower_cli, kits, peers, superlink, superlink_state
+from deploy import server as deployed_server
+
+# Of Flower, whose migrations are written for an older Alembic.
+pytestmark = pytest.mark.filterwarnings("ignore:No path_separator found:DeprecationWarning")
+NOBODY = 65534
+
+
+# -- the state ---------------------------------------------------------------------------------------
+
+
+class _Link(NamedTuple):
+    state: Any
+    run: int
+    node: int
+
+    def announce(self, number: int) -> tuple[str, dict[str, bytes], str]:
+        """A message to the node that is announced, with none of its objects; its id, these, and the session."""
+        return self._announced(_message(number, self.run, 1, self.node))
+
+    def answer(self, message_id: str) -> tuple[str, dict[str, bytes], str]:
+        """An answer of the node to a message, announced alone."""
+        return self._announced(_message(1000, self.run, self.node, 1, message_id))
+
+    def _announced(self, message: Any) -> tuple[str, dict[str, bytes], str]:
+        name = message.object_id
+        message.metadata.__dict__["_message_id"] = name
+        objects = {key: value.deflate() for key, value in get_all_nested_objects(message).items()}
+        tree = get_object_tree(message)
+        session = self.state.start_session(self.run)
+        bare = superlink.private("flwr.app.message", "remove_content_from_message")(message)
+        stored, missing = self.state.store_message_and_object_tree(bare, tree, session)
+        assert stored and set(missing) <= set(objects)
+        return name, {key: objects[key] for key in missing}, session
+
+    def store(self, objects: dict[str, bytes], session: str) -> None:
+        for key, value in objects.items():
+            assert self.state.store_object(self.run, session, key, value)
+
+    def handed_over(self) -> list[str]:
+        return [message.metadata.message_id for message in self.state.get_message_ins(self.node, 1)]
+
+
+def _message(number: int, run: int, source: int, target: int, reply_to: str = "") -> Any:
+    arrays = ArrayRecord({f"a{i}": Array(np.full(4, float(10 * number + i), dtype=np.float32)) for i in range(3)})
+    metadata = Metadata(
+        run_id=run,
+        message_id="",
+        src_node_id=source,
+        dst_node_id=target,
+        reply_to_message_id=reply_to,
+        group_id="",
+        created_at=time.time(),
+        ttl=100.0 if reply_to else 200.0,
+        message_type="train",
+    )
+    make = superlink.private("flwr.app.message", "make_message")
+    return make(metadata=metadata, content=RecordDict({"arrays": arrays}))
+
+
+@pytest.fixture
+def link(tmp_path: Path) -> _Link:
+    return _open(tmp_path / "superlink.db")
+
+
+def _open(path: Path) -> _Link:
+    """A state as the launcher makes it, on a file, with a run and a node that is online."""
+    pragmas = superlink.private("flwr.supercore.sql_mixin", "SQLITE_PRAGMAS")
+    module = sys.modules["flwr.supercore.sql_mixin"]
+    short = tuple((name, "200" if name == "busy_timeout" else value) for name, value in superlink_state.PRAGMAS)
+    module.SQLITE_PRAGMAS = short  # type: ignore[attr-defined]
+    try:
+        theirs = superlink.private("flwr.supercore.object_store.sql_object_store", "SqlObjectStore")
+        store = superlink_state.store_class(theirs)(str(path))
+        store.initialize()
+        base = superlink.private("flwr.server.superlink.linkstate.sql_linkstate", "SqlLinkState")
+        manager = superlink.private("flwr.superlink.federation", "NoOpFederationManager")(simulation=False)
+        state = superlink_state.state_class(base)(str(path), manager, store)
+        state.initialize()
+        with state.session():  # connects
+            pass
+    finally:
+        module.SQLITE_PRAGMAS = pragmas  # type: ignore[attr-defined]
+    account = superlink.private("flwr.common.constant", "NOOP_FLWR_AID")
+    manager.ensure_default_federations_exist(flwr_aid=account)
+    federation = superlink.private("flwr.superlink.federation.noop_federation_manager", "NOOP_FEDERATION_ID")
+    run = state.create_run("a/b", "1", "", {}, federation, None, account, "flwr-serverapp")
+    task = state.get_run_info(run_ids=[run])[0].primary_task_id
+    assert state.claim_task(task) and state.activate_task(task)
+    node = state.create_node(account, "none", b"key", 30)
+    assert state.activate_node(node, 30)
+    return _Link(state, run, node)
+
+
+def test_a_message_is_handed_over_once_it_is_whole(link: _Link) -> None:
+    first, objects, session = link.announce(1)
+    *some, last = objects.items()
+    assert link.handed_over() == []
+    link.store(dict(some), session)
+    assert link.handed_over() == []
+    second, others, other = link.announce(2)
+    link.store(others, other)
+    assert link.handed_over() == [second]  # it does not wait for the one before it
+    link.store(dict([last]), session)
+    assert link.handed_over() == [first]
+    assert link.handed_over() == []
+
+
+def test_an_answer_that_is_only_announced_is_none(link: _Link) -> None:
+    message, objects, session = link.announce(1)
+    link.store(objects, session)
+    assert link.handed_over() == [message]
+    answer, parts, session = link.answer(message)
+    assert link.state.get_message_res({message}, link.run) == []
+    link.store(parts, session)
+    (got,) = link.state.get_message_res({message}, link.run)
+    assert got.metadata.message_id == answer and not got.has_error()
+
+
+def test_a_node_that_is_gone_after_it_announced_an_answer_is_told_as_gone(
+    link: _Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message, objects, session = link.announce(1)
+    link.store(objects, session)
+    link.handed_over()
+    link.answer(message)
+    assert link.state.deactivate_node(link.node)
+    (got,) = link.state.get_message_res({message}, link.run)
+    assert got.has_error() and "Node Unavailable" in got.error.reason
+
+
+def test_callers_of_one_process_never_find_the_database_locked(link: _Link) -> None:
+    """Each reads before it writes, for which SQLite alone sends all but one away."""
+
+    def write(number: int) -> int:
+        with link.state.session() as session:
+            session.connection().exec_driver_sql("BEGIN")
+            before = link.state.query("SELECT count(*) AS n FROM node")[0]["n"]
+            time.sleep(0.01)
+            link.state.create_node("", "", f"key {number}".encode(), 30)
+            return int(before)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sorted(pool.map(write, range(40))) == list(range(1, 41))
+
+
+def test_what_the_disk_does_not_take_is_answered_as_something_to_try_again(link: _Link, tmp_path: Path) -> None:
+    _, objects, session = link.announce(1)
+    other = sqlite3.connect(tmp_path / "superlink.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(HTTPException) as caught:
+        link.store(objects, session)
+    assert caught.value.status_code == 503
+    other.execute("ROLLBACK")
+    link.store(objects, session)  # nothing of the first attempt stayed
+    pages = link.state.query("PRAGMA page_count")[0]["page_count"]
+    _, objects, session = link.announce(2)
+    big = superlink_state.in_one_transaction(lambda request, state: state.store_fab(request))
+    link.state.query(f"PRAGMA max_page_count = {pages + 1}")
+    content = os.urandom(1_000_000)
+    fab = superlink.private("flwr.supercore.fab", "Fab")(hashlib.sha256(content).hexdigest(), content, {})
+    with pytest.raises(HTTPException) as caught:
+        big(fab, link.state)
+    assert caught.value.status_code == 503
+    assert link.state.get_fab(fab.hash_str) is None
+
+
+def test_a_database_of_ours_has_large_pages_and_a_log(link: _Link, tmp_path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "superlink.db")) as database:
+        assert database.execute("PRAGMA page_size").fetchone() == (16384,)
+        assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+def test_another_flower_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(superlink, "_STORE", "flwr.supercore.another_place")
+    with pytest.raises(SystemExit) as ended:
+        superlink.main()
+    assert ended.value.code == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "flwr.supercore.another_place.SqlObjectStore" in line and "flwr 1.41" in line
+
+
+# -- the process -------------------------------------------------------------------------------------
+
+
+class _Running(NamedTuple):
+    kit: kits.Kit
+    state: Path
+    port: int
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Running]:
+    """The SuperLink as `apiary deploy server` starts it."""
+    folder = tmp_path_factory.mktemp("superlink")
+    kits.init(folder / "f", "127.0.0.1:8443", ["a"])
+    kit, state = kits.read(folder / "f" / "server", "server"), folder / "state"
+    state.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = int(free.getsockname()[1])
+    flower_cli.configure(kit, state, port)
+    kept = deployed_server._superlink(kit, state, port)
+    try:
+        deadline = time.monotonic() + 120
+        while not flower_cli.healthy(f"127.0.0.1:{port}", kit.folder / kits.CA):
+            assert kept.look() is None and time.monotonic() < deadline, kept.said()
+            time.sleep(0.1)
+        yield _Running(kit, state, port)
+    finally:
+        if kept.process is not None:
+            kept.process.kill()
+            kept.process.wait()
+
+
+@pytest.mark.slow
+def test_any_number_of_keys_is_registered_in_one_call(running: _Running) -> None:
+    keys = {f"s{i}": certificates.public_pem(certificates.site_keys()[1].decode()) for i in range(50)}
+    told = flower_cli.register(running.state, {**keys, "again": keys["s7"]})
+    again = told.pop("again")
+    assert isinstance(again, flower_cli.FlowerError) and "[code: 23]" in str(again)
+    assert len(set(map(str, told.values()))) == 50
+    assert flower_cli.node_of(running.state, keys["s7"]) == (told["s7"], False)
+    listed = flower_cli.call(running.state, "supernode", "list")["nodes"]
+    assert {node["node-id"]: node["status"] for node in listed} == dict.fromkeys(told.values(), "registered")
+    flower_cli.call(running.state, "supernode", "unregister", str(told["s7"]))
+    assert flower_cli.node_of(running.state, keys["s7"]) == (told["s7"], True)
+    with pytest.raises(flower_cli.FlowerError, match=r"\[code: 24\]"):
+        flower_cli.call(running.state, "supernode", "unregister", str(told["s7"]))
+    with pytest.raises(flower_cli.FlowerError, match=r"\[code: 16\]"):
+        flower_cli.call(running.state, "list", options=("--run-id", "7"))
+    assert flower_cli.call(running.state, "list")["runs"] == []
+
+
+def _as_another_user(act: Callable[[], bytes]) -> bytes:
+    """What `act` returns, or the kind of its error, in a process of another user."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            os.setgroups([])
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+            os.write(writing, act() or b"nothing")
+        except OSError as error:
+            os.write(writing, type(error).__name__.encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as file:
+        told = file.read()
+    os.waitpid(pid, 0)
+    return told
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may act as another user")
+def test_another_user_of_the_machine_is_not_heard(running: _Running) -> None:
+    trust = ssl.create_default_context(cafile=running.kit.folder / kits.CA)
+
+    def ask() -> bytes:
+        plain = socket.create_connection(("127.0.0.1", running.port), timeout=30)
+        with trust.wrap_socket(plain, server_hostname="127.0.0.1") as connection:
+            connection.sendall(b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n")
+            return connection.recv(1000)
+
+    assert ask().startswith(b"HTTP/1.1 200")
+    theirs = _as_another_user(ask)
+    assert theirs == b"nothing" or b"Error" in theirs or b"Reset" in theirs or b"EOF" in theirs, theirs
+
+
+# -- peers -------------------------------------------------------------------------------------------
+
+
+class _Transport:
+    """What asyncio knows of a connection."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._names = {"peername": connection.getpeername(), "sockname": connection.getsockname()}
+
+    def get_extra_info(self, name: str) -> Any:
+        return self._names[name]
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_process_of_ours_is_known_by_its_socket(mapped: bool) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        with socket.socket(socket.AF_INET6 if mapped else socket.AF_INET) as caller:
+            caller.connect(("::ffff:127.0.0.1" if mapped else "127.0.0.1", listening.getsockname()[1]))
+            accepted = listening.accept()[0]
+            transport = _Transport(accepted)
+            assert peers.is_own(transport)  # type: ignore[arg-type]
+        assert not peers.is_own(transport)  # type: ignore[arg-type]  # nobody holds it any more
+        accepted.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may act as another user")
+def test_a_process_of_another_user_is_not_ours() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = listening.getsockname()
+
+        def dial() -> bytes:
+            with socket.create_connection(address) as connection:
+                return connection.recv(10)
+
+        answer: list[bytes] = []
+        caller = threading.Thread(target=lambda: answer.append(_as_another_user(dial)))
+        caller.start()
+        accepted = listening.accept()[0]
+        assert not peers.is_own(_Transport(accepted))  # type: ignore[arg-type]
+        accepted.sendall(b"there")
+        accepted.close()
+        caller.join()
+        assert answer == [b"there"]
