@@ -64,7 +64,7 @@ SPEAKS_FLOWER = {
     "client/handlers.py",
     "client/app.py",
     "client/site_worker.py",
-    "deploy/code_guard.py",
+    "deploy/fleet.py",
     "simulation/engines.py",
     "simulation/in_process_grid.py",
 }
