@@ -10,6 +10,7 @@ import base64
 import contextlib
 import datetime
 import email.utils
+import json
 import random
 import ssl
 import threading
@@ -32,7 +33,6 @@ from flwr.proto.message_pb2 import PullObjectRequest
 from flwr.proto.node_pb2 import Node
 from flwr.proto.run_pb2 import GetRunRequest
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
-from flwr.supercore.error import FlowerError
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, no_object_id_recompute
 from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_confirm_message_received_fn_protobuf,
@@ -115,10 +115,74 @@ def utc_now() -> datetime.datetime:
     return datetime.datetime.now(tz=datetime.UTC)
 
 
-class Line:
-    """Calls to one server, each tried again until it comes through or is refused.
+class _Calls:
+    """Calls of Flower's client, each tried again until it comes through or is refused.
 
-    It owns the connection, the node id while a session is open, and the thread that sends signs of life.
+    It owns the knowledge whether the server was ever reached.
+    """
+
+    def __init__(self, client: FleetHttpClient, end: threading.Event, clock: Clock) -> None:
+        self._client, self._end, self._clock = client, end, clock
+        self._reached = False  # the server, at least once
+
+    def __call__(self, name: str, request: Any, once: bool = False) -> Any:
+        """The answer to a call of Flower's client.
+
+        Args:
+            name: of the call.
+            request: its protobuf.
+            once: not to be tried again where it may have been carried out.
+
+        Raises:
+            httpx.TransportError: with `once`, the line broke after the call was on its way.
+            RunOver, Rejected, Refused, NotTrusted, Ended: as their names say.
+        """
+        call, pause = getattr(self._client, name), _FIRST_S
+        while True:
+            try:
+                answer = call(request)
+                self._reached = True
+                return answer
+            except httpx.HTTPStatusError as error:
+                self._judge(error.response)
+            except httpx.TransportError as error:
+                if _is_certificate(error) and not self._reached:
+                    raise NotTrusted(_certificate_line(error)) from None
+                if once and not isinstance(error, _UNTOUCHED):
+                    raise
+            except ValueError:  # an answer that is no protobuf: of a proxy in between
+                pass
+            if self._end.wait(pause * random.uniform(0.8, 1.2)):
+                raise Ended
+            pause = min(_LONGEST_S, 2.0 * pause)
+
+    def _judge(self, answer: httpx.Response) -> None:
+        """Raise for an answer that trying again would not change."""
+        if answer.status_code >= 500 or answer.status_code in _PASSING:
+            return
+        if answer.status_code == 401:
+            raise Refused(self._clock_line(answer) or "unknown there, or struck off")
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            code = int(json.loads(answer.text)["code"])
+            if code == _NOT_ACTIVATED:
+                raise Refused("unknown there, or still online from before or elsewhere")
+            if code in (_RUN_OVER, _NO_RUN):
+                raise RunOver
+            raise Rejected(f"HTTP {answer.status_code}, Flower's code {code}")
+        raise Rejected(f"HTTP {answer.status_code}")
+
+    def _clock_line(self, answer: httpx.Response) -> str | None:
+        for name, value in answer.headers.multi_items():
+            if name == "date":
+                with contextlib.suppress(ValueError, TypeError):
+                    return clock_line((self._clock() - email.utils.parsedate_to_datetime(value)).total_seconds())
+        return None
+
+
+class Line:
+    """A site's line to its server.
+
+    It owns the node id while a session is open, the thread that sends signs of life, and what the newest run is.
 
     Args:
         server: HOST:PORT.
@@ -142,13 +206,14 @@ class Line:
         private = serialization.load_ssh_private_key(key.read_bytes(), None)
         if not isinstance(private, ec.EllipticCurvePrivateKey):
             raise Refused("the site's key is none on an elliptic curve")
-        self._end, self._clock, self._say = end, clock, say
+        self._end, self._say = end, say
         self._signature = _Signature(private, clock)
         self._client = FleetHttpClient.from_server_address(server, False, ca.read_bytes(), [self._signature])
+        self._call = _Calls(self._client, end, clock)
         self._node: Node | None = None
         self._quiet = threading.Event()
+        self._beats: threading.Thread | None = None
         self._runs: dict[int, dict[str, Any]] = {}
-        self._reached = False
 
     @property
     def node(self) -> int:
@@ -181,7 +246,8 @@ class Line:
         request = ActivateNodeRequest(public_key=self._signature.public, heartbeat_interval=_INTERVAL_S)
         self._node = Node(node_id=self._call("ActivateNode", request).node_id)
         self._quiet = threading.Event()
-        threading.Thread(target=self._beat, args=(self._quiet,), daemon=True).start()
+        self._beats = threading.Thread(target=self._beat, args=(self._quiet,), daemon=True)
+        self._beats.start()
 
     def close(self) -> None:
         """End the session; tried once."""
@@ -190,6 +256,13 @@ class Line:
         if node is not None:
             with contextlib.suppress(httpx.HTTPError, RuntimeError, ValueError):
                 self._client.DeactivateNode(DeactivateNodeRequest(node_id=node.node_id))
+
+    def hang_up(self) -> None:
+        """Let the connection go, with or without a session; nothing can be called any more."""
+        self._quiet.set()
+        if self._beats is not None:
+            self._beats.join()
+        self._client.close()
 
     def _beat(self, quiet: threading.Event) -> None:
         """Give signs of life; what refuses them refuses the next call too, where it is told."""
@@ -307,61 +380,6 @@ class Line:
             bundle.check(self._call("GetFab", request).fab.content)
             self._runs = {run: {**bundle.defaults(), **started.override_config}}
         return self._runs[run]
-
-    # -- calls ------------------------------------------------------------------------------------
-
-    def _call(self, name: str, request: Any, once: bool = False) -> Any:
-        """The answer to a call of Flower's client.
-
-        Args:
-            name: of the call.
-            request: its protobuf.
-            once: not to be tried again where it may have been carried out.
-
-        Raises:
-            httpx.TransportError: with `once`, the line broke after the call was on its way.
-            RunOver, Rejected, Refused, NotTrusted, Ended: as their names say.
-        """
-        call, pause = getattr(self._client, name), _FIRST_S
-        while True:
-            try:
-                answer = call(request)
-                self._reached = True
-                return answer
-            except httpx.HTTPStatusError as error:
-                self._judge(error.response)
-            except httpx.TransportError as error:
-                if _is_certificate(error) and not self._reached:
-                    raise NotTrusted(_certificate_line(error)) from None
-                if once and not isinstance(error, _UNTOUCHED):
-                    raise
-            except ValueError:  # an answer that is no protobuf: of a proxy in between
-                pass
-            if self._end.wait(pause * random.uniform(0.8, 1.2)):
-                raise Ended
-            pause = min(_LONGEST_S, 2.0 * pause)
-
-    def _judge(self, answer: httpx.Response) -> None:
-        """Raise for an answer that trying again would not change."""
-        if answer.status_code >= 500 or answer.status_code in _PASSING:
-            return
-        if answer.status_code == 401:
-            raise Refused(self._clock_line(answer) or "unknown there, or struck off")
-        with contextlib.suppress(ValueError, TypeError):
-            code = getattr(FlowerError.from_json(answer.text), "code", None)
-            if code == _NOT_ACTIVATED:
-                raise Refused("unknown there, or still online from before or elsewhere")
-            if code in (_RUN_OVER, _NO_RUN):
-                raise RunOver
-            raise Rejected(f"HTTP {answer.status_code}, Flower's code {code}")
-        raise Rejected(f"HTTP {answer.status_code}")
-
-    def _clock_line(self, answer: httpx.Response) -> str | None:
-        for name, value in answer.headers.multi_items():
-            if name == "date":
-                with contextlib.suppress(ValueError, TypeError):
-                    return clock_line((self._clock() - email.utils.parsedate_to_datetime(value)).total_seconds())
-        return None
 
 
 def clock_line(ahead_s: float) -> str | None:

@@ -113,17 +113,26 @@ def run(line: Line, answering: Answering, facts: dict[str, str], journal: Journa
             _give_up(line, left.message)
             journal.note(line.node)
         serve(line, answering, facts, journal, end)
+        _end(line, journal)
     except fleet.Ended:
-        pass
+        _end(line, journal)
     except fleet.Refused as error:
         say(str(error))
         return REFUSED
     except fleet.NotTrusted as error:
         say(str(error))
         return NOT_TRUSTED
+    except fleet.Rejected as error:  # who answers speaks another protocol, or another version
+        say(f"the server rejects a call that every version knows: {error}")
+        return 1
+    finally:
+        line.hang_up()
+    return 0
+
+
+def _end(line: Line, journal: Journal) -> None:
     line.close()
     journal.close()
-    return 0
 
 
 def _give_up(line: Line, message: bytes) -> None:

@@ -1,4 +1,4 @@
-"""What a deployment does when sites fail: real processes, and minutes, for a silent node is given up after half a one."""
+"""What a deployment does when sites fail: real processes, and minutes: a silent node is given up after half of one."""
 
 from __future__ import annotations
 
