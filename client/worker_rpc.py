@@ -14,6 +14,7 @@ METHOD = "/apiary.Worker/Answer"
 OPTIONS = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))  # protobuf's 2 GiB remain
 _SIZE = 4  # bytes of the header's length
 _READY_S = 120.0  # a worker that was restarted loads its libraries first
+_waiting: set[Any] = set()  # gRPC's channels of the calls of this process that wait for their answer
 
 
 class Envelope(NamedTuple):
@@ -61,12 +62,25 @@ def ask(address: str, envelope: Envelope, ready_s: float = _READY_S) -> Envelope
     import grpc
 
     with grpc.insecure_channel(address, options=OPTIONS) as channel:
+        _waiting.add(channel)
         try:
             grpc.channel_ready_future(channel).result(timeout=ready_s)
+            return unpack(channel.unary_unary(METHOD)(envelope.pack()))
         except grpc.FutureTimeoutError:
             raise Unanswered(f"its worker did not come up within {ready_s:g} s") from None
-        try:
-            return unpack(channel.unary_unary(METHOD)(envelope.pack()))
         except grpc.RpcError as error:
             code = error.code().name if isinstance(error, grpc.Call) else type(error).__name__
             raise Unanswered(f"its worker ended while it worked on the message ({code})") from None
+        except ValueError:
+            raise Unanswered("nobody waits for the answer any more") from None
+        finally:
+            _waiting.discard(channel)
+
+
+def cancel() -> None:
+    """Let go of every call that waits for its answer: each ends with `Unanswered`.
+
+    The worker drops a call that it has not begun.
+    """
+    for channel in list(_waiting):
+        channel.close()

@@ -6,10 +6,12 @@ Flower sends a bundle with every run and would run whatever it holds. A site com
 from __future__ import annotations
 
 import io
+import re
 import shutil
 import tomllib
 import zipfile
 from pathlib import Path
+from typing import Any
 
 PUBLISHER, NAME, VERSION = "apiary", "apiary-run", "1.0.0"
 _PROJECT = f"""[project]
@@ -41,6 +43,8 @@ _FILES = {
     "run_server.py": _MODULE.format("server.app"),
     "run_client.py": _MODULE.format("client.app"),
 }
+_ID = f"{PUBLISHER}/{NAME}"  # what Flower calls it
+_HASH = re.compile(r"[0-9a-f]{64}")
 _CONTENTS = ".info/CONTENT"  # Flower's own list
 
 
@@ -71,6 +75,22 @@ def check(bundle: bytes) -> None:
         names, texts = [], {}
     if len(names) != len(set(names)) or not _same(texts):
         raise ForeignCode("this site runs what is installed there, not what is sent; do the versions differ?")
+
+
+def check_names(fab_id: str, fab_version: str, fab_hash: str) -> None:
+    """Check what the server calls a bundle, before it is fetched.
+
+    Raises:
+        ForeignCode: the run is of another app than the installed one.
+    """
+    if (fab_id, fab_version) != (_ID, VERSION) or not _HASH.fullmatch(fab_hash):
+        raise ForeignCode("this site runs what is installed there, and no other app; do the versions differ?")
+
+
+def defaults() -> dict[str, Any]:
+    """What a run has where it was started without a value."""
+    configured: dict[str, Any] = tomllib.loads(_PROJECT)["tool"]["flwr"]["app"]["config"]
+    return configured
 
 
 def _same(texts: dict[str, str]) -> bool:

@@ -1,8 +1,9 @@
-"""A site's processes: its worker, which keeps the base model, and Flower's SuperNode, which fetches its work."""
+"""A site's processes: its worker, which keeps the base model, and its node, which fetches the worker's messages."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import re
 import shutil
 import socket
@@ -21,17 +22,15 @@ from apiary.core.counts import ROUNDED, CountPolicy
 from apiary.core.errors import UserError
 from apiary.data import split
 from apiary.data.availability import check_rows
-from deploy import certificates, code_guard, flower_cli, kits, processes
+from deploy import certificates, flower_cli, kits, processes, session
 from deploy.kits import Kit
 from deploy.processes import SupervisedProcess
 
 _START_S = 300.0
-_GIVE_UP_S = 90.0  # an earlier session that was killed counts as online for a minute
-_REFUSED = ("[code: 2004]", "[code: 2001]", "Invalid SuperNode authentication")
-_NOT_TRUSTED = ("CERTIFICATE_VERIFY_FAILED", "certificate verify failed")
-_CONNECTED = "SuperNode ID:"
+_GIVE_UP_S = 90.0  # a session that was killed elsewhere counts as online for half a minute
+_FLOWER = "1.41"  # the node calls what is private to it
 _WRONG_DATA = 2  # the worker's exit code
-_TRIES = 10  # of a SuperNode that ends soon after its start and never once was connected
+_TRIES = 10  # of a node that ends soon after its start and never once was connected
 _HEALTH_S = 60.0  # how often the server is asked whether it is there
 _SOCKET, _TEMPORARY = "worker.sock", "apiary-"
 _SOON_READ_BYTES = 50_000_000
@@ -45,7 +44,7 @@ class Options(NamedTuple):
     data: Path
     model: str | None = None
     device: str | None = None
-    port: int | None = None  # of 127.0.0.1, where the SuperNode's own processes reach it; None: a free one
+    port: int | None = None  # of 127.0.0.1, where /health answers; None: nowhere
     max_epsilon: float | None = None  # take part only in runs that promise each row this much privacy
     max_delta: float = 1e-5  # likewise, where there is a `max_epsilon`
     rank: int | None = None  # the highest of an adapter that it trains; None: as the run says
@@ -58,6 +57,7 @@ class _Line(NamedTuple):
 
     connected: bool = False
     refused_since: float | None = None  # monotonic seconds
+    reason: str = ""  # of the refusal
     ever: bool = False  # connected, since this program began
     asked: float = 0.0  # monotonic seconds, when the server's health was last asked
     there: bool = True
@@ -80,18 +80,17 @@ def run(kit: Kit, state: Path, options: Options) -> int:
     with processes.hold(state):
         end = processes.wait_for_end()
         processes.adopt_orphans()
-        (state / "flwr").mkdir(mode=0o700, exist_ok=True)
         sockets = socket_folder(state)
         path = sockets / _SOCKET
         worker = _worker(kit, state, options, f"unix:{path}")
-        supernode = _supernode(kit, state, f"unix:{path}", options.port)
+        node = _node(kit, state, f"unix:{path}", options.port)
         try:
             code = _wait_for_worker(worker, path, end)
             if code is None and not end.is_set():
-                code = _look_for_server(kit) or _watch(kit, worker, supernode, end)
+                code = _look_for_server(kit) or _watch(kit, worker, node, end)
             return code or 0
         finally:
-            processes.end_all([supernode, worker])
+            processes.end_all([node, worker])
             shutil.rmtree(sockets, ignore_errors=True)
 
 
@@ -120,6 +119,8 @@ def socket_folder(state: Path) -> Path:
 
 
 def _check(kit: Kit, options: Options) -> None:
+    if not (installed := importlib.metadata.version("flwr")).startswith(f"{_FLOWER}."):
+        raise UserError(f"flwr {installed} is installed, and a site needs {_FLOWER}: see constraints.txt")
     key = kit.folder / kits.SITE_KEY
     try:
         certificates.check_site_key(key.read_bytes())
@@ -182,17 +183,14 @@ def _worker(kit: Kit, state: Path, options: Options, address: str) -> Supervised
     return SupervisedProcess(command, processes.environment(state), state)
 
 
-def _supernode(kit: Kit, state: Path, address: str, port: int | None) -> SupervisedProcess:
+def _node(kit: Kit, state: Path, address: str, port: int | None) -> SupervisedProcess:
     command = [
-        processes.program("flower-supernode"),
-        *("--superlink", str(kit.server)),
-        *("--root-certificates", str(kit.folder / kits.CA)),
-        *("--auth-supernode-private-key", str(kit.folder / kits.SITE_KEY)),
-        *("--host", "127.0.0.1", "--port", str(port or processes.free_port())),
-        *("--node-config", f'site="{kit.site}" worker-address="{address}"'),
+        *(sys.executable, "-P", "-m", "deploy.node"),
+        *("--server", str(kit.server), "--ca", str(kit.folder / kits.CA), "--key", str(kit.folder / kits.SITE_KEY)),
+        *("--site", kit.site, "--worker", address, "--state", str(state)),
+        *(("--port", str(port)) if port is not None else ()),
     ]
-    guarded = code_guard.install(state / "bin", processes.environment(state))
-    return SupervisedProcess(command, guarded, state, state / "supernode.log")
+    return SupervisedProcess(command, processes.environment(state), state, state / "node.log")
 
 
 def _wait_for_worker(worker: SupervisedProcess, path: Path, end: threading.Event) -> int | None:
@@ -228,29 +226,29 @@ def _look_for_server(kit: Kit) -> int | None:
     return None
 
 
-def _watch(kit: Kit, worker: SupervisedProcess, supernode: SupervisedProcess, end: threading.Event) -> int | None:
+def _watch(kit: Kit, worker: SupervisedProcess, node: SupervisedProcess, end: threading.Event) -> int | None:
     line = _Line()
     while not end.wait(0.2):
         code = worker.look()
         if code is not None:
             _say(kit, f"the worker ended (exit code {code}) and is started again; its message is lost")
-        code = supernode.look()
+        code = node.look()
         if code is not None:
-            said = supernode.said()
-            if any(text in said for text in _NOT_TRUSTED) and not line.connected:
+            if code == session.NOT_TRUSTED and not line.ever:
                 return _failed(f"who answers at {kit.server} is not this federation's server")
-            line = _after_end(kit, line, code, said)
+            line = _after_end(kit, line, code, node.said())
             if line.refused_since is not None and time.monotonic() - line.refused_since > _GIVE_UP_S:
                 return _failed(
-                    f"the server at {kit.server} refuses the key of site {kit.site}: is it registered there?"
+                    f"the server at {kit.server} refuses the key of site {kit.site} ({line.reason}): is it registered "
+                    "there?"
                 )
-            if not line.ever and supernode.failures >= _TRIES:
-                return _failed(f"the SuperNode ended {_TRIES} times at its start; supernode.log in the state says why")
-        elif not line.connected and supernode.has_said(_CONNECTED):
+            if not line.ever and node.failures >= _TRIES:
+                return _failed(f"the node ended {_TRIES} times at its start; node.log in the state says why")
+        elif not line.connected and node.has_said(f" {session.CONNECTED}\n"):
             line = _Line(connected=True, ever=True, asked=time.monotonic())
             _say(kit, f"connected to {kit.server}")
         line = _ask_health(kit, line)
-        processes.reap([worker, supernode])
+        processes.reap([worker, node])
     return None
 
 
@@ -268,15 +266,12 @@ def _ask_health(kit: Kit, line: _Line) -> _Line:
 
 
 def _after_end(kit: Kit, line: _Line, code: int, said: str) -> _Line:
-    if any(text in said for text in _REFUSED) and not line.connected and _CONNECTED not in said:
-        if line.refused_since is None:
-            _say(
-                kit,
-                f"the server refuses the key of site {kit.site}: unknown there, or still online from before or "
-                f"elsewhere; trying for {_GIVE_UP_S:g} s",
-            )
-        return _Line(refused_since=line.refused_since or time.monotonic(), ever=line.ever)
-    _say(kit, f"the SuperNode ended (exit code {code}) and is started again; supernode.log says more")
+    if code == session.REFUSED:
+        reason = said.rstrip().rpartition("\n")[2].partition(" ")[2].partition(" ")[2]  # without its time
+        if reason != line.reason:
+            _say(kit, f"the server refuses the key of site {kit.site}: {reason}; trying for {_GIVE_UP_S:g} s")
+        return _Line(refused_since=line.refused_since or time.monotonic(), reason=reason, ever=line.ever)
+    _say(kit, f"the node ended (exit code {code}) and is started again; node.log says more")
     return _Line(ever=line.ever)
 
 

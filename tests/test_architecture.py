@@ -68,8 +68,8 @@ SPEAKS_FLOWER = {
     "client/app.py",
     "client/site_worker.py",
     "deploy/admission.py",
-    "deploy/code_guard.py",
     "deploy/superlink.py",
+    "deploy/fleet.py",
     "simulation/engines.py",
     "simulation/in_process_grid.py",
 }

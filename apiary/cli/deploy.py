@@ -72,7 +72,7 @@ def deploy_client(
         str | None, typer.Option(help="this site's place of the base; needed unless the run's is built in")
     ] = None,
     device: Annotated[str | None, typer.Option(help="such as cuda:1; default: as the run says")] = None,
-    port: Annotated[int | None, typer.Option(help="of 127.0.0.1, for its own processes; default: a free one")] = None,
+    port: Annotated[int | None, typer.Option(help="of 127.0.0.1, where /health answers; default: nowhere")] = None,
     rank: Annotated[
         int | None, typer.Option(min=1, help="train adapters of this rank at most; default: as the run says")
     ] = None,

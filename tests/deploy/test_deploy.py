@@ -35,7 +35,7 @@ from apiary.tracking.console import Lines
 from apiary.tracking.event_log import RunLog, truncate_after
 from client import site_worker, worker_rpc
 from client.site import Facts
-from deploy import bundle, certificates, code_guard, flower_cli, kits, processes, runs, site
+from deploy import bundle, certificates, flower_cli, kits, processes, runs, site
 from deploy import server as deployed_server
 from server import deployment_run
 
@@ -626,48 +626,19 @@ def test_every_other_bundle_is_refused(bundled: bytes) -> None:
             bundle.check(fab)
 
 
-def test_no_name_that_the_server_gives_leads_to_other_code(
-    bundled: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("a/b", bundle.VERSION, "0" * 64),
+        ("apiary/../../foreign", bundle.VERSION, "0" * 64),
+        ("apiary/apiary-run", "../x", "0" * 64),
+        ("apiary/apiary-run", bundle.VERSION, "../"),
+        ("apiary/apiary-run", bundle.VERSION, ""),
+    ],
+)
+def test_a_run_of_another_app_is_refused_by_its_name(wrong: tuple[str, str, str], bundled: bytes) -> None:
     from flwr.cli.config_utils import get_fab_metadata
-    from flwr.clientapp.client_app import LoadClientAppError
-    from flwr.supernode.runtime import run_clientapp as runtime
 
-    foreign, trace = tmp_path / "foreign", tmp_path / "foreign-code-ran"
-    foreign.mkdir()
-    (tmp_path / "home" / "apps" / "a.b.").mkdir(parents=True)
-    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "home"))
-    (foreign / "pyproject.toml").write_text(
-        '[project]\nname = "foreign"\nversion = "1"\nlicense = { text = "-" }\n[tool.flwr.app]\npublisher = "a"\n'
-        '[tool.flwr.app.components]\nserverapp = "run_foreign:app"\nclientapp = "run_foreign:app"\n'
-    )
-    (foreign / "run_foreign.py").write_text(f"open({str(trace)!r}, 'w').close()\napp = None\n")
-    names = ("a/b", "/../../../foreign/", "/")
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    with pytest.raises(LoadClientAppError):
-        runtime.get_load_client_app_fn("", None, True)(*names)
-    assert trace.exists()  # Flower itself would run it
-    trace.unlink()
-    sys.modules.pop("run_foreign", None)
-
-    for name in ("install_from_fab", "get_project_dir", "get_load_client_app_fn", "install_app_dependencies"):
-        monkeypatch.setattr(runtime, name, getattr(runtime, name))  # put back at the end
-    code_guard.seal(runtime)
-    load = runtime.get_load_client_app_fn(default_app_ref="", app_path=None, multi_app=True)
-    fab_id, version = get_fab_metadata(bundled)
-    digest = hashlib.sha256(bundled).hexdigest()
-    runtime.install_from_fab(bundled, skip_prompt=True)
-    runtime.get_project_dir(fab_id, version, digest)
-    from client.app import app
-
-    assert load(fab_id, version, digest) is app
-    for wrong in (names, ("apiary/../../foreign", version, digest), (fab_id, "../x", digest), (fab_id, version, "../")):
-        with pytest.raises(bundle.ForeignCode):
-            load(*wrong)
-        with pytest.raises(bundle.ForeignCode):
-            runtime.get_project_dir(*wrong)
+    bundle.check_names(*get_fab_metadata(bundled), hashlib.sha256(bundled).hexdigest())
     with pytest.raises(bundle.ForeignCode):
-        runtime.install_from_fab(_changed(bundled, {"extra.py": ""}), skip_prompt=True)
-    with pytest.raises(bundle.ForeignCode):
-        runtime.install_app_dependencies(foreign)
-    assert not trace.exists() and not list((tmp_path / "home" / "apps").glob("apiary*"))
+        bundle.check_names(*wrong)

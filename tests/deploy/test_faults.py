@@ -1,4 +1,4 @@
-"""What a deployment does when sites fail: real processes, and minutes, for Flower gives a silent node up after one."""
+"""What a deployment does when sites fail: real processes, and minutes: a silent node is given up after half of one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from deployment import SITES, Deployment, descendants, events_of, overrides, running
 
 pytestmark = pytest.mark.long
-_SILENT_S = 60.0  # Flower: two missed heartbeats of 30 s
+_SILENT_S = 30.0  # two intervals without a sign of life
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_a_site_that_dies_costs_a_round_and_comes_back(federation: Deployment, t
     _kill(federation, "bee")
     died = time.monotonic()
     lost = _wait_for_event(federation, "round", 2)
-    assert time.monotonic() - died < _SILENT_S + 30
+    assert time.monotonic() - died < _SILENT_S + 30.0
     assert (lost["asked"], lost["clients"]) == (3, 2)
     (line,) = [e for e in events_of(federation.folder / "run", "refused") if e.get("round") == 2]
     assert line["client"] == "bee" and "Node Unavailable" in line["reason"]

@@ -1,0 +1,202 @@
+"""What a deployment costs beside its work: a server and two sites as real processes on this machine.
+
+`rounds`: seconds a round, for one that trains and evaluates at the sites, and the part of it that is no work of theirs.
+With `--before`, beside the same of an earlier commit, taking turns.
+
+python benchmarks/deployment.py rounds [--before COMMIT] [--times 2] [--rounds 8]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from apiary.tracking import environment  # noqa: E402
+from benchmarks.startup import tree_of  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
+SITES = ("north", "south")
+_WORK = re.compile(r"round (\d+) (train|evaluate): ([\d.]+) s")  # of a worker's log
+_LONGEST_S = 900.0
+_SETTINGS = ("train.steps=2", "evaluate.clients=true", "evaluate.every=1", "strategy.join_timeout_s=300")
+
+
+class Federation:
+    """A server and sites of one tree of files, and a folder that all they write is in."""
+
+    def __init__(self, tree: Path, folder: Path) -> None:
+        self.tree, self.folder, self.kits = tree, folder, folder / "kits"
+        self.environment = {**os.environ, "PYTHONPATH": str(tree)}
+        self.kept: dict[str, subprocess.Popen[bytes]] = {}
+
+    def begin(self, rows: Path) -> None:
+        """Start the server and the sites, and wait until all are connected."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        sites = [word for site in SITES for word in ("--site", site)]
+        self.call("deploy", "init", str(self.kits), "--server", f"127.0.0.1:{port}", *sites)
+        self.start("server", "server ready", "deploy", "server", str(self.kits / "server"), "--bind", "127.0.0.1")
+        for site in SITES:
+            self.start(site, "connected to", "deploy", "client", str(self.kits / site), "--data", str(rows))
+
+    def _command(self, words: Sequence[str]) -> list[str]:
+        return [sys.executable, "-P", "-m", "apiary.cli.main", *words]
+
+    def call(self, *words: str) -> None:
+        """Run a command to its end."""
+        done = subprocess.run(
+            self._command(words), cwd=self.folder, env=self.environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+
+    def start(self, name: str, said: str, *words: str) -> None:
+        """Start a command that stays, and wait until its output holds `said`."""
+        log = self.folder / f"{name}.log"
+        with log.open("wb") as out:
+            self.kept[name] = subprocess.Popen(
+                self._command(words), cwd=self.folder, env=self.environment, stdout=out, stderr=subprocess.STDOUT
+            )
+        deadline = time.monotonic() + _LONGEST_S
+        while said not in log.read_text(errors="replace"):
+            assert self.kept[name].poll() is None and time.monotonic() < deadline, log.read_text(errors="replace")
+            time.sleep(0.2)
+
+    def end(self) -> None:
+        """End all that was started."""
+        for process in reversed(self.kept.values()):
+            process.send_signal(signal.SIGTERM)
+        for process in self.kept.values():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(60)
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+    def memory(self, name: str) -> dict[str, int]:
+        """Of each process below a started one and itself, what it is, and its resident megabytes."""
+        found: dict[str, int] = {}
+        for pid in [self.kept[name].pid, *_below(self.kept[name].pid)]:
+            with contextlib.suppress(OSError):
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+                kind = next((w for w in words if w.startswith(("deploy.", "client.", "apiary.cli"))), None)
+                kind = kind or next((Path(w).name for w in words if "flower-" in w or "flwr-" in w), words[0])
+                (size,) = re.findall(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+                found[kind] = found.get(kind, 0) + round(int(size) * 1024 / 1e6)
+        return found
+
+
+@contextlib.contextmanager
+def federation(tree: Path, rows: Path) -> Iterator[Federation]:
+    with tempfile.TemporaryDirectory() as folder:
+        made = Federation(tree, Path(folder))
+        try:
+            made.begin(rows)
+            yield made
+        finally:
+            made.end()
+
+
+def _below(pid: int) -> list[int]:
+    found: list[int] = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for child in map(int, path.read_text().split()):
+                found += [child, *_below(child)]
+    return found
+
+
+def seconds_of(made: Federation, rounds: int) -> dict[str, Any]:
+    """Of each round after the first: its seconds, and those that the slower site worked."""
+    settings = [word for text in (f"rounds={rounds}", *_SETTINGS) for word in ("-s", text)]
+    config = str(made.tree / "configs" / "deployment.toml")
+    made.call("deploy", "submit", str(made.kits / "server"), config, "--out", "run", *settings)
+    events = [json.loads(line) for line in (made.folder / "run" / "log.jsonl").read_text().splitlines()]
+    ends = {event["round"]: event["time"] for event in events if event["event"] == "evaluate"}
+    trains = {event["round"]: event["time"] for event in events if event["event"] == "round"}
+    worked: dict[tuple[int, str], float] = {}
+    for site in SITES:
+        for number, kind, seconds in _WORK.findall((made.folder / f"{site}.log").read_text(errors="replace")):
+            worked[int(number), kind] = max(worked.get((int(number), kind), 0.0), float(seconds))
+    found = []
+    for number in range(2, rounds + 1):
+        row = {"train": trains[number] - ends[number - 1], "evaluate": ends[number] - trains[number]}
+        work = {kind: worked.get((number, kind), 0.0) for kind in row}
+        found.append({"seconds": row, "work": work})
+    return {"rounds": found, "site_mb": made.memory(SITES[0])}
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    return {
+        "median": round(statistics.median(values), 2),
+        "least": round(min(values), 2),
+        "most": round(max(values), 2),
+    }
+
+
+def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Over all rounds: seconds for each message's part, in all, and in all without the sites' work."""
+    rows = [row for run in runs for row in run["rounds"]]
+    whole = [sum(row["seconds"].values()) for row in rows]
+    work = [sum(row["work"].values()) for row in rows]
+    parts = {kind: spread([row["seconds"][kind] for row in rows]) for kind in ("train", "evaluate")}
+    rest = spread([a - b for a, b in zip(whole, work, strict=True)])
+    return {**parts, "whole": spread(whole), "work": spread(work), "rest": rest, "site_mb": runs[-1]["site_mb"]}
+
+
+def rounds(before: str | None, times: int, number: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        trees = {"now": ROOT, **({"before": tree_of(before, Path(folder) / "before")} if before else {})}
+        rows = Path(folder) / "rows.jsonl"
+        words = ["-m", "apiary.cli.main", "curate", "builtin:skills", "--out", str(rows), "-s", "curate.steps=['mask']"]
+        subprocess.run([sys.executable, *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        runs: dict[str, list[dict[str, Any]]] = {label: [] for label in trees}
+        loads = []
+        for _ in range(times):
+            for label, tree in trees.items():
+                loads.append(round(os.getloadavg()[0], 1))
+                with federation(tree, rows) as made:
+                    runs[label].append(seconds_of(made, number))
+                print(label, summary(runs[label]), flush=True)
+    result = {
+        "machine": environment.machine(gpu=False),
+        "before": before,
+        "sites": len(SITES),
+        "times": times,
+        "rounds": number,
+        "load": loads,  # of the machine when each run began
+        "runs": {label: summary(found) for label, found in runs.items()},
+    }
+    path = RESULTS / "deployment_rounds.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    of_rounds = commands.add_parser("rounds")
+    of_rounds.add_argument("--before", help="a commit to compare with")
+    of_rounds.add_argument("--times", type=int, default=2)
+    of_rounds.add_argument("--rounds", type=int, default=8)
+    args = parser.parse_args()
+    rounds(args.before, args.times, args.rounds)
+
+
+if __name__ == "__main__":
+    main()
