@@ -75,6 +75,13 @@ class Refused(Exception):
         self.reason, self.status, self.text, self.site = reason, status, text or reason, site
 
 
+class UnknownKey(Refused):
+    """No site has the key that a call names."""
+
+    def __init__(self) -> None:
+        super().__init__("unknown key", 401)
+
+
 class Caller(NamedTuple):
     """A site that has proved its key."""
 
@@ -200,7 +207,7 @@ class Admission:
         try:
             site, key, node = self._registry.find(pem)
         except KeyError:
-            raise Refused("unknown key", 401) from None
+            raise UnknownKey from None
         try:
             signed_at = datetime.datetime.fromisoformat(stamp.decode("ascii"))
             if signed_at.tzinfo is None:

@@ -1,7 +1,7 @@
 """Who may hold a connection to the front door, for how long, and whom it makes way for.
 
-Nobody is turned away because others are slow: where places are used up, the connection that has waited longest without
-proving a key makes way. An honest site proves its key within a few round trips.
+Nobody is turned away because others are slow: where places are used up, one that has not proved a key makes way, the
+longest held of the address that holds most. An honest site proves its key within a few round trips.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ Note = Callable[[str], None]  # receives a few words about what was ended
 class Limits(NamedTuple):
     """Connections at a time, and seconds."""
 
-    strangers: int = 256  # that have not proved a key
-    each: int = 64  # of these from one address, which may be the way out of several sites
+    strangers: int = 1024  # that have not proved a key
+    each: int = 256  # of these from one address, which may be the way out of several sites
     site: int = 32  # that one site has proved its key on
     head_s: float = 10.0  # for the TLS handshake, and again for the head of a call
     stall_s: float = 30.0  # without reading of what it asked for
@@ -47,7 +47,6 @@ class Places:
     def __init__(self, limits: Limits, note: Note) -> None:
         self._limits, self._note = limits, note
         self._pools: dict[tuple[str, str], dict[Held, None]] = {}  # the longest held first
-        self._strangers: dict[Held, None] = {}  # those from addresses where no site is known to be
         self._where: dict[Held, str] = {}  # the address of each connection
         self._pool: dict[Held, tuple[str, str]] = {}
         self._homes: dict[str, str] = {}  # the address where a site last proved its key
@@ -60,10 +59,12 @@ class Places:
         address = network(address)
         self._where[held] = address
         self._take(held, ("address", address), self._limits.each)
-        if address not in self._homes.values():
-            self._strangers[held] = None
-            if len(self._strangers) > self._limits.strangers:
-                self._evict(next(iter(self._strangers)))
+        homes = set(self._homes.values())
+        if address not in homes:
+            crowds = [inside for (kind, name), inside in self._pools.items() if kind == "address" and name not in homes]
+            if sum(map(len, crowds)) > self._limits.strangers:
+                largest: dict[Held, None] = max(crowds, key=len)
+                self._evict(next(iter(largest)))
 
     def prove(self, held: Held, site: str) -> None:
         """Move a connection to the places of a site; nothing for one that has none (any more)."""
@@ -76,7 +77,6 @@ class Places:
 
     def leave(self, held: Held) -> None:
         """Free its place; nothing for one that has none."""
-        self._strangers.pop(held, None)
         self._where.pop(held, None)
         if (pool := self._pool.pop(held, None)) is not None:
             del self._pools[pool][held]

@@ -30,10 +30,12 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from deploy import admission
-from deploy.admission import CALL_BYTES, CALLS, OBJECT_BYTES, Admission, Caller, Refused
+from deploy.admission import CALL_BYTES, CALLS, OBJECT_BYTES, Admission, Caller, Refused, UnknownKey
 from deploy.connections import Limits, Places, protocol
 
-_FLEET, _OBJECT = "/v1/fleet/", "push-object"
+_FLEET, _OBJECT, _ACTIVATE = "/v1/fleet/", "push-object", "activate-node"
+# What Flower itself says to a key that it does not know. Its SuperNode tells its operator so, but of a 401 nothing.
+_NOT_ACTIVATED = '{"code": 2004, "detail": "Failed to activate SuperNode."}'
 _HEAD_BYTES = 16_384
 _DIGITS = re.compile(r"[0-9]{1,18}")
 # Of one connection, not of the message (RFC 9110, section 7.6.1); the name of the host behind is put in anew, and the
@@ -147,9 +149,7 @@ class _Door:
         try:
             if call not in CALLS:
                 raise Refused("no such call", 404)
-            caller = self._checks.admit(request.headers.raw)
-            if (connection := getattr(request.state, "connection", None)) is not None:
-                connection.prove(caller.site)
+            caller = self._admit(call, request)
             most = self._bounds.object_bytes if call == _OBJECT else CALL_BYTES
             size = _size(request, most, caller.site)
             body = _body(request, self._bounds, size, caller.site)
@@ -163,6 +163,17 @@ class _Door:
             return self._refuse(error)
         except ClientDisconnect:
             return Response(status_code=400)  # nobody hears it
+
+    def _admit(self, call: str, request: Request) -> Caller:
+        try:
+            caller = self._checks.admit(request.headers.raw)
+        except UnknownKey as error:
+            if call == _ACTIVATE:
+                raise Refused(error.reason, 412, _NOT_ACTIVATED) from None
+            raise
+        if (connection := getattr(request.state, "connection", None)) is not None:
+            connection.prove(caller.site)
+        return caller
 
     def _refuse(self, error: Refused) -> Response:
         self._refusals.note(error.reason, error.site)

@@ -9,7 +9,9 @@ import datetime
 import hashlib
 import itertools
 import json
+import resource
 import socket
+import sqlite3
 import ssl
 import threading
 import time
@@ -25,6 +27,7 @@ import uvicorn
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
+from deployment import Deployment, descendants, write_rows
 from flwr.app import Array, ArrayRecord, RecordDict
 from flwr.proto.fab_pb2 import GetFabRequest
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest, PullMessagesRequest, PushMessagesRequest
@@ -39,6 +42,7 @@ from flwr.proto.message_pb2 import (
 )
 from flwr.proto.node_pb2 import Node
 from flwr.proto.run_pb2 import GetRunRequest
+from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from starlette.testclient import TestClient
 
@@ -290,6 +294,19 @@ def test_who_does_not_prove_a_registered_key_is_answered_before_anything_is_read
     # Who asks with a wrong clock sees the right time, once.
     assert answers["very old"][1].count("\r\ndate: ") == 1
     assert b"86400 s behind" in answers["very old"][2] and b"6 s ahead" in answers["to come"][2]
+
+
+def test_an_unknown_key_hears_from_the_door_what_flower_says(behind: _Behind, kit: _Kit) -> None:
+    """When it begins a session: its SuperNode tells of nothing else."""
+    stranger = _Site("north", 5)
+    request = ActivateNodeRequest(public_key=stranger.pem, heartbeat_interval=30).SerializeToString()
+    with TestClient(make_door(behind.url, kit.checks())) as outside:
+        answer = _post(outside, "activate-node", request, stranger.signed())
+        assert answer.status_code == 412 and answer.headers["connection"] == "close"
+        told = FlowerError.from_json(answer.text)
+        assert told is not None and told.code == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED
+        assert _post(outside, "activate-node", request, {}).status_code == 401
+    assert behind.seen == []
 
 
 def test_a_clock_that_is_a_little_off_passes(behind: _Behind, kit: _Kit) -> None:
@@ -732,19 +749,21 @@ def test_places_are_kept_for_registered_keys() -> None:
     site = enter("10.0.0.1")
     places.prove(site, "north")
     again = enter("10.0.0.1")  # of the site's own address: strangers from elsewhere do not move it
-    crowd = [enter(f"192.0.2.{n // 4}") for n in range(400)]
-    assert not site.dropped and not again.dropped
-    assert [held.dropped for held in crowd] == [True] * 390 + [False] * 10
     # From one address four at most, and of IPv6 a network counts as one.
     one = [enter(f"2001:db8::{n:x}") for n in range(9)]
     assert [held.dropped for held in one] == [True] * 5 + [False] * 4
+    single = enter("198.51.100.7")  # of an address with one: those with more make way
+    crowd = [enter(f"192.0.2.{n % 4}") for n in range(400)]
+    assert not site.dropped and not again.dropped and not single.dropped
+    assert sum(not held.dropped for held in (*crowd, *one)) == 9
+    assert not any(held.dropped for held in crowd[-4:])
     # A site has its own bound, which is nobody else's.
     own = []
     for _ in range(5):
         own.append(enter("10.0.0.1"))
         places.prove(own[-1], "north")
     assert site.dropped and [held.dropped for held in own] == [True, True, False, False, False]
-    for held in (*own, *crowd, *one, again, site):
+    for held in (*own, *crowd, *one, again, site, single):
         places.leave(held)
         places.leave(held)
     assert len(places) == 0 and set(notes) == {"too many connections", "too many connections of a site"}
@@ -867,3 +886,185 @@ def test_refusals_are_counted_and_said_now_and_then(behind: _Behind, kit: _Kit) 
     text = "\n".join(lines)
     assert "used signature (site north)" in text and "unsigned" in text and "no such call" in text
     assert "secret" not in text and not any(value in text for value in headers.values())
+
+
+# -- attacks on real processes -------------------------------------------------------------------
+
+
+class _Real:
+    """A server with a site that is connected and one whose key the test has, and what outsiders see of it."""
+
+    def __init__(self, made: Deployment) -> None:
+        self.made, self.state = made, made.kits / "server" / "state"
+        self.trust = ssl.create_default_context(cafile=made.kits / "ant" / kits.CA)
+        nodes = json.loads((self.state / "nodes.json").read_text())
+        self.ant = int(nodes["ant"]["node"])
+        self.bee = _Site("bee", int(nodes["bee"]["node"]))
+        key = serialization.load_ssh_private_key((made.kits / "bee" / kits.SITE_KEY).read_bytes(), None)
+        assert isinstance(key, ec.EllipticCurvePrivateKey)
+        self.bee.key = key
+        self.bee.pem = key.public_key().public_bytes(
+            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+
+    def calls(self, port: int) -> httpx.Client:
+        return httpx.Client(
+            base_url=f"https://127.0.0.1:{port}",
+            verify=self.trust,
+            trust_env=False,
+            timeout=60,
+            headers={"content-type": "application/protobuf", "accept": "application/protobuf"},
+        )
+
+    def superlink(self) -> int:
+        (pid,) = [
+            pid
+            for pid in descendants(self.made.running["server"].pid)
+            if b"bin/flower-superlink\0" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
+        return pid
+
+    def online_until(self) -> float:
+        """Until when Flower takes the connected site to be there, in seconds since 1970."""
+        with contextlib.closing(sqlite3.connect((self.state / "superlink.db").as_uri() + "?mode=ro", uri=True)) as base:
+            signed = self.ant - 2**64 if self.ant >= 2**63 else self.ant
+            (found,) = base.execute("SELECT online_until FROM node WHERE node_id = ?", (signed,)).fetchone()
+        return float(found)
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[_Real]:
+    folder = tmp_path_factory.mktemp("door")
+    made = Deployment(folder, tiny_model)
+    try:
+        made.serve()
+        made.join("ant", write_rows(folder / "rows"))
+        made.wait_for("ant", "connected to")
+        yield _Real(made)
+    finally:
+        made.end()
+
+
+def _memory(pid: int, what: str) -> int:
+    """Bytes of a process; `what` is a line of proc(5)'s status, such as VmHWM, the most that it ever had."""
+    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith(f"{what}:")]
+    return int(line.split()[1]) * 1024
+
+
+def _send_much(port: int, trust: ssl.SSLContext, headers: dict[str, str], size: int) -> int:
+    """The bytes of a body that were taken until the other side hung up."""
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    head = f"POST /v1/fleet/push-object HTTP/1.1\r\nhost: x\r\n{lines}content-length: {size}\r\n\r\n"
+    block, sent = b"x" * 2**20, 0
+    with (
+        socket.create_connection(("127.0.0.1", port), timeout=60) as line,
+        contextlib.suppress(OSError),
+        trust.wrap_socket(line, server_hostname="127.0.0.1") as tls,
+    ):
+        tls.sendall(head.encode())
+        while sent < size:
+            tls.sendall(block)
+            sent += len(block)
+    return sent
+
+
+@pytest.mark.long
+def test_bodies_of_a_gigabyte_leave_the_superlink_as_it_was(real: _Real) -> None:
+    pid, stranger = real.superlink(), _Site("north", 5)
+    before = _memory(pid, "VmHWM")
+    headers = [{}, stranger.signed(), real.bee.signed()]  # unsigned, of an unknown key, of a registered one
+    taken: list[int] = []
+    threads = [
+        threading.Thread(
+            target=lambda own=own: taken.append(_send_much(real.made.port, real.trust, own, 2**30))  # type: ignore[misc]
+        )
+        for own in (*headers, {}, {})
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(taken) == 5 and max(taken) < 64 * 2**20, taken  # what buffers of the network hold
+    assert real.superlink() == pid
+    assert _memory(pid, "VmHWM") - before < 64 * 2**20
+
+
+async def _slow(port: int, trust: ssl.SSLContext, number: int, until: float) -> int:
+    """A caller who never gets done, again and again; how often it was sent away."""
+    own = trust if number % 2 else None  # every other one stops before TLS
+    source = "127.0.0.1" if number % 5 == 0 else "127.0.0.2"  # the site's address, or another one
+    ended = 0
+    while time.monotonic() < until:
+        with contextlib.suppress(OSError, TimeoutError):
+            async with asyncio.timeout(until - time.monotonic() + 1):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=own, local_addr=(source, 0))
+                try:
+                    writer.write(b"GET /health HTTP/1.1\r\nx: " if own else b"\x16\x03\x01")
+                    while time.monotonic() < until and not reader.at_eof():
+                        writer.write(b"y" if own else b"\x00")
+                        with contextlib.suppress(TimeoutError):
+                            await asyncio.wait_for(reader.read(1), 1.0)
+                finally:
+                    writer.close()
+        ended += time.monotonic() < until
+        await asyncio.sleep(3.0)
+    return ended
+
+
+@pytest.mark.long
+def test_slow_callers_shut_nobody_out(real: _Real) -> None:
+    """For longer than a sign of life holds off the next, 30 s; some from the address that the site has."""
+    port, until = real.made.port, time.monotonic() + 40
+    online = real.online_until()
+
+    async def attack() -> tuple[list[int], list[int]]:
+        slow = [asyncio.create_task(_slow(port, real.trust, number, until)) for number in range(600)]
+        statuses = []
+        while time.monotonic() < until:
+            async with httpx.AsyncClient(verify=real.trust, trust_env=False, timeout=30) as out:
+                try:
+                    statuses.append((await out.get(f"https://127.0.0.1:{port}/health")).status_code)
+                except httpx.TransportError:
+                    statuses.append(0)
+            await asyncio.sleep(1.0)
+        return statuses, await asyncio.gather(*slow)
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
+    try:
+        statuses, ended = asyncio.run(attack())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert set(statuses) == {200} and len(statuses) > 4
+    assert sum(ended) > 600 and min(ended) > 0  # none is left alone
+    assert real.online_until() > max(online, time.time())
+    status = real.made.call("deploy", "status", str(real.made.kits / "server"))
+    assert "site ant: online" in status.stdout
+    said = (real.state / "door.log").read_text()
+    assert "too many connections" in said and "too slow a head" in said and "too slow a handshake" in said
+    assert len(said.splitlines()) < 30
+
+
+@pytest.mark.long
+def test_no_site_answers_as_another_nor_is_a_call_taken_twice(real: _Real) -> None:
+    bee, behind = real.bee, json.loads((real.state / "running.json").read_text())["port"]
+    with real.calls(real.made.port) as door, real.calls(behind) as superlink:
+
+        def ask(out: httpx.Client, call: str, body: Any, headers: dict[str, str]) -> int:
+            return out.post(f"/v1/fleet/{call}", content=body.SerializeToString(), headers=headers).status_code
+
+        own, pull = _bodies(bee.node, bee.pem, bee.node), PullMessagesRequest(node=Node(node_id=bee.node))
+        assert ask(door, "activate-node", own["activate-node"], bee.signed()) == 200
+        headers = bee.signed()
+        assert ask(door, "pull-messages", pull, headers) == 200
+        assert ask(superlink, "pull-messages", pull, headers) == 200  # Flower itself takes it again
+        for again in (headers, _flipped(headers)):
+            assert ask(door, "pull-messages", pull, again) == 401
+            assert ask(door, "send-node-heartbeat", own["send-node-heartbeat"], again) == 401
+        as_ant = _bodies(bee.node, bee.pem, real.ant)["push-messages"]
+        assert ask(door, "push-messages", as_ant, bee.signed()) == 401
+        assert ask(superlink, "push-messages", as_ant, bee.signed()) not in (401, 403)  # to it, the source may be any
+        for call, foreign in _bodies(real.ant, bee.pem, real.ant).items():
+            if call != "activate-node":
+                assert ask(door, call, foreign, bee.signed()) == 401, call
+        assert ask(door, "deactivate-node", own["deactivate-node"], bee.signed()) == 200
