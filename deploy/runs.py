@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from apiary.config import compatibility, defaults
@@ -20,7 +21,8 @@ from apiary.core.formatting import seconds_text
 from apiary.tracking import event_log, run_directory
 from apiary.tracking.event_log import Event, Observer
 from apiary.tracking.run_directory import StillGoing
-from deploy import bundle, flower_cli, kits, server
+from deploy import attendance, bundle, flower_cli, kits, server
+from deploy.attendance import Attendance
 
 _LOOK_S, _ASK_S = 0.5, 20.0  # how often the run's log is read, and Flower is asked whether the run is alive
 _PATIENCE_S = 15.0  # an earlier run has said its last word, and its process is about to end
@@ -306,6 +308,7 @@ class Standing(NamedTuple):
     sites: Mapping[str, str]  # name -> online, offline, or registered (never seen)
     runs: Sequence[Mapping[str, Any]]  # Flower's, newest first
     folders: Mapping[str, str]  # the run directories that are known, by the run's id
+    attendance: Mapping[str, Attendance] = MappingProxyType({})  # in the newest run, by site, of those that it knows
 
 
 def standing(state: Path) -> Standing:
@@ -324,7 +327,9 @@ def standing(state: Path) -> Standing:
         with contextlib.suppress(OSError):  # of a run that was started by an earlier version, or by hand
             path = state / _DIRECTORIES / _number(run)
             folders[_number(run)] = path.read_text(encoding="utf-8").strip()
-    return Standing(there, found, folders)
+    newest = _number(found[0]) if found else ""
+    events = _events_of(Path(folders[newest]), newest) if newest in folders else []
+    return Standing(there, found, folders, attendance.of_events(events, time.time()))
 
 
 def _number(run: Mapping[str, Any]) -> str:
@@ -335,7 +340,9 @@ def describe(found: Standing) -> list[str]:
     """Lines about the sites and the newest runs."""
     online = sum(status == "online" for status in found.sites.values())
     lines = [f"{online} of {len(found.sites)} sites online"]
-    lines += [f"site {name}: {status}" for name, status in found.sites.items()]
+    for name, status in found.sites.items():
+        told = f"; {found.attendance[name].sentence()}" if name in found.attendance else ""
+        lines.append(f"site {name}: {status}{told}")
     if not found.runs:
         return [*lines, "no run yet"]
     if len(found.runs) > _SHOWN:
@@ -358,7 +365,10 @@ def _seconds(run: Mapping[str, Any]) -> float | None:
 def document(found: Standing) -> dict[str, Any]:
     """The sites and all runs as `apiary deploy status --json` tells them."""
     return {
-        "sites": [{"name": name, "status": status} for name, status in found.sites.items()],
+        "sites": [
+            {"name": name, "status": status, **(found.attendance[name]._asdict() if name in found.attendance else {})}
+            for name, status in found.sites.items()
+        ],
         "runs": [
             {
                 "id": _number(run),

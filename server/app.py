@@ -162,7 +162,8 @@ def make_app(
         def federate(log: RunLog, held_out: HeldOut | None) -> StateDict:
             rounds = prepare(config, folder, log, held_out, deployment_run.site_name, away, stay)
             seals = functools.partial(deployment_run.seals, str(values.get("name", "")), folder)
-            rounds.run(site_grid.guarded(grid, lambda: _parameters(config), seals), expected)
+            waits = functools.partial(deployment_run.log_waits, log)
+            rounds.run(site_grid.guarded(grid, lambda: _parameters(config), seals, waits), expected)
             return deliver(config, rounds, folder, log)
 
         if log is not None:

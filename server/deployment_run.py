@@ -35,6 +35,7 @@ from apiary.tracking.event_log import RunLog
 from apiary.tracking.reply_log import ReplyLog
 from server import checkpoint
 from server.seals import Seals, Site
+from server.site_grid import Waits
 from strategies.from_config import check_for_sites, local_from_config
 
 Federate = Callable[[RunLog, HeldOut | None], StateDict]
@@ -65,6 +66,13 @@ def seals(run: str, folder: Path) -> Seals | None:
         folder: the run directory.
     """
     return Seals(run, _site, ReplyLog(folder)) if _NODES in os.environ else None
+
+
+def log_waits(log: RunLog, waits: Waits) -> None:
+    """Log which sites have not answered for a while."""
+    clients = [site_name(node) or f"node {node}" for node in waits.nodes]
+    where = {} if waits.round is None else {"round": waits.round}
+    log.event("waiting", **where, question=waits.kind, clients=clients, seconds=round(waits.seconds, 1))
 
 
 def run(config: RunConfig, folder: Path, expected: int, federate: Federate, number: int = 0) -> None:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import httpx
@@ -30,6 +31,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.superlink.grid import HttpGrid
 
+from apiary.transport.flower_records import HELLO
 from server.seals import Seals
 
 _log = logging.getLogger(__name__)
@@ -38,6 +40,7 @@ _CUT_OFF = "its answer stopped arriving before it was whole"
 _NOT_HANDED_OVER = "the SuperLink cannot hand over its answer (superlink.log says why)"
 _PATIENCE_S = 300.0  # without a further object of an answer, 5 MiB of it: 17 kB a second
 _FAULTS, _FAULTS_S = 3, 10.0  # HTTP 500 for one message, so often and for so long: then it is not in passing
+_SLOW_S, _SLOW_MOST_S = 20.0, 600.0  # until it is told who has not answered: first, and at most from then on
 _SMALL = 65_536  # bytes of an object that is not a part of an array
 _PART = 2**20  # bytes: sites cut arrays into parts of 5 MiB
 
@@ -62,6 +65,41 @@ def limit_of(parameters: int) -> Limit:
     """
     size = 8 * parameters + 2**20
     return Limit(size, size // _PART + 16)
+
+
+class Waits(NamedTuple):
+    """What has had no answer for a while."""
+
+    round: int | None  # None: the handshake
+    kind: str
+    nodes: tuple[int, ...]
+    seconds: float
+
+
+class _Watch:
+    """Tells now and then who has not answered the newest messages: after 20 s, and whenever that has doubled.
+
+    It owns which these are, when they were sent, and when it is told next.
+    """
+
+    def __init__(self, tell: Callable[[Waits], None]) -> None:
+        self._tell = tell
+        self._ids: list[str] = []
+        self._since, self._next = 0.0, math.inf
+
+    def begin(self, ids: Sequence[str]) -> None:
+        """These were sent."""
+        self._ids, self._since, self._next = list(ids), time.monotonic(), _SLOW_S
+
+    def look(self, asked: Mapping[str, Message]) -> None:
+        """Tell of those that are still asked, if it is time."""
+        seconds = time.monotonic() - self._since
+        if seconds < self._next:
+            return
+        self._next = seconds + min(seconds, _SLOW_MOST_S)
+        if heads := [asked[i].metadata for i in self._ids if i in asked]:
+            number = int(heads[0].group_id) if heads[0].message_type != HELLO else None
+            self._tell(Waits(number, heads[0].message_type, tuple(head.dst_node_id for head in heads), seconds))
 
 
 class _Unusable(Exception):
@@ -122,10 +160,17 @@ class SiteGrid(Grid):
         grid: Flower's.
         limit: of one answer.
         seals: opens signed answers; None where none is signed.
+        waits: told of who has not answered for a while.
     """
 
-    def __init__(self, grid: HttpGrid, limit: Limit, seals: Seals | None = None) -> None:
-        self._grid, self._limit, self._seals = grid, limit, seals
+    def __init__(
+        self,
+        grid: HttpGrid,
+        limit: Limit,
+        seals: Seals | None = None,
+        waits: Callable[[Waits], None] = lambda waits: None,
+    ) -> None:
+        self._grid, self._limit, self._seals, self._watch = grid, limit, seals, _Watch(waits)
         self._asked: dict[str, Message] = {}  # by message id, without content
         self._arriving: dict[str, _Arriving] = {}  # by the id of the message that is answered
         self._failed: dict[str, str] = {}  # likewise, the reason
@@ -154,6 +199,7 @@ class SiteGrid(Grid):
         ids = list(self._grid.push_messages(messages))
         sent = {message.metadata.message_id: message.metadata for message in messages}
         self._asked |= {i: make_message(metadata=sent[i], content=RecordDict()) for i in ids if i in sent}
+        self._watch.begin(ids)
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -164,7 +210,8 @@ class SiteGrid(Grid):
         ids = [i for i in message_ids if i in self._asked]
         if new := [i for i in ids if i not in self._arriving and i not in self._failed]:
             self._list(new)
-        replies = (self._take(i) for i in ids)
+        replies = [self._take(i) for i in ids]
+        self._watch.look(self._asked)
         return [reply for reply in replies if reply is not None]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
@@ -264,12 +311,15 @@ class SiteGrid(Grid):
             kept.pop(answered, None)
 
 
-def guarded(grid: Grid, parameters: Callable[[], int], seals: Callable[[], Seals | None]) -> Grid:
+def guarded(
+    grid: Grid, parameters: Callable[[], int], seals: Callable[[], Seals | None], waits: Callable[[Waits], None]
+) -> Grid:
     """The grid that a run uses: of a deployment a `SiteGrid`, of a simulation the one that it has.
 
     Args:
         grid: what Flower gives the ServerApp.
         parameters: of the run's adapter; asked in a deployment alone.
         seals: opens signed answers, where sites are registered; likewise.
+        waits: told of who has not answered for a while, likewise.
     """
-    return SiteGrid(grid, limit_of(parameters()), seals()) if isinstance(grid, HttpGrid) else grid
+    return SiteGrid(grid, limit_of(parameters()), seals(), waits) if isinstance(grid, HttpGrid) else grid

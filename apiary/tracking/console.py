@@ -345,6 +345,10 @@ def line(state: State, event: Event) -> str | None:
         case "refused":
             where = {None: "handshake", 0: "before training"}.get(number := event.get("round"), f"round {number}")
             return f"refused: {clean(event['client'])} ({where}): {clean(event['reason'])}"
+        case "waiting":
+            where = "handshake" if event.get("round") is None else f"round {event['round']}"
+            names = _names(tuple(clean(name) for name in event["clients"]))
+            return f"{where}: no answer for {seconds_text(event['seconds'])} from {names}"
         case "warning":
             return f"warning: {clean(event['message'])}"
         case "baseline" if event["done"] >= event["total"]:

@@ -27,7 +27,7 @@ LOG_FILE, METRICS_FILE, SCHEMA = "log.jsonl", "metrics.json", 1
 
 # What a resumed run tells again from its beginning; the latter where they belong to no round.
 _RETOLD = frozenset({"baseline", "delivered", "finish", "personal"})
-_RETOLD_BESIDE_ROUNDS = frozenset({"template", "warning", "handshake", "refused"})
+_RETOLD_BESIDE_ROUNDS = frozenset({"template", "warning", "handshake", "refused", "waiting"})
 _logger = logging.getLogger(__name__)
 
 

@@ -287,6 +287,33 @@ def test_honest_answers_come_as_they_are() -> None:
     assert [e["bytes_up"] for e in log.of("round")] == [e["bytes_up"] for e in other.of("round")]
 
 
+def test_who_has_not_answered_is_told_at_a_low_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a while, then whenever that has doubled; who has answered, or was asked before, is not named."""
+    now, told = [0.0], []
+    monkeypatch.setattr(site_grid.time, "monotonic", lambda: now[0])
+    link = Link(clients(), 3, {BAD: lambda reply: None})
+    grid = SiteGrid(LinkedGrid(link), LIMIT, None, told.append)
+
+    def ask(kind: str, number: str) -> list[str]:
+        return list(grid.push_messages([Message(RecordDict(), n, kind, group_id=number) for n in (GOOD, BAD)]))
+
+    ids = ask("query.hello", "0")
+    for second in range(0, 100, 5):
+        now[0] = float(second)
+        list(grid.pull_messages(ids))
+    assert [(w.round, w.kind, w.nodes, w.seconds) for w in told] == [
+        (None, "query.hello", (BAD,), 20.0),
+        (None, "query.hello", (BAD,), 40.0),
+        (None, "query.hello", (BAD,), 80.0),
+    ]
+    told.clear()
+    ids = ask("train", "3")
+    for second in (1, 19, 21, 30):
+        now[0] = 100.0 + second
+        list(grid.pull_messages(ids))
+    assert [(w.round, w.kind, w.nodes) for w in told] == [(3, "train", (BAD,))]
+
+
 def test_the_limit_holds_for_a_whole_adapter_and_follows_its_size() -> None:
     assert limit_of(1_000_000) == Limit(8_000_000 + 2**20, 24)
     assert limit_of(0).size == 2**20
@@ -294,8 +321,8 @@ def test_the_limit_holds_for_a_whole_adapter_and_follows_its_size() -> None:
 
 def test_a_simulation_keeps_its_own_grid() -> None:
     own = LocalGrid(clients(), 1)
-    assert guarded(own, lambda: 1 // 0, lambda: None) is own
-    assert isinstance(guarded(LinkedGrid(Link(clients(), 1)), lambda: 10, lambda: None), SiteGrid)
+    assert guarded(own, lambda: 1 // 0, lambda: None, print) is own
+    assert isinstance(guarded(LinkedGrid(Link(clients(), 1)), lambda: 10, lambda: None, print), SiteGrid)
 
 
 @pytest.mark.parametrize(
