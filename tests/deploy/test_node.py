@@ -76,6 +76,7 @@ class _SuperLink:
         kits.init(folder, "127.0.0.1:1", ["ant"])
         self.kit, self.fab = folder / "ant", fab
         self.calls: list[str] = []
+        self.times: list[float] = []  # of the calls, monotonic seconds
         self.fail: dict[str, list[str | int]] = {}
         self.messages: list[Message] = []
         self.objects: dict[str, bytes] = {}
@@ -107,6 +108,7 @@ class _SuperLink:
         body = caller.rfile.read(int(caller.headers["content-length"]))
         name = caller.path.rpartition("/")[2]
         self.calls.append(name)
+        self.times.append(time.monotonic())
         wrong = self.fail[name].pop(0) if self.fail.get(name) else None
         if wrong == "broken":
             caller.connection.shutdown(socket.SHUT_RDWR)
@@ -308,6 +310,19 @@ def test_what_an_ended_node_had_in_work_is_told_and_its_session_taken_over(
     (reply,) = superlink.replies
     assert reply.metadata.reply_to_message_id == lost.metadata.message_id
     assert "ended while it worked" in reply.error.reason
+
+
+def test_a_session_that_left_no_message_is_seen_to_be_gone(
+    superlink: _SuperLink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have ended after it was handed a message and before that was noted."""
+    monkeypatch.setattr(fleet, "_AWAY_S", 0.5)
+    Journal(tmp_path).note(_NODE)
+    site = _Site(superlink, tmp_path, _reply)
+    _until(lambda: "pull-messages" in superlink.calls)
+    site.stop()
+    gone, back = (superlink.times[superlink.calls.index(call)] for call in ("deactivate-node", "activate-node"))
+    assert back - gone >= 0.5
 
 
 def test_a_node_in_mid_message_has_noted_it(superlink: _SuperLink, tmp_path: Path) -> None:
