@@ -295,6 +295,7 @@ class Line:
             node = self.node
             self.close()
             self.open(node, away=True)
+            self._say("the session goes on")
             return None
         if not answer.messages_list:
             return None
