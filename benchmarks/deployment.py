@@ -34,7 +34,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 SITES = ("north", "south")
 _WORK = re.compile(r"round (\d+) (train|evaluate): ([\d.]+) s")  # of a worker's log
 _LONGEST_S = 900.0
-_SETTINGS = ("train.steps=2", "evaluate.clients=true", "evaluate.every=1", "strategy.join_timeout_s=300")
+_ROWS = 60  # of a site: few, for the work is not what is measured
+_SETTINGS = ("train.steps=1", "evaluate.clients=true", "evaluate.every=1", "strategy.join_timeout_s=300")
 
 
 class Federation:
@@ -163,9 +164,19 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def rounds(before: str | None, times: int, number: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         trees = {"now": ROOT, **({"before": tree_of(before, Path(folder) / "before")} if before else {})}
-        rows = Path(folder) / "rows.jsonl"
-        words = ["-m", "apiary.cli.main", "curate", "builtin:skills", "--out", str(rows), "-s", "curate.steps=['mask']"]
+        whole, rows = Path(folder) / "whole.jsonl", Path(folder) / "rows.jsonl"
+        words = [
+            "-m",
+            "apiary.cli.main",
+            "curate",
+            "builtin:skills",
+            "--out",
+            str(whole),
+            "-s",
+            "curate.steps=['mask']",
+        ]
         subprocess.run([sys.executable, *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        rows.write_text("".join(whole.read_text(encoding="utf-8").splitlines(keepends=True)[:_ROWS]), encoding="utf-8")
         runs: dict[str, list[dict[str, Any]]] = {label: [] for label in trees}
         loads = []
         for _ in range(times):

@@ -228,12 +228,14 @@ class Line:
 
     # -- the session ------------------------------------------------------------------------------
 
-    def open(self, left: int | None = None) -> None:
+    def open(self, left: int | None = None, *, away: bool = False) -> None:
         """Begin a session.
 
         Args:
             left: the node id of a session that was not closed: it would keep the key from being used for half a
                 minute, and is closed now.
+            away: stay away for a moment in between, so that the server sees it and waits for no answer to a message
+                that may have been lost with that session.
 
         Raises:
             Refused: the key is not known, or is in use elsewhere, or the clocks differ too much.
@@ -243,6 +245,8 @@ class Line:
         if left is not None:
             with contextlib.suppress(Rejected, Refused):
                 self._call("DeactivateNode", DeactivateNodeRequest(node_id=left))
+            if away and self._end.wait(_AWAY_S):
+                raise Ended
         request = ActivateNodeRequest(public_key=self._signature.public, heartbeat_interval=_INTERVAL_S)
         self._node = Node(node_id=self._call("ActivateNode", request).node_id)
         self._quiet = threading.Event()
@@ -290,9 +294,8 @@ class Line:
             self._say(f"the line broke ({type(error).__name__}); the session is begun anew")
             node = self.node
             self.close()
-            if self._end.wait(_AWAY_S):
-                raise Ended from None
-            self.open(node)
+            self.open(node, away=True)
+            self._say("the session goes on")
             return None
         if not answer.messages_list:
             return None

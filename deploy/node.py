@@ -52,8 +52,7 @@ def serve(line: Line, answering: Answering, facts: dict[str, str], journal: Jour
         journal.note(line.node, fleet.packed(work))
         say(f"{work.what}: received")
         _answer(line, work, answering, facts, end)
-        if not end.is_set():  # else it is told by the next session, or by this one's end
-            journal.note(line.node)
+        journal.note(line.node)
         answered = time.monotonic()
 
 
@@ -106,7 +105,7 @@ def run(line: Line, answering: Answering, facts: dict[str, str], journal: Journa
     """Take part until `end` is set; returns the exit code."""
     try:
         left = journal.read()
-        line.open(left.node)
+        line.open(left.node, away=not left.message)
         journal.note(line.node, left.message)
         say(CONNECTED)
         if left.message:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -39,12 +40,9 @@ class Journal:
             return Left()
 
     def note(self, node: int, message: bytes = b"") -> None:
-        """Note an open session.
-
-        Raises:
-            OSError: the file cannot be written.
-        """
-        write_atomic(self._path, json.dumps({"node": str(node), "message": base64.b64encode(message).decode()}))
+        """Note an open session; a full disk is no reason to let a message fall that may yet be answered."""
+        with contextlib.suppress(OSError):
+            write_atomic(self._path, json.dumps({"node": str(node), "message": base64.b64encode(message).decode()}))
 
     def close(self) -> None:
         """Note that none is open."""

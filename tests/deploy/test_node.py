@@ -14,6 +14,8 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,9 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, 
 from flwr.supercore.run import Run
 from google.protobuf.message import Message as Proto
 
+from apiary.core.errors import UserError
 from client import worker_rpc
-from deploy import bundle, fleet, kits, node, pace, processes
+from deploy import bundle, fleet, kits, node, pace, processes, site
 from deploy.fleet import Line, Work
 from deploy.node import Answering
 from deploy.session import CONNECTED, NOT_TRUSTED, REFUSED, Journal, Left
@@ -76,6 +79,7 @@ class _SuperLink:
         kits.init(folder, "127.0.0.1:1", ["ant"])
         self.kit, self.fab = folder / "ant", fab
         self.calls: list[str] = []
+        self.times: list[float] = []  # of the calls, monotonic seconds
         self.fail: dict[str, list[str | int]] = {}
         self.messages: list[Message] = []
         self.objects: dict[str, bytes] = {}
@@ -107,6 +111,7 @@ class _SuperLink:
         body = caller.rfile.read(int(caller.headers["content-length"]))
         name = caller.path.rpartition("/")[2]
         self.calls.append(name)
+        self.times.append(time.monotonic())
         wrong = self.fail[name].pop(0) if self.fail.get(name) else None
         if wrong == "broken":
             caller.connection.shutdown(socket.SHUT_RDWR)
@@ -310,6 +315,19 @@ def test_what_an_ended_node_had_in_work_is_told_and_its_session_taken_over(
     assert "ended while it worked" in reply.error.reason
 
 
+def test_a_session_that_left_no_message_is_seen_to_be_gone(
+    superlink: _SuperLink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have ended after it was handed a message and before that was noted."""
+    monkeypatch.setattr(fleet, "_AWAY_S", 0.5)
+    Journal(tmp_path).note(_NODE)
+    site = _Site(superlink, tmp_path, _reply)
+    _until(lambda: "pull-messages" in superlink.calls)
+    site.stop()
+    gone, back = (superlink.times[superlink.calls.index(call)] for call in ("deactivate-node", "activate-node"))
+    assert back - gone >= 0.5
+
+
 def test_a_node_in_mid_message_has_noted_it(superlink: _SuperLink, tmp_path: Path) -> None:
     go_on, sent = threading.Event(), superlink.send()
     site = _Site(superlink, tmp_path, lambda message, context: (go_on.wait(30), _reply(message, context))[1])
@@ -421,6 +439,23 @@ def test_who_waits_for_a_worker_can_be_let_go(tmp_path: Path) -> None:
     finally:
         let_go.set()
         server.stop(None)
+
+
+def test_health_answers_where_it_is_asked_for_and_nothing_else_does() -> None:
+    port = processes.free_port()
+    node.answer_health(port)
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10) as answer:
+        assert answer.status == 200
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/other", timeout=10)
+
+
+def test_a_site_with_another_flower_does_not_start(
+    superlink: _SuperLink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "1.42.0")
+    with pytest.raises(UserError, match=r"flwr 1\.42\.0 is installed, and a site needs 1\.41"):
+        site.run(kits.read(superlink.kit, "site"), tmp_path / "state", site.Options(tmp_path))
 
 
 def test_the_node_loads_neither_torch_nor_a_web_server() -> None:
