@@ -154,6 +154,10 @@ def config_of(cell: Cell, setting: Setting, data: Path) -> RunConfig:
         "evaluate.clients": False,
         "evaluate.every": 0,
         "evaluate.generate": False,
+        # What a method withstands by itself.
+        "strategy.norm_guard": 0.0,
+        "strategy.weight_cap": 0.0,
+        "evaluate.limit": 0.0,
         "simulate.attackers": cell.share,
         "simulate.attack": dict(ATTACKS.get(cell.attack, {"name": "sign_flip"})),
     }
