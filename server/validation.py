@@ -48,7 +48,7 @@ def check_visit(visit: Visit, config: RunConfig, examples: int | None, payload: 
     _check_report(visit.report, config, examples, private)
     if visit.update.weight != visit.report.tokens:
         raise WireError(f"its weight is {visit.update.weight:g}, but it reports {visit.report.tokens} tokens")
-    _check_curated(visit.curated, config, private)
+    _check_curated(visit.curated, config, private, examples)
     _check_spent(visit.spent, config, private)
     check_delta(visit.update.delta, payload.adapter)
     _check_resting(visit.update.delta, config.adapter.trained(number))
@@ -266,7 +266,7 @@ def check_decline(decline: Decline, config: RunConfig) -> None:
         raise WireError("it says that it has no rows for this stage, but there are no stages")
 
 
-def _check_curated(curated: CurationCounts | None, config: RunConfig, private: bool) -> None:
+def _check_curated(curated: CurationCounts | None, config: RunConfig, private: bool, examples: int | None) -> None:
     if curated is None:
         return
     if private:
@@ -276,6 +276,8 @@ def _check_curated(curated: CurationCounts | None, config: RunConfig, private: b
         raise WireError(
             f"its curation kept {curated.kept} and dropped {dropped} of {curated.rows} rows; that cannot be"
         )
+    if examples is not None and curated.rows > 2 * examples + 100:  # counts are rounded one by one
+        raise WireError(f"its curation went through {curated.rows} rows; it has {examples} at most, by its handshake")
     strangers = set(curated.dropped) - {step.name for step in config.curate.steps}
     if strangers:
         raise WireError(f"its curation names {len(strangers)} steps that curate.steps does not")

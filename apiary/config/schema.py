@@ -487,7 +487,7 @@ class SimulateConfig(_Section):
     )
     attack: MethodField = Field(
         Method(name="sign_flip"),
-        description="what attackers send: sign_flip, scaled, gaussian, alie, "
+        description="what attackers send: sign_flip, drift, scaled, gaussian, alie, "
         "inner_product, gauge, not_a_number or trigger, "
         "with options",
     )

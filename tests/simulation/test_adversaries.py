@@ -72,6 +72,12 @@ def test_multiples_of_the_honest_change(attack: str, options: dict[str, Any], fa
         np.testing.assert_allclose(value, factor * OWN[name].double().numpy(), rtol=1e-6)
 
 
+def test_a_drift_goes_back_by_the_same_in_each_entry() -> None:
+    for name, value in sent("drift", length=2.0).items():
+        own = OWN[name].double().numpy()
+        np.testing.assert_allclose(value, -2 * np.sqrt((own**2).mean()) * np.sign(own), rtol=1e-6)
+
+
 def test_noise_is_as_long_as_the_honest_change() -> None:
     own = {"w": torch.full((400, 400), 0.5), "v": torch.full((300, 300), 2.0)}
     made = ATTACKS.build("gaussian", {"scale": 3.0}, clients=4, attackers=1)
