@@ -9,6 +9,11 @@ on held-out rows and, of an attack by trigger, how many questions with the hidde
 A method that wants to know the number f of hostile clients is told once and for all the number of the largest share, or
 as many as it can promise to withstand with so many clients; cells with more attackers than that are marked.
 
+Methods run without the limits that every run has by default, but for `fedavg+limits`, which is `fedavg` with them; it
+and the attack `drift`, which keeps within them, have results of their own:
+
+python -m benchmarks.poisoning --methods fedavg+limits --attacks drift,... --out benchmarks/results/limits.json
+
 Finished cells stand in the results file and are not run again, so a stopped benchmark goes on where it was.
 """
 
@@ -74,6 +79,8 @@ ATTACKS: Mapping[str, Mapping[str, Any]] = {  # by what the table calls them: na
     "trigger": {"name": "trigger", "share": 0.5},
     "trigger_boosted": {"name": "trigger", "share": 0.5, "boost": 5.0},
 }
+LIMITED = "fedavg+limits"  # with the limits on changes, weights and losses that a run has by default
+DRIFT: Mapping[str, Mapping[str, Any]] = {"drift": {"name": "drift"}}
 _PROMPTED = ("none", "trigger", "trigger_boosted")  # of whose models the questions with the hidden phrase are asked
 SMALL_METHODS = ("fedavg", "norm_clip", "trimmed_mean", "multi_krum+nearest", "geometric_median", "fltrust")
 SMALL_ATTACKS = ("sign_flip", "gauge", "trigger")
@@ -116,7 +123,7 @@ def withstands(method: str, clients: int, hostile: int) -> int:
 
 def options(method: str, byzantine: int) -> dict[str, Any]:
     """`strategy.options` of a method."""
-    if method in ("fedavg", "fltrust"):
+    if _name(method) in ("fedavg", "fltrust"):
         return {}
     return {"byzantine": byzantine, **dict.fromkeys(method.split("+")[1:], True)}
 
@@ -155,8 +162,12 @@ def config_of(cell: Cell, setting: Setting, data: Path) -> RunConfig:
         "evaluate.every": 0,
         "evaluate.generate": False,
         "simulate.attackers": cell.share,
-        "simulate.attack": dict(ATTACKS.get(cell.attack, {"name": "sign_flip"})),
+        "simulate.attack": dict({**ATTACKS, **DRIFT}.get(cell.attack, {"name": "sign_flip"})),
     }
+    if cell.method == LIMITED:
+        keys["evaluate.every"] = 1
+    else:  # what a method withstands by itself
+        keys |= {"strategy.norm_guard": 0.0, "strategy.weight_cap": 0.0, "evaluate.limit": 0.0}
     if cell.method == "fltrust":
         keys["strategy.root"] = str(data / "server" / "root.jsonl")
     settings = [f"{key}={_toml(value)}" for key, value in keys.items()]
@@ -260,8 +271,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("-s", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     args = parser.parse_args()
-    methods = _chosen(args.methods, METHODS if args.whole else SMALL_METHODS, METHODS)
-    attacks = _chosen(args.attacks, tuple(ATTACKS) if args.whole else SMALL_ATTACKS, tuple(ATTACKS))
+    methods = _chosen(args.methods, METHODS if args.whole else SMALL_METHODS, (*METHODS, LIMITED))
+    attacks = _chosen(args.attacks, tuple(ATTACKS) if args.whole else SMALL_ATTACKS, (*ATTACKS, *DRIFT))
     shares = [float(text) for text in (args.shares or ("0.2,0.4" if args.whole else "0.4")).split(",")]
     # The largest share that may ever be added, so that later cells are comparable with those that are there.
     setting = Setting(args.clients, args.rounds, args.prompts, max(0.4, *shares), tuple(args.overrides))
@@ -284,8 +295,8 @@ def main() -> None:
 
 def _place(run: Mapping[str, Any]) -> tuple[int, int, float, int]:
     """Where a cell stands among the results, in whatever order they came."""
-    attack = [*ATTACKS].index(run["attack"]) if run["attack"] in ATTACKS else -1
-    return run["seed"], METHODS.index(run["method"]), run["share"], attack
+    attack = [*ATTACKS, *DRIFT].index(run["attack"]) if run["attack"] != "none" else -1
+    return run["seed"], (*METHODS, LIMITED).index(run["method"]), run["share"], attack
 
 
 def _chosen(text: str | None, default: Sequence[str], known: Sequence[str]) -> Sequence[str]:

@@ -20,7 +20,7 @@ from flwr.common.constant import NUM_PARTITIONS_KEY, PARTITION_ID_KEY
 
 from apiary.config import loading
 from apiary.config.schema import RunConfig
-from apiary.core.errors import CodecError, UserError
+from apiary.core.errors import CodecError, UnsoundStart, UserError
 from apiary.core.files import flushed_together, own_folder
 from apiary.core.tensors import StateDict
 from apiary.data import stages
@@ -154,11 +154,12 @@ def _safe(error: Exception) -> str:
     inside = [(path.relative_to(_HOUSE), line) for path, line in frames if path.is_relative_to(_HOUSE)]
     ours = [f"{path.as_posix()}:{line}" for path, line in inside if path.parts[0] in _PACKAGES]
     place = f" in {ours[-1]}" if ours else ""
-    kind = (
-        "its training diverged, and a lower train.lr usually helps"
-        if isinstance(error, FloatingPointError)
-        else type(error).__name__
-    )
+    if isinstance(error, UnsoundStart):
+        kind = "the adapter that it was sent gives no number on its rows, before any step of its own"
+    elif isinstance(error, FloatingPointError):
+        kind = "its training diverged, and a lower train.lr usually helps"
+    else:
+        kind = type(error).__name__
     return f"{kind}{place}"
 
 

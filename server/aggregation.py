@@ -18,8 +18,10 @@ from apiary.core.tensors import generator, is_finite, threads
 from apiary.transport import codec
 from server import client_scores, round_metrics
 from server.replies import Refusal, Terms
+from server.screen import Screen, Settled
 from strategies import Gradient, ServerState
 from strategies.aggregator import ROOT
+from strategies.guard import Reference
 
 OwnUpdate: TypeAlias = Callable[[int, Payload], Update]  # of a round's number and what a client of full rank is sent
 
@@ -97,14 +99,30 @@ class Sums:
         relays = max(1, terms.config.simulate.relays)
         self._terms, self._parts = terms, [start(state, terms) for _ in range(relays)]
         self._relay = {client: at % relays for at, client in enumerate(cohort)}
+        self._screen = Screen(terms, len(cohort))
 
-    def add(self, client: str, reply: Visit | Decline | Refusal, size: int) -> None:
-        """Fold a reply in, as `fold`."""
-        at = self._relay.get(client, 0)
-        self._parts[at] = fold(self._parts[at], reply, client, size, self._terms)
+    def add(self, client: str, reply: Visit | Decline | Refusal, size: int) -> list[Settled]:
+        """Fold a reply in, as `fold`, unless it has to wait for `close`; returns what has become of it if not."""
+        if not isinstance(reply, Visit):
+            return [self._fold(Settled(client, reply, size))]
+        taken = self._screen.take(client, reply, size)
+        return [self._fold(taken)] if taken else []
+
+    def close(self) -> list[Settled]:
+        """Fold in what had to wait, now that no reply comes any more; returns what has become of it."""
+        return [self._fold(settled) for settled in self._screen.release()]
+
+    def reference(self) -> Reference:
+        """What is usual once the round is over."""
+        return self._screen.after()
+
+    def _fold(self, settled: Settled) -> Settled:
+        at = self._relay.get(settled.client, 0)
+        self._parts[at] = fold(self._parts[at], settled.reply, settled.client, settled.size, self._terms)
+        return settled
 
     def whole(self) -> Folded:
-        """The sums of all; no reply can be added any more."""
+        """The sums of all, once closed; no reply can be added any more."""
         return functools.reduce(functools.partial(merged, terms=self._terms), self._parts)
 
 

@@ -73,6 +73,7 @@ def prepare(
     hooks = Hooks(
         log,
         on_round=lambda state, progress: save(folder, config, state, progress, stay),
+        forget=lambda number: checkpoint.forget(folder / "checkpoints", number),
         evaluate=evaluation.on_held_out(lm, measured, config.seed) if measured else None,
         score_stages=continual.scorer(lm, measured, config) if measured else None,
         name_of=name_of,
@@ -99,8 +100,8 @@ def save(folder: Path, config: RunConfig, state: ServerState, progress: Progress
     """Write the checkpoint of a round, and the statement of the privacy that clients have spent so far."""
     files.flush(folder)  # what virtual clients keep of the round, which the checkpoint counts on
     plain = {name: dict(value) for name, value in progress._asdict().items() if isinstance(value, Mapping)}
-    best = () if progress.best_round is None else (progress.best_round,)
-    checkpoint.save(folder / "checkpoints", state, {**progress._asdict(), **plain}, config, also={*best, *stay})
+    also = {*stay, progress.sound_round} | ({progress.best_round} if progress.best_round is not None else set())
+    checkpoint.save(folder / "checkpoints", state, {**progress._asdict(), **plain}, config, also=also)
     statement.write(folder, config, {client: Spent._make(values) for client, values in progress.spent.items()})
     give_memory_back()
 

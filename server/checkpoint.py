@@ -70,6 +70,14 @@ def save(
     return final
 
 
+def forget(folder: Path, number: int) -> None:
+    """Remove the checkpoints of all rounds after `number`."""
+    for path in checkpoints(folder):
+        if int(path.name.removeprefix("round-")) > number:
+            shutil.rmtree(path)
+    sync(folder)
+
+
 def _name(number: int) -> str:
     return f"round-{number:04d}"
 

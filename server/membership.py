@@ -202,6 +202,7 @@ class Roster:
 
     def _refuse(self, node: int, client: str, reason: str, for_s: float = math.inf) -> None:
         """Refuse a node at the handshake until `for_s` seconds have passed or it has left; logs each reason once."""
+        reason, client = validation.one_line(reason), validation.one_line(client)
         logged = self._refused[node].reasons if node in self._refused else frozenset()
         self._refused[node] = _Refused(logged | {reason}, time.monotonic() + for_s)
         if reason not in logged:

@@ -22,7 +22,8 @@ from apiary.transport import codec, flower_records
 from apiary.transport.codec import Codec
 from server import validation
 from server.membership import Member
-from strategies import Aggregator
+from strategies import Aggregator, guard
+from strategies.guard import Reference
 
 
 class Refusal(NamedTuple):
@@ -41,6 +42,7 @@ class Terms(NamedTuple):
     codec: Codec  # of changes on the way up
     number: int  # the round, from 1
     payload_of: Callable[[ClientInfo], Payload]  # what a client of this rank was sent
+    reference: Reference = Reference()  # what was usual in the rounds before
 
 
 @threads(1)  # the tensors are small: waking other threads for each costs more than they save
@@ -80,7 +82,7 @@ def read_score(content: RecordDict, sender: Member | None, config: RunConfig) ->
         validation.check_score(score, config)
         return score
     except WireError as error:
-        return Refusal(str(error))
+        return Refusal(str(error), isinstance(error, errors.Poisoned))
 
 
 def _checked_sender(client: str, sender: Member | None) -> Member:
@@ -115,6 +117,10 @@ def _checked(visit: Visit, message: bytes, member: Member, terms: Terms) -> Visi
     payload = terms.payload_of(client)
     visit = _decoded(visit, message, terms.codec, payload.adapter)
     validation.check_visit(visit, terms.config, member.examples, payload, terms.number)
+    if terms.config.strategy.norm_guard:
+        steps = validation.trained_steps(visit.report, terms.config, member.examples)
+        start, local = payload.adapter, terms.aggregator.local
+        validation.check_reach(visit, guard.reach(terms.config, terms.number, steps, start, local))
     if visit.update.rank != client.rank:
         raise WireError(f"its update has rank {visit.update.rank}, and it was sent rank {client.rank}")
     return _with_control(visit, payload, terms)

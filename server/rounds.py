@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -21,10 +22,10 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from apiary.config.schema import RunConfig
 from apiary.core.errors import RunFailed, TooFewAnswers
-from apiary.core.messages import ClientInfo, Decline, Fingerprint, Hello, Spent, Update, Visit
+from apiary.core.messages import ClientInfo, Decline, Fingerprint, Hello, Spent, Update
 from apiary.core.tensors import StateDict
 from apiary.transport import flower_records, from_config
-from server import aggregation, client_scores, evaluation, messaging, round_metrics
+from server import aggregation, client_scores, evaluation, explosion, messaging, round_metrics, validation
 from server.aggregation import Folded, OwnUpdate
 from server.client_scores import Best, Scores
 from server.evaluation import Evaluation
@@ -32,7 +33,9 @@ from server.membership import EventLog, Member, Roster
 from server.payloads import Payloads, Source
 from server.replies import Refusal, Terms, read_score, read_train
 from server.sampling import Draw, choose, panel
+from server.screen import Settled
 from strategies import Aggregator, ServerState
+from strategies.guard import Reference
 
 logger = logging.getLogger(__name__)
 _UNDECIDED = (
@@ -54,6 +57,15 @@ class Progress(NamedTuple):
     spent: Mapping[str, Sequence[float]] = MappingProxyType({})  # by client, its newest `Spent`
     ranks: Mapping[str, int] = MappingProxyType({})  # by client, the rank that it has pruned itself to
     unchanged: int = 0  # rounds that left the model as it was: too few valid updates, or all clients declined
+    lengths: Mapping[str, Sequence[float]] = MappingProxyType({})  # `Reference.lengths` of the rounds so far
+    weights: Sequence[float] = ()  # likewise
+    first_loss: float | None = None  # the first that was measured; None before there is one
+    sound_round: int = 0  # the newest whose loss was measured and had not exploded
+
+    @property
+    def reference(self) -> Reference:
+        """What was usual in the rounds so far."""
+        return Reference(self.lengths, self.weights)
 
     def with_spent(self, client: str, spent: Spent | None) -> Progress:
         """With the privacy that a client has spent; as it is where the client tells none."""
@@ -70,6 +82,12 @@ class Progress(NamedTuple):
         pruned = {update.client: update.rank} if update.rank < rank else {}
         last_round = {**self.last_round, update.client: number}
         return self._replace(last_round=last_round, ranks={**self.ranks, **pruned})
+
+    def with_loss(self, number: int, loss: float | None) -> Progress:
+        """With the loss after round `number`, which has not exploded; as it is where there is none."""
+        if loss is None or not math.isfinite(loss):
+            return self
+        return self._replace(first_loss=loss if self.first_loss is None else self.first_loss, sound_round=number)
 
     def with_scores(self, number: int, scores: Scores) -> Progress:
         """With the scores of the evaluation after round `number`, which may be the best so far.
@@ -95,6 +113,8 @@ class Hooks(NamedTuple):
     on_round: Callable[[ServerState, Progress], None] = lambda state, progress: None
     # Measures an adapter on the server's held-out examples; None where the server has none.
     evaluate: Callable[[StateDict], Evaluation] | None = None
+    # Removes the checkpoints of the rounds after this one.
+    forget: Callable[[int], None] = lambda number: None
     # An adapter's scores on the held-out examples of each stage, the fields of a `stage` event; None where these are
     # not measured.
     score_stages: Callable[[StateDict], Mapping[str, Any]] | None = None
@@ -141,6 +161,7 @@ class Rounds(Strategy):
         self._draw = Draw(config.strategy.fraction, config.strategy.min_clients, config.seed)
         self._cohort: list[str] = []
         self._budget_spent: set[str] = set()
+        self._watch = explosion.Watch(config)
         self._round_fields: dict[str, Any] = {}  # of the `round` event, from the newest `aggregate_train`
 
     # -- the loop -------------------------------------------------------------------------------
@@ -241,7 +262,7 @@ class Rounds(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Fold the replies as they come, then take the step; holds one reply at a time.
+        """Fold the replies as they come, then take the step; holds one reply at a time and those that have to wait.
 
         Clients that rightly decline, with no rows for this stage or a spent privacy budget, do not count against the
         quorum. Where the quorum is met, but a robust method has too few updates for its promise, the model stays.
@@ -251,11 +272,14 @@ class Rounds(Strategy):
                 infinity.
         """
         payload_of = functools.partial(self._payloads.payload, self._source(self.state))
-        terms = Terms(self.config, self.aggregator, self._codec, server_round, payload_of)
+        terms = Terms(self.config, self.aggregator, self._codec, server_round, payload_of, self.progress.reference)
         self._round_fields, sums = {}, aggregation.Sums(self.state, self._cohort, terms)
         for client, reply, size in self._read(replies, functools.partial(read_train, terms=terms)):
-            sums.add(client, reply, size)
-            self._record(server_round, client, reply, size)
+            for settled in sums.add(client, reply, size):
+                _record(self, server_round, settled)
+        for settled in sums.close():
+            _record(self, server_round, settled)
+        self.progress = self.progress._replace(**sums.reference()._asdict())
         folded = sums.whole()
         asked = len(self._cohort) - folded.declined
         if asked == 0:  # all of them declined rightly
@@ -273,26 +297,8 @@ class Rounds(Strategy):
             node, size = message.metadata.src_node_id, flower_records.array_bytes(message.content)
             yield self._roster.name(node), check(message.content, self._roster.member(node)), size
 
-    def _record(self, number: int, client: str, reply: Visit | Decline | Refusal, size: int) -> None:
-        """Enter a checked reply, with the bytes of its arrays, into the log, the progress and its sender's info."""
-        if not isinstance(reply, Decline):
-            self.progress = self.progress.with_spent(client, reply.spent)
-        if isinstance(reply, Refusal):
-            self._log_refusal(client, reply.reason, number)
-            return
-        self._payloads.confirm(client)
-        if isinstance(reply, Decline):
-            self._budget_spent |= {client} if reply.reason == "budget" else set()
-            self._log.event("declined", round=number, **reply._asdict())
-            return
-        info = self._roster.members[client].info
-        self.progress = self.progress.with_update(reply.update, number, info.rank)
-        self._roster.set_info(info._replace(last_round=number, rank=reply.update.rank))
-        fields = round_metrics.visit_fields(reply, self.aggregator)
-        self._log.event("client", round=number, client=client, bytes_up=size, **fields)
-
     def _log_refusal(self, client: str, reason: str, number: int) -> None:
-        self._log.event("refused", client=client, reason=reason, round=number)
+        self._log.event("refused", client=client, reason=validation.one_line(reason), round=number)
 
     def _aggregate(self, folded: Folded, terms: Terms) -> None:
         """Take the step that the updates of a round come to.
@@ -340,6 +346,10 @@ class Rounds(Strategy):
             panel_scores = self.aggregate_evaluate(number, replies) or {}  # type: ignore[assignment]
         scores, fields = evaluation.combine(server, panel_scores)
         self._log.event("evaluate", round=number, **fields, **sent)
+        if reason := self._watch.hold(number, server, panel_scores, self.progress):
+            self._hooks.forget(self.progress.sound_round)
+            raise RunFailed(reason)
+        self.progress = self.progress.with_loss(number, self._watch.loss)
         if not scores and number == 0 and self.config.evaluate.patience:
             self._log.event("warning", round=number, message=_UNDECIDED)
         self.progress = self.progress.with_scores(number, scores)
@@ -351,6 +361,7 @@ class Rounds(Strategy):
         sums: dict[str, list[float]] = {}
         for client, score, _ in self._read(replies, functools.partial(read_score, config=self.config)):
             if isinstance(score, Refusal):
+                self._watch.senseless += score.poisoned
                 self._log_refusal(client, score.reason, server_round)
                 continue
             self._payloads.confirm(client)
@@ -361,3 +372,24 @@ class Rounds(Strategy):
 def _there(rounds: Rounds, number: int) -> set[str]:
     """The members that can be asked in a round."""
     return rounds._roster.members.keys() - rounds._hooks.away(number)
+
+
+def _record(rounds: Rounds, number: int, settled: Settled) -> None:
+    """Enter a settled reply into the log, the progress and its sender's info."""
+    client, reply, size = settled[:3]
+    if not isinstance(reply, Decline):
+        rounds.progress = rounds.progress.with_spent(client, reply.spent)
+    if isinstance(reply, Refusal):
+        rounds._log_refusal(client, reply.reason, number)
+        return
+    rounds._payloads.confirm(client)
+    if isinstance(reply, Decline):
+        rounds._budget_spent |= {client} if reply.reason == "budget" else set()
+        rounds._log.event("declined", round=number, **reply._asdict())
+        return
+    info = rounds._roster.members[client].info
+    rounds.progress = rounds.progress.with_update(reply.update, number, info.rank)
+    rounds._roster.set_info(info._replace(last_round=number, rank=reply.update.rank))
+    rounds._watch.add(reply)
+    fields = {**round_metrics.visit_fields(reply, rounds.aggregator), **settled.limits}
+    rounds._log.event("client", round=number, client=client, bytes_up=size, **fields)

@@ -17,12 +17,17 @@ from apiary.core.lora import is_b
 from apiary.core.messages import CurationCounts, Decline, FitReport, Hello, Payload, Score, Spent, Visit
 from apiary.core.tensors import StateDict
 from strategies import seed_scalars
+from strategies.guard import Reach
 
 MOST = 2**53  # counts travel as float64, which holds no larger number exactly
 # Of a change; beyond it products of factors, and their decompositions, leave float32. A smaller one takes no finite
 # entry of an adapter to infinity: it is below half of a unit in the last place of the largest float32.
 _MOST_ENTRY = 1e12
 _SLACK = 1e-6  # of a budget, for two sides that add in another order
+_UNSTATED = 4  # times the steps that follow from a site's counts: it may state fewer rows than it trains on
+MOST_TEXT = 300  # characters of a line that another machine may have written
+MOST_NATS = 1e6  # a token, of any loss that is told; a model of 2^20 tokens that knows nothing loses 14
+_LONGEST_S = 1e8  # of a visit; three years
 
 
 def check_visit(visit: Visit, config: RunConfig, examples: int | None, payload: Payload, number: int) -> None:
@@ -43,10 +48,16 @@ def check_visit(visit: Visit, config: RunConfig, examples: int | None, payload: 
     _check_report(visit.report, config, examples, private)
     if visit.update.weight != visit.report.tokens:
         raise WireError(f"its weight is {visit.update.weight:g}, but it reports {visit.report.tokens} tokens")
-    _check_curated(visit.curated, config, private)
+    _check_curated(visit.curated, config, private, examples)
     _check_spent(visit.spent, config, private)
     check_delta(visit.update.delta, payload.adapter)
     _check_resting(visit.update.delta, config.adapter.trained(number))
+
+
+def one_line(text: str) -> str:
+    """What another machine says, as a line for the log: of `MOST_TEXT` characters at most, all of them printable."""
+    kept = text[:MOST_TEXT] if len(text) <= MOST_TEXT else f"{text[: MOST_TEXT - 3]}..."
+    return "".join(char if char.isprintable() else " " for char in kept)
 
 
 def wrong_rank(rank: int, config: RunConfig, mixed: bool) -> str:
@@ -154,12 +165,17 @@ def check_score(score: Score, config: RunConfig) -> None:
     """Check the sums over a client's held-out examples.
 
     Raises:
-        WireError: the loss is negative or no number, or there are more tokens than the examples can hold.
+        WireError: the loss is negative, or there are more tokens than the examples can hold; `Poisoned` where the
+            model that the client was sent, if it tells the truth, gives no number, or one above `MOST_NATS`.
     """
-    if not (math.isfinite(score.nats) and score.nats >= 0 and possible(score.tokens, score.examples, config)):
+    if not possible(score.tokens, score.examples, config) or score.nats < 0:
         raise WireError(
             f"its score is {score.nats:g} nats on {score.tokens:g} tokens of {score.examples:g} examples; "
             "that cannot be"
+        )
+    if not score.nats <= MOST_NATS * score.tokens:  # NaN too
+        raise Poisoned(
+            f"its score is {score.nats:g} nats on {score.tokens:g} tokens, which is no loss of a sound model"
         )
 
 
@@ -176,8 +192,14 @@ def _check_report(report: FitReport, config: RunConfig, examples: int | None, pr
         raise WireError(f"it reports {report.replayed} replayed tokens; continual.buffer = {config.continual.buffer:g}")
     if private and not math.isnan(report.loss):
         raise WireError("it tells its training loss, which differential privacy withholds; is it another version?")
-    if not private and math.isinf(report.loss):  # NaN: it has walked too few rows to tell one
-        raise WireError(f"its loss is {report.loss}")
+    if not private and not (
+        math.isnan(report.loss) or 0 <= report.loss <= MOST_NATS
+    ):  # NaN: it has walked too few rows
+        raise WireError(f"its loss is {report.loss:g}, which must be from 0 to {MOST_NATS:g}")
+    if not (math.isnan(report.seconds) or 0 <= report.seconds <= _LONGEST_S):
+        raise WireError(f"its visit took {report.seconds:g} s, which must be from 0 to {_LONGEST_S:g}")
+    if not 0 <= report.examples <= tokens:
+        raise WireError(f"it reports {report.examples:g} examples; this run allows {tokens} at most")
 
 
 def check_walk(report: FitReport, config: RunConfig) -> None:
@@ -208,6 +230,29 @@ def _most_tokens(config: RunConfig, private: bool) -> int:
     return batches * max(config.train.batch_tokens, config.prompt.max_tokens)
 
 
+def trained_steps(report: FitReport, config: RunConfig, examples: int | None) -> int:
+    """Optimizer steps that a visit may have made, at most; by `train.epochs` a site may have made more than it states.
+
+    Args:
+        report: the visit's, which has passed `check_visit`.
+        config: the run.
+        examples: training examples that the client can have, by its handshake; None where it told none.
+    """
+    if config.train.epochs is None:
+        return report.steps
+    return _UNSTATED * (report.steps if examples is None else max(report.steps, _most_steps(config, examples)))
+
+
+def check_reach(visit: Visit, reach: Reach) -> None:
+    """Check that the configured training can have made a change.
+
+    Raises:
+        Poisoned: it cannot.
+    """
+    if how := reach.passed(visit.update.delta):
+        raise Poisoned(how)
+
+
 def check_decline(decline: Decline, config: RunConfig) -> None:
     """Check that a client's reason not to train is possible in this run.
 
@@ -221,7 +266,7 @@ def check_decline(decline: Decline, config: RunConfig) -> None:
         raise WireError("it says that it has no rows for this stage, but there are no stages")
 
 
-def _check_curated(curated: CurationCounts | None, config: RunConfig, private: bool) -> None:
+def _check_curated(curated: CurationCounts | None, config: RunConfig, private: bool, examples: int | None) -> None:
     if curated is None:
         return
     if private:
@@ -231,6 +276,8 @@ def _check_curated(curated: CurationCounts | None, config: RunConfig, private: b
         raise WireError(
             f"its curation kept {curated.kept} and dropped {dropped} of {curated.rows} rows; that cannot be"
         )
+    if examples is not None and curated.rows > 2 * examples + 100:  # counts are rounded one by one
+        raise WireError(f"its curation went through {curated.rows} rows; it has {examples} at most, by its handshake")
     strangers = set(curated.dropped) - {step.name for step in config.curate.steps}
     if strangers:
         raise WireError(f"its curation names {len(strangers)} steps that curate.steps does not")

@@ -49,6 +49,20 @@ def sign_flip(scale: PositiveFloat = 1.0) -> Attack:
     return Attack(lambda seen: _times(seen.own, -scale))
 
 
+@ATTACKS.register("drift")
+def drift(length: PositiveFloat = 1.9) -> Attack:
+    """Each entry against the honest change, by `length` times the root mean square of its tensor's.
+
+    The longest step back that passes for honest, round after round: after a few steps of AdamW no entry of an honest
+    change is much longer, and hardly one is as long.
+    """
+
+    def change(seen: Seen) -> StateDict:
+        return {n: -length * t.square().mean().sqrt() * t.sign() for n, t in seen.own.items()}
+
+    return Attack(change)
+
+
 @ATTACKS.register("scaled")
 def scaled(clients: int, factor: PositiveFloat | None = None) -> Attack:
     """The honest change times `factor`, so that it outweighs all others.

@@ -333,6 +333,18 @@ class StrategyConfig(_Section):
     weighting: Literal["tokens", "uniform"] = Field(
         "tokens", description="weight of a client's update: tokens (as many as it trained) or uniform"
     )
+    norm_guard: float = Field(
+        5.0,
+        ge=0,
+        description="longest change of a client over the median one of the round or of the rounds before; beyond it, "
+        "or beyond what the optimizer can do, it is refused (docs/poisoning.md); 0 = no limit",
+    )
+    weight_cap: float = Field(
+        3.0,
+        ge=0,
+        description="largest weight of a client over the median one, likewise; what is above it does not count; 0 = no "
+        "limit",
+    )
     fraction: float = Field(1.0, gt=0, le=1, description="fraction of the clients asked in each round (the cohort)")
     min_clients: int = Field(
         2, ge=1, description="smallest cohort; also the number of clients to wait for before round 1"
@@ -342,6 +354,13 @@ class StrategyConfig(_Section):
     )
     deadline_s: float = Field(0.0, ge=0, description="seconds to wait for the replies of a round; 0 = no limit")
     join_timeout_s: float = Field(120.0, gt=0, description="seconds to wait for min_clients clients before round 1")
+
+    @model_validator(mode="after")
+    def _limits_above_the_median(self) -> Self:
+        for name in ("norm_guard", "weight_cap"):
+            if 0 < getattr(self, name) < 1:
+                raise ValueError(f"strategy.{name} = {getattr(self, name):g}: set 1 or more, or 0 for no limit")
+        return self
 
     def cohort_size(self, clients: int) -> int:
         """How many of so many clients are asked in a round."""
@@ -365,6 +384,12 @@ class EvaluateConfig(_Section):
     """What is measured, and when."""
 
     every: int = Field(1, ge=0, description="evaluate the shared adapter every n rounds; 0 = only at the end")
+    limit: float = Field(
+        1.5,
+        ge=0,
+        description="end the run, before the round is kept, at a loss that is no number or above limit times that "
+        "before training, plus 1; 0 = never",
+    )
     max_examples: int = Field(240, ge=1, description="held-out examples used for the table")
     clients: bool | None = Field(
         None,
@@ -467,7 +492,7 @@ class SimulateConfig(_Section):
     )
     attack: MethodField = Field(
         Method(name="sign_flip"),
-        description="what attackers send: sign_flip, scaled, gaussian, alie, "
+        description="what attackers send: sign_flip, drift, scaled, gaussian, alie, "
         "inner_product, gauge, not_a_number or trigger, "
         "with options",
     )

@@ -9,6 +9,8 @@
     ├── CodecError           a coded tensor is of no use to the receiver
     │   └── NotFinite        ... for it holds NaN or infinity
     └── TooFewAnswers        a round has too few good answers for what a method promises
+    FloatingPointError
+    └── UnsoundStart         the adapter that a client was sent gives no number
     RuntimeError
     ├── RunFailed            a run that can't go on: exit code 1
     ├── CheckFailed          what was written is not what was meant: exit code 1
@@ -59,6 +61,10 @@ class NotFinite(CodecError):
 
 class TooFewAnswers(ValueError):
     """A round has fewer good answers than a method needs to keep its promise."""
+
+
+class UnsoundStart(FloatingPointError):
+    """The loss or the gradient is no number before the first step: what was received does it, and no learning rate."""
 
 
 class RunFailed(RuntimeError):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from apiary.config.schedule import learning_rate
 from apiary.config.schema import TrainConfig
+from apiary.core.errors import UnsoundStart
 from apiary.core.lora import is_b
 from apiary.core.messages import FitReport
 from apiary.core.tensors import StateDict, derive_seed, generator, threads
@@ -240,7 +241,7 @@ class _Loop:
 
         Raises:
             FloatingPointError: the loss or the gradient is NaN or infinite; the adapter is not
-                stepped.
+                stepped. `UnsoundStart` in the first step.
         """
         tokens, replayed = (sum(int(batch.targets.sum()) for batch in kind) for kind in (batches, again))
         nats = sum(self._backward(batch, tokens + replayed) for batch in batches)
@@ -251,6 +252,8 @@ class _Loop:
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, limit))
         if not (math.isfinite(nats + old) and math.isfinite(grad_norm)):
             loss = (nats + old) / (tokens + replayed)
+            if not step:
+                raise UnsoundStart(f"loss {loss:.4g} and gradient norm {grad_norm:.4g} with the adapter as it was sent")
             raise FloatingPointError(
                 f"loss {loss:.4g} and gradient norm {grad_norm:.4g} at step {step + 1} of this visit; "
                 "a lower train.lr or train.clip_norm usually helps"

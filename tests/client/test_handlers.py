@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import instruction_rows
 from flwr.app import ArrayRecord, Message, RecordDict
 
@@ -49,6 +50,15 @@ class Asked:
 def asked(small_run: list[str], tmp_path: Path) -> Asked:
     handlers.forget()
     return Asked(small_run, tmp_path)
+
+
+def test_a_site_that_was_sent_a_spoilt_adapter_is_not_told_to_train_otherwise(asked: Asked) -> None:
+    sent = adapters.fresh_adapter(adapters.load(asked.run.model, asked.run.adapter), 0)
+    spoilt = {name: torch.full_like(tensor, 1e30) for name, tensor in sent.items()}
+    reply = asked.ask("train", flower_records.request(1, flower_records.to_arrays(spoilt), ArrayRecord()))
+    assert reply.has_error()
+    assert reply.error.reason.startswith("the adapter that it was sent gives no number on its rows")
+    assert "train.lr" not in reply.error.reason
 
 
 def test_an_error_leaves_its_text_at_home(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,6 +72,12 @@ def test_multiples_of_the_honest_change(attack: str, options: dict[str, Any], fa
         np.testing.assert_allclose(value, factor * OWN[name].double().numpy(), rtol=1e-6)
 
 
+def test_a_drift_goes_back_by_the_same_in_each_entry() -> None:
+    for name, value in sent("drift", length=2.0).items():
+        own = OWN[name].double().numpy()
+        np.testing.assert_allclose(value, -2 * np.sqrt((own**2).mean()) * np.sign(own), rtol=1e-6)
+
+
 def test_noise_is_as_long_as_the_honest_change() -> None:
     own = {"w": torch.full((400, 400), 0.5), "v": torch.full((300, 300), 2.0)}
     made = ATTACKS.build("gaussian", {"scale": 3.0}, clients=4, attackers=1)
@@ -342,7 +348,7 @@ def loss(metrics: dict[str, Any]) -> float:
 def test_an_attack_spoils_the_mean_and_a_robust_method_names_the_attackers(
     attacked: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    flip = ['simulate.attack={name="sign_flip", scale=8.0}', "seed=3"]
+    flip = ['simulate.attack={name="sign_flip", scale=8.0}', "seed=3", "strategy.norm_guard=0"]
     krum = ["strategy.name=multi_krum", "strategy.options={byzantine = 2}", "strategy.min_clients=7"]
     honest = simulate(of(*attacked("simulate.attackers=0", "seed=3")), tmp_path / "honest")
     mean = simulate(of(*attacked(*flip)), tmp_path / "mean")
@@ -482,7 +488,9 @@ def test_a_run_whose_model_gives_no_number_is_told_and_still_has_a_report(
     attacked: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     """Every number that arrived was finite; their products are not."""
+    scaled = ["simulate.attack={name='scaled', factor=1e13}", "rounds=1"]
+    run = of(*attacked(*scaled, "strategy.norm_guard=0", "evaluate.limit=0"))
     with pytest.raises(RunFailed, match="gives no number on held-out rows"):
-        simulate(of(*attacked("simulate.attack={name='scaled', factor=1e13}", "rounds=1")), tmp_path / "run")
+        simulate(run, tmp_path / "run")
     assert "The federated model is lost" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     export.export_run(tmp_path / "run", tmp_path / "out", merge=False)

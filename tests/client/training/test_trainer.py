@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from apiary.config.schedule import learning_rate, lr_sum
 from apiary.config.schema import AdapterConfig, Method, ModelConfig, RunConfig, TrainConfig
-from apiary.core.errors import UserError
+from apiary.core.errors import UnsoundStart, UserError
 from apiary.core.tensors import StateDict, generator, norm
 from apiary.data.batches import Corpus, collate, plan_batches
 from apiary.models import adapters
@@ -280,8 +280,12 @@ def test_nan_is_an_error_and_not_an_update(lm: adapters.LanguageModel) -> None:
     start = adapters.fresh_adapter(lm, 0)
     name = next(iter(start))
     broken = {**start, name: torch.full_like(start[name], float("nan"))}
-    with pytest.raises(FloatingPointError, match=r"loss nan .* at step 1 "):
+    with pytest.raises(UnsoundStart, match=r"loss nan .* with the adapter as it was sent$"):
         fit(lm, settings_of(), 2, start=broken)
+    far = fit(lm, settings_of(), 1).delta
+    with pytest.raises(FloatingPointError, match=r" at step 2 .* a lower train\.lr ") as own:
+        fit(lm, settings_of(lr=1e30), 3)
+    assert not isinstance(own.value, UnsoundStart) and all(torch.isfinite(t).all() for t in far.values())
     with pytest.raises(FloatingPointError, match="NaN or infinite"):
         fit(lm, settings_of(), 1, hooks=Hooks(projections=(lambda delta: {**delta, name: broken[name]},)))
     assert all(torch.isfinite(t).all() for t in fit(lm, settings_of(), 1).delta.values())

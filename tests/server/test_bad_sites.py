@@ -1,0 +1,402 @@
+"""One bad site among four, through whole rounds with real Flower messages: what it sends must not count."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Context, Error, Message
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
+
+import strategies
+from apiary.config import loading
+from apiary.core.errors import RunFailed, UserError
+from apiary.core.messages import ClientInfo, Fingerprint, FitReport, Hello, Score, Update, Visit
+from apiary.core.tensors import StateDict
+from apiary.transport import flower_records
+from server import checkpoint
+from server.app import save
+from server.evaluation import Evaluation
+from server.rounds import Hooks, Progress, Rounds
+from simulation.in_process_grid import LocalGrid
+from strategies import ServerState, guard
+from strategies.aggregator import AGGREGATORS
+from strategies.guard import Reference
+
+PRINT = Fingerprint("base", "tokenizer", "template", "adapter")
+A, B = "m.lora_A.weight", "m.lora_B.weight"
+START: StateDict = {A: torch.linspace(-0.5, 0.5, 24).reshape(2, 12), B: torch.zeros(8, 2)}
+METHODS = ["fedavg", "rank_slices", "median"]
+BAD = 3  # the site that is bad
+Spoil = Callable[[Visit], Visit]
+
+
+class Log:
+    def __init__(self) -> None:
+        self.events: list[dict[str, Any]] = []
+
+    def event(self, kind: str, **fields: Any) -> None:
+        self.events.append({"event": kind, **fields})
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        return [event for event in self.events if event["event"] == kind]
+
+
+def honest(site: int, number: int, size: float) -> dict[str, torch.Tensor]:
+    rng = torch.Generator().manual_seed(100 * number + site)
+    return {name: size * (2 * torch.rand(t.shape, generator=rng) - 1) for name, t in START.items()}
+
+
+def app(
+    spoil: Spoil = lambda visit: visit,
+    *,
+    size: float = 0.005,
+    tokens: Callable[[int], int] = lambda site: 100,
+    rows: Callable[[int], int] = lambda site: 100,
+    steps: Callable[[int], int] = lambda site: 3,
+    error: str = "",
+    nats: Callable[[int, int], float] = lambda site, number: 2.0,
+) -> ClientApp:
+    made = ClientApp()
+
+    def site_of(context: Context) -> int:
+        return int(context.node_config["partition-id"])
+
+    @made.query("hello")
+    def hello(message: Message, context: Context) -> Message:
+        site = site_of(context)
+        said = Hello(f"c{site}", PRINT, 2, rows(site), rows(site) * 10)
+        return Message(flower_records.hello_reply(said), reply_to=message)
+
+    @made.train()
+    def train(message: Message, context: Context) -> Message:
+        site, (number, _) = site_of(context), flower_records.read_request(message.content)
+        if error and site == BAD:
+            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, error), reply_to=message)
+        update = Update(f"c{site}", honest(site, number, size), float(tokens(site)), 2)
+        visit = Visit(update, FitReport(tokens(site), 20, steps(site), 2.0, 0.1))
+        return Message(flower_records.train_reply(spoil(visit) if site == BAD else visit), reply_to=message)
+
+    @made.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        site, (number, _) = site_of(context), flower_records.read_request(message.content)
+        return Message(flower_records.score_reply(f"c{site}", Score(nats(site, number) * 10, 10, 5)), reply_to=message)
+
+    return made
+
+
+def run(
+    bad: ClientApp, *overrides: str, sites: int = 4, progress: Progress = Progress(), **hooks: Any
+) -> tuple[StateDict, Log, Rounds]:
+    config = loading.load(
+        None,
+        ["rounds=2", "adapter.rank=2", "train.schedule=constant", "strategy.server_optimizer=none", *overrides],
+    )
+    log = Log()
+    state = ServerState(0, START, {}, {})
+    made = Rounds(config, strategies.from_config(config), PRINT, state, Hooks(log, **hooks), progress)
+    return made.run(LocalGrid(bad, sites), sites).adapter, log, made
+
+
+def filled(value: float) -> Spoil:
+    return lambda visit: visit._replace(
+        update=visit.update._replace(delta={n: torch.full_like(t, value) for n, t in visit.update.delta.items()})
+    )
+
+
+def reported(**fields: Any) -> Spoil:
+    return lambda visit: visit._replace(
+        report=visit.report._replace(**fields),
+        update=visit.update._replace(weight=float(fields.get("tokens", visit.update.weight))),
+    )
+
+
+# -- changes that are far too long -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("value", [0.2, -1e3, 9e11])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_change_that_training_cannot_make_is_as_if_the_site_were_not_there(
+    method: str, value: float, optimizer: str
+) -> None:
+    more = [f"strategy.name={method}", f"train.optimizer={optimizer}", "rounds=1", "train.clip_norm=1.0"]
+    size = 0.005 if optimizer == "adamw" else 0.0005
+    ours, log, _ = run(app(filled(value), size=size), *more)
+    alone, _, _ = run(app(size=size), *more, sites=BAD)
+    assert all(torch.equal(ours[name], alone[name]) for name in START)
+    (refused,) = log.of("refused")
+    assert refused["client"] == f"c{BAD}" and refused["round"] == 1
+    assert ("moved by" if optimizer == "adamw" else "long") in refused["reason"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("value", [0.1, 1e3])
+def test_where_the_optimizer_has_no_bound_the_medians_have(method: str, value: float) -> None:
+    """By gradient descent without clipping; the honest are at most 0.005 in each entry."""
+    more = [f"strategy.name={method}", "train.optimizer=sgd", "train.clip_norm=0", "rounds=1"]
+    ours, log, _ = run(app(filled(value)), *more)
+    alone, _, _ = run(app(), *more, sites=BAD)
+    assert all(torch.equal(ours[name], alone[name]) for name in START)
+    (refused,) = log.of("refused")
+    lengths = [*sorted(honest(site, 1, 0.005)[B].double().norm().item() for site in range(BAD)), value * 4]
+    bound = 5 * (lengths[1] + lengths[2]) / 2
+    assert refused["reason"].startswith("its change of the factors") and "strategy.norm_guard = 5" in refused["reason"]
+    if "factors B" in refused["reason"]:
+        assert f"{value * 4:.3g} long" in refused["reason"] and f"allow {bound:.3g}" in refused["reason"]
+
+
+def test_by_the_past_alone_a_long_change_is_refused_and_an_honest_one_taken() -> None:
+    free = ["train.optimizer=sgd", "train.clip_norm=0", "rounds=1", "strategy.quorum=0.3"]
+    _, _, before = run(app(), *free)
+
+    _, log, _ = run(_second(filled(0.1)), *free, sites=2, progress=before.progress._replace(last_round={}))
+    assert [event["client"] for event in log.of("refused")] == ["c1"]
+    assert [event["client"] for event in log.of("client")] == ["c0"]
+
+
+def _second(spoil: Spoil) -> ClientApp:
+    """As `app`, with the second site as the bad one."""
+    made = ClientApp()
+    plain, bad = app(), app()
+
+    def site_of(context: Context) -> int:
+        return int(context.node_config["partition-id"])
+
+    @made.query("hello")
+    def hello(message: Message, context: Context) -> Message:
+        return plain(message, context)
+
+    @made.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        return bad(message, context)
+
+    @made.train()
+    def train(message: Message, context: Context) -> Message:
+        site, (number, _) = site_of(context), flower_records.read_request(message.content)
+        visit = Visit(Update(f"c{site}", honest(site, number, 0.005), 100.0, 2), FitReport(100, 20, 3, 2.0, 0.1))
+        return Message(flower_records.train_reply(spoil(visit) if site == 1 else visit), reply_to=message)
+
+    return made
+
+
+def test_with_epochs_a_longer_change_is_scaled_down_to_the_limit() -> None:
+    more = ["train.epochs=1.0", "train.optimizer=sgd", "train.clip_norm=0", "rounds=1"]
+    ours, log, _ = run(app(filled(0.1)), *more)
+    sizes = [[guard.lengths(honest(site, 1, 0.005))[part] for site in range(BAD)] + [0.1] for part in ("a", "b")]
+    medians = [sum(sorted(values)[1:3]) / 2 for values in sizes]
+    factor = min(5 * median / 0.1 for median in medians)
+    (told,) = [event for event in log.of("client") if event["client"] == f"c{BAD}"]
+    assert told["shortened"] == pytest.approx(factor) and not log.of("refused")
+    changes = [honest(site, 1, 0.005)[A] for site in range(BAD)] + [torch.full_like(START[A], 0.1 * factor)]
+    torch.testing.assert_close(ours[A], START[A] + torch.stack(changes).mean(0))
+
+
+@pytest.mark.parametrize("relays", [0, 2])
+@pytest.mark.parametrize("method", METHODS)
+def test_where_nobody_is_bad_the_guards_change_no_bit(method: str, relays: int) -> None:
+    more = [f"strategy.name={method}", *([f"simulate.relays={relays}"] if relays and method != "median" else [])]
+    on, log, _ = run(app(tokens=lambda site: 100 + 30 * site), *more)
+    off, _, _ = run(app(tokens=lambda site: 100 + 30 * site), *more, "strategy.norm_guard=0", "strategy.weight_cap=0")
+    assert all(torch.equal(on[name], off[name]) for name in START)
+    assert not log.of("refused") and not any("capped" in event for event in log.of("client"))
+
+
+# -- what AdamW can reach ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+@pytest.mark.parametrize("steps", [1, 2, 7, 60, 300])
+def test_adamw_stays_within_reach_whatever_the_gradients(steps: int, decay: float) -> None:
+    """Gradients made to go far: constant, growing, shrinking, a jump, and noise; torch's own optimizer."""
+    config = loading.load(
+        None, [f"train.steps={steps}", "train.lr=0.01", f"train.weight_decay={decay}", "train.schedule=constant"]
+    )
+    start = torch.full((5,), 3.0)
+    ours = guard.reach(config, 2, steps, {A: start}, strategies.from_config(config).local)
+    weight = start.clone().requires_grad_()
+    optimizer = torch.optim.AdamW([weight], lr=0.01, weight_decay=decay)
+    rng = torch.Generator().manual_seed(1)
+    for step in range(steps):
+        noise = float(torch.randn((), generator=rng))
+        jump = 1e6 if step >= steps - 12 else 1e-3
+        weight.grad = torch.tensor([1.0, 1.05**step, 0.8**step, jump, noise])
+        optimizer.step()
+    moved = (weight.detach() - start).abs()
+    assert float(moved.max()) <= ours.entries["a"]
+    assert ours.passed({A: weight.detach() - start}) == ""
+    # It is no idle limit: what goes steadily in one direction comes near it while steps are few.
+    if steps <= 7 and not decay:
+        assert float(moved.max()) >= ours.entries["a"] / 1.4
+
+
+def test_a_method_that_trains_in_its_own_way_has_no_reach() -> None:
+    config = loading.load(None, ["strategy.name=scaffold", "train.optimizer=sgd"])
+    assert guard.reach(config, 1, 3, START, strategies.from_config(config).local) == guard.Reach()
+
+
+# -- claims ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["fedavg", "rank_slices", "flexlora"])
+@pytest.mark.parametrize("relays", [0, 2])
+def test_a_claim_of_a_million_million_rows_counts_three_times_the_median(method: str, relays: int) -> None:
+    if relays and method == "flexlora":
+        pytest.skip("it must see each update")
+    more = [f"strategy.name={method}", "train.epochs=1.0", "rounds=1", f"simulate.relays={relays}"]
+    claims = app(
+        tokens=lambda site: 10**14 if site == BAD else 100,
+        rows=lambda site: 10**12 if site == BAD else 100,
+        steps=lambda site: 10**12 if site == BAD else 3,
+    )
+    ours, log, _ = run(claims, *more)
+    fair, _, _ = run(app(tokens=lambda site: 300 if site == BAD else 100), *more, "strategy.weight_cap=0")
+    assert all(torch.equal(ours[name], fair[name]) for name in START)
+    (told,) = [event for event in log.of("client") if event["client"] == f"c{BAD}"]
+    assert told["capped"] == 300.0 and told["tokens"] == 10**14
+
+
+def test_in_later_rounds_the_weights_of_the_past_count_too() -> None:
+    """A site that begins to claim more is capped by the round's median, or the past's where that is larger."""
+    _, log, _ = run(
+        app(tokens=lambda site: 900 if site == BAD else 100), "rounds=1", progress=Progress(weights=(200.0,))
+    )
+    assert [event.get("capped") for event in sorted(log.of("client"), key=lambda e: e["client"])] == [None] * 3 + [600]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"loss": -1e300}, "its loss is -1e+300, which must be from 0 to 1e+06"),
+        ({"loss": 1e300}, "its loss is 1e+300"),
+        ({"loss": math.inf}, "its loss is inf"),
+        ({"seconds": -1.0}, "its visit took -1 s"),
+        ({"seconds": 1e300}, "its visit took 1e+300 s"),
+        ({"examples": -5}, "it reports -5 examples"),
+        ({"examples": 10**15}, "it reports 1e+15 examples"),
+        ({"tokens": 10**12}, "it reports 1e+12 tokens"),
+    ],
+)
+def test_a_number_that_cannot_be_costs_its_site(method: str, fields: dict[str, Any], why: str) -> None:
+    _, log, _ = run(app(reported(**fields)), f"strategy.name={method}", "rounds=1")
+    (refused,) = log.of("refused")
+    assert refused["client"] == f"c{BAD}" and why in refused["reason"]
+    assert len(log.of("client")) == BAD
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_error_text_of_300_kb_is_a_line(method: str) -> None:
+    text = "\x1b[2Jgone\r\n" + "x" * 300_000
+    _, log, _ = run(app(error=text), f"strategy.name={method}", "rounds=1")
+    (refused,) = log.of("refused")
+    assert len(refused["reason"]) <= 300 and "gone" in refused["reason"]
+    assert refused["reason"].isprintable()
+
+
+def test_a_name_of_300_kb_is_a_line() -> None:
+    def renamed(visit: Visit) -> Visit:
+        return visit._replace(update=visit.update._replace(client="n" * 300_000))
+
+    _, log, _ = run(app(renamed), "rounds=1")
+    (refused,) = log.of("refused")
+    assert len(refused["reason"]) <= 300
+
+
+@pytest.mark.parametrize("key", ["norm_guard", "weight_cap"])
+def test_a_limit_below_the_median_is_refused(key: str) -> None:
+    with pytest.raises(UserError, match=f"strategy.{key} = 0.5: set 1 or more, or 0"):
+        loading.load(None, [f"strategy.{key}=0.5"])
+
+
+# -- a loss that explodes ----------------------------------------------------------------------------------------------
+
+
+def test_an_exploding_loss_ends_the_run_before_the_round_is_kept_and_names_who(tmp_path: Path) -> None:
+    """Without the guard, one site in four sends changes twenty times as long; the loss follows what is done to A."""
+    unguarded = ["rounds=6", "strategy.norm_guard=0", "evaluate.clients=false"]
+    config = loading.load(None, unguarded)
+
+    def late(visit: Visit) -> Visit:
+        return filled(1e3)(visit) if visit.update.delta[A][0, 0] == honest(BAD, 3, 0.005)[A][0, 0] else visit
+
+    def evaluate(model: StateDict) -> Evaluation:
+        far = float((model[A] - START[A]).abs().max())
+        return Evaluation(Score(20.0 + min(far * 1e3, 1e4) * (far > 1), 10, 5), None)
+
+    hooks = {
+        "evaluate": evaluate,
+        "on_round": lambda state, progress: save(tmp_path, config, state, progress),
+        "forget": lambda number: checkpoint.forget(tmp_path / "checkpoints", number),
+    }
+    with pytest.raises(RunFailed) as stopped:
+        run(app(late), *unguarded, **hooks)
+    line = str(stopped.value)
+    assert line.startswith("round 3: the loss is ") and "from 2 before training" in line
+    assert "c3 moved the model most, with 100% of all weights" in line and "the adapter of round 2 is kept" in line
+    assert "train.lr" not in line
+    kept = checkpoint.load(tmp_path / "checkpoints")
+    assert kept is not None and kept[0].round == 2 == kept[1]["sound_round"] and kept[1]["first_loss"] == 2.0
+
+
+def test_with_evaluations_far_apart_the_last_sound_round_is_what_is_left(tmp_path: Path) -> None:
+    more = ["rounds=9", "evaluate.every=4", "strategy.norm_guard=0", "evaluate.clients=false"]
+    config = loading.load(None, more)
+    seen: list[float] = [2.0, 1.9, math.nan]
+    hooks = {
+        "evaluate": lambda model: Evaluation(Score(seen.pop(0) * 10, 10, 5), None),
+        "on_round": lambda state, progress: save(tmp_path, config, state, progress),
+        "forget": lambda number: checkpoint.forget(tmp_path / "checkpoints", number),
+    }
+    with pytest.raises(RunFailed, match=r"round 8: the loss is nan, .* hardly more than others.* round 4 is kept"):
+        run(app(), *more, **hooks)
+    kept = checkpoint.load(tmp_path / "checkpoints")
+    assert kept is not None and kept[0].round == 4
+
+
+@pytest.mark.parametrize(
+    ("nats", "ends"),
+    [
+        (lambda site, number: 2.0 if number == 0 or site < BAD else 1e5, False),  # one lies
+        (lambda site, number: 2.0 if number == 0 or site < 1 else 9.0, True),  # most say so
+        (lambda site, number: 2.0 if number == 0 or site < 1 else math.nan, True),
+        (lambda site, number: 2.0 if number == 0 or site < BAD else math.nan, False),
+        (lambda site, number: 2.0 if number == 0 else 3.9, False),  # 1.5 times 2, plus 1, is 4
+        (lambda site, number: 2.0 if number == 0 else 4.1, True),
+    ],
+)
+def test_without_rows_of_the_servers_own_the_median_site_decides(nats: Callable[[int, int], float], ends: bool) -> None:
+    if not ends:
+        run(app(nats=nats), "evaluate.clients=true")
+        return
+    with pytest.raises(RunFailed, match=r"round 1: the loss is .*no round is kept"):
+        run(app(nats=nats), "evaluate.clients=true")
+    run(app(nats=nats), "evaluate.clients=true", "evaluate.limit=0")
+
+
+# -- what is usual -----------------------------------------------------------------------------------------------------
+
+
+def test_the_reference_keeps_five_rounds_in_proportion_to_the_learning_rate() -> None:
+    usual = Reference()
+    for number in range(1, 8):
+        seen = guard.medians([({"a": number * 0.1}, 10.0 * number)] * 3)
+        usual = usual.after(seen, rate=0.5)
+    assert usual.lengths["a"] == pytest.approx([0.6, 0.8, 1.0, 1.2, 1.4]) and usual.weight == 50.0
+    assert usual.length("a", 0.25) == pytest.approx(0.25) and usual.length("b", 0.25) == 0.0
+    assert usual.after(guard.medians([({"a": 9.0}, 1.0)] * 2), 0.5) == usual
+
+
+def test_every_method_says_which_clients_train_plainly() -> None:
+    """A new method with training of its own must not be held to what AdamW reaches."""
+    own = {"scaffold", "fedkseed", "fedalt"}
+    for name in own:
+        given = {"scaling": lambda rank: 1.0, "seed": 0, "weighting": "tokens"}
+        local = AGGREGATORS.build(name, {}, **given).local
+        assert guard.reach(loading.load(None, []), 1, 3, START, local) == guard.Reach()
+    assert ClientInfo("c", 2, 0).clients == 1
