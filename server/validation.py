@@ -198,8 +198,9 @@ def _check_report(report: FitReport, config: RunConfig, examples: int | None, pr
         raise WireError(f"its loss is {report.loss:g}, which must be from 0 to {MOST_NATS:g}")
     if not (math.isnan(report.seconds) or 0 <= report.seconds <= _LONGEST_S):
         raise WireError(f"its visit took {report.seconds:g} s, which must be from 0 to {_LONGEST_S:g}")
-    if not 0 <= report.examples <= tokens:
-        raise WireError(f"it reports {report.examples:g} examples; this run allows {tokens} at most")
+    most = 2 * tokens  # each has a token at least; counts are rounded one by one
+    if not 0 <= report.examples <= most:
+        raise WireError(f"it reports {report.examples:g} examples; this run allows {most} at most")
 
 
 def check_walk(report: FitReport, config: RunConfig) -> None:

@@ -85,6 +85,7 @@ def _run(
     folder: Path, method: Aggregator, n: int = 5, delta: Delta = _spread, overrides: tuple[str, ...] = ()
 ) -> ServerState:
     base = ["rounds=2", f"adapter.rank={RANK}", "adapter.alpha=16", "evaluate.every=0", "strategy.min_clients=1"]
+    base.append("train.lr=100")  # the changes here are long
     run = loading.load(None, [*base, *overrides])
     state = ServerState(0, _factors(99), {}, {})
     log = RunLog(folder)
@@ -222,7 +223,8 @@ def _one_shouts(i: int) -> dict[str, Tensor]:
 
 
 def test_the_log_says_who_was_cut_and_why(tmp_path: Path) -> None:
-    _run(tmp_path, _method("geometric_median"), delta=_one_shouts)
+    # Without the guard, which refuses such a change before the method sees it.
+    _run(tmp_path, _method("geometric_median"), delta=_one_shouts, overrides=("strategy.norm_guard=0",))
     for event in _rounds(tmp_path):
         assert list(event["cut"]) == ["c3"] and "as far off as is typical" in event["cut"]["c3"]
         assert sorted(event["shares"]) == [f"c{i}" for i in range(5)]
