@@ -83,10 +83,10 @@ def prepare(
     return Rounds(config, aggregator, adapters.fingerprint(lm, template), state, hooks, progress)
 
 
-def _parameters(config: RunConfig) -> int:
-    """The size of the run's adapter."""
+def _parameters(config: RunConfig, state: ServerState) -> int:
+    """The numbers in a change of this run, at most: those of its whole adapter, or of what a method sends instead."""
     lm = adapters.load(config.model, config.adapter)
-    return sum(parameter.numel() for parameter in lm.adapter.values())
+    return max(sum(tensor.numel() for tensor in tensors.values()) for tensors in (lm.adapter, state.adapter))
 
 
 def _examples(held_out: HeldOut | None) -> tuple[Example, ...]:
@@ -164,7 +164,7 @@ def make_app(
             rounds = prepare(config, folder, log, held_out, deployment_run.site_name, away, stay)
             seals = functools.partial(deployment_run.seals, str(values.get("name", "")), folder)
             waits = functools.partial(deployment_run.log_waits, log)
-            rounds.run(site_grid.guarded(grid, lambda: _parameters(config), seals, waits), expected)
+            rounds.run(site_grid.guarded(grid, lambda: _parameters(config, rounds.state), seals, waits), expected)
             return deliver(config, rounds, folder, log)
 
         if log is not None:

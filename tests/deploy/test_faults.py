@@ -121,3 +121,6 @@ def test_a_server_that_is_killed_leaves_a_run_to_go_on_with(federation: Deployme
     again = federation.call("deploy", "submit", kit, "--out", "run", "--resume")
     assert again.returncode == 0, again.stderr
     assert [event["round"] for event in events_of(federation.folder / "run", "round")] == [1, 2, 3]
+    told = federation.call("deploy", "verify", "run", "--keys", str(federation.kits / "server" / "sites"))
+    assert told.returncode == 0, told.stdout + told.stderr
+    assert told.stdout.count("signed") == len(SITES)  # the account was cut with the log, and went on
