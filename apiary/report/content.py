@@ -368,8 +368,17 @@ def _samples(metrics: Metrics) -> list[dict[str, Any]]:
     return samples
 
 
+_LIMITED = {  # fields of a `client` event, of what did not count in full
+    "capped": ("Capped", "its weight counts up to strategy.weight_cap times the median"),
+    "shortened": ("Scaled down", "its change counts up to strategy.norm_guard times the median's length"),
+}
+
+
 def _troubles(events: Iterable[Event]) -> dict[str, Any]:
-    """Refusals, warnings and early stops, in order; what is said of several clients in a round stands in one row."""
+    """Refusals, limits that held, warnings and early stops, in order.
+
+    What is said of several clients in a round stands in one row.
+    """
     told: dict[tuple[str, str, str], list[str]] = {}
     for event in events:
         where = {None: "", 0: "before training"}.get(number := event.get("round"), f"round {number}")
@@ -381,6 +390,10 @@ def _troubles(events: Iterable[Event]) -> dict[str, Any]:
                 told.setdefault((where, "Warning", str(event.get("message", ""))), []).append(client)
             case "stop":
                 told.setdefault((where, "Stopped", reason), []).append("")
+            case "client":
+                for field, (what, why) in _LIMITED.items():
+                    if field in event:
+                        told.setdefault((where, what, why), []).append(client)
     rows = [(where, what, _some(clients), why) for (where, what, why), clients in told.items()]
     return {"rows": rows[:_TROUBLES], "left_out": max(0, len(rows) - _TROUBLES)}
 

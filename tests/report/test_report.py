@@ -623,3 +623,19 @@ def test_what_many_clients_are_refused_for_is_one_row_a_round(tmp_path: Path) ->
     assert html.count("<td>it failed</td>") == 10
     assert html.count("client-000, client-001, client-002, client-003 and 46 more") == 10
     assert len(html) < 1_000_000
+
+
+def test_whose_weight_or_change_did_not_count_in_full_is_told(tmp_path: Path) -> None:
+    folder = fake_run(tmp_path / "run", fake_metrics())
+    lines = [
+        {"event": "client", "time": 1.0, "round": 2, "client": "heavy", "capped": 300.0},
+        {"event": "client", "time": 1.0, "round": 2, "client": "far", "shortened": 0.25},
+        {"event": "client", "time": 1.0, "round": 2, "client": "plain"},
+    ]
+    with (folder / "log.jsonl").open("a") as log:
+        log.write("".join(json.dumps(line) + "\n" for line in lines))
+    write_report(folder)
+    html = (folder / "report.html").read_text()
+    capped, scaled = html.index("<td>Capped</td>"), html.index("<td>Scaled down</td>")
+    assert "heavy" in html[capped : capped + 200] and "far" in html[scaled : scaled + 200]
+    assert "plain</td>" not in html

@@ -160,6 +160,15 @@ def test_by_the_past_alone_a_long_change_is_refused_and_an_honest_one_taken() ->
     assert [event["client"] for event in log.of("client")] == ["c0"]
 
 
+@pytest.mark.parametrize(("optimizer", "why"), [("adamw", "moved by 0.2; "), ("sgd", "long; the run's steps lead to ")])
+def test_of_two_sites_and_no_past_what_the_optimizer_can_do_is_the_limit(optimizer: str, why: str) -> None:
+    bounded = ["rounds=1", "strategy.quorum=0.3", f"train.optimizer={optimizer}", "train.clip_norm=10.0"]
+    _, log, _ = run(_second(filled(0.2)), *bounded, sites=2)
+    (refused,) = log.of("refused")
+    assert refused["client"] == "c1" and why in refused["reason"]
+    assert [event["client"] for event in log.of("client")] == ["c0"]
+
+
 def _second(spoil: Spoil) -> ClientApp:
     """As `app`, with the second site as the bad one."""
     made = ClientApp()
