@@ -1,7 +1,7 @@
 """The ClientApp: a thin shell that hands Flower messages to a worker.
 
-At a site the worker is a process of its own, reached at the node's `worker-address`: Flower starts a new process for
-every message, and this one then loads neither torch nor the model. A virtual client is answered right here.
+At a site the worker is a process of its own, reached at the node's `worker-address`: the node runs this app, and loads
+neither torch nor the model. A virtual client is answered right here.
 """
 
 from __future__ import annotations

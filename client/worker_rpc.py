@@ -1,7 +1,7 @@
 """How the ClientApp asks the site's worker: one call over a socket of this machine.
 
-A call and its answer are each a JSON header and a body of bytes. No Flower and no torch here: this is what a process
-loads that lives for one message.
+A call and its answer are each a JSON header and a body of bytes. No Flower and no torch here: the process that asks is
+to stay small.
 """
 
 from __future__ import annotations

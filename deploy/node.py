@@ -68,7 +68,11 @@ def _answer(line: Line, work: Work, answering: Answering, facts: dict[str, str],
             say(f"{work.what}: nobody waits for the answer any more; dropped")
             return
         seconds = time.monotonic() - began
-        line.send(reply, seconds)
+        try:
+            line.send(reply, seconds)
+        except fleet.Rejected as error:  # too large, say: the server is not to wait for it
+            reply = fleet.failure(work, f"the server does not take its answer ({error})")
+            line.send(reply, seconds)
         say(f"{work.what}: {'failed' if reply.has_error() else 'answered'} after {seconds:.1f} s")
     except fleet.RunOver:
         say(f"{work.what}: its run is over; dropped")

@@ -353,6 +353,17 @@ def test_nothing_private_of_an_error_reaches_the_server(superlink: _SuperLink, t
     assert "ValueError" in reason and "queen" not in reason
 
 
+def test_an_answer_that_the_server_does_not_take_is_told_as_such(superlink: _SuperLink, tmp_path: Path) -> None:
+    superlink.fail["push-messages"] = [413]
+    sent = superlink.send()
+    site = _Site(superlink, tmp_path, _reply)
+    _until(lambda: superlink.replies)
+    site.stop()
+    (reply,) = superlink.replies
+    assert "does not take its answer (HTTP 413)" in reply.error.reason
+    assert reply.metadata.reply_to_message_id == sent.metadata.message_id
+
+
 def test_a_run_that_brings_other_code_is_refused_and_nobody_is_asked(superlink: _SuperLink, tmp_path: Path) -> None:
     superlink.fab = b"other code"
     superlink.send()
