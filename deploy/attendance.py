@@ -35,6 +35,9 @@ def of_events(events: Iterable[Event], now: float) -> dict[str, Attendance]:
     for event in events:
         number, client = event.get("round"), str(event.get("client"))
         match event["event"]:
+            case "start":  # of a run that goes on: rounds that were answered before stay so, and nothing else does
+                pending.clear()
+                refused.clear()
             case "handshake":
                 known[client] = None
                 pending.pop(client, None)

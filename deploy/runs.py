@@ -328,7 +328,8 @@ def standing(state: Path) -> Standing:
             path = state / _DIRECTORIES / _number(run)
             folders[_number(run)] = path.read_text(encoding="utf-8").strip()
     newest = _number(found[0]) if found else ""
-    events = _events_of(Path(folders[newest]), newest) if newest in folders else []
+    out = Path(folders.get(newest, ""))
+    events = _events(out) if newest in folders and _events_of(out, newest) else []  # of the parts before a resume too
     return Standing(there, found, folders, attendance.of_events(events, time.time()))
 
 

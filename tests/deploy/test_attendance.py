@@ -74,11 +74,20 @@ def test_a_silent_handshake_is_told_and_an_ended_run_waits_for_nobody() -> None:
     assert said([*BEGUN, *events(("failed", 30.0, {"message": "x"}))], 90.0)["bee"] == "has answered no round yet"
 
 
+def test_a_run_that_goes_on_keeps_what_was_answered_before_and_nothing_else() -> None:
+    assert said([*BEGUN, *events(("start", 60.0, {"run": "8"}))], 70.0) == {
+        "ant": "last answered round 1",
+        "bee": "has answered no round yet",
+        "cricket": "has answered no round yet",
+    }
+
+
 def test_status_tells_it_beside_the_sites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = RunLog(tmp_path / "run")
-    log.event("start", run="7")
+    log.event("start", run="5")
     log.event("handshake", client="ant")
     log.event("client", client="ant", round=4)
+    log.event("start", run="7")
     log.close()
     (tmp_path / "directories").mkdir()
     (tmp_path / "directories" / "7").write_text(f"{tmp_path / 'run'}\n")
