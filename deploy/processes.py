@@ -149,10 +149,11 @@ def end_all(kept: Iterable[SupervisedProcess]) -> None:
             process.kill()
             process.wait()
     for number in (signal.SIGTERM, signal.SIGKILL):
-        _end_orphans(number, patience=3.0)
+        end_orphans(number)
 
 
-def _end_orphans(number: signal.Signals, patience: float) -> None:
+def end_orphans(number: signal.Signals, patience: float = 3.0) -> None:
+    """Send a signal to what our processes left behind, until it is gone or `patience` seconds are over."""
     deadline = time.monotonic() + patience
     sent: set[int] = set()
     while (left := reap(())) and time.monotonic() < deadline:

@@ -7,7 +7,7 @@ import re
 import secrets
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
 from pathlib import Path
 from types import MappingProxyType
@@ -22,7 +22,9 @@ from apiary.tracking import event_log, run_directory
 from apiary.tracking.event_log import Event, Observer
 from apiary.tracking.run_directory import StillGoing
 from deploy import attendance, bundle, flower_cli, kits, server
+from deploy import going as going_runs
 from deploy.attendance import Attendance
+from deploy.going import Going, read, write
 
 _LOOK_S, _ASK_S = 0.5, 20.0  # how often the run's log is read, and Flower is asked whether the run is alive
 _PATIENCE_S = 15.0  # an earlier run has said its last word, and its process is about to end
@@ -33,6 +35,7 @@ _APP = "apiary-run"  # the folder that Flower bundles
 _FIRST = frozenset({run_directory.RUN_ID, run_directory.CONFIG, event_log.LOG_FILE})
 _STARTED = "started"  # folder of the server's state: the newest of Flower's runs for each run directory
 _DIRECTORIES = "directories"  # folder of the server's state: where each of Flower's runs writes
+_FINISHED = "[code: 18]"  # Flower: the run has ended already
 _GOING = ("pending", "starting", "running")  # as Flower calls it
 _ONLY_SIMULATED = {
     "relays": "sites send their answers to the server itself",
@@ -83,18 +86,75 @@ def _start_alone(state: Path, config: RunConfig, out: Path, expected: int, resum
     with _reserved(out) as number:
         known = state / _STARTED / number
         _check_earlier(state, known, out)
-        values: dict[str, str | int] = {
-            "config": config.to_json(),
-            "out": str(out),
-            "name": f"{run_name(out.name)}-{number}",
-            "expected": expected,
-        }
-        run = _start(state, values)
-        where = state / _DIRECTORIES / run
-        for path, text in ((known, f"{run} {server.port_of(state)}\n"), (where, f"{out}\n")):
-            path.parent.mkdir(mode=0o700, exist_ok=True)
-            files.write_atomic(path, text)
+        going = Going(number, "", config.to_json(), str(out), f"{run_name(out.name)}-{number}", expected)
+        before = read(state, number)
+        return _submit(state, going._replace(earlier=_earlier(before)))
+
+
+def resume(state: Path, going: Going, expected: int) -> str | None:
+    """Submit a run again whose process was killed; its new id, or None where somebody else has meanwhile.
+
+    Args:
+        state: of the running server.
+        going: what is remembered of it.
+        expected: sites that its first round waits for.
+
+    Raises:
+        StillGoing: a process still writes the run directory.
+        flower_cli.FlowerError: Flower refused.
+        OSError: the disk is full.
+    """
+    with _reserved(going.folder) as number:
+        if number != going.number or read(state, number) != going:
+            return None
+        with contextlib.suppress(flower_cli.FlowerError):  # it knows already that it has ended
+            write(state, going._replace(lost=True))
+            flower_cli.call(state, "stop", going.run)
+        done = going_runs.rounds_done(going.folder)
+        tries = 1 if done > going.done else going.tries + 1
+        return _submit(
+            state, going._replace(expected=expected, earlier=_earlier(going), lost=False, done=done, tries=tries)
+        )
+
+
+def _earlier(before: Going | None) -> tuple[str, ...]:
+    return () if before is None else (*before.earlier, before.run)
+
+
+def _submit(state: Path, going: Going) -> str:
+    values: dict[str, str | int] = {key: getattr(going, key) for key in ("config", "out", "name", "expected")}
+    run = _start(state, values)
+    write(state, going._replace(run=run))
+    for path, text in (
+        (state / _STARTED / going.number, f"{run} {server.port_of(state)}\n"),
+        (state / _DIRECTORIES / run, f"{going.out}\n"),
+    ):
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        files.write_atomic(path, text)
     return run
+
+
+def stop(state: Path, what: str) -> str:
+    """End a run for good, by Flower's number of it or by its run directory; returns the number.
+
+    Raises:
+        UserError: no such run, or it has ended.
+        flower_cli.FlowerError: Flower cannot be asked.
+    """
+    server.port_of(state)
+    out = Path(what).resolve()
+    found = next((g for g in going_runs.every(state) if what in (g.run, *g.earlier) or out == g.folder), None)
+    if found is None:
+        raise UserError(f"{what!r}: no run of this server has this number or run directory; see `apiary deploy status`")
+    if found.ended is not None:
+        raise UserError(f"{what!r}: this run has ended already")
+    write(state, found._replace(ended=going_runs.STOPPED))
+    try:
+        flower_cli.call(state, "stop", found.run)
+    except flower_cli.FlowerError as error:
+        if _FINISHED not in str(error):
+            raise
+    return found.run
 
 
 def _clear(state: Path, out: Path) -> None:
@@ -222,48 +282,61 @@ def run_name(text: str) -> str:
     return _NAME.sub("-", text).lstrip(".")[:_LONGEST] or "run"
 
 
-def follow(state: Path, run: str, out: Path, observers: Iterable[Observer]) -> str | None:
+def follow(state: Path, run: str, out: Path, observers: Sequence[Observer]) -> str | None:
     """Tell the observers what the run logs, until it ends; None when it went well, else the reason in one line.
+
+    A run whose process was killed is followed on when the server has submitted it again.
 
     Raises:
         flower_cli.FlowerError: the server has not answered for a minute, and the log tells no end.
     """
     asked = answered = time.monotonic()
-    failure: str | None = None
-    known = 0
+    known, told = 0, False
     while True:
-        events = _events_of(out, run)
+        going = going_runs.of_folder(state, out)
+        if going is not None and run in going.earlier:
+            run, known, told, answered = going.run, 0, False, time.monotonic()
+            _tell(observers, f"the run's process was gone: it goes on after round {going.done}, as run {run}")
+        events = going_runs.events(out, run)
         for event in events[known:]:
             for observer in observers:
                 observer(event)
-            if event["event"] == "finish":
-                return None
-            if event["event"] == "failed":
-                failure = str(event["message"])
         if len(events) > known:
             answered = time.monotonic()  # in its way
         known = len(events)
-        if failure is not None:
-            return failure
+        end = _end_of(events, going)
+        if end is not None:
+            return end or None
         if time.monotonic() - asked > _ASK_S:
             status = status_of(state, run)
             asked = time.monotonic()
             if status != "unknown":
                 answered = asked
-            elif asked - answered > _LOST_S and not _events_of(out, run)[known:]:
-                raise flower_cli.FlowerError(
-                    f"the server cannot be asked for {_LOST_S:g} s: is it gone? Once it is back, go on with --resume"
-                )
-            if status.startswith("finished") and not any(e["event"] == "finish" for e in _events_of(out, run)[known:]):
-                return f"the server's process ended ({status}); superlink.log in the state folder says more"
+            elif asked - answered > _LOST_S and not going_runs.events(out, run)[known:]:
+                why = f"the server cannot be asked for {_LOST_S:g} s: is it gone?"
+                raise flower_cli.FlowerError(f"{why} Once it is back, the run goes on by itself")
+            if status.startswith("finished") and going_runs.verdict(going_runs.events(out, run)) is None:
+                if going is None:
+                    return f"the server's process ended ({status}); superexec.log in the state folder says more"
+                if not told:
+                    _tell(observers, f"the run's process ended ({status}): the server submits it again")
+                told = True
         time.sleep(_LOOK_S)
 
 
-def _events_of(out: Path, run: str) -> list[Event]:
-    """What one of Flower's runs has logged; its part begins with its start, wherever a resumed run has cut the log."""
-    events = _events(out)
-    starts = [i for i, event in enumerate(events) if event["event"] == "start" and event.get("run") == run]
-    return events[starts[-1] :] if starts else []
+def _end_of(events: Sequence[Event], going: Going | None) -> str | None:
+    """How a run ended for good: empty = well; None = it goes on, or will."""
+    end = going_runs.verdict(events)
+    if end is None and going is not None and going.ended:
+        return going.ended
+    if end is None and going is None:  # of a server that resumes nothing
+        return next((str(event["message"]) for event in events if event["event"] == "failed"), None)
+    return end
+
+
+def _tell(observers: Sequence[Observer], line: str) -> None:
+    for observer in observers:
+        observer({"event": "warning", "time": time.time(), "message": line})
 
 
 def _events(out: Path) -> list[Event]:
@@ -275,7 +348,7 @@ def _events(out: Path) -> list[Event]:
 def status_of(state: Path, run: str) -> str:
     """What Flower says of a run; "unknown" when it cannot be asked."""
     try:
-        found = runs(state, run)
+        found = flower_cli.call(state, "list", options=("--run-id", run)).get("runs", [])
     except flower_cli.FlowerError:
         return "unknown"
     return str(found[0].get("status", "unknown")) if found else "unknown"
@@ -289,7 +362,19 @@ def runs(state: Path, run: str | None = None) -> list[dict[str, Any]]:
     """
     options = ("--run-id", run) if run else ()
     found: list[dict[str, Any]] = flower_cli.call(state, "list", options=options).get("runs", [])
-    return found
+    remembered = {name: going for going in going_runs.every(state) for name in (*going.earlier, going.run)}
+    return [{**row, **_standing_of(row, remembered.get(_number(row)))} for row in found]
+
+
+def _standing_of(row: Mapping[str, Any], going: Going | None) -> dict[str, str]:
+    """The status of a run where it is another than Flower knows."""
+    if going is None or str(row.get("status")) not in ("finished:failed", "finished:stopped"):
+        return {}
+    if _number(row) != going.run:
+        return {"status": f"resumed as {going.run}"}
+    if going.ended is None and going_runs.verdict(going_runs.events(going.folder, going.run)) is None:
+        return {"status": "going: to be resumed"}
+    return {}
 
 
 def sites(state: Path) -> dict[str, str]:
@@ -329,7 +414,7 @@ def standing(state: Path) -> Standing:
             folders[_number(run)] = path.read_text(encoding="utf-8").strip()
     newest = _number(found[0]) if found else ""
     out = Path(folders.get(newest, ""))
-    events = _events(out) if newest in folders and _events_of(out, newest) else []  # of the parts before a resume too
+    events = _events(out) if newest in folders and going_runs.events(out, newest) else []  # of the parts before a resume too
     return Standing(there, found, folders, attendance.of_events(events, time.time()))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import sys
 import threading
 import time
@@ -22,6 +23,7 @@ _NODES_VARIABLE = "APIARY_NODES"  # tells the runs' own processes where the latt
 _KEY_IS_KNOWN, _NODE_IS_GONE = "[code: 23]", "[code: 24]"
 _NAMES = ("SuperLink", "SuperExec", "door")
 _START_S = 120.0
+_RUNS_S = 1.0  # how often the runs are looked at
 _KEYS_S = 5.0  # how often the folder of public keys is looked at
 _AGAIN_S = 30.0  # until what Flower refused is tried again: each try is a process
 
@@ -54,7 +56,9 @@ def run(kit: Kit, state: Path, bind: str = "0.0.0.0") -> int:
             known = register(kit, state, failures)
             write_atomic(state / _RUNNING, json.dumps({"port": port}))
             _say(f"server ready at {kit.server}; sites: {', '.join(known)}")
-            _watch(kit, state, kept, end, known, failures)
+            from deploy.tending import Tending  # here, for it asks this module where the server listens
+
+            _watch(kit, state, kept, end, known, failures, Tending(state, _say).look)
         finally:
             (state / _RUNNING).unlink(missing_ok=True)
             processes.end_all(reversed(kept))
@@ -151,20 +155,40 @@ def _wait_until_up(kit: Kit, kept: list[SupervisedProcess], port: int, end: thre
 
 
 def _watch(
-    kit: Kit, state: Path, kept: list[SupervisedProcess], end: threading.Event, known: list[str], failures: _Failures
+    kit: Kit,
+    state: Path,
+    kept: list[SupervisedProcess],
+    end: threading.Event,
+    known: list[str],
+    failures: _Failures,
+    tend: Callable[[], None],
 ) -> None:
-    looked = time.monotonic()
+    looked = tended = time.monotonic()
     while not end.wait(0.3):
         for name, each in zip(_NAMES, kept, strict=True):
             code = each.look()
             if code is not None:
                 _say(f"the {name} ended (exit code {code}) and is started again")
+                if name in _NAMES[:2]:
+                    _end_runs(kept[_NAMES.index("SuperExec")])
         processes.reap(kept)
-        if time.monotonic() - looked > _KEYS_S:
+        now = time.monotonic()
+        if now - looked > _KEYS_S:
             before, known = known, register(kit, state, failures)
-            looked = time.monotonic()
+            looked = now
             if known != before:
                 _say(f"sites: {', '.join(known)}")
+        if now - tended > _RUNS_S:
+            tend()
+            tended = time.monotonic()
+
+
+def _end_runs(superexec: SupervisedProcess) -> None:
+    """End the processes of runs, which belong to a SuperLink that is gone: each run goes on in a new one."""
+    if superexec.process is not None:
+        superexec.process.kill()
+        superexec.process.wait()
+    processes.end_orphans(signal.SIGKILL)
 
 
 def register(kit: Kit, state: Path, failures: _Failures) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import time
@@ -10,6 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import httpx
 
 import strategies
 from apiary.config import summary
@@ -112,7 +115,7 @@ def _run(
         write_report(folder)
         log.event("finish", seconds=metrics["seconds"])  # last: who follows the log then finds everything there
     except BaseException as error:
-        log.event("failed", message=_line(error))
+        log.event("failed", message=_line(error), **({"again": True} if _passes(error) else {}))
         raise
     finally:
         log.close()
@@ -211,6 +214,13 @@ def _summarise(config: RunConfig, folder: Path, adapter: StateDict, held_out: He
 def _client(name: str, hello: Mapping[str, Any], rank: int | None) -> dict[str, Any]:
     told = {key: hello.get(key) for key in ("examples", "tokens")}
     return {"client": name, **told, "counts": hello.get("counts", "exact"), "rank": rank}
+
+
+def _passes(error: BaseException) -> bool:
+    """Whether what ended a run was none of its doing: its process was ended, the disk full, or the SuperLink gone."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(error, KeyboardInterrupt | SystemExit | httpx.HTTPError)
 
 
 def _line(error: BaseException) -> str:

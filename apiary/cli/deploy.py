@@ -301,3 +301,23 @@ def deploy_verify(
         typer.echo(line)
     if found.problems:
         raise typer.Exit(1)
+
+
+@app.command("stop")
+def deploy_stop(
+    kit: ServerKit,
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="its number in `apiary deploy status`, or its run directory")
+    ],
+    state: State = None,
+) -> None:
+    """End a run for good: it does not go on by itself any more."""
+    from deploy import flower_cli, kits, runs
+
+    opened = kits.read(kit, "server")
+    try:
+        ended = runs.stop((state or opened.folder / "state").resolve(), run)
+    except flower_cli.FlowerError as error:
+        typer.echo(f"apiary: the server cannot be asked: {error}", err=True)
+        raise typer.Exit(1) from None
+    typer.echo(f"run {ended} ended")

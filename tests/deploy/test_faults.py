@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -11,7 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from deployment import SITES, Deployment, descendants, events_of, overrides, running
+from safetensors.torch import load_file
+
+from apiary.config import loading
+from simulation.run import simulate
 
 pytestmark = pytest.mark.long
 _SILENT_S = 30.0  # two intervals without a sign of life
@@ -108,19 +114,44 @@ def test_a_run_in_which_nothing_usable_arrives_fails_and_goes_on_later(
     assert [event["round"] for event in events_of(federation.folder / "run", "round")] == [1, 2]
 
 
-def test_a_server_that_is_killed_leaves_a_run_to_go_on_with(federation: Deployment, tiny_model: Path) -> None:
-    _submit(federation, tiny_model, "rounds=3")
-    _wait_for_event(federation, "round", 1)
-    _kill(federation, "server")
-    federation.running["submit"].kill()
-    federation.serve()
+def _child(made: Deployment, name: str, *words: bytes) -> int:
+    """The process of somebody's whose command line holds all of the words."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for pid in descendants(made.running[name].pid):
+            with contextlib.suppress(OSError):
+                line = Path(f"/proc/{pid}/cmdline").read_bytes()
+                if all(word in line for word in words):
+                    return pid
+        time.sleep(0.1)
+    raise AssertionError(words)
+
+
+def test_a_run_goes_on_by_itself_whatever_of_the_server_is_killed(federation: Deployment, tiny_model: Path) -> None:
+    """ServerApp, SuperExec, SuperLink and at last all of the server: the adapter is that of an undisturbed run."""
+    texts = [*overrides(tiny_model, federation.folder / "rows"), "rounds=5", "evaluate.every=0", "data.test_fraction=0"]
+    words = [word for text in texts for word in ("-s", text)]
     kit = str(federation.kits / "server")
-    deadline = time.monotonic() + 180
-    while (status := federation.call("deploy", "status", kit).stdout).count(": online") < 3:
-        assert time.monotonic() < deadline, status
-    again = federation.call("deploy", "submit", kit, "--out", "run", "--resume")
-    assert again.returncode == 0, again.stderr
-    assert [event["round"] for event in events_of(federation.folder / "run", "round")] == [1, 2, 3]
+    federation.start("submit", "deploy", "submit", kit, "--out", "run", *words)
+    for number, which in enumerate((b"flwr-serverapp", b"flower-superexec", b"deploy.superlink"), 1):
+        _wait_for_event(federation, "round", number)
+        os.kill(_child(federation, "server", which), signal.SIGKILL)
+        federation.wait_for("server", "its process was gone", number)
+    _wait_for_event(federation, "round", 4)
+    _kill(federation, "server")
+    federation.serve()
+    federation.running["submit"].wait(timeout=600)
+    said = federation.said("submit")
+    assert federation.running["submit"].returncode == 0, said + federation.said("server")
+    assert said.count("it goes on after round") == 4, said
+    assert [event["round"] for event in events_of(federation.folder / "run", "round")] == [1, 2, 3, 4, 5]
+    status = federation.call("deploy", "status", kit).stdout
+    assert status.count("resumed as") == 4 and "finished:completed" in status
+    simulate(loading.load(None, texts), federation.folder / "simulated")
+    ours, theirs = (
+        load_file(federation.folder / name / "adapter" / "adapter_model.safetensors") for name in ("run", "simulated")
+    )
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     told = federation.call("deploy", "verify", "run", "--keys", str(federation.kits / "server" / "sites"))
     assert told.returncode == 0, told.stdout + told.stderr
     assert told.stdout.count("signed") == len(SITES)  # the account was cut with the log, and went on

@@ -10,6 +10,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import threading
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,7 +44,8 @@ from client import app as client_app
 from client import handlers, site_worker, worker_rpc
 from client.site import Facts, at_home
 from client.worker import Worker
-from deploy import flower_cli, runs
+from deploy import flower_cli, going, runs
+from deploy.tending import Tending
 from server import deployment_run
 from simulation import engines
 from simulation.in_process_grid import LocalGrid
@@ -556,6 +558,7 @@ class SuperLink:
     def __init__(self, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.given: list[dict[str, object]] = []
         self.runs: list[dict[str, object]] = []
+        self.stopped: list[str] = []
         self.status = "running"
         state.mkdir()
         (state / "nodes.json").write_text(json.dumps({"ant": {"node": "7", "key": ""}}))
@@ -573,6 +576,9 @@ class SuperLink:
             if self.status == "gone":
                 raise flower_cli.FlowerError("no answer")
             return {"runs": [{"run-id": options[1], "status": self.status}] if options else self.runs}
+        if words[0] == "stop":
+            self.stopped.append(words[1])
+            return {}
         assert Path(words[1], "pyproject.toml").exists()
         self.given.append(tomllib.loads(Path(options[1]).read_text(encoding="utf-8")))
         if self.status == "refused":
@@ -595,7 +601,7 @@ def test_a_run_gets_a_name_of_its_own_and_keeps_it(superlink: SuperLink, tmp_pat
     one, two, again = (str(values["name"]) for values in superlink.given)
     assert one == again != two and one.startswith("first-") and two.startswith("first-")
     assert all(site_worker._RUN_NAME.fullmatch(name) for name in (one, two))
-    kept = ["directories", "nodes.json", "running.json", "started"]  # no drafts
+    kept = ["directories", "nodes.json", "running.json", "runs", "started"]  # no drafts
     assert sorted(path.name for path in state.iterdir()) == kept
 
 
@@ -730,8 +736,104 @@ def test_who_follows_is_told_that_the_server_is_gone(
     for name, seconds in (("_LOOK_S", 0.01), ("_ASK_S", 0.02), ("_LOST_S", 0.1)):
         monkeypatch.setattr(runs, name, seconds)
     superlink.status = "gone"
-    with pytest.raises(flower_cli.FlowerError, match=r"cannot be asked.*--resume"):
+    with pytest.raises(flower_cli.FlowerError, match=r"cannot be asked.*goes on by itself"):
         runs.follow(tmp_path / "state", "1", tmp_path / "run", [])
+
+
+def _log(out: Path, run: int, *events: dict[str, object]) -> None:
+    log = RunLog(out)
+    log.event("start", run=str(run))
+    for event in events:
+        log.event(**event)  # type: ignore[arg-type]
+    log.close()
+
+
+def test_a_run_whose_process_is_gone_is_submitted_again_by_the_server(superlink: SuperLink, tmp_path: Path) -> None:
+    state, out, said = tmp_path / "state", tmp_path / "run", list[str]()
+    runs.start(state, loading.load(None, ["strategy.min_clients=1"]), out)
+    tending = Tending(state, said.append)
+    tending.look()
+    assert len(superlink.given) == 1  # its process is not up yet
+    with run_directory.claim(out):
+        _log(out, 1, {"kind": "round", "round": 1})
+        tending.look()
+        assert len(superlink.given) == 1  # it works
+    tending.look()
+    first, again = superlink.given
+    assert first == again and superlink.stopped == ["1"]
+    assert "goes on after round 1, as run 2" in said[-1]
+    superlink.runs = [{"run-id": "2", "status": "running"}, {"run-id": "1", "status": "finished:stopped"}]
+    assert [row["status"] for row in runs.runs(state)] == ["running", "resumed as 2"]
+    seen: list[str] = []
+    late = threading.Timer(0.3, lambda: _log(out, 2, {"kind": "finish"}))
+    late.start()
+    assert runs.follow(state, "1", out, [lambda event: seen.append(str(event.get("message", event["event"])))]) is None
+    assert "goes on after round 1, as run 2" in seen[0] and seen[1:] == ["start", "finish"]
+    tending.look()
+    assert len(superlink.given) == 2
+
+
+@pytest.mark.parametrize(
+    ("again", "status", "goes_on"),
+    [(False, "finished:failed", False), (True, "finished:failed", True), (True, "finished:stopped", False)],
+)
+def test_what_ends_by_its_own_error_or_by_a_person_stays_ended(
+    again: bool, status: str, goes_on: bool, superlink: SuperLink, tmp_path: Path
+) -> None:
+    state, out = tmp_path / "state", tmp_path / "run"
+    runs.start(state, loading.load(None, ["strategy.min_clients=1"]), out)
+    _log(out, 1, {"kind": "failed", "message": "why", **({"again": True} if again else {})})
+    superlink.status = status
+    Tending(state, print).look()
+    Tending(state, print).look()  # the next one waits for the process of the second
+    assert len(superlink.given) == (2 if goes_on else 1)
+
+
+def test_a_run_that_never_gets_on_is_given_up(
+    superlink: SuperLink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(going, "pause", lambda tries: 0.0)
+    state, out, said = tmp_path / "state", tmp_path / "run", list[str]()
+    run = runs.start(state, loading.load(None, ["strategy.min_clients=1"]), out)
+    tending = Tending(state, said.append)
+    for number in range(1, going.TRIES + 3):
+        _log(out, number)
+        tending.look()
+    assert len(superlink.given) == going.TRIES + 1 and "is given up" in said[-1]
+    assert "ended 5 times" in str(runs.follow(state, run, out, []))
+
+
+def test_a_run_waits_for_its_sites_and_for_room(
+    superlink: SuperLink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, out, said = tmp_path / "state", tmp_path / "run", list[str]()
+    runs.start(state, loading.load(None, ["strategy.min_clients=2"]), out)
+    _log(out, 1)
+    tending = Tending(state, said.append)
+    with monkeypatch.context() as full:
+        full.setattr(going, "has_room", lambda out: False)
+        tending.look()
+        tending.look()
+    tending.look()
+    assert len(superlink.given) == 1
+    assert [line.rpartition("): ")[2] for line in said] == [
+        "waits for room on the disk",
+        said[1].rpartition("): ")[2],
+    ] and "waits for its sites (1 of 2 are online)" in said[1]
+
+
+def test_a_run_is_ended_for_good(superlink: SuperLink, tmp_path: Path) -> None:
+    state, out = tmp_path / "state", tmp_path / "run"
+    run = runs.start(state, loading.load(None, ["strategy.min_clients=1"]), out)
+    _log(out, 1)
+    with pytest.raises(UserError, match="no run of this server"):
+        runs.stop(state, "7")
+    assert runs.stop(state, str(out)) == run and superlink.stopped == [run]
+    Tending(state, print).look()
+    assert len(superlink.given) == 1
+    assert runs.follow(state, run, out, []) == going.STOPPED
+    with pytest.raises(UserError, match="has ended already"):
+        runs.stop(state, run)
 
 
 def test_what_differs_from_a_simulation_is_said_before_the_start() -> None:

@@ -1,0 +1,129 @@
+"""Runs that go on by themselves: what the server remembers of each, and when it submits one again.
+
+A run whose process was killed, with the SuperLink, the whole server or by itself, is submitted again in its run
+directory, from its last finished round. A run that failed by its own error is not, nor one that a person ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from apiary.core import files
+from apiary.core.errors import UserError
+from apiary.tracking import event_log, run_directory
+from apiary.tracking.event_log import Event
+
+FOLDER = "runs"  # of the server's state
+TRIES = 5  # without a finished round between them
+STOPPED = "it was ended by `apiary deploy stop`"
+_ROOM = 64_000_000  # bytes that must be free on the disk of the run directory
+
+
+class Going(NamedTuple):
+    """A run as the server remembers it, in `runs/NUMBER.json` of its state."""
+
+    number: str  # of the run directory, which tells its run from others
+    run: str  # Flower's, the newest
+    config: str  # JSON
+    out: str
+    name: str
+    expected: int  # sites
+    earlier: tuple[str, ...] = ()  # Flower's runs that it went on from
+    lost: bool = False  # the process of `run` is gone, and Flower is told so
+    done: int = 0  # rounds, when it was last resumed
+    tries: int = 0  # since a round was finished
+    ended: str | None = None  # why; empty = it finished
+
+    @property
+    def folder(self) -> Path:
+        """The run directory."""
+        return Path(self.out)
+
+
+def write(state: Path, going: Going) -> None:
+    """Remember a run.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    (state / FOLDER).mkdir(mode=0o700, exist_ok=True)
+    files.write_atomic(state / FOLDER / f"{going.number}.json", json.dumps(going._asdict(), indent=1))
+
+
+def read(state: Path, number: str) -> Going | None:
+    """What is remembered of the run of a run directory, by its number; None = nothing."""
+    try:
+        values = json.loads((state / FOLDER / f"{number}.json").read_text(encoding="utf-8"))
+        return Going(**{**values, "earlier": tuple(values["earlier"])})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def of_folder(state: Path, out: Path) -> Going | None:
+    """What is remembered of the run in a run directory."""
+    with contextlib.suppress(OSError):
+        return read(state, (out / run_directory.RUN_ID).read_text(encoding="utf-8").strip())
+    return None
+
+
+def every(state: Path) -> Iterator[Going]:
+    """All that are remembered."""
+    for path in sorted((state / FOLDER).glob("*.json")):
+        if (going := read(state, path.stem)) is not None:
+            yield going
+
+
+def events(out: Path, run: str) -> list[Event]:
+    """What one of Flower's runs has logged; its part begins with its start, wherever a resumed run has cut the log."""
+    with contextlib.suppress(UserError, OSError):
+        found = event_log.read_events(out)
+        starts = [i for i, event in enumerate(found) if event["event"] == "start" and event.get("run") == run]
+        return found[starts[-1] :] if starts else []
+    return []
+
+
+def verdict(logged: Sequence[Event]) -> str | None:
+    """How a run ended for good by its own log: empty = it finished, else its own error; None = it did not end so."""
+    for event in logged:
+        if event["event"] == "finish":
+            return ""
+        if event["event"] == "failed" and not event.get("again"):
+            return str(event["message"])
+    return None
+
+
+def rounds_done(out: Path) -> int:
+    """The last finished round in the log of a run directory."""
+    with contextlib.suppress(UserError, OSError):
+        return max(
+            (int(event["round"]) for event in event_log.read_events(out) if event["event"] == "round"), default=0
+        )
+    return 0
+
+
+def is_free(out: Path) -> bool:
+    """Whether no process writes a run directory."""
+    if not out.is_dir():
+        return True
+    try:
+        with run_directory.claim(out):
+            return True
+    except (UserError, OSError):
+        return False
+
+
+def has_room(out: Path) -> bool:
+    """Whether the disk of a run directory takes something."""
+    with contextlib.suppress(OSError):
+        return shutil.disk_usage(out).free >= _ROOM
+    return False
+
+
+def pause(tries: int) -> float:
+    """Seconds from the end of a run's process to the next try."""
+    return 0.0 if tries == 0 else min(60.0, 2.0**tries)
