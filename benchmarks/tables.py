@@ -888,6 +888,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "aggregation_memory": aggregation_memory,
     "aggregation_round": aggregation_round,
     "poisoning": poisoning,
+    "limits": poisoning,
     "federated": federated,
     "dolly": dolly,
     "mixed": mixed,

@@ -53,8 +53,8 @@ def sign_flip(scale: PositiveFloat = 1.0) -> Attack:
 def drift(length: PositiveFloat = 1.9) -> Attack:
     """Each entry against the honest change, by `length` times the root mean square of its tensor's.
 
-    The longest step back that passes for honest, round after round: after a few steps of AdamW no entry of an honest
-    change is much longer, and hardly one is as long.
+    At the edge of what passes for honest (`strategy.norm_guard`): a few steps of AdamW move no entry much further, and
+    hardly any as far. A shorter one passes in every round.
     """
 
     def change(seen: Seen) -> StateDict:
