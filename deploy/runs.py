@@ -414,7 +414,8 @@ def standing(state: Path) -> Standing:
             folders[_number(run)] = path.read_text(encoding="utf-8").strip()
     newest = _number(found[0]) if found else ""
     out = Path(folders.get(newest, ""))
-    events = _events(out) if newest in folders and going_runs.events(out, newest) else []  # of the parts before a resume too
+    known = newest in folders and going_runs.events(out, newest)
+    events = _events(out) if known else []  # of the parts before a resume too
     return Standing(there, found, folders, attendance.of_events(events, time.time()))
 
 
