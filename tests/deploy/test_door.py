@@ -705,6 +705,9 @@ def test_slow_callers_make_way_for_others(behind: _Behind, kit: _Kit) -> None:
                 return answer.status_code
 
             statuses = [await beat()]
+            body = kit.north.beat()
+            kept = await all_.enter_async_context(_sent(port, body, _head(kit.north, len(body)), "send-node-heartbeat"))
+            assert b" 200 " in await kept.readline()
             for _ in range(100):
                 reader, writer = await asyncio.open_connection("127.0.0.1", port)
                 all_.callback(writer.close)
@@ -715,6 +718,12 @@ def test_slow_callers_make_way_for_others(behind: _Behind, kit: _Kit) -> None:
                 statuses.append((await other.get("/health")).status_code)
             await asyncio.sleep(0.1)
             gone = sum(task.done() for task in slow)
+            await asyncio.wait_for(kept.readexactly(1), 60)
+            assert not kept.at_eof()
+            kept_open = asyncio.create_task(_end_of(kept))
+            await asyncio.sleep(0.2)
+            assert not kept_open.done()
+            slow.append(kept_open)
             for task in slow:
                 task.cancel()
             await asyncio.gather(*slow, return_exceptions=True)

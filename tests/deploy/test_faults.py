@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from deployment import SITES, Deployment, descendants, events_of, overrides, running
+from deployment import SITES, Deployment, descendants, events_of, overrides, running, write_held_out
 from safetensors.torch import load_file
 
 from apiary.config import loading
@@ -130,6 +130,7 @@ def _child(made: Deployment, name: str, *words: bytes) -> int:
 def test_a_run_goes_on_by_itself_whatever_of_the_server_is_killed(federation: Deployment, tiny_model: Path) -> None:
     """ServerApp, SuperExec, SuperLink and at last all of the server: the adapter is that of an undisturbed run."""
     texts = [*overrides(tiny_model, federation.folder / "rows"), "rounds=5", "evaluate.every=0", "data.test_fraction=0"]
+    texts.append(f"data.test={write_held_out(federation.folder / 'held-out.jsonl')}")
     words = [word for text in texts for word in ("-s", text)]
     kit = str(federation.kits / "server")
     federation.start("submit", "deploy", "submit", kit, "--out", "run", *words)
