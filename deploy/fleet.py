@@ -53,7 +53,7 @@ from deploy import bundle
 _BEAT_S, _INTERVAL_S = 6.0, 14.0  # Flower gives a node up after two intervals, of ten seconds at least
 _FIRST_S, _LONGEST_S = 0.5, 15.0  # between tries while the server does not answer
 _AWAY_S = 3.0  # that long a node is away to be seen to be: the server looks every second
-_CLOCK_S = 60.0  # a difference of clocks that is worth a word; Flower refuses one of five minutes
+_AHEAD_S, _BEHIND_S = 4.0, 55.0  # of the server's clock: the door refuses more than 5 and 60; dates have whole seconds
 _NOT_ACTIVATED, _RUN_OVER, _NO_RUN = 2004, 2007, 2008  # Flower's codes
 _PASSING = (408, 429)  # and all from 500 on: the server is busy or starts again
 _UNTOUCHED = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)  # nothing of the call was sent
@@ -388,10 +388,10 @@ class Line:
 def clock_line(ahead_s: float) -> str | None:
     """What to say of a clock that is so many seconds ahead of the server's; None where it is right enough."""
     seconds = abs(ahead_s)
-    if seconds < _CLOCK_S:
+    if -_BEHIND_S < ahead_s < _AHEAD_S:
         return None
-    lengths = {"day": 86_400, "hour": 3_600, "minute": 60}
-    unit = next((unit for unit, length in lengths.items() if seconds >= 0.95 * length), "minute")
+    lengths = {"day": 86_400, "hour": 3_600, "minute": 60, "second": 1}
+    unit = next(unit for unit, length in lengths.items() if seconds >= 0.95 * length)
     number = round(seconds / lengths[unit])
     where = "ahead of" if ahead_s > 0 else "behind"
     return f"its clock is {number} {unit}{'s' if number > 1 else ''} {where} the server's: set it right"

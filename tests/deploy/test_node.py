@@ -381,6 +381,8 @@ def test_a_run_that_brings_other_code_is_refused_and_nobody_is_asked(superlink: 
         (-72.0, "its clock is 3 days behind the server's"),
         (1.5, "its clock is 2 hours ahead of the server's"),
         (0.1, "its clock is 6 minutes ahead of the server's"),
+        (20 / 3600, "seconds ahead of the server's"),  # of a wait of milliseconds: 19 or 20
+        (-20 / 3600, "unknown there"),  # the door takes it
         (0.0, "unknown there"),
     ],
 )
