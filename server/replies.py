@@ -120,7 +120,9 @@ def _checked(visit: Visit, message: bytes, member: Member, terms: Terms) -> Visi
     if terms.config.strategy.norm_guard:
         steps = validation.trained_steps(visit.report, terms.config, member.examples)
         start, local = payload.adapter, terms.aggregator.local
-        validation.check_reach(visit, guard.reach(terms.config, terms.number, steps, start, local))
+        validation.check_reach(
+            visit, guard.reach(terms.config, terms.number, steps, start, local, terms.codec.feedback)
+        )
     if visit.update.rank != client.rank:
         raise WireError(f"its update has rank {visit.update.rank}, and it was sent rank {client.rank}")
     return _with_control(visit, payload, terms)

@@ -84,7 +84,9 @@ class Reach(NamedTuple):
         return ""
 
 
-def reach(config: RunConfig, number: int, steps: int, start: StateDict, local: LocalAlgorithm) -> Reach:
+def reach(
+    config: RunConfig, number: int, steps: int, start: StateDict, local: LocalAlgorithm, feedback: bool = False
+) -> Reach:
     """What `steps` optimizer steps in round `number` can do to `start`, at most; no limit where that is not known.
 
     AdamW moves an entry in step t by at most lr_t R_t, and by lr_t times the weight decay times the entry. R_t is the
@@ -102,10 +104,11 @@ def reach(config: RunConfig, number: int, steps: int, start: StateDict, local: L
         steps: of the visit.
         start: what the client was sent.
         local: the method's half at the clients.
+        feedback: whether the codec of the change keeps what a message leaves out, and adds it to the next.
     """
     train = config.train
     plain = local.open is PLAIN.open and local.finish is PLAIN.finish and not local.gradient_free
-    if not plain or config.wire.up.name in ("topk", "sparse"):
+    if not plain or feedback:
         return Reach()
     moved = schedule.lr_sum(config, number, steps) * _SLACK
     if train.optimizer == "sgd":

@@ -409,3 +409,10 @@ def test_every_method_says_which_clients_train_plainly() -> None:
         local = AGGREGATORS.build(name, {}, **given).local
         assert guard.reach(loading.load(None, []), 1, 3, START, local) == guard.Reach()
     assert ClientInfo("c", 2, 0).clients == 1
+
+
+def test_what_feedback_brings_of_rounds_with_higher_rates_is_no_attack() -> None:
+    """The first round's rounding comes back in the last, whose learning rate is a tenth; other codecs bring nothing."""
+    config, local = loading.load(None, []), strategies.from_config(loading.load(None, [])).local
+    assert guard.reach(config, 1, 3, START, local, feedback=True) == guard.Reach()
+    assert guard.reach(config, 1, 3, START, local).entries
