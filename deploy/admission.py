@@ -279,7 +279,7 @@ def check(call: str, body: bytes, caller: Caller) -> None:
     """Check that a call speaks in the name of its caller alone.
 
     That the *objects* of `pull-object`, `push-object` and `confirm-message-received` belong to the caller does not show
-    in the call: who wants to bind them notes here which ones were announced to whom.
+    in the call: the SuperLink sees to it (`deploy.objects`), by the node that is proved here.
 
     Args:
         call: one of `CALLS`.

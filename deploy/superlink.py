@@ -18,7 +18,7 @@ from fastapi import FastAPI, HTTPException, Request
 from starlette.concurrency import run_in_threadpool
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-from deploy import peers, superlink_state
+from deploy import objects, peers, superlink_state
 
 _START = "flwr.superlink.cli.flower_superlink"
 _FLEET = "flwr.superlink.servicer.fleet.fleet_handlers"
@@ -60,6 +60,8 @@ def prepare() -> None:
     _replace("flwr.supercore.sql_mixin", "SQLITE_PRAGMAS", lambda theirs: superlink_state.PRAGMAS)
     _replace(_STORE, "SqlObjectStore", superlink_state.store_class)
     _replace(_LINK, "SqlLinkState", superlink_state.state_class)
+    for name, guard in objects.GUARDS.items():  # before the transactions, which then go around them
+        _replace(_FLEET, name, guard)
     for name in _CARRY:
         for handlers in (_FLEET, _RUNTIME):
             _replace(handlers, name, superlink_state.in_one_transaction)

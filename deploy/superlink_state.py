@@ -1,6 +1,7 @@
 """What our SuperLink does otherwise than Flower's with its database.
 
-One caller at a time, in transactions that hold or leave no trace; a message is handed over once all of it is there.
+One caller at a time, in transactions that hold or leave no trace; a message is handed over once all of it is there, and
+its objects belong to who sent it and who gets it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 from fastapi import HTTPException
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
+
+from deploy import objects
 
 # Of each connection. The first holds for a database that is made anew: rows of megabytes take fewer pages. What is
 # mapped into memory would end the whole process where the disk fails, and counts as its own.
@@ -101,8 +104,7 @@ class _WholeMessages:
     def get_message_ins(self, node_id: int, limit: int | None, *, run_id: int | None = None) -> list[Any]:
         """The messages for a node that are there whole, at most `limit`; they count as delivered."""
         waiting = "SELECT message_id FROM message_ins WHERE dst_node_id = :node AND delivered_at = ''"
-        node = node_id - 2**64 if node_id >= 2**63 else node_id
-        with self._held_back("message_ins", waiting, {"node": node}):
+        with self._held_back("message_ins", waiting, {"node": objects.signed(node_id)}):
             found: list[Any] = super().get_message_ins(node_id, limit, run_id=run_id)  # type: ignore[misc]
             return found
 
@@ -144,12 +146,12 @@ class _WholeMessages:
 
 def store_class(base: type) -> type:
     """Flower's SQL object store, as ours."""
-    return type("ObjectStore", (_Turns, base), {})
+    return type("ObjectStore", (objects.Parents, _Turns, base), {})
 
 
 def state_class(base: type) -> type:
     """Flower's SQL LinkState, as ours."""
-    return type("LinkState", (_WholeMessages, _Turns, base), {})
+    return type("LinkState", (objects.OwnTrees, _WholeMessages, _Turns, base), {})
 
 
 def in_one_transaction(handler: Callable[..., Any]) -> Callable[..., Any]:

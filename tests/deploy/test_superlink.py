@@ -14,15 +14,20 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from fastapi import HTTPException
+from fastapi import FastAPI, HTTPException
 from flwr.app import Array, ArrayRecord, Metadata, RecordDict
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.common.serde import message_to_proto
+from flwr.proto import fleet_pb2, message_pb2
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_id, get_object_tree
+from starlette.testclient import TestClient
 
-from deploy import certificates, flower_cli, kits, peers, superlink, superlink_state
+from deploy import certificates, flower_cli, kits, objects, peers, superlink, superlink_state
 from deploy import server as deployed_server
 
 # Of Flower, whose migrations are written for an older Alembic.
@@ -202,6 +207,241 @@ def test_another_flower_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch, capsy
     assert ended.value.code == 3
     (line,) = capsys.readouterr().err.splitlines()
     assert "flwr.supercore.another_place.SqlObjectStore" in line and "flwr 1.41" in line
+
+
+# -- whose objects -----------------------------------------------------------------------------------
+
+
+class _Site(NamedTuple):
+    """A site that calls Flower's own routes for sites, with the node id that the front door has found to be its own."""
+
+    link: _Link
+    client: TestClient
+
+    def call(self, name: str, **fields: Any) -> Any:
+        kind = "".join(word.title() for word in name.split("-"))
+        proto = message_pb2 if hasattr(message_pb2, f"{kind}Request") else fleet_pb2
+        request = getattr(proto, f"{kind}Request")(node=Node(node_id=self.link.node), **fields)
+        kinds = {"content-type": "application/protobuf"}
+        answer = self.client.post(f"/v1/fleet/{name}", content=request.SerializeToString(), headers=kinds)
+        assert answer.status_code == 200, answer.text
+        return getattr(proto, f"{kind}Response").FromString(answer.content)
+
+    def pull(self, name: str) -> bytes | None:
+        answer = self.call("pull-object", run_id=self.link.run, object_id=name)
+        return answer.object_content if answer.object_found else None
+
+    def confirm(self, name: str) -> None:
+        self.call("confirm-message-received", run_id=self.link.run, message_object_id=name)
+
+    def push(self, session: str, name: str, content: bytes) -> bool:
+        fields = {"run_id": self.link.run, "session_id": session, "object_id": name, "object_content": content}
+        return bool(self.call("push-object", **fields).stored)
+
+    def answer(self, to: str, number: int = 1000) -> _Answer:
+        """An answer as an honest site announces it, before it is announced."""
+        message = _message(number, self.link.run, self.link.node, 1, to)
+        message.metadata.__dict__["_message_id"] = message.object_id
+        contents = {key: value.deflate() for key, value in get_all_nested_objects(message).items()}
+        bare = superlink.private("flwr.app.message", "remove_content_from_message")(message)
+        return _Answer(message_to_proto(bare), get_object_tree(message), contents)
+
+    def announce(self, answer: _Answer) -> Any:
+        trees = [answer.tree]
+        return self.call("push-messages", messages_list=[answer.head], message_object_trees=trees)
+
+    def send(self, answer: _Answer) -> None:
+        told = self.announce(answer)
+        assert told.objects_to_push
+        assert all(self.push(told.session_id, name, answer.contents[name]) for name in told.objects_to_push)
+
+
+class _Answer(NamedTuple):
+    head: Any
+    tree: Any
+    contents: dict[str, bytes]
+
+    @property
+    def root(self) -> str:
+        return str(self.tree.object_id)
+
+    def part(self, *, leaf: bool) -> str:
+        tree = self.tree
+        while leaf and tree.children:
+            tree = tree.children[0]
+        return str(tree.object_id)
+
+
+class _Two(NamedTuple):
+    a: _Site
+    b: _Site
+
+
+@pytest.fixture
+def two(link: _Link, monkeypatch: pytest.MonkeyPatch) -> Iterator[_Two]:
+    """Two sites at the SuperLink as the launcher prepares it."""
+    names = [("flwr.supercore.sql_mixin", "SQLITE_PRAGMAS")]
+    names += [(superlink._STORE, "SqlObjectStore"), (superlink._LINK, "SqlLinkState")]
+    names += [(place, name) for place in (superlink._FLEET, superlink._RUNTIME) for name in superlink._CARRY]
+    for place, name in names:  # put back afterwards
+        monkeypatch.setattr(f"{place}.{name}", superlink.private(place, name))
+    superlink.prepare()
+    app = FastAPI()
+    app.add_middleware(superlink.private("flwr.supercore.protobuf.translation", "ProtobufTranslationMiddleware"))
+    app.include_router(superlink.private("flwr.superlink.routers.fleet.router", "router"))
+    app.state.linkstate_factory = SimpleNamespace(state=lambda: link.state)
+    account = superlink.private("flwr.common.constant", "NOOP_FLWR_AID")
+    other = link.state.create_node(account, "none", b"another key", 30)
+    assert link.state.activate_node(other, 30)
+    with TestClient(app) as client:
+        yield _Two(_Site(link, client), _Site(link._replace(node=other), client))
+
+
+def _sent(site: _Site, number: int = 1) -> tuple[str, dict[str, bytes]]:
+    """A message to a site that is there and handed over, and its objects."""
+    name, parts, session = site.link.announce(number)
+    site.link.store(parts, session)
+    (told,) = site.call("pull-messages").messages_list
+    assert told.metadata.message_id == name
+    return name, parts
+
+
+def _has_come(site: _Site, to: str, answer: _Answer) -> None:
+    """The server gets the whole answer of a site."""
+    (got,) = site.link.state.get_message_res({to}, site.link.run)
+    assert not got.has_error() and got.metadata.message_id == answer.root
+    store = site.link.state.object_store
+    assert {name: store.get(name) for name in answer.contents} == answer.contents
+
+
+def test_an_honest_exchange_is_as_flower_has_it(two: _Two) -> None:
+    message, parts = _sent(two.a)
+    assert {name: two.a.pull(name) for name in parts} == parts
+    two.a.confirm(message)
+    assert {two.a.pull(name) for name in parts} == {None}
+    answer = two.a.answer(message)
+    first = two.a.announce(answer)
+    again = two.a.announce(answer)  # as when the line broke over the first
+    assert set(again.objects_to_push) == set(first.objects_to_push) == set(answer.contents)
+    two.a.send(answer)
+    _has_come(two.a, message, answer)
+
+
+def test_what_was_sent_to_another_site_is_as_if_it_were_not_there(two: _Two) -> None:
+    message, parts = _sent(two.b)
+    _sent(two.a, 2)
+    assert {two.a.pull(name) for name in parts} == {None} == {two.a.pull("0" * 64)}
+    two.a.confirm(message)
+    assert {name: two.b.pull(name) for name in parts} == parts
+    two.b.confirm(message)
+    assert two.b.pull(message) is None
+
+
+def test_what_another_site_answers_can_neither_be_read_nor_spoilt(two: _Two) -> None:
+    message, _ = _sent(two.b)
+    to_a, _ = _sent(two.a, 2)
+    two.a.announce(two.a.answer(to_a, 7))
+    answer = two.b.answer(message)
+    told = two.b.announce(answer)
+    name, content = next(iter(answer.contents.items()))
+    for session in (told.session_id, ""):
+        assert not two.a.push(session, name, b"junk")
+        assert not two.a.push(session, name, content)
+    assert all(two.b.push(told.session_id, name, answer.contents[name]) for name in told.objects_to_push)
+    assert {two.a.pull(name) for name in answer.contents} == {None}
+    for name in answer.contents:
+        two.a.confirm(name)
+        assert not two.a.push(told.session_id, name, b"junk")
+    _has_come(two.b, message, answer)
+
+
+def test_equal_content_serves_both_and_stays_for_the_other(two: _Two) -> None:
+    to_a, to_both = _sent(two.a)
+    to_b, more = _sent(two.b)  # the same arrays, of which only the head is new
+    assert set(more) == {to_b}
+    shared = {name: content for name, content in to_both.items() if name != to_a}
+    assert {name: two.a.pull(name) for name in shared} == {name: two.b.pull(name) for name in shared} == shared
+    two.a.confirm(to_a)
+    assert {name: two.b.pull(name) for name in shared} == shared
+    answer_a, answer_b = two.a.answer(to_a), two.b.answer(to_b)
+    told_a, told_b = two.a.announce(answer_a), two.b.announce(answer_b)
+    both = set(told_a.objects_to_push) & set(told_b.objects_to_push)
+    assert len(both) == len(answer_a.contents) - 1  # all but the head
+    for site, told, answer in ((two.a, told_a, answer_a), (two.b, told_b, answer_b)):
+        assert all(site.push(told.session_id, name, answer.contents[name]) for name in told.objects_to_push)
+    _has_come(two.a, to_a, answer_a)
+    two.a.link.state.object_store.delete(answer_a.root)
+    _has_come(two.b, to_b, answer_b)
+
+
+def _tree(root: str, *parts: str) -> message_pb2.ObjectTree:
+    return message_pb2.ObjectTree(object_id=root, children=[message_pb2.ObjectTree(object_id=part) for part in parts])
+
+
+def test_no_answer_takes_hold_of_another_message(two: _Two) -> None:
+    """It would be deleted with that answer, or its sender could send no more of it, or its receiver could read it."""
+    to_a, _ = _sent(two.a)
+    to_b, parts_b = _sent(two.b, 2)
+    theirs = two.b.answer(to_b)
+    told = two.b.announce(theirs)
+    first, *others = told.objects_to_push
+    assert two.b.push(told.session_id, first, theirs.contents[first])
+    two.a.confirm(to_a)
+    own = two.a.answer(to_a, 7)
+    arrays = two.b.link.state.object_store.get_object_tree(to_b).children[0]
+
+    def claimed(root: str, *below: message_pb2.ObjectTree, name: str = "") -> _Answer:
+        head = type(own.head)()
+        head.CopyFrom(own.head)
+        head.metadata.message_id = name or root
+        return own._replace(head=head, tree=message_pb2.ObjectTree(object_id=root, children=below))
+
+    made = get_object_id(b"made up")
+    whole = two.b.link.state.object_store.get_object_tree(to_b)
+    for answer in (
+        claimed(made, whole),  # another's message
+        claimed(made, theirs.tree),  # another's answer
+        claimed(theirs.root, *theirs.tree.children),  # the same, as its own
+        claimed(theirs.root, *theirs.tree.children, name=made),
+        claimed(to_b, *whole.children),
+        claimed(to_a, arrays),  # what it got itself, with other parts
+        claimed(made, message_pb2.ObjectTree(object_id=to_a, children=[arrays])),
+    ):
+        refused = two.a.announce(answer)
+        assert not refused.objects_to_push
+        assert {two.a.pull(name) for name in parts_b} == {None}
+    assert all(two.b.push(told.session_id, name, theirs.contents[name]) for name in others)
+    assert {name: two.b.pull(name) for name in parts_b} == parts_b
+    two.a.send(own)
+    _has_come(two.a, to_a, own)
+    _has_come(two.b, to_b, theirs)
+
+
+def test_what_is_refused_is_said_in_a_line_every_ten_seconds_at_most(
+    two: _Two, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    now = [100.0]
+    monkeypatch.setattr(objects, "_refusals", objects.Refusals(lines.append, lambda: now[0]))
+    message, parts = _sent(two.b)
+    for name in parts:
+        two.a.pull(name)
+    two.a.confirm(message)
+    two.a.pull("0" * 64)  # nobody's
+    two.b.pull(message)
+    assert len(lines) == 1 and "1 pull_object" in lines[0] and str(two.a.link.node) in lines[0]
+    now[0] += 11.0
+    two.a.confirm(message)
+    assert len(lines) == 2 and f"2 confirm_message_received, {len(parts) - 1} pull_object" in lines[1]
+
+
+def test_the_way_up_from_an_object_goes_by_an_index(two: _Two) -> None:
+    values = {"object": "x", "node": 1}
+    with two.a.link.state.session() as session:
+        rows = session.execute(objects.text(f"EXPLAIN QUERY PLAN {objects._RECEIVED}"), values).all()
+    plan = [row[-1] for row in rows]
+    assert not [step for step in plan if "SCAN" in step and "holder" not in step and "CONSTANT" not in step], plan
+    assert any("apiary_object_parents" in step for step in plan)
 
 
 # -- the process -------------------------------------------------------------------------------------
