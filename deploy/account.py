@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 
 from apiary.core.errors import UserError
 from apiary.tracking import event_log
+from apiary.tracking.run_directory import RUN_ID
 
 _FILE = "replies.jsonl"
 _ASKED = ("run", "round", "kind", "message", "site")
@@ -53,6 +54,8 @@ def verify(run: Path, keys: Path) -> Found:
     problems: list[str] = []
     verdicts: dict[str, Counter[str]] = {}
     signed: Counter[tuple[str, str, str]] = Counter()  # site, kind and round
+    own_id = (run / RUN_ID).read_text(encoding="utf-8").strip() if (run / RUN_ID).exists() else ""
+    seen: set[tuple[str, str]] = set()  # site and message
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
             entry = json.loads(line)
@@ -64,7 +67,12 @@ def verify(run: Path, keys: Path) -> Found:
         verdicts.setdefault(site, Counter())[own] += 1
         if own != verdict:
             problems.append(f"line {number}, site {site}: it is said to be {verdict!r}, and is {own!r}")
+        elif own == "signed" and own_id and not str(entry["run"]).endswith(f"-{own_id}"):
+            problems.append(f"line {number}, site {site}: it is signed for another run")
+        elif own == "signed" and (site, str(entry["message"])) in seen:
+            problems.append(f"line {number}, site {site}: its message has been answered in an earlier line")
         elif own == "signed":
+            seen.add((site, str(entry["message"])))
             signed[site, str(entry["kind"]), str(entry["round"])] += 1
     problems += _unaccounted(run, signed)
     return Found([_line(site, counts, public) for site, counts in sorted(verdicts.items())], problems)

@@ -73,7 +73,7 @@ def prepare(
     hooks = Hooks(
         log,
         on_round=lambda state, progress: save(folder, config, state, progress, stay),
-        forget=lambda number: checkpoint.forget(folder / "checkpoints", number),
+        forget=lambda number, progress: _forget(folder, config, number, progress),
         evaluate=evaluation.on_held_out(lm, measured, config.seed) if measured else None,
         score_stages=continual.scorer(lm, measured, config) if measured else None,
         name_of=name_of,
@@ -102,8 +102,18 @@ def save(folder: Path, config: RunConfig, state: ServerState, progress: Progress
     plain = {name: dict(value) for name, value in progress._asdict().items() if isinstance(value, Mapping)}
     also = {*stay, progress.sound_round} | ({progress.best_round} if progress.best_round is not None else set())
     checkpoint.save(folder / "checkpoints", state, {**progress._asdict(), **plain}, config, also=also)
-    statement.write(folder, config, {client: Spent._make(values) for client, values in progress.spent.items()})
+    _state_privacy(folder, config, progress)
     give_memory_back()
+
+
+def _forget(folder: Path, config: RunConfig, number: int, progress: Progress) -> None:
+    """Remove the checkpoints after a round; what was spent in later rounds was spent all the same."""
+    _state_privacy(folder, config, progress)
+    checkpoint.forget(folder / "checkpoints", number)
+
+
+def _state_privacy(folder: Path, config: RunConfig, progress: Progress) -> None:
+    statement.write(folder, config, {client: Spent._make(values) for client, values in progress.spent.items()})
 
 
 def deliver(config: RunConfig, rounds: Rounds, folder: Path, log: RunLog) -> StateDict:

@@ -62,7 +62,7 @@ class Watch:
             panel: what the clients reported; None where they were not asked.
             sofar: the run's losses before.
         """
-        self.loss, self.senseless = measured(server, panel, self.senseless), 0
+        self.loss, self.senseless = measured(server, panel, self.senseless, before=number == 0), 0
         if self.loss is None or number == 0:
             return ""
         first = self.loss if sofar.first_loss is None else sofar.first_loss
@@ -72,22 +72,24 @@ class Watch:
         return ""
 
 
-def measured(server: Evaluation | None, panel: Scores | None, senseless: int) -> float | None:
+def measured(server: Evaluation | None, panel: Scores | None, senseless: int, before: bool = False) -> float | None:
     """The loss that is watched: the server's own, or where it has no rows the panel's; None where nobody tells one.
 
-    Of the panel it is the median client's loss, for one that lies must not end a run.
+    Of the panel it is the median client's loss, for one that lies must not end a run. Of an even number it is the lower
+    one of the middle two, and before training the higher one, by which later losses are judged.
 
     Args:
         server: on the server's held-out examples.
         panel: the sums of each client's score.
-        senseless: further clients whose loss was no number, or beyond all bounds.
+        senseless: further clients whose loss was no number, or beyond all bounds; before training they say nothing.
+        before: whether this is before training.
     """
     if server is not None:
         return server.score.loss
     scores = [client_scores.add_up([sums]) for sums in (panel or {}).values()]
     losses = [score.loss for score in scores if score.tokens]
-    losses += [math.inf] * senseless
-    return statistics.median_low(losses) if losses else None
+    losses += [] if before else [math.inf] * senseless
+    return (statistics.median_high if before else statistics.median_low)(losses) if losses else None
 
 
 def limit(first: float, config: RunConfig) -> float:

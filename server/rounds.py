@@ -114,7 +114,7 @@ class Hooks(NamedTuple):
     # Measures an adapter on the server's held-out examples; None where the server has none.
     evaluate: Callable[[StateDict], Evaluation] | None = None
     # Removes the checkpoints of the rounds after this one.
-    forget: Callable[[int], None] = lambda number: None
+    forget: Callable[[int, Progress], None] = lambda number, progress: None
     # An adapter's scores on the held-out examples of each stage, the fields of a `stage` event; None where these are
     # not measured.
     score_stages: Callable[[StateDict], Mapping[str, Any]] | None = None
@@ -347,7 +347,7 @@ class Rounds(Strategy):
         scores, fields = evaluation.combine(server, panel_scores)
         self._log.event("evaluate", round=number, **fields, **sent)
         if reason := self._watch.hold(number, server, panel_scores, self.progress):
-            self._hooks.forget(self.progress.sound_round)
+            self._hooks.forget(self.progress.sound_round, self.progress)
             raise RunFailed(reason)
         self.progress = self.progress.with_loss(number, self._watch.loss)
         if not scores and number == 0 and self.config.evaluate.patience:

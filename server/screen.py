@@ -92,9 +92,12 @@ class Screen:
         visit = one.reply
         assert isinstance(visit, Visit)
         excess, part, usual = max(
-            (size / (self._factor * usual) if self._factor and usual else 0.0, part, usual)
-            for part, size in guard.lengths(visit.update.delta).items()
-            for usual in [max(round_.lengths.get(part, 0.0), self._before.length(part, self._rate))]
+            (
+                (size / (self._factor * usual) if self._factor and usual else 0.0, part, usual)
+                for part, size in guard.lengths(visit.update.delta).items()
+                for usual in [max(round_.lengths.get(part, 0.0), self._before.length(part, self._rate))]
+            ),
+            default=(0.0, "other", 0.0),
         )
         if excess > 1 and (self._alike or excess > _FAR):
             return one._replace(reply=_refusal(visit, part, usual, self._factor))

@@ -13,6 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from io import FileIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -67,15 +68,7 @@ class RunLog:
                 self._tell(observer, record)
 
     def _append(self, line: bytes) -> None:
-        end = self._file.seek(0, os.SEEK_END)
-        try:
-            view = memoryview(line)
-            while view:
-                view = view[self._file.write(view) :]
-        except OSError:
-            with contextlib.suppress(OSError):
-                self._file.truncate(end)
-            raise
+        append_whole(self._file, line)
 
     def _tell(self, observer: Observer, record: Event) -> None:
         try:
@@ -130,6 +123,23 @@ def _mend(path: Path) -> None:
             file.write(b"\n")
         else:
             file.truncate(start)
+
+
+def append_whole(file: FileIO, line: bytes) -> None:
+    """Append a line to a file without a buffer, the whole of it or nothing.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    end = file.seek(0, os.SEEK_END)
+    try:
+        view = memoryview(line)
+        while view:
+            view = view[file.write(view) :]
+    except OSError:
+        with contextlib.suppress(OSError):
+            file.truncate(end)
+        raise
 
 
 def truncate_after(folder: Path, last_round: int) -> None:

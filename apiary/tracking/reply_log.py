@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from apiary.core.files import write_atomic
+from apiary.tracking.event_log import append_whole
 
 REPLIES_FILE = "replies.jsonl"
 
@@ -36,7 +37,7 @@ class ReplyLog:
         """
         line = json.dumps(fields, separators=(",", ":")).encode() + b"\n"
         with self._path.open("ab", buffering=0) as file:
-            file.write(line)
+            append_whole(file, line)
 
 
 def truncate_after(folder: Path, last_round: int) -> None:

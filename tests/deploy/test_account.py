@@ -119,6 +119,18 @@ def test_an_answer_that_counted_cannot_be_taken_out(run: Path) -> None:
     ]
 
 
+def test_lines_of_another_run_and_second_answers_are_told(run: Path) -> None:
+    """Each with a good signature."""
+    (run / "run-id").write_text("1\n")
+    assert account.verify(run, keys_of(run)).problems == []
+    rewrite(run, lambda entries: entries.insert(3, entries[2]))
+    assert account.verify(run, keys_of(run)).problems == [
+        "line 4, site ant: its message has been answered in an earlier line"
+    ]
+    (run / "run-id").write_text("2\n")
+    assert "line 1, site ant: it is signed for another run" in account.verify(run, keys_of(run)).problems
+
+
 def test_with_another_key_nothing_holds(run: Path) -> None:
     kits.init(run.parent / "other", "localhost:18443", SITES)
     found = account.verify(run, run.parent / "other" / "server" / "sites")

@@ -19,7 +19,7 @@ from apiary.core.errors import RunFailed, UserError
 from apiary.core.messages import ClientInfo, Fingerprint, FitReport, Hello, Score, Update, Visit
 from apiary.core.tensors import StateDict
 from apiary.transport import flower_records
-from server import checkpoint
+from server import checkpoint, explosion
 from server.app import save
 from server.evaluation import Evaluation
 from server.rounds import Hooks, Progress, Rounds
@@ -341,7 +341,7 @@ def test_an_exploding_loss_ends_the_run_before_the_round_is_kept_and_names_who(t
     hooks = {
         "evaluate": evaluate,
         "on_round": lambda state, progress: save(tmp_path, config, state, progress),
-        "forget": lambda number: checkpoint.forget(tmp_path / "checkpoints", number),
+        "forget": lambda number, progress: checkpoint.forget(tmp_path / "checkpoints", number),
     }
     with pytest.raises(RunFailed) as stopped:
         run(app(late), *unguarded, **hooks)
@@ -360,7 +360,7 @@ def test_with_evaluations_far_apart_the_last_sound_round_is_what_is_left(tmp_pat
     hooks = {
         "evaluate": lambda model: Evaluation(Score(seen.pop(0) * 10, 10, 5), None),
         "on_round": lambda state, progress: save(tmp_path, config, state, progress),
-        "forget": lambda number: checkpoint.forget(tmp_path / "checkpoints", number),
+        "forget": lambda number, progress: checkpoint.forget(tmp_path / "checkpoints", number),
     }
     with pytest.raises(RunFailed, match=r"round 8: the loss is nan, .* hardly more than others.* round 4 is kept"):
         run(app(), *more, **hooks)
@@ -386,6 +386,14 @@ def test_without_rows_of_the_servers_own_the_median_site_decides(nats: Callable[
     with pytest.raises(RunFailed, match=r"round 1: the loss is .*no round is kept"):
         run(app(nats=nats), "evaluate.clients=true")
     run(app(nats=nats), "evaluate.clients=true", "evaluate.limit=0")
+
+
+def test_of_two_sites_one_liar_ends_no_run() -> None:
+    """Neither by a loss of zero before training, by which later ones are judged, nor by a huge one or none later."""
+    before = {"liar": [0.0, 10.0, 1.0], "honest": [20.0, 10.0, 1.0]}
+    assert explosion.measured(None, before, 0, before=True) == explosion.measured(None, before, 1, before=True) == 2.0
+    after = {"liar": [1e4, 10.0, 1.0], "honest": [19.0, 10.0, 1.0]}
+    assert explosion.measured(None, after, 0) == explosion.measured(None, {"honest": after["honest"]}, 1) == 1.9
 
 
 # -- what is usual -----------------------------------------------------------------------------------------------------
