@@ -44,22 +44,17 @@ SELECT EXISTS (
     SELECT 1 FROM object_push_session_pending WHERE object_id = :object AND :session IN ('', session_id)
 )
 """
-# Of an answer: whether its node was asked, and whether its tree takes hold of a message of others. Were a message a
-# part of another, it would be deleted with that one; were it announced anew, its sender could send no more of it; and
-# were it a part of what its receiver once got, that one could fetch it. A root that Flower holds is a message.
+# Of an answer: whether its node was asked, and whether its tree takes hold of another message. Were a message a part of
+# another, it would be deleted with that one; were it announced anew, its sender could send no more of it; and were it
+# made anew of other parts once it is confirmed, its receiver could fetch these. Objects of no other are messages.
 _TAKES_HOLD = """
 SELECT EXISTS (SELECT 1 FROM message_ins WHERE message_id = :asked AND dst_node_id = :node), EXISTS (
     SELECT 1 FROM json_each(:parts) AS part WHERE
         EXISTS (SELECT 1 FROM message_ins WHERE message_id = part.value)
-        OR EXISTS (SELECT 1 FROM message_res WHERE message_id = part.value)
         OR EXISTS (SELECT 1 FROM objects WHERE object_id = part.value AND ref_count = 0)
 ) OR EXISTS (SELECT 1 FROM message_ins WHERE message_id = :root) OR (
-    (
-        EXISTS (SELECT 1 FROM objects WHERE object_id = :root)
-        OR EXISTS (SELECT 1 FROM message_res WHERE message_id = :root)
-    ) AND NOT EXISTS (
-        SELECT 1 FROM message_res WHERE message_id = :root AND src_node_id = :node AND reply_to_message_id = :asked
-    )
+    EXISTS (SELECT 1 FROM objects WHERE object_id = :root)
+    AND NOT EXISTS (SELECT 1 FROM message_res WHERE message_id = :root AND src_node_id = :node)
 )
 """
 
@@ -135,17 +130,17 @@ class OwnTrees:
         """
         if message.metadata.src_node_id == _SERVER:
             return self._stored(message, object_tree, session_id)
-        root, parts = object_tree.object_id, set(_below(object_tree))
+        root = object_tree.object_id
         values = {
             "asked": message.metadata.reply_to_message_id,
             "node": signed(message.metadata.src_node_id),
             "root": root,
-            "parts": json.dumps(sorted(parts)),
+            "parts": json.dumps(list(_below(object_tree))),
         }
         with self.session() as session:  # type: ignore[attr-defined]
             asked, takes_hold = session.execute(text(_TAKES_HOLD), values).one()
             # One that was not asked, or is not any more, is none of ours to count: Flower takes nothing of it.
-            if asked and (takes_hold or root != message.metadata.message_id or root in parts):
+            if asked and (takes_hold or root != message.metadata.message_id):
                 _refusals.count("push_messages", message.metadata.src_node_id)
                 return False, []
             return self._stored(message, object_tree, session_id)
