@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from fastapi import HTTPException
 from sqlalchemy import text
 
 _SERVER = 1  # Flower's id of the server among the nodes
@@ -44,24 +45,41 @@ SELECT EXISTS (
     SELECT 1 FROM object_push_session_pending WHERE object_id = :object AND :session IN ('', session_id)
 )
 """
-# Of an answer: whether its node was asked, and whether its tree takes hold of a message of others. Were a message a
-# part of another, it would be deleted with that one; were it announced anew, its sender could send no more of it; and
-# were it a part of what its receiver once got, that one could fetch it. A root that Flower holds is a message.
+# Of an answer: whether its node was asked, and whether its tree takes hold of another message. Were a message a part of
+# another, it would be deleted with that one; were it announced anew, its sender could send no more of it; and were it
+# made anew of other parts once it is confirmed, its receiver could fetch these. Objects of no other are messages.
 _TAKES_HOLD = """
 SELECT EXISTS (SELECT 1 FROM message_ins WHERE message_id = :asked AND dst_node_id = :node), EXISTS (
     SELECT 1 FROM json_each(:parts) AS part WHERE
         EXISTS (SELECT 1 FROM message_ins WHERE message_id = part.value)
-        OR EXISTS (SELECT 1 FROM message_res WHERE message_id = part.value)
         OR EXISTS (SELECT 1 FROM objects WHERE object_id = part.value AND ref_count = 0)
 ) OR EXISTS (SELECT 1 FROM message_ins WHERE message_id = :root) OR (
-    (
-        EXISTS (SELECT 1 FROM objects WHERE object_id = :root)
-        OR EXISTS (SELECT 1 FROM message_res WHERE message_id = :root)
-    ) AND NOT EXISTS (
-        SELECT 1 FROM message_res WHERE message_id = :root AND src_node_id = :node AND reply_to_message_id = :asked
-    )
+    EXISTS (SELECT 1 FROM objects WHERE object_id = :root)
+    AND NOT EXISTS (SELECT 1 FROM message_res WHERE message_id = :root AND src_node_id = :node)
 )
 """
+# Of a tree: what was announced before with other parts, and has not come. A tree is made of pairs.
+_OTHERWISE = """
+SELECT json_extract(part.value, '$[0]') AS id FROM json_each(:tree) AS part
+WHERE EXISTS (SELECT 1 FROM objects WHERE object_id = json_extract(part.value, '$[0]') AND is_available = 0)
+AND json_extract(part.value, '$[1]') <> (SELECT coalesce(group_concat(child_id), '') FROM (
+    SELECT child_id FROM object_children WHERE parent_id = json_extract(part.value, '$[0]') ORDER BY child_id
+))
+"""
+# What holds such an object and was announced by a site, which the server's word outweighs.
+_SITES = """
+WITH RECURSIVE holder(id) AS (
+    SELECT :object UNION SELECT parent_id FROM holder CROSS JOIN object_children ON child_id = holder.id
+)
+SELECT id FROM holder CROSS JOIN objects ON object_id = holder.id
+WHERE ref_count = 0 AND NOT EXISTS (SELECT 1 FROM message_ins WHERE message_id = holder.id)
+"""
+_STRIKE_OFF = (
+    "DELETE FROM object_push_sessions WHERE session_id IN "
+    "(SELECT session_id FROM object_push_session_roots WHERE root_object_id = :root)",
+    "DELETE FROM message_res WHERE message_id = :root",
+)
+_PARTS = "SELECT child_id FROM object_children WHERE parent_id = :object"
 
 
 def signed(node: int) -> int:
@@ -132,37 +150,62 @@ class OwnTrees:
 
         Returns:
             Whether it is taken, and the ids of the objects that are still to be sent.
+
+        Raises:
+            HTTPException: 409; a site announces other parts of an object than somebody before.
         """
         if message.metadata.src_node_id == _SERVER:
-            return self._stored(message, object_tree, session_id)
-        root, parts = object_tree.object_id, set(_below(object_tree))
+            with self.session():  # type: ignore[attr-defined]
+                self._strike_off_lies(object_tree)
+                return self._stored(message, object_tree, session_id)
+        root = object_tree.object_id
         values = {
             "asked": message.metadata.reply_to_message_id,
             "node": signed(message.metadata.src_node_id),
             "root": root,
-            "parts": json.dumps(sorted(parts)),
+            "parts": json.dumps([node.object_id for node in _nodes(object_tree)][1:]),
         }
         with self.session() as session:  # type: ignore[attr-defined]
             asked, takes_hold = session.execute(text(_TAKES_HOLD), values).one()
             # One that was not asked, or is not any more, is none of ours to count: Flower takes nothing of it.
-            if asked and (takes_hold or root != message.metadata.message_id or root in parts):
+            if asked and (takes_hold or root != message.metadata.message_id):
                 _refusals.count("push_messages", message.metadata.src_node_id)
                 return False, []
+            if asked and self._told_otherwise(object_tree):
+                raise HTTPException(409, "announced with other parts")
             return self._stored(message, object_tree, session_id)
+
+    def _told_otherwise(self, tree: Any) -> list[str]:
+        """The objects of a tree that were announced with other parts, and have not come."""
+        pairs = [(node.object_id, ",".join(sorted(c.object_id for c in node.children))) for node in _nodes(tree)]
+        with self.session() as session:  # type: ignore[attr-defined]
+            return list(session.execute(text(_OTHERWISE), {"tree": json.dumps(pairs)}).scalars())
+
+    def _strike_off_lies(self, tree: Any) -> None:
+        """Strike off the answers of sites that tell other parts of what the server sends.
+
+        Flower refuses who comes second, so a site that foretells an object of the next round could end the run.
+        """
+        with self.session() as session:  # type: ignore[attr-defined]
+            for name in self._told_otherwise(tree):
+                for root in list(session.execute(text(_SITES), {"object": name}).scalars()):
+                    for statement in _STRIKE_OFF:
+                        session.execute(text(statement), {"root": root})
+                    self.object_store.delete(root)  # type: ignore[attr-defined]
 
     def _stored(self, *args: Any) -> tuple[bool, list[str]]:
         stored: tuple[bool, list[str]] = super().store_message_and_object_tree(*args)  # type: ignore[misc]
         return stored
 
 
-def _below(tree: Any) -> Iterator[str]:
+def _nodes(tree: Any) -> Iterator[Any]:
+    yield tree
     for child in tree.children:
-        yield child.object_id
-        yield from _below(child)
+        yield from _nodes(child)
 
 
 class Parents:
-    """Goes before Flower's SQL object store: what an object is a part of is found by an index."""
+    """Goes before Flower's SQL object store: an object has the parts that it names itself, found by an index."""
 
     def initialize(self, *args: Any, **kwargs: Any) -> Any:
         """Open the database, and make it where there is none."""
@@ -170,3 +213,16 @@ class Parents:
         with self.session() as session:  # type: ignore[attr-defined]
             session.execute(text(_INDEX))
         return tables
+
+    def put(self, object_id: str, object_content: bytes) -> None:
+        """Store an object that was announced.
+
+        Raises:
+            ValueError: it names other parts than were announced, or is not the one of that id.
+        """
+        head = object_content.partition(b"\0")[0].decode(errors="replace").split(" ")  # kind, parts and length
+        named = set(head[1].split(",")) - {""} if len(head) == 3 else set()
+        with self.session() as session:  # type: ignore[attr-defined]
+            if named != set(session.execute(text(_PARTS), {"object": object_id}).scalars()):
+                raise ValueError("it names other parts than were announced")
+            super().put(object_id, object_content)  # type: ignore[misc]

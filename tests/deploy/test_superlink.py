@@ -374,10 +374,6 @@ def test_equal_content_serves_both_and_stays_for_the_other(two: _Two) -> None:
     _has_come(two.b, to_b, answer_b)
 
 
-def _tree(root: str, *parts: str) -> message_pb2.ObjectTree:
-    return message_pb2.ObjectTree(object_id=root, children=[message_pb2.ObjectTree(object_id=part) for part in parts])
-
-
 def test_no_answer_takes_hold_of_another_message(two: _Two) -> None:
     """It would be deleted with that answer, or its sender could send no more of it, or its receiver could read it."""
     to_a, _ = _sent(two.a)
@@ -402,7 +398,7 @@ def test_no_answer_takes_hold_of_another_message(two: _Two) -> None:
         claimed(made, whole),  # another's message
         claimed(made, theirs.tree),  # another's answer
         claimed(theirs.root, *theirs.tree.children),  # the same, as its own
-        claimed(theirs.root, *theirs.tree.children, name=made),
+        claimed(made, name=to_b),  # which the server would then read, and delete
         claimed(to_b, *whole.children),
         claimed(to_a, arrays),  # what it got itself, with other parts
         claimed(made, message_pb2.ObjectTree(object_id=to_a, children=[arrays])),
@@ -415,6 +411,65 @@ def test_no_answer_takes_hold_of_another_message(two: _Two) -> None:
     two.a.send(own)
     _has_come(two.a, to_a, own)
     _has_come(two.b, to_b, theirs)
+
+
+def test_no_answer_takes_hold_of_one_that_the_server_is_about_to_fetch(two: _Two) -> None:
+    """Flower strikes it off the messages before."""
+    to_a, _ = _sent(two.a)
+    to_b, _ = _sent(two.b, 2)
+    theirs = two.b.answer(to_b)
+    two.b.send(theirs)
+    _has_come(two.b, to_b, theirs)
+    two.b.link.state.delete_messages({to_b})
+    own = two.a.answer(to_a, 7)
+    root = get_object_id(b"made up")
+    own.head.metadata.message_id = root
+    assert not two.a.announce(
+        own._replace(tree=message_pb2.ObjectTree(object_id=root, children=[theirs.tree]))
+    ).objects_to_push
+    own.head.metadata.message_id = theirs.root
+    assert not two.a.announce(own._replace(tree=theirs.tree)).objects_to_push
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_what_a_site_foretells_of_a_message_does_not_keep_the_server_from_sending_it(two: _Two, gone: bool) -> None:
+    to_a, parts = _sent(two.a)
+    to_b, _ = _sent(two.b)
+    for site, name in ((two.a, to_a), (two.b, to_b)):
+        site.confirm(name)
+    foretold = sorted(set(parts) - {to_a})
+    own = two.a.answer(to_a, 7)
+    made = get_object_id(b"made up")
+    own.head.metadata.message_id = made
+    lies = [message_pb2.ObjectTree(object_id=name, children=[_leaf(b"lie")]) for name in foretold]
+    told = two.a.announce(own._replace(tree=message_pb2.ObjectTree(object_id=made, children=lies)))
+    assert set(told.objects_to_push) == {made, get_object_id(b"lie"), *foretold}
+    for name in foretold:
+        assert not two.a.push(told.session_id, name, parts[name])
+    if gone:
+        two.a.link.state.delete_messages({to_a})
+    _, more = _sent(two.b)
+    assert set(foretold) < set(more) and {name: two.b.pull(name) for name in more} == more
+    assert not two.a.push(told.session_id, made, b"made up")
+
+
+def test_what_a_site_sends_is_not_struck_off_at_anothers_word(two: _Two) -> None:
+    to_a, _ = _sent(two.a)
+    to_b, _ = _sent(two.b, 2)
+    answer = two.b.answer(to_b)
+    told = two.b.announce(answer)
+    own = two.a.answer(to_a, 7)
+    made = get_object_id(b"made up")
+    own.head.metadata.message_id = made
+    lie = message_pb2.ObjectTree(object_id=answer.tree.children[0].object_id, children=[_leaf(b"lie")])
+    with pytest.raises(AssertionError, match="announced with other parts"):
+        two.a.announce(own._replace(tree=message_pb2.ObjectTree(object_id=made, children=[lie])))
+    assert all(two.b.push(told.session_id, name, answer.contents[name]) for name in told.objects_to_push)
+    _has_come(two.b, to_b, answer)
+
+
+def _leaf(content: bytes) -> message_pb2.ObjectTree:
+    return message_pb2.ObjectTree(object_id=get_object_id(content))
 
 
 def test_what_is_refused_is_said_in_a_line_every_ten_seconds_at_most(
