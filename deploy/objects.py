@@ -58,21 +58,20 @@ SELECT EXISTS (SELECT 1 FROM message_ins WHERE message_id = :asked AND dst_node_
     AND NOT EXISTS (SELECT 1 FROM message_res WHERE message_id = :root AND src_node_id = :node)
 )
 """
-# Of a tree: what was announced before with other parts, and has not come. A tree is made of pairs.
+# Of a tree: what was announced before with other parts. A tree is made of pairs.
 _OTHERWISE = """
 SELECT json_extract(part.value, '$[0]') AS id FROM json_each(:tree) AS part
-WHERE EXISTS (SELECT 1 FROM objects WHERE object_id = json_extract(part.value, '$[0]') AND is_available = 0)
+WHERE EXISTS (SELECT 1 FROM objects WHERE object_id = json_extract(part.value, '$[0]'))
 AND json_extract(part.value, '$[1]') <> (SELECT coalesce(group_concat(child_id), '') FROM (
     SELECT child_id FROM object_children WHERE parent_id = json_extract(part.value, '$[0]') ORDER BY child_id
 ))
 """
-# What holds such an object and was announced by a site, which the server's word outweighs.
-_SITES = """
+# What holds such an object: the answers of those who announced it so, with what is between.
+_HOLDERS = """
 WITH RECURSIVE holder(id) AS (
     SELECT :object UNION SELECT parent_id FROM holder CROSS JOIN object_children ON child_id = holder.id
 )
-SELECT id FROM holder CROSS JOIN objects ON object_id = holder.id
-WHERE ref_count = 0 AND NOT EXISTS (SELECT 1 FROM message_ins WHERE message_id = holder.id)
+SELECT id FROM holder
 """
 _STRIKE_OFF = (
     "DELETE FROM object_push_sessions WHERE session_id IN "
@@ -176,7 +175,7 @@ class OwnTrees:
             return self._stored(message, object_tree, session_id)
 
     def _told_otherwise(self, tree: Any) -> list[str]:
-        """The objects of a tree that were announced with other parts, and have not come."""
+        """The objects of a tree that were announced with other parts."""
         pairs = [(node.object_id, ",".join(sorted(c.object_id for c in node.children))) for node in _nodes(tree)]
         with self.session() as session:  # type: ignore[attr-defined]
             return list(session.execute(text(_OTHERWISE), {"tree": json.dumps(pairs)}).scalars())
@@ -188,10 +187,10 @@ class OwnTrees:
         """
         with self.session() as session:  # type: ignore[attr-defined]
             for name in self._told_otherwise(tree):
-                for root in list(session.execute(text(_SITES), {"object": name}).scalars()):
+                for holder in list(session.execute(text(_HOLDERS), {"object": name}).scalars()):
                     for statement in _STRIKE_OFF:
-                        session.execute(text(statement), {"root": root})
-                    self.object_store.delete(root)  # type: ignore[attr-defined]
+                        session.execute(text(statement), {"root": holder})
+                    self.object_store.delete(holder)  # type: ignore[attr-defined]
 
     def _stored(self, *args: Any) -> tuple[bool, list[str]]:
         stored: tuple[bool, list[str]] = super().store_message_and_object_tree(*args)  # type: ignore[misc]

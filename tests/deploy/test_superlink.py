@@ -451,6 +451,11 @@ def test_what_a_site_foretells_of_a_message_does_not_keep_the_server_from_sendin
     _, more = _sent(two.b)
     assert set(foretold) < set(more) and {name: two.b.pull(name) for name in more} == more
     assert not two.a.push(told.session_id, made, b"made up")
+    assert not two.a.link.state.query("SELECT 1 FROM object_push_session_roots")
+    if not gone:  # and may answer in earnest
+        honest = two.a.answer(to_a, 8)
+        two.a.send(honest)
+        _has_come(two.a, to_a, honest)
 
 
 def test_what_a_site_sends_is_not_struck_off_at_anothers_word(two: _Two) -> None:
