@@ -190,7 +190,7 @@ def write_rows(folder: Path) -> Path:
 
 def memory(number: int) -> None:
     """Write `deployment_memory.json`."""
-    words = [word for text in (f"rounds={number}", *_SETTINGS) for word in ("-s", text)]
+    words = [word for text in (f"rounds={number}", "strategy.min_clients=1", *_SETTINGS) for word in ("-s", text)]
     most: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder, federation(ROOT, write_rows(Path(folder)), SITES[:1]) as made:
         kit, config = str(made.kits / "server"), str(ROOT / "configs" / "deployment.toml")
