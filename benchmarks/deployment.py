@@ -1,9 +1,14 @@
-"""What a deployment costs beside its work: a server and two sites as real processes on this machine.
+"""What a deployment costs beside its work: a server and sites as real processes on this machine.
 
 `rounds`: seconds a round, for one that trains and evaluates at the sites, and the part of it that is no work of theirs.
 With `--before`, beside the same of an earlier commit, taking turns.
 
+`memory`: megabytes by process while a server and one site go through rounds with the built-in model, the most of
+each that was seen after the first round. Resident counts a page that several hold for each of them, the
+proportional size (PSS) divides it among them.
+
 python benchmarks/deployment.py rounds [--before COMMIT] [--times 2] [--rounds 8]
+python benchmarks/deployment.py memory [--rounds 8]
 """
 
 from __future__ import annotations
@@ -35,14 +40,22 @@ SITES = ("north", "south")
 _WORK = re.compile(r"round (\d+) (train|evaluate): ([\d.]+) s")  # of a worker's log
 _LONGEST_S = 900.0
 _ROWS = 60  # of a site: few, for the work is not what is measured
+_ROLES = {  # part of a command -> what it is
+    "deploy.superlink": "SuperLink",
+    "deploy.proxy": "door",
+    "deploy.node": "node",
+    "client.site_worker": "worker",
+    "serverapp": "ServerApp",
+    "superexec": "SuperExec",
+}
 _SETTINGS = ("train.steps=1", "evaluate.clients=true", "evaluate.every=1", "strategy.join_timeout_s=300")
 
 
 class Federation:
     """A server and sites of one tree of files, and a folder that all they write is in."""
 
-    def __init__(self, tree: Path, folder: Path) -> None:
-        self.tree, self.folder, self.kits = tree, folder, folder / "kits"
+    def __init__(self, tree: Path, folder: Path, names: Sequence[str] = SITES) -> None:
+        self.tree, self.folder, self.kits, self.names = tree, folder, folder / "kits", names
         self.environment = {**os.environ, "PYTHONPATH": str(tree)}
         self.kept: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -51,10 +64,10 @@ class Federation:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        sites = [word for site in SITES for word in ("--site", site)]
+        sites = [word for site in self.names for word in ("--site", site)]
         self.call("deploy", "init", str(self.kits), "--server", f"127.0.0.1:{port}", *sites)
         self.start("server", "server ready", "deploy", "server", str(self.kits / "server"), "--bind", "127.0.0.1")
-        for site in SITES:
+        for site in self.names:
             self.start(site, "connected to", "deploy", "client", str(self.kits / site), "--data", str(rows))
 
     def _command(self, words: Sequence[str]) -> list[str]:
@@ -90,23 +103,27 @@ class Federation:
                 process.kill()
                 process.wait()
 
-    def memory(self, name: str) -> dict[str, int]:
-        """Of each process below a started one and itself, what it is, and its resident megabytes."""
-        found: dict[str, int] = {}
+    def memory(self, name: str) -> dict[str, dict[str, float]]:
+        """Of a started process and each below it: what it is, and its resident and proportional megabytes."""
+        found: dict[str, dict[str, float]] = {}
         for pid in [self.kept[name].pid, *_below(self.kept[name].pid)]:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # it has just ended
                 words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-                kind = next((w for w in words if w.startswith(("deploy.", "client.", "apiary.cli"))), None)
-                kind = kind or next((Path(w).name for w in words if "flower-" in w or "flwr-" in w), words[0])
-                (size,) = re.findall(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-                found[kind] = found.get(kind, 0) + round(int(size) * 1024 / 1e6)
+                sizes = dict(re.findall(r"(Rss|Pss):\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text()))
+                if sizes:
+                    role = f"keeper of {name}" if pid == self.kept[name].pid else _role(words)
+                    found[role] = {kind.lower(): round(int(size) * 1024 / 1e6, 1) for kind, size in sizes.items()}
         return found
 
 
+def _role(words: Sequence[str]) -> str:
+    return next((role for part, role in _ROLES.items() if any(part in word for word in words)), Path(words[0]).name)
+
+
 @contextlib.contextmanager
-def federation(tree: Path, rows: Path) -> Iterator[Federation]:
+def federation(tree: Path, rows: Path, names: Sequence[str] = SITES) -> Iterator[Federation]:
     with tempfile.TemporaryDirectory() as folder:
-        made = Federation(tree, Path(folder))
+        made = Federation(tree, Path(folder), names)
         try:
             made.begin(rows)
             yield made
@@ -161,22 +178,48 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {**parts, "whole": spread(whole), "work": spread(work), "rest": rest, "site_mb": runs[-1]["site_mb"]}
 
 
+def write_rows(folder: Path) -> Path:
+    """A few made-up rows, the same for each site."""
+    whole, rows = folder / "whole.jsonl", folder / "rows.jsonl"
+    words = ["curate", "builtin:skills", "--out", str(whole), "-s", "curate.steps=['mask']"]
+    command = [sys.executable, "-m", "apiary.cli.main", *words]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    rows.write_text("".join(whole.read_text(encoding="utf-8").splitlines(keepends=True)[:_ROWS]), encoding="utf-8")
+    return rows
+
+
+def memory(number: int) -> None:
+    """Write `deployment_memory.json`."""
+    words = [word for text in (f"rounds={number}", "strategy.min_clients=1", *_SETTINGS) for word in ("-s", text)]
+    most: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as folder, federation(ROOT, write_rows(Path(folder)), SITES[:1]) as made:
+        kit, config = str(made.kits / "server"), str(ROOT / "configs" / "deployment.toml")
+        made.start("submit", "started", "deploy", "submit", kit, config, "--out", "run", *words)
+        log = made.folder / "run" / "log.jsonl"
+        deadline = time.monotonic() + _LONGEST_S
+        while made.kept["submit"].poll() is None:
+            assert time.monotonic() < deadline
+            kinds = {json.loads(line)["event"] for line in log.read_text().splitlines()} if log.exists() else set()
+            if "round" in kinds and not kinds & {"finish", "failed"}:
+                for name in ("server", SITES[0], "submit"):
+                    for role, sizes in made.memory(name).items():
+                        before = most.setdefault(role, dict(sizes))
+                        before.update({kind: max(size, before[kind]) for kind, size in sizes.items()})
+            time.sleep(0.2)
+        assert made.kept["submit"].returncode == 0, (made.folder / "submit.log").read_text(errors="replace")
+    named = {"keeper of submit": "following submit", f"keeper of {SITES[0]}": "keeper of the site"}
+    named["keeper of server"] = "keeper of the server"
+    found = {named.get(role, role): sizes for role, sizes in most.items()}
+    for role, sizes in found.items():
+        print(f"{role:22} {sizes['rss']:8.1f} resident {sizes['pss']:8.1f} proportional")
+    result = {"machine": environment.machine(gpu=False), "sites": 1, "rounds": number, "mb": found}
+    (RESULTS / "deployment_memory.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
 def rounds(before: str | None, times: int, number: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         trees = {"now": ROOT, **({"before": tree_of(before, Path(folder) / "before")} if before else {})}
-        whole, rows = Path(folder) / "whole.jsonl", Path(folder) / "rows.jsonl"
-        words = [
-            "-m",
-            "apiary.cli.main",
-            "curate",
-            "builtin:skills",
-            "--out",
-            str(whole),
-            "-s",
-            "curate.steps=['mask']",
-        ]
-        subprocess.run([sys.executable, *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        rows.write_text("".join(whole.read_text(encoding="utf-8").splitlines(keepends=True)[:_ROWS]), encoding="utf-8")
+        rows = write_rows(Path(folder))
         runs: dict[str, list[dict[str, Any]]] = {label: [] for label in trees}
         loads = []
         for _ in range(times):
@@ -205,8 +248,13 @@ def main() -> None:
     of_rounds.add_argument("--before", help="a commit to compare with")
     of_rounds.add_argument("--times", type=int, default=2)
     of_rounds.add_argument("--rounds", type=int, default=8)
+    of_memory = commands.add_parser("memory")
+    of_memory.add_argument("--rounds", type=int, default=8)
     args = parser.parse_args()
-    rounds(args.before, args.times, args.rounds)
+    if args.command == "memory":
+        memory(args.rounds)
+    else:
+        rounds(args.before, args.times, args.rounds)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -98,7 +99,7 @@ class SupervisedProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log and subprocess.STDOUT,
-                preexec_fn=_end_with_parent(os.getpid()),  # this process has no other thread
+                preexec_fn=partial(end_with_parent, os.getpid()),  # this process has no other thread
             )
 
 
@@ -122,17 +123,13 @@ def _open_log(path: Path | None) -> Iterator[IO[bytes] | None]:
         yield file
 
 
-def _end_with_parent(parent: int) -> Callable[[], None] | None:
-    """What a new process does first: ask the kernel for SIGTERM when its parent is gone, even by kill -9 (Linux)."""
-    if (libc := _LIBC) is None:
-        return None
-
-    def ask() -> None:
-        libc.prctl(_DEATH_SIGNAL, signal.SIGTERM)
-        if os.getppid() != parent:  # it was gone before we asked
-            os._exit(1)
-
-    return ask
+def end_with_parent(parent: int) -> None:
+    """Ask the kernel to send this process SIGTERM when its parent is gone, even by kill -9 (Linux)."""
+    if _LIBC is None:
+        return
+    _LIBC.prctl(_DEATH_SIGNAL, signal.SIGTERM)
+    if os.getppid() != parent:  # it was gone before we asked
+        os._exit(1)
 
 
 def end_all(kept: Iterable[SupervisedProcess]) -> None:

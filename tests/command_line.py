@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -66,16 +66,17 @@ def _as_in_a_fresh_process(words: list[str], cwd: Path) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def start(*args: str | Path, cwd: Path = ROOT) -> subprocess.Popen[str]:
+def start(
+    *args: str | Path, cwd: Path = ROOT, python: str | Path = sys.executable, env: Mapping[str, str] | None = None
+) -> subprocess.Popen[str]:
     """A process of `apiary ARGS...`, which Ctrl-C ends even where the tests were started in the background."""
-    command = [sys.executable, "-m", "apiary.cli.main", *map(str, args)]
+    command = [str(python), "-m", "apiary.cli.main", *map(str, args)]
     # A shell that starts a command in the background has it ignore SIGINT, and so all that the command starts. What is
     # caught here goes back to the default in the child.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        return subprocess.Popen(
-            command, cwd=cwd, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(command, cwd=cwd, env=env, text=True, **pipes)
     finally:
         signal.signal(signal.SIGINT, before)
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from apiary.cli.shared import AsJson, ConfigFile, Overrides, Resume, print_json, print_table, settings_of, shown
+from apiary.cli.shared import AsJson, ConfigFile, Overrides, Resume, print_json, settings_of, shown
 from apiary.config.schema import RunConfig
 from apiary.core.counts import parse as parse_counts
 from apiary.core.errors import UserError
@@ -230,31 +230,25 @@ def deploy_submit(
 ) -> None:
     """Start a run on the server of this machine, and follow it to its end."""
     settings, folder = _one_run(config, overrides, out, resume)
-    from apiary.tracking import trackers
-    from deploy import flower_cli, kits, runs
-    from simulation.run import check_names
-    from strategies.from_config import check_for_sites
+    from apiary.cli import submit
+    from apiary.tracking.console import make_progress
+    from deploy import flower_cli, runs
 
-    check_names(settings)
-    check_for_sites(settings)
-    trackers.check(settings)
     for line in () if quiet else runs.remarks(settings):
         typer.echo(f"warning: {line}", err=True)
-    opened = kits.read(kit, "server")
-    where = (state or opened.folder / "state").resolve()
     try:
-        run = runs.start(where, settings, folder, resume=resume)
+        started = submit.start(settings, kit, state, folder, resume)
     except flower_cli.FlowerError as error:
         typer.echo(f"apiary: the run could not be started: {error}", err=True)
         raise typer.Exit(1) from None
-    typer.echo(f"run {run} started: {shown(folder)}")
-    if detach:
-        return
-    from apiary.tracking.console import make_progress
-
     try:
+        typer.echo(f"run {started.run} started: {shown(folder)}")
+        if detach:
+            return
+        if started.interrupted:
+            raise KeyboardInterrupt
         with make_progress(quiet) as observer:
-            failure = runs.follow(where, run, folder, [observer])
+            failure = runs.follow(started.state, started.run, folder, [observer])
     except KeyboardInterrupt:
         typer.echo("apiary: no longer followed; the run goes on: apiary deploy status KIT", err=True)
         raise typer.Exit(130) from None
@@ -264,9 +258,7 @@ def deploy_submit(
     if failure:
         typer.echo(f"apiary: the run failed: {failure}", err=True)
         raise typer.Exit(1)
-    from apiary.tracking.metrics_file import read_metrics
-
-    print_table(read_metrics(folder))
+    submit.print_table(folder)
     typer.echo(f"report: {shown(folder / 'report.html')}   adapter: {shown(folder / 'adapter')}")
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import difflib
 import errno
-import io
-import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -430,12 +428,7 @@ def _no_key(key: str) -> str:
 
 def main() -> None:
     """The entry point: turns errors into one line and an exit code."""
-    for stream in (sys.stdout, sys.stderr):  # a name or a row may hold what the terminal's encoding does not
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    for noisy in ("flwr", "transformers", "ray", "httpx", "huggingface_hub", "datasets", "peft"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    shared.set_up_output()
     sys.exit(_guarded(app))
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +31,16 @@ Resume = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON document and nothing else")]
+
+
+def set_up_output() -> None:
+    """Let this process write any text, and hear of libraries what is wrong alone."""
+    for stream in (sys.stdout, sys.stderr):  # a name or a row may hold what the terminal's encoding does not
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    for noisy in ("flwr", "transformers", "ray", "httpx", "huggingface_hub", "datasets", "peft"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
 def load(config: Path | None, overrides: Sequence[str] | None) -> configs.RunConfig:
