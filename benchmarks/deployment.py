@@ -109,7 +109,7 @@ class Federation:
         for pid in [self.kept[name].pid, *_below(self.kept[name].pid)]:
             with contextlib.suppress(OSError):  # it has just ended
                 words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-                sizes = dict(re.findall(r"(Rss|Pss):\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text()))
+                sizes = dict(re.findall(r"(?m)^(Rss|Pss):\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text()))
                 if sizes:
                     role = f"keeper of {name}" if pid == self.kept[name].pid else _role(words)
                     found[role] = {kind.lower(): round(int(size) * 1024 / 1e6, 1) for kind, size in sizes.items()}
