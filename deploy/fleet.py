@@ -53,6 +53,7 @@ from deploy import bundle
 _BEAT_S, _INTERVAL_S = 6.0, 14.0  # Flower gives a node up after two intervals, of ten seconds at least
 _FIRST_S, _LONGEST_S = 0.5, 15.0  # between tries while the server does not answer
 _AWAY_S = 3.0  # that long a node is away to be seen to be: the server looks every second
+_PUSH_S = 300.0  # for one object; the door gives 5 MiB 223 s
 _AHEAD_S, _BEHIND_S = 4.0, 55.0  # of the server's clock: the door refuses more than 5 and 60; dates have whole seconds
 _NOT_ACTIVATED, _RUN_OVER, _NO_RUN = 2004, 2007, 2008  # Flower's codes
 _PASSING = (408, 429)  # and all from 500 on: the server is busy or starts again
@@ -362,13 +363,20 @@ class Line:
                 clientapp_runtime_list=[seconds],
             )
             answer = self._call("PushMessages", request)
-            push = make_push_object_fn_protobuf(
-                lambda request: self._call("PushObject", request), self._there, run, answer.session_id
-            )
+            push = make_push_object_fn_protobuf(self._push, self._there, run, answer.session_id)
             try:
                 push_objects(get_all_nested_objects(reply), push, object_ids_to_push=set(answer.objects_to_push))
             except ObjectPushError as error:
                 raise Rejected(type(error).__name__) from None
+
+    def _push(self, request: Any) -> Any:
+        """Send an object. A slow line takes minutes for it, all of which count as one wait for the answer."""
+        http = self._client._client  # private to flwr 1.41; signs of life bring a limit of their own
+        usual, http.timeout = http.timeout, httpx.Timeout(_PUSH_S, connect=30.0)
+        try:
+            return self._call("PushObject", request)
+        finally:
+            http.timeout = usual
 
     def _run(self, run: int) -> dict[str, Any]:
         """What a run was started with, of the newest run kept.

@@ -146,14 +146,20 @@ def end_all(kept: Iterable[SupervisedProcess]) -> None:
             process.kill()
             process.wait()
     for number in (signal.SIGTERM, signal.SIGKILL):
-        end_orphans(number)
+        end_orphans(number, ())
 
 
-def end_orphans(number: signal.Signals, patience: float = 3.0) -> None:
-    """Send a signal to what our processes left behind, until it is gone or `patience` seconds are over."""
+def end_orphans(number: signal.Signals, kept: Sequence[SupervisedProcess], patience: float = 3.0) -> None:
+    """Send a signal to what our processes left behind, until it is gone or `patience` seconds are over.
+
+    Args:
+        number: the signal.
+        kept: what is left alone.
+        patience: seconds.
+    """
     deadline = time.monotonic() + patience
     sent: set[int] = set()
-    while (left := reap(())) and time.monotonic() < deadline:
+    while (left := reap(kept)) and time.monotonic() < deadline:
         for pid in left - sent:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)

@@ -170,7 +170,7 @@ def _watch(
             if code is not None:
                 _say(f"the {name} ended (exit code {code}) and is started again")
                 if name in _NAMES[:2]:
-                    _end_runs(kept[_NAMES.index("SuperExec")])
+                    _end_runs(kept)
         processes.reap(kept)
         now = time.monotonic()
         if now - looked > _KEYS_S:
@@ -183,12 +183,13 @@ def _watch(
             tended = time.monotonic()
 
 
-def _end_runs(superexec: SupervisedProcess) -> None:
-    """End the processes of runs, which belong to a SuperLink that is gone: each run goes on in a new one."""
-    if superexec.process is not None:
-        superexec.process.kill()
-        superexec.process.wait()
-    processes.end_orphans(signal.SIGKILL)
+def _end_runs(kept: list[SupervisedProcess]) -> None:
+    """End the SuperExec and the processes of runs, and nothing else of `kept`: each run goes on in a new process."""
+    superexec = kept[_NAMES.index("SuperExec")].process
+    if superexec is not None:
+        superexec.kill()
+        superexec.wait()
+    processes.end_orphans(signal.SIGKILL, kept)
 
 
 def register(kit: Kit, state: Path, failures: _Failures) -> list[str]:

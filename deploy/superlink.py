@@ -58,6 +58,10 @@ def prepare() -> None:
         UnknownFlower: Flower has nothing of that name.
     """
     _replace("flwr.supercore.sql_mixin", "SQLITE_PRAGMAS", lambda theirs: superlink_state.PRAGMAS)
+    for name in ("sql_corestate", "in_memory_corestate"):
+        _replace(
+            f"flwr.supercore.corestate.{name}", "OBJECT_PUSH_SESSION_TTL_SECONDS", lambda s: superlink_state.PUSH_S
+        )
     _replace(_STORE, "SqlObjectStore", superlink_state.store_class)
     _replace(_LINK, "SqlLinkState", superlink_state.state_class)
     for name, guard in objects.GUARDS.items():  # before the transactions, which then go around them

@@ -522,6 +522,19 @@ def test_processes_die_with_the_one_that_keeps_them_even_by_kill_9(tmp_path: Pat
         pytest.fail("the child lives on")
 
 
+def test_orphans_of_one_process_are_ended_and_nothing_that_is_kept(tmp_path: Path) -> None:
+    """The door and the SuperLink live on when a SuperExec dies, whose runs are ended."""
+    code = (
+        "import os, signal, subprocess, sys, time; from pathlib import Path; from deploy import processes;"
+        "sleep = [sys.executable, '-c', 'import time; time.sleep(600)'];"
+        "kept = processes.SupervisedProcess(sleep, os.environ, Path('.')); kept.look();"
+        "orphan = subprocess.Popen(sleep); processes.end_orphans(signal.SIGKILL, [kept]);"
+        "print(kept.process.poll(), Path(f'/proc/{orphan.pid}').exists(), flush=True); processes.end_all([kept])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["None", "False"], done.stderr
+
+
 def test_pauses_grow_to_a_bound() -> None:
     pauses = [processes.pause(failures) for failures in range(8)]
     assert pauses == sorted(pauses)

@@ -135,6 +135,16 @@ def test_a_message_is_handed_over_once_it_is_whole(link: _Link) -> None:
     assert link.handed_over() == []
 
 
+def test_an_object_whose_answer_was_lost_on_its_way_may_be_sent_again(link: _Link) -> None:
+    """Also the last one, whose session is over; what nobody announced is no more wanted than before."""
+    first, objects, session = link.announce(1)
+    for key, value in objects.items():
+        for _ in range(2):
+            assert link.state.store_object(link.run, session, key, value)
+    assert link.handed_over() == [first]
+    assert not link.state.store_object(link.run, session, "0" * 64, b"unknown")
+
+
 def test_an_answer_that_is_only_announced_is_none(link: _Link) -> None:
     message, objects, session = link.announce(1)
     link.store(objects, session)
