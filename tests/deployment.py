@@ -65,6 +65,16 @@ class Deployment:
     def call(self, *words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([str(APIARY), *words], cwd=self.folder, capture_output=True, text=True, timeout=600)
 
+    def status_once(self, text: str) -> str:
+        """What `deploy status` says once it says this; a run's log tells its end before Flower has noted it."""
+        deadline = time.monotonic() + 60
+        while True:
+            done = self.call("deploy", "status", str(self.kits / "server"))
+            if text in done.stdout:
+                return done.stdout
+            assert time.monotonic() < deadline, done.stdout + done.stderr
+            time.sleep(0.5)
+
     def start(self, name: str, *words: str) -> None:
         with (self.folder / f"{name}.out").open("ab") as out:
             self.running[name] = subprocess.Popen(

@@ -103,8 +103,7 @@ def test_a_run_in_which_nothing_usable_arrives_fails_and_goes_on_later(
     (failed,) = events_of(federation.folder / "run", "failed")
     assert "handshake" in failed["message"]
     assert {event["client"] for event in events_of(federation.folder / "run", "refused")} == set(SITES)
-    status = federation.call("deploy", "status", str(federation.kits / "server"))
-    assert "finished:failed" in status.stdout
+    federation.status_once("finished:failed")
     told = federation.call("deploy", "status", str(federation.kits / "server"), "--json")
     assert [run["status"] for run in json.loads(told.stdout)["runs"]] == ["finished:failed"]
     for site in SITES:
@@ -146,8 +145,7 @@ def test_a_run_goes_on_by_itself_whatever_of_the_server_is_killed(federation: De
     assert federation.running["submit"].returncode == 0, said + federation.said("server")
     assert said.count("it goes on after round") == 4, said
     assert [event["round"] for event in events_of(federation.folder / "run", "round")] == [1, 2, 3, 4, 5]
-    status = federation.call("deploy", "status", kit).stdout
-    assert status.count("resumed as") == 4 and "finished:completed" in status
+    assert federation.status_once("finished:completed").count("resumed as") == 4
     simulate(loading.load(None, texts), federation.folder / "simulated")
     ours, theirs = (
         load_file(federation.folder / name / "adapter" / "adapter_model.safetensors") for name in ("run", "simulated")
