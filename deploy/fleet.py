@@ -53,7 +53,7 @@ from deploy import bundle
 _BEAT_S, _INTERVAL_S = 6.0, 14.0  # Flower gives a node up after two intervals, of ten seconds at least
 _FIRST_S, _LONGEST_S = 0.5, 15.0  # between tries while the server does not answer
 _AWAY_S = 3.0  # that long a node is away to be seen to be: the server looks every second
-_PUSH_S = 300.0  # for one object; the door gives 5 MiB 223 s
+_PUSH_S = 300.0  # for one object, all of which is one wait; the door gives 5 MiB 223 s
 _AHEAD_S, _BEHIND_S = 4.0, 55.0  # of the server's clock: the door refuses more than 5 and 60; dates have whole seconds
 _NOT_ACTIVATED, _RUN_OVER, _NO_RUN = 2004, 2007, 2008  # Flower's codes
 _PASSING = (408, 429)  # and all from 500 on: the server is busy or starts again
@@ -92,7 +92,10 @@ class Work(NamedTuple):
 
 
 class _Signature:
-    """Signs each call by its time, as Flower's own interceptor does, but with a clock that can be set."""
+    """Signs each call by its time, as Flower's own interceptor does, but with a clock that can be set.
+
+    It also gives the call that carries an object the time that a slow line takes.
+    """
 
     def __init__(self, key: ec.EllipticCurvePrivateKey, clock: Clock) -> None:
         self.public = public_key_to_bytes(key.public_key())
@@ -108,6 +111,8 @@ class _Signature:
                 FLEET_HTTP_SIGNATURE_HEADER: base64.b64encode(signed).decode("ascii"),
             }
         )
+        if context.rpc_method.endswith("/PushObject"):
+            context.request.extensions["timeout"] = httpx.Timeout(_PUSH_S, connect=30.0).as_dict()
         return call_next(context)
 
 
@@ -126,13 +131,15 @@ class _Calls:
         self._client, self._end, self._clock = client, end, clock
         self._reached = False  # the server, at least once
 
-    def __call__(self, name: str, request: Any, once: bool = False) -> Any:
+    def __call__(self, name: str, request: Any, once: bool = False, over: Callable[[], bool] = lambda: False) -> Any:
         """The answer to a call of Flower's client.
 
         Args:
             name: of the call.
             request: its protobuf.
             once: not to be tried again where it may have been carried out.
+            over: asked before each further try whether its run is over, which a call that does not come through never
+                hears by itself.
 
         Raises:
             httpx.TransportError: with `once`, the line broke after the call was on its way.
@@ -155,6 +162,8 @@ class _Calls:
                 pass
             if self._end.wait(pause * random.uniform(0.8, 1.2)):
                 raise Ended
+            if over():
+                raise RunOver
             pause = min(_LONGEST_S, 2.0 * pause)
 
     def _judge(self, answer: httpx.Response) -> None:
@@ -335,10 +344,12 @@ class Line:
         Raises:
             Refused, NotTrusted, Ended: as `open`.
         """
+        return self._wanted(work.run, work.tree.object_id)
+
+    def _wanted(self, run: int, message: str) -> bool:
         # For what was taken in and is gone: unlike other calls that tell of a run, this one fills no log of the server.
-        request = PullObjectRequest(node=self._there, run_id=work.run, object_id=work.tree.object_id)
         try:
-            self._call("PullObject", request)
+            self._call("PullObject", PullObjectRequest(node=self._there, run_id=run, object_id=message))
         except RunOver:
             return False
         except Rejected:
@@ -354,7 +365,7 @@ class Line:
             Refused, NotTrusted, Ended: as `open`.
         """
         reply.metadata.__dict__["_message_id"] = reply.object_id
-        run = int(reply.metadata.run_id)
+        run, asked = int(reply.metadata.run_id), reply.metadata.reply_to_message_id
         with no_object_id_recompute():
             request = PushMessagesRequest(
                 node=self._there,
@@ -363,20 +374,16 @@ class Line:
                 clientapp_runtime_list=[seconds],
             )
             answer = self._call("PushMessages", request)
-            push = make_push_object_fn_protobuf(self._push, self._there, run, answer.session_id)
+            push = make_push_object_fn_protobuf(
+                lambda request: self._call("PushObject", request, over=lambda: not self._wanted(run, asked)),
+                self._there,
+                run,
+                answer.session_id,
+            )
             try:
                 push_objects(get_all_nested_objects(reply), push, object_ids_to_push=set(answer.objects_to_push))
             except ObjectPushError as error:
                 raise Rejected(type(error).__name__) from None
-
-    def _push(self, request: Any) -> Any:
-        """Send an object. A slow line takes minutes for it, all of which count as one wait for the answer."""
-        http = self._client._client  # private to flwr 1.41; signs of life bring a limit of their own
-        usual, http.timeout = http.timeout, httpx.Timeout(_PUSH_S, connect=30.0)
-        try:
-            return self._call("PushObject", request)
-        finally:
-            http.timeout = usual
 
     def _run(self, run: int) -> dict[str, Any]:
         """What a run was started with, of the newest run kept.

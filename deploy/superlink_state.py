@@ -110,12 +110,22 @@ class _WholeMessages:
             return found
 
     def get_message_res(self, message_ids: set[str], run_id: int) -> list[Any]:
-        """The replies to messages that are there whole, and an error for each that cannot come any more."""
+        """The replies to messages that are there whole, and an error for each that cannot come any more.
+
+        One that stopped arriving is listed as it is: Flower drops it when the first object that it lacks is asked for,
+        and the server's grid refuses its sender.
+        """
         if not message_ids:
             return []
         names = {f"id{number}": message for number, message in enumerate(message_ids)}
         asked = ", ".join(f":{name}" for name in names)
-        waiting = f"SELECT message_id FROM message_res WHERE reply_to_message_id IN ({asked}) AND delivered_at = ''"
+        waiting = f"""
+        SELECT message_id FROM message_res WHERE reply_to_message_id IN ({asked}) AND delivered_at = '' AND message_id
+        NOT IN (
+            SELECT root_object_id FROM object_push_session_roots NATURAL JOIN object_push_sessions
+            WHERE julianday(expires_at) <= julianday('now')
+        )
+        """
         with self._held_back("message_res", waiting, names):
             found: list[Any] = super().get_message_res(message_ids, run_id)  # type: ignore[misc]
             return found

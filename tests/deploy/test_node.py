@@ -20,8 +20,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
-from flwr.app import Context, Message, Metadata, RecordDict
+from flwr.app import ConfigRecord, Context, Message, Metadata, RecordDict
 from flwr.app.message import make_message
 from flwr.common.serde import fab_to_proto, message_to_proto, run_to_proto
 from flwr.proto import fab_pb2, fleet_pb2, heartbeat_pb2, message_pb2, run_pb2
@@ -84,6 +85,7 @@ class _SuperLink:
         self.messages: list[Message] = []
         self.objects: dict[str, bytes] = {}
         self.replies: list[Any] = []
+        self.to_push: list[str] = []
         self.running, self.date = True, email.utils.formatdate(usegmt=True)
         outer = self
 
@@ -160,7 +162,7 @@ class _SuperLink:
         if name == "push-messages":
             request = fleet_pb2.PushMessagesRequest.FromString(body)
             self.replies += request.messages_list
-            return fleet_pb2.PushMessagesResponse(objects_to_push=[], session_id="s")
+            return fleet_pb2.PushMessagesResponse(objects_to_push=self.to_push, session_id="s")
         if name == "push-object":
             return message_pb2.PushObjectResponse(stored=True)
         if name == "confirm-message-received":
@@ -297,6 +299,53 @@ def test_the_answer_to_a_run_that_is_over_is_dropped_and_the_worker_let_go(
     (reply,) = superlink.replies
     assert reply.metadata.reply_to_message_id == second.metadata.message_id
     assert first.metadata.message_id != second.metadata.message_id
+
+
+def test_an_object_that_does_not_come_through_is_let_go_with_its_run(superlink: _SuperLink, tmp_path: Path) -> None:
+    superlink.fail["push-object"] = ["broken"] * 10_000
+
+    def answer(message: Message, context: Context) -> Message:
+        reply = _reply(message, context)
+        reply.metadata.__dict__["_message_id"] = reply.object_id
+        superlink.to_push = [reply.object_id]
+        return reply
+
+    superlink.send()
+    site = _Site(superlink, tmp_path, answer)
+    _until(lambda: "push-object" in superlink.calls)
+    superlink.running = False
+    _until(lambda: not site.journal.read().message)
+    looks = superlink.calls.count("pull-messages")
+    _until(lambda: superlink.calls.count("pull-messages") > looks)
+    assert site.stop() == 0
+
+
+def test_a_slow_line_has_minutes_for_an_object_and_for_nothing_else(
+    superlink: _SuperLink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: dict[str, list[Any]] = {}
+    send = httpx.Client.send
+
+    def noted(client: httpx.Client, request: httpx.Request, **kwargs: Any) -> httpx.Response:
+        waits.setdefault(request.url.path.rpartition("/")[2], []).append(request.extensions["timeout"])
+        return send(client, request, **kwargs)
+
+    monkeypatch.setattr(httpx.Client, "send", noted)
+
+    def answer(message: Message, context: Context) -> Message:
+        reply = Message(RecordDict({f"c{i}": ConfigRecord({"i": i}) for i in range(6)}), reply_to=message)
+        reply.metadata.__dict__["_message_id"] = reply.object_id
+        superlink.to_push = list(get_all_nested_objects(reply))
+        return reply
+
+    superlink.send()
+    site = _Site(superlink, tmp_path, answer)
+    _until(lambda: superlink.calls.count("push-object") >= 7)  # several at a time
+    looks = superlink.calls.count("pull-messages")
+    _until(lambda: superlink.calls.count("pull-messages") > looks)
+    site.stop()
+    assert {(wait["write"], wait["read"]) for wait in waits.pop("push-object")} == {(300.0, 300.0)}
+    assert max(wait["write"] for each in waits.values() for wait in each) == 30.0
 
 
 def test_what_an_ended_node_had_in_work_is_told_and_its_session_taken_over(

@@ -25,6 +25,7 @@ from flwr.common.serde import message_to_proto
 from flwr.proto import fleet_pb2, message_pb2
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_id, get_object_tree
+from sqlalchemy import text
 from starlette.testclient import TestClient
 
 from deploy import certificates, flower_cli, kits, objects, peers, superlink, superlink_state
@@ -335,6 +336,22 @@ def test_an_honest_exchange_is_as_flower_has_it(two: _Two) -> None:
     assert set(again.objects_to_push) == set(first.objects_to_push) == set(answer.contents)
     two.a.send(answer)
     _has_come(two.a, message, answer)
+
+
+def test_an_answer_that_stopped_arriving_is_told(two: _Two) -> None:
+    message, _ = _sent(two.a)
+    answer = two.a.answer(message)
+    told = two.a.announce(answer)
+    first, *rest = told.objects_to_push
+    assert two.a.push(told.session_id, first, answer.contents[first])
+    state, run = two.a.link.state, two.a.link.run
+    assert state.get_message_res({message}, run) == []
+    with state.session() as session:
+        session.execute(text("UPDATE object_push_sessions SET expires_at = datetime(expires_at, '-1 day')"))
+    (got,) = state.get_message_res({message}, run)
+    assert got.metadata.message_id == answer.root
+    assert state.get_object(run, rest[0]) is None  # which the server's grid takes for a failure
+    assert not two.a.push(told.session_id, rest[0], answer.contents[rest[0]])
 
 
 def test_what_was_sent_to_another_site_is_as_if_it_were_not_there(two: _Two) -> None:
