@@ -273,10 +273,10 @@ def second(metrics: Metrics) -> str:
     compared = row_by_row(metrics, other) if other else ""
     said = [
         compared,
-        shared_at_best(metrics),
         personal(metrics),
         attacked(metrics),
         nobody_joined(metrics) or _meaning(metrics, joint),
+        shared_at_best(metrics),
     ]
     return " ".join(filter(None, said))
 
