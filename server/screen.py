@@ -59,7 +59,7 @@ class Screen:
         self._before: Reference = terms.reference
         self._patient = asked <= _WAITING
         self._seen: list[tuple[guard.Lengths, float]] = []
-        self._waiting: list[Settled] = []
+        self._waiting: list[tuple[str, Visit, int]] = []  # with who sent it, and its bytes
 
     def take(self, client: str, visit: Visit, size: int) -> Settled | None:
         """The visit, if it can be said at once that it counts as it is; else it waits for `release`."""
@@ -72,14 +72,14 @@ class Screen:
         held += [(weight, self._cap * self._before.weight)] if self._cap else []
         over = any(0 < limit < value for value, limit in held)
         if over or (self._patient and any(limit == 0 for _, limit in held)):
-            self._waiting.append(Settled(client, visit, size))
+            self._waiting.append((client, visit, size))
             return None
         return Settled(client, visit, size)
 
     def release(self) -> list[Settled]:
         """What waits, settled by the medians of the round, by name."""
         usual, waiting, self._waiting = self._medians(), self._waiting, []
-        return [self._settled(one, usual) for one in sorted(waiting, key=lambda one: one.client)]
+        return [self._settled(*one, usual) for one in sorted(waiting, key=lambda one: one[0])]
 
     def after(self) -> Reference:
         """What is usual once this round is over."""
@@ -88,28 +88,27 @@ class Screen:
     def _medians(self) -> Medians:
         return guard.medians(self._seen)
 
-    def _settled(self, one: Settled, round_: Medians) -> Settled:
-        visit = one.reply
-        assert isinstance(visit, Visit)
+    def _settled(self, client: str, visit: Visit, size: int, round_: Medians) -> Settled:
+        capped = shortened = None
         excess, part, usual = max(
             (
-                (size / (self._factor * usual) if self._factor and usual else 0.0, part, usual)
-                for part, size in guard.lengths(visit.update.delta).items()
+                (length / (self._factor * usual) if self._factor and usual else 0.0, part, usual)
+                for part, length in guard.lengths(visit.update.delta).items()
                 for usual in [max(round_.lengths.get(part, 0.0), self._before.length(part, self._rate))]
             ),
             default=(0.0, "other", 0.0),
         )
         if excess > 1 and (self._alike or excess > _FAR):
-            return one._replace(reply=_refusal(visit, part, usual, self._factor))
+            return Settled(client, _refusal(visit, part, usual, self._factor), size)
         if excess > 1:
             short = {name: tensor / excess for name, tensor in visit.update.delta.items()}
             visit = visit._replace(update=visit.update._replace(delta=short))
-            one = one._replace(reply=visit, shortened=1 / excess)
+            shortened = 1 / excess
         most = math.floor(self._cap * max(round_.weight, self._before.weight))
         if 0 < most < visit.update.weight:
             visit = visit._replace(update=visit.update._replace(weight=float(most)))
-            one = one._replace(reply=visit, capped=float(most))
-        return one
+            capped = float(most)
+        return Settled(client, visit, size, capped, shortened)
 
 
 def _refusal(visit: Visit, part: str, usual: float, factor: float) -> Refusal:

@@ -12,6 +12,7 @@ import torch
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
+from kept_events import Log
 
 import strategies
 from apiary.config import loading
@@ -34,17 +35,6 @@ START: StateDict = {A: torch.linspace(-0.5, 0.5, 24).reshape(2, 12), B: torch.ze
 METHODS = ["fedavg", "rank_slices", "median"]
 BAD = 3  # the site that is bad
 Spoil = Callable[[Visit], Visit]
-
-
-class Log:
-    def __init__(self) -> None:
-        self.events: list[dict[str, Any]] = []
-
-    def event(self, kind: str, **fields: Any) -> None:
-        self.events.append({"event": kind, **fields})
-
-    def of(self, kind: str) -> list[dict[str, Any]]:
-        return [event for event in self.events if event["event"] == kind]
 
 
 def honest(site: int, number: int, size: float) -> dict[str, torch.Tensor]:

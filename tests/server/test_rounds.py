@@ -14,6 +14,7 @@ import torch
 from flwr.app import ArrayRecord, Context, Error, Message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
+from kept_events import Log
 
 from apiary.config import loading
 from apiary.core.errors import RunFailed
@@ -30,19 +31,6 @@ PRINT = Fingerprint("base", "tokenizer", "template", "adapter")
 START = {"a": torch.zeros(2, 3), "b": torch.ones(4)}
 UNGUARDED = ["strategy.norm_guard=0", "strategy.weight_cap=0"]  # scripted changes are such as no optimizer makes
 Act = Callable[[int, dict[str, torch.Tensor]], Any]
-
-
-class Log:
-    """Keeps events."""
-
-    def __init__(self) -> None:
-        self.events: list[dict[str, Any]] = []
-
-    def event(self, kind: str, **fields: Any) -> None:
-        self.events.append({"event": kind, **fields})
-
-    def of(self, kind: str) -> list[dict[str, Any]]:
-        return [e for e in self.events if e["event"] == kind]
 
 
 def add_one(index: int, adapter: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
