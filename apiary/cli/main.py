@@ -66,10 +66,11 @@ def simulate(
 ) -> None:
     """Run clients and server on this machine, compare with the baselines, and write a report."""
     settings, folder = settings_of(config, overrides, out, resume)
+    from apiary.cli.interrupts import heeded
     from apiary.tracking.console import make_progress
 
     try:
-        with make_progress(quiet) as observer:
+        with make_progress(quiet) as shown_to, heeded(shown_to) as observer:
             observer({"event": "phase", "name": "starting"})
             # Only now: what is wrong with the file is told, and that something happens, without waiting for torch.
             from simulation.run import simulate as run
@@ -263,10 +264,11 @@ def personal(
     quiet: Annotated[bool, typer.Option("--quiet", help="print only errors and the result")] = False,
 ) -> None:
     """Make each client's own model after a finished simulation, and write metrics and report again."""
+    from apiary.cli.interrupts import heeded
     from apiary.report import personal_lines
     from apiary.tracking.console import make_progress
 
-    with make_progress(quiet) as observer:
+    with make_progress(quiet) as shown_to, heeded(shown_to) as observer:
         observer({"event": "phase", "name": "starting"})
         from simulation.run import personalise
 
