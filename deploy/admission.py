@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
@@ -151,8 +151,7 @@ class Registry:
                 if before is not None:
                     found[path.stem] = before
                 continue
-            key = load_pem_public_key(pem)
-            assert isinstance(key, ec.EllipticCurvePublicKey)  # or `public_pem` had refused it
+            key = cast(ec.EllipticCurvePublicKey, load_pem_public_key(pem))  # `public_pem` refuses other kinds
             found[path.stem] = stamp, pem, _Known(path.stem, line, key)
         self._files = found
         self._known = {pem: known for _, pem, known in found.values()}

@@ -11,7 +11,7 @@ import functools
 import ipaddress
 import ssl
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -216,10 +216,10 @@ class _Gate(asyncio.Protocol):
         self._task: asyncio.Task[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        transport.pause_reading()
-        self._inner.arrive(transport)
-        self._task = asyncio.get_running_loop().create_task(self._handshake(transport))
+        line = cast(asyncio.Transport, transport)  # a TCP connection's
+        line.pause_reading()
+        self._inner.arrive(line)
+        self._task = asyncio.get_running_loop().create_task(self._handshake(line))
 
     def connection_lost(self, exc: Exception | None) -> None:  # before the handshake began
         self._places.leave(self._inner)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.common.serde import recorddict_to_proto
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from kept_events import Log
+from scripted_clients import clients, rounds
 from superlink import Answer, Link, LinkedGrid, answer_of, be_the_server, instead
 
 from apiary.core.errors import WireError
@@ -26,9 +27,6 @@ from apiary.transport.signatures import Claim, Question
 from deploy import certificates
 from server.seals import Seals, Site
 from server.site_grid import SiteGrid, limit_of
-
-sys.path.append(str(Path(__file__).parent))
-from test_rounds import Log, clients, rounds
 
 BAD = 1001
 RUN = "run-1a2b"

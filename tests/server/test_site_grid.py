@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,14 +12,13 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.app.message.arraychunk import ArrayChunk
 from flwr.supercore.inflatable.inflatable_object import get_object_id
+from kept_events import Log
+from scripted_clients import clients, rounds
 from superlink import Answer, Link, LinkedGrid, answer_of, of_objects
 
 from server import messaging, site_grid
 from server.site_grid import UNREADABLE, Limit, SiteGrid, guarded, limit_of
 from simulation.in_process_grid import LocalGrid
-
-sys.path.append(str(Path(__file__).parent))
-from test_rounds import Log, clients, rounds
 
 LIMIT = limit_of(10)
 BAD, GOOD = 1001, 1000
