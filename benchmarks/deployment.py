@@ -61,14 +61,18 @@ class Federation:
 
     def begin(self, rows: Path) -> None:
         """Start the server and the sites, and wait until all are connected."""
+        self.serve()
+        for site in self.names:
+            self.start(site, "connected to", "deploy", "client", str(self.kits / site), "--data", str(rows))
+
+    def serve(self) -> None:
+        """Make kits and start the server."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         sites = [word for site in self.names for word in ("--site", site)]
         self.call("deploy", "init", str(self.kits), "--server", f"127.0.0.1:{port}", *sites)
         self.start("server", "server ready", "deploy", "server", str(self.kits / "server"), "--bind", "127.0.0.1")
-        for site in self.names:
-            self.start(site, "connected to", "deploy", "client", str(self.kits / site), "--data", str(rows))
 
     def _command(self, words: Sequence[str]) -> list[str]:
         return [sys.executable, "-P", "-m", "apiary.cli.main", *words]
@@ -81,16 +85,20 @@ class Federation:
         assert done.returncode == 0, done.stderr
 
     def start(self, name: str, said: str, *words: str) -> None:
-        """Start a command that stays, and wait until its output holds `said`."""
+        """Start a command of ours that stays, and wait until its output holds `said`."""
+        self.launch(name, self._command(words))
         log = self.folder / f"{name}.log"
-        with log.open("wb") as out:
-            self.kept[name] = subprocess.Popen(
-                self._command(words), cwd=self.folder, env=self.environment, stdout=out, stderr=subprocess.STDOUT
-            )
         deadline = time.monotonic() + _LONGEST_S
         while said not in log.read_text(errors="replace"):
             assert self.kept[name].poll() is None and time.monotonic() < deadline, log.read_text(errors="replace")
             time.sleep(0.2)
+
+    def launch(self, name: str, command: Sequence[str]) -> None:
+        """Start any command that stays."""
+        with (self.folder / f"{name}.log").open("wb") as out:
+            self.kept[name] = subprocess.Popen(
+                command, cwd=self.folder, env=self.environment, stdout=out, stderr=subprocess.STDOUT
+            )
 
     def end(self) -> None:
         """End all that was started."""
