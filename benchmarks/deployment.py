@@ -34,8 +34,10 @@ sys.path.insert(0, str(ROOT))
 
 from apiary.tracking import environment  # noqa: E402
 from benchmarks.startup import tree_of  # noqa: E402
+from deploy.session import CONNECTED  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
+STUBS = ROOT / "benchmarks" / "stub_sites.py"
 SITES = ("north", "south")
 _WORK = re.compile(r"round (\d+) (train|evaluate): ([\d.]+) s")  # of a worker's log
 _LONGEST_S = 900.0
@@ -74,6 +76,14 @@ class Federation:
         self.call("deploy", "init", str(self.kits), "--server", f"127.0.0.1:{port}", *sites)
         self.start("server", "server ready", "deploy", "server", str(self.kits / "server"), "--bind", "127.0.0.1")
 
+    def play(self, rows: Path, *more: str, sites: int | None = None) -> None:
+        """Start stubs of the sites (`benchmarks/stub_sites.py`), and wait until all, or `sites`, are connected."""
+        self.launch("stubs", [sys.executable, str(STUBS), str(self.kits), str(rows), *more])
+        deadline, wanted = time.monotonic() + _LONGEST_S, sites or len(self.names)
+        while (said := (self.folder / "stubs.log").read_text(errors="replace")).count(CONNECTED) < wanted:
+            assert self.kept["stubs"].poll() is None and time.monotonic() < deadline, said
+            time.sleep(0.3)
+
     def _command(self, words: Sequence[str]) -> list[str]:
         return [sys.executable, "-P", "-m", "apiary.cli.main", *words]
 
@@ -104,12 +114,22 @@ class Federation:
         """End all that was started."""
         for process in reversed(self.kept.values()):
             process.send_signal(signal.SIGTERM)
-        for process in self.kept.values():
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(60)
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+        for name in self.kept:
+            self.stop(name)
+
+    def stop(self, name: str) -> None:
+        """End what was started under a name."""
+        process = self.kept[name]
+        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(60)
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+    def below(self, name: str) -> list[int]:
+        """The processes below a started one."""
+        return _below(self.kept[name].pid)
 
     def memory(self, name: str) -> dict[str, dict[str, float]]:
         """Of a started process and each below it: what it is, and its resident and proportional megabytes."""

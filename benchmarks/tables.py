@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # another package is called benchmarks too
 
 from apiary.core.counts import rounded  # noqa: E402
-from benchmarks import methods, shapes, together  # noqa: E402
+from benchmarks import deployment_tables, methods, shapes, together  # noqa: E402
 from benchmarks import own_models as ways  # noqa: E402
 from benchmarks.personal import CASES, summary  # noqa: E402
 
@@ -909,6 +909,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "own_models": own_models,
     "own_default": own_default,
     "own_cases": own_cases,
+    **deployment_tables.TABLES,
 }
 _FROM = {  # tables that have no file of results of their own
     "judges": "curation",
