@@ -29,6 +29,7 @@ from deploy.going import Going, read, write
 _LOOK_S, _ASK_S = 0.5, 20.0  # how often the run's log is read, and Flower is asked whether the run is alive
 _PATIENCE_S = 15.0  # an earlier run has said its last word, and its process is about to end
 _LOST_S = 60.0  # how long the server may give no answer
+_STOP_S = 150.0  # how long `stop` waits for who submits the run at this moment: longer than Flower's command may take
 _SHOWN = 20  # runs
 _APP = "apiary-run"  # the folder that Flower bundles
 # All that is in a run directory before the first checkpoint.
@@ -88,7 +89,10 @@ def _start_alone(state: Path, config: RunConfig, out: Path, expected: int, resum
         _check_earlier(state, known, out)
         going = Going(number, "", config.to_json(), str(out), f"{run_name(out.name)}-{number}", expected)
         before = read(state, number)
-        return _submit(state, going._replace(earlier=_earlier(before)))
+        run = _submit(state, going._replace(earlier=_earlier(before)), before)
+    if run is None:
+        raise UserError(f"{str(out)!r}: {going_runs.STOPPED} while it was started")
+    return run
 
 
 def resume(state: Path, going: Going, expected: int) -> str | None:
@@ -107,54 +111,108 @@ def resume(state: Path, going: Going, expected: int) -> str | None:
     with _reserved(going.folder) as number:
         if number != going.number or read(state, number) != going:
             return None
+        lost = going._replace(lost=True)
+        write(state, lost)
         with contextlib.suppress(flower_cli.FlowerError):  # it knows already that it has ended
-            write(state, going._replace(lost=True))
             flower_cli.call(state, "stop", going.run)
         done = going_runs.rounds_done(going.folder)
         tries = 1 if done > going.done else going.tries + 1
-        return _submit(
-            state, going._replace(expected=expected, earlier=_earlier(going), lost=False, done=done, tries=tries)
-        )
+        again = going._replace(expected=expected, earlier=_earlier(going), lost=False, done=done, tries=tries)
+        return _submit(state, again, lost)
 
 
 def _earlier(before: Going | None) -> tuple[str, ...]:
     return () if before is None else (*before.earlier, before.run)
 
 
-def _submit(state: Path, going: Going) -> str:
+def _submit(state: Path, going: Going, before: Going | None) -> str | None:
+    """Give a run to Flower and remember it; its new id, or None where a person has ended it meanwhile.
+
+    Args:
+        state: of the running server.
+        going: the run, without that id.
+        before: what is remembered of the run directory; only `stop` may change that while the run is submitted.
+    """
+    if _ended_since(state, going.number, before):
+        return None
     values: dict[str, str | int] = {key: getattr(going, key) for key in ("config", "out", "name", "expected")}
     run = _start(state, values)
-    write(state, going._replace(run=run))
+    ended = _ended_since(state, going.number, before)
+    write(state, going._replace(run=run, ended=ended))
     for path, text in (
         (state / _STARTED / going.number, f"{run} {server.port_of(state)}\n"),
         (state / _DIRECTORIES / run, f"{going.out}\n"),
     ):
         path.parent.mkdir(mode=0o700, exist_ok=True)
         files.write_atomic(path, text)
-    return run
+    if ended is None:
+        return run
+    _end(state, run)
+    return None
+
+
+def _ended_since(state: Path, number: str, before: Going | None) -> str | None:
+    """Why a run was ended after it was remembered as `before`; None = it was not."""
+    now = read(state, number)
+    return None if now is None or now == before else now.ended
 
 
 def stop(state: Path, what: str) -> str:
     """End a run for good, by Flower's number of it or by its run directory; returns the number.
 
+    It may be said again where Flower could not be asked the first time.
+
     Raises:
         UserError: no such run, or it has ended.
         flower_cli.FlowerError: Flower cannot be asked.
+        OSError: the disk is full.
     """
     server.port_of(state)
     out = Path(what).resolve()
     found = next((g for g in going_runs.every(state) if what in (g.run, *g.earlier) or out == g.folder), None)
     if found is None:
         raise UserError(f"{what!r}: no run of this server has this number or run directory; see `apiary deploy status`")
-    if found.ended is not None:
-        raise UserError(f"{what!r}: this run has ended already")
-    write(state, found._replace(ended=going_runs.STOPPED))
+    with _no_start(found.folder):
+        going = read(state, found.number) or found  # it may have been submitted again meanwhile
+        if going.ended not in (None, going_runs.STOPPED):
+            raise UserError(f"{what!r}: this run has ended already")
+        write(state, going._replace(ended=going_runs.STOPPED))
+        if not _end(state, going.run) and going.ended is not None:
+            raise UserError(f"{what!r}: this run has ended already")
+    return going.run
+
+
+def _end(state: Path, run: str) -> bool:
+    """Let Flower end a run; whether it had not ended already.
+
+    Raises:
+        flower_cli.FlowerError: Flower cannot be asked.
+    """
     try:
-        flower_cli.call(state, "stop", found.run)
+        flower_cli.call(state, "stop", run)
     except flower_cli.FlowerError as error:
-        if _FINISHED not in str(error):
-            raise
-    return found.run
+        if _FINISHED in str(error):
+            return False
+        raise
+    return True
+
+
+@contextlib.contextmanager
+def _no_start(out: Path) -> Iterator[None]:
+    """Keep others from starting a run in a directory. Where that cannot be, `_submit` sees what happened meanwhile."""
+    deadline = time.monotonic() + _STOP_S
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(run_directory.claim(out, run_directory.STARTING))
+            except StillGoing:
+                if time.monotonic() < deadline:
+                    time.sleep(_LOOK_S)
+                    continue
+            except (UserError, OSError):  # the directory is gone, or its disk full
+                pass
+            break
+        yield
 
 
 def _clear(state: Path, out: Path) -> None:

@@ -48,7 +48,7 @@ class Tending:
         if end is None and self._status(going) == "finished:stopped" and not going.lost:
             end = "it was stopped"
         if end is not None:
-            going_runs.write(self._state, going._replace(ended=end))
+            self._end(going, end)
             return
         if going_runs.is_free(going.folder):
             self._go_on(going)
@@ -68,7 +68,7 @@ class Tending:
         tries = 0 if going_runs.rounds_done(going.folder) > going.done else going.tries
         if tries >= going_runs.TRIES:
             end = f"its process ended {tries} times without finishing a round (superexec.log in the state folder)"
-            going_runs.write(self._state, going._replace(ended=end))
+            self._end(going, end)
             self._tell(going, f"is given up: {end}")
             return
         if since < going_runs.pause(tries):
@@ -84,6 +84,10 @@ class Tending:
         if new is not None:
             done = going_runs.rounds_done(going.folder)
             self._tell(going, f"its process was gone; it goes on after round {done}, as run {new}")
+
+    def _end(self, going: Going, why: str) -> None:
+        if going_runs.read(self._state, going.number) == going:  # a person may have ended or submitted it just now
+            going_runs.write(self._state, going._replace(ended=why))
 
     def _status(self, going: Going) -> str:
         asked, answer = self._asked.get(going.run, (-_ASK_S, "unknown"))

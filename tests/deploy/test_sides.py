@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
@@ -28,6 +28,7 @@ from typer.testing import CliRunner
 
 from apiary.cli import main
 from apiary.config import defaults, loading, schema
+from apiary.core import files
 from apiary.core.counts import EXACT
 from apiary.core.errors import RunFailed, UserError
 from apiary.core.messages import Decline, Visit
@@ -559,7 +560,8 @@ class SuperLink:
         self.given: list[dict[str, object]] = []
         self.runs: list[dict[str, object]] = []
         self.stopped: list[str] = []
-        self.status = "running"
+        self.status, self.busy = "running", False
+        self.meanwhile: dict[str, Callable[[], object]] = {}  # by command: what happens once while it is answered
         state.mkdir()
         (state / "nodes.json").write_text(json.dumps({"ant": {"node": "7", "key": ""}}))
         self.up(state, 4000)
@@ -576,7 +578,12 @@ class SuperLink:
             if self.status == "gone":
                 raise flower_cli.FlowerError("no answer")
             return {"runs": [{"run-id": options[1], "status": self.status}] if options else self.runs}
+        self.meanwhile.pop(words[0], lambda: None)()
         if words[0] == "stop":
+            if self.busy:
+                raise flower_cli.FlowerError("the SuperLink gives no answer: HTTP Error 503: Service Unavailable")
+            if words[1] in self.stopped:
+                raise flower_cli.FlowerError("[code: 18] The run is already finished.")
             self.stopped.append(words[1])
             return {}
         assert Path(words[1], "pyproject.toml").exists()
@@ -832,8 +839,68 @@ def test_a_run_is_ended_for_good(superlink: SuperLink, tmp_path: Path) -> None:
     Tending(state, print).look()
     assert len(superlink.given) == 1
     assert runs.follow(state, run, out, []) == going.STOPPED
-    with pytest.raises(UserError, match="has ended already"):
+    for _ in range(2):
+        with pytest.raises(UserError, match="has ended already"):
+            runs.stop(state, run)
+
+
+def test_who_could_not_end_a_run_says_it_again(superlink: SuperLink, tmp_path: Path) -> None:
+    state, out = tmp_path / "state", tmp_path / "run"
+    run = runs.start(state, loading.load(None, ["strategy.min_clients=1"]), out)
+    _log(out, 1)
+    superlink.busy = True
+    with pytest.raises(flower_cli.FlowerError, match="503"):
         runs.stop(state, run)
+    Tending(state, print).look()
+    assert len(superlink.given) == 1  # it does not go on all the same
+    superlink.busy = False
+    assert runs.stop(state, run) == run and superlink.stopped == [run]
+
+
+def _going(state: Path, out: Path) -> going.Going:
+    found = going.of_folder(state, out)
+    assert found is not None
+    return found
+
+
+def test_who_ends_a_run_waits_for_a_resume_that_is_under_way_and_ends_it(superlink: SuperLink, tmp_path: Path) -> None:
+    state, out, said = tmp_path / "state", tmp_path / "run", list[str]()
+    runs.start(state, loading.load(None, ["strategy.min_clients=1"]), out)
+    _log(out, 1)
+    person = threading.Thread(target=lambda: said.append(runs.stop(state, "1")))
+
+    def meanwhile() -> None:
+        person.start()
+        person.join(0.5)
+        assert superlink.stopped == ["1"]  # by the resume
+
+    superlink.meanwhile["run"] = meanwhile
+    Tending(state, print).look()
+    person.join(60)
+    assert said == ["2"] and superlink.stopped == ["1", "2"]
+    assert _going(state, out).ended == going.STOPPED
+    Tending(state, print).look()
+    assert len(superlink.given) == 2
+
+
+@pytest.mark.parametrize("during", ["stop", "run"])
+def test_a_run_that_is_ended_while_it_is_resumed_stays_ended_without_locks_too(
+    during: str, superlink: SuperLink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before Flower is given the new run, and after."""
+    monkeypatch.setattr(files, "_flock", lambda handle: False)
+    state, out, said = tmp_path / "state", tmp_path / "run", list[str]()
+    runs.start(state, loading.load(None, ["strategy.min_clients=1"]), out)
+    _log(out, 1, {"kind": "failed", "message": "the disk was full", "again": True})
+    superlink.status = "finished:failed"
+    superlink.meanwhile[during] = lambda: runs.stop(state, str(out))
+    tending = Tending(state, said.append)
+    tending.look()
+    tending.look()
+    assert said == [] and len(superlink.given) == (2 if during == "run" else 1)
+    now = _going(state, out)
+    assert (now.ended, now.run) == (going.STOPPED, superlink.stopped[-1])
+    assert superlink.stopped == (["1", "2"] if during == "run" else ["1"])
 
 
 def test_what_differs_from_a_simulation_is_said_before_the_start() -> None:
