@@ -78,6 +78,21 @@ def every(state: Path) -> Iterator[Going]:
             yield going
 
 
+def note(state: Path, going: Going, line: str) -> None:
+    """Note what a run waits for before it is submitted again, for `status` and `submit`, if the disk takes it."""
+    with contextlib.suppress(OSError):
+        files.write_atomic(state / FOLDER / f"{going.number}.waits", f"{going.run} {line}\n")
+
+
+def noted(state: Path, going: Going) -> str:
+    """What a run waits for; "" = nothing."""
+    try:
+        run, _, line = (state / FOLDER / f"{going.number}.waits").read_text(encoding="utf-8").strip().partition(" ")
+    except (OSError, ValueError):
+        return ""
+    return line if run == going.run else ""
+
+
 def events(out: Path, run: str) -> list[Event]:
     """What one of Flower's runs has logged; its part begins with its start, wherever a resumed run has cut the log."""
     with contextlib.suppress(UserError, OSError):
@@ -106,13 +121,13 @@ def rounds_done(out: Path) -> int:
     return 0
 
 
-def is_free(out: Path) -> bool:
-    """Whether no process writes a run directory."""
+def is_free(out: Path) -> bool | None:
+    """Whether no process writes a run directory; None = nothing tells, for its file system has no locks."""
     if not out.is_dir():
         return True
     try:
-        with run_directory.claim(out):
-            return True
+        with run_directory.claim(out) as warnings:
+            return None if warnings else True
     except (UserError, OSError):
         return False
 

@@ -89,7 +89,7 @@ def _start_alone(state: Path, config: RunConfig, out: Path, expected: int, resum
         _check_earlier(state, known, out)
         going = Going(number, "", config.to_json(), str(out), f"{run_name(out.name)}-{number}", expected)
         before = read(state, number)
-        run = _submit(state, going._replace(earlier=_earlier(before)), before)
+        run = _submit(state, going._replace(earlier=_earlier(before)), expected, before)
     if run is None:
         raise UserError(f"{str(out)!r}: {going_runs.STOPPED} while it was started")
     return run
@@ -101,7 +101,7 @@ def resume(state: Path, going: Going, expected: int) -> str | None:
     Args:
         state: of the running server.
         going: what is remembered of it.
-        expected: sites that its first round waits for.
+        expected: sites that its first round waits for this time.
 
     Raises:
         StillGoing: a process still writes the run directory.
@@ -117,26 +117,27 @@ def resume(state: Path, going: Going, expected: int) -> str | None:
             flower_cli.call(state, "stop", going.run)
         done = going_runs.rounds_done(going.folder)
         tries = 1 if done > going.done else going.tries + 1
-        again = going._replace(expected=expected, earlier=_earlier(going), lost=False, done=done, tries=tries)
-        return _submit(state, again, lost)
+        again = going._replace(earlier=_earlier(going), lost=False, done=done, tries=tries)
+        return _submit(state, again, expected, lost)
 
 
 def _earlier(before: Going | None) -> tuple[str, ...]:
     return () if before is None else (*before.earlier, before.run)
 
 
-def _submit(state: Path, going: Going, before: Going | None) -> str | None:
+def _submit(state: Path, going: Going, expected: int, before: Going | None) -> str | None:
     """Give a run to Flower and remember it; its new id, or None where a person has ended it meanwhile.
 
     Args:
         state: of the running server.
         going: the run, without that id.
+        expected: sites that its first round waits for this time.
         before: what is remembered of the run directory; only `stop` may change that while the run is submitted.
     """
     if _ended_since(state, going.number, before):
         return None
-    values: dict[str, str | int] = {key: getattr(going, key) for key in ("config", "out", "name", "expected")}
-    run = _start(state, values)
+    values = {key: getattr(going, key) for key in ("config", "out", "name")}
+    run = _start(state, {**values, "expected": expected})
     ended = _ended_since(state, going.number, before)
     write(state, going._replace(run=run, ended=ended))
     for path, text in (
@@ -349,12 +350,15 @@ def follow(state: Path, run: str, out: Path, observers: Sequence[Observer]) -> s
         flower_cli.FlowerError: the server has not answered for a minute, and the log tells no end.
     """
     asked = answered = time.monotonic()
-    known, told = 0, False
+    known, told, waits = 0, False, ""
     while True:
         going = going_runs.of_folder(state, out)
         if going is not None and run in going.earlier:
             run, known, told, answered = going.run, 0, False, time.monotonic()
             _tell(observers, f"the run's process was gone: it goes on after round {going.done}, as run {run}")
+        before, waits = waits, going_runs.noted(state, going) if going is not None else ""
+        if waits and waits != before:
+            _tell(observers, f"the run {waits}")
         events = going_runs.events(out, run)
         for event in events[known:]:
             for observer in observers:
@@ -421,17 +425,17 @@ def runs(state: Path, run: str | None = None) -> list[dict[str, Any]]:
     options = ("--run-id", run) if run else ()
     found: list[dict[str, Any]] = flower_cli.call(state, "list", options=options).get("runs", [])
     remembered = {name: going for going in going_runs.every(state) for name in (*going.earlier, going.run)}
-    return [{**row, **_standing_of(row, remembered.get(_number(row)))} for row in found]
+    return [{**row, **_standing_of(state, row, remembered.get(_number(row)))} for row in found]
 
 
-def _standing_of(row: Mapping[str, Any], going: Going | None) -> dict[str, str]:
+def _standing_of(state: Path, row: Mapping[str, Any], going: Going | None) -> dict[str, str]:
     """The status of a run where it is another than Flower knows."""
     if going is None or str(row.get("status")) not in ("finished:failed", "finished:stopped"):
         return {}
     if _number(row) != going.run:
         return {"status": f"resumed as {going.run}"}
     if going.ended is None and going_runs.verdict(going_runs.events(going.folder, going.run)) is None:
-        return {"status": "going: to be resumed"}
+        return {"status": f"going: {going_runs.noted(state, going) or 'to be resumed'}"}
     return {}
 
 

@@ -7,13 +7,15 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from apiary.config import loading
 from apiary.core.errors import UserError
 from apiary.tracking.event_log import LOG_FILE, Event
 from deploy import flower_cli, runs
 from deploy import going as going_runs
 from deploy.going import Going
 
-_SITES_S = 180.0  # how long a run waits for as many sites as it began with; SuperNodes come back within a minute or two
+# How long a run waits for as many sites as it began with, once one is back; the others come within a minute or two.
+_SITES_S = 180.0
 _ASK_S = 3.0
 
 
@@ -29,6 +31,7 @@ class Tending:
         self._state, self._say = state, say
         self._said: dict[str, str] = {}  # by run
         self._gone: dict[str, float] = {}  # by run: when its process was found gone (monotonic seconds)
+        self._met: dict[str, float] = {}  # by run: since when a site is back (monotonic seconds)
         self._asked: dict[str, tuple[float, str]] = {}  # by run: when Flower was asked for its status, and the answer
         self._read: dict[str, tuple[tuple[int, int], list[Event]]] = {}  # by run: the log as it was last read
 
@@ -50,7 +53,8 @@ class Tending:
         if end is not None:
             self._end(going, end)
             return
-        if going_runs.is_free(going.folder):
+        free = going_runs.is_free(going.folder)
+        if self._is_gone(going) if free is None else free:
             self._go_on(going)
 
     def _is_over(self, going: Going) -> bool:
@@ -58,8 +62,12 @@ class Tending:
         logged = self._events(going)
         if any(event["event"] in ("finish", "failed") for event in logged):
             return True
-        if logged:  # from its first word on it holds the directory
-            return going_runs.is_free(going.folder)
+        if logged and (free := going_runs.is_free(going.folder)) is not None:
+            return free  # from its first word on it holds the directory
+        return self._is_gone(going)
+
+    def _is_gone(self, going: Going) -> bool:
+        """Whether Flower knows that a run's process has ended."""
         return going.lost or self._status(going).startswith("finished")
 
     def _go_on(self, going: Going) -> None:
@@ -74,16 +82,28 @@ class Tending:
         if since < going_runs.pause(tries):
             return
         if not going_runs.has_room(going.folder) or not going_runs.has_room(self._state):
-            self._tell(going, "waits for room on the disk")
+            self._wait(going, "waits for room on the disk")
             return
-        online = sum(status == "online" for status in runs.sites(self._state).values())
-        if not online or (online < going.expected and since < _SITES_S):
-            self._tell(going, f"waits for its sites ({online} of {going.expected} are online)")
+        expected = self._sites(going)
+        if not expected:
             return
-        new = runs.resume(self._state, going, min(going.expected, online))
+        new = runs.resume(self._state, going, expected)
         if new is not None:
             done = going_runs.rounds_done(going.folder)
             self._tell(going, f"its process was gone; it goes on after round {done}, as run {new}")
+
+    def _sites(self, going: Going) -> int:
+        """How many sites a run goes on with; 0 = it waits for more, for a while for as many as it began with."""
+        online, now = sum(status == "online" for status in runs.sites(self._state).values()), time.monotonic()
+        if not online:
+            self._met.pop(going.run, None)
+        met = self._met.setdefault(going.run, now) if online else now
+        least = _least(going)
+        most = max(going.expected, least)
+        if online >= most or (online >= least and now - met >= _SITES_S):
+            return min(most, online)
+        self._wait(going, f"waits for its sites ({online} of {most} are online)")
+        return 0
 
     def _end(self, going: Going, why: str) -> None:
         if going_runs.read(self._state, going.number) == going:  # a person may have ended or submitted it just now
@@ -106,7 +126,22 @@ class Tending:
             self._read[going.run] = sign, going_runs.events(going.folder, going.run)
         return self._read[going.run][1]
 
-    def _tell(self, going: Going, line: str) -> None:
-        if self._said.get(going.run) != line:
-            self._said[going.run] = line
-            self._say(f"run {going.run} ({going.out}): {line}")
+    def _wait(self, going: Going, line: str) -> None:
+        if self._tell(going, line):
+            going_runs.note(self._state, going, line)
+
+    def _tell(self, going: Going, line: str) -> bool:
+        """Say a line, once; whether it was said now."""
+        if self._said.get(going.run) == line:
+            return False
+        self._said[going.run] = line
+        self._say(f"run {going.run} ({going.out}): {line}")
+        return True
+
+
+def _least(going: Going) -> int:
+    """With how many sites a run can go on."""
+    try:
+        return loading.from_json(going.config).strategy.min_clients
+    except ValueError:  # of another version: its own process says what is wrong with it
+        return 1

@@ -14,6 +14,7 @@ import threading
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -563,7 +564,8 @@ class SuperLink:
         self.status, self.busy = "running", False
         self.meanwhile: dict[str, Callable[[], object]] = {}  # by command: what happens once while it is answered
         state.mkdir()
-        (state / "nodes.json").write_text(json.dumps({"ant": {"node": "7", "key": ""}}))
+        self.online: set[str] = set()
+        self.know(state, "7")
         self.up(state, 4000)
         monkeypatch.setattr(flower_cli, "call", self.call)
         monkeypatch.setattr(runs, "_PATIENCE_S", 0.0)
@@ -571,9 +573,15 @@ class SuperLink:
     def up(self, state: Path, port: int) -> None:
         (state / "running.json").write_text(json.dumps({"port": port}))
 
+    def know(self, state: Path, *nodes: str) -> None:
+        """Let sites be registered, and be online."""
+        entries = {name: {"node": node, "key": ""} for name, node in zip(SITES, nodes, strict=False)}
+        (state / "nodes.json").write_text(json.dumps(entries))
+        self.online = set(nodes)
+
     def call(self, state: Path, *words: str, options: tuple[str, ...] = ()) -> dict[str, object]:
         if words[0] == "supernode":
-            return {"nodes": [{"node-id": "7", "status": "online"}]}
+            return {"nodes": [{"node-id": node, "status": "online"} for node in sorted(self.online)]}
         if words[0] == "list":
             if self.status == "gone":
                 raise flower_cli.FlowerError("no answer")
@@ -827,6 +835,64 @@ def test_a_run_waits_for_its_sites_and_for_room(
         "waits for room on the disk",
         said[1].rpartition("): ")[2],
     ] and "waits for its sites (1 of 2 are online)" in said[1]
+
+
+def test_a_run_goes_on_with_fewer_sites_than_it_began_with_but_not_with_too_few(
+    superlink: SuperLink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long nobody was there: those who are first back are not taken for all."""
+    state, out, said, now = tmp_path / "state", tmp_path / "run", list[str](), [0.0]
+    monkeypatch.setattr("deploy.tending.time", SimpleNamespace(monotonic=lambda: now[0]))
+    superlink.know(state, "7", "8", "9")
+    run = runs.start(state, loading.load(None, ["strategy.min_clients=2"]), out)
+    assert superlink.given[0]["expected"] == 3
+    _log(out, 1)
+    watch = Tending(state, said.append)
+
+    def look(seconds: float, *online: str) -> int:
+        """How many sites the newest of Flower's runs waits for, some seconds later; 0 = it was not submitted again."""
+        now[0] += seconds
+        superlink.online = set(online)
+        watch.look()
+        return int(str(superlink.given[-1]["expected"])) if len(superlink.given) > 1 else 0
+
+    assert (look(0), look(5000, "7"), look(5000, "8")) == (0, 0, 0)
+    assert "waits for its sites (1 of 3 are online)" in said[-1]
+    superlink.runs = [{"run-id": run, "status": "finished:failed"}]
+    assert [row["status"] for row in runs.runs(state)] == ["going: waits for its sites (1 of 3 are online)"]
+    assert (look(10), look(5000, "7", "8"), look(170, "8", "9")) == (0, 0, 0)
+    assert look(11, "8", "9") == 2 and _going(state, out).expected == 3
+    _log(out, 2, {"kind": "round", "round": 1})
+    superlink.status = "finished:failed"
+    assert look(10, "7", "8", "9") == 3 and len(superlink.given) == 3
+
+
+def test_who_follows_is_told_what_a_run_waits_for(superlink: SuperLink, tmp_path: Path) -> None:
+    state, out, seen = tmp_path / "state", tmp_path / "run", list[str]()
+    run = runs.start(state, loading.load(None, ["strategy.min_clients=2"]), out)
+    _log(out, 1)
+    Tending(state, print).look()
+    late = threading.Timer(0.2, lambda: runs.stop(state, run))
+    late.start()
+    assert runs.follow(state, run, out, [lambda event: seen.append(str(event.get("message")))]) == going.STOPPED
+    assert seen.count("the run waits for its sites (1 of 2 are online)") == 1
+
+
+def test_without_locks_a_run_that_works_is_left_alone(
+    superlink: SuperLink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until Flower says that its process is gone."""
+    monkeypatch.setattr(files, "_flock", lambda handle: False)
+    state, out = tmp_path / "state", tmp_path / "run"
+    runs.start(state, loading.load(None, ["strategy.min_clients=1"]), out)
+    _log(out, 1, {"kind": "round", "round": 1})
+    Tending(state, print).look()
+    _log(out, 1, {"kind": "failed", "message": "the disk was full", "again": True})
+    Tending(state, print).look()  # its process is about to end
+    assert len(superlink.given) == 1
+    superlink.status = "finished:failed"
+    Tending(state, print).look()
+    assert len(superlink.given) == 2
 
 
 def test_a_run_is_ended_for_good(superlink: SuperLink, tmp_path: Path) -> None:
