@@ -9,14 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from apiary.core import files
 from apiary.core.errors import UserError
-from apiary.tracking import event_log, run_directory
-from apiary.tracking.event_log import Event
+from apiary.tracking import run_directory
 
 FOLDER = "runs"  # of the server's state
 TRIES = 5  # without a finished round between them
@@ -78,41 +77,28 @@ def every(state: Path) -> Iterator[Going]:
             yield going
 
 
-def events(out: Path, run: str) -> list[Event]:
-    """What one of Flower's runs has logged; its part begins with its start, wherever a resumed run has cut the log."""
-    with contextlib.suppress(UserError, OSError):
-        found = event_log.read_events(out)
-        starts = [i for i, event in enumerate(found) if event["event"] == "start" and event.get("run") == run]
-        return found[starts[-1] :] if starts else []
-    return []
+def note(state: Path, going: Going, line: str) -> None:
+    """Note what a run waits for before it is submitted again, for `status` and `submit`, if the disk takes it."""
+    with contextlib.suppress(OSError):
+        files.write_atomic(state / FOLDER / f"{going.number}.waits", f"{going.run} {line}\n")
 
 
-def verdict(logged: Sequence[Event]) -> str | None:
-    """How a run ended for good by its own log: empty = it finished, else its own error; None = it did not end so."""
-    for event in logged:
-        if event["event"] == "finish":
-            return ""
-        if event["event"] == "failed" and not event.get("again"):
-            return str(event["message"])
-    return None
+def noted(state: Path, going: Going) -> str:
+    """What a run waits for; "" = nothing."""
+    try:
+        run, _, line = (state / FOLDER / f"{going.number}.waits").read_text(encoding="utf-8").strip().partition(" ")
+    except (OSError, ValueError):
+        return ""
+    return line if run == going.run else ""
 
 
-def rounds_done(out: Path) -> int:
-    """The last finished round in the log of a run directory."""
-    with contextlib.suppress(UserError, OSError):
-        return max(
-            (int(event["round"]) for event in event_log.read_events(out) if event["event"] == "round"), default=0
-        )
-    return 0
-
-
-def is_free(out: Path) -> bool:
-    """Whether no process writes a run directory."""
+def is_free(out: Path) -> bool | None:
+    """Whether no process writes a run directory; None = nothing tells, for its file system has no locks."""
     if not out.is_dir():
         return True
     try:
-        with run_directory.claim(out):
-            return True
+        with run_directory.claim(out) as warnings:
+            return None if warnings else True
     except (UserError, OSError):
         return False
 

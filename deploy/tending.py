@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-import os
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
+from apiary.config import loading
 from apiary.core.errors import UserError
-from apiary.tracking.event_log import LOG_FILE, Event
-from deploy import flower_cli, runs
+from deploy import flower_cli, runs, starting
 from deploy import going as going_runs
 from deploy.going import Going
+from deploy.run_log import RunReader
 
-_SITES_S = 180.0  # how long a run waits for as many sites as it began with; SuperNodes come back within a minute or two
+# How long a run waits for as many sites as it began with, once one is back; the others come within a minute or two.
+_SITES_S = 180.0
 _ASK_S = 3.0
+
+
+class _Watched:
+    """What is known of a run that goes on, from look to look; times are monotonic seconds."""
+
+    def __init__(self, going: Going) -> None:
+        self.log = RunReader(going.folder, going.run)
+        self.asked, self.status = -math.inf, "unknown"  # when Flower was asked for its status, and the answer
+        self.gone: float | None = None  # when its process was found gone
+        self.met: float | None = None  # since when a site is back
+        self.said = ""
 
 
 class Tending:
@@ -27,82 +40,105 @@ class Tending:
 
     def __init__(self, state: Path, say: Callable[[str], None]) -> None:
         self._state, self._say = state, say
-        self._said: dict[str, str] = {}  # by run
-        self._gone: dict[str, float] = {}  # by run: when its process was found gone (monotonic seconds)
-        self._asked: dict[str, tuple[float, str]] = {}  # by run: when Flower was asked for its status, and the answer
-        self._read: dict[str, tuple[tuple[int, int], list[Event]]] = {}  # by run: the log as it was last read
+        self._watched: dict[str, _Watched] = {}  # by Flower's number, those that go on
 
     def look(self) -> None:
         """See to each run that goes on; what goes wrong is said, and tried again at the next look."""
-        for going in going_runs.every(self._state):
-            if going.ended is None:
-                try:
-                    self._tend(going)
-                except (UserError, flower_cli.FlowerError, OSError) as error:
-                    self._tell(going, f"cannot be submitted again now: {error}")
+        there = [going for going in going_runs.every(self._state) if going.ended is None]
+        self._watched = {going.run: self._watched.get(going.run) or _Watched(going) for going in there}
+        for going in there:
+            known = self._watched[going.run]
+            try:
+                self._tend(going, known)
+            except (UserError, flower_cli.FlowerError, OSError) as error:
+                self._tell(going, known, f"cannot be submitted again now: {error}")
 
-    def _tend(self, going: Going) -> None:
-        if not self._is_over(going):
+    def _tend(self, going: Going, known: _Watched) -> None:
+        known.log.look()
+        if not self._is_over(going, known):
             return
-        end = going_runs.verdict(going_runs.events(going.folder, going.run))  # anew: it may have ended just now
-        if end is None and self._status(going) == "finished:stopped" and not going.lost:
+        known.log.look()  # it may have ended just now
+        end = known.log.verdict
+        if end is None and self._status(going, known) == "finished:stopped" and not going.lost:
             end = "it was stopped"
         if end is not None:
-            going_runs.write(self._state, going._replace(ended=end))
+            self._end(going, end)
             return
-        if going_runs.is_free(going.folder):
-            self._go_on(going)
+        free = going_runs.is_free(going.folder)
+        if self._is_gone(going, known) if free is None else free:
+            self._go_on(going, known)
 
-    def _is_over(self, going: Going) -> bool:
+    def _is_over(self, going: Going, known: _Watched) -> bool:
         """Whether the process of a run has said its last word, or is gone."""
-        logged = self._events(going)
-        if any(event["event"] in ("finish", "failed") for event in logged):
+        if known.log.end is not None:
             return True
-        if logged:  # from its first word on it holds the directory
-            return going_runs.is_free(going.folder)
-        return going.lost or self._status(going).startswith("finished")
+        if known.log.started and (free := going_runs.is_free(going.folder)) is not None:
+            return free  # from its first word on it holds the directory
+        return self._is_gone(going, known)
 
-    def _go_on(self, going: Going) -> None:
-        gone = self._gone.setdefault(going.run, time.monotonic())
-        since = time.monotonic() - gone
-        tries = 0 if going_runs.rounds_done(going.folder) > going.done else going.tries
+    def _is_gone(self, going: Going, known: _Watched) -> bool:
+        """Whether Flower knows that a run's process has ended."""
+        return going.lost or self._status(going, known).startswith("finished")
+
+    def _go_on(self, going: Going, known: _Watched) -> None:
+        if known.gone is None:
+            known.gone = time.monotonic()
+        done = known.log.rounds
+        tries = 0 if done > going.done else going.tries
         if tries >= going_runs.TRIES:
             end = f"its process ended {tries} times without finishing a round (superexec.log in the state folder)"
-            going_runs.write(self._state, going._replace(ended=end))
-            self._tell(going, f"is given up: {end}")
+            self._end(going, end)
+            self._tell(going, known, f"is given up: {end}")
             return
-        if since < going_runs.pause(tries):
+        if time.monotonic() - known.gone < going_runs.pause(tries):
             return
         if not going_runs.has_room(going.folder) or not going_runs.has_room(self._state):
-            self._tell(going, "waits for room on the disk")
+            self._wait(going, known, "waits for room on the disk")
             return
-        online = sum(status == "online" for status in runs.sites(self._state).values())
-        if not online or (online < going.expected and since < _SITES_S):
-            self._tell(going, f"waits for its sites ({online} of {going.expected} are online)")
+        expected = self._sites(going, known)
+        if not expected:
             return
-        new = runs.resume(self._state, going, min(going.expected, online))
+        new = starting.resume(self._state, going, expected, done)
         if new is not None:
-            done = going_runs.rounds_done(going.folder)
-            self._tell(going, f"its process was gone; it goes on after round {done}, as run {new}")
+            self._tell(going, known, f"its process was gone; it goes on after round {done}, as run {new}")
 
-    def _status(self, going: Going) -> str:
-        asked, answer = self._asked.get(going.run, (-_ASK_S, "unknown"))
-        if time.monotonic() - asked >= _ASK_S:
-            answer = runs.status_of(self._state, going.run)
-            self._asked[going.run] = time.monotonic(), answer
-        return answer
+    def _sites(self, going: Going, known: _Watched) -> int:
+        """How many sites a run goes on with; 0 = it waits for more, for a while for as many as it began with."""
+        online, now = sum(status == "online" for status in runs.sites(self._state).values()), time.monotonic()
+        known.met = None if not online else now if known.met is None else known.met
+        least = _least(going)
+        most = max(going.expected, least)
+        if online >= most or (online >= least and known.met is not None and now - known.met >= _SITES_S):
+            return min(most, online)
+        self._wait(going, known, f"waits for its sites ({online} of {most} are online)")
+        return 0
 
-    def _events(self, going: Going) -> Sequence[Event]:
-        try:
-            found = os.stat(going.folder / LOG_FILE)
-        except OSError:
-            return []
-        sign = (found.st_size, found.st_mtime_ns)
-        if self._read.get(going.run, (None,))[0] != sign:
-            self._read[going.run] = sign, going_runs.events(going.folder, going.run)
-        return self._read[going.run][1]
+    def _end(self, going: Going, why: str) -> None:
+        if going_runs.read(self._state, going.number) == going:  # a person may have ended or submitted it just now
+            going_runs.write(self._state, going._replace(ended=why))
 
-    def _tell(self, going: Going, line: str) -> None:
-        if self._said.get(going.run) != line:
-            self._said[going.run] = line
-            self._say(f"run {going.run} ({going.out}): {line}")
+    def _status(self, going: Going, known: _Watched) -> str:
+        if time.monotonic() - known.asked >= _ASK_S:
+            known.status = runs.status_of(self._state, going.run)
+            known.asked = time.monotonic()
+        return known.status
+
+    def _wait(self, going: Going, known: _Watched, line: str) -> None:
+        if self._tell(going, known, line):
+            going_runs.note(self._state, going, line)
+
+    def _tell(self, going: Going, known: _Watched, line: str) -> bool:
+        """Say a line, once; whether it was said now."""
+        if known.said == line:
+            return False
+        known.said = line
+        self._say(f"run {going.run} ({going.out}): {line}")
+        return True
+
+
+def _least(going: Going) -> int:
+    """With how many sites a run can go on."""
+    try:
+        return loading.from_json(going.config).strategy.min_clients
+    except ValueError:  # of another version: its own process says what is wrong with it
+        return 1

@@ -442,7 +442,9 @@ def test_a_wrong_key_is_told_without_waiting_for_torch() -> None:
 
 def test_most_curation_and_a_site_load_without_torch() -> None:
     names = ["client.curation", "apiary.cli.curate", "apiary.cli.curation_page", "apiary.report", "apiary.data.sources"]
-    _load_without(HEAVY | {"matplotlib"}, [*names, "deploy.site", "deploy.runs", "deploy.server"])
+    _load_without(
+        HEAVY | {"matplotlib"}, [*names, "deploy.site", "deploy.starting", "deploy.following", "deploy.tending"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -232,9 +232,9 @@ def deploy_submit(
     settings, folder = _one_run(config, overrides, out, resume)
     from apiary.cli import submit
     from apiary.tracking.console import make_progress
-    from deploy import flower_cli, runs
+    from deploy import flower_cli, following, run_checks
 
-    for line in () if quiet else runs.remarks(settings):
+    for line in () if quiet else run_checks.remarks(settings):
         typer.echo(f"warning: {line}", err=True)
     try:
         started = submit.start(settings, kit, state, folder, resume)
@@ -248,7 +248,7 @@ def deploy_submit(
         if started.interrupted:
             raise KeyboardInterrupt
         with make_progress(quiet) as observer:
-            failure = runs.follow(started.state, started.run, folder, [observer])
+            failure = following.follow(started.state, started.run, folder, [observer])
     except KeyboardInterrupt:
         typer.echo("apiary: no longer followed; the run goes on: apiary deploy status KIT", err=True)
         raise typer.Exit(130) from None
@@ -304,11 +304,11 @@ def deploy_stop(
     state: State = None,
 ) -> None:
     """End a run for good: it does not go on by itself any more."""
-    from deploy import flower_cli, kits, runs
+    from deploy import flower_cli, kits, stopping
 
     opened = kits.read(kit, "server")
     try:
-        ended = runs.stop((state or opened.folder / "state").resolve(), run)
+        ended = stopping.stop((state or opened.folder / "state").resolve(), run)
     except flower_cli.FlowerError as error:
         typer.echo(f"apiary: the server cannot be asked: {error}", err=True)
         raise typer.Exit(1) from None

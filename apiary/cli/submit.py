@@ -45,7 +45,7 @@ class Started(NamedTuple):
 
 
 def start(config: RunConfig, kit: Path, state: Path | None, out: Path, resume: bool) -> Started:
-    """Check a run and start it, in another process; see `deploy.runs.start`.
+    """Check a run and start it, in another process; see `deploy.starting.start`.
 
     Raises:
         UserError: the run cannot be started so.
@@ -158,7 +158,7 @@ def _interrupt(*_: object) -> NoReturn:
 
 def _start(config: str, kit: str, state: str | None, out: str, resume: bool) -> dict[str, str]:
     from apiary.tracking import trackers
-    from deploy import kits, runs
+    from deploy import kits, starting
     from simulation.run import check_names
     from strategies.from_config import check_for_sites
 
@@ -168,7 +168,7 @@ def _start(config: str, kit: str, state: str | None, out: str, resume: bool) -> 
     trackers.check(run)
     opened = kits.read(Path(kit), "server")
     where = (Path(state) if state else opened.folder / "state").resolve()
-    return {"run": runs.start(where, run, Path(out), resume=resume), "state": str(where)}
+    return {"run": starting.start(where, run, Path(out), resume=resume), "state": str(where)}
 
 
 def _table(folder: str) -> dict[str, str]:

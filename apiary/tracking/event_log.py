@@ -94,7 +94,7 @@ def read_events(folder: Path) -> list[Event]:
     lines = path.read_bytes().split(b"\n")
     events = []
     for number, line in enumerate(lines, 1):
-        event = _parse(line)
+        event = parse(line)
         if event is not None:
             events.append(event)
         elif line.strip() and number < len(lines):
@@ -102,7 +102,8 @@ def read_events(folder: Path) -> list[Event]:
     return events
 
 
-def _parse(line: bytes) -> Event | None:
+def parse(line: bytes) -> Event | None:
+    """The event of a line of the log; None where it is none."""
     try:
         event = json.loads(line)
     except ValueError:  # covers broken JSON and broken UTF-8
@@ -119,7 +120,7 @@ def _mend(path: Path) -> None:
         if not body or body.endswith(b"\n"):
             return
         start = body.rfind(b"\n") + 1
-        if _parse(body[start:]) is not None:
+        if parse(body[start:]) is not None:
             file.write(b"\n")
         else:
             file.truncate(start)

@@ -35,7 +35,7 @@ from apiary.tracking.console import Lines
 from apiary.tracking.event_log import RunLog, truncate_after
 from client import site_worker, worker_rpc
 from client.site import Facts
-from deploy import bundle, certificates, flower_cli, kits, processes, runs, site
+from deploy import bundle, certificates, flower_cli, following, kits, processes, site, starting
 from deploy import server as deployed_server
 from server import deployment_run
 
@@ -426,14 +426,14 @@ def test_a_run_knows_a_site_by_its_key(listed: _List, monkeypatch: pytest.Monkey
 
 def test_without_a_running_server_nothing_is_submitted(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no server is running"):
-        runs.start(tmp_path, loading.load(), tmp_path / "run")
+        starting.start(tmp_path, loading.load(), tmp_path / "run")
     with pytest.raises(UserError, match="no server is running"):
         deployed_server.port_of(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["../../etc", "..", "a b", ".hidden", "ä", "x" * 300, "", "runs/7", "plain-1.0"])
 def test_every_site_takes_the_name_of_a_run(text: str, tmp_path: Path) -> None:
-    name = runs.run_name(text)
+    name = starting.run_name(text)
     call = worker_rpc.Envelope({"kind": "train", "round": "1", "config": "{", "name": name})
     answer = site_worker.Service(Facts("a", tmp_path, tmp_path)).answer(call)
     assert "name" not in str(answer.header["error"])  # it is the configuration that cannot be read
@@ -463,7 +463,7 @@ def test_a_run_is_followed_to_its_end(tmp_path: Path) -> None:
         log = RunLog(tmp_path / "-".join(kinds))
         late = threading.Timer(0.2, lambda: [log.event(kind, message="too few", run="1") for kind in kinds])
         late.start()
-        end = runs.follow(tmp_path, "1", tmp_path / "-".join(kinds), [lambda event: seen.append(event["event"])])
+        end = following.follow(tmp_path, "1", tmp_path / "-".join(kinds), [lambda event: seen.append(event["event"])])
         log.close()
         return end, seen
 
@@ -493,7 +493,7 @@ def test_a_resumed_run_is_followed_from_its_start(checkpoint: int, tmp_path: Pat
     write("1", *range(1, checkpoint + 1))
     late = threading.Timer(0.2, resume)
     late.start()
-    assert runs.follow(tmp_path, "2", out, [Lines(shown)]) is None
+    assert following.follow(tmp_path, "2", out, [Lines(shown)]) is None
     assert "run: 2 clients, 3 rounds" in shown.getvalue() and "round 3/3" in shown.getvalue()
     assert f"round {checkpoint}/3" not in shown.getvalue() and "/0" not in shown.getvalue()
 

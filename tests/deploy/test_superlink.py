@@ -34,6 +34,7 @@ from deploy import server as deployed_server
 # Of Flower, whose migrations are written for an older Alembic.
 pytestmark = pytest.mark.filterwarnings("ignore:No path_separator found:DeprecationWarning")
 NOBODY = 65534
+_MADE_UP = get_object_id(b"made up")  # an object of nobody else
 
 
 # -- the state ---------------------------------------------------------------------------------------
@@ -282,6 +283,13 @@ class _Answer(NamedTuple):
             tree = tree.children[0]
         return str(tree.object_id)
 
+    def claiming(self, root: str, *below: message_pb2.ObjectTree, name: str = "") -> _Answer:
+        """This answer, said to be the object `root` with these parts; its head may say that it is another (`name`)."""
+        head = type(self.head)()
+        head.CopyFrom(self.head)
+        head.metadata.message_id = name or root
+        return self._replace(head=head, tree=message_pb2.ObjectTree(object_id=root, children=below))
+
 
 class _Two(NamedTuple):
     a: _Site
@@ -412,23 +420,15 @@ def test_no_answer_takes_hold_of_another_message(two: _Two) -> None:
     two.a.confirm(to_a)
     own = two.a.answer(to_a, 7)
     arrays = two.b.link.state.object_store.get_object_tree(to_b).children[0]
-
-    def claimed(root: str, *below: message_pb2.ObjectTree, name: str = "") -> _Answer:
-        head = type(own.head)()
-        head.CopyFrom(own.head)
-        head.metadata.message_id = name or root
-        return own._replace(head=head, tree=message_pb2.ObjectTree(object_id=root, children=below))
-
-    made = get_object_id(b"made up")
     whole = two.b.link.state.object_store.get_object_tree(to_b)
     for answer in (
-        claimed(made, whole),  # another's message
-        claimed(made, theirs.tree),  # another's answer
-        claimed(theirs.root, *theirs.tree.children),  # the same, as its own
-        claimed(made, name=to_b),  # which the server would then read, and delete
-        claimed(to_b, *whole.children),
-        claimed(to_a, arrays),  # what it got itself, with other parts
-        claimed(made, message_pb2.ObjectTree(object_id=to_a, children=[arrays])),
+        own.claiming(_MADE_UP, whole),  # another's message
+        own.claiming(_MADE_UP, theirs.tree),  # another's answer
+        own.claiming(theirs.root, *theirs.tree.children),  # the same, as its own
+        own.claiming(_MADE_UP, name=to_b),  # which the server would then read, and delete
+        own.claiming(to_b, *whole.children),
+        own.claiming(to_a, arrays),  # what it got itself, with other parts
+        own.claiming(_MADE_UP, message_pb2.ObjectTree(object_id=to_a, children=[arrays])),
     ):
         refused = two.a.announce(answer)
         assert not refused.objects_to_push
@@ -449,13 +449,8 @@ def test_no_answer_takes_hold_of_one_that_the_server_is_about_to_fetch(two: _Two
     _has_come(two.b, to_b, theirs)
     two.b.link.state.delete_messages({to_b})
     own = two.a.answer(to_a, 7)
-    root = get_object_id(b"made up")
-    own.head.metadata.message_id = root
-    assert not two.a.announce(
-        own._replace(tree=message_pb2.ObjectTree(object_id=root, children=[theirs.tree]))
-    ).objects_to_push
-    own.head.metadata.message_id = theirs.root
-    assert not two.a.announce(own._replace(tree=theirs.tree)).objects_to_push
+    for answer in (own.claiming(_MADE_UP, theirs.tree), own.claiming(theirs.root, *theirs.tree.children)):
+        assert not two.a.announce(answer).objects_to_push
 
 
 @pytest.mark.parametrize("gone", [False, True])
@@ -466,18 +461,16 @@ def test_what_a_site_foretells_of_a_message_does_not_keep_the_server_from_sendin
         site.confirm(name)
     foretold = sorted(set(parts) - {to_a})
     own = two.a.answer(to_a, 7)
-    made = get_object_id(b"made up")
-    own.head.metadata.message_id = made
     lies = [message_pb2.ObjectTree(object_id=name, children=[_leaf(b"lie")]) for name in foretold]
-    told = two.a.announce(own._replace(tree=message_pb2.ObjectTree(object_id=made, children=lies)))
-    assert set(told.objects_to_push) == {made, get_object_id(b"lie"), *foretold}
+    told = two.a.announce(own.claiming(_MADE_UP, *lies))
+    assert set(told.objects_to_push) == {_MADE_UP, get_object_id(b"lie"), *foretold}
     for name in foretold:
         assert not two.a.push(told.session_id, name, parts[name])
     if gone:
         two.a.link.state.delete_messages({to_a})
     _, more = _sent(two.b)
     assert set(foretold) < set(more) and {name: two.b.pull(name) for name in more} == more
-    assert not two.a.push(told.session_id, made, b"made up")
+    assert not two.a.push(told.session_id, _MADE_UP, b"made up")
     assert not two.a.link.state.query("SELECT 1 FROM object_push_session_roots")
     if not gone:  # and may answer in earnest
         honest = two.a.answer(to_a, 8)
@@ -491,11 +484,9 @@ def test_what_a_site_sends_is_not_struck_off_at_anothers_word(two: _Two) -> None
     answer = two.b.answer(to_b)
     told = two.b.announce(answer)
     own = two.a.answer(to_a, 7)
-    made = get_object_id(b"made up")
-    own.head.metadata.message_id = made
     lie = message_pb2.ObjectTree(object_id=answer.tree.children[0].object_id, children=[_leaf(b"lie")])
     with pytest.raises(AssertionError, match="announced with other parts"):
-        two.a.announce(own._replace(tree=message_pb2.ObjectTree(object_id=made, children=[lie])))
+        two.a.announce(own.claiming(_MADE_UP, lie))
     assert all(two.b.push(told.session_id, name, answer.contents[name]) for name in told.objects_to_push)
     _has_come(two.b, to_b, answer)
 

@@ -12,10 +12,13 @@ from command_line import apiary, with_overrides
 from report_pages import Page
 
 from apiary.config import loading
+from apiary.core.errors import RunFailed
+from apiary.core.messages import Score
 from apiary.privacy import statement
 from apiary.privacy.ledger import Entry, Ledger, spent
 from apiary.report import table_plain
-from server import validation
+from apiary.tracking import run_directory
+from server import evaluation, validation
 from simulation.run import simulate
 
 DELTA = 1e-5
@@ -57,6 +60,33 @@ def test_the_server_holds_the_named_figure_against_the_budget() -> None:
                 validation._check_spent(told, config, private=True)
         else:
             validation._check_spent(told, config, private=True)
+
+
+@pytest.mark.slow
+def test_what_was_spent_in_a_round_that_is_not_kept_is_stated(
+    small_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss explodes after round 2: its checkpoint goes, its noised changes have left."""
+    losses = [2.0, 1.9, 1e5]
+
+    def measure(_: object) -> evaluation.Evaluation:
+        return evaluation.Evaluation(Score(losses.pop(0) * 10, 10, 5), None)
+
+    monkeypatch.setattr(evaluation, "on_held_out", lambda *_: measure)
+    private = ["privacy.unit=record", "privacy.batch_rows=8", "privacy.noise_multiplier=1.0", "privacy.epsilon=50.0"]
+    config = loading.load(None, [*small_run, *private, "evaluate.baselines=[]"])
+    with pytest.raises(RunFailed, match="round 2: the loss is"):
+        simulate(config, tmp_path)
+    assert [path.name for path in run_directory.checkpoints(tmp_path / "checkpoints")] == ["round-0001"]
+    stated = statement.read(tmp_path)["clients"]
+    assert len(stated) == 3
+    for name, told in stated.items():
+        charged = json.loads((tmp_path / "clients" / name / "ledger.json").read_text())["entries"]
+        assert [entry["round"] for entry in charged] == [1, 2]
+        (rate,) = {rate for entry in charged for rate in entry["rates"].values()}
+        assert told["epsilon_rdp"] == pytest.approx(
+            renyi(1.0, rate, sum(entry["steps"] for entry in charged)), rel=1e-9
+        )
 
 
 @pytest.mark.slow

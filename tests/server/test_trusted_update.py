@@ -25,7 +25,7 @@ from apiary.tracking.event_log import read_events
 from apiary.transport import flower_records
 from client.site import Site
 from client.worker import Worker
-from deploy import runs
+from deploy import run_checks
 from server import trusted_update
 from server.rounds import Hooks, Rounds
 from simulation.in_process_grid import LocalGrid
@@ -72,9 +72,9 @@ def test_rows_beside_the_configuration_are_found(tmp_path: Path) -> None:
 
 
 def test_a_deployment_looks_for_the_rows_before_it_starts(trusting: list[str]) -> None:
-    runs.check(of(trusting))
+    run_checks.check(of(trusting))
     with pytest.raises(UserError, match=r"strategy\.root"):
-        runs.check(of(trusting, "strategy.root=nowhere.jsonl"))
+        run_checks.check(of(trusting, "strategy.root=nowhere.jsonl"))
 
 
 # -- the rows ----------------------------------------------------------------------------------------------------------

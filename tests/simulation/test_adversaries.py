@@ -28,7 +28,7 @@ from apiary.tracking.metrics_file import read_metrics
 from client import handlers
 from client.site import Site
 from client.worker import Worker
-from deploy import runs
+from deploy import run_checks
 from simulation import adversaries, attacks, backdoor
 from simulation.attacks import ATTACKS, Seen
 from simulation.run import simulate
@@ -233,9 +233,9 @@ def test_a_wrong_attack_is_refused_before_anything_is_read(tmp_path: Path) -> No
 
 def test_a_deployment_refuses_to_be_attacked(small_run: list[str]) -> None:
     fine = of(*small_run)
-    runs.check(fine)
+    run_checks.check(fine)
     with pytest.raises(UserError, match=r"simulate\.attackers.*leave it out"):
-        runs.check(fine.model_copy(update={"simulate": of("simulate.attackers=0.2").simulate}))
+        run_checks.check(fine.model_copy(update={"simulate": of("simulate.attackers=0.2").simulate}))
 
 
 # -- virtual clients ---------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from apiary.config import loading
 from apiary.core.errors import UserError
 from apiary.core.tensors import digest
 from apiary.tracking.event_log import read_events
-from deploy import runs
+from deploy import run_checks
 from server import aggregation
 from simulation.run import simulate
 
@@ -76,4 +76,4 @@ def test_what_must_see_each_update_and_what_is_no_simulation_is_refused(small_ru
     with pytest.raises(UserError, match=r"simulate\.relays = 2: .* 'median' must see each client's update; set 0"):
         strategies.from_config(config)
     with pytest.raises(UserError, match=r"simulate\.relays: sites send their answers to the server itself"):
-        runs.check(loading.load(None, [*small_run, "simulate.relays=2", "data.test=builtin:skills"]))
+        run_checks.check(loading.load(None, [*small_run, "simulate.relays=2", "data.test=builtin:skills"]))

@@ -29,7 +29,7 @@ from apiary.tracking.console import Lines
 from apiary.tracking.event_log import read_events
 from apiary.tracking.metrics_file import read_metrics
 from client.worker import Worker
-from deploy import runs
+from deploy import run_checks
 from server.app import make_app
 from simulation import engines
 from simulation.run import plan, simulate
@@ -158,8 +158,8 @@ def test_a_run_that_nothing_could_stop_is_refused(tmp_path: Path, small_run: lis
     assert not (tmp_path / "run").exists()
     silent = loading.load(None, ["evaluate.patience=2", "evaluate.clients=false"])
     with pytest.raises(UserError, match=r"evaluate\.patience = 2: no rows decide when to stop.*set data\.test, or 0"):
-        runs.check(silent)
-    runs.check(loading.load(None, ["evaluate.patience=2"]))  # there the sites tell a loss
+        run_checks.check(silent)
+    run_checks.check(loading.load(None, ["evaluate.patience=2"]))  # there the sites tell a loss
 
 
 @pytest.mark.parametrize("by", ["sites", "server"])

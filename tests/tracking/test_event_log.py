@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from apiary.config.schema import RunConfig
 from apiary.core.errors import UserError
 from apiary.core.files import write_atomic
 from apiary.tracking import environment, metrics_file
-from apiary.tracking.event_log import RunLog, read_events, truncate_after
+from apiary.tracking.event_log import RunLog, append_whole, read_events, truncate_after
+from apiary.tracking.reply_log import REPLIES_FILE
 from apiary.tracking.trackers import tracker
 
 
@@ -166,6 +168,7 @@ def full_disk(limit: int, action: str, folder: Path) -> subprocess.CompletedProc
 
     code = (
         "import sys; from pathlib import Path; from apiary.tracking.event_log import *\n"
+        "from apiary.tracking.reply_log import ReplyLog\n"
         f"folder = Path(sys.argv[1])\ntry:\n    {action}\n"
         "except OSError as error: print(type(error).__name__)"
     )
@@ -193,6 +196,28 @@ def test_a_full_disk_leaves_a_log_of_whole_lines(tmp_path: Path) -> None:
     assert done.stdout.strip() == "OSError"
     assert (tmp_path / "log.jsonl").read_bytes().endswith(b"\n")
     assert kinds(tmp_path) == ["start"]
+
+
+def test_a_full_disk_leaves_an_account_of_whole_lines(tmp_path: Path) -> None:
+    """The disk takes the beginning of the second line, and says so by a number alone."""
+    log = "log = ReplyLog(folder); log.add(round=1, reply='x' * 3000); log.add(round=2, reply='y' * 3000)"
+    assert full_disk(4096, log, tmp_path).stdout.strip() == "OSError"
+    (line,) = (tmp_path / REPLIES_FILE).read_bytes().splitlines(keepends=True)
+    assert line.endswith(b"\n") and json.loads(line)["round"] == 1
+
+
+class _Slow(FileIO):
+    """A file that takes seven bytes at a time."""
+
+    def write(self, body: Any) -> int:
+        return super().write(bytes(body)[:7])
+
+
+def test_a_line_that_is_taken_in_parts_is_written_whole(tmp_path: Path) -> None:
+    with _Slow(tmp_path / "lines", "ab") as file:
+        for line in (b"first, and longer\n", b"second\n"):
+            append_whole(file, line)
+    assert (tmp_path / "lines").read_bytes() == b"first, and longer\nsecond\n"
 
 
 def test_metrics_come_back_with_schema_and_without_nan(tmp_path: Path) -> None:
