@@ -15,6 +15,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
+from flwr.app import Error, Message
 from starlette.concurrency import run_in_threadpool
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
@@ -63,12 +64,26 @@ def prepare() -> None:
             f"flwr.supercore.corestate.{name}", "OBJECT_PUSH_SESSION_TTL_SECONDS", lambda s: superlink_state.PUSH_S
         )
     _replace(_STORE, "SqlObjectStore", superlink_state.store_class)
-    _replace(_LINK, "SqlLinkState", superlink_state.state_class)
+    _replace(_LINK, "SqlLinkState", functools.partial(superlink_state.state_class, lost_answer=lost_answer))
     for name, guard in objects.GUARDS.items():  # before the transactions, which then go around them
         _replace(_FLEET, name, guard)
     for name in _CARRY:
         for handlers in (_FLEET, _RUNTIME):
             _replace(handlers, name, superlink_state.in_one_transaction)
+
+
+def lost_answer(row: Mapping[str, Any]) -> Message:
+    """What Flower says of a node that is gone, as the answer to a message.
+
+    Args:
+        row: of the message, as the database has it.
+    """
+    ids = {key: objects.unsigned(row[key]) for key in ("run_id", "src_node_id", "dst_node_id")}
+    asked: Message = private("flwr.server.superlink.linkstate.utils", "dict_to_message")({**row, **ids})
+    code = private("flwr.common.constant", "ErrorCode").NODE_UNAVAILABLE
+    answer = Message(Error(code, "its node began anew and lost the message"), reply_to=asked)
+    answer.metadata.__dict__["_message_id"] = answer.object_id
+    return answer
 
 
 def _replace(module: str, name: str, change: Callable[[Any], Any]) -> None:

@@ -36,13 +36,31 @@ PRAGMAS = (
 _PASSES = ("locked", "busy", "disk is full", "disk i/o")
 PUSH_S = 600.0  # a message lasts so long without a further object; one of 5 MiB takes 213 s at 24 KiB a second
 _HELD_BACK = "not whole yet"  # in place of the time of delivery, and never after the end of a transaction
-_INCOMPLETE = """
-WITH RECURSIVE waiting(root) AS ({waiting}), tree(root, object_id) AS (
-    SELECT root, root FROM waiting
-    UNION SELECT tree.root, child_id FROM tree JOIN object_children ON parent_id = tree.object_id
-)
-SELECT DISTINCT tree.root FROM tree JOIN objects ON objects.object_id = tree.object_id WHERE is_available = 0
+_TIMES = 3  # that a message is handed out again
+# How often a message was handed out again; it goes with the message.
+_AGAIN = """
+CREATE TABLE IF NOT EXISTS apiary_handed_again (
+    message_id TEXT PRIMARY KEY REFERENCES message_ins (message_id) ON DELETE CASCADE,
+    times INTEGER NOT NULL
+) WITHOUT ROWID
 """
+# What was handed to a node and has no whole answer, of runs that go on. Who fetched a message has had it deleted.
+_UNANSWERED = """
+SELECT asked.*, answer.message_id AS answer, coalesce(times, 0) AS times,
+    EXISTS (SELECT 1 FROM objects WHERE object_id = asked.message_id) AS there,
+    asked.delivered_at < coalesce(last_activated_at, '') AS earlier
+FROM message_ins AS asked
+JOIN node ON node_id = asked.dst_node_id JOIN run ON run.run_id = asked.run_id JOIN task ON task_id = primary_task_id
+LEFT JOIN message_res AS answer ON answer.reply_to_message_id = asked.message_id
+LEFT JOIN apiary_handed_again AS again ON again.message_id = asked.message_id
+WHERE asked.dst_node_id = :node AND asked.delivered_at <> '' AND finished_at IS NULL
+AND coalesce(answer.delivered_at, '') = ''
+"""
+_HAND_OUT = (
+    "UPDATE message_ins SET delivered_at = '' WHERE message_id = :id",
+    "INSERT INTO apiary_handed_again VALUES (:id, 1) ON CONFLICT DO UPDATE SET times = times + 1",
+)
+_ONE = objects.INCOMPLETE.format(waiting="SELECT :root")
 
 
 class _Turn:
@@ -100,14 +118,53 @@ class _WholeMessages:
 
     Flower's own hands it over as soon as it is announced. Who gets it then waits for what its sender still sends, or
     never sends: a reply that was announced alone would keep a round beyond its deadline.
+
+    A node that asks for work is in the middle of none. What was handed to it and did not arrive is therefore handed out
+    again, and what it lost is answered in its place, however seldom the server looks.
     """
+
+    lost_answer: Callable[[dict[str, Any]], Any]  # see `state_class`
+
+    def initialize(self, *args: Any, **kwargs: Any) -> Any:
+        """Open the database, and make it where there is none."""
+        tables = super().initialize(*args, **kwargs)  # type: ignore[misc]
+        with self.session() as session:  # type: ignore[attr-defined]
+            session.execute(text(_AGAIN))
+        return tables
 
     def get_message_ins(self, node_id: int, limit: int | None, *, run_id: int | None = None) -> list[Any]:
         """The messages for a node that are there whole, at most `limit`; they count as delivered."""
+        with self.session():  # type: ignore[attr-defined]
+            self._see_to_unanswered(node_id)
+            return self._whole(node_id, limit, run_id)
+
+    def _whole(self, node_id: int, limit: int | None, run_id: int | None) -> list[Any]:
         waiting = "SELECT message_id FROM message_ins WHERE dst_node_id = :node AND delivered_at = ''"
         with self._held_back("message_ins", waiting, {"node": objects.signed(node_id)}):
             found: list[Any] = super().get_message_ins(node_id, limit, run_id=run_id)  # type: ignore[misc]
             return found
+
+    def _see_to_unanswered(self, node_id: int) -> None:
+        """Hand out again what did not arrive at a node, and answer what it lost.
+
+        What it has fetched is lost once it has begun another session: a look that was delayed on its way may come while
+        it works.
+        """
+        with self.session() as session:  # type: ignore[attr-defined]
+            for row in session.execute(text(_UNANSWERED), {"node": objects.signed(node_id)}).mappings().all():
+                asked = dict(row)
+                answer, times, there, earlier = (asked.pop(key) for key in ("answer", "times", "there", "earlier"))
+                if answer is not None:
+                    if not earlier or not session.execute(text(_ONE), {"root": answer}).first():
+                        continue
+                    self.strike_off(answer)  # type: ignore[attr-defined]
+                if answer is None and there and times < _TIMES:
+                    for statement in _HAND_OUT:
+                        session.execute(text(statement), {"id": asked["message_id"]})
+                elif earlier or there:
+                    lost = self.lost_answer(asked)
+                    self.store_message_res(lost)  # type: ignore[attr-defined]
+                    self._store_generated_message(lost)  # type: ignore[attr-defined]
 
     def get_message_res(self, message_ids: set[str], run_id: int) -> list[Any]:
         """The replies to messages that are there whole, and an error for each that cannot come any more.
@@ -147,7 +204,7 @@ class _WholeMessages:
     def _held_back(self, table: str, waiting: str, values: dict[str, Any]) -> Iterator[None]:
         """Within, those of the messages that `waiting` selects which are not whole look as if they were delivered."""
         with self.session() as session:  # type: ignore[attr-defined]
-            found = session.execute(text(_INCOMPLETE.format(waiting=waiting)), values).scalars().all()
+            found = session.execute(text(objects.INCOMPLETE.format(waiting=waiting)), values).scalars().all()
             self._mark(session, table, found, "", _HELD_BACK)
             yield
             self._mark(session, table, found, _HELD_BACK, "")
@@ -164,9 +221,15 @@ def store_class(base: type) -> type:
     return type("ObjectStore", (objects.Parents, _Turns, base), {})
 
 
-def state_class(base: type) -> type:
-    """Flower's SQL LinkState, as ours."""
-    return type("LinkState", (objects.OwnTrees, _WholeMessages, _Turns, base), {})
+def state_class(base: type, lost_answer: Callable[[dict[str, Any]], Any]) -> type:
+    """Flower's SQL LinkState, as ours.
+
+    Args:
+        base: Flower's.
+        lost_answer: what answers a message that its node lost, from the row of the message.
+    """
+    own = {"lost_answer": staticmethod(lost_answer)}
+    return type("LinkState", (objects.OwnTrees, _WholeMessages, _Turns, base), own)
 
 
 def in_one_transaction(handler: Callable[..., Any]) -> Callable[..., Any]:

@@ -105,7 +105,7 @@ def _open(path: Path) -> _Link:
         store.initialize()
         base = superlink.private("flwr.server.superlink.linkstate.sql_linkstate", "SqlLinkState")
         manager = superlink.private("flwr.superlink.federation", "NoOpFederationManager")(simulation=False)
-        state = superlink_state.state_class(base)(str(path), manager, store)
+        state = superlink_state.state_class(base, superlink.lost_answer)(str(path), manager, store)
         state.initialize()
         with state.session():  # connects
             pass
@@ -131,8 +131,10 @@ def test_a_message_is_handed_over_once_it_is_whole(link: _Link) -> None:
     second, others, other = link.announce(2)
     link.store(others, other)
     assert link.handed_over() == [second]  # it does not wait for the one before it
+    link.state.object_store.delete(second)  # it has been fetched
     link.store(dict([last]), session)
     assert link.handed_over() == [first]
+    link.state.object_store.delete(first)
     assert link.handed_over() == []
 
 
@@ -167,6 +169,45 @@ def test_a_node_that_is_gone_after_it_announced_an_answer_is_told_as_gone(
     assert link.state.deactivate_node(link.node)
     (got,) = link.state.get_message_res({message}, link.run)
     assert got.has_error() and "Node Unavailable" in got.error.reason
+
+
+def test_what_did_not_arrive_at_a_node_is_handed_out_again_and_told_in_the_end(link: _Link) -> None:
+    """The line broke over the answer to its look, or the node ended over it."""
+    message, parts, session = link.announce(1)
+    link.store(parts, session)
+    for _ in range(4):
+        assert link.handed_over() == [message]
+        assert link.state.get_message_res({message}, link.run) == []
+    assert link.handed_over() == []
+    (got,) = link.state.get_message_res({message}, link.run)
+    assert got.has_error() and got.error.code == 5 and got.error.reason == "its node began anew and lost the message"
+    assert link.state.object_store.get(got.metadata.message_id)  # the server's grid fetches it as any other
+    link.state.delete_messages({message})  # as Flower does with what was answered
+    assert link.state.query("SELECT count(*) AS n FROM apiary_handed_again") == [{"n": 0}]
+
+
+def test_a_message_of_a_run_that_is_over_is_not_handed_out_again(link: _Link) -> None:
+    message, parts, session = link.announce(1)
+    link.store(parts, session)
+    assert link.handed_over() == [message]
+    task = link.state.get_run_info(run_ids=[link.run])[0].primary_task_id
+    assert link.state.finish_task(task, "failed", "")
+    assert link.handed_over() == []
+
+
+def test_what_a_node_lost_is_told_at_its_next_look_however_seldom_the_server_looks(link: _Link) -> None:
+    message, parts, session = link.announce(1)
+    link.store(parts, session)
+    assert link.handed_over() == [message]
+    link.state.object_store.delete(message)  # it has been fetched
+    assert link.handed_over() == []  # a look that was delayed on its way, while the node works
+    assert link.state.get_message_res({message}, link.run) == []
+    assert link.state.deactivate_node(link.node) and link.state.activate_node(link.node, 30)
+    assert link.state.get_message_res({message}, link.run) == []  # the server never saw it away
+    assert link.handed_over() == []
+    (got,) = link.state.get_message_res({message}, link.run)
+    assert got.has_error() and got.error.code == 5
+    assert link.handed_over() == []
 
 
 def test_callers_of_one_process_never_find_the_database_locked(link: _Link) -> None:
@@ -352,6 +393,51 @@ def test_an_answer_that_stopped_arriving_is_told(two: _Two) -> None:
     assert got.metadata.message_id == answer.root
     assert state.get_object(run, rest[0]) is None  # which the server's grid takes for a failure
     assert not two.a.push(told.session_id, rest[0], answer.contents[rest[0]])
+
+
+def _in_mid_push(site: _Site) -> tuple[str, _Answer, Any]:
+    """A message that is being answered, the answer, and what the SuperLink said to its announcement."""
+    message, _ = _sent(site)
+    site.confirm(message)
+    answer = site.answer(message)
+    told = site.announce(answer)
+    first = told.objects_to_push[0]
+    assert site.push(told.session_id, first, answer.contents[first])
+    return message, answer, told
+
+
+def test_the_answer_of_a_node_that_was_started_again_in_mid_push_takes_the_place_of_the_unfinished_one(
+    two: _Two,
+) -> None:
+    message, first, told = _in_mid_push(two.a)
+    again = two.a.answer(message, 1001)
+    two.a.send(again)
+    _has_come(two.a, message, again)
+    late = told.objects_to_push[-1]
+    assert not two.a.push(told.session_id, late, first.contents[late])
+    assert two.a.link.state.object_store.get(first.root) is None
+
+
+def test_a_whole_answer_stays_and_another_site_has_no_say_in_it(two: _Two) -> None:
+    message, _, _ = _in_mid_push(two.a)
+    assert not two.b.announce(two.b.answer(message, 1001)).objects_to_push
+    whole = two.a.answer(message, 1002)
+    two.a.send(whole)
+    assert not two.a.announce(two.a.answer(message, 1003)).objects_to_push
+    _has_come(two.a, message, whole)
+
+
+def test_what_is_left_of_an_answer_is_told_when_its_node_looks_for_work_in_another_session(two: _Two) -> None:
+    message, answer, told = _in_mid_push(two.a)
+    state, run, node = two.a.link
+    assert not two.a.call("pull-messages").messages_list  # delayed on its way
+    late = told.objects_to_push[1]
+    assert two.a.push(told.session_id, late, answer.contents[late])
+    assert state.deactivate_node(node) and state.activate_node(node, 30)
+    assert not two.a.call("pull-messages").messages_list
+    (got,) = state.get_message_res({message}, run)
+    assert got.has_error() and got.error.code == 5
+    assert state.object_store.get(answer.root) is None
 
 
 def test_what_was_sent_to_another_site_is_as_if_it_were_not_there(two: _Two) -> None:
