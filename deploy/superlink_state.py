@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
@@ -37,13 +38,27 @@ _PASSES = ("locked", "busy", "disk is full", "disk i/o")
 PUSH_S = 600.0  # a message lasts so long without a further object; one of 5 MiB takes 213 s at 24 KiB a second
 _HELD_BACK = "not whole yet"  # in place of the time of delivery, and never after the end of a transaction
 _TIMES = 3  # that a message is handed out again
-# How often a message was handed out again; it goes with the message.
-_AGAIN = """
-CREATE TABLE IF NOT EXISTS apiary_handed_again (
-    message_id TEXT PRIMARY KEY REFERENCES message_ins (message_id) ON DELETE CASCADE,
-    times INTEGER NOT NULL
-) WITHOUT ROWID
-"""
+_TABLES = (
+    # How often a message was handed out again; it goes with the message.
+    """
+    CREATE TABLE IF NOT EXISTS apiary_handed_again (
+        message_id TEXT PRIMARY KEY REFERENCES message_ins (message_id) ON DELETE CASCADE,
+        times INTEGER NOT NULL
+    ) WITHOUT ROWID
+    """,
+    # Which objects were stored for a sender, and when (days).
+    """
+    CREATE TABLE IF NOT EXISTS apiary_stored (
+        session_id TEXT, object_id TEXT, at REAL NOT NULL, PRIMARY KEY (session_id, object_id)
+    ) WITHOUT ROWID
+    """,
+    "CREATE INDEX IF NOT EXISTS apiary_stored_at ON apiary_stored (at)",
+)
+_REMEMBER = (
+    "INSERT OR REPLACE INTO apiary_stored VALUES (:session, :object, julianday('now'))",
+    f"DELETE FROM apiary_stored WHERE at < julianday('now') - {PUSH_S / 86_400}",
+)
+_REMEMBERED = "SELECT 1 FROM apiary_stored WHERE session_id = :session AND object_id = :object"
 # What was handed to a node and has no whole answer, of runs that go on. Who fetched a message has had it deleted.
 _UNANSWERED = """
 SELECT asked.*, answer.message_id AS answer, coalesce(times, 0) AS times,
@@ -129,7 +144,8 @@ class _WholeMessages:
         """Open the database, and make it where there is none."""
         tables = super().initialize(*args, **kwargs)  # type: ignore[misc]
         with self.session() as session:  # type: ignore[attr-defined]
-            session.execute(text(_AGAIN))
+            for statement in _TABLES:
+                session.execute(text(statement))
         return tables
 
     def get_message_ins(self, node_id: int, limit: int | None, *, run_id: int | None = None) -> list[Any]:
@@ -190,15 +206,23 @@ class _WholeMessages:
     def store_object(self, run_id: int, session_id: str, object_id: str, object_content: bytes) -> bool:
         """Store an object that a sender announced; whether it is there.
 
-        It is also where an earlier call has stored it whose answer was lost on its way: a sender that is then told no
-        gives its message up, and nobody can send another in its place.
+        It is also where an earlier call has stored it whose answer was lost on its way, be it that who got the message
+        has had it deleted since: a sender that is then told no gives its message up, and the server its run.
 
         Raises:
             HTTPException: 503; Flower's own would say that the object is not wanted.
         """
-        with self.session():  # type: ignore[attr-defined]
-            stored = super().store_object(run_id, session_id, object_id, object_content)  # type: ignore[misc]
-            return bool(stored or self.object_store.get(object_id) == object_content)  # type: ignore[attr-defined]
+        values = {"session": session_id, "object": object_id}
+        with self.session() as session:  # type: ignore[attr-defined]
+            if super().store_object(run_id, session_id, object_id, object_content):  # type: ignore[misc]
+                for statement in _REMEMBER:
+                    session.execute(text(statement), values)
+                return True
+            if self.object_store.get(object_id) == object_content:  # type: ignore[attr-defined]
+                return True
+            if hashlib.sha256(object_content).hexdigest() != object_id:
+                return False
+            return session.execute(text(_REMEMBERED), values).first() is not None
 
     @contextlib.contextmanager
     def _held_back(self, table: str, waiting: str, values: dict[str, Any]) -> Iterator[None]:

@@ -148,6 +148,29 @@ def test_an_object_whose_answer_was_lost_on_its_way_may_be_sent_again(link: _Lin
     assert not link.state.store_object(link.run, session, "0" * 64, b"unknown")
 
 
+def test_an_object_may_be_sent_again_when_its_message_has_been_fetched_meanwhile(link: _Link) -> None:
+    """Else the server, whose call was carried out without an answer, gives its run up."""
+    first, objects, session = link.announce(1)
+    link.store(objects, session)
+    assert link.handed_over() == [first]
+    link.state.object_store.delete(first)
+    assert {link.state.object_store.get(name) for name in objects} == {None}
+    link.store(objects, session)
+    assert {link.state.object_store.get(name) for name in objects} == {None}
+    assert not link.state.store_object(link.run, "another", first, objects[first])
+    assert not link.state.store_object(link.run, session, first, b"something else")
+
+
+def test_what_was_stored_is_remembered_as_long_as_a_sender_may_ask(link: _Link) -> None:
+    _, objects, session = link.announce(1)
+    link.store(objects, session)
+    with link.state.session() as database:
+        database.execute(text("UPDATE apiary_stored SET at = at - 1.0"))
+    _, more, session = link.announce(2)
+    link.store(more, session)
+    assert link.state.query("SELECT count(*) AS n FROM apiary_stored") == [{"n": len(more)}]
+
+
 def test_an_answer_that_is_only_announced_is_none(link: _Link) -> None:
     message, objects, session = link.announce(1)
     link.store(objects, session)
