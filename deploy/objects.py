@@ -21,7 +21,7 @@ from sqlalchemy import text
 _SERVER = 1  # Flower's id of the server among the nodes
 _SAY_S = 10.0  # between lines of the log
 # Flower's own key of this table begins with the parent. SQLite looks for children as well, whenever it deletes one.
-_INDEX = "CREATE INDEX IF NOT EXISTS apiary_object_parents ON object_children (child_id)"
+INDEX = "CREATE INDEX IF NOT EXISTS apiary_object_parents ON object_children (child_id)"
 
 # Each is one row: whether it is the node's, and whether there is such a thing at all.
 _RECEIVED = """
@@ -193,10 +193,10 @@ class OwnTrees:
             if asked and self._told_otherwise(object_tree):
                 raise HTTPException(409, "announced with other parts")
             for earlier in session.execute(text(_EARLIER), values).scalars().all():
-                self.strike_off(earlier)
+                self._strike_off(earlier)
             return self._stored(message, object_tree, session_id)
 
-    def strike_off(self, answer: str) -> None:
+    def _strike_off(self, answer: str) -> None:
         """Strike off an answer, by the id of its root: nothing of it can come any more."""
         with self.session() as session:  # type: ignore[attr-defined]
             for statement in _STRIKE_OFF:
@@ -217,7 +217,7 @@ class OwnTrees:
         with self.session() as session:  # type: ignore[attr-defined]
             for name in self._told_otherwise(tree):
                 for holder in list(session.execute(text(_HOLDERS), {"object": name}).scalars()):
-                    self.strike_off(holder)
+                    self._strike_off(holder)
 
     def _stored(self, *args: Any) -> tuple[bool, list[str]]:
         stored: tuple[bool, list[str]] = super().store_message_and_object_tree(*args)  # type: ignore[misc]
@@ -237,7 +237,7 @@ class Parents:
         """Open the database, and make it where there is none."""
         tables = super().initialize(*args, **kwargs)  # type: ignore[misc]
         with self.session() as session:  # type: ignore[attr-defined]
-            session.execute(text(_INDEX))
+            session.execute(text(INDEX))
         return tables
 
     def put(self, object_id: str, object_content: bytes) -> None:

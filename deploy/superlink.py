@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
+import inspect
 import sys
 from collections.abc import Callable, Mapping
 from datetime import datetime
@@ -16,6 +18,8 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from flwr.app import Error, Message
+from sqlalchemy import create_engine, text
+from sqlalchemy.exc import OperationalError
 from starlette.concurrency import run_in_threadpool
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
@@ -49,15 +53,62 @@ def private(module: str, name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError):
-        raise UnknownFlower(f"this version of flwr has no {module}.{name}: `apiary deploy` needs flwr 1.41") from None
+        raise _unknown(f"{module}.{name}") from None
+
+
+def _unknown(what: str) -> UnknownFlower:
+    return UnknownFlower(f"flwr {importlib.metadata.version('flwr')} has no {what}: `apiary deploy` needs flwr 1.41")
+
+
+def check() -> None:
+    """Look whether Flower has what our state puts itself before: else a protection would be off in silence.
+
+    Raises:
+        UnknownFlower: it lacks a method with these parameters, or a table or a column.
+    """
+    store, state = private(_STORE, "SqlObjectStore"), private(_LINK, "SqlLinkState")
+    wanted = [(store, "get", ["self", "object_id"]), (store, "delete", ["self", "object_id"])]
+    wanted += [(state, name, ["self", "message"]) for name in ("store_message_res", "_store_generated_message")]
+    for base, ours in ((store, superlink_state.STORE), (state, superlink_state.STATE)):
+        methods = {name: method for part in ours for name, method in vars(part).items() if callable(method)}
+        wanted += [(base, name, _parameters(method)) for name, method in methods.items() if name[0] != "_"]
+    for base, name, parameters in wanted:
+        theirs = getattr(base, name, None)
+        if theirs is None or parameters not in (_parameters(theirs), ["self", "args", "kwargs"]):
+            raise _unknown(f"{base.__name__}.{name}({', '.join(parameters)})")
+    for handlers, name in ((place, each) for place in (_FLEET, _RUNTIME) for each in _CARRY):
+        if _parameters(private(handlers, name))[:2] != ["request", "state"]:
+            raise _unknown(f"{handlers}.{name}(request, state)")
+    _check_tables()
+
+
+def _parameters(function: Any) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def _check_tables() -> None:
+    """Let SQLite read each of our statements, beside Flower's tables."""
+    engine = create_engine("sqlite://")
+    for name in ("linkstate", "corestate", "objectstore"):
+        make = private(f"flwr.supercore.state.schema.{name}_tables", f"create_{name}_metadata")
+        make().create_all(engine)
+    with engine.connect() as database:
+        for statement in superlink_state.statements():
+            explained = text(statement if "CREATE" in statement else f"EXPLAIN {statement}")
+            try:
+                database.execute(explained, dict.fromkeys(explained.compile().params))
+            except OperationalError as error:
+                raise _unknown(f"table or column that is needed ({error.orig})") from None
+    engine.dispose()
 
 
 def prepare() -> None:
     """Put our settings and our state in the place of Flower's, for what is started in this process afterwards.
 
     Raises:
-        UnknownFlower: Flower has nothing of that name.
+        UnknownFlower: Flower is another version.
     """
+    check()
     _replace("flwr.supercore.sql_mixin", "SQLITE_PRAGMAS", lambda theirs: superlink_state.PRAGMAS)
     for name in ("sql_corestate", "in_memory_corestate"):
         _replace(

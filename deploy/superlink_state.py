@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import json
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
@@ -76,6 +78,21 @@ _HAND_OUT = (
     "INSERT INTO apiary_handed_again VALUES (:id, 1) ON CONFLICT DO UPDATE SET times = times + 1",
 )
 _ONE = objects.INCOMPLETE.format(waiting="SELECT :root")
+_NOT_WHOLE_FOR = objects.INCOMPLETE.format(
+    waiting="SELECT message_id FROM message_ins WHERE dst_node_id = :node AND delivered_at = ''"
+)
+_NOT_WHOLE_TO = objects.INCOMPLETE.format(
+    waiting="""
+    SELECT message_id FROM message_res WHERE reply_to_message_id IN (SELECT value FROM json_each(:asked))
+    AND delivered_at = '' AND message_id NOT IN (
+        SELECT root_object_id FROM object_push_session_roots NATURAL JOIN object_push_sessions
+        WHERE julianday(expires_at) <= julianday('now')
+    )"""
+)
+_MARK_INS, _MARK_RES = (
+    f"UPDATE {table} SET delivered_at = :after WHERE message_id = :id AND delivered_at = :before"
+    for table in ("message_ins", "message_res")
+)
 
 
 class _Turn:
@@ -155,8 +172,7 @@ class _WholeMessages:
             return self._whole(node_id, limit, run_id)
 
     def _whole(self, node_id: int, limit: int | None, run_id: int | None) -> list[Any]:
-        waiting = "SELECT message_id FROM message_ins WHERE dst_node_id = :node AND delivered_at = ''"
-        with self._held_back("message_ins", waiting, {"node": objects.signed(node_id)}):
+        with self._held_back(_MARK_INS, _NOT_WHOLE_FOR, {"node": objects.signed(node_id)}):
             found: list[Any] = super().get_message_ins(node_id, limit, run_id=run_id)  # type: ignore[misc]
             return found
 
@@ -173,7 +189,7 @@ class _WholeMessages:
                 if answer is not None:
                     if not earlier or not session.execute(text(_ONE), {"root": answer}).first():
                         continue
-                    self.strike_off(answer)  # type: ignore[attr-defined]
+                    self._strike_off(answer)  # type: ignore[attr-defined]
                 if answer is None and there and times < _TIMES:
                     for statement in _HAND_OUT:
                         session.execute(text(statement), {"id": asked["message_id"]})
@@ -188,18 +204,7 @@ class _WholeMessages:
         One that stopped arriving is listed as it is: Flower drops it when the first object that it lacks is asked for,
         and the server's grid refuses its sender.
         """
-        if not message_ids:
-            return []
-        names = {f"id{number}": message for number, message in enumerate(message_ids)}
-        asked = ", ".join(f":{name}" for name in names)
-        waiting = f"""
-        SELECT message_id FROM message_res WHERE reply_to_message_id IN ({asked}) AND delivered_at = '' AND message_id
-        NOT IN (
-            SELECT root_object_id FROM object_push_session_roots NATURAL JOIN object_push_sessions
-            WHERE julianday(expires_at) <= julianday('now')
-        )
-        """
-        with self._held_back("message_res", waiting, names):
+        with self._held_back(_MARK_RES, _NOT_WHOLE_TO, {"asked": json.dumps(sorted(message_ids))}):
             found: list[Any] = super().get_message_res(message_ids, run_id)  # type: ignore[misc]
             return found
 
@@ -225,24 +230,29 @@ class _WholeMessages:
             return session.execute(text(_REMEMBERED), values).first() is not None
 
     @contextlib.contextmanager
-    def _held_back(self, table: str, waiting: str, values: dict[str, Any]) -> Iterator[None]:
-        """Within, those of the messages that `waiting` selects which are not whole look as if they were delivered."""
+    def _held_back(self, mark: str, not_whole: str, values: dict[str, Any]) -> Iterator[None]:
+        """Within, the messages that `not_whole` selects look as if they were delivered."""
         with self.session() as session:  # type: ignore[attr-defined]
-            found = session.execute(text(objects.INCOMPLETE.format(waiting=waiting)), values).scalars().all()
-            self._mark(session, table, found, "", _HELD_BACK)
+            found = session.execute(text(not_whole), values).scalars().all()
+            self._mark(session, mark, found, "", _HELD_BACK)
             yield
-            self._mark(session, table, found, _HELD_BACK, "")
+            self._mark(session, mark, found, _HELD_BACK, "")
 
     @staticmethod
-    def _mark(session: Any, table: str, messages: Iterable[str], before: str, after: str) -> None:
-        change = text(f"UPDATE {table} SET delivered_at = :after WHERE message_id = :id AND delivered_at = :before")
+    def _mark(session: Any, mark: str, messages: Iterable[str], before: str, after: str) -> None:
         for message in messages:
-            session.execute(change, {"id": message, "before": before, "after": after})
+            session.execute(text(mark), {"id": message, "before": before, "after": after})
+
+
+# What goes before Flower's SQL object store and LinkState: whatever they do that has a public name takes the place of
+# Flower's own.
+STORE = (objects.Parents, _Turns)
+STATE = (objects.OwnTrees, _WholeMessages, _Turns)
 
 
 def store_class(base: type) -> type:
     """Flower's SQL object store, as ours."""
-    return type("ObjectStore", (objects.Parents, _Turns, base), {})
+    return type("ObjectStore", (*STORE, base), {})
 
 
 def state_class(base: type, lost_answer: Callable[[dict[str, Any]], Any]) -> type:
@@ -253,7 +263,21 @@ def state_class(base: type, lost_answer: Callable[[dict[str, Any]], Any]) -> typ
         lost_answer: what answers a message that its node lost, from the row of the message.
     """
     own = {"lost_answer": staticmethod(lost_answer)}
-    return type("LinkState", (objects.OwnTrees, _WholeMessages, _Turns, base), own)
+    return type("LinkState", (*STATE, base), own)
+
+
+def statements() -> list[str]:
+    """All that is asked of Flower's tables, the making of our own first."""
+    found: list[str] = [*_TABLES, objects.INDEX]
+    for module in (objects, sys.modules[__name__]):
+        for value in vars(module).values():
+            found += [each for each in (value if isinstance(value, tuple) else (value,)) if _is_statement(each)]
+    return found
+
+
+def _is_statement(value: object) -> bool:
+    words = value.split() if isinstance(value, str) and "{" not in value else []
+    return bool(words) and words[0] in ("SELECT", "WITH", "INSERT", "UPDATE", "DELETE")
 
 
 def in_one_transaction(handler: Callable[..., Any]) -> Callable[..., Any]:

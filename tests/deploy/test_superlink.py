@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.metadata
 import os
 import socket
 import sqlite3
@@ -25,10 +26,10 @@ from flwr.common.serde import message_to_proto
 from flwr.proto import fleet_pb2, message_pb2
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_id, get_object_tree
-from sqlalchemy import text
+from sqlalchemy import Column, MetaData, Table, text
 from starlette.testclient import TestClient
 
-from deploy import certificates, flower_cli, kits, objects, peers, superlink, superlink_state
+from deploy import certificates, flower_cli, kits, objects, peers, processes, superlink, superlink_state
 from deploy import server as deployed_server
 
 # Of Flower, whose migrations are written for an older Alembic.
@@ -277,11 +278,82 @@ def test_a_database_of_ours_has_large_pages_and_a_log(link: _Link, tmp_path: Pat
 
 def test_another_flower_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(superlink, "_STORE", "flwr.supercore.another_place")
+    assert "flwr.supercore.another_place.SqlObjectStore" in _refused(capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("store_message_and_object_tree", None),
+        ("store_message_and_object_tree", lambda self, message, object_tree, session_id, verify: (True, [])),
+        ("get_message_res", None),
+        ("store_message_res", None),
+    ],
+)
+def test_a_flower_with_another_method_is_refused_at_the_start(
+    name: str, method: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else what takes its place would never be asked."""
+    theirs = superlink.private(superlink._LINK, "SqlLinkState")
+    for each in theirs.__mro__:
+        if name in vars(each):
+            monkeypatch.delattr(each, name)
+    if method is not None:
+        monkeypatch.setattr(theirs, name, method, raising=False)
+    assert f"SqlLinkState.{name}(self, message" in _refused(capsys)
+
+
+def test_a_flower_whose_handlers_take_something_else_is_refused_at_the_start(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(f"{superlink._RUNTIME}.push_object", lambda request, task, state: None)
+    assert "runtime_handlers.push_object(request, state)" in _refused(capsys)
+
+
+@pytest.mark.parametrize(
+    ("kind", "table", "column"),
+    [
+        ("linkstate", "message_res", None),
+        ("linkstate", "message_ins", "delivered_at"),
+        ("linkstate", "node", "last_activated_at"),
+        ("corestate", "object_push_session_roots", "root_object_id"),
+        ("corestate", "task", "finished_at"),
+        ("objectstore", "objects", "ref_count"),
+        ("objectstore", "object_children", "child_id"),
+    ],
+)
+def test_a_flower_with_other_tables_is_refused_at_the_start(
+    kind: str, table: str, column: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = f"flwr.supercore.state.schema.{kind}_tables.create_{kind}_metadata"
+    theirs = superlink.private(*place.rsplit(".", 1))()
+    other = MetaData()
+    for each in theirs.tables.values():
+        if each.name != table or column:
+            Table(each.name, other, *(Column(c.name, c.type) for c in each.columns if c.name != column))
+    monkeypatch.setattr(place, lambda: other)
+    assert (column or table) in _refused(capsys)
+
+
+def _refused(capsys: pytest.CaptureFixture[str]) -> str:
+    """What the launcher says when it refuses to start: one line that names Flower's version."""
     with pytest.raises(SystemExit) as ended:
         superlink.main()
     assert ended.value.code == 3
     (line,) = capsys.readouterr().err.splitlines()
-    assert "flwr.supercore.another_place.SqlObjectStore" in line and "flwr 1.41" in line
+    assert line.startswith(f"apiary: flwr {importlib.metadata.version('flwr')} has no ") and "needs flwr 1.41" in line
+    return line
+
+
+def test_what_the_superlink_says_of_another_flower_is_said_by_the_server(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kits.init(tmp_path / "f", "127.0.0.1:8443", ["a"])
+    kit = kits.read(tmp_path / "f" / "server", "server")
+    command = [sys.executable, "-c", "print('noise'); print('apiary: flwr 2.0 has no such thing'); raise SystemExit(3)"]
+    kept = processes.SupervisedProcess(command, {**os.environ}, tmp_path, tmp_path / "superlink.log")
+    assert not deployed_server._wait_until_up(kit, [kept], processes.free_port(), threading.Event())
+    assert capsys.readouterr().out.endswith("apiary: flwr 2.0 has no such thing\n")
 
 
 # -- whose objects -----------------------------------------------------------------------------------
