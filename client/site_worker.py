@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import os
 import re
 import signal
 import sys
@@ -45,6 +46,8 @@ _log = logging.getLogger(__name__)
 _RUN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 _ROUND = re.compile(r"[0-9]{1,9}")
 _KINDS = ("query.hello", "train", "evaluate")
+_WATCH_S, _LET_GO_S = 0.5, 2.0  # how often it is asked whether somebody waits, and for how long nobody does
+LET_GO = 5  # the exit code of a process that nobody waited for any more
 
 
 class _Job(NamedTuple):
@@ -68,6 +71,7 @@ class Service:
         self._facts, self._key = facts, key
         self._job: _Job | None = None
         self._one = threading.Lock()
+        self._wanted: Callable[[], bool] | None = None  # of the call in work
 
     def answer(self, call: Envelope, wanted: Callable[[], bool] = lambda: True) -> Envelope:
         """The answer to a call; whatever goes wrong becomes an answer with `error` in its header.
@@ -80,9 +84,11 @@ class Service:
         with self._one:
             if not wanted():
                 return Envelope({"error": "nobody waited any more"})
+            self._wanted = wanted
             began, loads = time.monotonic(), adapters.base_loads()
             kind, number = (str(call.header.get(key, "")) for key in ("kind", "round"))
             answer = self._answer(kind, call)
+            self._wanted = None
             # Both come from the server and end up in a log: only what they may be is written.
             what = kind if kind in _KINDS else "an unknown message"
             place = f"round {number} " if _ROUND.fullmatch(number) and number != "0" else ""
@@ -90,6 +96,23 @@ class Service:
             failed = f": {answer.header['error']}" if "error" in answer.header else ""
             _log.info("%s%s: %.1f s, %d base loads%s", place, what, seconds, new, failed)
             return answer if self._key is None else self._sealed(call, answer, self._key)
+
+    def watch(self, let_go: Callable[[], None]) -> None:
+        """Look, without end, whether the call in work is waited for; `let_go` where nobody has for two seconds.
+
+        What is in work cannot be taken out of torch's hands. Its process can be ended, as it can at any time.
+        """
+        since: tuple[Callable[[], bool], float] | None = None
+        while True:
+            time.sleep(_WATCH_S)
+            wanted = self._wanted
+            if wanted is None or wanted():
+                since = None
+            elif since is None or since[0] is not wanted:
+                since = wanted, time.monotonic()
+            elif time.monotonic() - since[1] > _LET_GO_S:
+                let_go()
+                return
 
     def _sealed(self, call: Envelope, answer: Envelope, key: EllipticCurvePrivateKey) -> Envelope:
         """The answer with a signature that binds it to the call; an error is signed as well."""
@@ -320,6 +343,11 @@ def _key(path: Path | None) -> EllipticCurvePrivateKey | None:
         raise UserError(f"{str(path)!r}: {str(error).splitlines()[0]}") from None
 
 
+def _let_go() -> None:
+    _log.info("nobody waits any more for what is in work; the worker ends, to be started again")
+    os._exit(LET_GO)
+
+
 def main() -> None:
     """Serve until the process is ended; exit code 2 with one line where data, model or device cannot be used."""
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -337,8 +365,10 @@ def main() -> None:
     except UserError as error:
         print(f"apiary: {error}", file=sys.stderr)
         sys.exit(2)
-    server = make_server(Service(facts, key), given.address)
+    service = Service(facts, key)
+    server = make_server(service, given.address)
     server.start()
+    threading.Thread(target=service.watch, args=(_let_go,), daemon=True).start()
     for line in rows.warnings:
         _log.warning("warning: %s", line)
     _log.info("worker ready, %d rows", rows.total)

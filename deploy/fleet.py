@@ -52,12 +52,10 @@ from deploy import bundle
 
 _BEAT_S, _INTERVAL_S = 6.0, 14.0  # Flower gives a node up after two intervals, of ten seconds at least
 _FIRST_S, _LONGEST_S = 0.5, 15.0  # between tries while the server does not answer
-_AWAY_S = 3.0  # that long a node is away to be seen to be: the server looks every second
 _PUSH_S = 300.0  # for one object, all of which is one wait; the door gives 5 MiB 223 s
 _AHEAD_S, _BEHIND_S = 4.0, 55.0  # of the server's clock: the door refuses more than 5 and 60; dates have whole seconds
 _NOT_ACTIVATED, _RUN_OVER, _NO_RUN = 2004, 2007, 2008  # Flower's codes
 _PASSING = (408, 429)  # and all from 500 on: the server is busy or starts again
-_UNTOUCHED = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)  # nothing of the call was sent
 
 Clock = Callable[[], datetime.datetime]
 
@@ -131,18 +129,16 @@ class _Calls:
         self._client, self._end, self._clock = client, end, clock
         self._reached = False  # the server, at least once
 
-    def __call__(self, name: str, request: Any, once: bool = False, over: Callable[[], bool] = lambda: False) -> Any:
+    def __call__(self, name: str, request: Any, over: Callable[[], bool] = lambda: False) -> Any:
         """The answer to a call of Flower's client.
 
         Args:
             name: of the call.
             request: its protobuf.
-            once: not to be tried again where it may have been carried out.
             over: asked before each further try whether its run is over, which a call that does not come through never
                 hears by itself.
 
         Raises:
-            httpx.TransportError: with `once`, the line broke after the call was on its way.
             RunOver, Rejected, Refused, NotTrusted, Ended: as their names say.
         """
         call, pause = getattr(self._client, name), _FIRST_S
@@ -156,8 +152,6 @@ class _Calls:
             except httpx.TransportError as error:
                 if _is_certificate(error) and not self._reached:
                     raise NotTrusted(_certificate_line(error)) from None
-                if once and not isinstance(error, _UNTOUCHED):
-                    raise
             except ValueError:  # an answer that is no protobuf: of a proxy in between
                 pass
             if self._end.wait(pause * random.uniform(0.8, 1.2)):
@@ -200,23 +194,12 @@ class Line:
         key: the site's private key.
         end: set when the node is asked to end; waits stop then.
         clock: the time that calls are signed with.
-        say: receives a line for the log.
     """
 
-    def __init__(
-        self,
-        server: str,
-        ca: Path,
-        key: Path,
-        end: threading.Event,
-        *,
-        clock: Clock = utc_now,
-        say: Callable[[str], None] = lambda line: None,
-    ) -> None:
+    def __init__(self, server: str, ca: Path, key: Path, end: threading.Event, *, clock: Clock = utc_now) -> None:
         private = serialization.load_ssh_private_key(key.read_bytes(), None)
         if not isinstance(private, ec.EllipticCurvePrivateKey):
             raise Refused("the site's key is none on an elliptic curve")
-        self._end, self._say = end, say
         self._signature = _Signature(private, clock)
         self._client = FleetHttpClient.from_server_address(server, False, ca.read_bytes(), [self._signature])
         self._call = _Calls(self._client, end, clock)
@@ -238,14 +221,12 @@ class Line:
 
     # -- the session ------------------------------------------------------------------------------
 
-    def open(self, left: int | None = None, *, away: bool = False) -> None:
+    def open(self, left: int | None = None) -> None:
         """Begin a session.
 
         Args:
             left: the node id of a session that was not closed: it would keep the key from being used for half a
                 minute, and is closed now.
-            away: stay away for a moment in between, so that the server sees it and waits for no answer to a message
-                that may have been lost with that session.
 
         Raises:
             Refused: the key is not known, or is in use elsewhere, or the clocks differ too much.
@@ -255,8 +236,6 @@ class Line:
         if left is not None:
             with contextlib.suppress(Rejected, Refused):
                 self._call("DeactivateNode", DeactivateNodeRequest(node_id=left))
-            if away and self._end.wait(_AWAY_S):
-                raise Ended
         request = ActivateNodeRequest(public_key=self._signature.public, heartbeat_interval=_INTERVAL_S)
         self._node = Node(node_id=self._call("ActivateNode", request).node_id)
         self._quiet = threading.Event()
@@ -292,21 +271,13 @@ class Line:
     def look(self) -> Work | None:
         """The next message for this site, if there is one.
 
-        Where the line breaks when the server may just have handed one out, that message is lost. The site is then away
-        for a moment, so that the server sees it and waits for no answer.
+        The server takes it as the word that the site is in the middle of none: one that was handed out and did not
+        arrive, for the line broke, is handed out again.
 
         Raises:
             Refused, NotTrusted, Ended: as `open`.
         """
-        try:
-            answer = self._call("PullMessages", PullMessagesRequest(node=self._there), once=True)
-        except httpx.TransportError as error:
-            self._say(f"the line broke ({type(error).__name__}); the session is begun anew")
-            node = self.node
-            self.close()
-            self.open(node, away=True)
-            self._say("the session goes on")
-            return None
+        answer = self._call("PullMessages", PullMessagesRequest(node=self._there))
         if not answer.messages_list:
             return None
         head = message_from_proto(answer.messages_list[0])

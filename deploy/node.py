@@ -109,7 +109,7 @@ def run(line: Line, answering: Answering, facts: dict[str, str], journal: Journa
     """Take part until `end` is set; returns the exit code."""
     try:
         left = journal.read()
-        line.open(left.node, away=not left.message)
+        line.open(left.node)
         journal.note(line.node, left.message)
         say(CONNECTED)
         if left.message:
@@ -193,7 +193,7 @@ def main() -> None:
     end = processes.wait_for_end()
     if given.port is not None:
         answer_health(given.port)
-    line = fleet.Line(given.server, given.ca, given.key, end, say=say)
+    line = fleet.Line(given.server, given.ca, given.key, end)
     facts = {"site": given.site, "worker-address": given.worker}
     # Without waiting for threads: gRPC's, or one that waits for a worker that does not answer.
     os._exit(run(line, installed(), facts, Journal(given.state), end))

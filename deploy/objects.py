@@ -21,7 +21,7 @@ from sqlalchemy import text
 _SERVER = 1  # Flower's id of the server among the nodes
 _SAY_S = 10.0  # between lines of the log
 # Flower's own key of this table begins with the parent. SQLite looks for children as well, whenever it deletes one.
-_INDEX = "CREATE INDEX IF NOT EXISTS apiary_object_parents ON object_children (child_id)"
+INDEX = "CREATE INDEX IF NOT EXISTS apiary_object_parents ON object_children (child_id)"
 
 # Each is one row: whether it is the node's, and whether there is such a thing at all.
 _RECEIVED = """
@@ -73,6 +73,18 @@ WITH RECURSIVE holder(id) AS (
 )
 SELECT id FROM holder
 """
+# Of messages, selected as `waiting(root)`: those of which an object is still to come.
+INCOMPLETE = """
+WITH RECURSIVE waiting(root) AS ({waiting}), tree(root, object_id) AS (
+    SELECT root, root FROM waiting
+    UNION SELECT tree.root, child_id FROM tree JOIN object_children ON parent_id = tree.object_id
+)
+SELECT DISTINCT tree.root FROM tree JOIN objects ON objects.object_id = tree.object_id WHERE is_available = 0
+"""
+_EARLIER = INCOMPLETE.format(
+    waiting="SELECT message_id FROM message_res WHERE reply_to_message_id = :asked AND src_node_id = :node "
+    "AND message_id <> :root AND delivered_at = ''"
+)
 _STRIKE_OFF = (
     "DELETE FROM object_push_sessions WHERE session_id IN "
     "(SELECT session_id FROM object_push_session_roots WHERE root_object_id = :root)",
@@ -84,6 +96,11 @@ _PARTS = "SELECT child_id FROM object_children WHERE parent_id = :object"
 def signed(node: int) -> int:
     """A node's id as SQLite holds it."""
     return node - 2**64 if node >= 2**63 else node
+
+
+def unsigned(node: int) -> int:
+    """A node's id as Flower knows it, from what SQLite holds."""
+    return node % 2**64
 
 
 class Refusals:
@@ -142,7 +159,10 @@ GUARDS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
 
 
 class OwnTrees:
-    """Goes before Flower's SQL LinkState: an answer is announced with a tree of its own."""
+    """Goes before Flower's SQL LinkState: an answer is announced with a tree of its own.
+
+    It takes the place of one to the same message that its node has not finished: of a node that ended while it sent.
+    """
 
     def store_message_and_object_tree(self, message: Any, object_tree: Any, session_id: str) -> tuple[bool, list[str]]:
         """Store the head of a message and note which objects belong to it.
@@ -172,7 +192,16 @@ class OwnTrees:
                 return False, []
             if asked and self._told_otherwise(object_tree):
                 raise HTTPException(409, "announced with other parts")
+            for earlier in session.execute(text(_EARLIER), values).scalars().all():
+                self._strike_off(earlier)
             return self._stored(message, object_tree, session_id)
+
+    def _strike_off(self, answer: str) -> None:
+        """Strike off an answer, by the id of its root: nothing of it can come any more."""
+        with self.session() as session:  # type: ignore[attr-defined]
+            for statement in _STRIKE_OFF:
+                session.execute(text(statement), {"root": answer})
+            self.object_store.delete(answer)  # type: ignore[attr-defined]
 
     def _told_otherwise(self, tree: Any) -> list[str]:
         """The objects of a tree that were announced with other parts."""
@@ -188,9 +217,7 @@ class OwnTrees:
         with self.session() as session:  # type: ignore[attr-defined]
             for name in self._told_otherwise(tree):
                 for holder in list(session.execute(text(_HOLDERS), {"object": name}).scalars()):
-                    for statement in _STRIKE_OFF:
-                        session.execute(text(statement), {"root": holder})
-                    self.object_store.delete(holder)  # type: ignore[attr-defined]
+                    self._strike_off(holder)
 
     def _stored(self, *args: Any) -> tuple[bool, list[str]]:
         stored: tuple[bool, list[str]] = super().store_message_and_object_tree(*args)  # type: ignore[misc]
@@ -210,7 +237,7 @@ class Parents:
         """Open the database, and make it where there is none."""
         tables = super().initialize(*args, **kwargs)  # type: ignore[misc]
         with self.session() as session:  # type: ignore[attr-defined]
-            session.execute(text(_INDEX))
+            session.execute(text(INDEX))
         return tables
 
     def put(self, object_id: str, object_content: bytes) -> None:

@@ -104,10 +104,7 @@ class SupervisedProcess:
 
 
 def pause(failures: int) -> float:
-    """Seconds until a process that failed so often in a row is started again: 3, 6, 12, 15.
-
-    Never less: a server that asks every second must see that a node was gone, if its message is lost.
-    """
+    """Seconds until a process that failed so often in a row is started again: 3, 6, 12, 15."""
     return min(_LONGEST_PAUSE_S, 3.0 * 2.0 ** max(0, failures - 1))
 
 

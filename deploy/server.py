@@ -22,6 +22,7 @@ _RUNNING, _NODES = "running.json", "nodes.json"
 _NODES_VARIABLE = "APIARY_NODES"  # tells the runs' own processes where the latter is: they name a site by it
 _KEY_IS_KNOWN, _NODE_IS_GONE = "[code: 23]", "[code: 24]"
 _NAMES = ("SuperLink", "SuperExec", "door")
+_WRONG_FLOWER = 3  # the SuperLink's exit code
 _START_S = 120.0
 _RUNS_S = 1.0  # how often the runs are looked at
 _KEYS_S = 5.0  # how often the folder of public keys is looked at
@@ -144,8 +145,10 @@ def _check(kit: Kit) -> None:
 def _wait_until_up(kit: Kit, kept: list[SupervisedProcess], port: int, end: threading.Event) -> bool:
     deadline = time.monotonic() + _START_S
     while not end.wait(0.3):
-        for each in kept:
-            each.look()
+        codes = [each.look() for each in kept]
+        if codes[0] == _WRONG_FLOWER:
+            _say(kept[0].said().strip().rpartition("\n")[2])
+            return False
         if flower_cli.healthy(f"127.0.0.1:{port}", kit.folder / kits.CA):
             return True
         if time.monotonic() > deadline:

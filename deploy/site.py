@@ -29,7 +29,7 @@ from deploy.processes import SupervisedProcess
 _START_S = 300.0
 _GIVE_UP_S = 90.0  # a session that was killed elsewhere counts as online for half a minute
 _FLOWER = "1.41"  # the node calls what is private to it
-_WRONG_DATA = 2  # the worker's exit code
+_WRONG_DATA, _LET_GO = 2, 5  # the worker's exit codes
 _TRIES = 10  # of a node that ends soon after its start and never once was connected
 _HEALTH_S = 60.0  # how often the server is asked whether it is there
 _SOCKET, _TEMPORARY = "worker.sock", "apiary-"
@@ -230,7 +230,9 @@ def _watch(kit: Kit, worker: SupervisedProcess, node: SupervisedProcess, end: th
     line = _Line()
     while not end.wait(0.2):
         code = worker.look()
-        if code is not None:
+        if code == _LET_GO:
+            _say(kit, "the worker is started again, for nobody waited any more for what it was doing")
+        elif code is not None:
             _say(kit, f"the worker ended (exit code {code}) and is started again; its message is lost")
         code = node.look()
         if code is not None:

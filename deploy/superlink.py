@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
+import inspect
 import sys
 from collections.abc import Callable, Mapping
 from datetime import datetime
@@ -15,6 +17,9 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
+from flwr.app import Error, Message
+from sqlalchemy import create_engine, text
+from sqlalchemy.exc import OperationalError
 from starlette.concurrency import run_in_threadpool
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
@@ -48,27 +53,88 @@ def private(module: str, name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError):
-        raise UnknownFlower(f"this version of flwr has no {module}.{name}: `apiary deploy` needs flwr 1.41") from None
+        raise _unknown(f"{module}.{name}") from None
+
+
+def _unknown(what: str) -> UnknownFlower:
+    return UnknownFlower(f"flwr {importlib.metadata.version('flwr')} has no {what}: `apiary deploy` needs flwr 1.41")
+
+
+def check() -> None:
+    """Look whether Flower has what our state puts itself before: else a protection would be off in silence.
+
+    Raises:
+        UnknownFlower: it lacks a method with these parameters, or a table or a column.
+    """
+    store, state = private(_STORE, "SqlObjectStore"), private(_LINK, "SqlLinkState")
+    wanted = [(store, "get", ["self", "object_id"]), (store, "delete", ["self", "object_id"])]
+    wanted += [(state, name, ["self", "message"]) for name in ("store_message_res", "_store_generated_message")]
+    for base, ours in ((store, superlink_state.STORE), (state, superlink_state.STATE)):
+        methods = {name: method for part in ours for name, method in vars(part).items() if callable(method)}
+        wanted += [(base, name, _parameters(method)) for name, method in methods.items() if name[0] != "_"]
+    for base, name, parameters in wanted:
+        theirs = getattr(base, name, None)
+        if theirs is None or parameters not in (_parameters(theirs), ["self", "args", "kwargs"]):
+            raise _unknown(f"{base.__name__}.{name}({', '.join(parameters)})")
+    for handlers, name in ((place, each) for place in (_FLEET, _RUNTIME) for each in _CARRY):
+        if _parameters(private(handlers, name))[:2] != ["request", "state"]:
+            raise _unknown(f"{handlers}.{name}(request, state)")
+    _check_tables()
+
+
+def _parameters(function: Any) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def _check_tables() -> None:
+    """Let SQLite read each of our statements, beside Flower's tables."""
+    engine = create_engine("sqlite://")
+    for name in ("linkstate", "corestate", "objectstore"):
+        make = private(f"flwr.supercore.state.schema.{name}_tables", f"create_{name}_metadata")
+        make().create_all(engine)
+    with engine.connect() as database:
+        for statement in superlink_state.statements():
+            explained = text(statement if "CREATE" in statement else f"EXPLAIN {statement}")
+            try:
+                database.execute(explained, dict.fromkeys(explained.compile().params))
+            except OperationalError as error:
+                raise _unknown(f"table or column that is needed ({error.orig})") from None
+    engine.dispose()
 
 
 def prepare() -> None:
     """Put our settings and our state in the place of Flower's, for what is started in this process afterwards.
 
     Raises:
-        UnknownFlower: Flower has nothing of that name.
+        UnknownFlower: Flower is another version.
     """
+    check()
     _replace("flwr.supercore.sql_mixin", "SQLITE_PRAGMAS", lambda theirs: superlink_state.PRAGMAS)
     for name in ("sql_corestate", "in_memory_corestate"):
         _replace(
             f"flwr.supercore.corestate.{name}", "OBJECT_PUSH_SESSION_TTL_SECONDS", lambda s: superlink_state.PUSH_S
         )
     _replace(_STORE, "SqlObjectStore", superlink_state.store_class)
-    _replace(_LINK, "SqlLinkState", superlink_state.state_class)
+    _replace(_LINK, "SqlLinkState", functools.partial(superlink_state.state_class, lost_answer=lost_answer))
     for name, guard in objects.GUARDS.items():  # before the transactions, which then go around them
         _replace(_FLEET, name, guard)
     for name in _CARRY:
         for handlers in (_FLEET, _RUNTIME):
             _replace(handlers, name, superlink_state.in_one_transaction)
+
+
+def lost_answer(row: Mapping[str, Any]) -> Message:
+    """What Flower says of a node that is gone, as the answer to a message.
+
+    Args:
+        row: of the message, as the database has it.
+    """
+    ids = {key: objects.unsigned(row[key]) for key in ("run_id", "src_node_id", "dst_node_id")}
+    asked: Message = private("flwr.server.superlink.linkstate.utils", "dict_to_message")({**row, **ids})
+    code = private("flwr.common.constant", "ErrorCode").NODE_UNAVAILABLE
+    answer = Message(Error(code, "its node began anew and lost the message"), reply_to=asked)
+    answer.metadata.__dict__["_message_id"] = answer.object_id
+    return answer
 
 
 def _replace(module: str, name: str, change: Callable[[Any], Any]) -> None:

@@ -86,8 +86,10 @@ def test_a_run_stopped_in_mid_message_leaves_no_process_and_no_late_answer(
 ) -> None:
     before = {site: len(descendants(federation.running[site].pid)) for site in SITES}
     assert set(before.values()) == {2}  # the worker and the node
-    _submit(federation, tiny_model, "stopped", "rounds=50")
-    workers = _hold_at(federation, "stopped", 2, SITES)
+    _submit(federation, tiny_model, "stopped", "rounds=50", "train.steps=10000000")  # hours, were it not stopped
+    logs = [federation.kits / site / "state" / "node.log" for site in SITES]
+    _until(federation, lambda: all("'train' of round '1': received" in log.read_text() for log in logs))
+    workers = _hold_at(federation, "stopped", 1, SITES)
     status = federation.call("deploy", "status", str(federation.kits / "server"), "--json")
     number = json.loads(status.stdout)["runs"][0]["id"]
     flower_cli.call(federation.kits / "server" / "state", "stop", number)
@@ -95,10 +97,10 @@ def test_a_run_stopped_in_mid_message_leaves_no_process_and_no_late_answer(
     for pid in workers:
         os.kill(pid, signal.SIGCONT)
     federation.running["submit"].wait(timeout=120)
-    for site in SITES:
-        assert len(descendants(federation.running[site].pid)) == before[site]
-        log = (federation.kits / site / "state" / "node.log").read_text()
-        assert "dropped" in log.splitlines()[-1], log[-500:]
+    for site, log in zip(SITES, logs, strict=True):
+        assert "dropped" in log.read_text().splitlines()[-1], log.read_text()[-500:]
+        _until(federation, lambda site=site: "started again, for nobody waited" in federation.said(site), 60.0)
+        _until(federation, lambda site=site: len(descendants(federation.running[site].pid)) == before[site], 60.0)
     _submit(federation, tiny_model, "next", "rounds=2")
     federation.running["submit"].wait(timeout=300)
     assert federation.running["submit"].returncode == 0, federation.said("submit")

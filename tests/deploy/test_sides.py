@@ -10,6 +10,8 @@ import shutil
 import stat
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from conftest import instruction_rows
 from deployment import SITES, overrides, write_rows
 from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp.typing import ClientAppCallable, Mod
+from flwr.common.serde import recorddict_to_proto
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from typer.testing import CliRunner
 
@@ -404,6 +407,65 @@ def test_a_site_settles_auto_by_its_own_tokenizer(tmp_path: Path, rows: Path, ti
 def test_a_worker_that_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(worker_rpc.Unanswered, match="did not come up"):
         worker_rpc.ask(f"unix:{tmp_path / 'nobody.sock'}", worker_rpc.Envelope({}), ready_s=0.3)
+
+
+def test_a_worker_is_let_go_once_nobody_waits_for_what_it_is_doing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, let_go = threading.Event(), threading.Event()
+    monkeypatch.setattr(site_worker, "_WATCH_S", 0.01)
+    monkeypatch.setattr(site_worker, "_LET_GO_S", 0.2)
+    monkeypatch.setattr(handlers, "answer", lambda *args, **kwargs: (go_on.wait(60), RecordDict())[1])
+    service = site_worker.Service(Facts("ant", tmp_path, tmp_path))
+    call = worker_rpc.Envelope({"kind": "train", "config": "{}", "name": "first"})
+    threading.Thread(target=service.watch, args=(let_go.set,), daemon=True).start()
+    waits = threading.Event()
+    waits.set()
+    working = threading.Thread(target=service.answer, args=(call, waits.is_set))
+    working.start()
+    try:
+        assert not let_go.wait(1.0)  # however long it takes, while somebody waits
+        waits.clear()
+        assert let_go.wait(30)
+    finally:
+        go_on.set()
+        working.join()
+
+
+@pytest.mark.slow
+def test_the_process_of_a_worker_ends_within_seconds_when_its_call_is_let_go(
+    tmp_path: Path, tiny_model: Path, rows: Path
+) -> None:
+    """In the middle of a visit that would take hours."""
+    run = loading.load(None, [*overrides(tiny_model, rows), "train.steps=10000000"])
+    address, state = f"unix:{tmp_path}/w.sock", tmp_path / "state"
+    command = [sys.executable, "-P", "-m", "client.site_worker", "--address", address, "--site", "ant"]
+    command += ["--data", str(rows / "ant.jsonl"), "--state", str(state), "--model", str(tiny_model)]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        adapter = adapters.fresh_adapter(adapters.load(run.model, run.adapter), 0)
+        body = recorddict_to_proto(flower_records.request(1, flower_records.to_arrays(adapter), ArrayRecord()))
+        call = worker_rpc.Envelope({"kind": "train", "round": "1", "config": run.to_json(), "name": "first"})
+        call = call._replace(body=body.SerializeToString())
+
+        def ask() -> None:
+            with pytest.raises(worker_rpc.Unanswered):
+                worker_rpc.ask(address, call)
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        deadline = time.monotonic() + 120
+        while not list(state.rglob("steps.jsonl")):
+            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.1)
+        worker_rpc.cancel()
+        assert process.wait(60) == site_worker.LET_GO
+        asking.join()
+        assert "nobody waits any more" in (tmp_path / "log").read_text()
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_a_site_goes_by_its_own_places(tmp_path: Path, rows: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.metadata
 import os
 import socket
 import sqlite3
@@ -25,10 +26,10 @@ from flwr.common.serde import message_to_proto
 from flwr.proto import fleet_pb2, message_pb2
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_id, get_object_tree
-from sqlalchemy import text
+from sqlalchemy import Column, MetaData, Table, text
 from starlette.testclient import TestClient
 
-from deploy import certificates, flower_cli, kits, objects, peers, superlink, superlink_state
+from deploy import certificates, flower_cli, kits, objects, peers, processes, superlink, superlink_state
 from deploy import server as deployed_server
 
 # Of Flower, whose migrations are written for an older Alembic.
@@ -106,7 +107,7 @@ def _open(path: Path) -> _Link:
         store.initialize()
         base = superlink.private("flwr.server.superlink.linkstate.sql_linkstate", "SqlLinkState")
         manager = superlink.private("flwr.superlink.federation", "NoOpFederationManager")(simulation=False)
-        state = superlink_state.state_class(base)(str(path), manager, store)
+        state = superlink_state.state_class(base, superlink.lost_answer)(str(path), manager, store)
         state.initialize()
         with state.session():  # connects
             pass
@@ -132,8 +133,10 @@ def test_a_message_is_handed_over_once_it_is_whole(link: _Link) -> None:
     second, others, other = link.announce(2)
     link.store(others, other)
     assert link.handed_over() == [second]  # it does not wait for the one before it
+    link.state.object_store.delete(second)  # it has been fetched
     link.store(dict([last]), session)
     assert link.handed_over() == [first]
+    link.state.object_store.delete(first)
     assert link.handed_over() == []
 
 
@@ -145,6 +148,29 @@ def test_an_object_whose_answer_was_lost_on_its_way_may_be_sent_again(link: _Lin
             assert link.state.store_object(link.run, session, key, value)
     assert link.handed_over() == [first]
     assert not link.state.store_object(link.run, session, "0" * 64, b"unknown")
+
+
+def test_an_object_may_be_sent_again_when_its_message_has_been_fetched_meanwhile(link: _Link) -> None:
+    """Else the server, whose call was carried out without an answer, gives its run up."""
+    first, objects, session = link.announce(1)
+    link.store(objects, session)
+    assert link.handed_over() == [first]
+    link.state.object_store.delete(first)
+    assert {link.state.object_store.get(name) for name in objects} == {None}
+    link.store(objects, session)
+    assert {link.state.object_store.get(name) for name in objects} == {None}
+    assert not link.state.store_object(link.run, "another", first, objects[first])
+    assert not link.state.store_object(link.run, session, first, b"something else")
+
+
+def test_what_was_stored_is_remembered_as_long_as_a_sender_may_ask(link: _Link) -> None:
+    _, objects, session = link.announce(1)
+    link.store(objects, session)
+    with link.state.session() as database:
+        database.execute(text("UPDATE apiary_stored SET at = at - 1.0"))
+    _, more, session = link.announce(2)
+    link.store(more, session)
+    assert link.state.query("SELECT count(*) AS n FROM apiary_stored") == [{"n": len(more)}]
 
 
 def test_an_answer_that_is_only_announced_is_none(link: _Link) -> None:
@@ -168,6 +194,45 @@ def test_a_node_that_is_gone_after_it_announced_an_answer_is_told_as_gone(
     assert link.state.deactivate_node(link.node)
     (got,) = link.state.get_message_res({message}, link.run)
     assert got.has_error() and "Node Unavailable" in got.error.reason
+
+
+def test_what_did_not_arrive_at_a_node_is_handed_out_again_and_told_in_the_end(link: _Link) -> None:
+    """The line broke over the answer to its look, or the node ended over it."""
+    message, parts, session = link.announce(1)
+    link.store(parts, session)
+    for _ in range(4):
+        assert link.handed_over() == [message]
+        assert link.state.get_message_res({message}, link.run) == []
+    assert link.handed_over() == []
+    (got,) = link.state.get_message_res({message}, link.run)
+    assert got.has_error() and got.error.code == 5 and got.error.reason == "its node began anew and lost the message"
+    assert link.state.object_store.get(got.metadata.message_id)  # the server's grid fetches it as any other
+    link.state.delete_messages({message})  # as Flower does with what was answered
+    assert link.state.query("SELECT count(*) AS n FROM apiary_handed_again") == [{"n": 0}]
+
+
+def test_a_message_of_a_run_that_is_over_is_not_handed_out_again(link: _Link) -> None:
+    message, parts, session = link.announce(1)
+    link.store(parts, session)
+    assert link.handed_over() == [message]
+    task = link.state.get_run_info(run_ids=[link.run])[0].primary_task_id
+    assert link.state.finish_task(task, "failed", "")
+    assert link.handed_over() == []
+
+
+def test_what_a_node_lost_is_told_at_its_next_look_however_seldom_the_server_looks(link: _Link) -> None:
+    message, parts, session = link.announce(1)
+    link.store(parts, session)
+    assert link.handed_over() == [message]
+    link.state.object_store.delete(message)  # it has been fetched
+    assert link.handed_over() == []  # a look that was delayed on its way, while the node works
+    assert link.state.get_message_res({message}, link.run) == []
+    assert link.state.deactivate_node(link.node) and link.state.activate_node(link.node, 30)
+    assert link.state.get_message_res({message}, link.run) == []  # the server never saw it away
+    assert link.handed_over() == []
+    (got,) = link.state.get_message_res({message}, link.run)
+    assert got.has_error() and got.error.code == 5
+    assert link.handed_over() == []
 
 
 def test_callers_of_one_process_never_find_the_database_locked(link: _Link) -> None:
@@ -214,11 +279,82 @@ def test_a_database_of_ours_has_large_pages_and_a_log(link: _Link, tmp_path: Pat
 
 def test_another_flower_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(superlink, "_STORE", "flwr.supercore.another_place")
+    assert "flwr.supercore.another_place.SqlObjectStore" in _refused(capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("store_message_and_object_tree", None),
+        ("store_message_and_object_tree", lambda self, message, object_tree, session_id, verify: (True, [])),
+        ("get_message_res", None),
+        ("store_message_res", None),
+    ],
+)
+def test_a_flower_with_another_method_is_refused_at_the_start(
+    name: str, method: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else what takes its place would never be asked."""
+    theirs = superlink.private(superlink._LINK, "SqlLinkState")
+    for each in theirs.__mro__:
+        if name in vars(each):
+            monkeypatch.delattr(each, name)
+    if method is not None:
+        monkeypatch.setattr(theirs, name, method, raising=False)
+    assert f"SqlLinkState.{name}(self, message" in _refused(capsys)
+
+
+def test_a_flower_whose_handlers_take_something_else_is_refused_at_the_start(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(f"{superlink._RUNTIME}.push_object", lambda request, task, state: None)
+    assert "runtime_handlers.push_object(request, state)" in _refused(capsys)
+
+
+@pytest.mark.parametrize(
+    ("kind", "table", "column"),
+    [
+        ("linkstate", "message_res", None),
+        ("linkstate", "message_ins", "delivered_at"),
+        ("linkstate", "node", "last_activated_at"),
+        ("corestate", "object_push_session_roots", "root_object_id"),
+        ("corestate", "task", "finished_at"),
+        ("objectstore", "objects", "ref_count"),
+        ("objectstore", "object_children", "child_id"),
+    ],
+)
+def test_a_flower_with_other_tables_is_refused_at_the_start(
+    kind: str, table: str, column: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = f"flwr.supercore.state.schema.{kind}_tables.create_{kind}_metadata"
+    theirs = superlink.private(*place.rsplit(".", 1))()
+    other = MetaData()
+    for each in theirs.tables.values():
+        if each.name != table or column:
+            Table(each.name, other, *(Column(c.name, c.type) for c in each.columns if c.name != column))
+    monkeypatch.setattr(place, lambda: other)
+    assert (column or table) in _refused(capsys)
+
+
+def _refused(capsys: pytest.CaptureFixture[str]) -> str:
+    """What the launcher says when it refuses to start: one line that names Flower's version."""
     with pytest.raises(SystemExit) as ended:
         superlink.main()
     assert ended.value.code == 3
     (line,) = capsys.readouterr().err.splitlines()
-    assert "flwr.supercore.another_place.SqlObjectStore" in line and "flwr 1.41" in line
+    assert line.startswith(f"apiary: flwr {importlib.metadata.version('flwr')} has no ") and "needs flwr 1.41" in line
+    return line
+
+
+def test_what_the_superlink_says_of_another_flower_is_said_by_the_server(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kits.init(tmp_path / "f", "127.0.0.1:8443", ["a"])
+    kit = kits.read(tmp_path / "f" / "server", "server")
+    command = [sys.executable, "-c", "print('noise'); print('apiary: flwr 2.0 has no such thing'); raise SystemExit(3)"]
+    kept = processes.SupervisedProcess(command, {**os.environ}, tmp_path, tmp_path / "superlink.log")
+    assert not deployed_server._wait_until_up(kit, [kept], processes.free_port(), threading.Event())
+    assert capsys.readouterr().out.endswith("apiary: flwr 2.0 has no such thing\n")
 
 
 # -- whose objects -----------------------------------------------------------------------------------
@@ -360,6 +496,51 @@ def test_an_answer_that_stopped_arriving_is_told(two: _Two) -> None:
     assert got.metadata.message_id == answer.root
     assert state.get_object(run, rest[0]) is None  # which the server's grid takes for a failure
     assert not two.a.push(told.session_id, rest[0], answer.contents[rest[0]])
+
+
+def _in_mid_push(site: _Site) -> tuple[str, _Answer, Any]:
+    """A message that is being answered, the answer, and what the SuperLink said to its announcement."""
+    message, _ = _sent(site)
+    site.confirm(message)
+    answer = site.answer(message)
+    told = site.announce(answer)
+    first = told.objects_to_push[0]
+    assert site.push(told.session_id, first, answer.contents[first])
+    return message, answer, told
+
+
+def test_the_answer_of_a_node_that_was_started_again_in_mid_push_takes_the_place_of_the_unfinished_one(
+    two: _Two,
+) -> None:
+    message, first, told = _in_mid_push(two.a)
+    again = two.a.answer(message, 1001)
+    two.a.send(again)
+    _has_come(two.a, message, again)
+    late = told.objects_to_push[-1]
+    assert not two.a.push(told.session_id, late, first.contents[late])
+    assert two.a.link.state.object_store.get(first.root) is None
+
+
+def test_a_whole_answer_stays_and_another_site_has_no_say_in_it(two: _Two) -> None:
+    message, _, _ = _in_mid_push(two.a)
+    assert not two.b.announce(two.b.answer(message, 1001)).objects_to_push
+    whole = two.a.answer(message, 1002)
+    two.a.send(whole)
+    assert not two.a.announce(two.a.answer(message, 1003)).objects_to_push
+    _has_come(two.a, message, whole)
+
+
+def test_what_is_left_of_an_answer_is_told_when_its_node_looks_for_work_in_another_session(two: _Two) -> None:
+    message, answer, told = _in_mid_push(two.a)
+    state, run, node = two.a.link
+    assert not two.a.call("pull-messages").messages_list  # delayed on its way
+    late = told.objects_to_push[1]
+    assert two.a.push(told.session_id, late, answer.contents[late])
+    assert state.deactivate_node(node) and state.activate_node(node, 30)
+    assert not two.a.call("pull-messages").messages_list
+    (got,) = state.get_message_res({message}, run)
+    assert got.has_error() and got.error.code == 5
+    assert state.object_store.get(answer.root) is None
 
 
 def test_what_was_sent_to_another_site_is_as_if_it_were_not_there(two: _Two) -> None:
