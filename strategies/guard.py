@@ -183,6 +183,20 @@ def medians(changes: Sequence[tuple[Lengths, float]]) -> Medians:
     )
 
 
+def agreed(tokens: Sequence[int | None], config: RunConfig) -> float:
+    """The usual weight by what clients told at the handshake; 0 where that does not tell it.
+
+    It tells with `train.epochs`, where a weight is so many times the tokens that a client has. Of fewer than `FEWEST`
+    clients one alone could set it.
+
+    Args:
+        tokens: response tokens to train on, of each client that is there; None of one that told none.
+        config: the run.
+    """
+    told = [count for count in tokens if count is not None]
+    return config.train.epochs * statistics.median(told) if config.train.epochs and len(told) >= FEWEST else 0.0
+
+
 def words(part: str) -> str:
     """How lines call a part of an adapter."""
     return f"factors {part.upper()}" if part in ("a", "b") else "other tensors"

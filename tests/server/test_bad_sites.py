@@ -20,7 +20,7 @@ from apiary.core.errors import RunFailed, UserError
 from apiary.core.messages import ClientInfo, Fingerprint, FitReport, Hello, Score, Update, Visit
 from apiary.core.tensors import StateDict
 from apiary.transport import flower_records
-from server import checkpoint, explosion
+from server import checkpoint, explosion, screen
 from server.app import save
 from server.evaluation import Evaluation
 from server.rounds import Hooks, Progress, Rounds
@@ -266,6 +266,103 @@ def test_in_later_rounds_the_weights_of_the_past_count_too() -> None:
         app(tokens=lambda site: 900 if site == BAD else 100), "rounds=1", progress=Progress(weights=(200.0,))
     )
     assert [event.get("capped") for event in sorted(log.of("client"), key=lambda e: e["client"])] == [None] * 3 + [600]
+
+
+def _claim(bad: int, much: int, usual: int = 100) -> ClientApp:
+    """One site claims that it has, and has trained on, a million million rows."""
+    return app(
+        tokens=lambda site: much if site == bad else usual,
+        rows=lambda site: 10**12 if site == bad else 100,
+        steps=lambda site: 10**12 if site == bad and much > 10**6 else 3,
+    )
+
+
+@pytest.mark.parametrize("method", ["fedavg", "rank_slices", "flexlora"])
+@pytest.mark.parametrize(("length", "claimed"), [("epochs=1.0", 10**14), ("steps=3", 3000)])
+def test_of_two_sites_none_weighs_more_than_three_times_the_other(method: str, length: str, claimed: int) -> None:
+    more = [f"strategy.name={method}", f"train.{length}", "rounds=1", "strategy.quorum=1.0"]
+    ours, log, _ = run(_claim(1, claimed), *more, sites=2)
+    fair, _, _ = run(app(tokens=lambda site: 300 if site == 1 else 100), *more, "strategy.weight_cap=0", sites=2)
+    assert all(torch.equal(ours[name], fair[name]) for name in START)
+    assert {event["client"]: event.get("capped") for event in log.of("client")} == {"c0": None, "c1": 300.0}
+
+
+def test_a_tiny_claim_of_one_of_two_sites_takes_the_other_no_more_than_a_quarter() -> None:
+    more = ["train.epochs=1.0", "rounds=1"]
+    ours, _, _ = run(app(tokens=lambda site: 1 if site == 1 else 100), *more, sites=2)
+    fair, _, _ = run(app(tokens=lambda site: 10 if site == 1 else 30), *more, sites=2)
+    assert all(torch.equal(ours[name], fair[name]) for name in START)
+
+
+@pytest.mark.parametrize(("epochs", "most"), [("1.0", 3000.0), ("2.0", 6000.0)])
+def test_in_a_small_cohort_the_counts_of_all_handshakes_are_what_is_usual(epochs: str, most: float) -> None:
+    """Of five sites two are asked; each has told 1,000 tokens. One trains on 10 of these, for a stage say."""
+    more = [f"train.epochs={epochs}", "rounds=1", "strategy.fraction=0.4", "strategy.min_clients=2"]
+    _, log, rounds = run(app(), *more, sites=5)
+    first, second = (int(name[1:]) for name in rounds._cohort)
+    _, log, _ = run(_claim(first, 10**14, usual=10), *more, sites=5)
+    told = {event["client"]: event.get("capped") for event in log.of("client")}
+    assert told == {f"c{first}": most, f"c{second}": None}
+
+
+def test_where_two_sites_answer_the_past_is_what_is_usual() -> None:
+    usual = Progress(weights=(50.0,))
+    _, log, _ = run(_claim(1, 3000), "rounds=1", sites=2, progress=usual)
+    assert {event["client"]: event.get("capped") for event in log.of("client")} == {"c0": None, "c1": 150.0}
+
+
+@pytest.mark.parametrize("held", [0, 1000, 256 * 2**20])
+def test_a_first_round_of_forty_is_held_against_its_own_medians(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With changes that wait in memory, on the disk, or here and there: each of them has 160 bytes."""
+    monkeypatch.setattr(screen, "_HELD", held)
+    free = ["train.optimizer=sgd", "train.clip_norm=0", "train.epochs=1.0", "rounds=1"]
+    claims = {0: 5000, 1: 200, BAD: 100}
+    sent = app(filled(1e3), tokens=lambda site: claims.get(site, 100), rows=lambda site: 100)
+    ours, log, _ = run(sent, *free, sites=40)
+    alone = app(tokens=lambda site: {0: 300, 1: 200}.get(site, 100))
+    without = _only(alone, [site for site in range(40) if site != BAD])
+    fair, _, _ = run(without, *free, "strategy.norm_guard=0", "strategy.weight_cap=0", sites=40)
+    assert all(torch.equal(ours[name], fair[name]) for name in START)
+    assert [event["client"] for event in log.of("refused")] == [f"c{BAD}"]
+    assert [(event["client"], event["capped"]) for event in log.of("client") if "capped" in event] == [("c0", 300.0)]
+
+
+def _only(sites: ClientApp, answering: list[int]) -> ClientApp:
+    """The same sites, of which some do not answer to a round."""
+    made = ClientApp()
+
+    @made.query("hello")
+    def hello(message: Message, context: Context) -> Message:
+        return sites(message, context)
+
+    @made.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        return sites(message, context)
+
+    @made.train()
+    def train(message: Message, context: Context) -> Message:
+        if int(context.node_config["partition-id"]) in answering:
+            return sites(message, context)
+        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "not today"), reply_to=message)
+
+    return made
+
+
+def test_what_waits_takes_no_more_memory_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forty changes of 160 bytes each, of which no more than six fit; bits and the order of tensors stay."""
+    monkeypatch.setattr(screen, "_HELD", 1000)
+    waiting = screen._Queue()
+    for site in reversed(range(40)):
+        delta = dict(reversed(honest(site, 1, 1.0).items()))
+        waiting.put(f"c{site:02}", Visit(Update(f"c{site:02}", delta, 1.0, 2), FitReport(1, 1, 1, 2.0, 0.1)), 160)
+    held = sum(t.nbytes for one in waiting._waiting for t in one.visit.update.delta.values())
+    assert 160 * 5 < held <= 1000
+    drained = list(waiting.drain())
+    assert [client for client, _, _ in drained] == [f"c{site:02}" for site in range(40)]
+    for site, (_, visit, size) in enumerate(drained):
+        want = honest(site, 1, 1.0)
+        assert list(visit.update.delta) == [B, A] and size == 160
+        assert all(torch.equal(visit.update.delta[name], want[name]) for name in want)
 
 
 @pytest.mark.parametrize("method", METHODS)
