@@ -17,9 +17,10 @@ from kept_events import Log
 import strategies
 from apiary.config import loading
 from apiary.core.errors import RunFailed, UserError
-from apiary.core.messages import ClientInfo, Fingerprint, FitReport, Hello, Score, Update, Visit
+from apiary.core.messages import Fingerprint, FitReport, Hello, Score, Update, Visit
 from apiary.core.tensors import StateDict
-from apiary.transport import flower_records
+from apiary.transport import codec as codecs
+from apiary.transport import flower_records, from_config
 from server import checkpoint, explosion, screen
 from server.app import save
 from server.evaluation import Evaluation
@@ -498,16 +499,44 @@ def test_the_reference_keeps_five_rounds_in_proportion_to_the_learning_rate() ->
 
 def test_every_method_says_which_clients_train_plainly() -> None:
     """A new method with training of its own must not be held to what AdamW reaches."""
-    own = {"scaffold", "fedkseed", "fedalt"}
-    for name in own:
-        given = {"scaling": lambda rank: 1.0, "seed": 0, "weighting": "tokens"}
+    decay = loading.load(None, ["train.weight_decay=0.1"])
+    given = {"scaling": lambda rank: 1.0, "seed": 0, "weighting": "tokens"}
+    for name in ("scaffold", "fedkseed"):
         local = AGGREGATORS.build(name, {}, **given).local
         assert guard.reach(loading.load(None, []), 1, 3, START, local) == guard.Reach()
-    assert ClientInfo("c", 2, 0).clients == 1
+    shared = strategies.from_config(loading.load(None, ["adapter.share=a"])).local
+    plain = strategies.from_config(loading.load(None, [])).local
+    for local in (AGGREGATORS.build("fedalt", {}, **given).local, shared):
+        ours = guard.reach(loading.load(None, []), 2, 3, START, local)
+        assert ours.entries and ours == guard.reach(loading.load(None, []), 2, 3, START, plain)
+        assert guard.reach(decay, 2, 3, START, local) == guard.Reach()  # it goes by an adapter that stays at the client
 
 
-def test_what_feedback_brings_of_rounds_with_higher_rates_is_no_attack() -> None:
-    """The first round's rounding comes back in the last, whose learning rate is a tenth; other codecs bring nothing."""
-    config, local = loading.load(None, []), strategies.from_config(loading.load(None, [])).local
-    assert guard.reach(config, 1, 3, START, local, feedback=True) == guard.Reach()
-    assert guard.reach(config, 1, 3, START, local).entries
+@pytest.mark.parametrize(("codec", "optimizer"), [("topk", "adamw"), ("int4", "adamw"), ("topk", "sgd")])
+def test_what_feedback_brings_is_within_what_all_rounds_can_have_moved(codec: str, optimizer: str) -> None:
+    """Changes at the edge of what steps can do, encoded round after round at a falling rate, and not a bit more."""
+    keys = ["rounds=8", f"train.optimizer={optimizer}", "train.clip_norm=1.0", "wire.up.name=" + codec]
+    config = loading.load(None, [*keys, *(["wire.up.share=0.2"] if codec == "topk" else [])])
+    local, up = strategies.from_config(config).local, from_config.configured_codec(config, "up")
+    assert up.feedback
+    rng, left, alone = torch.Generator().manual_seed(3), dict[str, torch.Tensor](), 0
+    for number in range(1, 9):
+        once = guard.reach(config, number, 3, START, local)
+        change = {}
+        for name, tensor in START.items():
+            sign = torch.sign(torch.randn(tensor.shape, generator=rng) + 2)
+            change[name] = sign * (once.entries[guard.part_of(name)] if once.entries else once.norm / 7) / 1.25
+        message, left = codecs.encode(change, up, left, rng)
+        sent = codecs.decode(message, up, codecs.shapes_of(START))
+        most = guard.reach(config, number, 3, START, local, feedback=True)
+        assert most.passed(sent) == "" and most.passed({n: 1e3 * torch.ones_like(t) for n, t in START.items()})
+        alone += bool(once.passed(sent))
+    assert alone > 0  # what one round can do is too little
+
+
+@pytest.mark.parametrize("codec", ["int4", "topk"])
+def test_of_two_sites_one_with_feedback_is_held_to_what_the_rounds_can_do(codec: str) -> None:
+    """A message is what it is, coded or not; the one here is not."""
+    _, log, _ = run(_second(filled(9e11)), "rounds=1", "strategy.quorum=0.3", f"wire.up.name={codec}", sites=2)
+    (refused,) = log.of("refused")
+    assert refused["client"] == "c1" and "moved by 9e+11" in refused["reason"]
