@@ -10,9 +10,10 @@ A method that wants to know the number f of hostile clients is told once and for
 as many as it can promise to withstand with so many clients; cells with more attackers than that are marked.
 
 Methods run without the limits that every run has by default, but for `fedavg+limits`, which is `fedavg` with them; it
-and the attack `drift`, which keeps within them, have results of their own:
+has results of its own, under all attacks and under those that keep within the limits (`WITHIN`):
 
-python -m benchmarks.poisoning --methods fedavg+limits --attacks drift,... --out benchmarks/results/limits.json
+python -m benchmarks.poisoning --methods fedavg+limits --attacks all --shares 0.2 --seeds 3 --jobs 1 \
+    --out benchmarks/results/limits.json
 
 Finished cells stand in the results file and are not run again, so a stopped benchmark goes on where it was.
 """
@@ -80,7 +81,13 @@ ATTACKS: Mapping[str, Mapping[str, Any]] = {  # by what the table calls them: na
     "trigger_boosted": {"name": "trigger", "share": 0.5, "boost": 5.0},
 }
 LIMITED = "fedavg+limits"  # with the limits on changes, weights and losses that a run has by default
-DRIFT: Mapping[str, Mapping[str, Any]] = {"drift": {"name": "drift"}}
+WITHIN: Mapping[
+    str, Mapping[str, Any]
+] = {  # attacks that go about as far as the limits allow, and no farther than many
+    "drift": {"name": "drift"},
+    "slow_drift": {"name": "drift", "length": 1.0},
+    "short_sign_flip": {"name": "sign_flip", "scale": 1.0},
+}
 _PROMPTED = ("none", "trigger", "trigger_boosted")  # of whose models the questions with the hidden phrase are asked
 SMALL_METHODS = ("fedavg", "norm_clip", "trimmed_mean", "multi_krum+nearest", "geometric_median", "fltrust")
 SMALL_ATTACKS = ("sign_flip", "gauge", "trigger")
@@ -162,7 +169,7 @@ def config_of(cell: Cell, setting: Setting, data: Path) -> RunConfig:
         "evaluate.every": 0,
         "evaluate.generate": False,
         "simulate.attackers": cell.share,
-        "simulate.attack": dict({**ATTACKS, **DRIFT}.get(cell.attack, {"name": "sign_flip"})),
+        "simulate.attack": dict({**ATTACKS, **WITHIN}.get(cell.attack, {"name": "sign_flip"})),
     }
     if cell.method == LIMITED:
         keys["evaluate.every"] = 1
@@ -261,7 +268,7 @@ def main() -> None:
     parser.add_argument("--whole", action="store_true", help="all methods, attacks and shares (about two hours)")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--shares", help="of the clients that attack, such as 0.2,0.4")
-    parser.add_argument("--attacks", help=f"of {', '.join(ATTACKS)}")
+    parser.add_argument("--attacks", help=f"of {', '.join((*ATTACKS, *WITHIN))}; all: each of them")
     parser.add_argument("--methods", help=f"of {', '.join(METHODS)}")
     parser.add_argument("--clients", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=5)
@@ -272,7 +279,9 @@ def main() -> None:
     parser.add_argument("-s", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     args = parser.parse_args()
     methods = _chosen(args.methods, METHODS if args.whole else SMALL_METHODS, (*METHODS, LIMITED))
-    attacks = _chosen(args.attacks, tuple(ATTACKS) if args.whole else SMALL_ATTACKS, (*ATTACKS, *DRIFT))
+    known = (*ATTACKS, *WITHIN)
+    few = tuple(ATTACKS) if args.whole else SMALL_ATTACKS
+    attacks = known if args.attacks == "all" else _chosen(args.attacks, few, known)
     shares = [float(text) for text in (args.shares or ("0.2,0.4" if args.whole else "0.4")).split(",")]
     # The largest share that may ever be added, so that later cells are comparable with those that are there.
     setting = Setting(args.clients, args.rounds, args.prompts, max(0.4, *shares), tuple(args.overrides))
@@ -295,7 +304,7 @@ def main() -> None:
 
 def _place(run: Mapping[str, Any]) -> tuple[int, int, float, int]:
     """Where a cell stands among the results, in whatever order they came."""
-    attack = [*ATTACKS, *DRIFT].index(run["attack"]) if run["attack"] != "none" else -1
+    attack = [*ATTACKS, *WITHIN].index(run["attack"]) if run["attack"] != "none" else -1
     return run["seed"], (*METHODS, LIMITED).index(run["method"]), run["share"], attack
 
 

@@ -591,6 +591,42 @@ def _poisoned(runs: list[dict[str, Any]], share: float) -> list[str]:
     return [*lines, ""]
 
 
+def limits(results: dict[str, Any]) -> str:
+    """What each attack does to plain averaging with the default limits, beside the same without them."""
+    runs, settings = results["runs"], results["settings"]
+    alone = {run["seed"]: run["loss"] for run in runs if run["attack"] == "none"}
+    bare = json.loads((RESULTS / "poisoning.json").read_text())["runs"]
+    share = max(run["share"] for run in runs)
+    without = {
+        run["attack"]: run
+        for run in bare
+        if run["method"] == "fedavg" and run["seed"] == 0 and run["share"] in (0.0, share)
+    }
+    hostile = round(share * settings["clients"]) * settings["rounds"]
+    lines = [
+        "| | without limits, seed 0 | with them | more than with nobody | of the attackers' visits refused "
+        "| phrase obeyed |",
+        "|---" * 6 + "|",
+    ]
+    for attack in dict.fromkeys(run["attack"] for run in runs):
+        own = [run for run in runs if run["attack"] == attack]
+        kept = [run for run in own if "failed" not in run]
+        told = [run["success"] for run in kept if run["success"] is not None]
+        cells = [
+            _attacked(without.get(attack)),
+            _spread([run["loss"] for run in kept], 1, 2) if kept else "the run ends",
+            _spread([run["loss"] - alone[run["seed"]] for run in kept], 1, 2) if kept and attack != "none" else "",
+            f"{_spread([run['refused'] / hostile for run in kept], 100, 0)}%" if kept and attack != "none" else "",
+            f"{_spread(told, 100, 0)}%" if told else "",
+        ]
+        lines.append(f"| {'nobody attacks' if attack == 'none' else attack.replace('_', ' ')} | {' | '.join(cells)} |")
+    note = (
+        f"`fedavg`, {settings['clients']} clients of which {share:.0%} attack, {settings['rounds']} rounds. Held-out "
+        "loss, nats per response token."
+    )
+    return _noted(lines, results, note)
+
+
 def _attacked(run: dict[str, Any] | None) -> str:
     """One cell: what became of an attack on a method."""
     if run is None:
@@ -888,7 +924,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "aggregation_memory": aggregation_memory,
     "aggregation_round": aggregation_round,
     "poisoning": poisoning,
-    "limits": poisoning,
+    "limits": limits,
     "federated": federated,
     "dolly": dolly,
     "mixed": mixed,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from apiary.config.schema import RunConfig
@@ -99,7 +99,7 @@ class Sums:
         relays = max(1, terms.config.simulate.relays)
         self._terms, self._parts = terms, [start(state, terms) for _ in range(relays)]
         self._relay = {client: at % relays for at, client in enumerate(cohort)}
-        self._screen = Screen(terms, len(cohort))
+        self._screen = Screen(terms)
 
     def add(self, client: str, reply: Visit | Decline | Refusal, size: int) -> list[Settled]:
         """Fold a reply in, as `fold`, unless it has to wait for `close`; returns what has become of it if not."""
@@ -108,9 +108,9 @@ class Sums:
         taken = self._screen.take(client, reply, size)
         return [self._fold(taken)] if taken else []
 
-    def close(self) -> list[Settled]:
-        """Fold in what had to wait, now that no reply comes any more; returns what has become of it."""
-        return [self._fold(settled) for settled in self._screen.release()]
+    def close(self) -> Iterator[Settled]:
+        """Fold in what had to wait, now that no reply comes any more, one at a time; yields what has become of it."""
+        return map(self._fold, self._screen.release())
 
     def reference(self) -> Reference:
         """What is usual once the round is over."""

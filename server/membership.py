@@ -34,6 +34,7 @@ class Member(NamedTuple):
     node: int
     info: ClientInfo
     examples: int | None  # training examples that it can have, by what it told at the handshake; None: it told none
+    tokens: int | None = None  # response tokens in them, as it told them; likewise
 
 
 class _Refused(NamedTuple):
@@ -175,7 +176,7 @@ class Roster:
             return
         info = self._info_of(hello)
         examples = None if hello.examples is None else counts.most(hello.counts, hello.examples)
-        self.members[hello.client] = Member(node, info, examples)
+        self.members[hello.client] = Member(node, info, examples, hello.tokens)
         self._clients[node] = hello.client
         self._refused.pop(node, None)
         told = {"examples": hello.examples, "tokens": hello.tokens, "counts": hello.counts}

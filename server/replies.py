@@ -43,6 +43,7 @@ class Terms(NamedTuple):
     number: int  # the round, from 1
     payload_of: Callable[[ClientInfo], Payload]  # what a client of this rank was sent
     reference: Reference = Reference()  # what was usual in the rounds before
+    agreed: float = 0.0  # the usual weight by the counts of the handshakes (`guard.agreed`); 0 where they do not tell
 
 
 @threads(1)  # the tensors are small: waking other threads for each costs more than they save

@@ -34,7 +34,7 @@ from server.payloads import Payloads, Source
 from server.replies import Refusal, Terms, read_score, read_train
 from server.sampling import Draw, choose, panel
 from server.screen import Settled
-from strategies import Aggregator, ServerState
+from strategies import Aggregator, ServerState, guard
 from strategies.guard import Reference
 
 logger = logging.getLogger(__name__)
@@ -272,7 +272,9 @@ class Rounds(Strategy):
                 infinity.
         """
         payload_of = functools.partial(self._payloads.payload, self._source(self.state))
-        terms = Terms(self.config, self.aggregator, self._codec, server_round, payload_of, self.progress.reference)
+        agreed = guard.agreed([member.tokens for member in self._roster.members.values()], self.config)
+        reference = self.progress.reference
+        terms = Terms(self.config, self.aggregator, self._codec, server_round, payload_of, reference, agreed)
         self._round_fields, sums = {}, aggregation.Sums(self.state, self._cohort, terms)
         for client, reply, size in self._read(replies, functools.partial(read_train, terms=terms)):
             for settled in sums.add(client, reply, size):

@@ -90,6 +90,7 @@ def fedalt(scaling: Scaling) -> Aggregator:
         keeps="individual",
         resumes="counted",
         mixes=True,
+        reaches=True,
         personal="Clients train adapters of their own, and each weighs its own by the input against all others'",
     )
     reduce = Reducer(start, take, finish, merge=_merged)

@@ -34,6 +34,7 @@ LOCAL = LocalAlgorithm(
     _open,
     _finish,
     keeps="personal",
+    reaches=True,
     shares=lambda name: not is_b(name),
     personal="Clients share the factors A of the adapter, and each keeps a B of its own",
 )

@@ -95,8 +95,13 @@ def reach(
     first step, 1.8 in the fiftieth and 7.3 in the end. Plain gradient descent moves the whole adapter by at most lr_t
     times `train.clip_norm`. Warm-up and schedule are in the learning rates.
 
+    A codec's feedback brings what earlier messages left out, which is no more than all that the rounds so far can have
+    moved: an entry that was left out has been moved by its own steps, and one that was sent leaves behind no more than
+    its rounding.
+
     Not known of a method that trains in a way of its own, of gradient descent without clipping or under record-level
-    privacy, whose noise nothing clips, and of a codec whose feedback brings what earlier messages left out.
+    privacy, whose noise nothing clips, and with weight decay where it goes by adapters that the server does not have:
+    the client's own, or those of the rounds that feedback brings something of.
 
     Args:
         config: the run.
@@ -108,9 +113,10 @@ def reach(
     """
     train = config.train
     plain = local.open is PLAIN.open and local.finish is PLAIN.finish and not local.gradient_free
-    if not plain or feedback:
+    if not (plain or local.reaches) or (train.weight_decay and (feedback or not plain)):
         return Reach()
-    moved = schedule.lr_sum(config, number, steps) * _SLACK
+    first = 1 if feedback else number
+    moved = sum(schedule.lr_sum(config, before, steps) for before in range(first, number + 1)) * _SLACK
     if train.optimizer == "sgd":
         if not train.clip_norm or config.privacy.unit == "record":
             return Reach()
@@ -181,6 +187,20 @@ def medians(changes: Sequence[tuple[Lengths, float]]) -> Medians:
         {part: statistics.median(sizes.get(part, 0.0) for sizes, _ in changes) for part in parts},
         statistics.median(weight for _, weight in changes),
     )
+
+
+def agreed(tokens: Sequence[int | None], config: RunConfig) -> float:
+    """The usual weight by what clients told at the handshake; 0 where that does not tell it.
+
+    It tells with `train.epochs`, where a weight is so many times the tokens that a client has. Of fewer than `FEWEST`
+    clients one alone could set it.
+
+    Args:
+        tokens: response tokens to train on, of each client that is there; None of one that told none.
+        config: the run.
+    """
+    told = [count for count in tokens if count is not None]
+    return config.train.epochs * statistics.median(told) if config.train.epochs and len(told) >= FEWEST else 0.0
 
 
 def words(part: str) -> str:

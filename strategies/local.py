@@ -104,6 +104,9 @@ class LocalAlgorithm(NamedTuple):
     # What clients have for models, as a sentence without its end, where not all have the same one; "" where they do.
     personal: str = ""
     gradient_free: bool = False  # whether its hooks bring `descend`
+    # With functions of its own: whether what is sent is still what the configured optimizer made of an adapter, or a
+    # part of it, and so within what that can do (`strategies.guard`).
+    reaches: bool = False
     codec: str = "fp32"  # that carries its updates where the run leaves wire.up as it is
     own: Callable[[StateDict, Payload, Client], Opened] | None = None  # the second adapter; None: there is none
     own_share: float = 0.0  # of a visit's steps, those that train the second adapter

@@ -17,10 +17,11 @@ from kept_events import Log
 import strategies
 from apiary.config import loading
 from apiary.core.errors import RunFailed, UserError
-from apiary.core.messages import ClientInfo, Fingerprint, FitReport, Hello, Score, Update, Visit
+from apiary.core.messages import Fingerprint, FitReport, Hello, Score, Update, Visit
 from apiary.core.tensors import StateDict
-from apiary.transport import flower_records
-from server import checkpoint, explosion
+from apiary.transport import codec as codecs
+from apiary.transport import flower_records, from_config
+from server import checkpoint, explosion, screen
 from server.app import save
 from server.evaluation import Evaluation
 from server.rounds import Hooks, Progress, Rounds
@@ -268,6 +269,103 @@ def test_in_later_rounds_the_weights_of_the_past_count_too() -> None:
     assert [event.get("capped") for event in sorted(log.of("client"), key=lambda e: e["client"])] == [None] * 3 + [600]
 
 
+def _claim(bad: int, much: int, usual: int = 100) -> ClientApp:
+    """One site claims that it has, and has trained on, a million million rows."""
+    return app(
+        tokens=lambda site: much if site == bad else usual,
+        rows=lambda site: 10**12 if site == bad else 100,
+        steps=lambda site: 10**12 if site == bad and much > 10**6 else 3,
+    )
+
+
+@pytest.mark.parametrize("method", ["fedavg", "rank_slices", "flexlora"])
+@pytest.mark.parametrize(("length", "claimed"), [("epochs=1.0", 10**14), ("steps=3", 3000)])
+def test_of_two_sites_none_weighs_more_than_three_times_the_other(method: str, length: str, claimed: int) -> None:
+    more = [f"strategy.name={method}", f"train.{length}", "rounds=1", "strategy.quorum=1.0"]
+    ours, log, _ = run(_claim(1, claimed), *more, sites=2)
+    fair, _, _ = run(app(tokens=lambda site: 300 if site == 1 else 100), *more, "strategy.weight_cap=0", sites=2)
+    assert all(torch.equal(ours[name], fair[name]) for name in START)
+    assert {event["client"]: event.get("capped") for event in log.of("client")} == {"c0": None, "c1": 300.0}
+
+
+def test_a_tiny_claim_of_one_of_two_sites_takes_the_other_no_more_than_a_quarter() -> None:
+    more = ["train.epochs=1.0", "rounds=1"]
+    ours, _, _ = run(app(tokens=lambda site: 1 if site == 1 else 100), *more, sites=2)
+    fair, _, _ = run(app(tokens=lambda site: 10 if site == 1 else 30), *more, sites=2)
+    assert all(torch.equal(ours[name], fair[name]) for name in START)
+
+
+@pytest.mark.parametrize(("epochs", "most"), [("1.0", 3000.0), ("2.0", 6000.0)])
+def test_in_a_small_cohort_the_counts_of_all_handshakes_are_what_is_usual(epochs: str, most: float) -> None:
+    """Of five sites two are asked; each has told 1,000 tokens. One trains on 10 of these, for a stage say."""
+    more = [f"train.epochs={epochs}", "rounds=1", "strategy.fraction=0.4", "strategy.min_clients=2"]
+    _, log, rounds = run(app(), *more, sites=5)
+    first, second = (int(name[1:]) for name in rounds._cohort)
+    _, log, _ = run(_claim(first, 10**14, usual=10), *more, sites=5)
+    told = {event["client"]: event.get("capped") for event in log.of("client")}
+    assert told == {f"c{first}": most, f"c{second}": None}
+
+
+def test_where_two_sites_answer_the_past_is_what_is_usual() -> None:
+    usual = Progress(weights=(50.0,))
+    _, log, _ = run(_claim(1, 3000), "rounds=1", sites=2, progress=usual)
+    assert {event["client"]: event.get("capped") for event in log.of("client")} == {"c0": None, "c1": 150.0}
+
+
+@pytest.mark.parametrize("held", [0, 1000, 256 * 2**20])
+def test_a_first_round_of_forty_is_held_against_its_own_medians(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With changes that wait in memory, on the disk, or here and there: each of them has 160 bytes."""
+    monkeypatch.setattr(screen, "_HELD", held)
+    free = ["train.optimizer=sgd", "train.clip_norm=0", "train.epochs=1.0", "rounds=1"]
+    claims = {0: 5000, 1: 200, BAD: 100}
+    sent = app(filled(1e3), tokens=lambda site: claims.get(site, 100), rows=lambda site: 100)
+    ours, log, _ = run(sent, *free, sites=40)
+    alone = app(tokens=lambda site: {0: 300, 1: 200}.get(site, 100))
+    without = _only(alone, [site for site in range(40) if site != BAD])
+    fair, _, _ = run(without, *free, "strategy.norm_guard=0", "strategy.weight_cap=0", sites=40)
+    assert all(torch.equal(ours[name], fair[name]) for name in START)
+    assert [event["client"] for event in log.of("refused")] == [f"c{BAD}"]
+    assert [(event["client"], event["capped"]) for event in log.of("client") if "capped" in event] == [("c0", 300.0)]
+
+
+def _only(sites: ClientApp, answering: list[int]) -> ClientApp:
+    """The same sites, of which some do not answer to a round."""
+    made = ClientApp()
+
+    @made.query("hello")
+    def hello(message: Message, context: Context) -> Message:
+        return sites(message, context)
+
+    @made.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        return sites(message, context)
+
+    @made.train()
+    def train(message: Message, context: Context) -> Message:
+        if int(context.node_config["partition-id"]) in answering:
+            return sites(message, context)
+        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "not today"), reply_to=message)
+
+    return made
+
+
+def test_what_waits_takes_no_more_memory_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forty changes of 160 bytes each, of which no more than six fit; bits and the order of tensors stay."""
+    monkeypatch.setattr(screen, "_HELD", 1000)
+    waiting = screen._Queue()
+    for site in reversed(range(40)):
+        delta = dict(reversed(honest(site, 1, 1.0).items()))
+        waiting.put(f"c{site:02}", Visit(Update(f"c{site:02}", delta, 1.0, 2), FitReport(1, 1, 1, 2.0, 0.1)), 160)
+    held = sum(t.nbytes for one in waiting._waiting for t in one.visit.update.delta.values())
+    assert 160 * 5 < held <= 1000
+    drained = list(waiting.drain())
+    assert [client for client, _, _ in drained] == [f"c{site:02}" for site in range(40)]
+    for site, (_, visit, size) in enumerate(drained):
+        want = honest(site, 1, 1.0)
+        assert list(visit.update.delta) == [B, A] and size == 160
+        assert all(torch.equal(visit.update.delta[name], want[name]) for name in want)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     ("fields", "why"),
@@ -401,16 +499,44 @@ def test_the_reference_keeps_five_rounds_in_proportion_to_the_learning_rate() ->
 
 def test_every_method_says_which_clients_train_plainly() -> None:
     """A new method with training of its own must not be held to what AdamW reaches."""
-    own = {"scaffold", "fedkseed", "fedalt"}
-    for name in own:
-        given = {"scaling": lambda rank: 1.0, "seed": 0, "weighting": "tokens"}
+    decay = loading.load(None, ["train.weight_decay=0.1"])
+    given = {"scaling": lambda rank: 1.0, "seed": 0, "weighting": "tokens"}
+    for name in ("scaffold", "fedkseed"):
         local = AGGREGATORS.build(name, {}, **given).local
         assert guard.reach(loading.load(None, []), 1, 3, START, local) == guard.Reach()
-    assert ClientInfo("c", 2, 0).clients == 1
+    shared = strategies.from_config(loading.load(None, ["adapter.share=a"])).local
+    plain = strategies.from_config(loading.load(None, [])).local
+    for local in (AGGREGATORS.build("fedalt", {}, **given).local, shared):
+        ours = guard.reach(loading.load(None, []), 2, 3, START, local)
+        assert ours.entries and ours == guard.reach(loading.load(None, []), 2, 3, START, plain)
+        assert guard.reach(decay, 2, 3, START, local) == guard.Reach()  # it goes by an adapter that stays at the client
 
 
-def test_what_feedback_brings_of_rounds_with_higher_rates_is_no_attack() -> None:
-    """The first round's rounding comes back in the last, whose learning rate is a tenth; other codecs bring nothing."""
-    config, local = loading.load(None, []), strategies.from_config(loading.load(None, [])).local
-    assert guard.reach(config, 1, 3, START, local, feedback=True) == guard.Reach()
-    assert guard.reach(config, 1, 3, START, local).entries
+@pytest.mark.parametrize(("codec", "optimizer"), [("topk", "adamw"), ("int4", "adamw"), ("topk", "sgd")])
+def test_what_feedback_brings_is_within_what_all_rounds_can_have_moved(codec: str, optimizer: str) -> None:
+    """Changes at the edge of what steps can do, encoded round after round at a falling rate, and not a bit more."""
+    keys = ["rounds=8", f"train.optimizer={optimizer}", "train.clip_norm=1.0", "wire.up.name=" + codec]
+    config = loading.load(None, [*keys, *(["wire.up.share=0.2"] if codec == "topk" else [])])
+    local, up = strategies.from_config(config).local, from_config.configured_codec(config, "up")
+    assert up.feedback
+    rng, left, alone = torch.Generator().manual_seed(3), dict[str, torch.Tensor](), 0
+    for number in range(1, 9):
+        once = guard.reach(config, number, 3, START, local)
+        change = {}
+        for name, tensor in START.items():
+            sign = torch.sign(torch.randn(tensor.shape, generator=rng) + 2)
+            change[name] = sign * (once.entries[guard.part_of(name)] if once.entries else once.norm / 7) / 1.25
+        message, left = codecs.encode(change, up, left, rng)
+        sent = codecs.decode(message, up, codecs.shapes_of(START))
+        most = guard.reach(config, number, 3, START, local, feedback=True)
+        assert most.passed(sent) == "" and most.passed({n: 1e3 * torch.ones_like(t) for n, t in START.items()})
+        alone += bool(once.passed(sent))
+    assert alone > 0  # what one round can do is too little
+
+
+@pytest.mark.parametrize("codec", ["int4", "topk"])
+def test_of_two_sites_one_with_feedback_is_held_to_what_the_rounds_can_do(codec: str) -> None:
+    """A message is what it is, coded or not; the one here is not."""
+    _, log, _ = run(_second(filled(9e11)), "rounds=1", "strategy.quorum=0.3", f"wire.up.name={codec}", sites=2)
+    (refused,) = log.of("refused")
+    assert refused["client"] == "c1" and "moved by 9e+11" in refused["reason"]

@@ -63,7 +63,7 @@ class Greeter:
 
 def test_a_client_that_agrees_is_a_member() -> None:
     one = Greeter(GOOD)
-    assert one.greet() == {"c0": Member(1000, ClientInfo("c0", 4, 0), 10)}
+    assert one.greet() == {"c0": Member(1000, ClientInfo("c0", 4, 0), 10, 100)}
     told = {"client": "c0", "examples": 10, "tokens": 100, "counts": "exact", "rank": 4}
     assert one.log.events == [("handshake", told)]
     assert (one.roster.name(1000), one.roster.member(1000)) == ("c0", one.roster.members["c0"])
