@@ -43,6 +43,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--rounds", type=int, default=24, help="of a run")
     parser.add_argument("--private", choices=("some", "all", "none"), default="some", help="runs that promise privacy")
+    parser.add_argument("--together", action="store_true", help="faults of all kinds in one run")
+    parser.add_argument("--no-reference", action="store_true", help="compare no adapter with an undisturbed run's")
     given = parser.parse_args()
     faults = given.faults.split(",")
     if unknown := set(faults) - set(FAULTS):
@@ -88,13 +90,12 @@ def read(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def runs_of(plans: Sequence[Plan], rounds: int) -> Iterator[list[Plan]]:
-    """The tries of a run each: of the server's faults alone, of the sites', or of stragglers."""
-    for of_site, slow in ((False, False), (True, False), (True, True)):
+def runs_of(plans: Sequence[Plan], rounds: int, together: bool = False) -> Iterator[list[Plan]]:
+    """The tries of a run each: of the server's faults alone, of the sites', or of stragglers; or of all `together`."""
+    for kind in {_kind(plan, together): None for plan in plans}:
         some: list[Plan] = []
         for plan in plans:
-            fault = FAULTS[plan.fault]
-            if (fault.of_site, fault.slow) != (of_site, slow):
+            if _kind(plan, together) != kind:
                 continue
             if some and (len(some) == _FEW or _length([*some, plan]) > rounds):
                 yield some
@@ -102,6 +103,11 @@ def runs_of(plans: Sequence[Plan], rounds: int) -> Iterator[list[Plan]]:
             some.append(plan)
         if some:
             yield some
+
+
+def _kind(plan: Plan, together: bool) -> tuple[bool, bool]:
+    fault = FAULTS[plan.fault]
+    return (fault.of_site and not together, fault.slow)
 
 
 def _length(plans: Sequence[Plan]) -> int:
@@ -116,7 +122,7 @@ def soak(plans: Sequence[Plan], given: argparse.Namespace) -> list[str]:
             left_out = [] if field.disks["server"].mounted else ["site_disk", "server_disk"]
             plans = [plan for plan in plans if plan.fault not in left_out]
             field.begin()
-            reference = _undisturbed(field, given.rounds)
+            reference = {} if given.no_reference else _undisturbed(field, given.rounds)
             _all_runs(field, plans, given, reference)
         finally:
             field.end()
@@ -144,7 +150,7 @@ def _undisturbed(field: Field, rounds: int) -> dict[int, str]:
 def _all_runs(field: Field, plans: Sequence[Plan], given: argparse.Namespace, reference: dict[int, str]) -> None:
     waiting, number = list(plans), 0
     while waiting:
-        some = next(runs_of(waiting, given.rounds))
+        some = next(runs_of(waiting, given.rounds, given.together))
         number += 1
         private = given.private == "all" or (given.private == "some" and number % _EVERY == 0)
         name = f"run-{time.strftime('%H%M%S')}-{number}"

@@ -35,6 +35,7 @@ class Fault(NamedTuple):
     rounds: int  # that it takes up, about
     of_site: bool = True
     slow: bool = False  # needs a run with a deadline
+    says: bool = True  # the site or the server must print it
 
 
 def _killing(of_site: bool, word: str) -> Callable[[Field, str, random.Random], Strike | None]:
@@ -97,7 +98,7 @@ def _straggler(field: Field, site: str, rng: random.Random) -> Strike | None:
 def _clock(field: Field, site: str, rng: random.Random) -> Strike:
     ahead = rng.choice((_DAY_S, -_DAY_S))
     field.set_clock(site, ahead)
-    return Strike(rng.uniform(2.0, 20.0), lambda: field.set_clock(site, 0.0), "ahead" if ahead > 0 else "behind")
+    return Strike(rng.uniform(8.0, 20.0), lambda: field.set_clock(site, 0.0), "ahead" if ahead > 0 else "behind")
 
 
 _ENDED = r"the {} ended \(exit code -9\) and is started again"
@@ -107,7 +108,7 @@ FAULTS = {
     "worker": Fault(
         "a site's worker killed", _killing(True, "client.site_worker"), re.compile(_ENDED.format("worker")), 6
     ),
-    "site": Fault("all of a site killed and started again", _whole_site, re.compile("(?!)"), 6),
+    "site": Fault("all of a site killed and started again", _whole_site, re.compile("(?!)"), 6, says=False),
     "superlink": Fault(
         "the SuperLink killed",
         _killing(False, "deploy.superlink"),
@@ -121,18 +122,17 @@ FAULTS = {
     "door": Fault(
         "the door killed", _killing(False, "deploy.proxy"), re.compile(_ENDED.format("door")), 4, of_site=False
     ),
-    "site_disk": Fault("a site's disk full", _full(True), re.compile("[Dd]isk|No space"), 6),
+    "site_disk": Fault("a site's disk full", _full(True), re.compile("[Dd]isk|No space"), 6, says=False),
     "server_disk": Fault(
         "the server's disk full",
         _full(False),
         re.compile(f"[Dd]isk|No space|{_GOES_ON}"),
         4,
         of_site=False,
+        says=False,
     ),
-    "network": Fault(
-        "a site's network cut", _cut, re.compile("does not answer|cannot be reached|node ended|refuses"), 7
-    ),
-    "straggler": Fault("a straggler past the deadline", _straggler, re.compile("(?!)"), 5, slow=True),
-    "gone": Fault("a site gone for rounds, then back", _gone, re.compile("(?!)"), 9),
+    "network": Fault("a site's network cut", _cut, re.compile("does not answer|node ended|refuses"), 7, says=False),
+    "straggler": Fault("a straggler past the deadline", _straggler, re.compile("(?!)"), 5, slow=True, says=False),
+    "gone": Fault("a site gone for rounds, then back", _gone, re.compile("(?!)"), 9, says=False),
     "clock": Fault("a site's clock a day off", _clock, re.compile(r"its clock is 1 day (ahead of|behind)"), 7),
 }

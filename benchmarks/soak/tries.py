@@ -177,13 +177,14 @@ def accounts(
             "rounds_again": _again(watch, made.at, until),
             "rounds_lost": _rounds_lost(watch, made.at, until),
             "messages_lost": len(lost),
+            "site_rounds_away": sum(len(set(SITES) - cohort_of(log, n)[0]) for n in own),
             "others_lost": len([site for _, site in lost if fault.of_site and site != plan.site]),
             "longest_wait_s": _longest(watch, made.at, min(until, made.back or until)),
             **{"exit": code, "cohort_equal": equal, "same_adapter": None},
             "ledger": _ledger(watch, log, own) if private else None,
             "left_over": strays if place + 1 == len(tries) else [],
         }
-        if equal and not private:
+        if equal and not private and reference:
             row["same_adapter"] = watch.digests.get(last) == reference.get(last)
         row["failures"] = failures(row)
         yield row
@@ -197,8 +198,13 @@ def failures(row: Mapping[str, Any]) -> list[str]:
         "a finished round was lost": row["rounds_lost"] > 0,
         "more than the running round was done again": row["rounds_again"] > 1,
         "another site lost a message": row["others_lost"] > 0,
-        "a message of a site was lost by a fault of the server": row["site"] == "server" and row["messages_lost"] > 0,
-        f"a wait of {row['longest_wait_s']} s without a reason within {PROMISED_S:g} s": _unsaid(row),
+        "a fault of the server cost more than the running round": row["site"] == "server"
+        and row["messages_lost"] > len(SITES),
+        f"no reason within {PROMISED_S:g} s for what was lost, or for a wait of {row['longest_wait_s']} s": _unsaid(
+            row
+        ),
+        f"{row['site']} did not say so within {PROMISED_S:g} s": FAULTS[row["fault"]].says
+        and (row["printed_s"] is None or row["printed_s"] > PROMISED_S),
         "another adapter from an equal cohort": row["same_adapter"] is False,
         f"the ledger: {row['ledger']}": row["ledger"] not in (None, "exact"),
         f"left over: {'; '.join(row['left_over'])}": bool(row["left_over"]),
@@ -261,9 +267,9 @@ def _told(watch: Watch, made: Try, until: float) -> tuple[float | None, str, str
     found: list[tuple[float, str, str]] = []
     for seen in watch.after(made.at, "refused", "waiting", "failed", "start"):
         event = seen.event
-        if not server and event["event"] == "refused" and event["client"] == site:
-            found.append((seen.at, "log", f"refused: {event['reason']}"))
-        elif not server and event["event"] == "waiting" and site in event["clients"]:
+        if event["event"] == "refused" and (server or event["client"] == site):
+            found.append((seen.at, "log", f"{event['client']} refused: {event['reason']}"))
+        elif event["event"] == "waiting" and (server or site in event["clients"]):
             found.append((seen.at, "log", f"waiting for {', '.join(event['clients'])} for {event['seconds']:g} s"))
         elif server and event["event"] == "failed":
             found.append((seen.at, "log", str(event["message"])))
@@ -271,7 +277,7 @@ def _told(watch: Watch, made: Try, until: float) -> tuple[float | None, str, str
             found.append((seen.at, "log", f"it goes on after round {event['resumed']}"))
     for at, lines in watch.status:
         for line in lines if at > made.at else ():
-            if _names_server(line) if server else _names(site, line):
+            if any(_names(one, line) for one in (SITES if server else (site,))) or (server and _names_server(line)):
                 found.append((at, "status", line))
     found = sorted(one for one in found if one[0] <= until)
     if not found:

@@ -27,7 +27,7 @@ from deploy.processes import free_port  # noqa: E402
 HELD: dict[str, Any] = {
     **{"fault": "node", "number": 1, "site": "ant", "exit": 0, "back_s": 4.0, "said_s": 2.0, "rounds_again": 0},
     **{"rounds_lost": 0, "messages_lost": 1, "others_lost": 0, "longest_wait_s": 5.0, "same_adapter": None},
-    **{"ledger": None, "left_over": []},
+    **{"ledger": None, "left_over": [], "printed_s": 0.5},
 }
 
 
@@ -45,10 +45,11 @@ def test_a_try_that_holds_breaks_no_promise() -> None:
         ({"rounds_lost": 1}, "a finished round was lost"),
         ({"rounds_again": 2}, "more than the running round"),
         ({"others_lost": 1}, "another site"),
-        ({"site": "server"}, "by a fault of the server"),
-        ({"said_s": None}, "without a reason"),
-        ({"said_s": 31.0}, "without a reason"),
-        ({"said_s": None, "messages_lost": 0, "longest_wait_s": 31.0}, "without a reason"),
+        ({"site": "server", "messages_lost": 4}, "a fault of the server"),
+        ({"said_s": None}, "no reason within 30 s"),
+        ({"said_s": 31.0}, "no reason within 30 s"),
+        ({"said_s": None, "messages_lost": 0, "longest_wait_s": 31.0}, "a wait of 31.0 s"),
+        ({"printed_s": None}, "ant did not say so"),
         ({"same_adapter": False}, "another adapter"),
         ({"ledger": "ant has 2 charges for round 3, which counted"}, "2 charges"),
         ({"left_over": ["ant has 2 of deploy.node"]}, "left over: ant"),
@@ -100,7 +101,7 @@ def test_a_fault_is_told_by_the_log_or_by_status_and_by_nothing_usual() -> None:
     assert told([], [(40.0, ["site bee: offline"]), (50.0, ["site ant: offline"])])[:2] == (39.5, "status")
     refused = {"event": "refused", "client": "bee", "reason": "its node ended", "round": 1}
     found = told([_start(0), refused, refused], [(3.0, ["site bee: offline"])])
-    assert found == (0.5, "log", "refused: its node ended")
+    assert found == (0.5, "log", "bee refused: its node ended")
     assert told([_start(0), {**refused, "client": "ant"}], [])[0] is None
 
 
@@ -199,7 +200,7 @@ def test_a_relay_can_be_cut_in_three_ways_and_mended(relayed: Relay) -> None:
         relayed.close()
         with pytest.raises(ConnectionResetError):
             caller.recv(100)
-    with _connect(relayed) as caller, pytest.raises(ConnectionResetError):
+    with pytest.raises(ConnectionResetError), contextlib.closing(_connect(relayed)) as caller:  # by then, or at once
         caller.recv(100)
     relayed.mend()
     relayed.reset(1, 10_000)
