@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo real test test-quick test-long check setup clean
+.PHONY: demo real test test-quick test-long soak check setup clean
 
 # Whole files go to one process, for what they set up once (a deployment, say) is theirs.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -32,6 +32,10 @@ test-quick: setup
 # Separate sites as real processes: minutes of waiting for Flower's heartbeats.
 test-long: setup
 	$(BIN)/python -m pytest -m long
+
+# Twelve faults, twenty times each, at random moments of a real deployment: hours on two cores. Goes on where it was stopped.
+soak: setup
+	$(BIN)/python -m benchmarks.soak
 
 check: setup
 	$(BIN)/ruff check .

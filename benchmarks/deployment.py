@@ -134,7 +134,7 @@ class Federation:
     def memory(self, name: str) -> dict[str, dict[str, float]]:
         """Of a started process and each below it: what it is, and its resident and proportional megabytes."""
         found: dict[str, dict[str, float]] = {}
-        for pid in [self.kept[name].pid, *_below(self.kept[name].pid)]:
+        for pid in [self.kept[name].pid, *below(self.kept[name].pid)]:
             with contextlib.suppress(OSError):  # it has just ended
                 words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
                 sizes = dict(re.findall(r"(?m)^(Rss|Pss):\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text()))
@@ -159,12 +159,12 @@ def federation(tree: Path, rows: Path, names: Sequence[str] = SITES) -> Iterator
             made.end()
 
 
-def _below(pid: int) -> list[int]:
+def below(pid: int) -> list[int]:
     found: list[int] = []
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):
             for child in map(int, path.read_text().split()):
-                found += [child, *_below(child)]
+                found += [child, *below(child)]
     return found
 
 

@@ -26,6 +26,7 @@ from apiary.core.counts import rounded  # noqa: E402
 from benchmarks import deployment_tables, methods, shapes, together  # noqa: E402
 from benchmarks import own_models as ways  # noqa: E402
 from benchmarks.personal import CASES, summary  # noqa: E402
+from benchmarks.soak.table import page  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 TINY = ROOT / "apiary" / "models" / "tiny" / "checkpoint"
@@ -994,6 +995,11 @@ def _machine(results: dict[str, Any]) -> str:
     return f"{machine['cores']} cores of an {' or an '.join(processors or [machine['cpu']])}"
 
 
+def _soak() -> str:
+    path = RESULTS / "soak.json"
+    return page(json.loads(path.read_text())) if path.exists() else _NONE
+
+
 def render(text: str) -> str:
     """A page with every table made anew."""
     for name, table in TABLES.items():
@@ -1005,6 +1011,7 @@ def render(text: str) -> str:
         ("together_methods", together.methods_table),
         ("methods", methods.table),
         ("row_shapes", shapes.table),
+        ("soak", _soak),
     ):
         text = _fill(text, name, table()) if f"<!-- {name} -->" in text else text
     return text

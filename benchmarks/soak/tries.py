@@ -1,0 +1,344 @@
+"""A run of a soak: its faults at their moments, and what became of each."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from benchmarks.soak.faults import DEADLINE_S, FAULTS, Strike
+from benchmarks.soak.field import SITES, Field, words_of
+from benchmarks.soak.watch import Watch, charges, cohort_of, equal_until, releases
+
+PROMISED_S = 30.0  # within which it is told why a run waits
+_LONGEST_S = 300.0  # from a fault's end until all takes part again
+_PROGRESS = ("start", "handshake", "asked", "client", "round", "finish")
+_SLOW_S = 10.0  # from then on it is a reason that status names a question without an answer
+_SETTINGS = (
+    *("train.steps=1", "train.batch_tokens=256", "train.threads=1", "model.dtype=float32", "model.device=cpu"),
+    *("evaluate.every=0", "evaluate.clients=false", "data.test_fraction=0", "adapter.rank=4"),
+    *("strategy.min_clients=1", "strategy.quorum=0.3", "strategy.server_optimizer=none"),
+)
+_PRIVATE = (
+    *("privacy.unit=record", "privacy.batch_rows=8", "privacy.noise_multiplier=1", "privacy.epsilon=1e6"),
+    "privacy.accountant=rdp",
+)
+
+
+_OF_SERVER, _OF_SITE = ("deploy.superlink", "flower-superexec", "deploy.proxy"), ("client.site_worker", "deploy.node")
+_SANDBOX = "chat_sandbox.py"  # of a worker, for chat templates
+
+
+class Plan(NamedTuple):
+    """A try that is to be made."""
+
+    fault: str
+    number: int  # from 1
+    site: str
+    phase: str  # of the round that it waits for: start (of the run), asked, round
+    after_s: float
+
+    @classmethod
+    def drawn(cls, seed: int, fault: str, number: int) -> Plan:
+        """The same plan for the same three."""
+        rng = random.Random(f"{seed} {fault} {number}")
+        phase = rng.choices(("start", "asked", "round"), (1, 4, 3))[0]
+        return cls(fault, number, rng.choice(SITES), phase, round(rng.uniform(0.0, 3.0), 2))
+
+
+class Try(NamedTuple):
+    """A fault that has hit, and what was seen until all went well again."""
+
+    plan: Plan
+    at: float  # monotonic seconds
+    number: int  # the round
+    strike: Strike
+    mended: float
+    back: float | None  # None: it never came so far
+
+
+def settings_of(rounds: int, private: bool, slow: bool) -> list[str]:
+    """Of a run."""
+    deadline = f"strategy.deadline_s={DEADLINE_S if slow else 900.0}"
+    return [f"rounds={rounds}", deadline, *_SETTINGS, *(_PRIVATE if private else ())]
+
+
+def carry_out(watch: Watch, plans: Sequence[Plan], rounds: int, seed: int) -> tuple[list[Try], int | None]:
+    """Hit a run that was just submitted, by one plan after the other, and wait for its end.
+
+    Returns:
+        The tries that could be made before the run ended, and its exit code; None: it did not end, and was ended.
+    """
+    tries: list[Try] = []
+    for place, plan in enumerate(plans):
+        rng = random.Random(f"{seed} {plan.fault} {plan.number} how")
+        if plan.phase == "start" and place:
+            plan = plan._replace(phase="round")
+        made = _try(watch, plan, rng)
+        if made is None:
+            break
+        tries.append(made)
+        if made.back is None:
+            break
+    limit = time.monotonic() + _LONGEST_S + 10.0 * rounds
+    while not watch.ended() and time.monotonic() < limit:
+        _step(watch)
+    watch.look()
+    if watch.ended():
+        return tries, watch.field.kept["submit"].returncode
+    watch.field.kept["submit"].kill()
+    watch.field.kept["submit"].wait()
+    return tries, None
+
+
+def _step(watch: Watch) -> None:
+    watch.look()
+    watch.field.look()
+    time.sleep(0.1)
+
+
+def _try(watch: Watch, plan: Plan, rng: random.Random) -> Try | None:
+    """One try; None where the run ended before the fault could hit."""
+    field, fault = watch.field, FAULTS[plan.fault]
+    known, since = watch.latest(plan.phase), time.monotonic()
+    while not (watch.seen if plan.phase == "start" else watch.latest(plan.phase) > known):
+        if watch.ended() or time.monotonic() - since > _LONGEST_S:
+            return None
+        _step(watch)
+    at = time.monotonic() + plan.after_s
+    while time.monotonic() < at:
+        _step(watch)
+    while (strike := fault.hit(field, plan.site, rng)) is None:
+        if watch.ended() or time.monotonic() - at > _LONGEST_S:
+            return None
+        _step(watch)
+    at = time.monotonic()
+    done = watch.latest("round")
+    number = max(watch.latest("asked"), done)
+    while time.monotonic() - at < strike.seconds or watch.latest("round") < done + strike.rounds or not strike.over():
+        if watch.ended() or time.monotonic() - at > _LONGEST_S:
+            break
+        _step(watch)
+    strike.mend()
+    mended = time.monotonic()
+    return Try(plan, at, number, strike, mended, _back(watch, mended))
+
+
+def _back(watch: Watch, mended: float) -> float | None:
+    """When a whole round that began after a fault's end had every site again, or the run ended first; None: never."""
+    while time.monotonic() - mended < _LONGEST_S:
+        asked = {seen.event["round"] for seen in watch.after(mended, "asked")}
+        for seen in watch.after(mended, "round"):
+            number = seen.event["round"]
+            if number in asked and cohort_of([s.event for s in watch.after(mended, "asked", "client")], number)[
+                1
+            ] == set(SITES):
+                return seen.at
+        if watch.ended():
+            return time.monotonic()
+        _step(watch)
+    return None
+
+
+# -- what became of it ----------------------------------------------------------------------------
+
+
+def accounts(
+    watch: Watch, tries: Sequence[Try], code: int | None, private: bool, reference: Mapping[int, str]
+) -> Iterator[dict[str, Any]]:
+    """A line for each try of a run that has ended.
+
+    Args:
+        watch: of the run.
+        tries: in their order.
+        code: of `submit`.
+        private: whether the run promised privacy.
+        reference: the digest of the adapter after each round of an undisturbed run.
+    """
+    log, strays = watch.log(), _left_over(watch.field)
+    for place, made in enumerate(tries):
+        until = tries[place + 1].at if place + 1 < len(tries) else float("inf")
+        fault, plan = FAULTS[made.plan.fault], made.plan
+        own = _rounds(watch, made.at, until)
+        last = max(own, default=0)
+        equal = bool(own) and equal_until(log, last)
+        lost = [(n, site) for n in own for site in sorted(_missing(log, n))]
+        told_s, told_by, line = _told(watch, made, until)
+        row: dict[str, Any] = {
+            **{"fault": plan.fault, "number": plan.number, "site": plan.site if fault.of_site else "server"},
+            **{"how": made.strike.how, "private": private, "run": watch.name},
+            "moment": {"round": made.number, "phase": plan.phase, "after_s": plan.after_s},
+            "lasted_s": round(made.mended - made.at, 1),
+            **{"said_s": told_s, "said_by": told_by, "said": line, "printed_s": _printed(watch, made, until)},
+            "back_s": None if made.back is None else round(made.back - made.mended, 1),
+            "rounds_again": _again(watch, made.at, until),
+            "rounds_lost": _rounds_lost(watch, made.at, until),
+            "messages_lost": len(lost),
+            "site_rounds_away": sum(len(set(SITES) - cohort_of(log, n)[0]) for n in own),
+            "others_lost": len([site for _, site in lost if fault.of_site and site != plan.site]),
+            "longest_wait_s": _longest(watch, made.at, min(until, made.back or until)),
+            **{"exit": code, "cohort_equal": equal, "same_adapter": None},
+            "ledger": _ledger(watch, log, own) if private else None,
+            "left_over": strays if place + 1 == len(tries) else [],
+        }
+        if equal and not private and reference:
+            row["same_adapter"] = watch.digests.get(last) == reference.get(last)
+        row["failures"] = failures(row)
+        yield row
+
+
+def failures(row: Mapping[str, Any]) -> list[str]:
+    """The promises that a try broke, by its line."""
+    found = {
+        f"the run ended with exit code {row['exit']}": row["exit"] != 0,
+        "not all took part again": row["back_s"] is None,
+        "a finished round was lost": row["rounds_lost"] > 0,
+        "more than the running round was done again": row["rounds_again"] > 1,
+        "another site lost a message": row["others_lost"] > 0,
+        "a fault of the server cost more than the running round": row["site"] == "server"
+        and row["messages_lost"] > len(SITES),
+        f"no reason within {PROMISED_S:g} s for what was lost, or for a wait of {row['longest_wait_s']} s": _unsaid(
+            row
+        ),
+        f"{row['site']} did not say so within {PROMISED_S:g} s": FAULTS[row["fault"]].says
+        and (row["printed_s"] is None or row["printed_s"] > PROMISED_S),
+        "another adapter from an equal cohort": row["same_adapter"] is False,
+        f"the ledger: {row['ledger']}": row["ledger"] not in (None, "exact"),
+        f"left over: {'; '.join(row['left_over'])}": bool(row["left_over"]),
+    }
+    return [line for line, true in found.items() if true]
+
+
+def _unsaid(row: Mapping[str, Any]) -> bool:
+    """Whether something was lost, or long waited for, and no reason was given in time."""
+    worth = row["messages_lost"] > 0 or row["longest_wait_s"] > PROMISED_S
+    return worth and (row["said_s"] is None or row["said_s"] > PROMISED_S)
+
+
+def _rounds(watch: Watch, since: float, until: float) -> list[int]:
+    """The rounds that ended, or the run ended in, between two moments."""
+    return sorted({seen.event["round"] for seen in watch.after(since, "round") if seen.at <= until})
+
+
+def _missing(log: Sequence[Mapping[str, Any]], number: int) -> set[str]:
+    asked, answered = cohort_of(list(log), number)
+    return asked - answered
+
+
+def _again(watch: Watch, since: float, until: float) -> int:
+    """How many rounds were asked for anew."""
+    found, asked = (
+        0,
+        {seen.event["round"] for seen in watch.seen if seen.event["event"] == "asked" and seen.at <= since},
+    )
+    for seen in watch.after(since, "asked"):
+        if seen.at <= until:
+            found += seen.event["round"] in asked
+            asked.add(seen.event["round"])
+    return found
+
+
+def _rounds_lost(watch: Watch, since: float, until: float) -> int:
+    """How many finished rounds a run that went on did not go on from."""
+    found, done = 0, 0
+    for at, event in watch.seen:
+        if event["event"] == "round":
+            done = max(done, event["round"])
+        elif event["event"] == "start" and since < at <= until:
+            found += max(0, done - int(event["resumed"]))
+    return found
+
+
+def _longest(watch: Watch, since: float, until: float) -> float:
+    """The longest time without a further answer or round, in seconds."""
+    times = [seen.at for seen in watch.seen if seen.event["event"] in _PROGRESS]
+    inside = [at for at in times if since <= at <= until]
+    before = max((at for at in times if at < since), default=since)
+    marks = [max(before, since), *inside]
+    return round(max((b - a for a, b in itertools.pairwise(marks)), default=0.0), 1)
+
+
+def _told(watch: Watch, made: Try, until: float) -> tuple[float | None, str, str]:
+    """How many seconds after a fault its place was named with a reason, where, and in which words."""
+    server, site = not FAULTS[made.plan.fault].of_site, made.plan.site
+    found: list[tuple[float, str, str]] = []
+    for seen in watch.after(made.at, "refused", "waiting", "failed", "start"):
+        event = seen.event
+        if event["event"] == "refused" and (server or event["client"] == site):
+            found.append((seen.at, "log", f"{event['client']} refused: {event['reason']}"))
+        elif event["event"] == "waiting" and (server or site in event["clients"]):
+            found.append((seen.at, "log", f"waiting for {', '.join(event['clients'])} for {event['seconds']:g} s"))
+        elif server and event["event"] == "failed":
+            found.append((seen.at, "log", str(event["message"])))
+        elif server and event["event"] == "start" and made.number + event["resumed"] > 0:
+            found.append((seen.at, "log", f"it goes on after round {event['resumed']}"))
+    for at, lines in watch.status:
+        for line in lines if at > made.at else ():
+            if any(_names(one, line) for one in (SITES if server else (site,))) or (server and _names_server(line)):
+                found.append((at, "status", line))
+    found = sorted(one for one in found if one[0] <= until)
+    if not found:
+        return None, "", ""
+    return round(found[0][0] - made.at, 1), found[0][1], found[0][2][:200]
+
+
+def _names_server(line: str) -> bool:
+    return line.startswith("no status") or "to be resumed" in line
+
+
+def _names(site: str, line: str) -> bool:
+    """Whether a line of status says of a site that, and why, it does not answer."""
+    if not line.startswith(f"site {site}: "):
+        return False
+    if waited := re.search(r"no answer to .* for (?:([\d.]+) s$)?", line):
+        return waited[1] is None or float(waited[1]) >= _SLOW_S  # minutes, or so many seconds
+    return ": online" not in line or "; refused" in line
+
+
+def _printed(watch: Watch, made: Try, until: float) -> float | None:
+    """How many seconds after a fault the site or the server itself printed a line on it."""
+    fault = FAULTS[made.plan.fault]
+    name = made.plan.site if fault.of_site else "server"
+    lines = (
+        at for at, who, line in watch.printed if who == name and made.at <= at <= until and fault.told.search(line)
+    )
+    first = next(lines, None)
+    return None if first is None else round(first - made.at, 1)
+
+
+def _ledger(watch: Watch, log: Sequence[Mapping[str, Any]], own: Sequence[int]) -> str:
+    """Either "exact", or what is wrong with a site's charges for these rounds."""
+    for site in SITES:
+        state = watch.field.site_state(site)
+        names = [path.name for path in (state / "runs").glob(f"{watch.name}-*")] or [watch.name]
+        charged = [charge for name in names for charge in charges(state, name)]
+        for number in own:
+            here = [request for there, request in charged if there == number]
+            counted = site in cohort_of(list(log), number)[1]
+            if len(here) > 1 or len(here) < counted:
+                which = "counted" if counted else "did not count"
+                return f"{site} has {len(here)} charges for round {number}, which {which}"
+        made = {request for name in names for request in releases(state, name)}
+        if unpaid := made - {request for _, request in charged}:
+            return f"{site} made {len(unpaid)} answers that it has not charged"
+    return "exact"
+
+
+def _left_over(field: Field) -> list[str]:
+    """What runs and should not, or the other way round, once a run has ended; waits a while for what is about to."""
+    deadline = time.monotonic() + 30.0
+    while True:
+        found = field.strays()
+        for name in ("server", *SITES):
+            there = [line for pid in field.below(name) if (line := words_of(pid))]  # what has ended has no words
+            for word in _OF_SERVER if name == "server" else _OF_SITE:
+                own = [line for line in there if word in line]
+                found += [] if len(own) == 1 else [f"{name} has {len(own)} of {word}"]
+                there = [line for line in there if line not in own]
+            found += [f"{name} has {line}" for line in there if _SANDBOX not in line]
+        if not found or time.monotonic() > deadline:
+            return found
+        time.sleep(0.5)

@@ -1,0 +1,213 @@
+"""What the soak calls a broken promise is one, and what it does to the network happens."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT))
+
+from benchmarks.soak import table, tries, watch  # noqa: E402
+from benchmarks.soak.__main__ import runs_of  # noqa: E402
+from benchmarks.soak.faults import FAULTS, Strike  # noqa: E402
+from benchmarks.soak.field import SITES  # noqa: E402
+from benchmarks.soak.relay import Relay  # noqa: E402
+from deploy.processes import free_port  # noqa: E402
+
+HELD: dict[str, Any] = {
+    **{"fault": "node", "number": 1, "site": "ant", "exit": 0, "back_s": 4.0, "said_s": 2.0, "rounds_again": 0},
+    **{"rounds_lost": 0, "messages_lost": 1, "others_lost": 0, "longest_wait_s": 5.0, "same_adapter": None},
+    **{"ledger": None, "left_over": [], "printed_s": 0.5},
+}
+
+
+def test_a_try_that_holds_breaks_no_promise() -> None:
+    assert tries.failures(HELD) == []
+    assert tries.failures({**HELD, "said_s": None, "messages_lost": 0, "same_adapter": True, "ledger": "exact"}) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"exit": 1}, "exit code 1"),
+        ({"exit": None}, "exit code None"),
+        ({"back_s": None}, "not all took part again"),
+        ({"rounds_lost": 1}, "a finished round was lost"),
+        ({"rounds_again": 2}, "more than the running round"),
+        ({"others_lost": 1}, "another site"),
+        ({"site": "server", "messages_lost": 4}, "a fault of the server"),
+        ({"said_s": None}, "no reason within 30 s"),
+        ({"said_s": 31.0}, "no reason within 30 s"),
+        ({"said_s": None, "messages_lost": 0, "longest_wait_s": 31.0}, "a wait of 31.0 s"),
+        ({"printed_s": None}, "ant did not say so"),
+        ({"same_adapter": False}, "another adapter"),
+        ({"ledger": "ant has 2 charges for round 3, which counted"}, "2 charges"),
+        ({"left_over": ["ant has 2 of deploy.node"]}, "left over: ant"),
+    ],
+)
+def test_each_broken_promise_is_named(changed: dict[str, Any], words: str) -> None:
+    (line,) = tries.failures({**HELD, **changed})
+    assert words in line
+
+
+class _Log(watch.Watch):
+    """What was seen of a run that never was: an event each second."""
+
+    def __init__(self, events: list[dict[str, Any]]) -> None:
+        self.name, self.status, self.printed = "run", [], []
+        self.seen = [watch.Seen(float(at), event) for at, event in enumerate(events)]
+
+
+def _asked(number: int) -> dict[str, Any]:
+    return {"event": "asked", "round": number, "clients": list(SITES)}
+
+
+def _round(number: int) -> dict[str, Any]:
+    return {"event": "round", "round": number}
+
+
+def _start(resumed: int) -> dict[str, Any]:
+    return {"event": "start", "resumed": resumed}
+
+
+def test_rounds_that_were_done_again_are_told_from_rounds_that_were_lost() -> None:
+    running = _Log([_start(0), _asked(1), _round(1), _asked(2), _start(1), _asked(2), _round(2), _asked(3)])
+    assert tries._again(running, 3.5, 100.0) == 1 and tries._rounds_lost(running, 3.5, 100.0) == 0
+    lost = _Log([_start(0), _asked(1), _round(1), _asked(2), _start(0), _asked(1), _round(1), _asked(2)])
+    assert tries._again(lost, 3.5, 100.0) == 2 and tries._rounds_lost(lost, 3.5, 100.0) == 1
+    assert tries._again(lost, 5.5, 100.0) == 1 and tries._rounds_lost(lost, 5.5, 100.0) == 0
+
+
+def test_a_fault_is_told_by_the_log_or_by_status_and_by_nothing_usual() -> None:
+    def told(events: list[dict[str, Any]], status: list[tuple[float, list[str]]]) -> tuple[float | None, str, str]:
+        log = _Log(events)
+        log.status = status
+        made = tries.Try(tries.Plan("node", 1, "bee", "asked", 0.0), 0.5, 1, Strike(), 0.5, None)
+        return tries._told(log, made, 100.0)
+
+    usual = "site bee: online; last answered round 4; no answer to round 5 for 3.0 s"
+    assert told([_start(0), _asked(1), _round(1)], [(2.0, ["3 of 3 sites online", usual])])[0] is None
+    assert told([], [(13.0, [usual.replace("3.0", "12.0")])])[:2] == (12.5, "status")
+    assert told([], [(40.0, ["site bee: offline"]), (50.0, ["site ant: offline"])])[:2] == (39.5, "status")
+    refused = {"event": "refused", "client": "bee", "reason": "its node ended", "round": 1}
+    found = told([_start(0), refused, refused], [(3.0, ["site bee: offline"])])
+    assert found == (0.5, "log", "bee refused: its node ended")
+    assert told([_start(0), {**refused, "client": "ant"}], [])[0] is None
+
+
+def test_a_ledger_that_charges_twice_or_not_at_all_is_not_exact(tmp_path: Path) -> None:
+    class Field:
+        def site_state(self, site: str) -> Path:
+            return tmp_path / site
+
+    log = [_asked(1), *({"event": "client", "round": 1, "client": site} for site in SITES), _round(1)]
+    followed = _Log(log)
+    followed.field = Field()  # type: ignore[assignment]
+    for site in SITES:
+        (tmp_path / site / "runs" / "run-1").mkdir(parents=True)
+        (tmp_path / site / "runs" / "run-1" / "release-0001-abc.safetensors").touch()
+
+    def ledger(*charged: tuple[int, str]) -> str:
+        entries = [{"run": "run-1", "round": number, "request": request} for number, request in charged]
+        for site in SITES:
+            (tmp_path / site / "ledger.json").write_text(json.dumps({"entries": entries}))
+        return tries._ledger(followed, log, [1])
+
+    assert ledger((1, "abc")) == "exact"
+    assert "2 charges for round 1" in ledger((1, "abc"), (1, "def"))
+    assert "0 charges for round 1" in ledger((2, "abc"))
+    assert "1 answers that it has not charged" in ledger((1, "def"))
+
+
+def test_every_moment_is_drawn_once_and_each_run_takes_faults_of_one_kind() -> None:
+    plans = [tries.Plan.drawn(0, fault, number) for number in range(1, 21) for fault in FAULTS]
+    assert plans == [tries.Plan.drawn(0, fault, number) for number in range(1, 21) for fault in FAULTS]
+    assert {plan.phase for plan in plans} == {"start", "asked", "round"} and {plan.site for plan in plans} == set(SITES)
+    assert len({plan.after_s for plan in plans}) > 100
+    runs = list(runs_of(plans, 24))
+    assert sorted(plan for run in runs for plan in run) == sorted(plans)
+    for run in runs:
+        assert len({(FAULTS[plan.fault].of_site, FAULTS[plan.fault].slow) for plan in run}) == 1
+
+
+def test_the_table_counts_what_was_tried() -> None:
+    rows = [{**HELD, "failures": []}, {**HELD, "number": 2, "said_s": None, "back_s": 6.0, "failures": ["x"]}]
+    head, row = table.cells(table.summary(rows))
+    assert len(head) == len(row)
+    assert row[:6] == ("a site's node killed", "2", "2, at most 2 (1 of them)", "5, at most 6", "0", "2")
+    assert row[-1] == "1"
+
+
+@pytest.fixture
+def relayed() -> Iterator[Relay]:
+    """A relay to a server that sends everything back."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def echo(peer: socket.socket) -> None:
+            with peer, contextlib.suppress(ConnectionError):
+                while data := peer.recv(4096):
+                    peer.sendall(data)
+
+        def serve() -> None:
+            while True:
+                try:
+                    peer = server.accept()[0]
+                except OSError:
+                    return
+                threading.Thread(target=echo, args=(peer,), daemon=True).start()
+
+        threading.Thread(target=serve, daemon=True).start()
+        relay = Relay(free_port(), server.getsockname()[1])
+        yield relay
+        relay.end()
+
+
+def _connect(relay: Relay) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", relay.port), timeout=10.0)
+
+
+def _send_on_and_on(caller: socket.socket) -> None:
+    caller.sendall(b"x" * 20_000)
+    while True:
+        caller.recv(4096)
+        time.sleep(0.05)
+        caller.sendall(b"x")
+
+
+def test_a_relay_can_be_cut_in_three_ways_and_mended(relayed: Relay) -> None:
+    with _connect(relayed) as caller:
+        caller.sendall(b"before")
+        assert caller.recv(100) == b"before"
+        relayed.hush()
+        time.sleep(0.2)
+        caller.sendall(b"silence")
+        caller.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            caller.recv(100)
+        relayed.mend()
+        caller.settimeout(10.0)
+        assert caller.recv(100) == b"silence"
+        relayed.close()
+        with pytest.raises(ConnectionResetError):
+            caller.recv(100)
+    with pytest.raises(ConnectionResetError), contextlib.closing(_connect(relayed)) as caller:  # by then, or at once
+        caller.recv(100)
+    relayed.mend()
+    relayed.reset(1, 10_000)
+    time.sleep(0.2)
+    with _connect(relayed) as caller, pytest.raises((ConnectionResetError, BrokenPipeError)):
+        _send_on_and_on(caller)
+    assert relayed.resets == 0
+    with _connect(relayed) as caller:
+        caller.sendall(b"after")
+        assert caller.recv(100) == b"after"
