@@ -129,7 +129,7 @@ class Federation:
 
     def below(self, name: str) -> list[int]:
         """The processes below a started one."""
-        return _below(self.kept[name].pid)
+        return below(self.kept[name].pid)
 
     def memory(self, name: str) -> dict[str, dict[str, float]]:
         """Of a started process and each below it: what it is, and its resident and proportional megabytes."""
