@@ -136,12 +136,14 @@ class Hostile(Stub):
     def __init__(self, kit: kits.Kit, seed: int, service: Service, folder: Path) -> None:
         super().__init__(kit, seed, service)
         self._folder = folder
-        self._before: RecordDict | None = None  # its last answer
+        self._before = RecordDict()  # its last answer
 
     def ask(self, message: Message, context: Any) -> Message:
         """What the act of the hour is."""
         if message.metadata.message_type != "train":
-            return super().ask(message, context)
+            honest = super().ask(message, context)
+            self._before = honest.content
+            return honest
         act = (self._folder / ACT).read_text(encoding="utf-8").strip()
         answer = self._acted(act, message, context)
         with (self._folder / DONE).open("a", encoding="utf-8") as log:
@@ -167,8 +169,7 @@ class Hostile(Stub):
             array = Array("uint8", (size,), "apiary", bytes(size))
             return Message(RecordDict({"x": ArrayRecord({"x": array})}), reply_to=message)
         if act == "an answer of the round before":
-            made = self.signed(message, context, honest)
-            before, self._before = self._before or made.content, made.content
+            before, self._before = self._before, self.signed(message, context, honest).content
             return Message(before, reply_to=message)
         raise ValueError(act)
 
