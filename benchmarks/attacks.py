@@ -23,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest  # noqa: E402
 from flwr.proto.node_pb2 import Node  # noqa: E402
 
 from apiary.tracking import environment  # noqa: E402
-from benchmarks.deployment import RESULTS, Federation, write_rows  # noqa: E402
+from benchmarks.deployment import RESULTS, Federation, end_in_order, write_rows  # noqa: E402
 from benchmarks.stub_sites import ACT, ACTS, DONE  # noqa: E402
 from deploy import kits  # noqa: E402
 
@@ -315,12 +315,13 @@ def _with_strangers(field: Field, times: int, tell: Callable[[dict[str, Any]], N
     tell(slow_callers(field, door))
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=10, help="tries of each attack, and rounds of a run")
     parser.add_argument("--only", choices=("strangers", "sites"))
     parser.add_argument("--out", type=Path, default=RESULTS / "attacks.json")
-    args = parser.parse_args(words)
+    args = parser.parse_args()
+    end_in_order()
     rows: list[dict[str, Any]] = []
 
     def tell(row: dict[str, Any]) -> None:

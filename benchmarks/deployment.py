@@ -144,6 +144,11 @@ class Federation:
         return found
 
 
+def end_in_order() -> None:
+    """Let SIGTERM end this process as Ctrl-C does: with all that it has started."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+
+
 def _role(words: Sequence[str]) -> str:
     return next((role for part, role in _ROLES.items() if any(part in word for word in words)), Path(words[0]).name)
 
@@ -279,6 +284,7 @@ def main() -> None:
     of_memory = commands.add_parser("memory")
     of_memory.add_argument("--rounds", type=int, default=8)
     args = parser.parse_args()
+    end_in_order()
     if args.command == "memory":
         memory(args.rounds)
     else:

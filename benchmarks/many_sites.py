@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from apiary.tracking import environment  # noqa: E402
-from benchmarks.deployment import RESULTS, Federation, write_rows  # noqa: E402
+from benchmarks.deployment import RESULTS, Federation, end_in_order, write_rows  # noqa: E402
 
 _ENTRIES_A_RANK = 17_408  # of an adapter for the built-in model
 _LONGEST_S = 3_000.0
@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=20.0, help="of an update, in float32")
     parser.add_argument("--out", type=Path, default=RESULTS / "many_sites.json")
     args = parser.parse_args()
+    end_in_order()
     runs = []
     for number in args.sites:
         runs.append(measure(number, args.rounds, args.megabytes))
