@@ -24,19 +24,27 @@ def follow(state: Path, run: str, out: Path, observers: Sequence[Observer]) -> s
     Raises:
         flower_cli.FlowerError: the server has not answered for a minute, and the log tells no end.
     """
-    log, asked, waits, told = RunReader(out, run), time.monotonic(), "", False
+    log, asked, said = RunReader(out, run), time.monotonic(), set[str]()
     answered = asked
+
+    def say(line: str) -> None:
+        """Tell a line, once for each of Flower's runs."""
+        if line not in said:
+            said.add(line)
+            for observer in observers:
+                observer({"event": "warning", "time": time.time(), "message": line})
+
     while True:
         status = None
         if time.monotonic() - asked > _ASK_S:
             status, asked = runs.status_of(state, log.run), time.monotonic()
         going = going_runs.of_folder(state, out)
         if going is not None and log.run in going.earlier:
-            log, status, told, answered = RunReader(out, going.run), None, False, time.monotonic()
-            _tell(observers, f"the run's process was gone: it goes on after round {going.done}, as run {going.run}")
-        before, waits = waits, going_runs.noted(state, going) if going is not None else ""
-        if waits and waits != before:
-            _tell(observers, f"the run {waits}")
+            log, status, answered = RunReader(out, going.run), None, time.monotonic()
+            said.clear()
+            say(f"the run's process was gone: it goes on after round {going.done}, as run {going.run}")
+        if going is not None and (waits := going_runs.noted(state, going)):
+            say(f"the run {waits}")
         new = log.look()  # after Flower was asked: what has ended by then has said so
         for event in new:
             for observer in observers:
@@ -46,15 +54,16 @@ def follow(state: Path, run: str, out: Path, observers: Sequence[Observer]) -> s
             return end or None
         if new or status not in (None, "unknown"):
             answered = time.monotonic()  # a log that grows is an answer too
+        elif status is not None and going_runs.is_full(state):
+            answered = time.monotonic()  # its database takes nothing, which is why
+            say(f"the run {going_runs.NO_ROOM}")
         elif status is not None and asked - answered > _LOST_S:
             why = f"the server cannot be asked for {_LOST_S:g} s: is it gone?"
             raise flower_cli.FlowerError(f"{why} Once it is back, the run goes on by itself")
         if status is not None and status.startswith("finished") and log.verdict is None:
             if going is None:
                 return f"the server's process ended ({status}); superexec.log in the state folder says more"
-            if not told:
-                _tell(observers, f"the run's process ended ({status}): the server submits it again")
-            told = True
+            say(f"the run's process ended ({status}): the server submits it again")
         time.sleep(_LOOK_S)
 
 
@@ -63,8 +72,3 @@ def _end_of(log: RunReader, going: Going | None) -> str | None:
     if going is None:  # of a server that resumes nothing
         return log.end
     return log.verdict if log.verdict is not None else going.ended or None
-
-
-def _tell(observers: Sequence[Observer], line: str) -> None:
-    for observer in observers:
-        observer({"event": "warning", "time": time.time(), "message": line})

@@ -20,6 +20,7 @@ from apiary.tracking import run_directory
 FOLDER = "runs"  # of the server's state
 TRIES = 5  # without a finished round between them
 STOPPED = "it was ended by `apiary deploy stop`"
+NO_ROOM = "waits for room on the disk"
 _ROOM = 64_000_000  # bytes that must be free on the disk of the run directory
 
 
@@ -93,14 +94,16 @@ def noted(state: Path, going: Going) -> str:
 
 
 def is_free(out: Path) -> bool | None:
-    """Whether no process writes a run directory; None = nothing tells, for its file system has no locks."""
+    """Whether no process writes a run directory; None = nothing tells, for it takes no lock."""
     if not out.is_dir():
         return True
     try:
         with run_directory.claim(out) as warnings:
             return None if warnings else True
-    except (UserError, OSError):
+    except run_directory.StillGoing:
         return False
+    except (UserError, OSError):
+        return None
 
 
 def has_room(out: Path) -> bool:
@@ -108,6 +111,11 @@ def has_room(out: Path) -> bool:
     with contextlib.suppress(OSError):
         return shutil.disk_usage(out).free >= _ROOM
     return False
+
+
+def is_full(folder: Path) -> bool:
+    """Whether a folder is there and its disk takes nothing."""
+    return folder.is_dir() and not has_room(folder)
 
 
 def pause(tries: int) -> float:

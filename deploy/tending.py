@@ -93,7 +93,7 @@ class Tending:
         if time.monotonic() - known.gone < going_runs.pause(tries):
             return
         if not going_runs.has_room(going.folder) or not going_runs.has_room(self._state):
-            self._wait(going, known, "waits for room on the disk")
+            self._wait(going, known, going_runs.NO_ROOM)
             return
         expected = self._sites(going, known)
         if not expected:

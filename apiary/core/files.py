@@ -77,8 +77,9 @@ def _lock(path: Path) -> tuple[int, bool]:
             if not _flock(handle):
                 return handle, False
             if _is_at(handle, path):
-                os.ftruncate(handle, 0)
-                os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+                with contextlib.suppress(OSError):  # a full disk takes no word, and has the lock all the same
+                    os.ftruncate(handle, 0)
+                    os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
                 return handle, True
         except BlockingIOError:
             whose = os.pread(handle, 200, 0).decode(errors="replace").strip()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 import threading
 import tomllib
 from collections.abc import Callable
@@ -355,6 +358,51 @@ def test_who_follows_is_told_what_a_run_waits_for(superlink: SuperLink, tmp_path
     late.start()
     assert following.follow(state, run, out, [lambda event: seen.append(str(event.get("message")))]) == going.STOPPED
     assert seen.count("the run waits for its sites (1 of 2 are online)") == 1
+
+
+def test_a_full_disk_is_said_and_waited_out(
+    superlink: SuperLink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where even the lock's own word cannot be written, and Flower, whose database is full too, gives no answer."""
+
+    def full(handle: int, text: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for name, seconds in (("_LOOK_S", 0.01), ("_ASK_S", 0.02), ("_LOST_S", 0.1)):
+        monkeypatch.setattr(following, name, seconds)
+    state, out, said, seen = tmp_path / "state", tmp_path / "run", list[str](), list[str]()
+    run = starting.start(state, loading.load(None, ["strategy.min_clients=1"]), out)
+    _log(out, 1)
+    watch = Tending(state, said.append)
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "write", full)
+        patch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1_000_000))
+        superlink.status = "gone"
+        watch.look()
+        watch.look()
+        (line,) = said
+        assert line.endswith("waits for room on the disk")
+        late = threading.Timer(0.5, lambda: stopping.stop(state, run))
+        late.start()
+        tell = [lambda event: seen.append(str(event.get("message")))]
+        assert following.follow(state, run, out, tell) == going.STOPPED
+    assert seen.count("the run waits for room on the disk") == 1
+
+
+@pytest.mark.parametrize(("status", "goes_on"), [("running", False), ("finished:failed", True)])
+def test_where_no_lock_can_be_taken_flower_says_whether_a_run_works(
+    status: str, goes_on: bool, superlink: SuperLink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> tuple[int, bool]:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    state, out, said = tmp_path / "state", tmp_path / "run", list[str]()
+    starting.start(state, loading.load(None, ["strategy.min_clients=1"]), out)
+    _log(out, 1)
+    superlink.status = status
+    monkeypatch.setattr(files, "_lock", refused)
+    Tending(state, said.append).look()
+    assert [line.partition("): ")[2][:33] for line in said] == ["cannot be submitted again now: [E"] * goes_on
 
 
 def test_without_locks_a_run_that_works_is_left_alone(
