@@ -5,7 +5,8 @@ With `--before`, beside the same of an earlier commit, taking turns.
 
 `memory`: megabytes by process while a server and one site go through rounds with the built-in model, the most of
 each that was seen after the first round. Resident counts a page that several hold for each of them, the
-proportional size (PSS) divides it among them.
+proportional size (PSS) divides it among them. Beside it a process that has loaded torch, transformers and peft, and
+made an optimizer, and does nothing: less than that no worker takes.
 
 python benchmarks/deployment.py rounds [--before COMMIT] [--times 2] [--rounds 8]
 python benchmarks/deployment.py memory [--rounds 8]
@@ -50,6 +51,12 @@ _ROLES = {  # part of a command -> what it is
     "serverapp": "ServerApp",
     "superexec": "SuperExec",
 }
+_LIBRARIES = """
+import peft, torch, transformers
+torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])
+print(flush=True)
+input()
+"""
 _SETTINGS = ("train.steps=1", "evaluate.clients=true", "evaluate.every=1", "strategy.join_timeout_s=300")
 
 
@@ -137,16 +144,31 @@ class Federation:
         for pid in [self.kept[name].pid, *below(self.kept[name].pid)]:
             with contextlib.suppress(OSError):  # it has just ended
                 words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-                sizes = dict(re.findall(r"(?m)^(Rss|Pss):\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text()))
-                if sizes:
+                if sizes := _sizes(pid):
                     role = f"keeper of {name}" if pid == self.kept[name].pid else _role(words)
-                    found[role] = {kind.lower(): round(int(size) * 1024 / 1e6, 1) for kind, size in sizes.items()}
+                    found[role] = sizes
         return found
 
 
 def end_in_order() -> None:
     """Let SIGTERM end this process as Ctrl-C does: with all that it has started."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+
+
+def _sizes(pid: int) -> dict[str, float]:
+    sizes = re.findall(r"(?m)^(Rss|Pss):\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text())
+    return {kind.lower(): round(int(size) * 1024 / 1e6, 1) for kind, size in sizes}
+
+
+def _libraries() -> dict[str, float]:
+    """Of a process that has loaded what each worker loads of others' libraries."""
+    command = [sys.executable, "-W", "ignore", "-c", _LIBRARIES]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin and process.stdout
+        process.stdout.readline()
+        found = _sizes(process.pid)
+        process.stdin.write(b"\n")
+    return found
 
 
 def _role(words: Sequence[str]) -> str:
@@ -240,6 +262,7 @@ def memory(number: int) -> None:
                         before.update({kind: max(size, before[kind]) for kind, size in sizes.items()})
             time.sleep(0.2)
         assert made.kept["submit"].returncode == 0, (made.folder / "submit.log").read_text(errors="replace")
+        most["libraries alone"] = _libraries()  # while the worker still shares their pages
     named = {"keeper of submit": "following submit", f"keeper of {SITES[0]}": "keeper of the site"}
     named["keeper of server"] = "keeper of the server"
     found = {named.get(role, role): sizes for role, sizes in most.items()}

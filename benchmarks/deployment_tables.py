@@ -48,6 +48,10 @@ def memory(results: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     sums = [sum(results["mb"][role]["pss"] for role in roles) for roles in (_SERVER[:-1], _SITE)]
     note = f"Proportional, the server comes to {sums[0]:.0f} without the `submit`, the site to {sums[1]:.0f}."
+    if alone := results["mb"].get("libraries alone"):
+        note += (
+            f" A process that has only loaded torch, transformers and peft, and made an optimizer: {alone['pss']:.0f}."
+        )
     return "\n".join([*lines, "", f"{note} {_on(results)}"])
 
 

@@ -112,9 +112,8 @@ def _superlink(kit: Kit, state: Path, port: int) -> SupervisedProcess:
 def _superexec(kit: Kit, state: Path, port: int) -> SupervisedProcess:
     """What starts a ServerApp process for each run."""
     command = [
-        processes.program("flower-superexec"),
-        *("--runtime-api-address", f"127.0.0.1:{port}"),
-        *("--root-certificates", str(kit.folder / kits.CA)),
+        *(sys.executable, "-P", "-m", "deploy.superexec"),
+        *(f"127.0.0.1:{port}", str(kit.folder / kits.CA)),
     ]
     environment = {**processes.environment(state), _NODES_VARIABLE: str(state / _NODES)}
     return SupervisedProcess(command, environment, state, state / "superexec.log")

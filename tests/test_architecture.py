@@ -68,6 +68,7 @@ SPEAKS_FLOWER = {
     "client/app.py",
     "client/site_worker.py",
     "deploy/admission.py",
+    "deploy/superexec.py",
     "deploy/superlink.py",
     "deploy/fleet.py",
     "simulation/engines.py",

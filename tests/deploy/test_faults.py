@@ -133,7 +133,7 @@ def test_a_run_goes_on_by_itself_whatever_of_the_server_is_killed(federation: De
     words = [word for text in texts for word in ("-s", text)]
     kit = str(federation.kits / "server")
     federation.start("submit", "deploy", "submit", kit, "--out", "run", *words)
-    for number, which in enumerate((b"flwr-serverapp", b"flower-superexec", b"deploy.superlink"), 1):
+    for number, which in enumerate((b"flwr-serverapp", b"deploy.superexec", b"deploy.superlink"), 1):
         _wait_for_event(federation, "round", number)
         os.kill(_child(federation, "server", which), signal.SIGKILL)
         federation.wait_for("server", "its process was gone", number)

@@ -327,11 +327,9 @@ def test_loads_from_a_zip_as_well(tmp_path, monkeypatch):
         for name in builtin.TINY_FILES:
             packed.write(str(builtin.tiny_folder() / name), name)
     monkeypatch.setattr(builtin, "tiny_folder", lambda: zipfile.Path(archive))
-    builtin._weights.cache_clear()
     model, tokenizer = builtin.load_tiny()
     assert model.num_parameters() > 1_000_000
     assert tokenizer.eos_token == "<eos>"
-    builtin._weights.cache_clear()
 
 
 def test_damaged_weights_are_refused():

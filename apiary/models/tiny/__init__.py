@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.resources
 import json
-from functools import cache
 from importlib.resources.abc import Traversable
 from typing import TYPE_CHECKING, Any, Final
 
@@ -45,7 +44,7 @@ def load_tiny() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model = LlamaForCausalLM(LlamaConfig(**_json("config.json")))
-    missing, unknown = model.load_state_dict(_weights(), strict=False)
+    missing, unknown = model.load_state_dict(_weights(), strict=False, assign=True)  # once in memory
     if unknown or set(missing) - {"lm_head.weight"}:
         raise ValueError(f"weights.jsonl: missing {missing}, unknown {unknown}; reinstall the package")
     model.tie_weights()
@@ -64,7 +63,6 @@ def load_tiny_tokenizer() -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=core, **settings)
 
 
-@cache
 def _weights() -> dict[str, Any]:
     from apiary.models.tiny import weights
 
