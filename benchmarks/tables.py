@@ -622,7 +622,7 @@ def limits(results: dict[str, Any]) -> str:
         lines.append(f"| {'nobody attacks' if attack == 'none' else attack.replace('_', ' ')} | {' | '.join(cells)} |")
     note = (
         f"`fedavg`, {settings['clients']} clients of which {share:.0%} attack, {settings['rounds']} rounds. Held-out "
-        "loss, nats per response token."
+        "loss, nats per response token. A line without a range is of seed 0 alone."
     )
     return _noted(lines, results, note)
 
