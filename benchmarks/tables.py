@@ -623,7 +623,7 @@ def limits(results: dict[str, Any]) -> str:
         lines.append(f"| {'nobody attacks' if attack == 'none' else attack.replace('_', ' ')} | {' | '.join(cells)} |")
     note = (
         f"`fedavg`, {settings['clients']} clients of which {share:.0%} attack, {settings['rounds']} rounds. Held-out "
-        "loss, nats per response token."
+        "loss, nats per response token. A line without a range is of seed 0 alone."
     )
     return _noted(lines, results, note)
 
@@ -639,6 +639,34 @@ def _attacked(run: dict[str, Any] | None) -> str:
         return f"not a number{mark}"
     told = f" [{run['success']:.0%}]" if run["attack"].startswith("trigger") else ""
     return f"{run['loss']:.2f}{told}{mark}"
+
+
+def honest(results: dict[str, Any]) -> str:
+    """How near honest clients come to the limits, by setting."""
+    lines = [
+        "| | change over the usual one, limit 5 | of what the optimizer can do | weight over the usual one, counted up "
+        "to 3 | loss over the limit | scaled down | capped | refused |",
+        "|---" * 8 + "|",
+    ]
+    runs = results["runs"]
+    for way in dict.fromkeys(run["way"] for run in runs):
+        own = [run for run in runs if run["way"] == way]
+        known = [run["reach"] for run in own if run["reach"] is not None]
+        counts = [
+            str(total) if (total := sum(run[key] for run in own)) else "" for key in ("shortened", "capped", "refused")
+        ]
+        cells = [
+            f"{most:.2f}" if (most := max(run["length"] for run in own)) else "no median",
+            f"{max(known):.2f}" if known else "not known",
+            f"{most:.1f}" if (most := max(run["weight"] for run in own)) else "no median",
+            f"{max(run['loss'] for run in own):.2f}",
+            *counts,
+        ]
+        lines.append(f"| {way} | {' | '.join(cells)} |")
+    visits = sum(run["visits"] for run in runs)
+    seeds = len({run["seed"] for run in runs})
+    note = f"{visits} visits in {len(runs)} runs, {seeds} seed{'s' if seeds > 1 else ''}; the most of each."
+    return "\n".join([*lines, "", f"{note} On {_machine(results)}."])
 
 
 def rows_alone(results: dict[str, Any]) -> str:
@@ -926,6 +954,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "aggregation_round": aggregation_round,
     "poisoning": poisoning,
     "limits": limits,
+    "honest": honest,
     "federated": federated,
     "dolly": dolly,
     "mixed": mixed,
