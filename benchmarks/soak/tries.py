@@ -242,11 +242,14 @@ def _again(watch: Watch, since: float, until: float) -> int:
 
 
 def _rounds_lost(watch: Watch, since: float, until: float) -> int:
-    """How many finished rounds a run that went on did not go on from."""
+    """How many rounds before the running one a run that went on did not go on from.
+
+    A round runs until the next is asked for: only then its checkpoint is known to be there.
+    """
     found, done = 0, 0
     for at, event in watch.seen:
-        if event["event"] == "round":
-            done = max(done, event["round"])
+        if event["event"] == "asked":
+            done = max(done, event["round"] - 1)
         elif event["event"] == "start" and since < at <= until:
             found += max(0, done - int(event["resumed"]))
     return found

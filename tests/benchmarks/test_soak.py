@@ -85,6 +85,8 @@ def test_rounds_that_were_done_again_are_told_from_rounds_that_were_lost() -> No
     assert tries._again(running, 3.5, 100.0) == 1 and tries._rounds_lost(running, 3.5, 100.0) == 0
     lost = _Log([_start(0), _asked(1), _round(1), _asked(2), _start(0), _asked(1), _round(1), _asked(2)])
     assert tries._again(lost, 3.5, 100.0) == 2 and tries._rounds_lost(lost, 3.5, 100.0) == 1
+    unsaved = _Log([_start(0), _asked(1), _round(1), _start(0), _asked(1), _round(1), _asked(2)])
+    assert tries._again(unsaved, 2.5, 100.0) == 1 and tries._rounds_lost(unsaved, 2.5, 100.0) == 0
     assert tries._again(lost, 5.5, 100.0) == 1 and tries._rounds_lost(lost, 5.5, 100.0) == 0
 
 
