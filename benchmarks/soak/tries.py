@@ -276,7 +276,7 @@ def _told(watch: Watch, made: Try, until: float) -> tuple[float | None, str, str
             found.append((seen.at, "log", f"waiting for {', '.join(event['clients'])} for {event['seconds']:g} s"))
         elif server and event["event"] == "failed":
             found.append((seen.at, "log", str(event["message"])))
-        elif server and event["event"] == "start" and made.number + event["resumed"] > 0:
+        elif server and event["event"] == "start":
             found.append((seen.at, "log", f"it goes on after round {event['resumed']}"))
     for at, lines in watch.status:
         for line in lines if at > made.at else ():

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
 
 from benchmarks.soak import table, tries, watch  # noqa: E402
-from benchmarks.soak.__main__ import runs_of  # noqa: E402
+from benchmarks.soak.__main__ import read, runs_of  # noqa: E402
 from benchmarks.soak.faults import FAULTS, Strike  # noqa: E402
 from benchmarks.soak.field import SITES  # noqa: E402
 from benchmarks.soak.relay import Relay  # noqa: E402
@@ -148,6 +148,13 @@ def test_the_table_counts_what_was_tried() -> None:
     assert len(head) == len(row)
     assert row[:6] == ("a site's node killed", "2", "2, at most 2 (1 of them)", "5, at most 6", "0", "2")
     assert row[-1] == "1"
+
+
+def test_a_soak_goes_on_after_the_last_whole_line(tmp_path: Path) -> None:
+    assert read(tmp_path / "none.jsonl") == []
+    (tmp_path / "soak.jsonl").write_text('{"fault": "node", "number": 1}\n{"fault": "no')
+    assert read(tmp_path / "soak.jsonl") == [{"fault": "node", "number": 1}]
+    assert (tmp_path / "soak.jsonl").read_text() == '{"fault": "node", "number": 1}\n'
 
 
 @pytest.fixture
