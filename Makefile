@@ -33,7 +33,8 @@ test-quick: setup
 test-long: setup
 	$(BIN)/python -m pytest -m long
 
-# Twelve faults, twenty times each, at random moments of a real deployment: hours on two cores. Goes on where it was stopped.
+# Twelve faults, twenty times each, at random moments of a real deployment: an hour or two on two idle cores.
+# Goes on where it was stopped.
 soak: setup
 	$(BIN)/python -m benchmarks.soak
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -28,7 +29,7 @@ from benchmarks.soak.watch import Watch
 _APART = "APIARY_SOAK_APART"  # in the environment: this process has a mount namespace of its own
 _EACH = 20  # tries; so many of each fault are a result
 _FEW = 6  # of one run, at most
-_EVERY = 3  # each third run promises privacy
+_PRIVATE = 1 / 3  # of the runs promise privacy, by chance
 
 
 def main() -> None:
@@ -85,8 +86,12 @@ def _go_apart() -> None:
 
 
 def read(out: Path) -> list[dict[str, Any]]:
-    """The tries that are on record; a torn last line is passed over."""
-    lines = out.read_text(encoding="utf-8").split("\n")[:-1] if out.exists() else []
+    """The tries that are on record; a torn last line is cut off."""
+    if not out.exists():
+        return []
+    *lines, torn = out.read_bytes().split(b"\n")
+    if torn:
+        os.truncate(out, out.stat().st_size - len(torn))
     return [json.loads(line) for line in lines]
 
 
@@ -115,17 +120,25 @@ def _length(plans: Sequence[Plan]) -> int:
 
 
 def soak(plans: Sequence[Plan], given: argparse.Namespace) -> list[str]:
-    """Make all tries, and write a line for each; returns the faults that cannot be made here."""
-    with tempfile.TemporaryDirectory(prefix="soak-") as folder:
-        field = Field(Path(folder))
-        try:
-            left_out = [] if field.disks["server"].mounted else ["site_disk", "server_disk"]
-            plans = [plan for plan in plans if plan.fault not in left_out]
-            field.begin()
-            reference = {} if given.no_reference else _undisturbed(field, given.rounds)
-            _all_runs(field, plans, given, reference)
-        finally:
-            field.end()
+    """Make all tries, and write a line for each; returns the faults that cannot be made here.
+
+    Raises:
+        RuntimeError: a run of a new deployment took no fault, or the undisturbed run did not go well.
+    """
+    left_out: list[str] = []
+    reference: dict[int, str] | None = {} if given.no_reference else None
+    while plans:
+        with tempfile.TemporaryDirectory(prefix="soak-") as folder:
+            field = Field(Path(folder))
+            try:
+                left_out = [] if field.disks["server"].mounted else ["site_disk", "server_disk"]
+                plans = [plan for plan in plans if plan.fault not in left_out]
+                field.begin()
+                if reference is None:
+                    reference = _undisturbed(field, given.rounds)
+                plans = _all_runs(field, plans, given, reference)
+            finally:
+                field.end()
     return left_out
 
 
@@ -147,32 +160,45 @@ def _undisturbed(field: Field, rounds: int) -> dict[int, str]:
     return dict(watch.digests)
 
 
-def _all_runs(field: Field, plans: Sequence[Plan], given: argparse.Namespace, reference: dict[int, str]) -> None:
+def _all_runs(field: Field, plans: Sequence[Plan], given: argparse.Namespace, reference: dict[int, str]) -> list[Plan]:
+    """Make the tries, run after run, until a run goes wrong; returns those that are left, for another deployment."""
     waiting, number = list(plans), 0
     while waiting:
         some = next(runs_of(waiting, given.rounds, given.together))
         number += 1
-        private = given.private == "all" or (given.private == "some" and number % _EVERY == 0)
         name = f"run-{time.strftime('%H%M%S')}-{number}"
-        slow = FAULTS[some[0].fault].slow
-        field.submit(name, tries.settings_of(given.rounds, private, slow))
-        watch, began = Watch(field, name), time.monotonic()
-        try:
-            made, code = tries.carry_out(watch, some, given.rounds, given.seed)
-        finally:
-            watch.end()
-        for row in tries.accounts(watch, made, code, private, reference):
-            with given.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            print(f"{row['fault']} {row['number']}: {'; '.join(row['failures']) or 'held'}", flush=True)
-        print(f"{name}: {len(made)} of {len(some)} tries in {time.monotonic() - began:.0f} s, exit {code}", flush=True)
-        if not made:
+        made, well = _one_run(field, name, some, given, reference)
+        if not made and number == 1:
             raise RuntimeError(f"{name} took no fault:\n{field.said('submit')[-2000:]}")
-        done = {(one.plan.fault, one.plan.number) for one in made}
-        waiting = [plan for plan in waiting if (plan.fault, plan.number) not in done]
-        if any(row["failures"] for row in read(given.out) if row["run"] == name):
-            _keep(field, watch.folder, given.out.with_suffix("") / name)
-        shutil.rmtree(watch.folder / "checkpoints", ignore_errors=True)
+        waiting = [plan for plan in waiting if (plan.fault, plan.number) not in made]
+        if not well:
+            break
+    return waiting
+
+
+def _one_run(
+    field: Field, name: str, some: Sequence[Plan], given: argparse.Namespace, reference: dict[int, str]
+) -> tuple[set[tuple[str, int]], bool]:
+    """Make the tries of one run, and write their lines; which were made, and whether the deployment is as before."""
+    chance = random.Random(f"{given.seed} {some[0].fault} {some[0].number} private").random()
+    private = given.private == "all" or (given.private == "some" and chance < _PRIVATE)
+    field.submit(name, tries.settings_of(given.rounds, private, FAULTS[some[0].fault].slow))
+    watch, began = Watch(field, name), time.monotonic()
+    try:
+        made, code = tries.carry_out(watch, some, given.rounds, given.seed)
+    finally:
+        watch.end()
+    rows = list(tries.accounts(watch, made, code, private, reference))
+    with given.out.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    for row in rows:
+        print(f"{row['fault']} {row['number']}: {'; '.join(row['failures']) or 'held'}", flush=True)
+    print(f"{name}: {len(made)} of {len(some)} tries in {time.monotonic() - began:.0f} s, exit {code}", flush=True)
+    if not made or any(row["failures"] for row in rows):
+        _keep(field, watch.folder, given.out.with_suffix("") / name)
+    shutil.rmtree(watch.folder / "checkpoints", ignore_errors=True)
+    well = bool(made) and code == 0 and all(one.back is not None for one in made) and not rows[-1]["left_over"]
+    return {(one.plan.fault, one.plan.number) for one in made}, well
 
 
 def _keep(field: Field, run: Path, place: Path) -> None:

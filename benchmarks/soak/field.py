@@ -150,7 +150,7 @@ class Field:
         """Run a command to its end."""
         done = subprocess.run([*_APIARY, *words], env=self._environment(""), capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(done.stderr)
+            raise RuntimeError(done.stdout + done.stderr)
 
     def _environment(self, name: str) -> dict[str, str]:
         found = {**os.environ, _MARK: self.mark, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

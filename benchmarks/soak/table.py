@@ -62,12 +62,16 @@ def cells(found: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
                 _words(one["back"]),
                 str(one["rounds_again"]),
                 str(one["messages_lost"]),
-                f"{one['same']} of {one['compared']}",
-                f"{one['exact']} of {one['private']}",
+                _part(one["same"], one["compared"]),
+                _part(one["exact"], one["private"]),
                 str(one["failures"]),
             )
         )
     return rows
+
+
+def _part(some: int, of: int) -> str:
+    return f"{some} of {of}" if of else ""
 
 
 def _words(spread: Mapping[str, float]) -> str:
@@ -86,4 +90,5 @@ def page(results: Mapping[str, Any]) -> str:
     head, *rows = cells(results["faults"])
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
     machine = results["machine"]
-    return "\n".join([*lines, "", f"Medians and the most. On {machine['cores']} cores of an {machine['cpu']}."])
+    note = "Medians and the most; the adapter is compared where all answers counted, the ledger under privacy."
+    return "\n".join([*lines, "", f"{note} On {machine['cores']} cores of an {machine['cpu']}."])

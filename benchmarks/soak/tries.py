@@ -158,7 +158,7 @@ def accounts(
         private: whether the run promised privacy.
         reference: the digest of the adapter after each round of an undisturbed run.
     """
-    log, strays = watch.log(), _left_over(watch.field)
+    log, strays, account = watch.log(), _left_over(watch.field), watch.account()
     for place, made in enumerate(tries):
         until = tries[place + 1].at if place + 1 < len(tries) else float("inf")
         fault, plan = FAULTS[made.plan.fault], made.plan
@@ -182,8 +182,11 @@ def accounts(
             "longest_wait_s": _longest(watch, made.at, min(until, made.back or until)),
             **{"exit": code, "cohort_equal": equal, "same_adapter": None},
             "ledger": _ledger(watch, log, own) if private else None,
-            "left_over": strays if place + 1 == len(tries) else [],
+            "late": [f"{site} in round {n}" for n in own for site in sorted(_late(log, n))],
+            **{"left_over": [], "account": ""},
         }
+        if place + 1 == len(tries):  # of the whole run
+            row |= {"left_over": strays, "account": account}
         if equal and not private and reference:
             row["same_adapter"] = watch.digests.get(last) == reference.get(last)
         row["failures"] = failures(row)
@@ -207,6 +210,8 @@ def failures(row: Mapping[str, Any]) -> list[str]:
         and (row["printed_s"] is None or row["printed_s"] > PROMISED_S),
         "another adapter from an equal cohort": row["same_adapter"] is False,
         f"the ledger: {row['ledger']}": row["ledger"] not in (None, "exact"),
+        f"an answer counted that had been given up: {', '.join(row['late'])}": bool(row["late"]),
+        f"the account of the answers: {row['account']}": bool(row["account"]),
         f"left over: {'; '.join(row['left_over'])}": bool(row["left_over"]),
     }
     return [line for line, true in found.items() if true]
@@ -228,6 +233,12 @@ def _missing(log: Sequence[Mapping[str, Any]], number: int) -> set[str]:
     return asked - answered
 
 
+def _late(log: Sequence[Mapping[str, Any]], number: int) -> set[str]:
+    """Whose answer counted in a round that had gone on without it."""
+    refused = {event["client"] for event in log if event["event"] == "refused" and event.get("round") == number}
+    return refused & cohort_of(list(log), number)[1]
+
+
 def _again(watch: Watch, since: float, until: float) -> int:
     """How many rounds were asked for anew."""
     found, asked = (
@@ -242,11 +253,14 @@ def _again(watch: Watch, since: float, until: float) -> int:
 
 
 def _rounds_lost(watch: Watch, since: float, until: float) -> int:
-    """How many finished rounds a run that went on did not go on from."""
+    """How many rounds before the running one a run that went on did not go on from.
+
+    A round runs until the next is asked for: only then its checkpoint is known to be there.
+    """
     found, done = 0, 0
     for at, event in watch.seen:
-        if event["event"] == "round":
-            done = max(done, event["round"])
+        if event["event"] == "asked":
+            done = max(done, event["round"] - 1)
         elif event["event"] == "start" and since < at <= until:
             found += max(0, done - int(event["resumed"]))
     return found
@@ -273,7 +287,7 @@ def _told(watch: Watch, made: Try, until: float) -> tuple[float | None, str, str
             found.append((seen.at, "log", f"waiting for {', '.join(event['clients'])} for {event['seconds']:g} s"))
         elif server and event["event"] == "failed":
             found.append((seen.at, "log", str(event["message"])))
-        elif server and event["event"] == "start" and made.number + event["resumed"] > 0:
+        elif server and event["event"] == "start":
             found.append((seen.at, "log", f"it goes on after round {event['resumed']}"))
     for at, lines in watch.status:
         for line in lines if at > made.at else ():

@@ -85,6 +85,14 @@ class Watch:
             return [json.loads(line) for line in (self.folder / "log.jsonl").read_text().splitlines()]
         return []
 
+    def account(self) -> str:
+        """What `apiary deploy verify` finds wrong with the account of signed answers; "" is nothing."""
+        try:
+            self.field.run("deploy", "verify", str(self.folder), "--keys", str(self.field.kits / "server" / "sites"))
+        except RuntimeError as error:
+            return " ".join(str(error).split())[:300]
+        return ""
+
     def ended(self) -> bool:
         """Whether `submit`, which follows the run, has ended."""
         return self.field.kept["submit"].poll() is not None

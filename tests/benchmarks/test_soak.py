@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
 
 from benchmarks.soak import table, tries, watch  # noqa: E402
-from benchmarks.soak.__main__ import runs_of  # noqa: E402
+from benchmarks.soak.__main__ import read, runs_of  # noqa: E402
 from benchmarks.soak.faults import FAULTS, Strike  # noqa: E402
 from benchmarks.soak.field import SITES  # noqa: E402
 from benchmarks.soak.relay import Relay  # noqa: E402
@@ -27,7 +27,7 @@ from deploy.processes import free_port  # noqa: E402
 HELD: dict[str, Any] = {
     **{"fault": "node", "number": 1, "site": "ant", "exit": 0, "back_s": 4.0, "said_s": 2.0, "rounds_again": 0},
     **{"rounds_lost": 0, "messages_lost": 1, "others_lost": 0, "longest_wait_s": 5.0, "same_adapter": None},
-    **{"ledger": None, "left_over": [], "printed_s": 0.5},
+    **{"ledger": None, "left_over": [], "printed_s": 0.5, "late": [], "account": ""},
 }
 
 
@@ -52,6 +52,8 @@ def test_a_try_that_holds_breaks_no_promise() -> None:
         ({"printed_s": None}, "ant did not say so"),
         ({"same_adapter": False}, "another adapter"),
         ({"ledger": "ant has 2 charges for round 3, which counted"}, "2 charges"),
+        ({"late": ["ant in round 3"]}, "given up: ant in round 3"),
+        ({"account": "round 2: no signature of ant"}, "no signature of ant"),
         ({"left_over": ["ant has 2 of deploy.node"]}, "left over: ant"),
     ],
 )
@@ -85,7 +87,16 @@ def test_rounds_that_were_done_again_are_told_from_rounds_that_were_lost() -> No
     assert tries._again(running, 3.5, 100.0) == 1 and tries._rounds_lost(running, 3.5, 100.0) == 0
     lost = _Log([_start(0), _asked(1), _round(1), _asked(2), _start(0), _asked(1), _round(1), _asked(2)])
     assert tries._again(lost, 3.5, 100.0) == 2 and tries._rounds_lost(lost, 3.5, 100.0) == 1
+    unsaved = _Log([_start(0), _asked(1), _round(1), _start(0), _asked(1), _round(1), _asked(2)])
+    assert tries._again(unsaved, 2.5, 100.0) == 1 and tries._rounds_lost(unsaved, 2.5, 100.0) == 0
     assert tries._again(lost, 5.5, 100.0) == 1 and tries._rounds_lost(lost, 5.5, 100.0) == 0
+
+
+def test_an_answer_after_its_round_was_over_is_a_late_one() -> None:
+    refused = {"event": "refused", "client": "bee", "reason": "no answer within 12 s", "round": 2}
+    answers = [{"event": "client", "round": 2, "client": site} for site in SITES]
+    assert tries._late([_asked(2), refused, answers[0], answers[2]], 2) == set()
+    assert tries._late([_asked(2), refused, *answers], 2) == {"bee"}
 
 
 def test_a_fault_is_told_by_the_log_or_by_status_and_by_nothing_usual() -> None:
@@ -146,6 +157,13 @@ def test_the_table_counts_what_was_tried() -> None:
     assert len(head) == len(row)
     assert row[:6] == ("a site's node killed", "2", "2, at most 2 (1 of them)", "5, at most 6", "0", "2")
     assert row[-1] == "1"
+
+
+def test_a_soak_goes_on_after_the_last_whole_line(tmp_path: Path) -> None:
+    assert read(tmp_path / "none.jsonl") == []
+    (tmp_path / "soak.jsonl").write_text('{"fault": "node", "number": 1}\n{"fault": "no')
+    assert read(tmp_path / "soak.jsonl") == [{"fault": "node", "number": 1}]
+    assert (tmp_path / "soak.jsonl").read_text() == '{"fault": "node", "number": 1}\n'
 
 
 @pytest.fixture
