@@ -28,7 +28,7 @@ _PRIVATE = (
 )
 
 
-_OF_SERVER, _OF_SITE = ("deploy.superlink", "flower-superexec", "deploy.proxy"), ("client.site_worker", "deploy.node")
+_OF_SERVER, _OF_SITE = ("deploy.superlink", "deploy.superexec", "deploy.proxy"), ("client.site_worker", "deploy.node")
 _SANDBOX = "chat_sandbox.py"  # of a worker, for chat templates
 
 

@@ -39,6 +39,11 @@ def _in_work(made: Deployment, site: str) -> bool:
     return bool(Journal(made.kits / site / "state").read().message)
 
 
+def _steps(made: Deployment, site: str) -> set[Path]:
+    """The records of steps that a site has begun, one a run."""
+    return set((made.kits / site / "state").glob("runs/*/steps.jsonl"))
+
+
 def _until(made: Deployment, true: Callable[[], object], limit_s: float = 240.0) -> None:
     deadline = time.monotonic() + limit_s
     while not true():
@@ -85,10 +90,10 @@ def test_a_run_stopped_in_mid_message_leaves_no_process_and_no_late_answer(
     federation: Deployment, tiny_model: Path
 ) -> None:
     before = {site: len(descendants(federation.running[site].pid)) for site in SITES}
+    earlier = {site: _steps(federation, site) for site in SITES}
     assert set(before.values()) == {2}  # the worker and the node
     _submit(federation, tiny_model, "stopped", "rounds=50", "train.steps=10000000")  # hours, were it not stopped
-    logs = [federation.kits / site / "state" / "node.log" for site in SITES]
-    _until(federation, lambda: all(list(log.parent.glob("runs/*/steps.jsonl")) for log in logs))  # in the midst of it
+    _until(federation, lambda: all(_steps(federation, site) - earlier[site] for site in SITES))  # in the midst of it
     workers = _hold_at(federation, "stopped", 1, SITES)
     status = federation.call("deploy", "status", str(federation.kits / "server"), "--json")
     number = json.loads(status.stdout)["runs"][0]["id"]
@@ -97,7 +102,8 @@ def test_a_run_stopped_in_mid_message_leaves_no_process_and_no_late_answer(
     for pid in workers:
         os.kill(pid, signal.SIGCONT)
     federation.running["submit"].wait(timeout=120)
-    for site, log in zip(SITES, logs, strict=True):
+    for site in SITES:
+        log = federation.kits / site / "state" / "node.log"
         assert "dropped" in log.read_text().splitlines()[-1], log.read_text()[-500:]
         _until(federation, lambda site=site: "started again, for nobody waited" in federation.said(site), 60.0)
         _until(federation, lambda site=site: len(descendants(federation.running[site].pid)) == before[site], 60.0)
