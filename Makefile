@@ -31,7 +31,7 @@ test-quick: setup
 
 # Separate sites as real processes: minutes of waiting for Flower's heartbeats.
 test-long: setup
-	$(BIN)/python -m pytest -m long
+	$(PYTEST) -m long
 
 # Twelve faults, twenty times each, at random moments of a real deployment: an hour or two on two idle cores.
 # Goes on where it was stopped.

@@ -27,7 +27,7 @@ from benchmarks.soak.tries import Plan
 from benchmarks.soak.watch import Watch
 
 _APART = "APIARY_SOAK_APART"  # in the environment: this process has a mount namespace of its own
-_EACH = 20  # tries; so many of each fault are a result
+_EACH = 20  # tries
 _FEW = 6  # of one run, at most
 _PRIVATE = 1 / 3  # of the runs promise privacy, by chance
 
@@ -69,7 +69,7 @@ def main() -> None:
             print(f"{row['fault']} {row['number']} ({row['run']}): {line}")
     for fault in left_out:
         print(f"{fault}: not tried, for nothing may be mounted here (it needs root, or user namespaces)")
-    if all(found.get(fault, {"tries": 0})["tries"] >= _EACH for fault in FAULTS):
+    if all(found.get(fault, {"tries": 0})["tries"] >= given.times for fault in FAULTS):
         result = {"machine": environment.machine(gpu=False), "load": round(os.getloadavg()[0], 1), "faults": found}
         (RESULTS / "soak.json").write_text(json.dumps(result, indent=1) + "\n")
     if left_out or any(row["failures"] for row in rows):
