@@ -59,17 +59,26 @@ class Field:
         self.quiet: State = {}
         self._runs = 0
 
-    def run(self, *more: str, meanwhile: Callable[[], None] = lambda: None) -> Path:
-        """The folder of a whole run."""
+    def run(self, *more: str, each_round: Callable[[], None] = lambda: None) -> Path:
+        """The folder of a whole run, with what happens once in each of its rounds."""
         self._runs += 1
         folder, config = f"run{self._runs}", str(ROOT / "configs" / "deployment.toml")
         words = [word for text in (f"rounds={self.rounds}", *_SETTINGS, *more) for word in ("-s", text)]
         kit = str(self.made.kits / "server")
         self.made.start("submit", "started", "deploy", "submit", kit, config, "--out", folder, *words)
-        meanwhile()
+        for number in range(1, self.rounds + 1):
+            self._wait_for_round(folder, number)
+            each_round()
         process = self.made.kept.pop("submit")
         assert process.wait(900) == 0, (self.made.folder / "submit.log").read_text(errors="replace")[-3000:]
         return self.made.folder / folder
+
+    def _wait_for_round(self, folder: str, number: int) -> None:
+        run, deadline = self.made.folder / folder, time.monotonic() + 300
+        while not ((run / "log.jsonl").exists() and any(e["round"] == number for e in events_of(run, "asked"))):
+            process = self.made.kept["submit"]
+            assert time.monotonic() < deadline and process.poll() is None, f"no round {number} of {folder}"
+            time.sleep(0.05)
 
     def same(self, run: Path) -> bool:
         """Whether a run ended with the adapter of the undisturbed one, to the bit."""
@@ -178,44 +187,42 @@ class Door:
         return sent
 
 
-def false_calls(field: Field, door: Door, times: int) -> list[dict[str, Any]]:
-    """Calls that are not what they say, while a run goes on."""
+def false_calls(field: Field, door: Door) -> list[dict[str, Any]]:
+    """Calls that are not what they say, in each round of a run."""
     statuses: dict[str, list[int]] = {}
 
     def attack() -> None:
-        for _ in range(times):
-            used = door.site.headers()
-            assert door.beat(HOSTILE, used) == 200  # or what follows would be refused for another reason
-            for kind, node, headers in (
-                ("a call without a signature", HOSTILE, {}),
-                ("a call of an unknown key", HOSTILE, door.unknown.headers()),
-                ("a signature that was used before", HOSTILE, used),
-                ("a call in another site's name", HONEST[0], door.site.headers()),
-            ):
-                statuses.setdefault(kind, []).append(door.beat(node, headers))
+        used = door.site.headers()
+        assert door.beat(HOSTILE, used) == 200  # or what follows would be refused for another reason
+        for kind, node, headers in (
+            ("a call without a signature", HOSTILE, {}),
+            ("a call of an unknown key", HOSTILE, door.unknown.headers()),
+            ("a signature that was used before", HOSTILE, used),
+            ("a call in another site's name", HONEST[0], door.site.headers()),
+        ):
+            statuses.setdefault(kind, []).append(door.beat(node, headers))
 
-    run = field.run(meanwhile=attack)
+    run = field.run(each_round=attack)
     return [
         {"attack": kind, "tried": len(found), "refused": sum(status == 401 for status in found), **_whole(field, run)}
         for kind, found in statuses.items()
     ]
 
 
-def large_bodies(field: Field, door: Door, times: int) -> dict[str, Any]:
-    """Bodies of 1 GiB, five at a time, while a run goes on."""
+def large_bodies(field: Field, door: Door) -> dict[str, Any]:
+    """Bodies of 1 GiB, five at a time, in each round of a run."""
     taken: list[int] = []
     before = _superlink(field.made, "VmRSS")
 
     def attack() -> None:
-        for _ in range(times):
-            kinds = [{}, door.unknown.headers(), door.site.headers(), {}, {}]
-            threads = [threading.Thread(target=lambda own=own: taken.append(door.taken(own))) for own in kinds]  # type: ignore[misc]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+        kinds = [{}, door.unknown.headers(), door.site.headers(), {}, {}]
+        threads = [threading.Thread(target=lambda own=own: taken.append(door.taken(own))) for own in kinds]  # type: ignore[misc]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
 
-    run = field.run(meanwhile=attack)
+    run = field.run(each_round=attack)
     most = _superlink(field.made, "VmHWM")
     return {
         "attack": "bodies of 1 GiB, five at a time",
@@ -298,7 +305,7 @@ def measure(times: int, only: str | None, tell: Callable[[dict[str, Any]], None]
             again = field.run()
             assert field.same(again), "two undisturbed runs differ"
             if only != "sites":
-                _with_strangers(field, times, tell)
+                _with_strangers(field, tell)
             made.stop("stubs")
             made.play(rows, "--hostile", HOSTILE)
             for act in ACTS if only != "strangers" else ():
@@ -307,11 +314,11 @@ def measure(times: int, only: str | None, tell: Callable[[dict[str, Any]], None]
             made.end()
 
 
-def _with_strangers(field: Field, times: int, tell: Callable[[dict[str, Any]], None]) -> None:
+def _with_strangers(field: Field, tell: Callable[[dict[str, Any]], None]) -> None:
     door = Door(field.made)
-    for row in false_calls(field, door, times):
+    for row in false_calls(field, door):
         tell(row)
-    tell(large_bodies(field, door, times))
+    tell(large_bodies(field, door))
     tell(slow_callers(field, door))
 
 

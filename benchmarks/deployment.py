@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ _ROLES = {  # part of a command -> what it is
     "client.site_worker": "worker",
     "serverapp": "ServerApp",
     "superexec": "SuperExec",
+    "chat_sandbox": "sandbox of chat templates",
+    "stub_sites": "stub sites",
 }
 _LIBRARIES = """
 import peft, torch, transformers
@@ -148,6 +150,17 @@ class Federation:
                     role = f"keeper of {name}" if pid == self.kept[name].pid else _role(words)
                     found[role] = sizes
         return found
+
+
+def processor_s(pids: Iterable[int]) -> dict[str, float]:
+    """What each process is -> the seconds of processor time that it and those it has outlived took."""
+    found: dict[str, float] = {}
+    for pid in pids:
+        with contextlib.suppress(OSError):  # it has just ended
+            role = _role(Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0"))
+            ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:15]
+            found[role] = found.get(role, 0.0) + sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+    return found
 
 
 def end_in_order() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 _NAMES = {  # of a process -> what a reader calls it
@@ -12,7 +13,7 @@ _NAMES = {  # of a process -> what a reader calls it
     "following submit": "a `submit` that follows",
 }
 _SERVER = ("ServerApp", "SuperLink", "SuperExec", "door", "keeper of the server", "following submit")
-_SITE = ("worker", "node", "keeper of the site")
+_SITE = ("worker", "node", "keeper of the site", "sandbox of chat templates")
 
 
 def rounds(results: dict[str, Any]) -> str:
@@ -93,20 +94,29 @@ def _attack(row: dict[str, Any]) -> str:
 def many_sites(results: dict[str, Any]) -> str:
     """What one server needs by number of sites."""
     lines = [
-        "| sites | server ready after (s) | seconds a round, least to most | the run's own process, MB in round 2 and "
-        "the last | SuperLink, likewise | door, likewise | database, MB |",
-        "|---|---|---|---|---|---|---|",
+        "| sites | server ready after (s) | seconds a round, least to most | of processor time: the run's own process, "
+        "SuperLink, door, all stubs | the run's own process, MB at most and in the last round | SuperLink, likewise | "
+        "door, likewise | database, MB |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for run in results["runs"]:
         sizes = [
-            f"{run['mb'][1].get(role, 0):,.0f}, {run['mb'][-1].get(role, 0):,.0f}"
+            f"{max(mb.get(role, 0) for mb in run['mb']):,.0f}, {run['mb'][-1].get(role, 0):,.0f}"
             for role in ("ServerApp", "SuperLink", "door")
         ]
+        spent = (
+            f"{statistics.median(each.get(role, 0.0) for each in run['processor_s']):.1f}"
+            for role in ("ServerApp", "SuperLink", "door", "stub sites")
+        )
         seconds = f"{min(run['round_s']):.0f} to {max(run['round_s']):.0f}"
         lines.append(
-            f"| {run['sites']} | {run['ready_s']:.0f} | {seconds} | {' | '.join(sizes)} | {run['database_mb']:,.0f} |"
+            f"| {run['sites']} | {run['ready_s']:.0f} | {seconds} | {', '.join(spent)} | {' | '.join(sizes)} | "
+            f"{run['database_mb']:,.0f} |"
         )
-    note = f"Updates of {results['megabytes']:g} MB, {results['rounds']} rounds, proportional sizes."
+    note = (
+        f"Updates of {results['megabytes']:g} MB, {results['rounds']} rounds (seconds: without the first), proportional "
+        "sizes."
+    )
     return "\n".join([*lines, "", f"{note} {_on(results)}"])
 
 

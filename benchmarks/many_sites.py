@@ -2,7 +2,7 @@
 
 The server is as `apiary deploy server` starts it, of real processes. The sites are stubs, all in one process beside it
 (`benchmarks/stub_sites.py`). So the seconds are those of the transport and of what the server does, with the sites'
-half of it on the same cores; the megabytes are the server's alone.
+half of it on the same cores; the megabytes are the server's alone. Processor seconds say whose the cores were.
 
 python benchmarks/many_sites.py [--sites 10 50] [--rounds 6] [--megabytes 20]
 """
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from apiary.tracking import environment  # noqa: E402
-from benchmarks.deployment import RESULTS, Federation, end_in_order, write_rows  # noqa: E402
+from benchmarks.deployment import RESULTS, Federation, end_in_order, processor_s, write_rows  # noqa: E402
 
 _ENTRIES_A_RANK = 17_408  # of an adapter for the built-in model
 _LONGEST_S = 3_000.0
@@ -61,7 +61,8 @@ def _measured(made: Federation, rows: Path, rounds: int, rank: int) -> dict[str,
         events = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
         done = [event for event in events if event["event"] == "round"]
         for event in done[len(found) :]:
-            found.append({"ended": event["time"], "answered": event["clients"], "mb": most})
+            spent = processor_s([*made.below("server"), made.kept["stubs"].pid])
+            found.append({"ended": event["time"], "answered": event["clients"], "mb": most, "spent": spent})
             most = {}
         time.sleep(0.3)
     assert made.kept["submit"].returncode == 0, (made.folder / "submit.log").read_text(errors="replace")[-2000:]
@@ -71,6 +72,10 @@ def _measured(made: Federation, rows: Path, rounds: int, rank: int) -> dict[str,
         "sites": len(made.names),
         "ready_s": round(ready, 1),
         "round_s": [round(b - a, 1) for a, b in itertools.pairwise(ends)],
+        "processor_s": [
+            {role: round(spent - a["spent"].get(role, 0.0), 1) for role, spent in b["spent"].items()}
+            for a, b in itertools.pairwise(found)
+        ],
         "mb": [row["mb"] for row in found],
         "database_mb": round(sum(p.stat().st_size for p in _databases(made.kits)) / 1e6, 1),
     }

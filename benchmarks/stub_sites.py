@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import sys
 import threading
 import time
@@ -24,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 from cryptography.hazmat.primitives.asymmetric import ec  # noqa: E402
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict  # noqa: E402
+from flwr.app import Array, ArrayRecord, Error, Message, RecordDict  # noqa: E402
 from flwr.common.constant import ErrorCode  # noqa: E402
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto  # noqa: E402
 from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto  # noqa: E402
@@ -114,6 +115,7 @@ _VISITS: dict[str, Callable[[Visit], Visit]] = {
     "9e11 in every entry": _changed(lambda t: torch.full_like(t, 9e11)),
     "NaN in every entry": _changed(lambda t: torch.full_like(t, torch.nan)),
     "ten times as long": _changed(lambda t: t * 10),
+    "eight times as long, no entry beyond the steps' reach": _changed(lambda t: t.sign() * 8e-4),
     "claims 1e12 tokens": _claims(1e12),
     "a loss of -1e300": lambda visit: visit._replace(report=visit.report._replace(loss=-1e300)),
     "another's name": lambda visit: visit._replace(update=visit.update._replace(client="a")),
@@ -123,7 +125,6 @@ _MESSAGES = (
     "not signed",
     "signed by another key",
     "an answer of the round before",
-    "no answer that can be read",
     "an error text of 300 kB",
     "a hundred times as large",
 )
@@ -160,13 +161,11 @@ class Hostile(Stub):
             return Message(honest, reply_to=message)
         if act == "signed by another key":
             return self.signed(message, context, honest, ec.generate_private_key(ec.SECP384R1()))
-        if act == "no answer that can be read":
-            return Message(RecordDict({"x": ConfigRecord({"x": 1})}), reply_to=message)
         if act == "an error text of 300 kB":
             return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "x" * 300_000), reply_to=message)
         if act == "a hundred times as large":
             size = 100 * sum(tensor.nbytes for tensor in visit.update.delta.values())
-            array = Array("uint8", (size,), "apiary", bytes(size))
+            array = Array("uint8", (size,), "apiary", random.randbytes(size))  # equal objects would be sent once
             return Message(RecordDict({"x": ArrayRecord({"x": array})}), reply_to=message)
         if act == "an answer of the round before":
             before, self._before = self._before, self.signed(message, context, honest).content
