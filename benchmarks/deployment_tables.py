@@ -114,8 +114,8 @@ def many_sites(results: dict[str, Any]) -> str:
             f"{run['database_mb']:,.0f} |"
         )
     note = (
-        f"Updates of {results['megabytes']:g} MB, {results['rounds']} rounds (seconds: without the first), proportional "
-        "sizes."
+        f"Updates of {results['megabytes']:g} MB, {results['rounds']} rounds (seconds: without the first), "
+        "proportional sizes."
     )
     return "\n".join([*lines, "", f"{note} {_on(results)}"])
 
