@@ -41,11 +41,14 @@ from flwr.proto.node_pb2 import Node  # noqa: E402
 
 from apiary.tracking import environment  # noqa: E402
 from benchmarks.deployment import RESULTS, Federation, end_in_order, write_rows  # noqa: E402
-from benchmarks.stub_sites import ACT, ACTS, DONE  # noqa: E402
+from benchmarks.stub_sites import ACT, ACTS, DONE, HANDSHAKE, HONEST_TOKENS  # noqa: E402
 from deploy import kits  # noqa: E402
 
 HONEST, HOSTILE = ("a", "b", "c"), "x"
-_SETTINGS = ("evaluate.every=0", "strategy.min_clients=3", "train.steps=1", "strategy.join_timeout_s=300")
+_SETTINGS = (
+    *("evaluate.every=0", "strategy.min_clients=3", "strategy.join_timeout_s=300"),
+    "train.schedule=constant",  # or the last rounds' steps could not make the stubs' changes
+)
 _GIB = 2**30
 _SLOW, _SLOW_S = 600, 40.0
 State = dict[str, torch.Tensor]
@@ -56,16 +59,19 @@ class Field:
 
     def __init__(self, made: Federation, rounds: int) -> None:
         self.made, self.rounds = made, rounds
+        plan = (ROOT / "configs" / "deployment.toml").read_text(encoding="utf-8").replace("\nsteps = 20\n", "\n")
+        self._plan = made.folder / "plan.toml"
+        self._plan.write_text(plan, encoding="utf-8")
         self.quiet: State = {}
         self._runs = 0
 
-    def run(self, *more: str, each_round: Callable[[], None] = lambda: None) -> Path:
+    def run(self, *more: str, work: str = "train.steps=1", each_round: Callable[[], None] = lambda: None) -> Path:
         """The folder of a whole run, with what happens once in each of its rounds."""
         self._runs += 1
-        folder, config = f"run{self._runs}", str(ROOT / "configs" / "deployment.toml")
-        words = [word for text in (f"rounds={self.rounds}", *_SETTINGS, *more) for word in ("-s", text)]
+        folder = f"run{self._runs}"
+        words = [word for text in (f"rounds={self.rounds}", work, *_SETTINGS, *more) for word in ("-s", text)]
         kit = str(self.made.kits / "server")
-        self.made.start("submit", "started", "deploy", "submit", kit, config, "--out", folder, *words)
+        self.made.start("submit", "started", "deploy", "submit", kit, str(self._plan), "--out", folder, *words)
         for number in range(1, self.rounds + 1):
             self._wait_for_round(folder, number)
             each_round()
@@ -109,15 +115,20 @@ def hostile(field: Field, act: str) -> dict[str, Any]:
     folder = field.made.folder
     (folder / ACT).write_text(act, encoding="utf-8")
     (folder / DONE).unlink(missing_ok=True)
-    run = field.run(f"strategy.min_clients={len(HONEST) + 1}")
+    work = "train.epochs=1" if act == HANDSHAKE else "train.steps=1"  # then rows decide how much a site may train
+    run = field.run(f"strategy.min_clients={len(HONEST) + 1}", work=work)
     acts = {row["round"]: row["time"] for row in map(json.loads, (folder / DONE).read_text().splitlines())}
     refused = [event for event in events_of(run, "refused") if event["client"] == HOSTILE and "round" in event]
-    after = [event["time"] - acts[event["round"]] for event in refused]
+    counted = [event for event in events_of(run, "client") if event["client"] == HOSTILE]
+    capped = [event for event in counted if "capped" in event]
+    after = [event["time"] - acts[event["round"]] for event in (*refused, *capped)]
     answered = sum(event["client"] in HONEST for event in events_of(run, "client"))
     return {
         "attack": act,
         "tried": len(acts),
         "refused": len(refused),
+        "capped": len(capped),
+        "share": max((event["capped"] / HONEST_TOKENS for event in capped), default=None),
         "after_s": {"median": round(statistics.median(after), 2), "most": round(max(after), 2)} if after else None,
         "lost": field.rounds * len(HONEST) - answered,
         "same": field.same(run),

@@ -65,24 +65,27 @@ def _size(found: dict[str, dict[str, float]], role: str) -> str:
 def attacks(results: dict[str, Any]) -> str:
     """What each attack came to."""
     lines = [
-        "| attack | tries | refused | said after (s), median and most | honest answers lost | same adapter |",
+        "| attack | tries | refused, or held to the cap | from sending to the log's line (s), median and most | honest "
+        "answers lost | same adapter |",
         "|---|---|---|---|---|---|",
     ]
     for row in results["rows"]:
         after = f"{row['after_s']['median']:.1f}, {row['after_s']['most']:.1f}" if row.get("after_s") else ""
-        same = (
-            "yes"
-            if row["same"]
-            else f"no: {100 * row['distance']:.0f}% of its norm away"
-            if "distance" in row
-            else "no"
-        )
-        lines.append(f"| {_attack(row)} | {row['tried']:,} | {row['refused']:,} | {after} | {row['lost']} | {same} |")
+        held = row["refused"] + row.get("capped", 0)
+        lines.append(f"| {_attack(row)} | {row['tried']:,} | {held:,} | {after} | {row['lost']} | {_same(row)} |")
     note = (
         "The first rows are of strangers, while a run goes on; from `1000 in every entry` on a site with a real key "
         f"does it in each of the {results['times']} rounds of a run, beside three honest ones."
     )
     return "\n".join([*lines, "", f"{note} {_on(results)}"])
+
+
+def _same(row: dict[str, Any]) -> str:
+    if row["same"]:
+        return "yes"
+    if row.get("share"):
+        return f"no: it counts {row['share']:g} times the median"
+    return f"no: {100 * row['distance']:.0f}% of its norm away" if "distance" in row else "no"
 
 
 def _attack(row: dict[str, Any]) -> str:

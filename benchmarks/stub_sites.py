@@ -41,6 +41,7 @@ from deploy import fleet, kits, node  # noqa: E402
 from deploy.session import Journal  # noqa: E402
 
 ACT, DONE = "act", "acts.jsonl"
+HONEST_TOKENS = 1000  # that an honest visit trained on
 
 
 class Stub:
@@ -84,7 +85,9 @@ class Stub:
         number, payload = flower_records.read_request(message.content)
         source = torch.Generator().manual_seed(1_000_000 * self._seed + number)
         change = {name: torch.randn(old.shape, generator=source).mul_(1e-4) for name, old in payload.adapter.items()}
-        return Visit(Update(self.name, change, 1000.0, self._rank), FitReport(1000, 20, 1, 2.0, 0.1))
+        return Visit(
+            Update(self.name, change, float(HONEST_TOKENS), self._rank), FitReport(HONEST_TOKENS, 20, 1, 2.0, 0.1)
+        )
 
     def _hello(self, message: Message, context: Any) -> RecordDict:
         config = {"config": str(context.run_config["config"]), "name": str(context.run_config["name"])}
@@ -121,6 +124,7 @@ _VISITS: dict[str, Callable[[Visit], Visit]] = {
     "another's name": lambda visit: visit._replace(update=visit.update._replace(client="a")),
     "another adapter's shape": _changed(lambda t: t[..., :-1].clone()),
 }
+HANDSHAKE = "a handshake of 1e9 rows, and as much weight"
 _MESSAGES = (
     "not signed",
     "signed by another key",
@@ -128,11 +132,12 @@ _MESSAGES = (
     "an error text of 300 kB",
     "a hundred times as large",
 )
-ACTS = (*_VISITS, *_MESSAGES)
+ACTS = (*_VISITS, *_MESSAGES, HANDSHAKE)
+_ROWS, _TOKENS_EACH = 10**9, 50
 
 
 class Hostile(Stub):
-    """A site with a real key that is honest in all but the rounds' answers."""
+    """A site with a real key that is honest in all but the rounds' answers, and in one act the handshake."""
 
     def __init__(self, kit: kits.Kit, seed: int, service: Service, folder: Path) -> None:
         super().__init__(kit, seed, service)
@@ -145,15 +150,30 @@ class Hostile(Stub):
             honest = super().ask(message, context)
             self._before = honest.content
             return honest
-        act = (self._folder / ACT).read_text(encoding="utf-8").strip()
+        act = self._act()
         answer = self._acted(act, message, context)
         with (self._folder / DONE).open("a", encoding="utf-8") as log:
             line = {"act": act, "run": context.run_config["name"], "round": int(message.metadata.group_id)}
             log.write(json.dumps({**line, "time": time.time()}) + "\n")
         return answer
 
+    def _act(self) -> str:
+        return (self._folder / ACT).read_text(encoding="utf-8").strip()
+
+    def _hello(self, message: Message, context: Any) -> RecordDict:
+        honest = super()._hello(message, context)
+        if self._act() != HANDSHAKE:
+            return honest
+        told = flower_records.read_hello_reply(honest)
+        return flower_records.hello_reply(told._replace(examples=_ROWS, tokens=_ROWS * _TOKENS_EACH))
+
     def _acted(self, act: str, message: Message, context: Any) -> Message:
         visit = self.visit(message)
+        if act == HANDSHAKE:
+            tokens = _ROWS * _TOKENS_EACH
+            report = visit.report._replace(tokens=tokens, examples=_ROWS, steps=_ROWS)
+            visit = visit._replace(update=visit.update._replace(weight=float(tokens)), report=report)
+            return self.signed(message, context, flower_records.train_reply(visit))
         if act in _VISITS:
             return self.signed(message, context, flower_records.train_reply(_VISITS[act](visit)))
         honest = flower_records.train_reply(visit)
