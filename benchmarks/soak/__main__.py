@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import os
 import random
@@ -57,7 +58,7 @@ def main() -> None:
     plans = [
         Plan.drawn(given.seed, fault, number)
         for number in range(1, given.times + 1)
-        for fault in faults
+        for fault in random.Random(f"{given.seed} {number}").sample(faults, len(faults))  # each at each place of a run
         if not any((row["fault"], row["number"]) == (fault, number) for row in rows)
     ]
     left_out = soak(plans, given) if plans else []
@@ -96,17 +97,18 @@ def read(out: Path) -> list[dict[str, Any]]:
 
 
 def runs_of(plans: Sequence[Plan], rounds: int, together: bool = False) -> Iterator[list[Plan]]:
-    """The tries of a run each: of the server's faults alone, of the sites', or of stragglers; or of all `together`."""
+    """The tries of a run each: of the server's faults alone, of the sites', or of stragglers; or of all `together`.
+
+    A fault that is to hit while a run starts is the first of one.
+    """
     for kind in {_kind(plan, together): None for plan in plans}:
-        some: list[Plan] = []
-        for plan in plans:
-            if _kind(plan, together) != kind:
-                continue
-            if some and (len(some) == _FEW or _length([*some, plan]) > rounds):
-                yield some
-                some = []
-            some.append(plan)
-        if some:
+        own = [plan for plan in plans if _kind(plan, together) == kind]
+        starting = collections.deque(plan for plan in own if plan.phase == "start")
+        later = collections.deque(plan for plan in own if plan.phase != "start")
+        while starting or later:
+            some = [starting.popleft() if starting else later.popleft()]
+            while later and len(some) < _FEW and _length([*some, later[0]]) <= rounds:
+                some.append(later.popleft())
             yield some
 
 

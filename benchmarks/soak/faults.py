@@ -8,7 +8,7 @@ import random
 import re
 import signal
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from benchmarks.soak.field import Field
 
@@ -36,6 +36,8 @@ class Fault(NamedTuple):
     of_site: bool = True
     slow: bool = False  # needs a run with a deadline
     says: bool = True  # the site or the server must print it
+    lost: float = 2  # answers that it may cost, at most: the running round's, and of a site that of the next
+    wait_s: float = 45.0  # without a further answer, at most: Flower gives up a silent site after half a minute
 
 
 def _killing(of_site: bool, word: str) -> Callable[[Field, str, random.Random], Strike | None]:
@@ -103,6 +105,7 @@ def _clock(field: Field, site: str, rng: random.Random) -> Strike:
 
 _ENDED = r"the {} ended \(exit code -9\) and is started again"
 _GOES_ON = r"its process was gone; it goes on"
+_OF_SERVER: dict[str, Any] = {"lost": 3, "wait_s": 90.0}  # the running round's; the run's process starts anew
 FAULTS = {
     "node": Fault("a site's node killed", _killing(True, "deploy.node"), re.compile(_ENDED.format("node")), 3),
     "worker": Fault(
@@ -115,14 +118,22 @@ FAULTS = {
         re.compile(_ENDED.format("SuperLink") + "|" + _GOES_ON),
         3,
         of_site=False,
+        **_OF_SERVER,
     ),
     "serverapp": Fault(
-        "the run's own process killed", _killing(False, "flwr-serverapp"), re.compile(_GOES_ON), 3, of_site=False
+        "the run's own process killed",
+        _killing(False, "flwr-serverapp"),
+        re.compile(_GOES_ON),
+        3,
+        of_site=False,
+        **_OF_SERVER,
     ),
     "door": Fault(
-        "the door killed", _killing(False, "deploy.proxy"), re.compile(_ENDED.format("door")), 4, of_site=False
+        "the door killed", _killing(False, "deploy.proxy"), re.compile(_ENDED.format("door")), 4, of_site=False, lost=1
     ),
-    "site_disk": Fault("a site's disk full", _full(True), re.compile("[Dd]isk|No space"), 6, says=False),
+    "site_disk": Fault(  # while it is full, each round of a second costs an answer
+        "a site's disk full", _full(True), re.compile("[Dd]isk|No space"), 6, says=False, lost=float("inf")
+    ),
     "server_disk": Fault(
         "the server's disk full",
         _full(False),
@@ -130,6 +141,7 @@ FAULTS = {
         4,
         of_site=False,
         says=False,
+        **_OF_SERVER,
     ),
     "network": Fault("a site's network cut", _cut, re.compile("does not answer|node ended|refuses"), 7, says=False),
     "straggler": Fault("a straggler past the deadline", _straggler, re.compile("(?!)"), 5, slow=True, says=False),

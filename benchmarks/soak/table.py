@@ -16,7 +16,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         own = [row for row in rows if row["fault"] == fault]
         if not own:
             continue
-        said = [row["said_s"] for row in own if row["said_s"] is not None]
+        said = [min(times) for row in own if (times := [t for t in (row["log_s"], row["status_s"]) if t is not None])]
         compared = [row["same_adapter"] for row in own if row["same_adapter"] is not None]
         private = [row["ledger"] for row in own if row["ledger"] is not None]
         back = [row["back_s"] for row in own if row["back_s"] is not None]
@@ -27,6 +27,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
             "rounds_again": sum(row["rounds_again"] for row in own),
             "rounds_lost": sum(row["rounds_lost"] for row in own),
             "messages_lost": sum(row["messages_lost"] for row in own),
+            "wait": _spread([row["longest_wait_s"] for row in own]),
             "compared": len(compared),
             "same": sum(compared),
             "private": len(private),
@@ -42,7 +43,7 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 _HEAD = (
-    *("fault", "tries", "told after, s", "all again after, s", "rounds done again", "messages lost"),
+    *("fault", "tries", "told after, s", "longest wait, s", "all again after, s", "rounds done again", "answers lost"),
     *("same adapter", "ledger exact", "promises broken"),
 )
 
@@ -59,6 +60,7 @@ def cells(found: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
                 FAULTS[fault].words,
                 str(one["tries"]),
                 told,
+                _words(one["wait"]),
                 _words(one["back"]),
                 str(one["rounds_again"]),
                 str(one["messages_lost"]),

@@ -16,6 +16,7 @@ from benchmarks.soak.watch import Watch, charges, cohort_of, equal_until, releas
 PROMISED_S = 30.0  # within which it is told why a run waits
 _LONGEST_S = 300.0  # from a fault's end until all takes part again
 _PROGRESS = ("start", "handshake", "asked", "client", "round", "finish")
+_STATUS_TAKES_S = 5.0  # a status that is told later was asked for after the moment
 _SLOW_S = 10.0  # from then on it is a reason that status names a question without an answer
 _SETTINGS = (
     *("train.steps=1", "train.batch_tokens=256", "train.threads=1", "model.dtype=float32", "model.device=cpu"),
@@ -30,6 +31,7 @@ _PRIVATE = (
 
 _OF_SERVER, _OF_SITE = ("deploy.superlink", "deploy.superexec", "deploy.proxy"), ("client.site_worker", "deploy.node")
 _SANDBOX = "chat_sandbox.py"  # of a worker, for chat templates
+_ENDED = "is started again"  # what a server prints of a process of its own that is gone
 
 
 class Plan(NamedTuple):
@@ -128,19 +130,41 @@ def _try(watch: Watch, plan: Plan, rng: random.Random) -> Try | None:
 
 
 def _back(watch: Watch, mended: float) -> float | None:
-    """When a whole round that began after a fault's end had every site again, or the run ended first; None: never."""
+    """When all took part again after a fault's end; None: that was not seen.
+
+    That is a whole round with every site. Where the run ends before, all sites must be online by `apiary deploy
+    status`, in a question that was asked after the end, for then the next run asks them (`absent`).
+    """
     while time.monotonic() - mended < _LONGEST_S:
-        asked = {seen.event["round"] for seen in watch.after(mended, "asked")}
-        for seen in watch.after(mended, "round"):
-            number = seen.event["round"]
-            if number in asked and cohort_of([s.event for s in watch.after(mended, "asked", "client")], number)[
-                1
-            ] == set(SITES):
-                return seen.at
+        if (at := _whole_round(watch, mended)) is not None:
+            return at
         if watch.ended():
-            return time.monotonic()
+            return _all_online(watch, max(mended, time.monotonic()))
         _step(watch)
     return None
+
+
+def _whole_round(watch: Watch, since: float) -> float | None:
+    """When the first round that began after a moment had every site's answer."""
+    events = [seen.event for seen in watch.after(since, "asked", "client")]
+    asked = {event["round"] for event in events if event["event"] == "asked"}
+    for seen in watch.after(since, "round"):
+        if seen.event["round"] in asked and cohort_of(events, seen.event["round"])[1] == set(SITES):
+            return seen.at
+    return None
+
+
+def _all_online(watch: Watch, since: float) -> float | None:
+    while time.monotonic() - since < _LONGEST_S:
+        for at, lines in watch.status:
+            if at > since + _STATUS_TAKES_S and all(any(_online(site, line) for line in lines) for site in SITES):
+                return at
+        _step(watch)
+    return None
+
+
+def _online(site: str, line: str) -> bool:
+    return line.startswith(f"site {site}: online")
 
 
 # -- what became of it ----------------------------------------------------------------------------
@@ -166,27 +190,30 @@ def accounts(
         last = max(own, default=0)
         equal = bool(own) and equal_until(log, last)
         lost = [(n, site) for n in own for site in sorted(_missing(log, n))]
-        told_s, told_by, line = _told(watch, made, until)
+        log_s, status_s, line = _told(watch, made, until)
         row: dict[str, Any] = {
             **{"fault": plan.fault, "number": plan.number, "site": plan.site if fault.of_site else "server"},
             **{"how": made.strike.how, "private": private, "run": watch.name},
             "moment": {"round": made.number, "phase": plan.phase, "after_s": plan.after_s},
             "lasted_s": round(made.mended - made.at, 1),
-            **{"said_s": told_s, "said_by": told_by, "said": line, "printed_s": _printed(watch, made, until)},
+            **{"log_s": log_s, "status_s": status_s, "said": line, "printed_s": _printed(watch, made, until)},
             "back_s": None if made.back is None else round(made.back - made.mended, 1),
             "rounds_again": _again(watch, made.at, until),
             "rounds_lost": _rounds_lost(watch, made.at, until),
             "messages_lost": len(lost),
             "site_rounds_away": sum(len(set(SITES) - cohort_of(log, n)[0]) for n in own),
             "others_lost": len([site for _, site in lost if fault.of_site and site != plan.site]),
+            "others_away": sorted({site for n in own for site in set(SITES) - cohort_of(log, n)[0]} - _hit(plan)),
             "longest_wait_s": _longest(watch, made.at, min(until, made.back or until)),
             **{"exit": code, "cohort_equal": equal, "same_adapter": None},
             "ledger": _ledger(watch, log, own) if private else None,
             "late": [f"{site} in round {n}" for n in own for site in sorted(_late(log, n))],
-            **{"left_over": [], "account": ""},
+            **{"left_over": [], "account": "", "absent": []},
         }
         if place + 1 == len(tries):  # of the whole run
             row |= {"left_over": strays, "account": account}
+        if place == 0 and plan.phase != "start":
+            row["absent"] = sorted(set(SITES) - cohort_of(log, 1)[0])
         if equal and not private and reference:
             row["same_adapter"] = watch.digests.get(last) == reference.get(last)
         row["failures"] = failures(row)
@@ -195,19 +222,21 @@ def accounts(
 
 def failures(row: Mapping[str, Any]) -> list[str]:
     """The promises that a try broke, by its line."""
+    fault = FAULTS[row["fault"]]
     found = {
         f"the run ended with exit code {row['exit']}": row["exit"] != 0,
         "not all took part again": row["back_s"] is None,
         "a finished round was lost": row["rounds_lost"] > 0,
         "more than the running round was done again": row["rounds_again"] > 1,
         "another site lost a message": row["others_lost"] > 0,
-        "a fault of the server cost more than the running round": row["site"] == "server"
-        and row["messages_lost"] > len(SITES),
-        f"no reason within {PROMISED_S:g} s for what was lost, or for a wait of {row['longest_wait_s']} s": _unsaid(
-            row
-        ),
-        f"{row['site']} did not say so within {PROMISED_S:g} s": FAULTS[row["fault"]].says
-        and (row["printed_s"] is None or row["printed_s"] > PROMISED_S),
+        f"not asked, though it was not hit: {', '.join(row['others_away'])}": bool(row["others_away"]),
+        f"not asked in the run's first round, before any fault: {', '.join(row['absent'])}": bool(row["absent"]),
+        f"{row['messages_lost']} answers lost; it may cost {fault.lost:g}": row["messages_lost"] > fault.lost,
+        f"a wait of {row['longest_wait_s']} s; {fault.wait_s:g} s is allowed": row["longest_wait_s"] > fault.wait_s,
+        f"no reason within {PROMISED_S:g} s in the log": (row["messages_lost"] > 0 or _long(row))
+        and not _soon(row["log_s"]),
+        f"no reason within {PROMISED_S:g} s in the status": _long(row) and not _soon(row["status_s"]),
+        f"{row['site']} did not say so within {PROMISED_S:g} s": fault.says and not _soon(row["printed_s"]),
         "another adapter from an equal cohort": row["same_adapter"] is False,
         f"the ledger: {row['ledger']}": row["ledger"] not in (None, "exact"),
         f"an answer counted that had been given up: {', '.join(row['late'])}": bool(row["late"]),
@@ -217,10 +246,18 @@ def failures(row: Mapping[str, Any]) -> list[str]:
     return [line for line, true in found.items() if true]
 
 
-def _unsaid(row: Mapping[str, Any]) -> bool:
-    """Whether something was lost, or long waited for, and no reason was given in time."""
-    worth = row["messages_lost"] > 0 or row["longest_wait_s"] > PROMISED_S
-    return worth and (row["said_s"] is None or row["said_s"] > PROMISED_S)
+def _long(row: Mapping[str, Any]) -> bool:
+    """Whether a wait was so long that it must be explained."""
+    return bool(row["longest_wait_s"] > PROMISED_S)
+
+
+def _soon(told_s: float | None) -> bool:
+    return told_s is not None and told_s <= PROMISED_S
+
+
+def _hit(plan: Plan) -> set[str]:
+    """The sites that a fault concerns."""
+    return {plan.site} if FAULTS[plan.fault].of_site else set()
 
 
 def _rounds(watch: Watch, since: float, until: float) -> list[int]:
@@ -275,32 +312,48 @@ def _longest(watch: Watch, since: float, until: float) -> float:
     return round(max((b - a for a, b in itertools.pairwise(marks)), default=0.0), 1)
 
 
-def _told(watch: Watch, made: Try, until: float) -> tuple[float | None, str, str]:
-    """How many seconds after a fault its place was named with a reason, where, and in which words."""
+def _told(watch: Watch, made: Try, until: float) -> tuple[float | None, float | None, str]:
+    """How many seconds after a fault its place was named with a reason, in the log and by status, and the first line.
+
+    What the server prints counts as its log where its own processes were hit: the run's cannot write then.
+    """
     server, site = not FAULTS[made.plan.fault].of_site, made.plan.site
-    found: list[tuple[float, str, str]] = []
-    for seen in watch.after(made.at, "refused", "waiting", "failed", "start"):
-        event = seen.event
-        if event["event"] == "refused" and (server or event["client"] == site):
-            found.append((seen.at, "log", f"{event['client']} refused: {event['reason']}"))
-        elif event["event"] == "waiting" and (server or site in event["clients"]):
-            found.append((seen.at, "log", f"waiting for {', '.join(event['clients'])} for {event['seconds']:g} s"))
-        elif server and event["event"] == "failed":
-            found.append((seen.at, "log", str(event["message"])))
-        elif server and event["event"] == "start":
-            found.append((seen.at, "log", f"it goes on after round {event['resumed']}"))
-    for at, lines in watch.status:
-        for line in lines if at > made.at else ():
-            if any(_names(one, line) for one in (SITES if server else (site,))) or (server and _names_server(line)):
-                found.append((at, "status", line))
-    found = sorted(one for one in found if one[0] <= until)
-    if not found:
-        return None, "", ""
-    return round(found[0][0] - made.at, 1), found[0][1], found[0][2][:200]
+    log = [
+        (seen.at, line)
+        for seen in watch.after(made.at, "refused", "waiting", "failed", "start")
+        if (line := _reason(seen.event, None if server else site))
+    ]
+    if server:
+        log += [(at, line) for at, who, line in watch.printed if who == "server" and made.at <= at and _ENDED in line]
+    status = [
+        (at, line)
+        for at, lines in watch.status
+        if at > made.at
+        for line in lines
+        if any(_names(one, line) for one in (SITES if server else (site,))) or (server and _names_server(line))
+    ]
+    places = [sorted(one for one in found if one[0] <= until) for found in (log, status)]
+    log_s, status_s = (round(found[0][0] - made.at, 1) if found else None for found in places)
+    return log_s, status_s, min((found[0] for found in places if found), default=(0.0, ""))[1][:200]
+
+
+def _reason(event: Mapping[str, Any], site: str | None) -> str:
+    """What an event of a run's log says of a site or, for None, of anything that went wrong; "" is nothing."""
+    match event["event"]:
+        case "refused" if site in (None, event["client"]):
+            return f"{event['client']} refused: {event['reason']}"
+        case "waiting" if site is None or site in event["clients"]:
+            return f"waiting for {', '.join(event['clients'])} for {event['seconds']:g} s"
+        case "failed" if site is None:
+            return str(event["message"])
+        case "start" if site is None and event["resumed"]:
+            return f"it goes on after round {event['resumed']}"
+    return ""
 
 
 def _names_server(line: str) -> bool:
-    return line.startswith("no status") or "to be resumed" in line
+    """Whether a line of status says of the server or its run that, and why, nothing goes on."""
+    return line.startswith("no status: the SuperLink") or " going: " in line
 
 
 def _names(site: str, line: str) -> bool:

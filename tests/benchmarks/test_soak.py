@@ -25,15 +25,17 @@ from benchmarks.soak.relay import Relay  # noqa: E402
 from deploy.processes import free_port  # noqa: E402
 
 HELD: dict[str, Any] = {
-    **{"fault": "node", "number": 1, "site": "ant", "exit": 0, "back_s": 4.0, "said_s": 2.0, "rounds_again": 0},
+    **{"fault": "node", "number": 1, "site": "ant", "exit": 0, "back_s": 4.0, "log_s": 2.0, "rounds_again": 0},
     **{"rounds_lost": 0, "messages_lost": 1, "others_lost": 0, "longest_wait_s": 5.0, "same_adapter": None},
-    **{"ledger": None, "left_over": [], "printed_s": 0.5, "late": [], "account": ""},
+    **{"ledger": None, "left_over": [], "printed_s": 0.5, "late": [], "account": "", "status_s": 12.0},
+    **{"others_away": [], "absent": []},
 }
 
 
 def test_a_try_that_holds_breaks_no_promise() -> None:
     assert tries.failures(HELD) == []
-    assert tries.failures({**HELD, "said_s": None, "messages_lost": 0, "same_adapter": True, "ledger": "exact"}) == []
+    nothing_to_tell = {"log_s": None, "status_s": None, "messages_lost": 0}
+    assert tries.failures({**HELD, **nothing_to_tell, "same_adapter": True, "ledger": "exact"}) == []
 
 
 @pytest.mark.parametrize(
@@ -45,10 +47,16 @@ def test_a_try_that_holds_breaks_no_promise() -> None:
         ({"rounds_lost": 1}, "a finished round was lost"),
         ({"rounds_again": 2}, "more than the running round"),
         ({"others_lost": 1}, "another site"),
-        ({"site": "server", "messages_lost": 4}, "a fault of the server"),
-        ({"said_s": None}, "no reason within 30 s"),
-        ({"said_s": 31.0}, "no reason within 30 s"),
-        ({"said_s": None, "messages_lost": 0, "longest_wait_s": 31.0}, "a wait of 31.0 s"),
+        ({"others_away": ["bee"]}, "not asked, though it was not hit: bee"),
+        ({"absent": ["bee"]}, "not asked in the run's first round, before any fault: bee"),
+        ({"messages_lost": 3}, "3 answers lost; it may cost 2"),
+        ({"fault": "door", "site": "server", "messages_lost": 2}, "2 answers lost; it may cost 1"),
+        ({"longest_wait_s": 46.0}, "a wait of 46.0 s; 45 s is allowed"),
+        ({"fault": "superlink", "site": "server", "longest_wait_s": 91.0}, "a wait of 91.0 s; 90 s is allowed"),
+        ({"log_s": None}, "no reason within 30 s in the log"),
+        ({"log_s": 31.0}, "no reason within 30 s in the log"),
+        ({"log_s": None, "messages_lost": 0, "longest_wait_s": 31.0}, "no reason within 30 s in the log"),
+        ({"status_s": None, "longest_wait_s": 31.0}, "no reason within 30 s in the status"),
         ({"printed_s": None}, "ant did not say so"),
         ({"same_adapter": False}, "another adapter"),
         ({"ledger": "ant has 2 charges for round 3, which counted"}, "2 charges"),
@@ -99,21 +107,65 @@ def test_an_answer_after_its_round_was_over_is_a_late_one() -> None:
     assert tries._late([_asked(2), refused, *answers], 2) == {"bee"}
 
 
+def _tried(fault: str = "node") -> tries.Try:
+    return tries.Try(tries.Plan(fault, 1, "bee", "asked", 0.0), 0.5, 1, Strike(), 0.5, None)
+
+
 def test_a_fault_is_told_by_the_log_or_by_status_and_by_nothing_usual() -> None:
-    def told(events: list[dict[str, Any]], status: list[tuple[float, list[str]]]) -> tuple[float | None, str, str]:
+    def told(
+        events: list[dict[str, Any]], status: list[tuple[float, list[str]]], fault: str = "node"
+    ) -> tuple[float | None, float | None, str]:
         log = _Log(events)
         log.status = status
-        made = tries.Try(tries.Plan("node", 1, "bee", "asked", 0.0), 0.5, 1, Strike(), 0.5, None)
-        return tries._told(log, made, 100.0)
+        return tries._told(log, _tried(fault), 100.0)
 
     usual = "site bee: online; last answered round 4; no answer to round 5 for 3.0 s"
-    assert told([_start(0), _asked(1), _round(1)], [(2.0, ["3 of 3 sites online", usual])])[0] is None
-    assert told([], [(13.0, [usual.replace("3.0", "12.0")])])[:2] == (12.5, "status")
-    assert told([], [(40.0, ["site bee: offline"]), (50.0, ["site ant: offline"])])[:2] == (39.5, "status")
+    assert told([_start(0), _asked(1), _round(1)], [(2.0, ["3 of 3 sites online", usual])])[:2] == (None, None)
+    assert told([], [(13.0, [usual.replace("3.0", "12.0")])])[:2] == (None, 12.5)
+    assert told([], [(40.0, ["site bee: offline"]), (50.0, ["site ant: offline"])])[:2] == (None, 39.5)
     refused = {"event": "refused", "client": "bee", "reason": "its node ended", "round": 1}
-    found = told([_start(0), refused, refused], [(3.0, ["site bee: offline"])])
-    assert found == (0.5, "log", "bee refused: its node ended")
-    assert told([_start(0), {**refused, "client": "ant"}], [])[0] is None
+    assert told([_start(0), refused, refused], [(3.0, ["site bee: offline"])]) == (
+        0.5,
+        2.5,
+        "bee refused: its node ended",
+    )
+    waiting = {"event": "waiting", "clients": ["bee"], "seconds": 20.0}
+    assert (
+        told([_start(0), waiting], [])[0] == 0.5 and told([_start(0), {**waiting, "clients": ["ant"]}], [])[0] is None
+    )
+    assert told([_start(0), {**refused, "client": "ant"}], [])[:2] == (None, None)
+    assert told([_start(0), _start(1)], [(2.0, ["no status: no server is running"])], "superlink")[:2] == (0.5, None)
+    assert told([], [(2.0, ["no status: the SuperLink gives no answer: refused"])], "superlink")[1] == 1.5
+    assert told([], [(2.0, ["123  going: to be resumed  41 s  runs/first"])], "serverapp")[1] == 1.5
+
+
+def test_all_are_back_when_a_round_that_began_afterwards_has_every_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tries, "_step", lambda watch: None)
+    answers = [{"event": "client", "round": 2, "client": site} for site in SITES]
+    log = _Log([_asked(1), _asked(2), *answers, _round(2)])
+    log.ended = lambda: False  # type: ignore[method-assign]
+    monkeypatch.setattr(tries, "_LONGEST_S", -1e9)
+    assert tries._back(log, 0.5) is None  # a time that has passed
+    monkeypatch.setattr(tries, "_LONGEST_S", 1e9)
+    assert tries._back(log, 0.5) == 5.0
+    assert tries._whole_round(log, 1.5) is None  # that round had begun before
+    without = _Log([_asked(1), _asked(2), *answers[:2], _round(2)])
+    assert tries._whole_round(without, 0.5) is None
+
+
+def test_where_the_run_ends_first_all_must_be_online(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tries, "_step", lambda watch: None)
+    monkeypatch.setattr(tries, "_LONGEST_S", 0.2)
+    now = time.monotonic()
+    log = _Log([_asked(1), _round(1)])
+    log.ended = lambda: True  # type: ignore[method-assign]
+    online = [f"site {site}: online; last answered round 1" for site in SITES]
+    log.status = [(now + 1.0, online)]  # asked for before, it may be
+    assert tries._back(log, time.monotonic()) is None
+    log.status.append((now + 10.0, [*online[:2], "site cricket: offline"]))
+    assert tries._back(log, time.monotonic()) is None
+    log.status.append((now + 12.0, online))
+    assert tries._back(log, time.monotonic()) == now + 12.0
 
 
 def test_a_ledger_that_charges_twice_or_not_at_all_is_not_exact(tmp_path: Path) -> None:
@@ -149,13 +201,16 @@ def test_every_moment_is_drawn_once_and_each_run_takes_faults_of_one_kind() -> N
     assert sorted(plan for run in runs for plan in run) == sorted(plans)
     for run in runs:
         assert len({(FAULTS[plan.fault].of_site, FAULTS[plan.fault].slow) for plan in run}) == 1
+        assert all(plan.phase != "start" for plan in run[1:])
 
 
 def test_the_table_counts_what_was_tried() -> None:
-    rows = [{**HELD, "failures": []}, {**HELD, "number": 2, "said_s": None, "back_s": 6.0, "failures": ["x"]}]
+    silent = {"number": 2, "log_s": None, "status_s": None, "back_s": 6.0, "failures": ["x"]}
+    rows = [{**HELD, "failures": []}, {**HELD, **silent}]
     head, row = table.cells(table.summary(rows))
     assert len(head) == len(row)
-    assert row[:6] == ("a site's node killed", "2", "2, at most 2 (1 of them)", "5, at most 6", "0", "2")
+    assert row[:5] == ("a site's node killed", "2", "2, at most 2 (1 of them)", "5, at most 5", "5, at most 6")
+    assert row[5:7] == ("0", "2")
     assert row[-1] == "1"
 
 
