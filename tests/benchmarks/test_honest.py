@@ -45,6 +45,13 @@ def test_ratios_are_over_the_median_of_the_round_or_the_past(before: float, leng
     assert Screen.after.__qualname__ == "Screen.after"  # as it was
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["LoRA+", "gradient descent, `train.clip_norm = 0`", "factors in turns"])
+def test_no_honest_client_is_refused_where_changes_differ_most(way: str) -> None:
+    made = honest.one(way, 0, ["rounds=2", "data.clients=4", "train.steps=4"])
+    assert made["failed"] == "" and made["visits"] == 8 and made["refused"] == made["shortened"] == 0, made
+
+
 def test_no_honest_client_was_refused() -> None:
     runs = json.loads(honest.RESULTS.read_text(encoding="utf-8"))["runs"]
     assert len(runs) >= 9 and {run["way"] for run in runs} <= set(honest.WAYS)
