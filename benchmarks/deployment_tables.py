@@ -129,5 +129,7 @@ def _on(results: dict[str, Any]) -> str:
 
 TABLES = {
     "deployment_rounds": rounds,
+    "attacks": attacks,
     "deployment_memory": memory,
+    "many_sites": many_sites,
 }
