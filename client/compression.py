@@ -78,5 +78,5 @@ def encode(config: RunConfig, codec: Codec, site: Site, number: int, delta: Stat
     fitting = {name: tensor for name, tensor in before.items() if name in delta and tensor.shape == delta[name].shape}
     message, left_out = codecs.encode(delta, codec, fitting, generator(config.seed, number, site.client, "wire"))
     if codec.feedback:
-        round_files.save(site.folder, KIND, number, left_out)
+        round_files.save(site.folder, KIND, number, left_out, back={round_files.sound_before(config, number)})
     return message

@@ -22,7 +22,7 @@ from apiary.data.examples import Example
 from apiary.data.stages import stage_numbers
 from apiary.data.turns import turn_values, turns_of_values
 from client.continual.buffer import Buffer, BufferedRow, Rule, admit, buffer_rule
-from client.round_files import RoundFiles
+from client.round_files import RoundFiles, sound_before
 from client.state import Memory
 from client.training.trainer import Cursor
 
@@ -136,6 +136,9 @@ def prepare(
         folder, buffer_rule(config.continual, config.seed, client, int((of >= 0).sum())), parts, stage, entered
     )
     cursor, replay = (past.cursor, past.replay) if entered else (Cursor(), Cursor())
+    _forget_before(
+        folder, min(stage - _KEPT_BACK, stage_of(sound_before(config, number) + 1, config.rounds, len(stages)))
+    )
     planned = rounds_of(stage, config.rounds, len(stages))
     return StageData(stage, parts[stage], kept, cursor, replay, number - planned.start, len(planned))
 
@@ -153,10 +156,14 @@ def _kept(
     if stage:
         save(folder, stage, buffer.rows)
     save(folder, stage + 1, admit(buffer, parts[stage], stage).rows)
-    for old in _files(folder).numbers():
-        if old < stage - _KEPT_BACK:
-            _files(folder).path(old).unlink(missing_ok=True)
     return buffer.rows
+
+
+def _forget_before(folder: Path, stages: int) -> None:
+    """Remove the versions that no round which may be done again begins with."""
+    for number in _files(folder).numbers():
+        if number < stages:
+            _files(folder).path(number).unlink(missing_ok=True)
 
 
 def _forget_beyond(folder: Path, stages: int) -> None:

@@ -3,7 +3,8 @@
 A server that was killed goes back to an earlier round; it then finds the client as it was at that moment, and the run
 repeats itself bit for bit. So a file is written whole or not at all, the newest few are kept, and `begin` removes what
 a crashed run left of the round that is about to be done, and of later ones. Everything of a round is saved before the
-memory of that round (`client.state`), which says that the round was done.
+memory of that round (`client.state`), which says that the round was done. A run whose loss explodes goes back further,
+to `sound_before`, and so what a client was at that round stays too.
 
 Of virtual clients a round's files need not be on the disk before its checkpoint: see `flushed_together`.
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +23,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as pack
 from torch import Tensor
 
+from apiary.config.schema import RunConfig
 from apiary.core.files import is_draft, own_folder, remove, write_atomic
 from apiary.core.tensors import StateDict
 from strategies.local import LocalAlgorithm
@@ -37,6 +40,12 @@ def begin(folder: Path, number: int) -> None:
             remove(path)
         elif (match := _NAME.fullmatch(name)) and int(match[1]) >= number:
             path.unlink()
+
+
+def sound_before(config: RunConfig, number: int) -> int:
+    """The round that a run goes back to if its loss explodes in round `number` or the next; 0 = to the beginning."""
+    every = config.evaluate.every
+    return (number - 1) // every * every if every else 0
 
 
 class RoundFiles(NamedTuple):
@@ -65,8 +74,8 @@ class RoundFiles(NamedTuple):
         """The newest round earlier than `before` that there is a file of."""
         return max((number for number in self.numbers() if number < before), default=None)
 
-    def write(self, number: int, body: str | bytes, *, also: int = 0) -> None:
-        """Write the file of a round, and remove all but the newest `keep` and that of round `also`.
+    def write(self, number: int, body: str | bytes, *, back: Collection[int] = ()) -> None:
+        """Write the file of a round, and remove all but the newest `keep` and what was the newest in the rounds `back`.
 
         A straggler that ends after a later round has been saved changes nothing.
         """
@@ -75,8 +84,9 @@ class RoundFiles(NamedTuple):
         if earlier and earlier[-1] > number:
             return
         write_atomic(self.path(number), body, private=True, of_round=True)
+        stay = {max((one for one in earlier if one <= round_), default=0) for round_ in back}
         for old in sorted({*earlier, number})[: -self.keep]:
-            if old != also:
+            if old not in stay:
                 self.path(old).unlink(missing_ok=True)
 
 
@@ -93,10 +103,10 @@ def newest(folder: Path, kind: str, before: int) -> dict[str, Tensor]:
     return load(folder, kind, RoundFiles(folder, kind, ".safetensors").newest(before))
 
 
-def save(folder: Path, kind: str, number: int, tensors: StateDict, *, also: int = 0) -> None:
-    """Write the tensors of a round, and remove all but the newest few and those of round `also`."""
+def save(folder: Path, kind: str, number: int, tensors: StateDict, *, back: Collection[int] = ()) -> None:
+    """Write the tensors of a round, and remove all but the newest few and what was the newest in the rounds `back`."""
     body = pack({name: tensor.contiguous() for name, tensor in tensors.items()})
-    RoundFiles(folder, kind, ".safetensors").write(number, body, also=also)
+    RoundFiles(folder, kind, ".safetensors").write(number, body, back=back)
 
 
 def of_method(folder: Path, local: LocalAlgorithm, number: int, last_round: int) -> StateDict:
@@ -116,6 +126,9 @@ def of_method(folder: Path, local: LocalAlgorithm, number: int, last_round: int)
     return load(folder, local.keeps, last_round) if local.resumes == "counted" else newest(folder, local.keeps, number)
 
 
-def save_of_method(folder: Path, local: LocalAlgorithm, number: int, tensors: StateDict, last_round: int) -> None:
+def save_of_method(
+    folder: Path, local: LocalAlgorithm, number: int, tensors: StateDict, last_round: int, config: RunConfig
+) -> None:
     """Write what a client's half of a method keeps of round `number`; the state that it counts on stays."""
-    save(folder, local.keeps, number, tensors, also=last_round if local.resumes == "counted" else 0)
+    counted = {last_round} if local.resumes == "counted" else set[int]()
+    save(folder, local.keeps, number, tensors, back={sound_before(config, number), *counted})

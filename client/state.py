@@ -46,9 +46,12 @@ def load(folder: Path, before: int) -> Memory:
     return Memory(**{**values, **cursors})
 
 
-def save(folder: Path, memory: Memory) -> None:
-    """Write the memory of a round. A straggler that ends after a later round has been saved changes nothing."""
-    _files(folder).write(memory.round, json.dumps(memory._asdict()))
+def save(folder: Path, memory: Memory, sound: int = 0) -> None:
+    """Write the memory of a round, and keep that of the rounds just before and of round `sound`.
+
+    A straggler that ends after a later round has been saved changes nothing.
+    """
+    _files(folder).write(memory.round, json.dumps(memory._asdict()), back={sound})
 
 
 def load_copy(folder: Path) -> StateDict | None:

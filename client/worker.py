@@ -213,11 +213,11 @@ class Worker:
         """The answer of a finished visit, once what the site keeps of it is on its disk."""
         sent, kept = self.local.finish(payload.adapter, result.delta)
         if kept := own or kept:
-            round_files.save_of_method(site.folder, self.local, at.round, kept, payload.last_round)
+            round_files.save_of_method(site.folder, self.local, at.round, kept, payload.last_round, self.config)
         if self.local.personal:  # it may never be asked to measure
             mine = payload._replace(adapter=own or add(payload.adapter, result.delta))
             self._save_own(site, mine)
-        state.save(site.folder, at)
+        state.save(site.folder, at, round_files.sound_before(self.config, at.round))
         update = Update(site.client, sent, float(result.report.tokens), self.local.rank(sent, site.rank))
         return Visit(update, result.report, curated, spent)
 
@@ -240,7 +240,7 @@ class Worker:
             lr_sum = schedule.lr_sum(self.config, number, answer.report.steps)
             settled = self.local.settle(self._kept(site, number, payload), payload, arrived, lr_sum)
             kept = {**round_files.load(site.folder, self.local.keeps, number), **settled}
-            round_files.save_of_method(site.folder, self.local, number, kept, payload.last_round)
+            round_files.save_of_method(site.folder, self.local, number, kept, payload.last_round, self.config)
         return message
 
     # -- measuring ------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The log of a run directory, read as it grows: what one of Flower's runs says in it, and how far the run is."""
+"""The log of a run directory, read as it grows: what one of Flower's runs says in it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ class RunReader:
         self.run = run
         self.started = False  # it has logged its start
         self.end: str | None = None  # its last word: empty = it finished, else why it failed
-        self.rounds = 0  # the last finished round in the whole log
         self._again = False  # it failed by nothing of its own doing
         self._path = out / event_log.LOG_FILE
         self._offset, self._last = 0, b""  # the bytes that are read, and the line that ends there
@@ -63,7 +62,7 @@ class RunReader:
         """
         told = self.started
         self._offset, self._last, self._own = 0, b"", False
-        self.started, self.end, self._again, self.rounds = False, None, False, 0
+        self.started, self.end, self._again = False, None, False
         return told
 
     def _take(self, event: Event) -> bool:
@@ -72,8 +71,6 @@ class RunReader:
         if kind == "start":
             self._own = event.get("run") == self.run
             self.started = self.started or self._own
-        if kind == "round":
-            self.rounds = max(self.rounds, int(event["round"]))
         if self._own and self.end is None and kind in ("finish", "failed"):
             self.end = "" if kind == "finish" else str(event["message"])
             self._again = kind == "failed" and bool(event.get("again"))

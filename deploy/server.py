@@ -176,10 +176,15 @@ def _watch(
         processes.reap(kept)
         now = time.monotonic()
         if now - looked > _KEYS_S:
-            before, known = known, register(kit, state, failures)
             looked = now
-            if known != before:
-                _say(f"sites: {', '.join(known)}")
+            try:
+                before, known = known, register(kit, state, failures)
+            except OSError as error:  # the disk is full; what Flower took meanwhile is remembered once there is room
+                _fail("", "", f"keys cannot be looked after now: {error.strerror}", failures)
+            else:
+                failures.pop(("", ""), None)
+                if known != before:
+                    _say(f"sites: {', '.join(known)}")
         if now - tended > _RUNS_S:
             tend()
             tended = time.monotonic()
@@ -204,8 +209,11 @@ def register(kit: Kit, state: Path, failures: _Failures) -> list[str]:
 
     Returns:
         The names of the sites that are registered.
+
+    Raises:
+        OSError: the disk is full, or a folder cannot be read.
     """
-    known, before = _nodes(state), site_nodes(state)
+    known = _nodes(state)
     files = kits.public_keys(kit)
     keys = {name: key for name, file in files.items() if (key := _key(name, file, failures))}
     for name, entry in list(known.items()):
@@ -220,15 +228,13 @@ def register(kit: Kit, state: Path, failures: _Failures) -> list[str]:
         node = _try(name, new[name], failures, partial(_settle, state, files[name], new[name], told, others))
         if node:
             known[name] = {"node": node, "key": new[name]}
-    if new:
-        _remember(state, known)
-    if before != site_nodes(state):
-        _remember(state, known)
+    _remember(state, known)
     return sorted(known)
 
 
 def _remember(state: Path, known: dict[str, dict[str, str]]) -> None:
-    write_atomic(state / _NODES, json.dumps(known, indent=1))
+    if known != _nodes(state):
+        write_atomic(state / _NODES, json.dumps(known, indent=1))
 
 
 def _key(name: str, file: Path, failures: _Failures) -> str | None:
@@ -260,7 +266,7 @@ def _is_due(name: str, key: str, failures: _Failures) -> bool:
 
 def _fail(name: str, key: str, line: str, failures: _Failures) -> None:
     if failures.get((name, key), ("", 0.0))[0] != line:
-        _say(f"site {name}: {line}")
+        _say(f"site {name}: {line}" if name else line)
     failures[name, key] = line, time.monotonic()
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from apiary.config import loading
 from apiary.core.errors import UserError
+from apiary.tracking import run_directory
 from deploy import flower_cli, runs, starting
 from deploy import going as going_runs
 from deploy.going import Going
@@ -83,7 +85,7 @@ class Tending:
     def _go_on(self, going: Going, known: _Watched) -> None:
         if known.gone is None:
             known.gone = time.monotonic()
-        done = known.log.rounds
+        done = run_directory.last_checkpoint(going.folder)  # the log may already tell of a round after it
         tries = 0 if done > going.done else going.tries
         if tries >= going_runs.TRIES:
             end = f"its process ended {tries} times without finishing a round (superexec.log in the state folder)"
@@ -92,8 +94,9 @@ class Tending:
             return
         if time.monotonic() - known.gone < going_runs.pause(tries):
             return
-        if not going_runs.has_room(going.folder) or not going_runs.has_room(self._state):
-            self._wait(going, known, going_runs.NO_ROOM)
+        needed = (going.folder, self._state, Path(tempfile.gettempdir()))  # where changes wait (`server.screen`)
+        if full := [place for place in needed if not going_runs.has_room(place)]:
+            self._wait(going, known, f"{going_runs.NO_ROOM} of {str(full[0])!r}")
             return
         expected = self._sites(going, known)
         if not expected:

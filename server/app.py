@@ -113,7 +113,14 @@ def _forget(folder: Path, config: RunConfig, number: int, progress: Progress) ->
 
 
 def _state_privacy(folder: Path, config: RunConfig, progress: Progress) -> None:
-    statement.write(folder, config, {client: Spent._make(values) for client, values in progress.spent.items()})
+    """State what was spent, also in rounds that a run which goes on from an earlier one has not done again."""
+    spent = {client: Spent._make(values) for client, values in progress.spent.items()}
+    stated = statement.read(folder).get("clients", {}) if config.privacy.unit != "none" else {}
+    for client, values in stated.items():
+        before = Spent(**values)
+        if client not in spent or spent[client].epsilon < before.epsilon:
+            spent[client] = before
+    statement.write(folder, config, spent)
 
 
 def deliver(config: RunConfig, rounds: Rounds, folder: Path, log: RunLog) -> StateDict:

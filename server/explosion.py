@@ -15,6 +15,7 @@ from apiary.core.messages import Visit
 from server import client_scores
 from server.client_scores import Scores
 from server.evaluation import Evaluation
+from strategies.from_config import weighs
 
 ABOVE: Final = 1.0  # nats; what a loss near zero may rise by without being exploded
 _APART: Final = 2.0  # times the median client's, from which on one stands out
@@ -44,6 +45,7 @@ class Watch:
     def __init__(self, config: RunConfig) -> None:
         self._config = config
         self._moved: dict[str, float] = {}  # by client, its weight times the length of its change, summed over rounds
+        self._weighs = weighs(config)
         self.senseless = 0  # clients whose loss was no number, since the last evaluation
         self.loss: float | None = None  # of the last evaluation; None where nobody told one
 
@@ -51,7 +53,8 @@ class Watch:
         """Enter a visit that counts."""
         update = visit.update
         length = math.hypot(*(float(vector_norm(tensor, dtype=torch.float64)) for tensor in update.delta.values()))
-        self._moved[update.client] = self._moved.get(update.client, 0.0) + update.weight * length
+        weight = update.weight if self._weighs else 1.0  # else one that says it trained on nothing moved nothing
+        self._moved[update.client] = self._moved.get(update.client, 0.0) + weight * length
 
     def hold(self, number: int, server: Evaluation | None, panel: Scores | None, sofar: Sofar) -> str:
         """Why the run must stop after the evaluation of round `number`; "" where it may go on.
@@ -109,7 +112,8 @@ def line(number: int, loss: float, first: float, moved: Mapping[str, float], sou
         number: the round after which the loss was measured.
         loss: that loss.
         first: the one that the run began with.
-        moved: by client, the sum of its weight times the length of its change, over the rounds since `sound`.
+        moved: by client, the sum of its weight, where the method has one, times the length of its change, over the
+            rounds since `sound` that this process has done.
         sound: the last round whose loss was sound.
         config: the run.
     """
@@ -125,7 +129,7 @@ def _who(moved: Mapping[str, float]) -> str:
     if not total:
         return "nobody's change moved the model"
     most = max(moved, key=lambda client: moved[client])
-    part = f"{moved[most] / total:.0%} of all weights times lengths"
+    part = f"{moved[most] / total:.0%} of all changes, each by its length and weight"
     if len(moved) > 1 and moved[most] < _APART * statistics.median_low(moved.values()):
         return f"{most} moved the model most, with {part}, hardly more than others: a lower train.lr usually helps"
     return f"{most} moved the model most, with {part}: look at what it sends before it takes part again"

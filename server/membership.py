@@ -84,21 +84,23 @@ class Roster:
         self._unanswered: dict[str, int] = {}  # the node of each handshake without an answer yet, by message id
 
     def wait_for(self, grid: Grid, expected: int) -> None:
-        """Wait for the nodes of `expected` clients and shake hands with them.
+        """Wait for the nodes of `expected` clients, or at last of `strategy.min_clients`, and shake hands with them.
 
         Raises:
-            RunFailed: fewer nodes came within `strategy.join_timeout_s`, or too few clients passed the handshake.
+            RunFailed: fewer than those came within `strategy.join_timeout_s`, or too few clients passed the handshake.
         """
-        deadline, pause = time.monotonic() + self.config.strategy.join_timeout_s, messaging.Pause()
-        while len(nodes := list(grid.get_node_ids())) < expected:
+        patience, needed = self.config.strategy.join_timeout_s, min(self.config.strategy.min_clients, expected)
+        deadline, pause = time.monotonic() + patience, messaging.Pause()
+        while (there := len(list(grid.get_node_ids()))) < expected:
             if time.monotonic() > deadline:
+                if there >= needed:  # one that was counted a moment ago may have gone since
+                    break
                 raise RunFailed(
-                    f"{len(nodes)} of {expected} clients joined within strategy.join_timeout_s = "
-                    f"{self.config.strategy.join_timeout_s:g} s"
+                    f"{there} of {expected} clients joined within strategy.join_timeout_s = {patience:g} s, "
+                    f"{needed} are needed"
                 )
             pause.sleep()
-        self._update(grid, patience=self.config.strategy.join_timeout_s)
-        needed = min(self.config.strategy.min_clients, expected)
+        self._update(grid, patience=patience)
         if len(self.members) < needed:
             raise RunFailed(
                 f"{len(self.members)} clients passed the handshake, {needed} are needed; see the lines above"

@@ -61,11 +61,16 @@ class Progress(NamedTuple):
     weights: Sequence[float] = ()  # likewise
     first_loss: float | None = None  # the first that was measured; None before there is one
     sound_round: int = 0  # the newest whose loss was measured and had not exploded
+    budget_spent: Sequence[str] = ()  # the clients that declined because their privacy budget is spent, by name
 
     @property
     def reference(self) -> Reference:
         """What was usual in the rounds so far."""
         return Reference(self.lengths, self.weights)
+
+    def with_budget_spent(self, client: str) -> Progress:
+        """Without a client in later cohorts; a run that goes on draws them from the same names."""
+        return self._replace(budget_spent=sorted({*self.budget_spent, client}))
 
     def with_spent(self, client: str, spent: Spent | None) -> Progress:
         """With the privacy that a client has spent; as it is where the client tells none."""
@@ -160,7 +165,6 @@ class Rounds(Strategy):
         )
         self._draw = Draw(config.strategy.fraction, config.strategy.min_clients, config.seed)
         self._cohort: list[str] = []
-        self._budget_spent: set[str] = set()
         self._watch = explosion.Watch(config)
         self._round_fields: dict[str, Any] = {}  # of the `round` event, from the newest `aggregate_train`
 
@@ -180,14 +184,15 @@ class Rounds(Strategy):
             RunFailed: too few clients joined, too few updates of a round were valid, a step led to NaN or infinity, no
                 client trained in any round, or no round changed the model.
         """
-        self._roster.wait_for(grid, expected)
+        if self.state.round < self.config.rounds and not self.progress.stopped:
+            self._roster.wait_for(grid, expected)
         if self.state.round == 0:
             self._measure(0, grid)
         for number in range(self.state.round + 1, self.config.rounds + 1):
             if self.progress.stopped:
                 break
             self._round(number, grid)
-            if self._roster.members and self._roster.members.keys() <= self._budget_spent:
+            if self._roster.members and self._roster.members.keys() <= set(self.progress.budget_spent):
                 self._stop(number, "all clients' privacy budgets are spent (privacy.epsilon)")
                 self._hooks.on_round(self.state, self.progress)
         if not self.progress.last_round:
@@ -227,7 +232,8 @@ class Rounds(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """The train messages to the round's cohort, which is drawn here; `arrays` and `config` are not used."""
-        self._cohort = choose(_there(self, server_round) - self._budget_spent, self._draw, server_round)
+        can_train = _there(self, server_round) - set(self.progress.budget_spent)
+        self._cohort = choose(can_train, self._draw, server_round)
         self._log.event("asked", round=server_round, clients=self._cohort)
         members = [self._roster.members[client] for client in self._cohort]
         return self._payloads.messages("train", members, server_round, self._source(self.state))
@@ -386,7 +392,8 @@ def _record(rounds: Rounds, number: int, settled: Settled) -> None:
         return
     rounds._payloads.confirm(client)
     if isinstance(reply, Decline):
-        rounds._budget_spent |= {client} if reply.reason == "budget" else set()
+        if reply.reason == "budget":
+            rounds.progress = rounds.progress.with_budget_spent(client)
         rounds._log.event("declined", round=number, **reply._asdict())
         return
     info = rounds._roster.members[client].info

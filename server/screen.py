@@ -21,6 +21,7 @@ from apiary.core.messages import Decline, Visit
 from apiary.core.tensors import StateDict
 from server.replies import Refusal, Terms
 from strategies import guard
+from strategies.from_config import weighs
 from strategies.guard import Medians, Reference
 
 _HELD = 256 * 2**20  # bytes of the changes that wait in memory
@@ -48,9 +49,13 @@ class Screen:
 
     Where `strategy.norm_guard` is k, a change may be k times as long as the median one of the round or of the rounds
     before, whichever is longer, in each part of the adapter (`strategies.guard`). Where all clients make the same steps
-    a longer one is refused. With `train.epochs` it may come from more rows, and is scaled down to the limit. Where
-    `strategy.weight_cap` is c, likewise, no weight is larger than c times the median; where fewer than `guard.FEWEST`
-    answer and no round before has a median, than c times the smallest of them, or what the handshakes lead to expect.
+    a longer one is refused. With `train.epochs` it may come from more rows, and is scaled down to the limit; but not
+    where clients keep account of the change that they sent, which would no longer be the server's. A part in which the
+    median client moves nothing has the limit of the part that moves most.
+
+    Where `strategy.weight_cap` is c, likewise, no weight is larger than c times the median; where fewer than
+    `guard.FEWEST` answer and no round before has a median, than c times the smallest of them, or what the handshakes
+    lead to expect. It is for methods that weigh clients by what they trained on.
 
     Args:
         terms: of the round.
@@ -58,8 +63,9 @@ class Screen:
 
     def __init__(self, terms: Terms) -> None:
         config, train = terms.config, terms.config.train
-        self._factor, self._cap = config.strategy.norm_guard, config.strategy.weight_cap
-        self._alike = train.epochs is None
+        self._factor = config.strategy.norm_guard
+        self._cap = config.strategy.weight_cap if weighs(config) else 0.0
+        self._alike = train.epochs is None or terms.aggregator.local.resumes == "counted"
         self._rate = schedule.lr_sum(config, terms.number, train.steps or 1)
         self._before: Reference = terms.reference
         self._agreed = terms.agreed
@@ -95,11 +101,14 @@ class Screen:
 
     def _settled(self, client: str, visit: Visit, size: int, round_: Medians) -> Settled:
         capped = shortened = None
+        sizes = guard.lengths(visit.update.delta)
+        usual_of = {part: max(round_.lengths.get(part, 0.0), self._before.length(part, self._rate)) for part in sizes}
+        longest = max(usual_of.values(), default=0.0)
         excess, part, usual = max(
             (
                 (length / (self._factor * usual) if self._factor and usual else 0.0, part, usual)
-                for part, length in guard.lengths(visit.update.delta).items()
-                for usual in [max(round_.lengths.get(part, 0.0), self._before.length(part, self._rate))]
+                for part, length in sizes.items()
+                for usual in [usual_of[part] or longest]
             ),
             default=(0.0, "other", 0.0),
         )

@@ -64,6 +64,15 @@ def check_for_sites(config: RunConfig) -> None:
         )
 
 
+def weighs(config: RunConfig) -> bool:
+    """Whether the run's method lets a client count by what it trained on."""
+    return config.strategy.weighting == "tokens" and _takes_weighting(config)
+
+
+def _takes_weighting(config: RunConfig) -> bool:
+    return "weighting" in signature(AGGREGATORS.builder(config.strategy.name)).parameters
+
+
 def _given(config: RunConfig) -> dict[str, Any]:
     """What a method gets of the run beside its own options."""
     return {
@@ -100,8 +109,7 @@ def _problems(config: RunConfig, aggregator: Aggregator) -> Iterator[str]:
             f"adapter.ranks = {ranks!r}: strategy.name = {name!r} takes the rank {adapter.rank} alone; "
             f"methods for several ranks are {', '.join(_for_several_ranks(config))}"
         )
-    weighed = "weighting" in signature(AGGREGATORS.builder(name)).parameters
-    if config.strategy.weighting != "tokens" and not weighed:
+    if config.strategy.weighting != "tokens" and not _takes_weighting(config):
         yield (
             f"strategy.weighting = {config.strategy.weighting!r}: strategy.name = {name!r} has its own weights of the "
             "clients; leave it out"

@@ -140,6 +140,12 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("round-*"), key=lambda path: int(path.name.removeprefix("round-")))
 
 
+def last_checkpoint(folder: Path) -> int:
+    """The round of the newest checkpoint of a run directory, from which its run goes on; 0 where it has none."""
+    found = checkpoints(folder / CHECKPOINTS)
+    return int(found[-1].name.removeprefix("round-")) if found else 0
+
+
 def check_made_by(made_by: str | None, config: RunConfig, name: str) -> None:
     """Check that a checkpoint was made with a configuration.
 

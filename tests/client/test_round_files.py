@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from apiary.config import loading
 from client import round_files, state
 from client.round_files import RoundFiles
 from client.state import Memory
@@ -68,11 +69,28 @@ def test_drafts_go_and_the_folder_is_its_owners(tmp_path: Path) -> None:
     assert folder.stat().st_mode & 0o777 == 0o700
 
 
+@pytest.mark.parametrize(("every", "rounds"), [(1, 12), (4, 20), (5, 20), (7, 30)])
+def test_a_client_can_go_back_to_each_round_that_an_exploding_run_goes_back_to(
+    tmp_path: Path, every: int, rounds: int
+) -> None:
+    """The loss is measured after every so many rounds; if it explodes in one, the run goes on after the one before."""
+    config = loading.load(None, [f"evaluate.every={every}", f"rounds={rounds}"])
+    absent = {every, 2 * every + 1}  # rounds in which the client took no part
+    for number in range(1, rounds + 1):
+        if number not in absent:
+            state.save(tmp_path, Memory(number), round_files.sound_before(config, number))
+        if number % every == 0 and number > every:
+            back_to = number - every
+            there = max((one for one in range(1, back_to + 1) if one not in absent), default=0)
+            assert state.load(tmp_path, before=back_to + 1).round == there
+    assert len(list(tmp_path.iterdir())) <= 5
+
+
 def test_the_newest_few_are_kept_and_one_more_that_is_named(tmp_path: Path) -> None:
     files = RoundFiles(tmp_path / "client", "round", ".json", keep=2)
     assert files.numbers() == [] and files.newest(9) is None
     for number in (1, 4, 5, 7):
-        files.write(number, f"of {number}", also=1)
+        files.write(number, f"of {number}", back={1})
     assert files.numbers() == [1, 5, 7]
     assert [files.newest(before) for before in (1, 2, 5, 6, 7, 8)] == [None, 1, 1, 5, 5, 7]
     assert files.path(5).read_text() == "of 5"

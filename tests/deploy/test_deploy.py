@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import hashlib
 import io
 import ipaddress
@@ -339,6 +340,23 @@ def listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> _List:
     monkeypatch.setattr(flower_cli, "register", made.flower.register)
     monkeypatch.setattr(deployed_server, "_AGAIN_S", 0.0)
     return made
+
+
+def test_keys_are_looked_after_on_a_full_disk_too(listed: _List, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Flower took meanwhile is known once there is room; a list that stays as it is is not written."""
+
+    def full(path: Path, body: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as no_room:
+        no_room.setattr(deployed_server, "write_atomic", full)
+        with pytest.raises(OSError, match="No space left"):
+            listed.look()
+    assert listed.look() == ["a", "b"] == sorted(deployed_server.site_nodes(listed.state))
+    assert set(deployed_server.site_nodes(listed.state).values()) == listed.flower.active()
+    with monkeypatch.context() as no_room:
+        no_room.setattr(deployed_server, "write_atomic", full)
+        assert listed.look() == ["a", "b"]
 
 
 def test_a_key_that_was_written_over_is_taken_up_and_the_old_one_struck_off(listed: _List) -> None:

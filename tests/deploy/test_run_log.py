@@ -41,14 +41,14 @@ def test_each_event_is_told_once_and_only_of_the_runs_own_part(tmp_path: Path) -
     log = RunReader(tmp_path, "2")
     assert log.look() == [] and not log.started  # no log yet
     _write(tmp_path, _start("1"), _round(1), {"kind": "failed", "message": "of the first"})
-    assert log.look() == [] and (log.started, log.end, log.rounds) == (False, None, 1)
+    assert log.look() == [] and (log.started, log.end) == (False, None)
     _write(tmp_path, _start("2"), _round(2))
     assert _kinds(log.look()) == ["start", 2] and log.look() == []
-    assert (log.started, log.end, log.verdict, log.rounds) == (True, None, None, 2)
+    assert (log.started, log.end, log.verdict) == (True, None, None)
     _write(tmp_path, {"kind": "failed", "message": "the disk was full", "again": True})
     assert _kinds(log.look()) == ["failed"] and (log.end, log.verdict) == ("the disk was full", None)
     _write(tmp_path, _start("3"), _round(3), {"kind": "finish"})
-    assert log.look() == [] and (log.end, log.verdict, log.rounds) == ("the disk was full", None, 3)
+    assert log.look() == [] and (log.end, log.verdict) == ("the disk was full", None)
 
 
 @pytest.mark.parametrize(("last", "verdict"), [({"kind": "finish"}, ""), ({"kind": "failed", "message": "why"}, "why")])
@@ -84,8 +84,8 @@ def test_a_log_that_a_resumed_run_cuts_is_read_anew(tmp_path: Path) -> None:
     assert _kinds(first.look()) == ["start", "warning", 1, 2] and second.look() == []
     truncate_after(tmp_path, 1)
     _write(tmp_path, _start("2"))
-    assert first.look() == [] and (first.started, first.rounds) == (True, 1)
-    assert _kinds(second.look()) == ["start"] and second.rounds == 1
+    assert first.look() == [] and first.started
+    assert _kinds(second.look()) == ["start"]
     _write(tmp_path, _round(2))
     assert first.look() == [] and _kinds(second.look()) == [2]
 
@@ -117,7 +117,6 @@ def test_reading_on_is_as_reading_all(seed: int, tmp_path: Path) -> None:
     everything = read_events(tmp_path)
     start = max(i for i, e in enumerate(everything) if e["event"] == "start")
     assert told == everything[start:]
-    assert log.rounds == max((e["round"] for e in everything if e["event"] == "round"), default=0)
 
 
 def test_the_server_reads_each_line_once_and_forgets_a_run_that_has_ended(

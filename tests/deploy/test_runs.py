@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import tempfile
 import threading
 import tomllib
 from collections.abc import Callable
@@ -249,7 +250,8 @@ def test_a_run_whose_process_is_gone_is_submitted_again_by_the_server(superlink:
     tending.look()
     assert len(superlink.given) == 1  # its process is not up yet
     with run_directory.claim(out):
-        _log(out, 1, {"kind": "round", "round": 1})
+        (out / run_directory.CHECKPOINTS / "round-0001").mkdir(parents=True)
+        _log(out, 1, {"kind": "round", "round": 1}, {"kind": "round", "round": 2})  # which was not kept any more
         tending.look()
         assert len(superlink.given) == 1  # it works
     tending.look()
@@ -307,16 +309,17 @@ def test_a_run_waits_for_its_sites_and_for_room(
     starting.start(state, loading.load(None, ["strategy.min_clients=2"]), out)
     _log(out, 1)
     tending = Tending(state, said.append)
-    with monkeypatch.context() as full:
-        full.setattr(going, "has_room", lambda out: False)
-        tending.look()
-        tending.look()
+    places = (out, state, Path(tempfile.gettempdir()))
+    for place in places:
+        with monkeypatch.context() as full:
+            full.setattr(going, "has_room", lambda out, place=place: out != place)
+            tending.look()
+            tending.look()
     tending.look()
     assert len(superlink.given) == 1
-    assert [line.rpartition("): ")[2] for line in said] == [
-        "waits for room on the disk",
-        said[1].rpartition("): ")[2],
-    ] and "waits for its sites (1 of 2 are online)" in said[1]
+    *full, last = (line.rpartition("): ")[2] for line in said)
+    assert full == [f"waits for room on the disk of {str(place)!r}" for place in places]
+    assert "waits for its sites (1 of 2 are online)" in last
 
 
 def test_a_run_goes_on_with_fewer_sites_than_it_began_with_but_not_with_too_few(
@@ -345,6 +348,7 @@ def test_a_run_goes_on_with_fewer_sites_than_it_began_with_but_not_with_too_few(
     assert (look(10), look(5000, "7", "8"), look(170, "8", "9")) == (0, 0, 0)
     assert look(11, "8", "9") == 2 and _going(state, out).expected == 3
     _log(out, 2, {"kind": "round", "round": 1})
+    (out / run_directory.CHECKPOINTS / "round-0001").mkdir(parents=True)
     superlink.status = "finished:failed"
     assert look(10, "7", "8", "9") == 3 and len(superlink.given) == 3
 
@@ -381,7 +385,7 @@ def test_a_full_disk_is_said_and_waited_out(
         watch.look()
         watch.look()
         (line,) = said
-        assert line.endswith("waits for room on the disk")
+        assert line.endswith(f"waits for room on the disk of {str(out)!r}")
         late = threading.Timer(0.5, lambda: stopping.stop(state, run))
         late.start()
         tell = [lambda event: seen.append(str(event.get("message")))]

@@ -17,13 +17,14 @@ from kept_events import Log
 import strategies
 from apiary.config import loading
 from apiary.core.errors import RunFailed, UserError
-from apiary.core.messages import Fingerprint, FitReport, Hello, Score, Update, Visit
+from apiary.core.messages import Fingerprint, FitReport, Hello, Payload, Score, Update, Visit
 from apiary.core.tensors import StateDict
 from apiary.transport import codec as codecs
 from apiary.transport import flower_records, from_config
 from server import checkpoint, explosion, screen
 from server.app import save
 from server.evaluation import Evaluation
+from server.replies import Refusal, Terms
 from server.rounds import Hooks, Progress, Rounds
 from simulation.in_process_grid import LocalGrid
 from strategies import ServerState, guard
@@ -195,6 +196,34 @@ def test_with_epochs_a_longer_change_is_scaled_down_to_the_limit() -> None:
     assert told["shortened"] == pytest.approx(factor) and not log.of("refused")
     changes = [honest(site, 1, 0.005)[A] for site in range(BAD)] + [torch.full_like(START[A], 0.1 * factor)]
     torch.testing.assert_close(ours[A], START[A] + torch.stack(changes).mean(0))
+
+
+def _settled(changes: list[StateDict], *more: str) -> list[screen.Settled]:
+    """A first round's changes, of equal weight, once they are settled."""
+    config = loading.load(None, ["adapter.rank=2", *more])
+    up = from_config.configured_codec(config, "up")
+    screened = screen.Screen(Terms(config, strategies.from_config(config), up, 1, lambda client: Payload({}, {})))
+    for site, delta in enumerate(changes):
+        screened.take(f"c{site}", Visit(Update(f"c{site}", delta, 100.0, 2), FitReport(100, 20, 3, 2.0, 0.1)), 1)
+    return list(screened.release())
+
+
+@pytest.mark.parametrize(("method", "refused"), [("scaffold", True), ("fedalt", True), ("fedavg", False)])
+def test_where_sites_keep_account_of_their_changes_none_is_scaled_down(method: str, refused: bool) -> None:
+    """A site's sum of control variates, say, would go by another change than the server's."""
+    changes = [honest(site, 1, 0.05 if site == BAD else 0.005) for site in range(4)]
+    *others, last = _settled(changes, f"strategy.name={method}", "train.epochs=1.0", "train.optimizer=sgd")
+    assert all(one.shortened is None and isinstance(one.reply, Visit) for one in others)
+    assert isinstance(last.reply, Refusal) == refused == (last.shortened is None)
+
+
+def test_a_part_in_which_the_others_move_nothing_has_a_limit_too() -> None:
+    """With B = 0 nobody's first step moves A, whose median says nothing then."""
+    still = [{**honest(site, 1, 0.005), A: torch.zeros_like(START[A])} for site in range(3)]
+    for size, taken in ((0.004, True), (0.1, False)):
+        *others, last = _settled([*still, {**still[0], A: torch.full_like(START[A], size)}])
+        assert isinstance(last.reply, Visit) == taken and all(isinstance(one.reply, Visit) for one in others)
+    assert "factors A is 0.49 long" in str(last.reply.reason)  # sqrt(24) * 0.1
 
 
 @pytest.mark.parametrize("relays", [0, 2])
@@ -435,10 +464,21 @@ def test_an_exploding_loss_ends_the_run_before_the_round_is_kept_and_names_who(t
         run(app(late), *unguarded, **hooks)
     line = str(stopped.value)
     assert line.startswith("round 3: the loss is ") and "from 2 before training" in line
-    assert "c3 moved the model most, with 100% of all weights" in line and "the adapter of round 2 is kept" in line
+    assert "c3 moved the model most, with 100% of all changes" in line and "the adapter of round 2 is kept" in line
     assert "train.lr" not in line
     kept = checkpoint.load(tmp_path / "checkpoints")
     assert kept is not None and kept[0].round == 2 == kept[1]["sound_round"] and kept[1]["first_loss"] == 2.0
+
+
+@pytest.mark.parametrize("more", [["strategy.weighting=uniform"], ["strategy.name=median"]])
+def test_where_weights_do_not_count_a_small_one_hides_nobody(more: list[str]) -> None:
+    config = loading.load(None, more)
+    watch = explosion.Watch(config)
+    for site in range(4):
+        change = honest(site, 1, 1.0 if site == BAD else 0.005)
+        watch.add(Visit(Update(f"c{site}", change, 1.0 if site == BAD else 1e6, 2), FitReport(1, 1, 1, 2.0, 0.1)))
+    line = watch.hold(1, Evaluation(Score(1e6, 1, 1), None), None, Progress(first_loss=2.0))
+    assert f"c{BAD} moved the model most, with 9" in line
 
 
 def test_with_evaluations_far_apart_the_last_sound_round_is_what_is_left(tmp_path: Path) -> None:

@@ -15,8 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from apiary.config import loading
 from apiary.config.schema import RunConfig
 from apiary.core.errors import UserError
+from apiary.privacy import statement
 from client import round_files
 from client import state as memory
 from client.state import Memory
@@ -80,6 +82,7 @@ def test_nothing_there_is_none(tmp_path: Path) -> None:
 _WRITER = """
 import sys, torch
 from pathlib import Path
+from apiary.config import loading
 from apiary.config.schema import RunConfig
 from server import app, checkpoint
 from server.rounds import Progress
@@ -188,6 +191,20 @@ def test_every_client_is_on_the_panel_of_some_seed() -> None:
     counts = Counter(name for seed in range(2000) for name in panel(names, Draw(0.3, 1, seed)))
     # 2000 seeds x 3 of 10: mean 600, standard deviation sqrt(2000 * 0.3 * 0.7) = 20.5
     assert all(abs(counts[name] - 600) < 5 * 20.5 for name in names)
+
+
+def test_what_was_spent_in_rounds_that_are_not_done_again_stays_in_the_account(tmp_path: Path) -> None:
+    """A run that goes on from round 4 after round 6: one client is there again, the other is not."""
+    config = loading.load(None, ["privacy.unit=record"])
+    at_6 = Progress(spent={"back": [3.0, 3.5, 1e-5, 1.0, 0.1, 6], "gone": [2.0, 2.5, 1e-5, 1.0, 0.1, 6]})
+    app.save(tmp_path, config, state(6), at_6)
+    at_5 = Progress(spent={"back": [2.5, 3.0, 1e-5, 1.0, 0.1, 5], "gone": [1.5, 2.0, 1e-5, 1.0, 0.1, 4]})
+    app.save(tmp_path, config, state(5), at_5)
+    told = statement.read(tmp_path)
+    assert {name: one["epsilon"] for name, one in told["clients"].items()} == {"back": 3.0, "gone": 2.0}
+    assert told["epsilon"] == 3.0
+    app.save(tmp_path, config, state(7), Progress(spent={"back": [3.25, 3.75, 1e-5, 1.0, 0.1, 7]}))
+    assert statement.read(tmp_path)["clients"]["back"]["steps"] == 7
 
 
 def test_what_virtual_clients_keep_is_on_disk_before_the_checkpoint(

@@ -190,6 +190,27 @@ def test_who_has_spent_its_budget_is_left_in_peace_and_the_others_go_on() -> Non
     assert sorted(declined) == sorted(set(declined)) == ["c0", "c1", "c2"]
 
 
+def test_a_resumed_run_draws_from_those_who_have_budget_left(tmp_path: Path) -> None:
+    """Its cohorts are those of a run that was not interrupted."""
+    more = ["rounds=12", "strategy.fraction=0.25", "strategy.min_clients=2", *DECLINING["budget"]]
+    sites = clients({0: "budget", 1: "budget", 2: "budget"}, private=True)
+
+    def keep(state: ServerState, progress: Progress) -> None:
+        (tmp_path / str(state.round)).mkdir()
+        save(tmp_path / str(state.round), whole.config, state, progress)
+
+    whole, told = rounds(more, on_round=keep)
+    whole.run(LocalGrid(sites, 8), 8)
+    last = max(event["round"] for event in told.of("declined"))
+    assert last < 12
+    found = checkpoint.load(tmp_path / str(last) / "checkpoints")
+    assert found is not None and found[1]["budget_spent"] == ["c0", "c1", "c2"]
+    again, log = rounds(more, progress=Progress(**found[1]))
+    again.state = found[0]
+    again.run(LocalGrid(sites, 8), 8)
+    assert [e["clients"] for e in log.of("asked")] == [e["clients"] for e in told.of("asked")][last:]
+
+
 def test_a_decline_that_cannot_be_is_a_refusal() -> None:
     made, log = rounds(["rounds=1"])
     made.run(LocalGrid(clients({1: "budget"}), 3), 3)
@@ -223,9 +244,24 @@ def test_all_refused_fails_before_the_first_round() -> None:
 
 
 def test_too_few_nodes_time_out() -> None:
-    made, _ = rounds(["strategy.join_timeout_s=0.2"])
-    with pytest.raises(RunFailed, match="2 of 3 clients joined"):
+    made, _ = rounds(["strategy.join_timeout_s=0.2", "strategy.min_clients=3"])
+    with pytest.raises(RunFailed, match=r"2 of 3 clients joined within .* 3 are needed"):
         made.run(LocalGrid(clients(), 2), 3)
+
+
+def test_a_client_that_left_while_the_run_began_is_not_waited_for_for_ever() -> None:
+    """One more was counted a moment ago; those that a run needs are there."""
+    made, log = rounds(["rounds=1", "strategy.join_timeout_s=0.2", "strategy.min_clients=2"])
+    made.run(LocalGrid(clients(), 2), 3)
+    assert log.of("asked")[0]["clients"] == ["c0", "c1"]
+
+
+def test_a_run_that_has_all_its_rounds_waits_for_nobody() -> None:
+    made, _ = rounds(["rounds=1"])
+    done = made.run(LocalGrid(clients(), 3), 3)
+    again, _ = rounds(["rounds=1", "strategy.join_timeout_s=0.2"], progress=made.progress)
+    again.state = done
+    assert again.run(LocalGrid(clients(), 0), 3) == done
 
 
 class Spoiler(LocalGrid):
