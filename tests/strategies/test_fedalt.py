@@ -84,12 +84,12 @@ class Ours:
         folder = self.folder / f"c{i}"
         made = {**tensors(change), GATE: torch.full((1, 3), float(number))}
         sent, kept = self.local.finish(opened.adapter, made)
-        round_files.save(folder, self.local.keeps, number, kept, also=payload.last_round)
+        round_files.save(folder, self.local.keeps, number, kept, back={payload.last_round})
         arrived = {name: 0.9 * tensor for name, tensor in sent.items()}
         before = round_files.of_method(folder, self.local, number, payload.last_round)
         assert self.local.settle is not None
         settled = {**kept, **self.local.settle(before, payload, arrived, 0.1)}
-        round_files.save(folder, self.local.keeps, number, settled, also=payload.last_round)
+        round_files.save(folder, self.local.keeps, number, settled, back={payload.last_round})
         return Update(f"c{i}", arrived, 1.0 + i, 2, payload.extra, 0.1)
 
     def round(self, changes: Mapping[int, Mapping[str, Floats]], lost: Sequence[int] = ()) -> None:

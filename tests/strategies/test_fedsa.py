@@ -221,7 +221,7 @@ def test_a_killed_run_goes_on_bit_for_bit(small_run: list[str], tmp_path: Path) 
 
 def test_what_is_kept_is_for_its_owner_and_old_files_go(tmp_path: Path) -> None:
     for number in (1, 2, 5, 6, 8):
-        round_files.save(tmp_path, "personal", number, {"b": torch.tensor([float(number)])}, also=1)
+        round_files.save(tmp_path, "personal", number, {"b": torch.tensor([float(number)])}, back={1})
     round_files.save(tmp_path, "personal", 7, {"b": torch.tensor([0.0])})  # a straggler
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"personal-000{n}.safetensors" for n in (1, 5, 6, 8)]
     assert all(path.stat().st_mode & 0o077 == 0 for path in tmp_path.iterdir())

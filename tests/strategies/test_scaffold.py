@@ -79,7 +79,7 @@ class Ours:
             y = y - rate * (torch.from_numpy(gradient(i, y.numpy())) + correction["x"])
         delta = {"x": (y - payload.adapter["x"]).float()}
         kept = scaffold.LOCAL.settle(self.kept(i), payload, delta, sum(rates))
-        round_files.save(self.folder / f"c{i}", scaffold.LOCAL.keeps, number, kept, also=payload.last_round)
+        round_files.save(self.folder / f"c{i}", scaffold.LOCAL.keeps, number, kept, back={payload.last_round})
         return Update(f"c{i}", delta, 1.0 + i, 1, payload.extra, sum(rates))
 
     def round(self, cohort: Sequence[int], rates: Sequence[float], lost: Sequence[int] = ()) -> None:
