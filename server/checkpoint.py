@@ -71,7 +71,9 @@ def save(
 
 
 def forget(folder: Path, number: int) -> None:
-    """Remove the checkpoints of all rounds after `number`."""
+    """Remove the checkpoints of all rounds after `number`; there may be none yet."""
+    if not folder.exists():
+        return
     for path in checkpoints(folder):
         if int(path.name.removeprefix("round-")) > number:
             shutil.rmtree(path)

@@ -471,6 +471,12 @@ def test_an_exploding_loss_ends_the_run_before_the_round_is_kept_and_names_who(t
 
 
 @pytest.mark.parametrize("more", [["strategy.weighting=uniform"], ["strategy.name=median"]])
+def test_where_weights_do_not_count_none_is_capped(more: list[str]) -> None:
+    _, log, _ = run(app(tokens=lambda site: 900 if site == BAD else 100), "rounds=1", *more)
+    assert len(log.of("client")) == 4 and not any("capped" in event for event in log.of("client"))
+
+
+@pytest.mark.parametrize("more", [["strategy.weighting=uniform"], ["strategy.name=median"]])
 def test_where_weights_do_not_count_a_small_one_hides_nobody(more: list[str]) -> None:
     config = loading.load(None, more)
     watch = explosion.Watch(config)
@@ -479,6 +485,16 @@ def test_where_weights_do_not_count_a_small_one_hides_nobody(more: list[str]) ->
         watch.add(Visit(Update(f"c{site}", change, 1.0 if site == BAD else 1e6, 2), FitReport(1, 1, 1, 2.0, 0.1)))
     line = watch.hold(1, Evaluation(Score(1e6, 1, 1), None), None, Progress(first_loss=2.0))
     assert f"c{BAD} moved the model most, with 9" in line
+
+
+def test_a_loss_that_explodes_in_the_first_round_ends_the_run_in_the_same_line(tmp_path: Path) -> None:
+    seen = [2.0, 99.0]
+    hooks = {
+        "evaluate": lambda model: Evaluation(Score(seen.pop(0) * 10, 10, 5), None),
+        "forget": lambda number, progress: checkpoint.forget(tmp_path / "checkpoints", number),
+    }
+    with pytest.raises(RunFailed, match=r"round 1: the loss is 99, from 2 .*no round is kept"):
+        run(app(), "evaluate.clients=false", **hooks)
 
 
 def test_with_evaluations_far_apart_the_last_sound_round_is_what_is_left(tmp_path: Path) -> None:

@@ -10,9 +10,11 @@ import pytest
 from conftest import overrides_for
 
 from apiary.config import loading
+from apiary.core.errors import RunFailed
 from apiary.privacy import noise
 from apiary.privacy.accounting import Mechanism, epsilon
 from apiary.tracking.event_log import read_events
+from server import explosion
 from simulation.run import simulate
 
 pytestmark = pytest.mark.slow
@@ -87,6 +89,39 @@ def test_with_ranks_that_fall(tiny_model: Path, rows_file: Path, tmp_path: Path)
     assert {e["rank"] for e in told if e["round"] == 1} > {e["rank"] for e in told if e["round"] == 5} or any(
         e["rank"] < 4 for e in told if e["round"] < 5
     )
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["strategy.name=fedalt"],
+        ["strategy.name=ditto"],
+        ["wire.up=int4", 'continual.stages=[["first"], ["second"], ["third"]]', "continual.buffer=0.2"],
+    ],
+)
+def test_a_run_whose_loss_exploded_goes_on_from_the_last_sound_round(
+    tiny_model: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str]
+) -> None:
+    """It is measured every four rounds; the clients too must be as they were after the fourth."""
+    rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
+    tagged = [{**row, "task": ("first", "second", "third")[number % 3]} for number, row in enumerate(rows)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tagged))
+    overrides = settings(tiny_model, tmp_path / "rows.jsonl", "rounds=9", "evaluate.every=4", *more)
+    overrides += ["continual.by=task"] if "wire.up=int4" in more else []
+    run(tmp_path / "whole", overrides)
+    hold = explosion.Watch.hold
+
+    def exploded(watch: explosion.Watch, number: int, *rest: Any) -> str:
+        return hold(watch, number, *rest) or ("round 8: the loss is 99" if number == 8 else "")
+
+    with monkeypatch.context() as once:
+        once.setattr(explosion.Watch, "hold", exploded)
+        with pytest.raises(RunFailed, match="the loss is 99"):
+            run(tmp_path / "broken", overrides)
+    run(tmp_path / "broken", overrides)
+    (start,) = [event["resumed"] for event in read_events(tmp_path / "broken") if event["event"] == "start"][1:]
+    assert start == 4
+    assert adapter(tmp_path / "broken") == adapter(tmp_path / "whole")
 
 
 def test_another_key_is_another_adapter(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
