@@ -266,7 +266,8 @@ class Client:
         if data.new:
             moved = data.cursor._replace(batch=data.cursor.batch + 1)
             old = data.replay_cursor._replace(batch=data.replay_cursor.batch + bool(data.replay))
-            state.save(self.folder, state.Memory(number, moved, data.stage, old))
+            sound = round_files.sound_before(self.config, number)
+            state.save(self.folder, state.Memory(number, moved, data.stage, old), sound)
         return data
 
 
@@ -332,6 +333,22 @@ def test_only_versions_that_a_resumed_run_can_need_are_kept(tmp_path: Path) -> N
     assert again.stage == 8
     once = buffer.admit(Buffer(buffer.buffer_rule(settings.continual, 0, "a", 50)), client.rows[:40], 0)
     assert [row.digest for row in again.replay] == [row.digest for row in once.rows]
+
+
+def test_a_run_that_goes_back_four_rounds_finds_rows_that_have_left_the_data(tmp_path: Path) -> None:
+    """Its loss is measured every four rounds, and exploded after the eighth."""
+    settings = loading.parse(
+        {
+            "rounds": 10,
+            "continual": {"stages": [[f"s{i}"] for i in range(10)], "buffer": 3.0},
+            "evaluate": {"every": 4},
+        }
+    )
+    client = Client(tmp_path, settings, [row for i in range(10) for row in rows_of(5, f"s{i}", 5 * i)])
+    seen = {number: client.visit(number) for number in range(1, 9)}
+    client.rows = client.rows[20:]  # of the stages that are over
+    again = client.visit(5)
+    assert again.stage == 4 and again.replay == seen[5].replay and len(again.replay) == 3
 
 
 def test_no_buffer_is_no_file_and_no_stages_are_all_rows(tmp_path: Path) -> None:
