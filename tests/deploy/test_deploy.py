@@ -560,6 +560,34 @@ def test_a_log_is_searched_for_what_the_present_process_wrote(tmp_path: Path) ->
     assert kept.said().strip() == "connected" and kept.said(most=5).strip() == "cted"
 
 
+def test_a_log_is_kept_short_while_its_process_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    most = 20_000
+    monkeypatch.setattr("apiary.core.files.LOG_BYTES", most)
+    log, older = tmp_path / "its.log", tmp_path / "its.old.log"
+    code = "import sys, time\nn = 0\nwhile True:\n    print(f'{n:099d}', flush=True); n += 1; time.sleep(0.0005)"
+    kept = processes.SupervisedProcess([sys.executable, "-c", code], os.environ, tmp_path, log)
+    kept.look()
+    assert kept.process is not None
+    first, turned, longest, deadline = kept.process.pid, 0, 0, time.monotonic() + 120
+    try:
+        before = 0
+        while turned < 3:
+            assert time.monotonic() < deadline
+            assert kept.look() is None
+            size = log.stat().st_size
+            turned, longest, before = turned + (size < before), max(longest, size), size
+            time.sleep(0.01)
+        found = [older.read_text().splitlines(), log.read_text().splitlines()]
+        assert kept.process.pid == first and kept.said().splitlines()[0].isdigit()
+    finally:
+        processes.end_all([kept])
+    assert longest < 20 * most and older.stat().st_size <= most
+    for lines in found:  # whole, but for the ends; what is cut off leaves no hole before what comes next
+        numbers = [int(line) for line in lines[1:-1]]
+        assert numbers and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+    assert int(found[0][-2]) < int(found[1][1])
+
+
 def test_the_workers_socket_is_for_its_owner_and_nothing_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
