@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from apiary.core.errors import UserError
-from apiary.core.files import begin_anew
+from apiary.core.files import begin_anew, own_folder
 
 _GRACE_S = 10.0  # from asking a process to end to ending it
 _STEADY_S = 60.0  # a process that lived so long is not held to have failed at its start
@@ -245,13 +245,13 @@ def wait_for_end() -> threading.Event:
 
 
 def hold(state: Path) -> IO[str]:
-    """The state folder, made and locked for as long as the file returned is open.
+    """The state folder, made, for its owner alone, and locked for as long as the file returned is open.
 
     Raises:
-        UserError: another process holds it, or it cannot be written.
+        UserError: another process holds it, or it cannot be written or is another user's.
     """
     try:
-        state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        own_folder(state)
         lock = (state / "lock").open("w")
     except OSError as error:
         raise UserError(f"--state {str(state)!r}: cannot be written ({error.strerror}); name another folder") from None

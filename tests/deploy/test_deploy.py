@@ -614,6 +614,37 @@ def test_a_state_folder_has_one_user(tmp_path: Path) -> None:
     processes.hold(tmp_path / "state").close()
 
 
+@pytest.mark.parametrize("made", [True, False])
+def test_a_state_folder_is_for_its_owner_alone_though_made_before(made: bool, tmp_path: Path) -> None:
+    """As an operator or a container's volume makes it: every site's updates come to lie in it."""
+    state = tmp_path / "above" / "state"
+    before = os.umask(0o022)
+    try:
+        if made:
+            state.mkdir(parents=True)
+            state.chmod(0o777)
+        processes.hold(state).close()
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(state.stat().st_mode) == 0o700
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may act as another user")
+def test_a_state_folder_of_another_user_is_refused(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    state.mkdir()
+    state.chmod(0o777)
+    tmp_path.chmod(0o755)
+    code = (
+        "import os, sys; from pathlib import Path; from deploy import processes\n"
+        "os.chdir(sys.argv[1]); os.setgroups([]); os.setuid(65534)\n"
+        "try: processes.hold(Path('state'))\nexcept processes.UserError as error: print(error)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert "cannot be written (Operation not permitted); name another folder" in done.stdout, done.stderr
+
+
 # -- what is sent --------------------------------------------------------------------------------
 
 
