@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -689,6 +690,7 @@ def test_every_other_bundle_is_refused(bundled: bytes) -> None:
         _changed(bundled, {"run_client.py": "import os\n"}),
         _changed(bundled, {"pyproject.toml": project.replace("run_client:app", "os:app")}),
         _changed(bundled, {"pyproject.toml": project + "[tool.other]\n"}),
+        _changed(bundled, {"pyproject.toml": "a = " + "[" * 50_000}),
         _changed(bundled, {}, twice="run_client.py"),
         b"no archive",
         b"",
@@ -696,6 +698,65 @@ def test_every_other_bundle_is_refused(bundled: bytes) -> None:
     for fab in foreign:
         with pytest.raises(bundle.ForeignCode):
             bundle.check(fab)
+
+
+def _packed(bundled: bytes, name: str, content: bytes, way: int = zipfile.ZIP_DEFLATED) -> bytearray:
+    """The bundle with this in the place of one of its files, which stands last."""
+    with zipfile.ZipFile(io.BytesIO(bundled)) as archive:
+        files = {each: archive.read(each) for each in archive.namelist() if each != name}
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w", way) as archive:
+        for each, text in {**files, name: content}.items():
+            archive.writestr(each, text)
+    return bytearray(made.getvalue())
+
+
+def _heads(archive: bytearray) -> tuple[int, int]:
+    """Where the last file's entry begins among the archive's own list, and where its own head does."""
+    entry = archive.rindex(b"PK\x01\x02")
+    return entry, int.from_bytes(archive[entry + 42 : entry + 46], "little")
+
+
+@pytest.mark.parametrize("way", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize("lies", [False, True])
+@pytest.mark.parametrize("name", ["run_client.py", "extra.py"])
+def test_a_small_bundle_that_unpacks_to_much_is_refused_unpacked_little(
+    way: int, lies: bool, name: str, bundled: bytes
+) -> None:
+    fab = _packed(bundled, name, b"#" * 2**26, way)
+    if lies:  # of its size, in both heads: it is then cut to that, but only once it is unpacked
+        entry, head = _heads(fab)
+        fab[entry + 24 : entry + 28] = fab[head + 22 : head + 26] = (50).to_bytes(4, "little")
+    assert len(fab) < 2**20
+    tracemalloc.start()
+    try:
+        with pytest.raises(bundle.ForeignCode):
+            bundle.check(bytes(fab))
+        assert tracemalloc.get_traced_memory()[1] < 2**22
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_bundle_that_is_encrypted_or_broken_is_refused_in_a_line(bundled: bytes) -> None:
+    name = "run_client.py"
+    with zipfile.ZipFile(io.BytesIO(bundled)) as archive:
+        text = archive.read(name)
+    bundle.check(bytes(_packed(bundled, name, text)))
+    encrypted, broken, other, cut = (_packed(bundled, name, text) for _ in range(4))
+    for fab, flag, value in ((encrypted, 8, 1), (other, 10, 99)):
+        entry, head = _heads(fab)
+        fab[entry + flag] = fab[head + flag - 2] = value
+    _, head = _heads(broken)
+    begin = head + 30 + len(name)
+    broken[begin] |= 0b110  # a kind of block that there is none of
+    entry, head = _heads(cut)
+    cut[entry + 20 : entry + 24] = cut[head + 18 : head + 22] = (3).to_bytes(4, "little")
+    for fab in (encrypted, broken, other, cut):
+        with pytest.raises(bundle.ForeignCode):
+            bundle.check(bytes(fab))
+    for end in range(0, len(bundled), 7):
+        with pytest.raises(bundle.ForeignCode):
+            bundle.check(bundled[:end])
 
 
 @pytest.mark.parametrize(
