@@ -21,7 +21,7 @@ from flwr.common.constant import NUM_PARTITIONS_KEY, PARTITION_ID_KEY
 from apiary.config import loading
 from apiary.config.schema import RunConfig
 from apiary.core.errors import CodecError, UnsoundStart, UserError
-from apiary.core.files import flushed_together, own_folder
+from apiary.core.files import begin_anew, flushed_together, own_folder
 from apiary.core.tensors import StateDict
 from apiary.data import stages
 from apiary.data.federation import Federation
@@ -36,6 +36,7 @@ _log = logging.getLogger(__name__)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of the organisation's own disk: nothing to go on with
 _HOUSE = Path(__file__).resolve().parents[1]  # the folder that holds our packages, in a checkout and installed alike
 _PACKAGES = ("apiary", "client", "strategies")
+_ERROR = 20_000  # characters of an error in full; what the server sent may be quoted in it
 
 
 class Refusal(Exception):
@@ -139,13 +140,20 @@ def _write_down(error: Exception, folder: Path | None) -> bool:
         return False
     try:
         own_folder(folder)
+        begin_anew(folder / "errors.log")
         handle = os.open(folder / "errors.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         with os.fdopen(handle, "a", encoding="utf-8", errors="replace") as log:
             os.fchmod(handle, 0o600)  # of an older one too: a traceback can quote a row
-            log.write("".join(traceback.format_exception(error)) + "\n")
+            log.write(_ends("".join(traceback.format_exception(error))) + "\n")
     except OSError:
         return False
     return True
+
+
+def _ends(text: str) -> str:
+    """A text, or its beginning and its end where it is longer than an error may be."""
+    half = _ERROR // 2
+    return text if len(text) <= _ERROR else f"{text[:half]}\n... {len(text) - 2 * half} characters ...\n{text[-half:]}"
 
 
 def _safe(error: Exception) -> str:

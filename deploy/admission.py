@@ -12,8 +12,9 @@ import binascii
 import datetime
 import json
 import os
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -29,7 +30,7 @@ from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest, PushObjectRequest
 from flwr.proto.run_pb2 import GetRunRequest
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
 
 from apiary.core.errors import UserError
 from deploy import certificates, kits
@@ -58,6 +59,10 @@ _SIGNATURES = 20_000  # of one key in twice that time
 _RESCAN_S = 1.0  # a key that is written over shows in no time stamp of its folder
 _HEADERS = (FLEET_HTTP_PUBLIC_KEY_HEADER, TIMESTAMP_HEADER, FLEET_HTTP_SIGNATURE_HEADER)
 _LONGEST = 1024  # characters of such a header
+_ID = re.compile(r"(?:[0-9a-f]{64})?")  # of a message, an object or a bundle: SHA-256 of what it names
+_WORD = re.compile(r"[ -~]{0,64}")
+_WORDS = ("group_id", "message_type", "session_id")  # the texts of a call that are no such ids
+_CONTENTS = ("content", "error")  # of an answer, which Flower neither logs nor echoes
 
 
 class Refused(Exception):
@@ -287,12 +292,14 @@ def check(call: str, body: bytes, caller: Caller) -> None:
         caller: who signed it.
 
     Raises:
-        Refused: it names another node, or cannot be read.
+        Refused: it names another node, holds a text that is none of Flower's, or cannot be read.
     """
     try:
         request = CALLS[call].FromString(body)
     except DecodeError:
         raise Refused("no protobuf", 400, site=caller.site) from None
+    if not well_formed(request):
+        raise Refused("no id", 400, site=caller.site)
     if isinstance(request, ActivateNodeRequest):
         own = request.public_key == caller.key
     elif isinstance(request, DeactivateNodeRequest):
@@ -305,3 +312,18 @@ def check(call: str, body: bytes, caller: Caller) -> None:
         own = own and all(message.metadata.src_node_id == caller.node for message in request.messages_list)
     if not own:
         raise Refused("in another's name", 401, site=caller.site)
+
+
+def well_formed(request: Message) -> bool:
+    """Whether each text of a call has the form that Flower gives it: Flower logs and echoes them as they come."""
+    return all((_WORD if name in _WORDS else _ID).fullmatch(text) for name, text in _texts(request))
+
+
+def _texts(request: Message) -> Iterator[tuple[str, str]]:
+    for field, value in request.ListFields():
+        repeated = hasattr(value, "append")
+        for one in value if repeated else [value]:
+            if isinstance(one, str):
+                yield field.name, one
+            elif isinstance(one, Message) and field.name not in _CONTENTS:
+                yield from _texts(one)

@@ -46,6 +46,8 @@ _FILES = {
 _ID = f"{PUBLISHER}/{NAME}"  # what Flower calls it
 _HASH = re.compile(r"[0-9a-f]{64}")
 _CONTENTS = ".info/CONTENT"  # Flower's own list
+_FILE_BYTES = 65_536  # of any file of ours, packed or not
+_PACKED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # ways that unpack no more at a time than is asked for
 
 
 class ForeignCode(RuntimeError):
@@ -70,11 +72,29 @@ def check(bundle: bytes) -> None:
     try:
         with zipfile.ZipFile(io.BytesIO(bundle)) as archive:
             names = archive.namelist()
-            texts = {name: archive.read(name).decode() for name in names if name != _CONTENTS}
-    except (zipfile.BadZipFile, ValueError):
-        names, texts = [], {}
-    if len(names) != len(set(names)) or not _same(texts):
+            # Before anything is unpacked: a small archive may hold gigabytes.
+            known = len(names) == len(set(names)) and {*names, _CONTENTS} == {*_FILES, _CONTENTS}
+            same = known and _same({name: _text(archive, name) for name in names if name != _CONTENTS})
+    except Exception:  # encrypted, cut off, broken, nested too deep: there is one kind of error for each
+        same = False
+    if not same:
         raise ForeignCode("this site runs what is installed there, not what is sent; do the versions differ?")
+
+
+def _text(archive: zipfile.ZipFile, name: str) -> str:
+    """A file of an archive.
+
+    Raises:
+        ValueError: it is longer than any of ours, whatever size it is said to have, or packed otherwise, or no text.
+        Exception: it cannot be unpacked; many kinds.
+    """
+    if archive.getinfo(name).compress_type not in _PACKED:
+        raise ValueError("packed otherwise")
+    with archive.open(name) as file:
+        content = file.read(_FILE_BYTES + 1)
+    if len(content) > _FILE_BYTES:
+        raise ValueError("too long")
+    return content.decode()
 
 
 def check_names(fab_id: str, fab_version: str, fab_hash: str) -> None:

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import IO
 
 from apiary.core.errors import UserError
+from apiary.core.files import begin_anew, own_folder
 
 _GRACE_S = 10.0  # from asking a process to end to ending it
 _STEADY_S = 60.0  # a process that lived so long is not held to have failed at its start
 _LONGEST_PAUSE_S = 15.0
-_LOG_BYTES = 20_000_000  # a log larger than this is begun anew at the next start; one older part is kept
 _LAST_BYTES = 65_536  # of a log, when an ended process is asked for its last words
 _DEATH_SIGNAL, _ADOPT_ORPHANS = 1, 36  # of prctl(2): PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -35,7 +35,7 @@ class SupervisedProcess:
         command: the program and its arguments.
         environment: all of it.
         folder: where it runs.
-        log: receives its output; None = our own.
+        log: receives its output, and is begun anew at a look that finds it too long; None = our own.
     """
 
     def __init__(
@@ -65,11 +65,18 @@ class SupervisedProcess:
                 self._began, self._process = now, self._start()
             return None
         code = self._process.poll()
-        if code is not None:
+        if code is None:
+            self._keep_log_short()
+        else:
             self._process = None
             self._failures = 0 if now - self._began > _STEADY_S else self._failures + 1
             self._again = now + pause(self._failures)
         return code
+
+    def _keep_log_short(self) -> None:
+        with contextlib.suppress(OSError):  # it is looked at again and again
+            if self._log is not None and begin_anew(self._log, in_use=True):
+                self._offset = self._read = 0
 
     def said(self, most: int = _LAST_BYTES) -> str:
         """What the present or last process wrote to its log, the last `most` bytes of it."""
@@ -113,8 +120,7 @@ def _open_log(path: Path | None) -> Iterator[IO[bytes] | None]:
     if path is None:
         yield None
         return
-    if path.exists() and path.stat().st_size > _LOG_BYTES:
-        path.replace(path.with_suffix(".old.log"))
+    begin_anew(path)
     with path.open("ab") as file:
         file.seek(0, os.SEEK_END)
         yield file
@@ -239,13 +245,13 @@ def wait_for_end() -> threading.Event:
 
 
 def hold(state: Path) -> IO[str]:
-    """The state folder, made and locked for as long as the file returned is open.
+    """The state folder, made, for its owner alone, and locked for as long as the file returned is open.
 
     Raises:
-        UserError: another process holds it, or it cannot be written.
+        UserError: another process holds it, or it cannot be written or is another user's.
     """
     try:
-        state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        own_folder(state)
         lock = (state / "lock").open("w")
     except OSError as error:
         raise UserError(f"--state {str(state)!r}: cannot be written ({error.strerror}); name another folder") from None

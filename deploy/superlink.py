@@ -10,7 +10,9 @@ import functools
 import importlib
 import importlib.metadata
 import inspect
+import logging
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
@@ -23,7 +25,8 @@ from sqlalchemy.exc import OperationalError
 from starlette.concurrency import run_in_threadpool
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-from deploy import objects, peers, superlink_state
+from apiary.core.formatting import clean
+from deploy import admission, objects, peers, superlink_state
 
 _START = "flwr.superlink.cli.flower_superlink"
 _FLEET = "flwr.superlink.servicer.fleet.fleet_handlers"
@@ -36,6 +39,7 @@ _STORE = "flwr.supercore.object_store.object_store_factory"
 # Calls that carry a message or an object of one; some hundred of them make a round.
 _CARRY = ("push_messages", "pull_messages", "push_object", "pull_object", "confirm_message_received")
 _MOST_RUNS = 10_000  # in one answer
+_LINE, _LINES = 500, 50  # characters of a line of the log, and lines of either end of a traceback
 
 _Answer = Callable[[Mapping[str, Any], Any], dict[str, Any]]
 
@@ -121,6 +125,17 @@ def prepare() -> None:
     for name in _CARRY:
         for handlers in (_FLEET, _RUNTIME):
             _replace(handlers, name, superlink_state.in_one_transaction)
+    _replace(_FLEET, "push_object", _of_well_formed)  # of the other calls the door has read the body
+
+
+def _of_well_formed(handler: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(handler)
+    def handle(request: Any, *args: Any, **kwargs: Any) -> Any:
+        if not admission.well_formed(request):
+            raise HTTPException(400, "no id")
+        return handler(request, *args, **kwargs)
+
+    return handle
 
 
 def lost_answer(row: Mapping[str, Any]) -> Message:
@@ -224,10 +239,37 @@ def _run(run: Any, now: str) -> dict[str, Any]:
     }
 
 
+def keep_log_plain() -> None:
+    """Let nothing that a caller says fill this process's log, forge a line of it or speak to a terminal.
+
+    A record is one line of `_LINE` printable characters at most. Only the lines of a traceback, each of them cut as
+    well, stand below it, and are indented.
+    """
+    make = logging.getLogRecordFactory()
+
+    def record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        made = make(*args, **kwargs)
+        try:
+            said = made.getMessage()
+        except Exception:  # its arguments do not fit
+            said = str(made.msg)
+        made.msg, made.args = clean(said, _LINE), ()
+        if made.exc_info and made.exc_info[0] is not None:
+            lines = "".join(traceback.format_exception(*made.exc_info)).splitlines()
+            if len(lines) > 2 * _LINES:
+                lines[_LINES:-_LINES] = ["..."]
+            made.exc_text = "\n".join(f"  {clean(line, _LINE)}" for line in lines)
+        return made
+
+    logging.setLogRecordFactory(record)
+
+
 def main() -> None:
     """Serve until the process is ended; exit code 3 where Flower is another version."""
+    keep_log_plain()
     try:
         app, config = make_app()
+        private("flwr.supercore.logger", "update_console_handler")(colored=False)
         log_config = private("flwr.supercore.http_logging", "get_uvicorn_log_config")(
             private("flwr.supercore.logger", "console_handler").level
         )

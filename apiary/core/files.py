@@ -135,6 +135,40 @@ def own_folder(folder: Path) -> None:
     folder.chmod(0o700)
 
 
+LOG_BYTES = 20_000_000  # a log that has grown beyond this is begun anew
+
+
+def begin_anew(log: Path, *, in_use: bool = False) -> bool:
+    """Begin a log anew where it has grown beyond `LOG_BYTES`; the part before stays beside it, as NAME.old.log.
+
+    Args:
+        log: the file; it need not be there.
+        in_use: a process has it open, and only ever appends to it. The file is then copied, its end alone where it has
+            grown fast, and cut off, and what is written between the two is lost. A disk that takes no copy is freed.
+
+    Returns:
+        Whether it was.
+
+    Raises:
+        OSError: it cannot be looked at, moved or cut off.
+    """
+    if not log.exists() or log.stat().st_size <= LOG_BYTES:
+        return False
+    older = log.with_suffix(".old.log")
+    if not in_use:
+        log.replace(older)
+        return True
+    try:
+        with log.open("rb") as source, open(older, "wb", opener=for_owner) as target:
+            source.seek(-LOG_BYTES, os.SEEK_END)
+            target.write(source.read(LOG_BYTES))
+    except OSError:
+        with contextlib.suppress(OSError):
+            older.unlink()
+    os.truncate(log, 0)
+    return True
+
+
 def is_draft(path: Path) -> bool:
     """Whether it is an unfinished file or adapter folder of ours; other names with a dot in front are the user's."""
     return path.name.startswith(".") and (path.name.endswith(".tmp") or path.name.startswith(".adapter-"))

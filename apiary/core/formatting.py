@@ -71,14 +71,14 @@ def first_line(error: BaseException) -> str:
     return (lines[0] if lines else type(error).__name__)[:200].rstrip(".")
 
 
-def clean(text: object) -> str:
-    """`text` on one line without control characters.
+def clean(text: object, longest: int = _LONGEST) -> str:
+    """`text` on one line without control characters, of `longest` characters at most.
 
     Names and reasons come from other machines, and a terminal obeys escapes.
     """
     flat = " ".join(str(text).split())
     shown = "".join(letter if letter.isprintable() else "?" for letter in flat)
-    return shown if len(shown) <= _LONGEST else shown[: _LONGEST - 1] + "…"
+    return shown if len(shown) <= longest else shown[: longest - 1] + "…"
 
 
 def is_unicode(text: str) -> bool:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import stat
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,26 @@ def test_an_error_leaves_its_text_at_home(asked: Asked, monkeypatch: pytest.Monk
     assert SECRET not in sent and "hospital" not in sent and str(asked.folder) not in sent
     kept = (asked.folder / "errors.log").read_text()
     assert f"{PLACE}: {SECRET}" in kept and "Traceback" in kept
+
+
+def test_errors_without_end_do_not_fill_the_sites_disk(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server can make a site fail as often as it likes, with texts of its own in the error."""
+    log, older, most = asked.folder / "errors.log", asked.folder / "errors.old.log", 60_000
+    monkeypatch.setattr("apiary.core.files.LOG_BYTES", most)
+    sizes = []
+    for number in range(5):
+
+        def broken(*args: Any, number: int = number, **kwargs: Any) -> Any:
+            raise ValueError(f"{number} {SECRET}" + "x" * 2**20 + f"end of {number}")
+
+        monkeypatch.setattr(trainer, "fit", broken)
+        assert "errors.log" in asked.ask("train").error.reason
+        last = log.read_text()
+        assert "Traceback" in last and f"end of {number}" in last
+        sizes.append(log.stat().st_size)
+    assert max(sizes) < most + 25_000 and sum(b < a for a, b in pairwise(sizes)) == 1
+    assert older.stat().st_size <= max(sizes) and f"0 {SECRET}" in older.read_text()
+    assert stat.S_IMODE(log.stat().st_mode) == stat.S_IMODE(older.stat().st_mode) == 0o600
 
 
 @pytest.mark.parametrize(

@@ -178,3 +178,28 @@ def test_all_of_a_file_system_is_flushed_or_an_error_raised(tmp_path: Path) -> N
     assert flush_all is not None
     with pytest.raises(OSError, match="Bad file descriptor"):
         flush_all(-1)
+
+
+def test_a_log_is_begun_anew_beyond_its_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "LOG_BYTES", 10)
+    log, older = tmp_path / "a.log", tmp_path / "a.old.log"
+    assert not files.begin_anew(log) and not log.exists()
+    log.write_text("0123456789")
+    for in_use in (False, True):
+        assert not files.begin_anew(log, in_use=in_use) and log.read_text() == "0123456789"
+    log.write_text("0123456789a")
+    assert files.begin_anew(log) and not log.exists() and older.read_text() == "0123456789a"
+    with log.open("a") as writer:
+        writer.write("b0123456789a")
+        writer.flush()
+        assert files.begin_anew(log, in_use=True) and log.read_text() == "" and older.read_text() == "123456789a"
+        writer.write("next")
+    assert log.read_text() == "next"
+
+
+def test_a_log_is_cut_off_where_the_disk_takes_no_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "LOG_BYTES", 10)
+    log, older = tmp_path / "a.log", tmp_path / "a.old.log"
+    older.symlink_to("/dev/full")  # every write fails by ENOSPC
+    log.write_text("0123456789a")
+    assert files.begin_anew(log, in_use=True) and log.read_text() == "" and not older.is_symlink()

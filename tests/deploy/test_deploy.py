@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -578,6 +579,34 @@ def test_a_log_is_searched_for_what_the_present_process_wrote(tmp_path: Path) ->
     assert kept.said().strip() == "connected" and kept.said(most=5).strip() == "cted"
 
 
+def test_a_log_is_kept_short_while_its_process_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    most = 20_000
+    monkeypatch.setattr("apiary.core.files.LOG_BYTES", most)
+    log, older = tmp_path / "its.log", tmp_path / "its.old.log"
+    code = "import sys, time\nn = 0\nwhile True:\n    print(f'{n:099d}', flush=True); n += 1; time.sleep(0.0005)"
+    kept = processes.SupervisedProcess([sys.executable, "-c", code], os.environ, tmp_path, log)
+    kept.look()
+    assert kept.process is not None
+    first, turned, longest, deadline = kept.process.pid, 0, 0, time.monotonic() + 120
+    try:
+        before = 0
+        while turned < 3:
+            assert time.monotonic() < deadline
+            assert kept.look() is None
+            size = log.stat().st_size
+            turned, longest, before = turned + (size < before), max(longest, size), size
+            time.sleep(0.01)
+        found = [older.read_text().splitlines(), log.read_text().splitlines()]
+        assert kept.process.pid == first and kept.said().splitlines()[0].isdigit()
+    finally:
+        processes.end_all([kept])
+    assert longest < 20 * most and older.stat().st_size <= most
+    for lines in found:  # whole, but for the ends; what is cut off leaves no hole before what comes next
+        numbers = [int(line) for line in lines[1:-1]]
+        assert numbers and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+    assert int(found[0][-2]) < int(found[1][1])
+
+
 def test_the_workers_socket_is_for_its_owner_and_nothing_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -602,6 +631,37 @@ def test_a_state_folder_has_one_user(tmp_path: Path) -> None:
     with processes.hold(tmp_path / "state"), pytest.raises(UserError, match="another `apiary deploy`"):
         processes.hold(tmp_path / "state")
     processes.hold(tmp_path / "state").close()
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_a_state_folder_is_for_its_owner_alone_though_made_before(made: bool, tmp_path: Path) -> None:
+    """As an operator or a container's volume makes it: every site's updates come to lie in it."""
+    state = tmp_path / "above" / "state"
+    before = os.umask(0o022)
+    try:
+        if made:
+            state.mkdir(parents=True)
+            state.chmod(0o777)
+        processes.hold(state).close()
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(state.stat().st_mode) == 0o700
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may act as another user")
+def test_a_state_folder_of_another_user_is_refused(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    state.mkdir()
+    state.chmod(0o777)
+    tmp_path.chmod(0o755)
+    code = (
+        "import os, sys; from pathlib import Path; from deploy import processes\n"
+        "os.chdir(sys.argv[1]); os.setgroups([]); os.setuid(65534)\n"
+        "try: processes.hold(Path('state'))\nexcept processes.UserError as error: print(error)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert "cannot be written (Operation not permitted); name another folder" in done.stdout, done.stderr
 
 
 # -- what is sent --------------------------------------------------------------------------------
@@ -648,6 +708,7 @@ def test_every_other_bundle_is_refused(bundled: bytes) -> None:
         _changed(bundled, {"run_client.py": "import os\n"}),
         _changed(bundled, {"pyproject.toml": project.replace("run_client:app", "os:app")}),
         _changed(bundled, {"pyproject.toml": project + "[tool.other]\n"}),
+        _changed(bundled, {"pyproject.toml": "a = " + "[" * 50_000}),
         _changed(bundled, {}, twice="run_client.py"),
         b"no archive",
         b"",
@@ -655,6 +716,65 @@ def test_every_other_bundle_is_refused(bundled: bytes) -> None:
     for fab in foreign:
         with pytest.raises(bundle.ForeignCode):
             bundle.check(fab)
+
+
+def _packed(bundled: bytes, name: str, content: bytes, way: int = zipfile.ZIP_DEFLATED) -> bytearray:
+    """The bundle with this in the place of one of its files, which stands last."""
+    with zipfile.ZipFile(io.BytesIO(bundled)) as archive:
+        files = {each: archive.read(each) for each in archive.namelist() if each != name}
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w", way) as archive:
+        for each, text in {**files, name: content}.items():
+            archive.writestr(each, text)
+    return bytearray(made.getvalue())
+
+
+def _heads(archive: bytearray) -> tuple[int, int]:
+    """Where the last file's entry begins among the archive's own list, and where its own head does."""
+    entry = archive.rindex(b"PK\x01\x02")
+    return entry, int.from_bytes(archive[entry + 42 : entry + 46], "little")
+
+
+@pytest.mark.parametrize("way", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize("lies", [False, True])
+@pytest.mark.parametrize("name", ["run_client.py", "extra.py"])
+def test_a_small_bundle_that_unpacks_to_much_is_refused_unpacked_little(
+    way: int, lies: bool, name: str, bundled: bytes
+) -> None:
+    fab = _packed(bundled, name, b"#" * 2**26, way)
+    if lies:  # of its size, in both heads: it is then cut to that, but only once it is unpacked
+        entry, head = _heads(fab)
+        fab[entry + 24 : entry + 28] = fab[head + 22 : head + 26] = (50).to_bytes(4, "little")
+    assert len(fab) < 2**20
+    tracemalloc.start()
+    try:
+        with pytest.raises(bundle.ForeignCode):
+            bundle.check(bytes(fab))
+        assert tracemalloc.get_traced_memory()[1] < 2**22
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_bundle_that_is_encrypted_or_broken_is_refused_in_a_line(bundled: bytes) -> None:
+    name = "run_client.py"
+    with zipfile.ZipFile(io.BytesIO(bundled)) as archive:
+        text = archive.read(name)
+    bundle.check(bytes(_packed(bundled, name, text)))
+    encrypted, broken, other, cut = (_packed(bundled, name, text) for _ in range(4))
+    for fab, flag, value in ((encrypted, 8, 1), (other, 10, 99)):
+        entry, head = _heads(fab)
+        fab[entry + flag] = fab[head + flag - 2] = value
+    _, head = _heads(broken)
+    begin = head + 30 + len(name)
+    broken[begin] |= 0b110  # a kind of block that there is none of
+    entry, head = _heads(cut)
+    cut[entry + 20 : entry + 24] = cut[head + 18 : head + 22] = (3).to_bytes(4, "little")
+    for fab in (encrypted, broken, other, cut):
+        with pytest.raises(bundle.ForeignCode):
+            bundle.check(bytes(fab))
+    for end in range(0, len(bundled), 7):
+        with pytest.raises(bundle.ForeignCode):
+            bundle.check(bundled[:end])
 
 
 @pytest.mark.parametrize(

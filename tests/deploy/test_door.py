@@ -28,7 +28,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 from deployment import Deployment, descendants, write_rows
-from flwr.app import Array, ArrayRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Error, RecordDict
+from flwr.app import Message as FlowerMessage
+from flwr.common.serde import message_to_proto
 from flwr.proto.fab_pb2 import GetFabRequest
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest, PullMessagesRequest, PushMessagesRequest
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
@@ -43,7 +45,8 @@ from flwr.proto.message_pb2 import (
 from flwr.proto.node_pb2 import Node
 from flwr.proto.run_pb2 import GetRunRequest
 from flwr.supercore.error import ApiErrorCode, FlowerError
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.task_identity import TaskIdentity
 from starlette.testclient import TestClient
 
 from deploy import kits, processes
@@ -443,21 +446,25 @@ def test_a_file_that_is_being_copied_strikes_nobody_off(behind: _Behind, kit: _K
 # -- in whose name -------------------------------------------------------------------------------
 
 
+_ID = hashlib.sha256(b"").hexdigest()
+
+
 def _bodies(node: int, key: bytes, source: int) -> dict[str, Any]:
     who = Node(node_id=node)
-    reply = Message(metadata=Metadata(run_id=1, message_id="m", src_node_id=source, dst_node_id=1))
+    ids = {"message_id": _ID, "reply_to_message_id": _ID, "group_id": "1", "message_type": "train"}
+    reply = Message(metadata=Metadata(run_id=1, src_node_id=source, dst_node_id=1, **ids))
     return {
         "activate-node": ActivateNodeRequest(public_key=key, heartbeat_interval=30),
         "deactivate-node": DeactivateNodeRequest(node_id=node),
         "send-node-heartbeat": SendNodeHeartbeatRequest(node=who, heartbeat_interval=30),
         "pull-messages": PullMessagesRequest(node=who),
         "push-messages": PushMessagesRequest(
-            node=who, messages_list=[reply], message_object_trees=[ObjectTree(object_id="o")]
+            node=who, messages_list=[reply], message_object_trees=[ObjectTree(object_id=_ID)]
         ),
         "get-run": GetRunRequest(node=who, run_id=1),
-        "get-fab": GetFabRequest(node=who, hash_str="h", run_id=1),
-        "pull-object": PullObjectRequest(node=who, run_id=1, object_id="o"),
-        "confirm-message-received": ConfirmMessageReceivedRequest(node=who, run_id=1, message_object_id="o"),
+        "get-fab": GetFabRequest(node=who, hash_str=_ID, run_id=1),
+        "pull-object": PullObjectRequest(node=who, run_id=1, object_id=_ID),
+        "confirm-message-received": ConfirmMessageReceivedRequest(node=who, run_id=1, message_object_id=_ID),
     }
 
 
@@ -485,6 +492,72 @@ def test_a_site_answers_for_itself_alone(behind: _Behind, kit: _Kit) -> None:
         for request in (as_south, two):
             assert _post(outside, "push-messages", request.SerializeToString(), north.signed()).status_code == 401
     assert behind.seen == []
+
+
+def _with(request: Any, *path: str, text: str) -> Any:
+    """The request with this text in the field at the end of the path; of a repeated field, in its first item."""
+    held = type(request).FromString(request.SerializeToString())
+    place = held
+    for name in path[:-1]:
+        place = getattr(place, name)
+        place = place[0] if hasattr(place, "append") else place
+    if hasattr(getattr(place, path[-1]), "append"):
+        getattr(place, path[-1]).append(text)
+    else:
+        setattr(place, path[-1], text)
+    return held
+
+
+def test_what_flower_writes_into_its_log_is_an_id_or_goes_no_further(behind: _Behind, kit: _Kit) -> None:
+    """Flower logs, and partly echoes, the texts of a call as they come, which may be 64 KiB of anything."""
+    metadata = ("messages_list", "metadata")
+    places = [
+        ("get-fab", "hash_str"),
+        ("pull-object", "object_id"),
+        ("confirm-message-received", "message_object_id"),
+        ("pull-messages", "message_ids"),
+        *(("push-messages", *metadata, name) for name in ("message_id", "reply_to_message_id")),
+        ("push-messages", "message_object_trees", "object_id"),
+    ]
+    words = [("push-messages", *metadata, name) for name in ("group_id", "message_type")]
+    odd = ["x", _ID.upper(), _ID[1:], _ID + "\n", f"\n{_ID}", _ID + "0", "\x1b[2J" + _ID[4:], "e" * 60_000, "é" * 64]
+    site = kit.north
+    bodies = _bodies(site.node, site.pem, site.node)
+    with TestClient(make_door(behind.url, kit.checks())) as outside:
+
+        def status(call: str, request: Any) -> int:
+            answer = _post(outside, call, request.SerializeToString(), site.signed())
+            assert len(answer.content) < 100 or answer.status_code == 200
+            return answer.status_code
+
+        for call, *path in [*places, *words]:
+            for text in odd[odd.index(_ID + "\n") :] if (call, *path) in words else odd:
+                assert status(call, _with(bodies[call], *path, text=text)) == 400, (call, path, text)
+        below = _bodies(site.node, site.pem, site.node)["push-messages"]
+        below.message_object_trees[0].children.add(object_id=_ID).children.add(object_id="x")
+        assert status("push-messages", below) == 400
+        assert behind.seen == []
+        for call, *path in places:
+            assert status(call, _with(bodies[call], *path, text="")) == 200, (call, path)
+
+
+def test_what_flower_says_itself_passes(behind: _Behind, kit: _Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer as Flower makes it, with a failure's text as well, which it does not log."""
+    for name in ("_run_id", "_task_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+    asked = FlowerMessage(RecordDict({"a": ArrayRecord([np.zeros(3)])}), kit.north.node, "query.hello", group_id="12")
+    asked.metadata.__dict__["_message_id"] = asked.object_id
+    failed = FlowerMessage(Error(2, "x" * 3000 + "\n\x1b"), reply_to=asked)
+    for reply in (FlowerMessage(asked.content, reply_to=asked), failed):
+        reply.metadata.__dict__ |= {"_message_id": reply.object_id, "_src_node_id": kit.north.node}
+        head = message_to_proto(reply)
+        trees = [get_object_tree(reply)]
+        who = Node(node_id=kit.north.node)
+        request = PushMessagesRequest(
+            node=who, messages_list=[head], message_object_trees=trees, clientapp_runtime_list=[0.5]
+        )
+        with TestClient(make_door(behind.url, kit.checks())) as outside:
+            assert _post(outside, "push-messages", request.SerializeToString(), kit.north.signed()).status_code == 200
 
 
 # -- how much ------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
+import io
+import logging
 import os
 import socket
 import sqlite3
@@ -24,12 +26,13 @@ from fastapi import FastAPI, HTTPException
 from flwr.app import Array, ArrayRecord, Metadata, RecordDict
 from flwr.common.serde import message_to_proto
 from flwr.proto import fleet_pb2, message_pb2
+from flwr.proto.fab_pb2 import GetFabRequest
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_id, get_object_tree
 from sqlalchemy import Column, MetaData, Table, text
 from starlette.testclient import TestClient
 
-from deploy import certificates, flower_cli, kits, objects, peers, processes, superlink, superlink_state
+from deploy import certificates, fleet, flower_cli, kits, objects, peers, processes, superlink, superlink_state
 from deploy import server as deployed_server
 
 # Of Flower, whose migrations are written for an older Alembic.
@@ -672,6 +675,26 @@ def test_what_a_site_sends_is_not_struck_off_at_anothers_word(two: _Two) -> None
     _has_come(two.b, to_b, answer)
 
 
+@pytest.mark.parametrize("over", [False, True])
+def test_an_object_has_the_id_of_one_or_is_neither_logged_nor_echoed(two: _Two, over: bool) -> None:
+    """Of this call the front door reads no body."""
+    link = two.a.link
+    _, objects_, session = link.announce(1)
+    if over:  # then Flower says the id back
+        link.state.finish_task(link.state.get_run_info(run_ids=[link.run])[0].primary_task_id, "stopped", "")
+    kinds = {"content-type": "application/protobuf"}
+    for name in ("x" * 2**20, "\n\x1b[2JINFO : all is well", next(iter(objects_)).upper()):
+        request = message_pb2.PushObjectRequest(
+            node=Node(node_id=link.node), run_id=link.run, session_id=session, object_id=name, object_content=b"c"
+        )
+        answer = two.a.client.post("/v1/fleet/push-object", content=request.SerializeToString(), headers=kinds)
+        assert answer.status_code == 400 and name not in answer.text and len(answer.text) < 100
+    assert request.ByteSize() < 1000
+    request.object_id, request.session_id = next(iter(objects_)), "\n" + session
+    answer = two.a.client.post("/v1/fleet/push-object", content=request.SerializeToString(), headers=kinds)
+    assert answer.status_code == 400
+
+
 def _leaf(content: bytes) -> message_pb2.ObjectTree:
     return message_pb2.ObjectTree(object_id=get_object_id(content))
 
@@ -701,6 +724,46 @@ def test_the_way_up_from_an_object_goes_by_an_index(two: _Two) -> None:
     plan = [row[-1] for row in rows]
     assert not [step for step in plan if "SCAN" in step and "holder" not in step and "CONSTANT" not in step], plan
     assert any("apiary_object_parents" in step for step in plan)
+
+
+# -- the log -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def logged() -> Iterator[tuple[logging.Logger, io.StringIO]]:
+    """A log of Flower's kind as the launcher sets it up, and what is written."""
+    before, written = logging.getLogRecordFactory(), io.StringIO()
+    superlink.keep_log_plain()
+    handler = superlink.private("flwr.supercore.logger", "ConsoleHandler")(colored=False, stream=written)
+    logger = logging.Logger("some")
+    logger.addHandler(handler)
+    yield logger, written
+    logging.setLogRecordFactory(before)
+
+
+def test_a_record_is_one_line_of_so_many_printable_characters(logged: tuple[logging.Logger, io.StringIO]) -> None:
+    logger, written = logged
+    evil = "\r\nINFO : all is well\x1b[2J\x9b1m\u2028" + "x" * 2**20
+    logger.error(f"said {evil}")
+    logger.error("said %s", evil)
+    logger.error(["said", evil])
+    logger.error("%d too many", 1, 2)  # a defect of the caller's, which must not become one of ours
+    logger.error("plain %s", "words")
+    lines = written.getvalue().split("\n")
+    assert len(lines) == 6 and lines[-1] == "" and lines[4].endswith("plain words")
+    assert all(line.startswith("ERROR") and line.isprintable() and len(line) < 550 for line in lines[:-1])
+
+
+def test_a_traceback_forges_no_line_of_the_log(logged: tuple[logging.Logger, io.StringIO]) -> None:
+    logger, written = logged
+    try:
+        raise ValueError("\nINFO : all is well\x1b[2J" + "x" * 2**20 + "\ny" * 10_000)
+    except ValueError:
+        logger.exception("it failed")
+    first, *lines = written.getvalue().splitlines()
+    assert first.endswith("it failed")
+    assert len(lines) < 110 and any(__file__[-30:] in line for line in lines)
+    assert all(line.startswith("  ") and line.isprintable() and len(line) < 550 for line in lines)
 
 
 # -- the process -------------------------------------------------------------------------------------
@@ -753,6 +816,26 @@ def test_any_number_of_keys_is_registered_in_one_call(running: _Running) -> None
     with pytest.raises(flower_cli.FlowerError, match=r"\[code: 16\]"):
         flower_cli.call(running.state, "list", options=("--run-id", "7"))
     assert flower_cli.call(running.state, "list")["runs"] == []
+
+
+@pytest.mark.slow
+def test_what_a_site_says_neither_fills_nor_forges_the_log(running: _Running, tmp_path: Path) -> None:
+    """Past the front door, which would refuse it."""
+    log, key = running.state / "superlink.log", tmp_path / "key"
+    private, public = certificates.site_keys()
+    key.write_bytes(private)
+    flower_cli.register(running.state, {"loud": certificates.public_pem(public.decode())})
+    line = fleet.Line(f"127.0.0.1:{running.port}", running.kit.folder / kits.CA, key, threading.Event())
+    line.open()
+    before = log.stat().st_size
+    evil = "\nINFO : all is well\x1b[2J" + "x" * 2**16
+    with pytest.raises(fleet.Rejected):
+        line._call("GetFab", GetFabRequest(node=Node(node_id=line.node), run_id=1, hash_str=evil))
+    line.close()
+    line.hang_up()
+    said = log.read_text()[before:]
+    assert "[Fleet.GetFab]" in said and "ApiError" in said and "\x1b" not in log.read_text()
+    assert not [one for one in said.splitlines() if one.startswith("INFO : all is well") or len(one) > 550]
 
 
 def _as_another_user(act: Callable[[], bytes]) -> bytes:
