@@ -24,6 +24,7 @@ from starlette.concurrency import run_in_threadpool
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from deploy import objects, peers, superlink_state
+from deploy.connections import allow_many_files
 
 _START = "flwr.superlink.cli.flower_superlink"
 _FLEET = "flwr.superlink.servicer.fleet.fleet_handlers"
@@ -234,6 +235,7 @@ def main() -> None:
     except UnknownFlower as error:
         print(f"apiary: {error}", file=sys.stderr, flush=True)
         raise SystemExit(3) from None
+    allow_many_files()
     uvicorn.run(
         app,
         host=config.host,
