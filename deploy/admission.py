@@ -51,6 +51,8 @@ CALLS: dict[str, Any] = {
 CALL_BYTES = 65_536  # of a call that carries no object
 # Flower cuts arrays into objects of 5 MiB; what else a site sends is small, and so is what stands around an object.
 OBJECT_BYTES = 5 * 2**20 + 65_536
+# Of one answer: an adapter of 1.2 GiB as it travels, and what stands around it. Each costs the SuperLink some queries.
+OBJECTS = 256
 # A caller's clock may be so far off. Ahead as far as Flower itself takes; behind, far less than Flower's 305 s, which
 # must last for the body as well.
 BEHIND_S, AHEAD_S = 60.0, 5.0
@@ -310,6 +312,8 @@ def check(call: str, body: bytes, caller: Caller) -> None:
         # One is all that Flower reads, and it looks only whether the named source was asked.
         own = own and len(request.messages_list) == 1 and len(request.message_object_trees) == 1
         own = own and all(message.metadata.src_node_id == caller.node for message in request.messages_list)
+        if own and _more_than(OBJECTS, request.message_object_trees[0]):
+            raise Refused("too many objects", 413, site=caller.site)
     if not own:
         raise Refused("in another's name", 401, site=caller.site)
 
@@ -327,3 +331,13 @@ def _texts(request: Message) -> Iterator[tuple[str, str]]:
                 yield field.name, one
             elif isinstance(one, Message) and field.name not in _CONTENTS:
                 yield from _texts(one)
+
+
+def _more_than(most: int, tree: Any) -> bool:
+    """Whether an `ObjectTree` has more objects; one that it names many times counts so often."""
+    waiting = [tree]
+    for seen, node in enumerate(waiting):
+        if seen >= most:
+            return True
+        waiting += node.children
+    return False

@@ -7,8 +7,10 @@ longest held of the address that holds most. An honest site proves its key withi
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import ipaddress
+import resource
 import ssl
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, cast
@@ -263,3 +265,10 @@ def protocol(places: Places, limits: Limits, note: Note, tls: ssl.SSLContext | N
         return inner if tls is None else _Gate(inner, places, limits, note, tls)
 
     return make
+
+
+def allow_many_files() -> None:
+    """Let this process have as many files open as it may have at all; each connection is one."""
+    with contextlib.suppress(ValueError, OSError):
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard if hard != resource.RLIM_INFINITY else 65_536, hard))

@@ -20,8 +20,12 @@ from sqlalchemy import text
 
 _SERVER = 1  # Flower's id of the server among the nodes
 _SAY_S = 10.0  # between lines of the log
-# Flower's own key of this table begins with the parent. SQLite looks for children as well, whenever it deletes one.
-INDEX = "CREATE INDEX IF NOT EXISTS apiary_object_parents ON object_children (child_id)"
+# Flower's own keys of these tables begin with the parent, and with the run. SQLite looks for children and objects as
+# well, whenever it deletes one.
+INDEXES = (
+    "CREATE INDEX IF NOT EXISTS apiary_object_parents ON object_children (child_id)",
+    "CREATE INDEX IF NOT EXISTS apiary_object_runs ON run_objects (object_id)",
+)
 
 # Each is one row: whether it is the node's, and whether there is such a thing at all.
 _RECEIVED = """
@@ -81,10 +85,15 @@ WITH RECURSIVE waiting(root) AS ({waiting}), tree(root, object_id) AS (
 )
 SELECT DISTINCT tree.root FROM tree JOIN objects ON objects.object_id = tree.object_id WHERE is_available = 0
 """
-_EARLIER = INCOMPLETE.format(
-    waiting="SELECT message_id FROM message_res WHERE reply_to_message_id = :asked AND src_node_id = :node "
-    "AND message_id <> :root AND delivered_at = ''"
+# Of a node: the answers that it does not finish any more, for it works on one message after the other; and those that
+# nobody waits for, for a run asks a site one thing at a time.
+_UNFINISHED = INCOMPLETE.format(
+    waiting="SELECT message_id FROM message_res WHERE src_node_id = :node AND message_id <> :root AND delivered_at = ''"
 )
+_PASSED_OVER = """
+SELECT message_id FROM message_res
+WHERE src_node_id = :node AND run_id = :run AND reply_to_message_id <> :asked AND delivered_at = ''
+"""
 _STRIKE_OFF = (
     "DELETE FROM object_push_sessions WHERE session_id IN "
     "(SELECT session_id FROM object_push_session_roots WHERE root_object_id = :root)",
@@ -161,7 +170,8 @@ GUARDS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
 class OwnTrees:
     """Goes before Flower's SQL LinkState: an answer is announced with a tree of its own.
 
-    It takes the place of one to the same message that its node has not finished: of a node that ended while it sent.
+    It takes the place of what its node has not finished, for it may have ended while it sent, and of what it answered
+    to earlier messages of the run and nobody fetched. So one answer of a node is kept, however many it begins.
     """
 
     def store_message_and_object_tree(self, message: Any, object_tree: Any, session_id: str) -> tuple[bool, list[str]]:
@@ -192,9 +202,18 @@ class OwnTrees:
                 return False, []
             if asked and self._told_otherwise(object_tree):
                 raise HTTPException(409, "announced with other parts")
-            for earlier in session.execute(text(_EARLIER), values).scalars().all():
-                self._strike_off(earlier)
+            if asked:
+                for earlier in session.execute(text(_UNFINISHED), values).scalars().all():
+                    self._strike_off(earlier)
+                self._pass_over(message.metadata.run_id, message.metadata.src_node_id, values["asked"])
             return self._stored(message, object_tree, session_id)
+
+    def _pass_over(self, run: int, node: int, asked: str) -> None:
+        """Strike off the answers of a node that the server has not fetched, but for that to the message `asked`."""
+        values = {"run": signed(run), "node": signed(node), "asked": asked}
+        with self.session() as session:  # type: ignore[attr-defined]
+            for answer in session.execute(text(_PASSED_OVER), values).scalars().all():
+                self._strike_off(answer)
 
     def _strike_off(self, answer: str) -> None:
         """Strike off an answer, by the id of its root: nothing of it can come any more."""
@@ -237,7 +256,8 @@ class Parents:
         """Open the database, and make it where there is none."""
         tables = super().initialize(*args, **kwargs)  # type: ignore[misc]
         with self.session() as session:  # type: ignore[attr-defined]
-            session.execute(text(INDEX))
+            for index in INDEXES:
+                session.execute(text(index))
         return tables
 
     def put(self, object_id: str, object_content: bytes) -> None:

@@ -12,11 +12,10 @@ import argparse
 import asyncio
 import contextlib
 import re
-import resource
 import ssl
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -24,16 +23,17 @@ from typing import NamedTuple
 import httpx
 import uvicorn
 from starlette.applications import Starlette
-from starlette.background import BackgroundTask
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from deploy import admission
 from deploy.admission import CALL_BYTES, CALLS, OBJECT_BYTES, Admission, Caller, Refused, UnknownKey
-from deploy.connections import Limits, Places, protocol
+from deploy.connections import Limits, Places, allow_many_files, protocol
 
 _FLEET, _OBJECT, _ACTIVATE = "/v1/fleet/", "push-object", "activate-node"
+_ANNOUNCE, _BEAT = "push-messages", "send-node-heartbeat"
 # What Flower itself says to a key that it does not know. Its SuperNode tells its operator so, but of a 401 nothing.
 _NOT_ACTIVATED = '{"code": 2004, "detail": "Failed to activate SuperNode."}'
 _HEAD_BYTES = 16_384
@@ -54,6 +54,11 @@ class Bounds(NamedTuple):
     object_bytes: int = OBJECT_BYTES  # of the body of push-object
     flight: int = 256 * 2**20  # bytes of objects that are on their way to the SuperLink, which holds them in memory
     site_flight: int = 4 * OBJECT_BYTES  # of one site; it sends two at a time
+    # Calls of one site that the SuperLink works on at a time. A site moves two objects at a time and makes its other
+    # calls one by one, signs of life apart; what it gave up waiting for counts until the SuperLink is done with it.
+    site_calls: int = 6
+    site_announcements: int = 1  # of answers, which take the SuperLink longest; besides
+    site_beats: int = 2  # besides as well, so that nothing else keeps a site from being seen
     patience_s: float = 10.0  # that long a call waits for others to pass
     grace_s: float = 10.0  # that long a caller may be silent over a whole body, and besides
     least_rate: int = (
@@ -119,6 +124,46 @@ class _Flight:
                 self._freed.notify_all()
 
 
+class _Upstream:
+    """The calls that the SuperLink works on, of each site by kind: no site gets more of it than its share.
+
+    A call takes its place until its answer has ended, be it that the caller has hung up long before.
+    """
+
+    def __init__(self, bounds: Bounds) -> None:
+        self._most = {_ANNOUNCE: bounds.site_announcements, _BEAT: bounds.site_beats, "": bounds.site_calls}
+        self._held: Counter[tuple[str, str]] = Counter()
+
+    @contextlib.contextmanager
+    def hold(self, site: str, call: str) -> Iterator[None]:
+        place = site, call if call in self._most else ""
+        if self._held[place] >= self._most[place[1]]:
+            raise Refused("too many calls at a time", 503, site=site)
+        self._held[place] += 1
+        try:
+            yield
+        finally:
+            self._held[place] -= 1
+
+
+class _Passed(StreamingResponse):
+    """An answer from behind, passed on; `over` is called once that has ended, however it did."""
+
+    def __init__(self, request: Request, answer: httpx.Response, over: Callable[[], None]) -> None:
+        super().__init__(_rest(request, answer), answer.status_code)
+        self.raw_headers = [(name.lower(), v) for name, v in answer.headers.raw if name.lower() not in _NOT_BACK]
+        self._answer, self._over = answer, over
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            try:
+                await self._answer.aclose()
+            finally:
+                self._over()
+
+
 class _Door:
     """What the door does with a call; see `make_door`."""
 
@@ -127,6 +172,7 @@ class _Door:
     ) -> None:
         self._upstream, self._client, self._checks = upstream, client, checks
         self._bounds, self._refusals, self._flight = bounds, refusals, _Flight(bounds)
+        self._working = _Upstream(bounds)
         self._faults: Counter[tuple[str, str]] = Counter()
         self._healthy: tuple[float, Response] | None = None
         self._asking = asyncio.Lock()
@@ -188,22 +234,22 @@ class _Door:
         """The answer from behind, passed on as it comes, without holding it whole."""
         headers = [(name, value) for name, value in request.headers.raw if name not in _HOP]
         built = self._client.build_request("POST", self._upstream + _FLEET + call, headers=headers, content=body)
-        try:
-            answer = await self._client.send(built, stream=True)
-        except httpx.TransportError:  # it starts again: sites try again after this status
-            return PlainTextResponse("the server behind is not there", 502)
-        if answer.status_code == 500:
-            self._faults[caller.site, call] += 1
-            # A database that is locked, mostly. A site ends its session after a 500, and tries again after a 503; calls
-            # bear to be repeated. What fails on and on is passed on as it is.
-            if self._faults[caller.site, call] <= _FAULTS:
-                await answer.aclose()
-                return self._refuse(Refused("fault of the server", 503, "the server failed", caller.site))
-        else:
-            self._faults.pop((caller.site, call), None)
-        passed = StreamingResponse(_rest(request, answer), answer.status_code, background=BackgroundTask(answer.aclose))
-        passed.raw_headers = [(name.lower(), v) for name, v in answer.headers.raw if name.lower() not in _NOT_BACK]
-        return passed
+        with contextlib.ExitStack() as held:
+            held.enter_context(self._working.hold(caller.site, call))
+            try:
+                answer = await self._client.send(built, stream=True)
+            except httpx.TransportError:  # it starts again: sites try again after this status
+                return PlainTextResponse("the server behind is not there", 502)
+            if answer.status_code == 500:
+                self._faults[caller.site, call] += 1
+                # A database that is locked, mostly. A site ends its session after a 500, and tries again after a 503;
+                # calls bear to be repeated. What fails on and on is passed on as it is.
+                if self._faults[caller.site, call] <= _FAULTS:
+                    await answer.aclose()
+                    return self._refuse(Refused("fault of the server", 503, "the server failed", caller.site))
+            else:
+                self._faults.pop((caller.site, call), None)
+            return _Passed(request, answer, held.pop_all().close)
 
 
 async def _rest(request: Request, answer: httpx.Response) -> AsyncIterator[bytes]:
@@ -333,9 +379,7 @@ def main() -> None:
     )
     served = config(door, refusals, Limits(), tls)
     served.host, served.port = given.bind, given.port
-    with contextlib.suppress(ValueError, OSError):  # a connection is a file, and two while a call is passed on
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard if hard != resource.RLIM_INFINITY else 65_536, hard))
+    allow_many_files()  # a connection is one, and two while a call is passed on
     uvicorn.Server(served).run()
 
 

@@ -27,6 +27,7 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from apiary.core.formatting import clean
 from deploy import admission, objects, peers, superlink_state
+from deploy.connections import allow_many_files
 
 _START = "flwr.superlink.cli.flower_superlink"
 _FLEET = "flwr.superlink.servicer.fleet.fleet_handlers"
@@ -276,6 +277,7 @@ def main() -> None:
     except UnknownFlower as error:
         print(f"apiary: {error}", file=sys.stderr, flush=True)
         raise SystemExit(3) from None
+    allow_many_files()
     uvicorn.run(
         app,
         host=config.host,

@@ -169,7 +169,10 @@ class _WholeMessages:
         """The messages for a node that are there whole, at most `limit`; they count as delivered."""
         with self.session():  # type: ignore[attr-defined]
             self._see_to_unanswered(node_id)
-            return self._whole(node_id, limit, run_id)
+            found = self._whole(node_id, limit, run_id)
+            for asked in (message.metadata for message in found):
+                self._pass_over(asked.run_id, node_id, asked.message_id)  # type: ignore[attr-defined]
+            return found
 
     def _whole(self, node_id: int, limit: int | None, run_id: int | None) -> list[Any]:
         with self._held_back(_MARK_INS, _NOT_WHOLE_FOR, {"node": objects.signed(node_id)}):
@@ -268,7 +271,7 @@ def state_class(base: type, lost_answer: Callable[[dict[str, Any]], Any]) -> typ
 
 def statements() -> list[str]:
     """All that is asked of Flower's tables, the making of our own first."""
-    found: list[str] = [*_TABLES, objects.INDEX]
+    found: list[str] = [*_TABLES, *objects.INDEXES]
     for module in (objects, sys.modules[__name__]):
         for value in vars(module).values():
             found += [each for each in (value if isinstance(value, tuple) else (value,)) if _is_statement(each)]

@@ -49,8 +49,9 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, 
 from flwr.supercore.task_identity import TaskIdentity
 from starlette.testclient import TestClient
 
+from apiary.transport import sealed
 from deploy import kits, processes
-from deploy.admission import OBJECT_BYTES, Admission, Registry
+from deploy.admission import OBJECT_BYTES, OBJECTS, Admission, Registry
 from deploy.connections import Limits, Places
 from deploy.proxy import Bounds, Refusals, config, make_door
 
@@ -126,6 +127,7 @@ class _Behind(ThreadingHTTPServer):
         self.more = b""
         self.go_on = threading.Event()
         self.go_on.set()
+        self.waits = {"push-object"}  # the calls that are answered once it may go on
         super().__init__(("127.0.0.1", 0), _Echo)
 
     @property
@@ -141,7 +143,7 @@ class _Echo(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["content-length"]))
         self.server.seen.append((self.path, hashlib.sha256(body).hexdigest(), self.headers["flwr-timestamp"] or ""))
         self.server.lines.add(self.client_address[1])
-        if self.path.endswith("push-object"):
+        if self.path.rpartition("/")[2] in self.server.waits:
             assert self.server.go_on.wait(60)
         self.send_response(self.server.status)
         self.send_header("content-length", str(len(body) + len(self.server.more)))
@@ -652,6 +654,138 @@ def test_objects_of_all_sites_together_are_bounded(behind: _Behind, kit: _Kit) -
 
     bounds = Bounds(flight=1500, patience_s=0.5)
     assert asyncio.run(_served(make_door(behind.url, kit.checks(), bounds=bounds), talk)) == [503, 200, 200]
+
+
+def _tree(width: int, depth: int = 1) -> ObjectTree:
+    """A root with so many chains of so many objects."""
+    tree = ObjectTree(object_id="0")
+    for place in range(width):
+        at = tree
+        for step in range(depth):
+            at = at.children.add(object_id=f"{place}.{step}")
+    return tree
+
+
+def test_an_answer_has_so_many_objects_at_most(behind: _Behind, kit: _Kit) -> None:
+    """Each costs the SuperLink some queries, in which all others wait."""
+    request = _bodies(kit.north.node, kit.north.pem, kit.north.node)["push-messages"]
+    with TestClient(make_door(behind.url, kit.checks())) as outside:
+
+        def status(tree: ObjectTree) -> int:
+            request.message_object_trees[0].CopyFrom(tree)
+            return _post(outside, "push-messages", request.SerializeToString(), kit.north.signed()).status_code
+
+        assert [status(_tree(255)), status(_tree(5, 51))] == [200, 200]
+        passed = len(behind.seen)
+        assert {status(_tree(256)), status(_tree(950)), status(_tree(8, 32))} == {413}
+    assert len(behind.seen) == passed == 2
+
+
+def test_every_answer_to_a_run_with_a_big_adapter_has_few_enough() -> None:
+    """A signed answer is one array, which Flower cuts into parts of 5 MiB."""
+    size = 60_000_000
+    content = sealed.seal({"x": "y"}, np.random.default_rng(0).bytes(size))
+    count = len(get_all_nested_objects(content)) + 1  # the message itself
+    parts = -(-size // (5 * 2**20))
+    assert count - parts < 10 and (OBJECTS - (count - parts)) * 5 * 2**20 > 1.2 * 2**30
+
+
+class _Working:
+    """Calls of sites to a door whose SuperLink answers nothing yet."""
+
+    def __init__(self, port: int, behind: _Behind, kit: _Kit) -> None:
+        self.port, self.behind = port, behind
+        self.bodies = {
+            site.name: {
+                **{call: body.SerializeToString() for call, body in _bodies(site.node, site.pem, site.node).items()},
+                "push-object": b"x" * 1000,
+            }
+            for site in (kit.north, kit.south)
+        }
+
+    async def hang_up(self, site: _Site, call: str) -> None:
+        """Send a call and hang up once the SuperLink has it, or the door has answered."""
+        body, before = self.bodies[site.name][call], len(self.behind.seen)
+        async with _sent(self.port, body, _head(site, len(body)), call) as reply:
+            answer = asyncio.create_task(reply.readline())
+            while len(self.behind.seen) == before and not answer.done():
+                await asyncio.sleep(0.005)
+            answer.cancel()
+
+    async def ask(self, site: _Site, call: str) -> httpx.Response:
+        async with httpx.AsyncClient(trust_env=False, timeout=90) as out:
+            url = f"http://127.0.0.1:{self.port}/v1/fleet/{call}"
+            return await out.post(url, content=self.bodies[site.name][call], headers=site.signed())
+
+    async def seen(self, count: int) -> None:
+        deadline = time.monotonic() + 60
+        while len(self.behind.seen) < count:
+            assert time.monotonic() < deadline, self.behind.seen
+            await asyncio.sleep(0.005)
+
+
+def test_a_site_that_hangs_up_again_and_again_keeps_the_superlink_from_nobody(behind: _Behind, kit: _Kit) -> None:
+    """The SuperLink works on what it has heard, whether somebody still waits for it or not."""
+    behind.waits = {"push-messages", "get-run", "send-node-heartbeat"}
+    behind.go_on.clear()
+
+    async def talk(port: int) -> None:
+        work = _Working(port, behind, kit)
+        for _ in range(20):
+            for call in behind.waits:
+                await work.hang_up(kit.north, call)
+        calls = [path.rpartition("/")[2] for path, _, _ in behind.seen]
+        assert {call: calls.count(call) for call in calls} == {
+            "push-messages": 1,
+            "get-run": 6,
+            "send-node-heartbeat": 2,
+        }
+        refused = await work.ask(kit.north, "push-messages")
+        assert refused.status_code == 503 and int(refused.headers["retry-after"]) > 0
+        assert (await work.ask(kit.south, "pull-messages")).status_code == 200
+        told = asyncio.create_task(work.ask(kit.south, "push-messages"))
+        await work.seen(11)
+        behind.go_on.set()
+        assert (await told).status_code == 200
+        deadline = time.monotonic() + 60
+        while (await work.ask(kit.north, "push-messages")).status_code != 200:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.01)
+        for _ in range(10):  # each call has given its place back
+            assert (await work.ask(kit.north, "get-run")).status_code == 200
+
+    asyncio.run(_served(make_door(behind.url, kit.checks()), talk))
+
+
+def test_what_an_honest_site_does_at_a_time_is_never_refused(behind: _Behind, kit: _Kit) -> None:
+    """Two objects at a time, and two more where it began anew; one other call; signs of life."""
+    calls = ["push-object"] * 4 + ["pull-messages", "push-messages"] + ["send-node-heartbeat"] * 2
+    behind.waits = set(calls)
+    behind.go_on.clear()
+
+    async def talk(port: int) -> list[int]:
+        work = _Working(port, behind, kit)
+        asked = [asyncio.create_task(work.ask(kit.north, call)) for call in calls]
+        await work.seen(len(calls))
+        behind.go_on.set()
+        return [(await each).status_code for each in asked]
+
+    assert asyncio.run(_served(make_door(behind.url, kit.checks()), talk)) == [200] * len(calls)
+
+
+@pytest.mark.parametrize("status", [200, 500])
+def test_a_call_gives_its_place_back_however_it_ends(
+    behind: _Behind, kit: _Kit, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deploy.proxy._FAULTS", 5)  # of 500, some are passed on
+    behind.status, bounds = status, Bounds(site_calls=1, site_announcements=1, site_beats=1)
+    with TestClient(make_door(behind.url, kit.checks(), bounds=bounds)) as outside:
+        for call in ("get-run", "push-messages", "send-node-heartbeat"):
+            body = _bodies(kit.north.node, kit.north.pem, kit.north.node)[call].SerializeToString()
+            found = [_post(outside, call, body, kit.north.signed()) for _ in range(9)]
+            expected = [200] * 9 if status == 200 else [503] * 5 + [500] * 4
+            assert [answer.status_code for answer in found] == expected
+            assert not any("at a time" in answer.text for answer in found)
 
 
 # -- how long ------------------------------------------------------------------------------------

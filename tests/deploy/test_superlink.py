@@ -8,6 +8,7 @@ import importlib.metadata
 import io
 import logging
 import os
+import resource
 import socket
 import sqlite3
 import ssl
@@ -546,6 +547,68 @@ def test_what_is_left_of_an_answer_is_told_when_its_node_looks_for_work_in_anoth
     assert state.object_store.get(answer.root) is None
 
 
+def _stored(site: _Site) -> int:
+    """The bytes of all objects that the SuperLink keeps."""
+    return int(site.link.state.query("SELECT coalesce(sum(length(content)), 0) AS n FROM objects")[0]["n"])
+
+
+def test_of_the_answers_that_a_node_begins_one_is_kept(two: _Two) -> None:
+    """And so is one of those that it ends when nobody waits any more."""
+    names = []
+    for number in range(1, 9):
+        names.append(_sent(two.a, number)[0])
+        two.a.confirm(names[-1])
+    empty = _stored(two.a)
+    sizes = []
+    for number, name in enumerate(names):
+        answer = two.a.answer(name, 100 + number)
+        told = two.a.announce(answer)
+        first, *most = told.objects_to_push
+        assert all(two.a.push(told.session_id, each, answer.contents[each]) for each in most)
+        if number % 2:
+            assert two.a.push(told.session_id, first, answer.contents[first])
+        sizes.append(_stored(two.a))
+    one = sum(map(len, answer.contents.values()))
+    assert empty == 0 and max(sizes) <= one + 100
+    _has_come(two.a, names[-1], answer)
+    assert two.a.link.state.get_message_res(set(names[:-1]), two.a.link.run) == []
+
+
+def test_what_a_node_has_not_answered_in_time_goes_with_the_next_message_to_it(two: _Two) -> None:
+    """Of no other node, and not for a look that finds nothing new."""
+    to_b, _ = _sent(two.b)
+    theirs = two.b.answer(to_b, 7)
+    two.b.send(theirs)
+    _, answer, told = _in_mid_push(two.a)
+    late = told.objects_to_push[1]
+    assert not two.a.call("pull-messages").messages_list
+    assert two.a.push(told.session_id, late, answer.contents[late])
+    name, parts, session = two.a.link.announce(2)
+    two.a.link.store(parts, session)
+    assert two.a.link.state.object_store.get(answer.root) is not None  # which the node has not been told yet
+    (given,) = two.a.call("pull-messages").messages_list
+    assert given.metadata.message_id == name
+    late = told.objects_to_push[2]
+    assert not two.a.push(told.session_id, late, answer.contents[late])
+    assert {two.a.link.state.object_store.get(each) for each in set(answer.contents) - set(parts)} == {None}
+    two.a.confirm(name)
+    two.a.send(two.a.answer(name, 8))
+    _has_come(two.b, to_b, theirs)
+
+
+def test_an_answer_to_another_run_is_not_passed_over(link: _Link) -> None:
+    message, objects, session = link.announce(1)
+    link.store(objects, session)
+    assert link.handed_over() == [message]
+    answer, parts, session = link.answer(message)
+    link.store(parts, session)
+    link.state._pass_over(link.run + 1, link.node, "")
+    link.state._pass_over(link.run, link.node + 1, "")
+    link.state._pass_over(link.run, link.node, message)
+    (got,) = link.state.get_message_res({message}, link.run)
+    assert got.metadata.message_id == answer
+
+
 def test_what_was_sent_to_another_site_is_as_if_it_were_not_there(two: _Two) -> None:
     message, parts = _sent(two.b)
     _sent(two.a, 2)
@@ -766,7 +829,49 @@ def test_a_traceback_forges_no_line_of_the_log(logged: tuple[logging.Logger, io.
     assert all(line.startswith("  ") and line.isprintable() and len(line) < 550 for line in lines)
 
 
+def test_what_a_tree_costs_does_not_grow_with_what_else_is_stored(link: _Link) -> None:
+    """By the steps that SQLite takes to strike one off, which looks for all that names an object."""
+    state, steps = link.state, [0]
+
+    def tree(seed: int) -> message_pb2.ObjectTree:
+        return message_pb2.ObjectTree(
+            object_id=get_object_id(b"root %d" % seed), children=[_leaf(b"%d.%d" % (seed, n)) for n in range(20)]
+        )
+
+    def cost(seed: int) -> int:
+        state.object_store.preregister(link.run, tree(seed))
+        with state.session() as session:
+            line = session.connection().connection.driver_connection
+            line.set_progress_handler(lambda: steps.__setitem__(0, steps[0] + 1), 100)
+            steps[0] = 0
+            state.object_store.delete(tree(seed).object_id)
+            line.set_progress_handler(None, 0)
+            return steps[0]
+
+    before = cost(0)
+    with state.session():
+        for seed in range(1, 101):
+            state.object_store.preregister(link.run, tree(seed))
+    assert before <= cost(1000) < 2 * before + 20
+
+
 # -- the process -------------------------------------------------------------------------------------
+
+
+def test_the_superlink_may_hold_as_many_connections_as_its_machine_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    found: list[int] = []
+    config = SimpleNamespace(host="", port=0, ssl_keyfile=None, ssl_certfile=None)
+    monkeypatch.setattr(superlink, "make_app", lambda: (None, config))
+    monkeypatch.setattr(
+        superlink.uvicorn, "run", lambda app, **given: found.append(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    )
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        superlink.main()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert found == [hard if hard != resource.RLIM_INFINITY else 65_536] and found[0] > 256
 
 
 class _Running(NamedTuple):
