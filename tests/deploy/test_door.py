@@ -658,11 +658,15 @@ def test_objects_of_all_sites_together_are_bounded(behind: _Behind, kit: _Kit) -
 
 def _tree(width: int, depth: int = 1) -> ObjectTree:
     """A root with so many chains of so many objects."""
-    tree = ObjectTree(object_id="0")
+
+    def name(place: int, step: int) -> str:
+        return hashlib.sha256(b"%d.%d" % (place, step)).hexdigest()
+
+    tree = ObjectTree(object_id=name(width, depth))
     for place in range(width):
         at = tree
         for step in range(depth):
-            at = at.children.add(object_id=f"{place}.{step}")
+            at = at.children.add(object_id=name(place, step))
     return tree
 
 
