@@ -6,27 +6,17 @@ import asyncio
 import contextlib
 import ipaddress
 import os
+import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 _TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 _LOOKS, _BETWEEN_S = 3, 0.01  # a table that changes while it is read may leave a row out
 _ORDER = -1 if sys.byteorder == "little" else 1
-
-
-class _End(NamedTuple):
-    address: ipaddress.IPv4Address | ipaddress.IPv6Address
-    port: int
-
-
-class _Socket(NamedTuple):
-    local: _End
-    remote: _End
-    uid: int
-    inode: int  # 0 where no process holds it any more
+_UID, _INODE = 6, 8  # among the fields of a row, from the local end on; no inode where no process holds it any more
 
 
 def is_own(transport: asyncio.BaseTransport) -> bool:
@@ -37,13 +27,12 @@ def is_own(transport: asyncio.BaseTransport) -> bool:
     theirs, ours = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
     if not _is_internet(theirs) or not _is_internet(ours):
         return False
-    wanted = _end(theirs), _end(ours)
+    rows = [f" {local} {remote} ".encode() for local, remote in zip(_written(theirs), _written(ours), strict=False)]
     for look in range(_LOOKS):
         if look:
             time.sleep(_BETWEEN_S)
-        for found in _sockets():
-            if (found.local, found.remote) == wanted and found.inode:
-                return found.uid in (0, os.geteuid())
+        for uid in _holders(rows):
+            return uid in (0, os.geteuid())
     return False
 
 
@@ -63,27 +52,29 @@ def _is_internet(name: object) -> bool:
     return isinstance(name, tuple) and len(name) >= 2
 
 
-def _end(name: tuple[Any, ...]) -> _End:
-    return _End(_plain(ipaddress.ip_address(str(name[0]).partition("%")[0])), int(name[1]))
+def _written(name: tuple[Any, ...]) -> list[str]:
+    """An end as the kernel may write it, in its table of IPv4 first where it has that.
+
+    It is words of four bytes in the machine's own order, and a port, all hexadecimal. An IPv6 socket may speak to an
+    IPv4 address too, which then stands within one of IPv6.
+    """
+    address = ipaddress.ip_address(str(name[0]).partition("%")[0])
+    plain = (isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped) or address
+    packed = [plain.packed] + [b"\0" * 10 + b"\xff" * 2 + plain.packed] * (plain.version == 4)
+    words = ([whole[at : at + 4][::_ORDER] for at in range(0, len(whole), 4)] for whole in packed)
+    return [f"{b''.join(each).hex().upper()}:{int(name[1]):04X}" for each in words]
 
 
-def _plain(
-    address: ipaddress.IPv4Address | ipaddress.IPv6Address,
-) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """The address, as IPv4 where it is one that an IPv6 socket speaks to."""
-    return (isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped) or address
+def _holders(rows: Sequence[bytes]) -> Iterator[int]:
+    """The users of the processes that hold a socket between these ends.
 
-
-def _sockets() -> Iterator[_Socket]:
+    This is the SuperLink's one thread that all its calls go through, and a table may have tens of thousands of rows:
+    they are searched as they are written, and the rows found alone are read.
+    """
     for table in _TABLES:
         with contextlib.suppress(OSError):  # no IPv6 here
-            for line in table.read_text(encoding="ascii").splitlines()[1:]:
-                fields = line.split()
-                yield _Socket(_read_end(fields[1]), _read_end(fields[2]), int(fields[7]), int(fields[9]))
-
-
-def _read_end(text: str) -> _End:
-    """An end as the kernel writes it: words of four bytes in the machine's own order, and a port, all hexadecimal."""
-    address, _, port = text.partition(":")
-    words = (bytes.fromhex(address[at : at + 8])[::_ORDER] for at in range(0, len(address), 8))
-    return _End(_plain(ipaddress.ip_address(b"".join(words))), int(port, 16))
+            written = table.read_bytes()
+            for found in re.finditer(b"(?:" + b"|".join(map(re.escape, rows)) + rb")[^\n]*", written):
+                fields = found[0].split()
+                if int(fields[_INODE]):
+                    yield int(fields[_UID])

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from apiary.core.counts import pooled_loss
 from apiary.core.messages import FitReport, Score
 
 Scores = Mapping[str, Sequence[float]]  # by client, the sums of its `Score`
@@ -49,7 +50,7 @@ def panel_fields(sums: Scores) -> tuple[dict[str, Score], dict[str, Any]]:
     scores = {name: score for name, score in reported.items() if score.tokens}
     return scores, {
         "clients": {name: score.loss for name, score in scores.items()},
-        "clients_loss": add_up(scores.values()).loss,
+        "clients_loss": pooled_loss((score.nats, score.tokens) for score in scores.values()),
         "clients_rows": {name: [score.examples, score.tokens] for name, score in scores.items()},
         "clients_few": [name for name in reported if name not in scores],
     }

@@ -1,4 +1,4 @@
-"""What a client tells of how much it holds and trained: exactly, rounded, or as its operator states it.
+"""What a client tells of how much it holds and trained: exactly, rounded, or as its operator states it; what counts.
 
 Every count that leaves a client goes through its policy, which is its operator's choice and never the server's. Rounded
 numbers are the default of a site: the server needs them to weigh updates and to show how large the sites are, for which
@@ -7,12 +7,16 @@ two digits are enough, and one row more or less then almost never shows.
 
 from __future__ import annotations
 
+import math
 import re
+import statistics
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from apiary.core.errors import UserError
 
 COARSEST = 10  # small numbers are rounded to it, for two digits of them would be the number itself
+_MOST = 3  # times the median client's tokens that those of one count for in a loss of all
 _STATED = re.compile(r"([0-9]{1,12}):([0-9]{1,15})")
 
 
@@ -95,3 +99,21 @@ def parse(text: str, key: str) -> CountPolicy:
 def text_of(policy: CountPolicy) -> str:
     """What `parse` makes the policy of."""
     return policy.kind if policy.kind != "declared" else f"{policy.rows}:{policy.tokens}"
+
+
+def pooled_loss(sums: Iterable[tuple[float, float]]) -> float:
+    """The loss over the held-out rows of several clients together, in nats per response token (NaN without any).
+
+    How many tokens it has is a client's own word: those of one count for three times the median client's at most (the
+    lower of the two in the middle), so that none makes the figure alone.
+
+    Args:
+        sums: of each client, its nats and its tokens.
+    """
+    told = [(nats, tokens) for nats, tokens in sums if tokens]
+    if not told:
+        return math.nan
+    most = _MOST * statistics.median_low(tokens for _, tokens in told)
+    shares = [min(1.0, most / tokens) for _, tokens in told]
+    counted = sum(share * tokens for share, (_, tokens) in zip(shares, told, strict=True))
+    return sum(share * nats for share, (nats, _) in zip(shares, told, strict=True)) / counted

@@ -138,7 +138,7 @@ class OwnRound(_Part):
     """The shared model on each site's own held-out rows after a round; round 0 is before training."""
 
     round: int
-    loss: float | None = None  # of all these rows together, each response token counting once
+    loss: float | None = None  # of all these rows together, as `apiary.core.counts` has it
     sites: Mapping[str, float | None] = Field(default_factory=dict)
     rows: Mapping[str, tuple[int, int]] = Field(default_factory=dict)  # held-out rows, and response tokens in them
     few: tuple[str, ...] = ()  # sites with too few rows to tell a loss

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from apiary.core import formatting
+from apiary.core.counts import pooled_loss
 from apiary.report.data import Client, Metrics, OwnRound
 from apiary.tracking.event_log import Event
 
@@ -91,14 +92,13 @@ def _losses(measured: OwnRound) -> dict[str, float]:
 
 
 def _together(measured: OwnRound, names: Collection[str]) -> float | None:
-    """The loss over the rows of some of the sites, each response token counting once; None where these are unknown."""
+    """The loss over the rows of some of the sites, as `pooled_loss` has it; None where these are unknown."""
     losses = _losses(measured)
     if set(names) == set(losses):
         return measured.loss
     if not set(names) <= set(measured.rows):
         return None
-    tokens = {name: measured.rows[name][1] for name in names}
-    return sum(losses[name] * count for name, count in tokens.items()) / max(sum(tokens.values()), 1)
+    return pooled_loss((losses[name] * measured.rows[name][1], measured.rows[name][1]) for name in names)
 
 
 def when(number: int) -> str:

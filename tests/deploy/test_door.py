@@ -1303,3 +1303,29 @@ def test_no_site_answers_as_another_nor_is_a_call_taken_twice(real: _Real) -> No
             if call != "activate-node":
                 assert ask(door, call, foreign, bee.signed()) == 401, call
         assert ask(door, "deactivate-node", own["deactivate-node"], bee.signed()) == 200
+
+
+@pytest.mark.long
+def test_a_site_cannot_fill_the_log_of_the_superlink(real: _Real) -> None:
+    """By texts that Flower logs as they come, from 64 KiB to 5 MiB a call: 100 MiB in all."""
+    bee, log = real.bee, real.state / "superlink.log"
+    before, evil = log.stat().st_size, "\nINFO : all is well\x1b[2J"
+    with real.calls(real.made.port) as door:
+
+        def ask(call: str, body: Any) -> httpx.Response:
+            return door.post(f"/v1/fleet/{call}", content=body.SerializeToString(), headers=bee.signed())
+
+        own = _bodies(bee.node, bee.pem, bee.node)
+        assert ask("activate-node", own["activate-node"]).status_code == 200
+        for _ in range(20):
+            fab = GetFabRequest(node=Node(node_id=bee.node), run_id=1, hash_str=evil + "x" * 60_000)
+            told = _with(own["push-messages"], "messages_list", "metadata", "reply_to_message_id", text=fab.hash_str)
+            pushed = PushObjectRequest(node=Node(node_id=bee.node), run_id=1, object_id=evil + "x" * (5 * 2**20))
+            for call, body in (("get-fab", fab), ("push-messages", told), ("push-object", pushed)):
+                answer = ask(call, body)
+                assert answer.status_code == 400 and len(answer.content) < 100, (call, answer.text[:100])
+        assert ask("get-fab", own["get-fab"]).status_code == 403  # of no run that there is; this is logged
+        assert ask("deactivate-node", own["deactivate-node"]).status_code == 200
+    said = log.read_text()[before:]
+    assert "[Fleet.GetFab]" in said and len(said) < 20_000
+    assert "all is well" not in said and "\x1b" not in log.read_text()

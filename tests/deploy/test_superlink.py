@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import io
+import ipaddress
 import logging
 import os
 import resource
@@ -986,8 +987,12 @@ def test_another_user_of_the_machine_is_not_heard(running: _Running) -> None:
 class _Transport:
     """What asyncio knows of a connection."""
 
-    def __init__(self, connection: socket.socket) -> None:
-        self._names = {"peername": connection.getpeername(), "sockname": connection.getsockname()}
+    def __init__(self, theirs: Any, ours: Any) -> None:
+        self._names = {"peername": theirs, "sockname": ours}
+
+    @classmethod
+    def of(cls, connection: socket.socket) -> _Transport:
+        return cls(connection.getpeername(), connection.getsockname())
 
     def get_extra_info(self, name: str) -> Any:
         return self._names[name]
@@ -999,10 +1004,53 @@ def test_a_process_of_ours_is_known_by_its_socket(mapped: bool) -> None:
         with socket.socket(socket.AF_INET6 if mapped else socket.AF_INET) as caller:
             caller.connect(("::ffff:127.0.0.1" if mapped else "127.0.0.1", listening.getsockname()[1]))
             accepted = listening.accept()[0]
-            transport = _Transport(accepted)
+            transport = _Transport.of(accepted)
             assert peers.is_own(transport)  # type: ignore[arg-type]
         assert not peers.is_own(transport)  # type: ignore[arg-type]  # nobody holds it any more
         accepted.close()
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6")
+@pytest.mark.parametrize("both", [False, True])
+def test_a_socket_of_ipv6_is_known_too(both: bool) -> None:
+    """Also where it hears callers of IPv4."""
+    with socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as listening:
+        with socket.create_connection(("127.0.0.1" if both else "::1", listening.getsockname()[1])):
+            accepted = listening.accept()[0]
+            assert peers.is_own(_Transport.of(accepted))  # type: ignore[arg-type]
+        accepted.close()
+
+
+_HEAD = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode"
+
+
+def _table(path: Path, rows: list[tuple[str, str, int, int]]) -> Path:
+    """A table as proc(5) shows it, on a machine with the lower byte first: ends, user and inode of each row."""
+    text = "{:4d}: {} {} 01 00000000:00000000 00:00000000 00000000 {:5d}        0 {} 1 0000000000000000 20 4 30 10 -1"
+    path.write_text("\n".join([_HEAD, *(text.format(i, *row) for i, row in enumerate(rows)), ""]))
+    return path
+
+
+@pytest.mark.skipif(sys.byteorder != "little", reason="the tables are of a machine with the lower byte first")
+def test_a_row_is_that_of_both_ends_and_others_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, other, mapped = os.geteuid(), os.geteuid() + 1, "0000000000000000FFFF0000"
+    theirs, ours = "0302010A:C001", "0100007F:1F90"
+    transport = _Transport(("10.1.2.3", 0xC001), ("127.0.0.1", 0x1F90))
+    many = [(f"0302010A:{port:04X}", ours, own, 7) for port in range(65536) if port != 0xC001]
+    near = [(ours, theirs, own, 7), (theirs, "0100007F:1F91", own, 7), (theirs, ours, own, 0)]
+    v6 = [("1" + f"{mapped}{theirs}"[1:], f"{mapped}{ours}", own, 7)]
+    read: list[object] = []
+    make = ipaddress.ip_address
+    monkeypatch.setattr(ipaddress, "ip_address", lambda text: read.append(text) or make(text))
+    monkeypatch.setattr(peers, "_BETWEEN_S", 0.0)
+    cases = [([], [], False), ([(theirs, ours, own, 7)], [], True), ([(theirs, ours, other, 7)], [], False)]
+    cases += [([], [(mapped + theirs, mapped + ours, own, 7)], True), ([(theirs, ours, 0, 7)], [], True)]
+    for four, six, known in cases:
+        places = (_table(tmp_path / "tcp", [*many, *near, *four]), _table(tmp_path / "tcp6", [*v6, *six]))
+        monkeypatch.setattr(peers, "_TABLES", places)
+        read.clear()
+        assert peers.is_own(transport) is known  # type: ignore[arg-type]
+        assert len(read) < 10  # of 65,540 rows
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may act as another user")
@@ -1018,7 +1066,7 @@ def test_a_process_of_another_user_is_not_ours() -> None:
         caller = threading.Thread(target=lambda: answer.append(_as_another_user(dial)))
         caller.start()
         accepted = listening.accept()[0]
-        assert not peers.is_own(_Transport(accepted))  # type: ignore[arg-type]
+        assert not peers.is_own(_Transport.of(accepted))  # type: ignore[arg-type]
         accepted.sendall(b"there")
         accepted.close()
         caller.join()

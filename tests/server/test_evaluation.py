@@ -6,6 +6,7 @@ import itertools
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import overrides_for
@@ -66,13 +67,28 @@ def test_a_run_stops_by_the_panel_and_only_without_one_by_the_table() -> None:
         "ci95": [1.5, 2.5],
         "n": 4,
         "clients": {"c0": 1.5, "c2": 0.5},
-        "clients_loss": 0.7,
+        "clients_loss": 0.75,  # of the eight tokens six count, three times the two
         "clients_rows": {"c0": [1, 2], "c2": [2, 8]},
         "clients_few": ["c1"],
     }
     assert evaluation.combine(None, None) == ({}, {})
     scores, fields = evaluation.combine(OWN, {})  # all were asked and nobody answered: nothing to compare
     assert scores == {} and fields["clients"] == {} and math.isnan(fields["clients_loss"])
+
+
+@pytest.mark.parametrize("claims", [6000, 10**6, 2**53])
+@pytest.mark.parametrize("honest", [1, 2, 5])
+def test_no_client_makes_the_loss_of_all_by_the_tokens_it_claims(claims: int, honest: int) -> None:
+    """Held against numpy's mean with the weights written out."""
+    tokens = [1000, 1200, 900, 1000, 1100][:honest]
+    panel = {f"c{i}": [2.0 * count, count, 10] for i, count in enumerate(tokens)}
+    fair = evaluation.combine(None, panel)[1]["clients_loss"]
+    assert fair == pytest.approx(2.0)
+    panel["liar"] = [9.0 * claims, claims, 10]
+    fields = evaluation.combine(None, panel)[1]
+    most = 3 * (1000 if honest != 2 else 1200)
+    assert fields["clients_loss"] == pytest.approx(np.average([2.0] * honest + [9.0], weights=[*tokens, most]))
+    assert fields["clients"]["liar"] == 9.0 and fields["clients_rows"]["liar"] == [10, claims]
 
 
 def test_the_best_evaluation_is_that_with_the_lowest_median_among_common_clients() -> None:
