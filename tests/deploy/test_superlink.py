@@ -626,6 +626,16 @@ def test_the_limit_of_another_run_is_not_looked_at(two: _Two) -> None:
     _has_come(two.a, message, answer)
 
 
+def test_an_answer_that_nobody_asked_for_takes_no_place(two: _Two) -> None:
+    """As one that comes after the server has taken another to the same message."""
+    to_b, _ = _sent(two.b)
+    message, _ = _sent(two.a, 2)
+    answer = two.a.answer(message, 7)
+    two.a.send(answer)
+    assert not two.a.announce(two.a.answer(to_b, 8)).objects_to_push
+    _has_come(two.a, message, answer)
+
+
 def test_an_answer_to_another_run_is_not_passed_over(link: _Link) -> None:
     message, objects, session = link.announce(1)
     link.store(objects, session)
