@@ -113,6 +113,11 @@ def test_the_superlink_was_told_how_large_an_answer_may_be(federation: Deploymen
 
 
 @pytest.mark.slow
+def test_the_door_asks_no_honest_site_to_do_less_at_a_time(federation: Deployment) -> None:
+    assert "at a time" not in (federation.kits / "server" / "state" / "door.log").read_text()
+
+
+@pytest.mark.slow
 def test_from_outside_only_signed_calls_of_sites_are_reached(federation: Deployment) -> None:
     trust = ssl.create_default_context(cafile=federation.kits / "ant" / "ca.crt")
     with httpx.Client(base_url=f"https://127.0.0.1:{federation.port}", verify=trust, trust_env=False) as outside:
