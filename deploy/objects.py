@@ -99,6 +99,19 @@ _STRIKE_OFF = (
     "(SELECT session_id FROM object_push_session_roots WHERE root_object_id = :root)",
     "DELETE FROM message_res WHERE message_id = :root",
 )
+# What one answer to a run may come to, as the run has told; where it has not, the front door's bounds are all.
+LIMITS = "CREATE TABLE IF NOT EXISTS apiary_limits (run_id INTEGER PRIMARY KEY, size INTEGER, objects INTEGER)"
+SET_LIMIT = "INSERT OR REPLACE INTO apiary_limits VALUES (:run, :size, :objects)"
+_LIMIT = "SELECT size, objects FROM apiary_limits WHERE run_id = :run"
+# Of an answer, by the session in which it is sent: the bytes that are there, but for one object.
+_ARRIVED = """
+WITH RECURSIVE part(id) AS (
+    SELECT message_id FROM object_push_session_roots CROSS JOIN message_res ON message_id = root_object_id
+    WHERE session_id = :session
+    UNION SELECT child_id FROM part CROSS JOIN object_children ON parent_id = part.id
+)
+SELECT sum(length(content)) FROM part CROSS JOIN objects ON object_id = part.id WHERE object_id <> :object
+"""
 _PARTS = "SELECT child_id FROM object_children WHERE parent_id = :object"
 
 
@@ -181,7 +194,8 @@ class OwnTrees:
             Whether it is taken, and the ids of the objects that are still to be sent.
 
         Raises:
-            HTTPException: 409; a site announces other parts of an object than somebody before.
+            HTTPException: 409; a site announces other parts of an object than somebody before. 413; it has more objects
+                than its run allows.
         """
         if message.metadata.src_node_id == _SERVER:
             with self.session():  # type: ignore[attr-defined]
@@ -203,10 +217,28 @@ class OwnTrees:
             if asked and self._told_otherwise(object_tree):
                 raise HTTPException(409, "announced with other parts")
             if asked:
+                limit = session.execute(text(_LIMIT), {"run": signed(message.metadata.run_id)}).first()
+                if limit is not None and sum(1 for _ in _nodes(object_tree)) > limit.objects:
+                    raise HTTPException(413, "more objects than this run allows")
                 for earlier in session.execute(text(_UNFINISHED), values).scalars().all():
                     self._strike_off(earlier)
                 self._pass_over(message.metadata.run_id, message.metadata.src_node_id, values["asked"])
             return self._stored(message, object_tree, session_id)
+
+    def _keep_to_limit(self, run: int, session_id: str, object_id: str, size: int) -> None:
+        """Look whether an object of so many bytes may be added to what has come in a session.
+
+        Raises:
+            HTTPException: 413; the answer would come to more bytes than its run allows.
+        """
+        values = {"run": signed(run), "session": session_id, "object": object_id}
+        with self.session() as session:  # type: ignore[attr-defined]
+            limit = session.execute(text(_LIMIT), values).first()
+            if limit is None:
+                return
+            arrived = session.execute(text(_ARRIVED), values).scalar()  # None: no answer, but a message of the server's
+            if arrived is not None and arrived + size > limit.size:
+                raise HTTPException(413, "more bytes than this run allows")
 
     def _pass_over(self, run: int, node: int, asked: str) -> None:
         """Strike off the answers of a node that the server has not fetched, but for that to the message `asked`."""

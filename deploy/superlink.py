@@ -193,7 +193,7 @@ def _told(act: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def _answers(account: Any) -> dict[str, _Answer]:
-    """What `apiary deploy` asks, by the last part of the path: each takes the request and the state."""
+    """What `apiary deploy` and its runs ask, by the last part of the path: each takes the request and the state."""
 
     def ask(call: str, request: str) -> Callable[..., Any]:
         handler, kind = private(_CONTROL, call), private(_REQUESTS, request)
@@ -225,7 +225,18 @@ def _answers(account: Any) -> dict[str, _Answer]:
     def stop_run(asked: Mapping[str, Any], state: Any) -> dict[str, Any]:
         return {"stopped": stop(state, run_id=int(asked["run"])).success}
 
-    return {"register": register, "unregister": unregister, "nodes": list_nodes, "runs": list_runs, "stop": stop_run}
+    def limit(asked: Mapping[str, Any], state: Any) -> dict[str, Any]:
+        superlink_state.set_limit(state, int(asked["run"]), int(asked["size"]), int(asked["objects"]))
+        return {}
+
+    return {
+        "register": register,
+        "unregister": unregister,
+        "nodes": list_nodes,
+        "runs": list_runs,
+        "stop": stop_run,
+        "limit": limit,  # of answers to a run; asked by the run itself
+    }
 
 
 def _run(run: Any, now: str) -> dict[str, Any]:

@@ -55,6 +55,7 @@ _TABLES = (
     ) WITHOUT ROWID
     """,
     "CREATE INDEX IF NOT EXISTS apiary_stored_at ON apiary_stored (at)",
+    objects.LIMITS,
 )
 _REMEMBER = (
     "INSERT OR REPLACE INTO apiary_stored VALUES (:session, :object, julianday('now'))",
@@ -218,10 +219,12 @@ class _WholeMessages:
         has had it deleted since: a sender that is then told no gives its message up, and the server its run.
 
         Raises:
-            HTTPException: 503; Flower's own would say that the object is not wanted.
+            HTTPException: 503; Flower's own would say that the object is not wanted. 413; an answer comes to more than
+                its run allows.
         """
         values = {"session": session_id, "object": object_id}
         with self.session() as session:  # type: ignore[attr-defined]
+            self._keep_to_limit(run_id, session_id, object_id, len(object_content))  # type: ignore[attr-defined]
             if super().store_object(run_id, session_id, object_id, object_content):  # type: ignore[misc]
                 for statement in _REMEMBER:
                     session.execute(text(statement), values)
@@ -267,6 +270,20 @@ def state_class(base: type, lost_answer: Callable[[dict[str, Any]], Any]) -> typ
     """
     own = {"lost_answer": staticmethod(lost_answer)}
     return type("LinkState", (*STATE, base), own)
+
+
+def set_limit(state: Any, run: int, size: int, objects_: int) -> None:
+    """Bound each answer to a run.
+
+    Args:
+        state: ours.
+        run: Flower's number.
+        size: bytes.
+        objects_: that Flower cuts it into.
+    """
+    with state.session() as session:
+        values = {"run": objects.signed(run), "size": size, "objects": objects_}
+        session.execute(text(objects.SET_LIMIT), values)
 
 
 def statements() -> list[str]:

@@ -4,7 +4,7 @@ Flower's own grid takes the whole of an answer, head and content, as a site wrot
 turn, and lets what is wrong with it out as an error of the run. Here an answer is one thing: the content of a message.
 Who was asked, and for what, the server knows by itself; what cannot be read becomes a failure of its sender alone.
 
-Private to flwr 1.41: the client and the node of `HttpGrid`, and the functions that put objects together.
+Private to flwr 1.41: the client, the node and the retries of `HttpGrid`, and the functions that put objects together.
 """
 
 from __future__ import annotations
@@ -322,4 +322,24 @@ def guarded(
         seals: opens signed answers, where sites are registered; likewise.
         waits: told of who has not answered for a while, likewise.
     """
-    return SiteGrid(grid, limit_of(parameters()), seals(), waits) if isinstance(grid, HttpGrid) else grid
+    if not isinstance(grid, HttpGrid):
+        return grid
+    limit = limit_of(parameters())
+    _tell(grid, limit)
+    return SiteGrid(grid, limit, seals(), waits)
+
+
+def _tell(grid: HttpGrid, limit: Limit) -> None:
+    """Tell our SuperLink the limit of this run's answers: it stores no more of one than that.
+
+    Raises:
+        httpx.HTTPError: it cannot be reached, or takes nothing.
+    """
+    client, told = grid._runtime_client, {"run": str(grid.run.run_id), **limit._asdict()}
+
+    def send() -> None:
+        answer = client._client.post(f"{client._base_url}/apiary/limit", json=told)
+        if answer.status_code != httpx.codes.NOT_FOUND:  # of Flower's own SuperLink, which has no limits
+            answer.raise_for_status()
+
+    grid._retry_invoker.invoke(send)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -66,7 +67,15 @@ class Link:
         self.listed: dict[str, Answer] = {}  # by root
         self.broken: set[str] = set()  # ids that make the SuperLink fail
         self.pulled: list[str] = []
+        self.told: list[tuple[str, Any]] = []  # calls beside Flower's: where to, and what
+        self.says = 200  # to these
         self._sent: dict[str, Message] = {}
+        self._client = httpx.Client(transport=httpx.MockTransport(self._hear))
+        self._base_url = "http://link"
+
+    def _hear(self, request: httpx.Request) -> httpx.Response:
+        self.told.append((request.url.path, json.loads(request.content)))
+        return httpx.Response(self.says)
 
     def GetNodes(self, request: Any) -> Any:
         return GetNodesResponse(nodes=[NodeInfo(node_id=node) for node in self.nodes])

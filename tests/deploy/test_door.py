@@ -777,6 +777,27 @@ def test_what_an_honest_site_does_at_a_time_is_never_refused(behind: _Behind, ki
     assert asyncio.run(_served(make_door(behind.url, kit.checks()), talk)) == [200] * len(calls)
 
 
+def test_an_answer_keeps_its_place_until_it_is_read_or_its_reader_gone(behind: _Behind, kit: _Kit) -> None:
+    """The SuperLink holds it so long."""
+    behind.more = b"y" * 30_000_000
+
+    async def talk(port: int) -> None:
+        work = _Working(port, behind, kit)
+        body = work.bodies["north"]["pull-object"]
+        async with contextlib.AsyncExitStack() as readers:
+            for _ in range(2):
+                sent = _sent(port, body, _head(kit.north, len(body)), "pull-object")
+                assert b" 200 " in await (await readers.enter_async_context(sent)).readline()
+            assert (await work.ask(kit.north, "get-run")).status_code == 503
+        behind.more = b""
+        deadline = time.monotonic() + 60
+        while (await work.ask(kit.north, "get-run")).status_code != 200:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.01)
+
+    asyncio.run(_served(make_door(behind.url, kit.checks(), bounds=Bounds(site_calls=2)), talk))
+
+
 @pytest.mark.parametrize("status", [200, 500])
 def test_a_call_gives_its_place_back_however_it_ends(
     behind: _Behind, kit: _Kit, status: int, monkeypatch: pytest.MonkeyPatch

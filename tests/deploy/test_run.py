@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 import ssl
 import time
 from collections.abc import Iterator
@@ -107,6 +109,21 @@ def test_the_server_keeps_a_whole_run_directory(federation: Deployment) -> None:
     assert not list(federation.folder.rglob("row_losses.json"))  # no loss of a single row, neither here nor at a site
     private = str(federation.folder / "rows")
     assert private not in (folder / "log.jsonl").read_text()
+
+
+@pytest.mark.slow
+def test_the_superlink_was_told_how_large_an_answer_may_be(federation: Deployment) -> None:
+    adapter = load_file(federation.folder / "run" / "adapter" / "adapter_model.safetensors")
+    numbers = sum(tensor.numel() for tensor in adapter.values())
+    database = federation.kits / "server" / "state" / flower_cli.DATABASE
+    with contextlib.closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as opened:
+        (told,) = opened.execute("SELECT size, objects FROM apiary_limits").fetchall()
+    assert told == (8 * numbers + 2**20, (8 * numbers + 2**20) // 2**20 + 16)
+
+
+@pytest.mark.slow
+def test_the_door_asks_no_honest_site_to_do_less_at_a_time(federation: Deployment) -> None:
+    assert "at a time" not in (federation.kits / "server" / "state" / "door.log").read_text()
 
 
 @pytest.mark.slow

@@ -597,6 +597,49 @@ def test_what_a_node_has_not_answered_in_time_goes_with_the_next_message_to_it(t
     _has_come(two.b, to_b, theirs)
 
 
+def test_an_answer_comes_to_no_more_than_its_run_has_told(two: _Two) -> None:
+    message, _ = _sent(two.a)
+    two.a.confirm(message)
+    answer = two.a.answer(message)
+    sizes = {name: len(content) for name, content in answer.contents.items()}
+    whole, count = sum(sizes.values()), len(sizes)
+    state, run = two.a.link.state, two.a.link.run
+    superlink_state.set_limit(state, run, whole, count - 1)
+    with pytest.raises(AssertionError, match="more objects than this run allows"):
+        two.a.announce(answer)
+    superlink_state.set_limit(state, run, whole - 1, count)
+    told = two.a.announce(answer)
+    *most, last = told.objects_to_push
+    for _ in range(2):  # one that is sent again counts once
+        assert all(two.a.push(told.session_id, each, answer.contents[each]) for each in most)
+    with pytest.raises(AssertionError, match="more bytes than this run allows"):
+        two.a.push(told.session_id, last, answer.contents[last])
+    assert _stored(two.a) <= whole - 1 and state.get_message_res({message}, run) == []
+    superlink_state.set_limit(state, run, whole, count)
+    assert two.a.push(told.session_id, last, answer.contents[last])
+    _has_come(two.a, message, answer)
+    superlink_state.set_limit(state, run, 1, 1)
+    _sent(two.a, 5)  # what the server sends is not bounded
+
+
+def test_the_limit_of_another_run_is_not_looked_at(two: _Two) -> None:
+    message, _ = _sent(two.a)
+    superlink_state.set_limit(two.a.link.state, two.a.link.run + 1, 1, 1)
+    answer = two.a.answer(message)
+    two.a.send(answer)
+    _has_come(two.a, message, answer)
+
+
+def test_an_answer_that_nobody_asked_for_takes_no_place(two: _Two) -> None:
+    """As one that comes after the server has taken another to the same message."""
+    to_b, _ = _sent(two.b)
+    message, _ = _sent(two.a, 2)
+    answer = two.a.answer(message, 7)
+    two.a.send(answer)
+    assert not two.a.announce(two.a.answer(to_b, 8)).objects_to_push
+    _has_come(two.a, message, answer)
+
+
 def test_an_answer_to_another_run_is_not_passed_over(link: _Link) -> None:
     message, objects, session = link.announce(1)
     link.store(objects, session)

@@ -322,6 +322,22 @@ def test_a_simulation_keeps_its_own_grid() -> None:
     assert isinstance(guarded(LinkedGrid(Link(clients(), 1)), lambda: 10, lambda: None, print), SiteGrid)
 
 
+@pytest.mark.parametrize("status", [200, 404])
+def test_the_superlink_is_told_the_limit_before_anybody_is_asked(status: int) -> None:
+    """Flower's own, which has no such call, answers 404."""
+    link = Link(clients(), 1)
+    link.says = status
+    guarded(LinkedGrid(link), lambda: 1_000_000, lambda: None, print)
+    assert link.told == [("/apiary/limit", {"run": "1", "size": 8_000_000 + 2**20, "objects": 24})]
+
+
+def test_a_superlink_that_takes_no_limit_ends_the_run() -> None:
+    link = Link(clients(), 1)
+    link.says = 422
+    with pytest.raises(httpx.HTTPStatusError):
+        guarded(LinkedGrid(link), lambda: 10, lambda: None, print)
+
+
 @pytest.mark.parametrize(
     ("reason", "told"),
     [("x" * 400_000, "x" * 300), ("a\nb\x1b[2J\u2028c", "a b [2J c"), ("", "it failed without a reason")],
