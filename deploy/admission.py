@@ -51,8 +51,9 @@ CALLS: dict[str, Any] = {
 CALL_BYTES = 65_536  # of a call that carries no object
 # Flower cuts arrays into objects of 5 MiB; what else a site sends is small, and so is what stands around an object.
 OBJECT_BYTES = 5 * 2**20 + 65_536
-# Of one answer: an adapter of 1.2 GiB as it travels, and what stands around it. Each costs the SuperLink some queries.
-OBJECTS = 256
+# Of one answer: an adapter of 4.3 GiB as it travels, and what stands around it. Each costs the SuperLink some queries,
+# so it takes no more of them than the run has told it beforehand (`server.site_grid`).
+OBJECTS = 900
 # A caller's clock may be so far off. Ahead as far as Flower itself takes; behind, far less than Flower's 305 s, which
 # must last for the body as well.
 BEHIND_S, AHEAD_S = 60.0, 5.0

@@ -679,9 +679,9 @@ def test_an_answer_has_so_many_objects_at_most(behind: _Behind, kit: _Kit) -> No
             request.message_object_trees[0].CopyFrom(tree)
             return _post(outside, "push-messages", request.SerializeToString(), kit.north.signed()).status_code
 
-        assert [status(_tree(255)), status(_tree(5, 51))] == [200, 200]
+        assert [status(_tree(899)), status(_tree(29, 31))] == [200, 200]
         passed = len(behind.seen)
-        assert {status(_tree(256)), status(_tree(950)), status(_tree(8, 32))} == {413}
+        assert {status(_tree(900)), status(_tree(930)), status(_tree(30, 30))} == {413}
     assert len(behind.seen) == passed == 2
 
 
