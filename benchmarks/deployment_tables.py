@@ -84,7 +84,7 @@ def _same(row: dict[str, Any]) -> str:
     if row["same"]:
         return "yes"
     if row.get("share"):
-        return f"no: it counts {row['share']:g} times the median"
+        return f"no: it counts {row['share']:g} times the median, {100 * row['distance']:.0f}% of its norm away"
     return f"no: {100 * row['distance']:.0f}% of its norm away" if "distance" in row else "no"
 
 

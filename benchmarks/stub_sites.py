@@ -129,6 +129,7 @@ _MESSAGES = (
     "not signed",
     "signed by another key",
     "an answer of the round before",
+    "an error text of 60 kB",
     "an error text of 300 kB",
     "a hundred times as large",
 )
@@ -181,8 +182,9 @@ class Hostile(Stub):
             return Message(honest, reply_to=message)
         if act == "signed by another key":
             return self.signed(message, context, honest, ec.generate_private_key(ec.SECP384R1()))
-        if act == "an error text of 300 kB":
-            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "x" * 300_000), reply_to=message)
+        if act.startswith("an error text of "):
+            text = "x" * (1000 * int(act.split()[-2]))
+            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, text), reply_to=message)
         if act == "a hundred times as large":
             size = 100 * sum(tensor.nbytes for tensor in visit.update.delta.values())
             array = Array("uint8", (size,), "apiary", random.randbytes(size))  # equal objects would be sent once

@@ -129,6 +129,14 @@ def of_method(folder: Path, local: LocalAlgorithm, number: int, last_round: int)
 def save_of_method(
     folder: Path, local: LocalAlgorithm, number: int, tensors: StateDict, last_round: int, config: RunConfig
 ) -> None:
-    """Write what a client's half of a method keeps of round `number`; the state that it counts on stays."""
-    counted = {last_round} if local.resumes == "counted" else set[int]()
-    save(folder, local.keeps, number, tensors, back={sound_before(config, number), *counted})
+    """Write what a client's half of a method keeps of round `number`; the state that it counts on stays.
+
+    Where the method's server counts on it, that is the state of `last_round`, and of what was `last_round` in the first
+    visit after the round that a run goes back to: what is older then goes, and stays from then on.
+    """
+    back = {sound := sound_before(config, number)}
+    if local.resumes == "counted":
+        there = RoundFiles(folder, local.keeps, ".safetensors").numbers()
+        first = not any(sound < one < number for one in there)
+        back |= {last_round} if first else {last_round, *(one for one in there if one <= sound)}
+    save(folder, local.keeps, number, tensors, back=back)

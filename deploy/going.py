@@ -107,9 +107,10 @@ def is_free(out: Path) -> bool | None:
 
 
 def has_room(out: Path) -> bool:
-    """Whether the disk of a run directory takes something."""
+    """Whether the disk of a run directory takes something; a small one, whether half of it is free."""
     with contextlib.suppress(OSError):
-        return shutil.disk_usage(out).free >= _ROOM
+        disk = shutil.disk_usage(out)
+        return disk.free >= min(_ROOM, disk.total // 2)
     return False
 
 

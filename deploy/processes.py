@@ -254,6 +254,9 @@ def hold(state: Path) -> IO[str]:
         own_folder(state)
         lock = (state / "lock").open("w")
     except OSError as error:
+        if state.is_dir() and state.stat().st_uid != os.geteuid():
+            line = f"--state {str(state)!r}: belongs to another user, who could read it; name a folder in it"
+            raise UserError(line) from None
         raise UserError(f"--state {str(state)!r}: cannot be written ({error.strerror}); name another folder") from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -57,7 +57,7 @@ class Bounds(NamedTuple):
     # Calls of one site that the SuperLink works on at a time. A site moves two objects at a time and makes its other
     # calls one by one, signs of life apart; what it gave up waiting for counts until the SuperLink is done with it.
     site_calls: int = 6
-    site_announcements: int = 1  # of answers, which take the SuperLink longest; besides
+    site_announcements: int = 2  # of answers, which take the SuperLink longest; besides
     site_beats: int = 2  # besides as well, so that nothing else keeps a site from being seen
     patience_s: float = 10.0  # that long a call waits for others to pass
     grace_s: float = 10.0  # that long a caller may be silent over a whole body, and besides

@@ -31,6 +31,7 @@ from apiary.transport import from_config
 from server import checkpoint, delivery, deployment_run, evaluation, site_grid, trusted_update
 from server.rounds import Hooks, Progress, Rounds
 from strategies import ServerState
+from strategies.from_config import method_remarks
 
 
 def prepare(
@@ -67,7 +68,7 @@ def prepare(
         progress = Progress()
     else:
         state, progress = saved[0], Progress(**saved[1])
-    for line in [*from_config.remarks(config), *start.remarks(config)]:
+    for line in [*from_config.remarks(config), *start.remarks(config), *method_remarks(config, aggregator)]:
         log.event("warning", message=line)
     measured = None if aggregator.local.personal else held_out  # there is no one model whose loss would say anything
     hooks = Hooks(

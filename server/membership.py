@@ -94,6 +94,7 @@ class Roster:
         while (there := len(list(grid.get_node_ids()))) < expected:
             if time.monotonic() > deadline:
                 if there >= needed:  # one that was counted a moment ago may have gone since
+                    self._log.event("warning", message=f"the run goes on with {there} of {expected} clients")
                     break
                 raise RunFailed(
                     f"{there} of {expected} clients joined within strategy.join_timeout_s = {patience:g} s, "

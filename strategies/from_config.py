@@ -64,6 +64,16 @@ def check_for_sites(config: RunConfig) -> None:
         )
 
 
+def method_remarks(config: RunConfig, aggregator: Aggregator) -> list[str]:
+    """What a run should know of the method that it has chosen, a line each."""
+    if aggregator.local.resumes != "counted" or config.train.epochs is None or not config.strategy.norm_guard:
+        return []
+    return [
+        f"train.epochs: with strategy.name = {config.strategy.name!r} a client with many times the rows of others is "
+        "refused where its change is as many times longer; set train.steps, or raise strategy.norm_guard"
+    ]
+
+
 def weighs(config: RunConfig) -> bool:
     """Whether the run's method lets a client count by what it trained on."""
     return config.strategy.weighting == "tokens" and _takes_weighting(config)

@@ -353,7 +353,9 @@ class StrategyConfig(_Section):
         0.5, gt=0, le=1, description="fraction of the cohort that must return a valid update, or the run fails"
     )
     deadline_s: float = Field(0.0, ge=0, description="seconds to wait for the replies of a round; 0 = no limit")
-    join_timeout_s: float = Field(120.0, gt=0, description="seconds to wait for min_clients clients before round 1")
+    join_timeout_s: float = Field(
+        120.0, gt=0, description="seconds to wait for clients before a round: for min_clients, at the start for all"
+    )
 
     @model_validator(mode="after")
     def _limits_above_the_median(self) -> Self:

@@ -1,4 +1,4 @@
-"""What a client tells of how much it holds and trained: exactly, rounded, or as its operator states it; what counts.
+"""What a client tells of how much it holds and trained: exactly, rounded, or as its operator states it.
 
 Every count that leaves a client goes through its policy, which is its operator's choice and never the server's. Rounded
 numbers are the default of a site: the server needs them to weigh updates and to show how large the sites are, for which
@@ -105,7 +105,7 @@ def pooled_loss(sums: Iterable[tuple[float, float]]) -> float:
     """The loss over the held-out rows of several clients together, in nats per response token (NaN without any).
 
     How many tokens it has is a client's own word: those of one count for three times the median client's at most (the
-    lower of the two in the middle), so that none makes the figure alone.
+    lower of the two in the middle), so that no claim of tokens makes the figure. What loss it claims does.
 
     Args:
         sums: of each client, its nats and its tokens.

@@ -36,7 +36,8 @@ class Fault(NamedTuple):
     of_site: bool = True
     slow: bool = False  # needs a run with a deadline
     says: bool = True  # the site or the server must print it
-    lost: float = 2  # answers that it may cost, at most: the running round's, and of a site that of the next
+    # Answers that it may cost: the running round's, and of a site that of the next; None: one a round while it lasts.
+    lost: int | None = 2
     wait_s: float = 45.0  # without a further answer, at most: Flower gives up a silent site after half a minute
 
 
@@ -131,9 +132,7 @@ FAULTS = {
     "door": Fault(
         "the door killed", _killing(False, "deploy.proxy"), re.compile(_ENDED.format("door")), 4, of_site=False, lost=1
     ),
-    "site_disk": Fault(  # while it is full, each round of a second costs an answer
-        "a site's disk full", _full(True), re.compile("[Dd]isk|No space"), 6, says=False, lost=float("inf")
-    ),
+    "site_disk": Fault("a site's disk full", _full(True), re.compile("[Dd]isk|No space"), 6, says=False, lost=None),
     "server_disk": Fault(
         "the server's disk full",
         _full(False),

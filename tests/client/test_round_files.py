@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from apiary.config import loading
 from client import round_files, state
 from client.round_files import RoundFiles
 from client.state import Memory
+from strategies.local import LocalAlgorithm
 
 KINDS = ("round-{}.json", "curated-{}.json", "feedback-{}.safetensors", "control-{}.safetensors")
 KINDS += ("personal-{}.safetensors",)
@@ -84,6 +86,26 @@ def test_a_client_can_go_back_to_each_round_that_an_exploding_run_goes_back_to(
             there = max((one for one in range(1, back_to + 1) if one not in absent), default=0)
             assert state.load(tmp_path, before=back_to + 1).round == there
     assert len(list(tmp_path.iterdir())) <= 5
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_what_the_server_counts_on_is_there_when_a_run_goes_back(tmp_path: Path, seed: int) -> None:
+    """Answers come too late now and then, and a client is away: the server then counts on an older state."""
+    rng = random.Random(seed)
+    every, local = rng.randint(1, 6), LocalAlgorithm(keeps="control", resumes="counted")
+    config = loading.load(None, [f"evaluate.every={every}", "rounds=30"])
+    counted = [0]
+    for number in range(1, 31):
+        if rng.random() < 0.8:
+            kept = {"x": torch.tensor([float(number)])}
+            round_files.save_of_method(tmp_path, local, number, kept, counted[-1], config)
+            if rng.random() < 0.6:
+                counted.append(number)
+        if number % every == 0 and number > every:
+            last = max(one for one in counted if one <= number - every)
+            found = round_files.of_method(tmp_path, local, number - every + 1, last)
+            assert not last or found["x"].item() == last
+    assert len(list(tmp_path.iterdir())) <= 10
 
 
 def test_the_newest_few_are_kept_and_one_more_that_is_named(tmp_path: Path) -> None:

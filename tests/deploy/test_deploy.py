@@ -661,7 +661,7 @@ def test_a_state_folder_of_another_user_is_refused(tmp_path: Path) -> None:
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert "cannot be written (Operation not permitted); name another folder" in done.stdout, done.stderr
+    assert "belongs to another user, who could read it; name a folder in it" in done.stdout, done.stderr
 
 
 # -- what is sent --------------------------------------------------------------------------------

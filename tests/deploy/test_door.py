@@ -740,7 +740,7 @@ def test_a_site_that_hangs_up_again_and_again_keeps_the_superlink_from_nobody(be
                 await work.hang_up(kit.north, call)
         calls = [path.rpartition("/")[2] for path, _, _ in behind.seen]
         assert {call: calls.count(call) for call in calls} == {
-            "push-messages": 1,
+            "push-messages": 2,
             "get-run": 6,
             "send-node-heartbeat": 2,
         }
@@ -748,7 +748,7 @@ def test_a_site_that_hangs_up_again_and_again_keeps_the_superlink_from_nobody(be
         assert refused.status_code == 503 and int(refused.headers["retry-after"]) > 0
         assert (await work.ask(kit.south, "pull-messages")).status_code == 200
         told = asyncio.create_task(work.ask(kit.south, "push-messages"))
-        await work.seen(11)
+        await work.seen(12)
         behind.go_on.set()
         assert (await told).status_code == 200
         deadline = time.monotonic() + 60
@@ -762,8 +762,8 @@ def test_a_site_that_hangs_up_again_and_again_keeps_the_superlink_from_nobody(be
 
 
 def test_what_an_honest_site_does_at_a_time_is_never_refused(behind: _Behind, kit: _Kit) -> None:
-    """Two objects at a time, and two more where it began anew; one other call; signs of life."""
-    calls = ["push-object"] * 4 + ["pull-messages", "push-messages"] + ["send-node-heartbeat"] * 2
+    """Two objects at a time, and two more where it began anew; one other call; signs of life; an announcement again."""
+    calls = ["push-object"] * 4 + ["pull-messages"] + ["push-messages"] * 2 + ["send-node-heartbeat"] * 2
     behind.waits = set(calls)
     behind.go_on.clear()
 

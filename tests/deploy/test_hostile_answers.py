@@ -67,6 +67,8 @@ def test_a_site_that_floods_the_superlink_holds_up_nobody_else(made: Deployment,
     run = made.folder / "run"
     assert {e["client"] for e in events_of(run, "client")} == {"ant", "cricket"}
     assert len(events_of(run, "round")) == 2 and len(events_of(run, "start")) == 1
+    asked = {event["round"]: event["time"] for event in events_of(run, "asked")}
+    assert max(event["time"] - asked[event["round"]] for event in events_of(run, "client")) < 60
     status = made.call("deploy", "status", str(made.kits / "server"))
     assert "site ant: online" in status.stdout and "site cricket: online" in status.stdout
     said = (made.kits / "server" / "state" / "door.log").read_text()

@@ -380,7 +380,7 @@ def test_a_full_disk_is_said_and_waited_out(
     watch = Tending(state, said.append)
     with monkeypatch.context() as patch:
         patch.setattr(files.os, "write", full)
-        patch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1_000_000))
+        patch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(total=10**9, free=1_000_000))
         superlink.status = "gone"
         watch.look()
         watch.look()

@@ -254,6 +254,7 @@ def test_a_client_that_left_while_the_run_began_is_not_waited_for_for_ever() -> 
     made, log = rounds(["rounds=1", "strategy.join_timeout_s=0.2", "strategy.min_clients=2"])
     made.run(LocalGrid(clients(), 2), 3)
     assert log.of("asked")[0]["clients"] == ["c0", "c1"]
+    assert [event["message"] for event in log.of("warning")] == ["the run goes on with 2 of 3 clients"]
 
 
 def test_a_run_that_has_all_its_rounds_waits_for_nobody() -> None:
