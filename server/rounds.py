@@ -184,8 +184,12 @@ class Rounds(Strategy):
             RunFailed: too few clients joined, too few updates of a round were valid, a step led to NaN or infinity, no
                 client trained in any round, or no round changed the model.
         """
-        if self.state.round < self.config.rounds and not self.progress.stopped:
+        try:
             self._roster.wait_for(grid, expected)
+        except RunFailed as error:
+            if self.state.round < self.config.rounds and not self.progress.stopped:
+                raise
+            self._log.event("warning", message=f"{error}; no round is left, so that costs nothing")
         if self.state.round == 0:
             self._measure(0, grid)
         for number in range(self.state.round + 1, self.config.rounds + 1):

@@ -257,7 +257,7 @@ def test_a_client_that_left_while_the_run_began_is_not_waited_for_for_ever() -> 
     assert [event["message"] for event in log.of("warning")] == ["the run goes on with 2 of 3 clients"]
 
 
-def test_a_run_that_has_all_its_rounds_waits_for_nobody() -> None:
+def test_a_run_that_has_all_its_rounds_needs_nobody() -> None:
     made, _ = rounds(["rounds=1"])
     done = made.run(LocalGrid(clients(), 3), 3)
     again, _ = rounds(["rounds=1", "strategy.join_timeout_s=0.2"], progress=made.progress)
