@@ -189,7 +189,7 @@ class Rounds(Strategy):
         except RunFailed as error:
             if self.state.round < self.config.rounds and not self.progress.stopped:
                 raise
-            self._log.event("warning", message=f"{error}; no round is left, so that costs nothing")
+            self._log.event("warning", message=f"{error}; no round is left, so the run is delivered without them")
         if self.state.round == 0:
             self._measure(0, grid)
         for number in range(self.state.round + 1, self.config.rounds + 1):
