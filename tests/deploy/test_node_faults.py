@@ -78,7 +78,8 @@ def test_who_does_not_answer_is_named_and_a_node_killed_in_mid_message_costs_a_r
     _until(federation, lambda: events_of(out, "waiting"), 60.0)
     (waited,) = events_of(out, "waiting")
     assert waited["clients"] == ["bee"] and waited["round"] == held + 1 and 20 <= waited["seconds"] < 30
-    (line,) = [line for line in federation.said("submit").splitlines() if "no answer for" in line]
+    federation.wait_for("submit", "no answer for", limit_s=30.0)
+    line = next(line for line in federation.said("submit").splitlines() if "no answer for" in line)
     assert line.startswith(f"round {held + 1}: ") and line.endswith("from bee")
     os.kill(_below(federation, "bee", "deploy.node"), signal.SIGKILL)
     # With the worker held still, nobody waits for it.
