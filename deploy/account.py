@@ -22,10 +22,11 @@ from apiary.core.errors import UserError
 from apiary.tracking import event_log
 from apiary.tracking.run_directory import RUN_ID
 
-_FILE = "replies.jsonl"
+_FILE, _ANSWER = "replies.jsonl", "answer"
 _ASKED = ("run", "round", "kind", "message", "site")
 _SHOWN = 20  # problems
 _TOOK_PART = ("client", "declined")  # events of a train answer that counted
+_PANEL = ("clients", "clients_few")  # fields of an `evaluate` event: who answered
 
 
 class Found(NamedTuple):
@@ -51,10 +52,12 @@ def verify(run: Path, keys: Path) -> Found:
     public = {file.stem: file.read_text(encoding="utf-8") for file in sorted(keys.glob("*.pub"))}
     if not public:
         raise UserError(f"--keys {str(keys)!r}: holds no NAME.pub; give the folder `sites` of the server's kit")
-    problems: list[str] = []
-    verdicts: dict[str, Counter[str]] = {}
-    signed: Counter[tuple[str, str, str]] = Counter()  # site, kind and round
     own_id = (run / RUN_ID).read_text(encoding="utf-8").strip() if (run / RUN_ID).exists() else ""
+    problems = (
+        [] if own_id else [f"there is no {RUN_ID} in {str(run)!r}, which tells whether the answers are to this run"]
+    )
+    verdicts: dict[str, Counter[str]] = {}
+    answered: Counter[tuple[str, str, str]] = Counter()  # site, kind and round
     seen: set[tuple[str, str]] = set()  # site and message
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
@@ -73,8 +76,8 @@ def verify(run: Path, keys: Path) -> Found:
             problems.append(f"line {number}, site {site}: its message has been answered in an earlier line")
         elif own == "signed":
             seen.add((site, str(entry["message"])))
-            signed[site, str(entry["kind"]), str(entry["round"])] += 1
-    problems += _unaccounted(run, signed)
+            answered[site, str(entry["kind"]), str(entry["round"])] += entry["outcome"] == _ANSWER  # else an error
+    problems += _unaccounted(run, answered)
     return Found([_line(site, counts, public) for site, counts in sorted(verdicts.items())], problems)
 
 
@@ -103,7 +106,7 @@ def _is_signed(statement: bytes, signature: str, key: str) -> bool:
     return True
 
 
-def _unaccounted(run: Path, signed: Counter[tuple[str, str, str]]) -> list[str]:
+def _unaccounted(run: Path, answered: Counter[tuple[str, str, str]]) -> list[str]:
     """The answers that the log counts, and no signed one stands for."""
     counted: Counter[tuple[str, str, str]] = Counter()
     for event in event_log.read_events(run):
@@ -111,11 +114,15 @@ def _unaccounted(run: Path, signed: Counter[tuple[str, str, str]]) -> list[str]:
             counted[str(event["client"]), "train", str(event["round"])] += 1
         elif event["event"] == "handshake":
             counted[str(event["client"]), "query.hello", "0"] += 1
+        elif event["event"] == "evaluate":
+            counted.update(
+                (str(site), "evaluate", str(event["round"])) for key in _PANEL for site in event.get(key, ())
+            )
     return [
-        f"site {site}: the log counts {times} answers to {kind} of round {number}, and {signed[site, kind, number]} "
+        f"site {site}: the log counts {times} answers to {kind} of round {number}, and {answered[site, kind, number]} "
         "of the account are signed"
         for (site, kind, number), times in sorted(counted.items())
-        if signed[site, kind, number] < times
+        if answered[site, kind, number] < times
     ]
 
 

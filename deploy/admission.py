@@ -230,7 +230,7 @@ class Admission:
             off = at - now
             told = f"your clock is {abs(off):.0f} s {'ahead of' if off > 0 else 'behind'} the server's"
             raise Refused("clock off", 401, told, site)
-        self._began = min(self._began, now)  # where the clock was set back: what was used since is still remembered
+        self._began = min(self._began, now)  # where the clock was set back
         if at <= self._began + AHEAD_S:  # of a time whose signatures this door does not remember
             raise Refused("door just started", 503, site=site)
         used = self._used.setdefault(site, _Used(now))

@@ -327,8 +327,8 @@ class Line:
             return True
         return True
 
-    def send(self, reply: Message, seconds: float = 0.0) -> None:
-        """Send an answer, which took so many `seconds`.
+    def send(self, reply: Message) -> None:
+        """Send an answer.
 
         Raises:
             RunOver: nobody wants it any more.
@@ -342,7 +342,7 @@ class Line:
                 node=self._there,
                 messages_list=[message_to_proto(remove_content_from_message(reply))],
                 message_object_trees=[get_object_tree(reply)],
-                clientapp_runtime_list=[seconds],
+                clientapp_runtime_list=[0.0],  # exact seconds tell of rows: the answer has those that may be told
             )
             answer = self._call("PushMessages", request)
             push = make_push_object_fn_protobuf(

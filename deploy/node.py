@@ -67,12 +67,12 @@ def _answer(line: Line, work: Work, answering: Answering, facts: dict[str, str],
         if reply is None:
             say(f"{work.what}: nobody waits for the answer any more; dropped")
             return
-        seconds = time.monotonic() - began
+        seconds = time.monotonic() - began  # for the line at the site alone
         try:
-            line.send(reply, seconds)
+            line.send(reply)
         except fleet.Rejected as error:  # too large, say: the server is not to wait for it
             reply = fleet.failure(work, f"the server does not take its answer ({error})")
-            line.send(reply, seconds)
+            line.send(reply)
         say(f"{work.what}: {'failed' if reply.has_error() else 'answered'} after {seconds:.1f} s")
     except fleet.RunOver:
         say(f"{work.what}: its run is over; dropped")

@@ -49,7 +49,7 @@ def _standing_of(state: Path, row: Mapping[str, Any], going: Going | None) -> di
     if _number(row) != going.run:
         return {"status": f"resumed as {going.run}"}
     if going.ended is None and _read(going.folder, going.run).verdict is None:
-        return {"status": f"going: {going_runs.noted(state, going) or 'to be resumed'}"}
+        return {"status": f"going: {going_runs.noted(state, going) or 'its process ended, it is to be resumed'}"}
     return {}
 
 
@@ -87,7 +87,7 @@ def standing(state: Path) -> Standing:
         flower_cli.FlowerError: Flower cannot be asked.
     """
     server.port_of(state)
-    with futures.ThreadPoolExecutor(2) as pool:  # each question is a process of Flower's, which takes a second to start
+    with futures.ThreadPoolExecutor(2) as pool:
         asked = pool.submit(sites, state), pool.submit(runs, state)
         there, found = asked[0].result(), asked[1].result()
     folders = {}

@@ -26,7 +26,7 @@ _WRONG_FLOWER = 3  # the SuperLink's exit code
 _START_S = 120.0
 _RUNS_S = 1.0  # how often the runs are looked at
 _KEYS_S = 5.0  # how often the folder of public keys is looked at
-_AGAIN_S = 30.0  # until what Flower refused is tried again: each try is a process
+_AGAIN_S = 30.0  # until what Flower refused is tried again
 
 _Failures = dict[tuple[str, str], tuple[str, float]]  # by site and key: the line, and when (monotonic seconds)
 

@@ -19,6 +19,7 @@ from deploy.run_log import RunReader
 # How long a run waits for as many sites as it began with, once one is back; the others come within a minute or two.
 _SITES_S = 180.0
 _ASK_S = 3.0
+_AT_ONCE = 3  # looks that may go wrong before there are pauses: a SuperLink that is started again gives no answer
 
 
 class _Watched:
@@ -30,6 +31,7 @@ class _Watched:
         self.gone: float | None = None  # when its process was found gone
         self.met: float | None = None  # since when a site is back
         self.said = ""
+        self.failed, self.again = 0, -math.inf  # looks that went wrong in a row, and when the next may be
 
 
 class Tending:
@@ -50,10 +52,15 @@ class Tending:
         self._watched = {going.run: self._watched.get(going.run) or _Watched(going) for going in there}
         for going in there:
             known = self._watched[going.run]
+            if time.monotonic() < known.again:
+                continue
             try:
                 self._tend(going, known)
+                known.failed = 0
             except (UserError, flower_cli.FlowerError, OSError) as error:
-                self._tell(going, known, f"cannot be submitted again now: {error}")
+                known.failed += 1
+                known.again = time.monotonic() + going_runs.pause(max(0, known.failed - _AT_ONCE))
+                self._wait(going, known, f"cannot be submitted again now: {error}")
 
     def _tend(self, going: Going, known: _Watched) -> None:
         known.log.look()

@@ -150,7 +150,7 @@ class Roster:
         still_refused = {node for node, refused in self._refused.items() if now < refused.until}
         known = set(self._clients) | still_refused | set(self._unanswered.values())
         if new := sorted(nodes - known):
-            hellos = [Message(RecordDict(), node, flower_records.HELLO, group_id="0") for node in new]
+            hellos = [messaging.message(RecordDict(), node, flower_records.HELLO, 0) for node in new]
             self._unanswered |= messaging.push(grid, hellos)
         last, pause = time.monotonic(), messaging.Pause()
         while self._unanswered:

@@ -7,12 +7,18 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 AT_ONCE = 8  # replies asked for at a time
 _READ, _REASON = 10_000, 300  # characters of a reason that are looked at, and that are told
+_LASTS_S = 365 * 86400.0  # of a message; Flower would drop it after twelve hours, or when the clock is put on a day
 _POLL_S, _POLL_MOST_S = 0.05, 1.0  # between looks for something new: first, and while nothing comes
+
+
+def message(content: RecordDict, node: int, kind: str, number: int) -> Message:
+    """A message of a round to a node. How long its answer is waited for is the run's to say, not Flower's."""
+    return Message(content, node, kind, ttl=_LASTS_S, group_id=str(number))
 
 
 def push(grid: Grid, messages: Sequence[Message]) -> dict[str, int]:

@@ -11,6 +11,7 @@ from apiary.config.schema import RunConfig
 from apiary.core.messages import ClientInfo, Payload
 from apiary.core.tensors import StateDict
 from apiary.transport import flower_records, from_config
+from server import messaging
 from server.broadcast import Broadcast
 from server.membership import Member
 from strategies import Aggregator, ServerState
@@ -123,7 +124,7 @@ class Payloads:
         mixes = source.aggregator.local.mixes
         parts = records if kind == "train" or mixes else records[:2]  # to be measured takes no control variate
         content = flower_records.request(number, *parts, last_round=member.info.last_round)
-        return Message(content, member.node, kind, group_id=str(number))
+        return messaging.message(content, member.node, kind, number)
 
 
 def _records(payload: Payload) -> tuple[ArrayRecord, ...]:

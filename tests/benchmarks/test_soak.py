@@ -136,7 +136,10 @@ def test_a_fault_is_told_by_the_log_or_by_status_and_by_nothing_usual() -> None:
     assert told([_start(0), {**refused, "client": "ant"}], [])[:2] == (None, None)
     assert told([_start(0), _start(1)], [(2.0, ["no status: no server is running"])], "superlink")[:2] == (0.5, None)
     assert told([], [(2.0, ["no status: the SuperLink gives no answer: refused"])], "superlink")[1] == 1.5
-    assert told([], [(2.0, ["123  going: to be resumed  41 s  runs/first"])], "serverapp")[1] == 1.5
+    assert (
+        told([], [(2.0, ["123  going: its process ended, it is to be resumed  41 s  runs/first"])], "serverapp")[1]
+        == 1.5
+    )
 
 
 def test_all_are_back_when_a_round_that_began_afterwards_has_every_answer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,12 +34,12 @@ def run(tmp_path: Path) -> Path:
     public = {site: (tmp_path / "fed" / "server" / "sites" / f"{site}.pub").read_text() for site in SITES}
     seals = Seals("run-1", lambda node: Site(SITES[node], public[SITES[node]]), ReplyLog(folder))
 
-    def answer(node: int, kind: str, number: str, claimed: str | None = None) -> None:
+    def answer(node: int, kind: str, number: str, claimed: str | None = None, outcome: str = sealed.ANSWER) -> None:
         asked = Message(RecordDict(), node, kind, group_id=number)
         asked.metadata.__dict__["_message_id"] = f"{kind}-{number}-{node}"
         body = sealed.pack(RecordDict())
         question = Question("run-1", claimed or number, kind, asked.metadata.message_id, SITES[node])
-        claim = Claim(question, "answer", signatures.digest(body))
+        claim = Claim(question, outcome, signatures.digest(body))
         seals.open(asked, sealed.seal(sealed.header(claim, signatures.sign(keys[SITES[node]], claim)), body))
 
     for node in (0, 1):
@@ -51,9 +51,13 @@ def run(tmp_path: Path) -> Path:
     answer(1, "train", "1")
     log.event("client", round=1, client="bee")
     answer(1, "train", "2", claimed="1")
+    answer(0, "train", "3", outcome=sealed.ERROR)
+    answer(0, "evaluate", "2")
+    log.event("evaluate", round=2, clients={}, clients_few=["ant"])
     seals.open(Message(RecordDict(), 1, "evaluate", group_id="2"), RecordDict())
     seals.open(Message(RecordDict(), 1, "evaluate", group_id="3"), Error(8, "crashed"))
     log.close()
+    (folder / "run-id").write_text("1\n")
     return folder
 
 
@@ -65,13 +69,13 @@ def test_an_account_that_is_as_it_was_written_holds(run: Path) -> None:
     found = account.verify(run, keys_of(run))
     assert found.problems == []
     shown = signatures.fingerprint((keys_of(run) / "bee.pub").read_text())
-    assert found.lines[0].startswith("site ant: 3 signed, by key SHA256:")
+    assert found.lines[0].startswith("site ant: 5 signed, by key SHA256:")
     assert found.lines[1] == f"site bee: 1 failed, 1 not signed, 2 signed, 1 stale, by key {shown}"
 
 
 def test_the_command_tells_it_and_its_exit_code(run: Path) -> None:
     done = apiary("deploy", "verify", run, "--keys", keys_of(run))
-    assert done.returncode == 0 and "site ant: 3 signed" in done.stdout
+    assert done.returncode == 0 and "site ant: 5 signed" in done.stdout
     rewrite(run, lambda entries: entries[0].update(digest="0" * 64))
     done = apiary("deploy", "verify", run, "--keys", keys_of(run))
     assert done.returncode == 1 and "problem: line 1, site ant: it is said to be 'signed'" in done.stdout
@@ -119,10 +123,32 @@ def test_an_answer_that_counted_cannot_be_taken_out(run: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("fields", "kind"),
+    [
+        ({"event": "client", "round": 3, "client": "ant"}, "train"),  # it signed that it failed
+        ({"event": "evaluate", "round": 2, "clients": {"bee": 0.1}}, "evaluate"),
+        ({"event": "evaluate", "round": 2, "clients": {}, "clients_few": ["bee"]}, "evaluate"),
+    ],
+)
+def test_the_log_cannot_count_an_answer_that_was_none(fields: dict[str, Any], kind: str, run: Path) -> None:
+    with (run / "log.jsonl").open("a") as log:
+        log.write(json.dumps({"time": 1.0, **fields}) + "\n")
+    site = "ant" if kind == "train" else "bee"
+    assert account.verify(run, keys_of(run)).problems == [
+        f"site {site}: the log counts 1 answers to {kind} of round {fields['round']}, and 0 of the account are signed"
+    ]
+
+
+def test_without_the_runs_own_id_an_account_does_not_hold(run: Path) -> None:
+    """By it alone answers to another run of the same sites are told."""
+    (run / "run-id").unlink()
+    (problem,) = account.verify(run, keys_of(run)).problems
+    assert problem.startswith("there is no run-id in")
+
+
 def test_lines_of_another_run_and_second_answers_are_told(run: Path) -> None:
     """Each with a good signature."""
-    (run / "run-id").write_text("1\n")
-    assert account.verify(run, keys_of(run)).problems == []
     rewrite(run, lambda entries: entries.insert(3, entries[2]))
     assert account.verify(run, keys_of(run)).problems == [
         "line 4, site ant: its message has been answered in an earlier line"
@@ -134,7 +160,7 @@ def test_lines_of_another_run_and_second_answers_are_told(run: Path) -> None:
 def test_with_another_key_nothing_holds(run: Path) -> None:
     kits.init(run.parent / "other", "localhost:18443", SITES)
     found = account.verify(run, run.parent / "other" / "server" / "sites")
-    assert len([problem for problem in found.problems if "'false signature'" in problem]) == 6
+    assert len([problem for problem in found.problems if "'false signature'" in problem]) == 8
 
 
 def test_what_is_no_entry_is_a_problem_and_no_crash(run: Path) -> None:

@@ -84,6 +84,7 @@ class _SuperLink:
         self.messages: list[Message] = []
         self.objects: dict[str, bytes] = {}
         self.replies: list[Any] = []
+        self.seconds: list[float] = []
         self.to_push: list[str] = []
         self.running, self.date = True, email.utils.formatdate(usegmt=True)
         outer = self
@@ -160,6 +161,7 @@ class _SuperLink:
         if name == "push-messages":
             request = fleet_pb2.PushMessagesRequest.FromString(body)
             self.replies += request.messages_list
+            self.seconds += request.clientapp_runtime_list
             return fleet_pb2.PushMessagesResponse(objects_to_push=self.to_push, session_id="s")
         if name == "push-object":
             return message_pb2.PushObjectResponse(stored=True)
@@ -252,6 +254,7 @@ def test_a_message_is_answered_once_with_what_its_run_was_started_with(superlink
     assert reply.metadata.reply_to_message_id == sent.metadata.message_id
     assert (reply.metadata.src_node_id, reply.metadata.run_id, reply.metadata.group_id) == (_NODE, _RUN, "3")
     assert superlink.calls[-1] == "deactivate-node" and site.journal.read() == Left()
+    assert superlink.seconds == [0.0]  # how long it took exactly tells of the rows
 
 
 @pytest.mark.parametrize("wrong", [503, 500, 429, "broken"])

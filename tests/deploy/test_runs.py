@@ -302,6 +302,28 @@ def test_a_run_that_never_gets_on_is_given_up(
     assert "ended 5 times" in str(following.follow(state, run, out, []))
 
 
+def test_status_says_why_a_run_cannot_be_submitted_again_and_it_is_tried_less_and_less(
+    superlink: SuperLink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, out, said, now = tmp_path / "state", tmp_path / "run", list[str](), [0.0]
+    monkeypatch.setattr("deploy.tending.time", SimpleNamespace(monotonic=lambda: now[0]))
+    starting.start(state, loading.load(None, ["strategy.min_clients=1"]), out)
+    _log(out, 1)
+    superlink.runs = [{"run-id": "1", "status": "finished:failed"}]
+    assert [row["status"] for row in runs.runs(state)] == ["going: its process ended, it is to be resumed"]
+    superlink.status = "refused"
+    tending = Tending(state, said.append)
+    for now[0] in range(1, 601):  # type: ignore[assignment]
+        tending.look()
+    assert len(said) == 1
+    assert [row["status"] for row in runs.runs(state)] == ["going: cannot be submitted again now: no"]
+    assert 10 <= len(superlink.given) <= 20
+    superlink.status = "finished:failed"
+    for now[0] in range(601, 662):  # type: ignore[assignment]
+        tending.look()
+    assert "goes on after round 0" in said[1]
+
+
 def test_a_run_waits_for_its_sites_and_for_room(
     superlink: SuperLink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,6 +55,21 @@ def test_every_adapter_that_is_sent_is_counted(every: int) -> None:
     assert sum(told) == sum(sent) == (3 + {0: 0, 1: 4, 2: 3}[every]) * told[0]
 
 
+def test_an_answer_is_waited_for_as_long_as_the_run_says_and_not_as_flower_does() -> None:
+    """By default Flower drops a message after twelve hours, and all of them when the clock is put on by a day."""
+    lasts: dict[str, float] = {}
+
+    class Noting(LocalGrid):
+        def push_messages(self, messages: Any) -> Any:
+            messages = list(messages)
+            lasts.update({m.metadata.message_type: m.metadata.ttl for m in messages})
+            return super().push_messages(messages)
+
+    made, _ = rounds(["rounds=1", "evaluate.every=1"])
+    made.run(Noting(clients(), 3), 3)
+    assert set(lasts) == {"query.hello", "train", "evaluate"} and min(lasts.values()) >= 300 * 86400
+
+
 def test_uniform_weights_ignore_tokens() -> None:
     made, _ = rounds(["rounds=1", "strategy.weighting=uniform"])
     state = made.run(LocalGrid(clients(), 3), 3)
