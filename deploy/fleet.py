@@ -50,6 +50,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from deploy import bundle
 
+_LAST_BEAT_S = 3.0  # for a sign of life that is under way when a session ends
 _BEAT_S, _INTERVAL_S = 6.0, 14.0  # Flower gives a node up after two intervals, of ten seconds at least
 _FIRST_S, _LONGEST_S = 0.5, 15.0  # between tries while the server does not answer
 _PUSH_S = 300.0  # for one object, all of which is one wait; the door gives 5 MiB 223 s
@@ -245,6 +246,8 @@ class Line:
     def close(self) -> None:
         """End the session; tried once."""
         self._quiet.set()
+        if self._beats is not None:
+            self._beats.join(_LAST_BEAT_S)  # a sign of life that came later would have the site online again
         node, self._node = self._node, None
         if node is not None:
             with contextlib.suppress(httpx.HTTPError, RuntimeError, ValueError):

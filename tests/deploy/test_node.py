@@ -257,6 +257,26 @@ def test_a_message_is_answered_once_with_what_its_run_was_started_with(superlink
     assert superlink.seconds == [0.0]  # how long it took exactly tells of the rows
 
 
+def test_a_session_ends_after_the_last_sign_of_life(
+    superlink: _SuperLink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that arrived later would have the site online again, for half a minute."""
+    answer, done, beating = superlink.answer, list[str](), threading.Event()
+
+    def slow(name: str, body: bytes) -> Any:
+        if name == "send-node-heartbeat":
+            beating.set()
+            time.sleep(0.5)
+        done.append(name)
+        return answer(name, body)
+
+    monkeypatch.setattr(superlink, "answer", slow)
+    site = _Site(superlink, tmp_path, _reply)
+    assert beating.wait(30)
+    site.stop()
+    assert done[-1] == "deactivate-node"
+
+
 @pytest.mark.parametrize("wrong", [503, 500, 429, "broken"])
 @pytest.mark.parametrize(
     "call", ["activate-node", "get-run", "pull-object", "push-messages", "confirm-message-received"]
