@@ -33,7 +33,7 @@ from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIG
 from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
 
 from apiary.core.errors import UserError
-from deploy import certificates, kits
+from deploy import certificates, kits, session
 
 # What a site with a key calls; registering is for the server's operator alone.
 CALLS: dict[str, Any] = {
@@ -239,7 +239,7 @@ class Admission:
         if not used.take(stamp, r):
             raise Refused("used signature", 401, site=site)
         if node is None:
-            raise Refused("not registered yet", 503, site=site)
+            raise Refused(session.NOT_REGISTERED, 503, site=site)
         return Caller(site, node, pem)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 from apiary.core.formatting import seconds_text
 from apiary.tracking.event_log import Event
@@ -21,12 +21,14 @@ class Attendance(NamedTuple):
         return f"{last}; {self.why}" if self.why else last
 
 
-def of_events(events: Iterable[Event], now: float) -> dict[str, Attendance]:
+def of_events(events: Iterable[Event], now: float, replies: Iterable[Mapping[str, Any]] = ()) -> dict[str, Attendance]:
     """Each site that a run knows of, by name.
 
     Args:
         events: the run's, in order.
         now: seconds since 1970, as the log counts them.
+        replies: the newest of its account. An answer stands there when it has come, and in the log when it counts,
+            which may be when the last one has come (`server.screen`).
     """
     answered: dict[str, int] = {}
     refused: dict[str, str] = {}  # since its last answer
@@ -59,6 +61,11 @@ def of_events(events: Iterable[Event], now: float) -> dict[str, Attendance]:
                 pending.pop(client, None)
             case "round" | "evaluate" | "finish" | "failed":
                 pending.clear()
+    for reply in replies:
+        name, counts = str(reply["site"]), reply["kind"] == "train" and reply["verdict"] == "signed"
+        if counts and name in pending and pending[name][0] == f"round {reply['round']}":
+            answered[name] = int(reply["round"])
+            del pending[name]
     why = {name: f"no answer to {what} for {seconds_text(now - since)}" for name, (what, since) in pending.items()}
     names = [*known, *answered, *why]
     return {name: Attendance(answered.get(name), why.get(name) or refused.get(name, "")) for name in names}

@@ -14,6 +14,7 @@ import json
 import random
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,11 +49,12 @@ from flwr.supercore.inflatable.inflatable_utils import (
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
-from deploy import bundle
+from deploy import bundle, session
 
 _LAST_BEAT_S = 3.0  # for a sign of life that is under way when a session ends
 _BEAT_S, _INTERVAL_S = 6.0, 14.0  # Flower gives a node up after two intervals, of ten seconds at least
 _FIRST_S, _LONGEST_S = 0.5, 15.0  # between tries while the server does not answer
+_NOT_REGISTERED_S = 60.0  # in which a server registers a key that has just been put into `sites`
 _PUSH_S = 300.0  # for one object, all of which is one wait; the door gives 5 MiB 223 s
 _AHEAD_S, _BEHIND_S = 4.0, 55.0  # of the server's clock: the door refuses more than 5 and 60; dates have whole seconds
 _NOT_ACTIVATED, _RUN_OVER, _NO_RUN = 2004, 2007, 2008  # Flower's codes
@@ -101,12 +103,12 @@ class _Signature:
         self._key, self._clock = key, clock
 
     def intercept(self, context: Any, call_next: Callable[[Any], httpx.Response]) -> httpx.Response:
-        time = self._clock().isoformat()
-        signed = sign_message(self._key, time.encode("ascii"))
+        stamp = self._clock().isoformat()
+        signed = sign_message(self._key, stamp.encode("ascii"))
         context.request.headers.update(
             {
                 FLEET_HTTP_PUBLIC_KEY_HEADER: base64.b64encode(self.public).decode("ascii"),
-                TIMESTAMP_HEADER: time,
+                TIMESTAMP_HEADER: stamp,
                 FLEET_HTTP_SIGNATURE_HEADER: base64.b64encode(signed).decode("ascii"),
             }
         )
@@ -129,6 +131,7 @@ class _Calls:
     def __init__(self, client: FleetHttpClient, end: threading.Event, clock: Clock) -> None:
         self._client, self._end, self._clock = client, end, clock
         self._reached = False  # the server, at least once
+        self._strange: float | None = None  # since when the server says that it has not registered the key; monotonic
 
     def __call__(self, name: str, request: Any, over: Callable[[], bool] = lambda: False) -> Any:
         """The answer to a call of Flower's client.
@@ -146,7 +149,7 @@ class _Calls:
         while True:
             try:
                 answer = call(request)
-                self._reached = True
+                self._reached, self._strange = True, None
                 return answer
             except httpx.HTTPStatusError as error:
                 self._judge(error.response)
@@ -163,6 +166,10 @@ class _Calls:
 
     def _judge(self, answer: httpx.Response) -> None:
         """Raise for an answer that trying again would not change."""
+        if answer.status_code == 503 and answer.text == session.NOT_REGISTERED:
+            self._strange = self._strange or time.monotonic()
+            if time.monotonic() - self._strange > _NOT_REGISTERED_S:
+                raise Refused("not registered there, or struck off")
         if answer.status_code >= 500 or answer.status_code in _PASSING:
             return
         if answer.status_code == 401:

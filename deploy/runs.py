@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from apiary.core.formatting import seconds_text
+from apiary.tracking import reply_log
 from deploy import attendance, flower_cli, run_log, server
 from deploy import going as going_runs
 from deploy.attendance import Attendance
@@ -99,7 +100,8 @@ def standing(state: Path) -> Standing:
     out = Path(folders.get(newest, ""))
     known = newest in folders and _read(out, newest).started
     events = run_log.every(out) if known else []  # of the parts before a resume too
-    return Standing(there, found, folders, attendance.of_events(events, time.time()))
+    replies = reply_log.newest(out) if known else []
+    return Standing(there, found, folders, attendance.of_events(events, time.time(), replies))
 
 
 def _number(run: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What a site's node leaves for the program that keeps it, and for the node that comes after it."""
+"""What a site's node leaves for the program that keeps it and the node that comes after it, and hears from the door."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from apiary.core.files import write_atomic
 
 CONNECTED = "connected"  # how a line of the node's log ends when the server has taken it
 REFUSED, NOT_TRUSTED = 3, 4  # its exit codes; the log's last line then says more
+NOT_REGISTERED = "not registered yet"  # what the door says, with 503, to a key that the server has not taken up
 _FILE = "node.json"
 
 

@@ -241,8 +241,9 @@ def _watch(kit: Kit, worker: SupervisedProcess, node: SupervisedProcess, end: th
             line = _after_end(kit, line, code, node.said())
             if line.refused_since is not None and time.monotonic() - line.refused_since > _GIVE_UP_S:
                 return _failed(
-                    f"the server at {kit.server} refuses the key of site {kit.site} ({line.reason}): is it registered "
-                    "there?"
+                    f"the server at {kit.server} refuses the key of site {kit.site} ({line.reason}): is its "
+                    "NAME.pub in the server's folder `sites`? One that was struck off cannot come back: "
+                    "`apiary deploy add` makes new keys"
                 )
             if not line.ever and node.failures >= _TRIES:
                 return _failed(f"the node ended {_TRIES} times at its start; node.log in the state says why")

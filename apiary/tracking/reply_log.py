@@ -6,6 +6,7 @@ With the sites' public keys anybody can check it later: `apiary deploy verify`.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from apiary.core.files import write_atomic
 from apiary.tracking.event_log import append_whole
 
 REPLIES_FILE = "replies.jsonl"
+_TAIL_BYTES = 500_000
 
 
 class ReplyLog:
@@ -38,6 +40,18 @@ class ReplyLog:
         line = json.dumps(fields, separators=(",", ":")).encode() + b"\n"
         with self._path.open("ab", buffering=0) as file:
             append_whole(file, line)
+
+
+def newest(folder: Path) -> list[dict[str, Any]]:
+    """The last entries of an account, those of a few hundred answers; none where there is no account."""
+    try:
+        with (folder / REPLIES_FILE).open("rb") as file:
+            start = max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES)
+            file.seek(start)
+            lines = file.read().split(b"\n")[1 if start else 0 : -1]  # without what is torn
+    except OSError:
+        return []
+    return [json.loads(line) for line in lines]
 
 
 def truncate_after(folder: Path, last_round: int) -> None:

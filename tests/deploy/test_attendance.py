@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from apiary.tracking import reply_log
 from apiary.tracking.console import State, line
 from apiary.tracking.event_log import RunLog, read_events
+from apiary.tracking.reply_log import ReplyLog
 from deploy import attendance, flower_cli, runs, server
 from server import deployment_run
 from server.site_grid import Waits
@@ -38,6 +40,24 @@ def test_who_has_answered_who_is_waited_for_and_who_was_refused() -> None:
         "bee": "has answered no round yet; no answer to round 1 for 40 s",
         "cricket": "has answered no round yet; refused at the handshake: its answer is not signed",
     }
+
+
+def test_an_answer_that_has_come_and_waits_for_the_others_is_one(tmp_path: Path) -> None:
+    """It counts, and is in the log, when the medians of the round are there."""
+    asked = [*BEGUN, *events(("round", 13.0, {"round": 1}), ("asked", 20.0, {"round": 2, "clients": ["ant", "bee"]}))]
+    kept = ReplyLog(tmp_path)
+    for number in range(2000):
+        kept.add(site="bee", round="1", kind="train", verdict="signed", signature="x" * 200 + str(number))
+    for site, number, kind, verdict in (
+        ("bee", "2", "evaluate", "signed"),
+        ("bee", "2", "train", "stale"),
+        ("ant", "2", "train", "signed"),
+    ):
+        kept.add(site=site, round=number, kind=kind, verdict=verdict)
+    found = attendance.of_events(asked, 60.0, reply_log.newest(tmp_path))
+    assert found["ant"].sentence() == "last answered round 2"
+    assert found["bee"].sentence() == "has answered no round yet; no answer to round 2 for 40 s"
+    assert 1000 < len(reply_log.newest(tmp_path)) < 2003 and reply_log.newest(tmp_path / "none") == []
 
 
 def test_who_did_not_answer_in_time_stays_so_until_it_answers() -> None:
@@ -88,7 +108,9 @@ def test_status_tells_it_beside_the_sites(tmp_path: Path, monkeypatch: pytest.Mo
     log.event("handshake", client="ant")
     log.event("client", client="ant", round=4)
     log.event("start", run="7")
+    log.event("asked", round=5, clients=["ant"])
     log.close()
+    ReplyLog(tmp_path / "run").add(site="ant", round="5", kind="train", verdict="signed")
     (tmp_path / "directories").mkdir()
     (tmp_path / "directories" / "7").write_text(f"{tmp_path / 'run'}\n")
 
@@ -105,9 +127,9 @@ def test_status_tells_it_beside_the_sites(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(server, "port_of", lambda state: 1)
     monkeypatch.setattr(server, "site_nodes", lambda state: {"ant": "1", "bee": "2"})
     found = runs.standing(tmp_path)
-    assert runs.describe(found)[1:3] == ["site ant: online; last answered round 4", "site bee: offline"]
+    assert runs.describe(found)[1:3] == ["site ant: online; last answered round 5", "site bee: offline"]
     assert runs.document(found)["sites"] == [
-        {"name": "ant", "status": "online", "answered": 4, "why": ""},
+        {"name": "ant", "status": "online", "answered": 5, "why": ""},
         {"name": "bee", "status": "offline"},
     ]
 

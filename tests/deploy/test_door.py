@@ -50,7 +50,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from starlette.testclient import TestClient
 
 from apiary.transport import sealed
-from deploy import kits, processes
+from deploy import kits, processes, session
 from deploy.admission import OBJECT_BYTES, OBJECTS, Admission, Registry
 from deploy.connections import Limits, Places
 from deploy.proxy import Bounds, Refusals, config, make_door
@@ -420,6 +420,8 @@ def test_the_list_of_keys_is_the_folder(behind: _Behind, kit: _Kit) -> None:
         assert status(east) == 401
         kit.write(east)
         assert status(east) == 503  # the server takes it up within seconds
+        late = _post(outside, "send-node-heartbeat", east.beat(), east.signed())
+        assert late.text == session.NOT_REGISTERED  # by which the site knows it from a busy server
         kit.register(kit.north, east)
         assert (status(kit.north), status(east)) == (200, 200)
         new = _Site("east", 100)

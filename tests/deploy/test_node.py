@@ -33,7 +33,7 @@ from google.protobuf.message import Message as Proto
 
 from apiary.core.errors import UserError
 from client import worker_rpc
-from deploy import bundle, fleet, kits, node, pace, processes, site
+from deploy import bundle, fleet, kits, node, pace, processes, session, site
 from deploy.fleet import Line, Work
 from deploy.node import Answering
 from deploy.session import CONNECTED, NOT_TRUSTED, REFUSED, Journal, Left
@@ -121,6 +121,8 @@ class _SuperLink:
         status, answer = 200, b""
         if isinstance(wrong, int):
             status = wrong
+        elif wrong == session.NOT_REGISTERED:
+            status, answer = 503, wrong.encode()
         elif not self.running and name in ("get-run", "get-fab", "pull-object", "push-messages", "push-object"):
             status, answer = 403, b'{"code": 2007, "detail": "not running"}'
         elif name == "activate-node" and wrong == "online":
@@ -461,6 +463,21 @@ def test_a_key_that_is_online_elsewhere_is_refused(
     _until(lambda: not site.thread.is_alive())
     assert site.code == REFUSED and "still online" in capsys.readouterr().out
     assert CONNECTED not in capsys.readouterr().out
+
+
+def test_a_key_that_the_server_never_registers_is_refused_at_last(
+    superlink: _SuperLink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was struck off, and was put back."""
+    monkeypatch.setattr(fleet, "_NOT_REGISTERED_S", 0.3)
+    superlink.fail["activate-node"] = [session.NOT_REGISTERED]  # taken up within seconds
+    site = _Site(superlink, tmp_path, _reply)
+    _until(lambda: "pull-messages" in superlink.calls)
+    assert site.stop() == 0
+    superlink.fail["activate-node"] = [session.NOT_REGISTERED] * 1000
+    site = _Site(superlink, tmp_path, _reply)
+    _until(lambda: not site.thread.is_alive())
+    assert site.code == REFUSED and "struck off" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_another_server_is_not_trusted(superlink: _SuperLink, tmp_path: Path) -> None:
