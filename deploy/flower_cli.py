@@ -122,7 +122,9 @@ def ask(state: Path, what: str, **fields: Any) -> dict[str, Any]:
         with _opener(trust).open(request, timeout=_LONGEST_S) as reply:
             answer: dict[str, Any] = json.loads(reply.read())
     except (OSError, ValueError, KeyError, http.client.HTTPException) as error:
-        raise FlowerError(f"the SuperLink gives no answer: {_line(str(error))}") from None
+        refused = isinstance(getattr(error, "reason", None), ConnectionRefusedError)
+        why = "it is being started again, or `apiary deploy server` has ended" if refused else _line(str(error))
+        raise FlowerError(f"the SuperLink gives no answer: {why}") from None
     if not answer.get("success"):
         raise FlowerError(_line(str(answer.get("error-message"))))
     return answer

@@ -118,7 +118,11 @@ def _read(folder: Path, role: Literal["server", "site"], needed: Sequence[str]) 
             raise UserError(f"{str(folder / FILE)!r}: {wrong[0]} = {values[wrong[0]]!r}: expected a text in quotes")
         kit = Kit(folder.resolve(), values["role"], parse_address(values["server"]), values.get("site", ""))
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{str(folder)!r} holds no {FILE}: is it the folder that `apiary deploy init` made?") from None
+        inside = sorted(path.parent.name for path in folder.glob(f"*/{FILE}"))
+        hint = (
+            f"give a folder in it: {', '.join(inside)}" if inside else "`apiary deploy init` makes one for each machine"
+        )
+        raise UserError(f"{str(folder)!r} holds no {FILE}: {hint}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, KeyError, OSError) as error:
         raise UserError(f"{str(folder / FILE)!r} cannot be read: {error}") from None
     if kit.role != role:

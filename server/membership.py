@@ -19,6 +19,7 @@ from server import messaging, validation
 from strategies.aggregator import ROOT
 
 _AGAIN_S = 10.0  # how soon a node whose handshake failed in passing is asked again
+_TELL_S = 10.0  # from when on it is said that the run waits for clients
 
 
 class EventLog(Protocol):
@@ -90,9 +91,11 @@ class Roster:
             RunFailed: fewer than those came within `strategy.join_timeout_s`, or too few clients passed the handshake.
         """
         patience, needed = self.config.strategy.join_timeout_s, min(self.config.strategy.min_clients, expected)
-        deadline, pause = time.monotonic() + patience, messaging.Pause()
+        began, pause, told = time.monotonic(), messaging.Pause(), False
         while (there := len(list(grid.get_node_ids()))) < expected:
-            if time.monotonic() > deadline:
+            if not told and time.monotonic() - began > _TELL_S:
+                told = self._tell(f"{there} of {expected} clients are here", patience)
+            if time.monotonic() - began > patience:
                 if there >= needed:  # one that was counted a moment ago may have gone since
                     self._log.event("warning", message=f"the run goes on with {there} of {expected} clients")
                     break
@@ -114,14 +117,23 @@ class Roster:
             RunFailed: they still are fewer after `strategy.join_timeout_s`.
         """
         needed = self.config.strategy.min_clients
-        deadline, pause = time.monotonic() + self.config.strategy.join_timeout_s, messaging.Pause()
+        patience = self.config.strategy.join_timeout_s
+        began, pause, told = time.monotonic(), messaging.Pause(), False
         self._update(grid)
         while len(self.members) < needed:
-            if time.monotonic() > deadline:
+            if not told and time.monotonic() - began > _TELL_S:
+                told = self._tell(f"{len(self.members)} clients are left, of {needed} that are needed", patience)
+            if time.monotonic() - began > patience:
                 there = len(self.members)
                 raise RunFailed(f"round {number}: {there} clients are left, strategy.min_clients = {needed} are needed")
             pause.sleep()
             self._update(grid)
+
+    def _tell(self, line: str, patience: float) -> bool:
+        self._log.event(
+            "warning", message=f"{line}; the run waits for strategy.join_timeout_s = {patience:g} s at most"
+        )
+        return True
 
     def set_info(self, info: ClientInfo) -> None:
         """Replace what the run knows of a member."""

@@ -165,8 +165,16 @@ def test_a_kit_of_the_wrong_kind_is_told(made: Path, tmp_path: Path) -> None:
         kits.read(made / "north", "server")
     with pytest.raises(UserError, match="the server's kit"):
         kits.read(made / "server", "site")
-    with pytest.raises(UserError, match=r"holds no kit\.toml"):
-        kits.read(tmp_path, "site")
+    with pytest.raises(UserError, match=r"holds no kit\.toml: give a folder in it: north, server, south"):
+        kits.read(made, "site")
+    with pytest.raises(UserError, match=r"holds no kit\.toml: `apiary deploy init` makes one"):
+        kits.read(tmp_path / "nowhere", "site")
+
+
+def test_a_server_that_is_gone_is_told_as_such(made: Path, tmp_path: Path) -> None:
+    flower_cli.configure(kits.read(made / "server", "server"), tmp_path, processes.free_port())
+    with pytest.raises(flower_cli.FlowerError, match="it is being started again, or `apiary deploy server` has ended"):
+        flower_cli.ask(tmp_path, "runs")
 
 
 def test_a_site_is_added_where_the_servers_key_no_longer_lies(tmp_path: Path) -> None:

@@ -264,6 +264,19 @@ def test_too_few_nodes_time_out() -> None:
         made.run(LocalGrid(clients(), 2), 3)
 
 
+def test_a_run_that_waits_for_clients_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(membership, "_TELL_S", 0.05)
+    made, log = rounds(["strategy.join_timeout_s=0.4", "strategy.min_clients=3"])
+    with pytest.raises(RunFailed):
+        made.run(LocalGrid(clients(), 2), 3)
+    wait = "the run waits for strategy.join_timeout_s = 0.4 s at most"
+    assert [event["message"] for event in log.of("warning")] == [f"2 of 3 clients are here; {wait}"]
+    made, log = rounds(["strategy.join_timeout_s=0.4", "strategy.min_clients=3"])
+    with pytest.raises(RunFailed, match="2 clients are left"):
+        made._roster.gather(LocalGrid(clients(), 2), 2)
+    assert [event["message"] for event in log.of("warning")] == [f"2 clients are left, of 3 that are needed; {wait}"]
+
+
 def test_a_client_that_left_while_the_run_began_is_not_waited_for_for_ever() -> None:
     """One more was counted a moment ago; those that a run needs are there."""
     made, log = rounds(["rounds=1", "strategy.join_timeout_s=0.2", "strategy.min_clients=2"])
