@@ -26,7 +26,7 @@ from apiary.core.counts import rounded  # noqa: E402
 from benchmarks import deployment_tables, methods, shapes, together  # noqa: E402
 from benchmarks import own_models as ways  # noqa: E402
 from benchmarks.personal import CASES, summary  # noqa: E402
-from benchmarks.soak.table import page  # noqa: E402
+from benchmarks.soak import table as soak_table  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 TINY = ROOT / "apiary" / "models" / "tiny" / "checkpoint"
@@ -1026,7 +1026,7 @@ def _machine(results: dict[str, Any]) -> str:
 
 def _soak() -> str:
     path = RESULTS / "soak.json"
-    return page(json.loads(path.read_text())) if path.exists() else _NONE
+    return soak_table.page(json.loads(path.read_text())) if path.exists() else _NONE
 
 
 def render(text: str) -> str:

@@ -254,7 +254,7 @@ surprise). Lower is better and 0 is certainty.{% if probability is not none %} {
 {% if sites %}
 <section>
 <h2>At the sites</h2>
-<p class="note">{% if federated and sites_said %}{{ sites_said | join(" ") }} {% endif %}{% if sites_chart %}The curves: the loss of the shared model on each site's own held-out rows after each round (lower is better); the thick line is all sites together, each response token counting once, those of a site up to three times the median site's, and a round is over the sites that told a loss in it. These rows stay at their sites, nobody trains on them, and they differ from site to site. The server gets their sum alone, so there is no interval.{% endif %}</p>
+<p class="note">{% if federated and sites_said %}{{ sites_said | join(" ") }} {% endif %}{% if sites_chart %}The curves: the loss of the shared model on each site's own held-out rows after each round (lower is better); the thick line is all sites together, each response token counting once, those of a site up to three times the median site's, and a round is over the sites that told a loss in it. These rows stay at their sites, nobody trains on them, and they differ from site to site. The server gets one sum for each site and nothing of single rows, so there is no interval.{% endif %}</p>
 <div class="panel">
 {% if sites_chart %}{{ sites_chart }}{% endif %}
 <div class="scroll">
