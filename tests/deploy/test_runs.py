@@ -412,6 +412,7 @@ def test_a_full_disk_is_said_and_waited_out(
         late.start()
         tell = [lambda event: seen.append(str(event.get("message")))]
         assert following.follow(state, run, out, tell) == going.STOPPED
+        late.join()  # it asks Flower, or what stands in for it here, after it has noted the end
     assert seen.count("the run waits for room on the disk") == 1
 
 
