@@ -383,6 +383,7 @@ def test_who_follows_is_told_what_a_run_waits_for(superlink: SuperLink, tmp_path
     late = threading.Timer(0.2, lambda: stopping.stop(state, run))
     late.start()
     assert following.follow(state, run, out, [lambda event: seen.append(str(event.get("message")))]) == going.STOPPED
+    late.join()
     assert seen.count("the run waits for its sites (1 of 2 are online)") == 1
 
 
